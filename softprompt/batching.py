@@ -1,0 +1,67 @@
+"""Order of the rows, windows of one optimizer step, and padded micro-batches. Knows no tokenizer and no model."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softprompt.data import IGNORE, Example
+
+
+class Batch(NamedTuple):
+    """A padded micro-batch: `input_ids`, `attention_mask` and `labels`, each [B, T] int64; pads have mask 0 and label -100."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """Order of `n` rows in 0-based `epoch`: the permutation that Trainer's seeded random sampler draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def steps_per_epoch(n: int, rows_per_step: int) -> int:
+    """Optimizer steps of one pass over `n` rows; the last step may have fewer rows."""
+    return math.ceil(n / rows_per_step)
+
+
+def windows(n: int, rows_per_step: int, seed: int, first_step: int = 0) -> Iterator[list[int]]:
+    """Row numbers of optimizer step `first_step`, `first_step + 1`, … without end, epoch after epoch.
+
+    Equal to Trainer's: micro-batches of B rows, accumulation of A, rows_per_step = A·B, the epoch's last window short.
+    """
+    per_epoch = steps_per_epoch(n, rows_per_step)
+    epoch, skip = divmod(first_step, per_epoch)
+    while True:
+        order = epoch_order(n, seed, epoch)
+        for start in range(skip * rows_per_step, n, rows_per_step):
+            yield order[start : start + rows_per_step]
+        epoch, skip = epoch + 1, 0
+
+
+def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """Consecutive micro-batches of `size` rows; the last may be smaller."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def collate_padded(examples: Sequence[Example], pad_token_id: int, padding_side: str) -> Batch:
+    """Pad B examples to the longest of them (T tokens) on `padding_side` ("left" or "right"), as Trainer's
+    DataCollatorForSeq2Seq does."""
+    width = max(len(e.input_ids) for e in examples)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        pad = [fill] * (width - len(values))
+        return pad + list(values) if padding_side == "left" else list(values) + pad
+
+    return Batch(
+        torch.tensor([padded(e.input_ids, pad_token_id) for e in examples]),
+        torch.tensor([padded([1] * len(e.input_ids), 0) for e in examples]),
+        torch.tensor([padded(e.labels, IGNORE) for e in examples]),
+    )

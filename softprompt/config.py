@@ -1,0 +1,271 @@
+"""Every setting, with its default, in one place. Names are PEFT's and TrainingArguments' wherever they have one.
+
+Four frozen dataclasses (one per group of `--help`) make a `TrainConfig`; presets override their defaults, a config file
+overrides the preset, and the command line overrides both. Validation collects every fault and raises one `ConfigError`.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from softprompt.errors import ConfigError
+
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+# Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
+# that are visible beside 1; the other two start on word embeddings, which are smaller.
+DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2}
+DEFAULT_NUM_VIRTUAL_TOKENS = 10
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    _argument_group_name: ClassVar[str] = "base model"
+
+    model_name_or_path: str | None = option(
+        None, "Base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the one in this package."
+    )
+    device: str = option("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.")
+    bf16: bool | None = option(
+        None, "bf16 autocast. (default: on CUDA where the card has it; `--bf16 false` asks for fp32)"
+    )
+    fp16: bool | None = option(
+        None, "fp16 autocast with a GradScaler. (default: on CUDA where the card has no bf16; `--fp16 false` as above)"
+    )
+    print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset: str | None = option(
+        None,
+        "A .json, .jsonl, .csv or .parquet file, a folder for Dataset.load_from_disk, a hub id, or mini:TASK for a "
+        "task of the package's own base.",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of a hub dataset that has several.")
+    dataset_split: str = option("train", "Split of a hub dataset or a DatasetDict folder.")
+    columns: str | None = option(
+        None, "Other column names, as OURS=THEIRS pairs: instruction=question,output=answer. (default: the same names)"
+    )
+    template: str | None = option(
+        None,
+        "Prompt text: a format string over the columns ('Q: {instruction}\\nA: '), or `chat` for the tokenizer's chat "
+        "template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', stripped as the article does)",
+    )
+    max_length: int = option(256, "Tokens of a row, prompt and answer together; what is longer is cut.")
+    truncation_side: Literal["output", "input"] = option(
+        "output", "Where a row that is too long is cut: at its end (output), or in its input, so the answer is kept."
+    )
+    eval_dataset: str | None = option(None, "Held-out rows, in any form that --dataset takes.")
+    eval_rows: int = option(0, "Hold out this many rows from the end of --dataset.")
+
+
+@dataclass(frozen=True)
+class PromptTuningArguments:
+    _argument_group_name: ClassVar[str] = "soft prompt"
+
+    num_virtual_tokens: int | None = option(
+        None, f"Length of the prompt. (default: {DEFAULT_NUM_VIRTUAL_TOKENS}; for TEXT the length of the text)"
+    )
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = option(
+        "RANDOM", "Start from unit-variance noise, from the embeddings of a text, or from those of random words."
+    )
+    prompt_tuning_init_text: str | None = option(
+        None, "The text for TEXT, cut or repeated to --num_virtual_tokens where that is given."
+    )
+    init_adapter: str | None = option(None, "Start from the prompt saved in this adapter folder (ours or PEFT's).")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    _argument_group_name: ClassVar[str] = "training"
+
+    output_dir: str | None = option(None, "Where the run is written. (default: a new runs/<preset>-<time>)")
+    per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
+    gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
+    num_train_epochs: float = option(1.0, "Passes over the training rows.")
+    max_steps: int = option(-1, "Optimizer steps; overrides --num_train_epochs where it is positive.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate. (default: " + ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_LEARNING_RATES.items()) + ")"
+    )
+    lr_scheduler_type: Schedule = option("linear", "Schedule, as in transformers.get_scheduler.")
+    warmup_steps: float = option(0, "Warm-up steps; below 1, a share of all steps (as in transformers 5).")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    adam_beta1: float = option(0.9, "AdamW's beta1.")
+    adam_beta2: float = option(0.999, "AdamW's beta2.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 does not clip.")
+    seed: int = option(42, "Seeds the prompt's first values and the order of the rows.")
+    logging_steps: int = option(10, "Log every N optimizer steps.")
+    save_steps: int = option(500, "Write checkpoint-N/ every N optimizer steps, and at the last one.")
+    save_total_limit: int | None = option(None, "Keep only the newest N checkpoints. (default: all)")
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "Evaluate held-out rows during training, too.")
+    eval_steps: int | None = option(None, "Evaluate every N optimizer steps. (default: --logging_steps)")
+    per_device_eval_batch_size: int = option(8, "Rows of a batch in evaluation.")
+
+
+GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments)
+
+_BLOOM = {"model_name_or_path": "Langboat/bloom-1b4-zh", "dataset": "alpaca_data_zh"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {
+        "model_name_or_path": "mini",
+        "dataset": "mini:sentiment",
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 50,
+        "gradient_accumulation_steps": 1,
+    },
+    "bloom-1b4-zh": _BLOOM,
+    "article": {**_BLOOM, "learning_rate": 5e-5},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `preset` is None where base and dataset were both named without one."""
+
+    preset: str | None
+    model: ModelArguments
+    data: DataArguments
+    prompt: PromptTuningArguments
+    training: TrainingArguments
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: as given, else the default of the way the prompt starts."""
+        given = self.training.learning_rate
+        return DEFAULT_LEARNING_RATES[self.prompt.prompt_tuning_init] if given is None else given
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return parse_columns(self.data.columns)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting under its flag's name, JSON-able."""
+        flat = {"preset": self.preset}
+        for part in (self.model, self.data, self.prompt, self.training):
+            flat |= dataclasses.asdict(part)
+        return flat
+
+
+def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
+    """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    return preset or (None if given.get("model_name_or_path") else "mini")
+
+
+def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
+    """Settings from keyword arguments under the flags' names, over the preset's, over the defaults.
+
+    Raises:
+        ConfigError: an unknown preset or field, a value of a wrong type or out of range, settings that contradict
+            each other; every fault is in the one message.
+    """
+    preset = preset_of(preset, given)
+    values = {**(PRESETS[preset] if preset else {}), **given}
+    hints = {f.name: get_type_hints(group)[f.name] for group in GROUPS for f in fields(group)}
+    faults = [f"unknown setting {name!r}" for name in values if name not in hints]
+    values = {name: _coerced(value, hints[name]) for name, value in values.items() if name in hints}
+    faults += [
+        f"--{name} {value!r} is not {_expected(hints[name])}" for name, value in values.items() if not _fits(value, hints[name])
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    if values.get("eval_steps") is not None and values.get("eval_strategy", "no") == "no":
+        values["eval_strategy"] = "steps"
+    parts = [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in GROUPS]
+    config = TrainConfig(preset, *parts)
+    if faults := list(_faults(config)):
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`instruction=question,output=answer` → {"instruction": "question", "output": "answer"}."""
+    pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
+    if any(len(pair) != 2 or not all(side.strip() for side in pair) for pair in pairs):
+        raise ConfigError(f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[str]:
+    faults = []
+    if bf16 and fp16:
+        faults.append("--bf16 and --fp16 exclude each other; give one of them")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        faults.append(f"--device {device!r} is not auto, cpu, cuda or cuda:N")
+    return faults
+
+
+def _faults(config: TrainConfig):
+    model, data, prompt, training = config.model, config.data, config.prompt, config.training
+    yield from precision_faults(model.bf16, model.fp16, model.device)
+    if not model.model_name_or_path:
+        yield "--model_name_or_path is empty; name a base"
+    if not data.dataset:
+        yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
+    if prompt.num_virtual_tokens is not None and prompt.num_virtual_tokens < 1:
+        yield f"--num_virtual_tokens {prompt.num_virtual_tokens} is below 1; a soft prompt needs at least one token"
+    if prompt.prompt_tuning_init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
+        yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
+    if prompt.prompt_tuning_init_text and prompt.prompt_tuning_init != "TEXT":
+        yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
+    if data.eval_dataset and data.eval_rows:
+        yield "--eval_dataset and --eval_rows exclude each other; give one of them"
+    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")):
+        yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps")
+    for name in (*positive, "per_device_eval_batch_size", "save_total_limit", "eval_steps", "num_train_epochs"):
+        value = getattr(training, name)
+        if value is not None and not value > 0:
+            yield f"--{name} {value} must be above 0"
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
+        if not getattr(training, name) >= 0:
+            yield f"--{name} {getattr(training, name)} must not be negative"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
+    if not 0 < config.learning_rate < float("inf"):
+        yield f"--learning_rate {config.learning_rate} must be above 0"
+    if data.max_length < 2:
+        yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
+    if data.eval_rows < 0:
+        yield f"--eval_rows {data.eval_rows} must not be negative"
+    try:
+        parse_columns(data.columns)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _coerced(value: Any, hint: Any) -> Any:
+    """Whole numbers stand for floats, as everywhere in Python."""
+    return float(value) if float in _members(hint) and type(value) is int else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for member in _members(hint):
+        if get_origin(member) is Literal:
+            if value in get_args(member):
+                return True
+        elif type(value) is member:
+            return True
+    return False
+
+
+def _expected(hint: Any) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    choices = [c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in _members(hint) if m in names)

@@ -1,0 +1,34 @@
+"""The project's own exceptions. Each carries one message of one line that names what is wrong, what was expected and
+what to do; `train.py` and `infer.py` print that line and exit with the exception's `exit_code`."""
+
+
+class SoftpromptError(Exception):
+    """Anything that a user can mend. `exit_code` 2 means: refused before anything was written."""
+
+    exit_code = 2
+
+
+class ConfigError(SoftpromptError):
+    """A flag, a field of a config file, or a combination of them."""
+
+
+class DataError(SoftpromptError):
+    """A dataset: its place, its format, one of its rows."""
+
+
+class ModelError(SoftpromptError):
+    """A base model or its tokenizer: not there, not loadable, not fit for soft prompts."""
+
+
+class AdapterError(SoftpromptError):
+    """An adapter folder: files that are absent, broken, of another kind or of another size."""
+
+
+class OutputError(SoftpromptError):
+    """A place to write to that cannot be written to."""
+
+
+class TrainingError(SoftpromptError):
+    """A run that cannot go on, such as a loss that is not finite."""
+
+    exit_code = 1

@@ -1,0 +1,183 @@
+"""The frozen base, the prompt in front of it, and the plain engine: padded rows through the base's own forward."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.batching import Batch, chunks, collate_padded
+from softprompt.data import Example
+from softprompt.errors import ConfigError, ModelError
+from softprompt.loss import cross_entropy_sum
+from softprompt.prompt import PromptEmbedding
+
+
+class Engine(Protocol):
+    """The one door between the loop and a model: a window of rows goes in; the summed loss and the target count come
+    out, and the prompt's gradient has been accumulated. How a window is cut, padded or packed, moved to a device, and
+    where the base's weights come from is behind it."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def accumulate(self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float) -> tuple[Tensor, int]:
+        """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
+
+        Returns the summed loss (fp32 scalar, detached, on the device, not yet awaited) and the number of targets."""
+        ...
+
+    def evaluate(self, prompt: Tensor | None, window: Sequence[Example]) -> tuple[Tensor, int]:
+        """The same sums without a gradient, for a prompt [P, H] or for the bare base (None)."""
+        ...
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` → a device that is there.
+
+    Raises:
+        ConfigError: CUDA asked for where there is none, or a card of a number that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch finds no CUDA device here; use --device cpu or a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return device
+
+
+def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) -> torch.dtype:
+    """The dtype of matrix products: what is asked for; else fp32 on the CPU, and on CUDA bf16 where the card has it,
+    else fp16. Saying `false` to one of them without saying `true` to the other asks for fp32."""
+    if bf16 or fp16:
+        return torch.bfloat16 if bf16 else torch.float16
+    if device.type == "cpu" or bf16 is False or fp16 is False:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The base's tokenizer; a missing pad token is the end token, whose labels are masked anyway.
+
+    Raises:
+        ModelError: not there, not loadable, or without an end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> nn.Module:
+    """A causal language model, frozen and in eval mode.
+
+    Weights of linear layers are kept in `compute_dtype`: autocast would cast them to it at every use, with the same
+    result. All else (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+
+    Raises:
+        ModelError: not there, not loadable, or not a model that takes `inputs_embeds`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = _from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
+    if "inputs_embeds" not in inspect.signature(base.forward).parameters:
+        raise ModelError(f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words")
+    return freeze(base, compute_dtype).to(device)
+
+
+def freeze(base: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+    """Freeze `base` in place, put it in eval mode and store its weights as `load_base` says."""
+    base.requires_grad_(False).eval()
+    embeddings = base.get_input_embeddings().weight
+    in_compute_dtype = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear) and m.weight is not embeddings}
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype if id(parameter) in in_compute_dtype else torch.float32)
+    return base
+
+
+def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+    except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(
+            f"{what} {name_or_path!r} cannot be loaded: {reason} - where no hub is reachable, name a local folder "
+            "(--model_name_or_path DIR) or run the default preset, which needs no network (a mirror: HF_ENDPOINT=https://…)"
+        ) from error
+    finally:
+        logging.enable_progress_bar()
+
+
+def prepend(prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the prompt [P, H] in front of every row: virtual tokens are attended to and are no targets.
+
+    Args:
+        embeddings: [B, T, H]; attention_mask and labels: [B, T] int64.
+    Returns:
+        embeddings [B, P+T, H] in the given embeddings' dtype, attention mask and labels [B, P+T] int64.
+    """
+    rows = embeddings.shape[0]
+    front = prompt.to(embeddings.dtype).expand(rows, -1, -1)  # [B, P, H]
+    side = attention_mask.new_ones(rows, prompt.shape[0])  # [B, P]
+    return (
+        torch.cat([front, embeddings], dim=1),
+        torch.cat([side, attention_mask], dim=1),
+        torch.cat([torch.full_like(side, -100), labels], dim=1),
+    )
+
+
+class SoftPromptedModel(nn.Module):
+    """A frozen base with a prompt before it. The prompt's values may be trained; the base's never are."""
+
+    def __init__(self, prompt: PromptEmbedding, base: nn.Module):
+        super().__init__()
+        self.prompt = prompt
+        self.base = base
+        self.takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
+
+    def forward(self, batch: Batch, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [B, P+T, V] of the padded forward, and labels [B, P+T] int64; `prompt` [P, H] stands in for the own one.
+
+        Bases with explicit positions get them from the mask, so padding between prompt and text is not counted
+        (transformers' own default would count it; BLOOM's ALiBi reads the mask by itself).
+        """
+        words = self.base.get_input_embeddings()(batch.input_ids)  # [B, T, H]
+        embeddings, mask, labels = prepend(self.prompt() if prompt is None else prompt, words, *batch[1:])
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_position_ids else {}
+        return self.base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits, labels
+
+    def trainable_parameters_line(self) -> str:
+        """The line that PEFT's `print_trainable_parameters` prints."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in self.parameters())
+        return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"
+
+
+class PaddedEngine:
+    """The plain engine, for any causal language model: a window is cut into micro-batches of `rows_per_microbatch`
+    rows, each padded to its longest, and run through the base's own forward under autocast."""
+
+    def __init__(self, base: nn.Module, tokenizer: Any, rows_per_microbatch: int, compute_dtype: torch.dtype):
+        self.base = base
+        self.compute_dtype = compute_dtype
+        self.device = base.get_input_embeddings().weight.device
+        self.rows_per_microbatch = rows_per_microbatch
+        self.pad_token_id, self.padding_side = tokenizer.pad_token_id, tokenizer.padding_side
+
+    def accumulate(self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float) -> tuple[Tensor, int]:
+        return self._run(prompt(), window, grad_scale)
+
+    @torch.no_grad()
+    def evaluate(self, prompt: Tensor | None, window: Sequence[Example]) -> tuple[Tensor, int]:
+        return self._run(self._empty() if prompt is None else prompt, window, None)

@@ -1,0 +1,64 @@
+"""The soft prompt: P learnable vectors in the space of the word embeddings, and the ways to start them.
+
+An initialiser is a function `word_embeddings [V, H] -> [P, H] fp32`. For BLOOM the vectors stand before
+`word_embeddings_layernorm`, which the base applies to whatever embeddings it is given.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.errors import ConfigError
+
+Initialiser = Callable[[Tensor], Tensor]
+
+
+class PromptEmbedding(nn.Module):
+    """P virtual tokens of size H: the only parameters that are trained (Lester et al. 2021, arXiv:2104.08691).
+
+    `forward()` returns [P, H] fp32. It has no batch dimension: prepending it to rows is the engine's business.
+    """
+
+    def __init__(self, values: Tensor):
+        """values: [P, H], the start, from an initialiser or a saved adapter."""
+        super().__init__()
+        self.weight = nn.Parameter(values.detach().to(torch.float32).clone())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.weight.shape))
+
+
+def random_init(num_virtual_tokens: int) -> Initialiser:
+    """Unit-variance normal noise: with the same torch seed, the numbers that PEFT's RANDOM draws."""
+
+    def init(word_embeddings: Tensor) -> Tensor:
+        return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
+
+    return init
+
+
+def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) -> Initialiser:
+    """Embeddings of `token_ids`, cut or repeated to `num_virtual_tokens` (default: as many as the ids), as PEFT's TEXT.
+
+    Raises:
+        ConfigError: no token ids.
+    """
+    if not token_ids:
+        raise ConfigError("--prompt_tuning_init_text has no tokens; give a longer text")
+    length = num_virtual_tokens or len(token_ids)
+    ids = [token_ids[i % len(token_ids)] for i in range(length)]
+    return lambda word_embeddings: word_embeddings[torch.tensor(ids, device=word_embeddings.device)]
+
+
+def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
+    """Embeddings of words drawn evenly from the vocabulary: with the same torch seed, the words that PEFT draws."""
+
+    def init(word_embeddings: Tensor) -> Tensor:
+        random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
+        return word_embeddings[torch.randint(0, len(word_embeddings), (num_virtual_tokens,)).to(word_embeddings.device)]
+
+    return init

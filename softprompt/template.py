@@ -1,0 +1,98 @@
+"""How a row becomes prompt text. The same object renders training rows and, saved beside the adapter, new prompts."""
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from softprompt.errors import ConfigError, DataError
+
+DEFAULT = "default"
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class Template:
+    """`spec` is "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format
+    string over the columns. In a format string typed in a shell, a literal \\n means a line break.
+
+    Raises:
+        ConfigError: a format string without a column, or with anything but plain column names in its braces.
+    """
+
+    spec: str = DEFAULT
+
+    def __post_init__(self) -> None:
+        if self.spec in (DEFAULT, CHAT):
+            return
+        try:
+            parts = list(string.Formatter().parse(self.spec))
+        except ValueError as error:
+            raise ConfigError(f"--template {self.spec!r} is not a format string: {error}") from None
+        names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+        # Only plain names: {row.__class__} and the like would let a downloaded template reach into Python objects.
+        if not names or any(not name.isidentifier() or spec or conversion for name, spec, conversion in names):
+            raise ConfigError(
+                f"--template {self.spec!r} must be `chat` or hold columns as plain names, like 'Q: {{instruction}}\\nA: '"
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Columns of the prompt, in the order in which they first occur; none for chat, whose rows may take several forms."""
+        if self.spec == DEFAULT:
+            return ("instruction", "input")
+        if self.spec == CHAT:
+            return ()
+        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.spec) if name is not None))
+
+    @property
+    def optional_fields(self) -> frozenset[str]:
+        return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else frozenset()
+
+    def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
+        """Prompt text of a row; `tokenizer` is asked only by the chat template."""
+        if self.spec == DEFAULT:
+            return "\n".join(["Human: " + row["instruction"], row.get("input") or ""]).strip() + "\n\nAssistant: "
+        if self.spec == CHAT:
+            return _apply_chat(tokenizer, prompt_messages(row), add_generation_prompt=True)
+        text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
+        return text.format_map({name: row[name] for name in self.fields})
+
+    def answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
+        """Text that the model is to produce, its end mark included."""
+        if self.spec != CHAT:
+            return row["output"] + tokenizer.eos_token
+        prompt = self.render(row, tokenizer)
+        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)])
+        if not whole.startswith(prompt):
+            raise DataError("the tokenizer's chat template does not continue its own generation prompt; give --template")
+        # Many templates end a turn with a line break after the end mark; the model stops at the mark.
+        return whole[len(prompt) :].rstrip("\n")
+
+
+def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Messages before the answer, from `messages`, from `prompt`, or from `instruction` and `input`."""
+    if "messages" in row:
+        messages = list(row["messages"])
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if "prompt" in row:
+        prompt = row["prompt"]
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "user", "content": "\n".join([row["instruction"], row.get("input") or ""]).strip()}]
+
+
+def answer_message(row: Mapping[str, Any]) -> dict[str, str]:
+    """The message to be learned, from `messages`, `completion` or `output`."""
+    if "messages" in row:
+        return row["messages"][-1]
+    answer = row["completion"] if "completion" in row else row["output"]
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
+
+
+def _apply_chat(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except Exception as error:  # templates raise whatever they like, TemplateError for a forbidden role for one
+        raise DataError(f"the tokenizer's chat template refuses a row: {error}") from None
