@@ -11,7 +11,7 @@ from softprompt.data import IGNORE, Example
 
 
 class Batch(NamedTuple):
-    """A padded micro-batch: `input_ids`, `attention_mask` and `labels`, each [B, T] int64; pads have mask 0 and label -100."""
+    """A padded micro-batch: three times [B, T] int64; pads have mask 0 and label -100."""
 
     input_ids: Tensor
     attention_mask: Tensor

@@ -6,22 +6,17 @@ overrides the preset, and the command line overrides both. Validation collects e
 
 import dataclasses
 import re
-from dataclasses import dataclass, field, fields
-from types import UnionType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
-
-Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+from softprompt.fields import build, nearest, option
 
 # Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
 # that are visible beside 1; the other two start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -89,14 +84,18 @@ class TrainingArguments:
     _argument_group_name: ClassVar[str] = "training"
 
     output_dir: str | None = option(None, "Where the run is written. (default: a new runs/<preset>-<time>)")
+    overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
     num_train_epochs: float = option(1.0, "Passes over the training rows.")
     max_steps: int = option(-1, "Optimizer steps; overrides --num_train_epochs where it is positive.")
     learning_rate: float | None = option(
-        None, "Peak learning rate. (default: " + ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_LEARNING_RATES.items()) + ")"
+        None,
+        "Peak learning rate. (default: " + ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_LEARNING_RATES.items()) + ")",
     )
-    lr_scheduler_type: Schedule = option("linear", "Schedule, as in transformers.get_scheduler.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = option("linear", "Schedule, as in transformers.get_scheduler.")
     warmup_steps: float = option(0, "Warm-up steps; below 1, a share of all steps (as in transformers 5).")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
     adam_beta1: float = option(0.9, "AdamW's beta1.")
@@ -159,7 +158,7 @@ class TrainConfig:
 def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
     """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     return preset or (None if given.get("model_name_or_path") else "mini")
 
 
@@ -172,17 +171,9 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     """
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
-    hints = {f.name: get_type_hints(group)[f.name] for group in GROUPS for f in fields(group)}
-    faults = [f"unknown setting {name!r}" for name in values if name not in hints]
-    values = {name: _coerced(value, hints[name]) for name, value in values.items() if name in hints}
-    faults += [
-        f"--{name} {value!r} is not {_expected(hints[name])}" for name, value in values.items() if not _fits(value, hints[name])
-    ]
-    if faults:
-        raise ConfigError("; ".join(faults))
-    if values.get("eval_steps") is not None and values.get("eval_strategy", "no") == "no":
-        values["eval_strategy"] = "steps"
-    parts = [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in GROUPS]
+    if values.get("eval_steps") is not None:
+        values.setdefault("eval_strategy", "steps")
+    parts = build(GROUPS, values)
     config = TrainConfig(preset, *parts)
     if faults := list(_faults(config)):
         raise ConfigError("; ".join(faults))
@@ -193,7 +184,9 @@ def parse_columns(text: str | None) -> dict[str, str]:
     """`instruction=question,output=answer` → {"instruction": "question", "output": "answer"}."""
     pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
     if any(len(pair) != 2 or not all(side.strip() for side in pair) for pair in pairs):
-        raise ConfigError(f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer")
+        raise ConfigError(
+            f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer"
+        )
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
 
@@ -206,7 +199,7 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     return faults
 
 
-def _faults(config: TrainConfig):
+def _faults(config: TrainConfig) -> Iterator[str]:
     model, data, prompt, training = config.model, config.data, config.prompt, config.training
     yield from precision_faults(model.bf16, model.fp16, model.device)
     if not model.model_name_or_path:
@@ -221,7 +214,9 @@ def _faults(config: TrainConfig):
         yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
-    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")):
+    if training.eval_strategy != "no" and not (
+        data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")
+    ):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
     positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps")
     for name in (*positive, "per_device_eval_batch_size", "save_total_limit", "eval_steps", "num_train_epochs"):
@@ -244,28 +239,3 @@ def _faults(config: TrainConfig):
         parse_columns(data.columns)
     except ConfigError as error:
         yield str(error)
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _coerced(value: Any, hint: Any) -> Any:
-    """Whole numbers stand for floats, as everywhere in Python."""
-    return float(value) if float in _members(hint) and type(value) is int else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for member in _members(hint):
-        if get_origin(member) is Literal:
-            if value in get_args(member):
-                return True
-        elif type(value) is member:
-            return True
-    return False
-
-
-def _expected(hint: Any) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    choices = [c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m)]
-    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in _members(hint) if m in names)

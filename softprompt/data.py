@@ -14,7 +14,7 @@ CHUNK = 512
 
 
 class Example(NamedTuple):
-    """One row as the model sees it: `input_ids` and `labels`, both of length T; labels are -100 where no loss is taken."""
+    """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken."""
 
     input_ids: list[int]
     labels: list[int]
@@ -46,9 +46,10 @@ class Tokenized:
         return "; ".join(parts)
 
 
-def count_targets(example: Example) -> int:
-    """Positions that a loss is taken at: every label but -100."""
-    return sum(label != IGNORE for label in example.labels)
+def count_targets(example: Example, preceded: bool = True) -> int:
+    """Positions that a loss is taken at: every label but -100. A row's first token is predicted only where a prompt
+    precedes it."""
+    return sum(label != IGNORE for label in example.labels[0 if preceded else 1 :])
 
 
 def tokenize(
@@ -88,8 +89,8 @@ def tokenize(
     kept = [e for e in examples if count_targets(e)]
     if not kept:
         raise DataError(
-            f"no row keeps a target at max_length {max_length}: the shortest prompt alone has {shortest_prompt} tokens; "
-            f"give --max_length {(shortest_prompt or 0) + 16} or more, or --truncation_side input"
+            f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
+            f"tokens; give --max_length {(shortest_prompt or 0) + 16} or more, or --truncation_side input"
         )
     return Tokenized(kept, len(rows), cut, len(examples) - len(kept), empty)
 
@@ -103,7 +104,9 @@ def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, speci
     text, replaced = _longest_text(row)
 
     def prompt(characters: int) -> list[int]:
-        return tokenizer(template.render(replaced(text[:characters]), tokenizer), add_special_tokens=special)["input_ids"]
+        return tokenizer(template.render(replaced(text[:characters]), tokenizer), add_special_tokens=special)[
+            "input_ids"
+        ]
 
     fits, too_many = 0, len(text)
     while too_many - fits > 1:
@@ -114,13 +117,15 @@ def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, speci
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:
     """The longest text of a row's prompt, and a function that gives the row with another one in its place."""
-    for name in ("messages", "prompt"):
-        if isinstance(row.get(name), list):
-            messages = row[name]
-            asked = messages[:-1] if name == "messages" else messages
-            at = max(range(len(asked)), key=lambda i: len(asked[i]["content"]))
-            return messages[at]["content"], lambda text: {
-                **row, name: [*messages[:at], {**messages[at], "content": text}, *messages[at + 1 :]]
-            }
-    name = max((n for n in row if n not in ("output", "completion")), key=lambda n: len(row[n]))
-    return row[name], lambda text: {**row, name: text}
+    name = next((n for n in ("messages", "prompt") if isinstance(row.get(n), list)), None)
+    if name is None:
+        column = max((n for n in row if n not in ("output", "completion")), key=lambda n: len(row[n]))
+        return row[column], lambda text: {**row, column: text}
+    messages = row[name]
+    asked = messages[:-1] if name == "messages" else messages
+    at = max(range(len(asked)), key=lambda i: len(asked[i]["content"]))
+
+    def replaced(text: str) -> dict[str, Any]:
+        return {**row, name: [*messages[:at], {**messages[at], "content": text}, *messages[at + 1 :]]}
+
+    return messages[at]["content"], replaced

@@ -4,17 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over targets of −log p(label), and the number of targets.
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over targets of −log p(label), an fp32 scalar.
 
     Position t predicts label t + 1, as in transformers' causal language model loss; labels of -100 are no targets.
 
     Args:
         logits: [B, T, V], any float dtype; the cross-entropy is taken in fp32.
         labels: [B, T] int64.
-    Returns:
-        fp32 scalar, int64 scalar, both on the logits' device.
     """
     targets = labels[:, 1:].flatten()  # [B·(T-1)]
     scores = logits[:, :-1].flatten(0, 1).float()  # [B·(T-1), V]
-    return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum"), (targets != -100).sum()
+    return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from softprompt.batching import Batch, chunks, collate_padded
-from softprompt.data import Example
+from softprompt.data import Example, count_targets
 from softprompt.errors import ConfigError, ModelError
 from softprompt.loss import cross_entropy_sum
 from softprompt.prompt import PromptEmbedding
@@ -22,7 +23,9 @@ class Engine(Protocol):
     device: torch.device
     compute_dtype: torch.dtype
 
-    def accumulate(self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float) -> tuple[Tensor, int]:
+    def accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
         """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
 
         Returns the summed loss (fp32 scalar, detached, on the device, not yet awaited) and the number of targets."""
@@ -43,7 +46,9 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch finds no CUDA device here; use --device cpu or a CUDA build of torch")
+        raise ConfigError(
+            f"--device {name}: torch finds no CUDA device here; use --device cpu or a CUDA build of torch"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return device
@@ -75,7 +80,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> nn.Module:
+def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model, frozen and in eval mode.
 
     Weights of linear layers are kept in `compute_dtype`: autocast would cast them to it at every use, with the same
@@ -88,14 +93,21 @@ def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtyp
 
     base = _from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
-        raise ModelError(f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words")
-    return freeze(base, compute_dtype).to(device)
+        raise ModelError(
+            f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words"
+        )
+    return cast(nn.Module, freeze(base, compute_dtype)).to(device)
 
 
-def freeze(base: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
+    """The base's embedding of words, weight [V, H]."""
+    return cast(nn.Embedding, base.get_input_embeddings())
+
+
+def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Freeze `base` in place, put it in eval mode and store its weights as `load_base` says."""
     base.requires_grad_(False).eval()
-    embeddings = base.get_input_embeddings().weight
+    embeddings = word_embeddings(base).weight
     in_compute_dtype = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear) and m.weight is not embeddings}
     for parameter in base.parameters():
         if parameter.is_floating_point():
@@ -119,7 +131,9 @@ def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs:
         logging.enable_progress_bar()
 
 
-def prepend(prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def prepend(
+    prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Put the prompt [P, H] in front of every row: virtual tokens are attended to and are no targets.
 
     Args:
@@ -137,25 +151,33 @@ def prepend(prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: 
     )
 
 
-class SoftPromptedModel(nn.Module):
-    """A frozen base with a prompt before it. The prompt's values may be trained; the base's never are."""
+def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The base's own forward over padded rows with the prompt [P, H] before each; P = 0 is the bare base.
 
-    def __init__(self, prompt: PromptEmbedding, base: nn.Module):
+    Bases with explicit positions get them from the mask, so that padding between prompt and text is not counted
+    (transformers' default would count it; BLOOM's ALiBi reads the mask by itself).
+
+    Returns:
+        logits [B, P+T, V] in the dtype of the base's head, labels [B, P+T] int64.
+    """
+    words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
+    embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
+    explicit = "position_ids" in inspect.signature(base.forward).parameters
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if explicit else {}
+    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits, labels
+
+
+class SoftPromptedModel(nn.Module):
+    """A frozen base with a prompt before it: what `--print_model` shows and what the parameter line counts."""
+
+    def __init__(self, prompt: PromptEmbedding, base: PreTrainedModel):
         super().__init__()
         self.prompt = prompt
         self.base = base
-        self.takes_position_ids = "position_ids" in inspect.signature(base.forward).parameters
 
-    def forward(self, batch: Batch, prompt: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [B, P+T, V] of the padded forward, and labels [B, P+T] int64; `prompt` [P, H] stands in for the own one.
-
-        Bases with explicit positions get them from the mask, so padding between prompt and text is not counted
-        (transformers' own default would count it; BLOOM's ALiBi reads the mask by itself).
-        """
-        words = self.base.get_input_embeddings()(batch.input_ids)  # [B, T, H]
-        embeddings, mask, labels = prepend(self.prompt() if prompt is None else prompt, words, *batch[1:])
-        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self.takes_position_ids else {}
-        return self.base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits, labels
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels as of `padded_forward`."""
+        return padded_forward(self.base, self.prompt(), batch)
 
     def trainable_parameters_line(self) -> str:
         """The line that PEFT's `print_trainable_parameters` prints."""
@@ -168,16 +190,35 @@ class PaddedEngine:
     """The plain engine, for any causal language model: a window is cut into micro-batches of `rows_per_microbatch`
     rows, each padded to its longest, and run through the base's own forward under autocast."""
 
-    def __init__(self, base: nn.Module, tokenizer: Any, rows_per_microbatch: int, compute_dtype: torch.dtype):
+    def __init__(self, base: PreTrainedModel, tokenizer: Any, rows_per_microbatch: int, compute_dtype: torch.dtype):
         self.base = base
         self.compute_dtype = compute_dtype
-        self.device = base.get_input_embeddings().weight.device
+        self.device = word_embeddings(base).weight.device
         self.rows_per_microbatch = rows_per_microbatch
         self.pad_token_id, self.padding_side = tokenizer.pad_token_id, tokenizer.padding_side
 
-    def accumulate(self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float) -> tuple[Tensor, int]:
+    def accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
         return self._run(prompt(), window, grad_scale)
 
     @torch.no_grad()
     def evaluate(self, prompt: Tensor | None, window: Sequence[Example]) -> tuple[Tensor, int]:
-        return self._run(self._empty() if prompt is None else prompt, window, None)
+        bare = word_embeddings(self.base).weight[:0]  # [0, H]
+        return self._run(bare if prompt is None else prompt, window, None)
+
+    def _run(self, prompt: Tensor, window: Sequence[Example], grad_scale: Tensor | float | None) -> tuple[Tensor, int]:
+        total = torch.zeros((), device=self.device)
+        for rows in chunks(window, self.rows_per_microbatch):
+            batch = collate_padded(rows, self.pad_token_id, self.padding_side).to(self.device)
+            with autocast(self.device, self.compute_dtype):
+                loss = cross_entropy_sum(*padded_forward(self.base, prompt, batch))
+            if grad_scale is not None:
+                (loss * grad_scale).backward()
+            total += loss.detach()
+        return total, sum(count_targets(row, preceded=len(prompt) > 0) for row in window)
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `compute_dtype`; nothing is cast where that is fp32."""
+    return torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32)

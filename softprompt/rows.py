@@ -25,13 +25,15 @@ HUB_HELP = (
 )
 
 
-def load_rows(source: str, template: Template, columns: dict[str, str], *, config_name: str | None = None, split: str = "train") -> list[Row]:
+def load_rows(
+    source: str, template: Template, columns: dict[str, str], *, config_name: str | None = None, split: str = "train"
+) -> list[Row]:
     """Read and check every row of `source` (see `--dataset`), its columns renamed by `columns` (ours → theirs).
 
     Raises:
-        DataError: nothing there, an unreadable format, no rows, a row that lacks a text the template or the answer needs.
+        DataError: nothing there, an unreadable format, no rows, a row without a text that template or answer need.
     """
-    rows = []
+    rows: list[Row] = []
     for where, row in _read(source, config_name, split):
         if not isinstance(row, dict):
             raise DataError(f"{source}, {where}: expected an object of columns, found {_kind(row)}")
@@ -41,6 +43,35 @@ def load_rows(source: str, template: Template, columns: dict[str, str], *, confi
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one with instruction and output")
     return rows
+
+
+def load_prompts(source: str, template: Template) -> list[Row]:
+    """Questions of a --prompts_file: a .txt with one a line, or a .jsonl with `prompt` or the template's columns.
+
+    Raises:
+        DataError: not there, not readable, no question in it, a line without its columns.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"--prompts_file {source}: no such file")
+    if path.suffix.lower() == ".txt":
+        rows = [template.row(line) for line in _text(path).splitlines() if line.strip()]
+    elif path.suffix.lower() == ".jsonl":
+        rows = [_question(f"{source}, {where}", row, template) for where, row in _read_jsonl(path)]
+    else:
+        raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
+    return rows
+
+
+def _question(where: str, row: Any, template: Template) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+    if isinstance(row.get("prompt"), str) and "prompt" not in template.fields:
+        extra = row.get("input") or ""
+        if not isinstance(extra, str):
+            raise DataError(f"{where}: column 'input' must be a text, found {_kind(extra)}")
+        return template.row(row["prompt"], extra)
+    return _texts(where, row, template.fields or ("instruction", "input"), template)
 
 
 def _read(source: str, config_name: str | None, split: str) -> Located:
@@ -55,7 +86,9 @@ def _read(source: str, config_name: str | None, split: str) -> Located:
             raise DataError(f"{source}: no such file")
         return readers[path.suffix.lower()](path)
     if path.exists():
-        raise DataError(f"{source}: expected a file ending in {', '.join(readers)}, or a folder of Dataset.save_to_disk")
+        raise DataError(
+            f"{source}: expected a file ending in {', '.join(readers)}, or a folder of Dataset.save_to_disk"
+        )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source}: no such file or folder")
     return _read_hub(source, config_name, split)
@@ -66,7 +99,9 @@ def _text(path: Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")  # a byte order mark, as Windows editors write, is no fault
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file as UTF-8 (iconv -f GBK -t UTF-8, for instance)") from None
+        raise DataError(
+            f"{path}, line {line}: not UTF-8; save the file as UTF-8 (iconv -f GBK -t UTF-8, for instance)"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if not text.strip():
@@ -104,8 +139,13 @@ def _read_csv(path: Path) -> Located:
     try:
         for row in reader:
             if None in row or None in row.values():
-                found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or [])
-                raise DataError(f"{path}, line {reader.line_num}: {found} fields where the header names {len(reader.fieldnames or [])}")
+                found = sum(value is not None for key, value in row.items() if key is not None) + len(
+                    row.get(None) or []
+                )
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {found} fields where the header names "
+                    f"{len(reader.fieldnames or [])}"
+                )
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
@@ -148,7 +188,8 @@ def _read_hub(source: str, config_name: str | None, split: str) -> Located:
         dataset = load_dataset(source, config_name, split=split)
     except Exception as error:
         raise DataError(
-            f"dataset {source!r}: no such file or folder here, and not loadable from the hub ({_first_line(error)}); {HUB_HELP}"
+            f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
+            f"({_first_line(error)}); {HUB_HELP}"
         ) from None
     return _numbered(dataset)
 
@@ -156,7 +197,9 @@ def _read_hub(source: str, config_name: str | None, split: str) -> Located:
 def _check_mapping(source: str, row: Row, columns: dict[str, str]) -> None:
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise DataError(f"{source}: --columns maps {ours} to {theirs!r}, but the columns are {', '.join(map(str, row))}")
+            raise DataError(
+                f"{source}: --columns maps {ours} to {theirs!r}, but the columns are {', '.join(map(str, row))}"
+            )
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -173,14 +216,20 @@ def _checked(where: str, row: Row, template: Template) -> Row:
             "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
         }
     names = template.fields or ("instruction", "input")
+    return _texts(where, row, (*names, "output"), template)
+
+
+def _texts(where: str, row: Row, names: tuple[str, ...], template: Template) -> Row:
     checked = {}
-    for name in (*names, "output"):
+    for name in names:
         value = row.get(name)
         if value is None and name in template.optional_fields:
             value = ""
         if not isinstance(value, str):
             found = "there is none" if name not in row else f"found {_kind(value)}"
-            raise DataError(f"{where}: column {name!r} must be a text, {found} (--columns {name}=THEIRS names another column)")
+            raise DataError(
+                f"{where}: column {name!r} must be a text, {found} (--columns {name}=THEIRS names another column)"
+            )
         checked[name] = value
     return checked
 
@@ -191,8 +240,12 @@ def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = 
 
 
 def _messages(where: str, name: str, value: Any, ends_with_answer: bool) -> list[dict[str, str]]:
-    good = isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
     )
     if not good or (ends_with_answer and value[-1]["role"] != "assistant"):
         end = " that ends with the assistant's" if ends_with_answer else ""
@@ -201,7 +254,14 @@ def _messages(where: str, name: str, value: Any, ends_with_answer: bool) -> list
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return "a text" if isinstance(value, str) else names.get(type(value), type(value).__name__)
 
 

@@ -33,12 +33,13 @@ class Template:
         # Only plain names: {row.__class__} and the like would let a downloaded template reach into Python objects.
         if not names or any(not name.isidentifier() or spec or conversion for name, spec, conversion in names):
             raise ConfigError(
-                f"--template {self.spec!r} must be `chat` or hold columns as plain names, like 'Q: {{instruction}}\\nA: '"
+                f"--template {self.spec!r} must be `chat` or hold columns as plain names, "
+                "like 'Q: {instruction}\\nA: '"
             )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Columns of the prompt, in the order in which they first occur; none for chat, whose rows may take several forms."""
+        """Columns of the prompt, in order of first use; none for chat, whose rows may take several forms."""
         if self.spec == DEFAULT:
             return ("instruction", "input")
         if self.spec == CHAT:
@@ -48,6 +49,24 @@ class Template:
     @property
     def optional_fields(self) -> frozenset[str]:
         return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else frozenset()
+
+    def row(self, prompt: str, input: str = "") -> dict[str, str]:
+        """A new question as a row: `prompt` is the template's first column, `input` that of this name or the second.
+
+        Raises:
+            ConfigError: the template has more columns than that, or none for `input`.
+        """
+        names = self.fields or ("instruction", "input")
+        second = "input" if "input" in names[1:] else "".join(names[1:2])
+        unfilled = [n for n in names[1:] if n != second or not (input or n in self.optional_fields)]
+        if unfilled:
+            raise ConfigError(
+                f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
+                "give --input where that is all, else a --prompts_file (.jsonl) with these columns"
+            )
+        if input and not second:
+            raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}")
+        return {names[0]: prompt, **({second: input} if second else {})}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
         """Prompt text of a row; `tokenizer` is asked only by the chat template."""
@@ -65,7 +84,9 @@ class Template:
         prompt = self.render(row, tokenizer)
         whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)])
         if not whole.startswith(prompt):
-            raise DataError("the tokenizer's chat template does not continue its own generation prompt; give --template")
+            raise DataError(
+                "the tokenizer's chat template does not continue its own generation prompt; give --template"
+            )
         # Many templates end a turn with a line break after the end mark; the model stops at the mark.
         return whole[len(prompt) :].rstrip("\n")
 

@@ -1,0 +1,118 @@
+"""Flags from the dataclasses of settings; errors become one line and an exit code."""
+
+import argparse
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.errors import ConfigError, SoftpromptError
+from softprompt.fields import hints, nearest
+from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that raises ConfigError instead of printing its usage, and keeps unset flags out."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.replace("argument --", "--", 1))
+
+
+def parse_training(argv: Sequence[str]) -> TrainConfig:
+    """Settings of train.py: flags over --config FILE.toml over the preset over the defaults.
+
+    Raises:
+        ConfigError: flags or file that are wrong in whatever way.
+    """
+    parser = _parser(GROUPS, "train.py", "Learn a soft prompt for a frozen language model.")
+    start = parser.add_argument_group("start")
+    start.add_argument(
+        "--preset",
+        help=f"Defaults to start from: {', '.join(PRESETS)}. (default: mini; none where --model_name_or_path is given)",
+    )
+    start.add_argument("--config", metavar="FILE.toml", help="A file of these settings; flags win over it.")
+    given = _parse(parser, argv)
+    from_file = _read_toml(given.pop("config")) if "config" in given else {}
+    return train_config(**{**from_file, **given})
+
+
+def parse_inference(argv: Sequence[str]) -> InferConfig:
+    """Settings of infer.py.
+
+    Raises:
+        ConfigError: flags that are wrong in whatever way.
+    """
+    return infer_config(**_parse(_parser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt."), argv))
+
+
+def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code."""
+    try:
+        main(sys.argv[1:])
+    except SoftpromptError as error:
+        _exit(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _exit("stopped", 130)
+    except BrokenPipeError:  # `… | head` has read enough
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        _exit(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    sys.exit(0)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:
+    parser = Parser(
+        groups, prog=program, description=description, allow_abbrev=False, usage=f"{program} [--flag value …]"
+    )
+    helps = {f.name: f.metadata["help"].replace("%", "%%") for group in groups for f in dataclasses.fields(group)}
+    for action in parser._actions:
+        if action.dest in helps:
+            shown = "" if action.default is None or "(default" in helps[action.dest] else " (default: %(default)s)"
+            action.help = helps[action.dest] + shown
+        if hints(groups).get(action.dest) == bool | None:  # a bare --bf16 means true, as with plain booleans
+            action.nargs, action.const = "?", True
+    parser.formatter_class = argparse.HelpFormatter
+    return parser
+
+
+def _parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """Only the flags that were given, so that presets and files can fill in the others."""
+    if {"-h", "--help"} & set(argv):
+        for action in parser._actions:  # --max-length does what --max_length does; one of them is enough to read
+            action.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        parser.print_help()
+        sys.exit(0)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    namespace, rest = parser.parse_known_args(list(argv))
+    if rest:
+        flag = next((a for a in rest if a.startswith("-")), rest[0]).split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{nearest(flag, known)}")
+    return vars(namespace)
+
+
+def _read_toml(name: str) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {name}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, not TOML
+        raise ConfigError(f"--config {name}: not TOML: {error}") from None
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known = {"preset": str, **hints(GROUPS)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"--config {name}: unknown setting {key!r}{nearest(key, known)}")
+    return values

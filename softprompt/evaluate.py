@@ -1,0 +1,84 @@
+"""Held-out rows: loss and perplexity over all their targets, and exact match where the answers are short."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.batching import chunks
+from softprompt.data import IGNORE, Example
+from softprompt.generate import GenerationSettings, generate
+from softprompt.model import Engine
+
+SHORT_ANSWER = 32  # tokens, the end token among them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` is the mean over all targets of the rows; `answers` are greedy, and absent where some answer is long."""
+
+    loss: float
+    answers: list[str] | None
+    exact_match: float | None
+
+    @property
+    def perplexity(self) -> float | None:
+        """e to the loss; None where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else None
+
+    def metrics(self, suffix: str = "") -> dict[str, float | None]:
+        """Under Trainer's names: eval_loss, eval_perplexity, eval_exact_match."""
+        named = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
+        # a comparison that does not apply has no entry
+        return {f"eval_{name}{suffix}": value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out rows and the means to evaluate any prompt on them."""
+
+    engine: Engine
+    base: PreTrainedModel
+    tokenizer: Any
+    examples: Sequence[Example]
+    batch_size: int
+
+    def __call__(self, prompt: Tensor | None) -> Evaluation:
+        """Evaluate a prompt [P, H], or the bare base (None)."""
+        loss, targets = 0.0, 0
+        for window in chunks(self.examples, self.batch_size):
+            loss_sum, count = self.engine.evaluate(prompt, window)
+            loss, targets = loss + loss_sum.item(), targets + count
+        if max(len(answer_ids(e)) for e in self.examples) > SHORT_ANSWER:
+            return Evaluation(loss / targets, None, None)
+        answers = self._answers(prompt)
+        expected = [self.text(answer_ids(e)) for e in self.examples]
+        right = sum(a == b for a, b in zip(answers, expected, strict=True))
+        return Evaluation(loss / targets, answers, right / len(expected))
+
+    def _answers(self, prompt: Tensor | None) -> list[str]:
+        settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
+        dtype: torch.dtype = self.engine.compute_dtype
+        questions = [question_ids(e) for e in self.examples]
+        return [
+            self.text(ids)
+            for ids in generate(self.base, self.tokenizer, prompt, questions, settings, dtype, self.batch_size)
+        ]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def question_ids(example: Example) -> list[int]:
+    """Ids of a row before its first target."""
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
+    return example.input_ids[:first]
+
+
+def answer_ids(example: Example) -> list[int]:
+    """Ids of a row's targets."""
+    return [label for label in example.labels if label != IGNORE]

@@ -1,0 +1,66 @@
+"""Dataclass fields as settings: a default and a help text each, and values checked against the annotated types."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import field, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from softprompt.errors import ConfigError
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that becomes a flag of its name."""
+    return field(default=default, metadata={"help": help})
+
+
+def hints(groups: Sequence[type]) -> dict[str, Any]:
+    """Every setting of the dataclasses `groups` and its type."""
+    return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
+
+
+def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
+    """One instance per dataclass, from settings under their flags' names.
+
+    Raises:
+        ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
+    """
+    known = hints(groups)
+    faults = [f"unknown setting {name!r}{nearest(name, known)}" for name in values if name not in known]
+    values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
+    wrong = {name: value for name, value in values.items() if not _fits(value, known[name])}
+    faults += [f"--{name} {value!r} is not {_expected(known[name])}" for name, value in wrong.items()]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A clause that suggests the known name most like `name`, where one is."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _coerced(value: Any, hint: Any) -> Any:
+    """Whole numbers stand for floats, as everywhere in Python."""
+    return float(value) if float in _members(hint) and type(value) is int else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for member in _members(hint):
+        if get_origin(member) is Literal:
+            if value in get_args(member):
+                return True
+        elif type(value) is member:
+            return True
+    return False
+
+
+def _expected(hint: Any) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    choices = [c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in _members(hint) if m in names)

@@ -1,0 +1,98 @@
+"""Settings of infer.py, each default in one place; validation as in config.py."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from softprompt.config import precision_faults
+from softprompt.errors import ConfigError
+from softprompt.fields import build, option
+
+
+@dataclass(frozen=True)
+class QuestionArguments:
+    _argument_group_name: ClassVar[str] = "what to answer"
+
+    prompt: str | None = option(None, "The instruction, or the first column of the adapter's template.")
+    input: str | None = option(None, "The text that the instruction is about: the article's second field.")
+    prompts_file: str | None = option(
+        None,
+        "Answer many: a .txt with one prompt a line, or a .jsonl with `prompt`, or with `instruction` and `input`.",
+    )
+
+
+@dataclass(frozen=True)
+class AdapterArguments:
+    _argument_group_name: ClassVar[str] = "model"
+
+    adapter: str | None = option(
+        None, "Adapter folder, ours or PEFT's; `none` is the bare base. (default: the newest under runs/)"
+    )
+    model_name_or_path: str | None = option(None, "Base model, over the one that the adapter names.")
+    device: str = option("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.")
+    bf16: bool | None = option(None, "bf16 autocast. (default: on CUDA where the card has it)")
+    fp16: bool | None = option(None, "fp16 autocast. (default: on CUDA where the card has no bf16)")
+
+
+@dataclass(frozen=True)
+class GenerationArguments:
+    """None stands for what is saved beside the adapter, else for the article's setting."""
+
+    _argument_group_name: ClassVar[str] = "generation"
+
+    max_length: int | None = option(None, "Tokens of prompt and answer; virtual ones do not count. (default: 256)")
+    max_new_tokens: int | None = option(None, "Tokens of the answer alone; wins over --max_length.")
+    do_sample: bool | None = option(
+        None, "Sample; `--do_sample false` is greedy. (default: true; the mini base: false)"
+    )
+    temperature: float | None = option(None, "Divides the logits before sampling. (default: 1.0)")
+    top_k: int | None = option(None, "Sample from the k likeliest words, 0 from all. (default: 50)")
+    top_p: float | None = option(None, "Sample from the likeliest words that make up this share. (default: 1.0)")
+    repetition_penalty: float | None = option(None, "Above 1: words that occurred become less likely. (default: 1.0)")
+    seed: int | None = option(None, "Repeatable samples. (default: new ones each time)")
+    batch_size: int = option(8, "Prompts of --prompts_file that are answered together.")
+
+
+INFER_GROUPS = (QuestionArguments, AdapterArguments, GenerationArguments)
+# What infer.py does by default with an adapter that was trained on this base.
+GENERATION_DEFAULTS: dict[str | None, dict[str, Any]] = {"mini": {"do_sample": False, "max_new_tokens": 32}}
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    question: QuestionArguments
+    model: AdapterArguments
+    generation: GenerationArguments
+
+
+def infer_config(**given: Any) -> InferConfig:
+    """Settings of infer.py from keyword arguments under the flags' names.
+
+    Raises:
+        ConfigError: as of `train_config`.
+    """
+    config = InferConfig(*build(INFER_GROUPS, given))
+    question, model, generation = config.question, config.model, config.generation
+    faults = precision_faults(model.bf16, model.fp16, model.device) + generation_faults(dataclasses.asdict(generation))
+    if (question.prompt is None) == (question.prompts_file is None):
+        faults.append('give either --prompt "…" or --prompts_file FILE')
+    if question.input is not None and question.prompts_file is not None:
+        faults.append("--input goes with --prompt; in a --prompts_file it is a column")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def generation_faults(values: dict[str, Any]) -> list[str]:
+    """What is out of range among generation settings; None is never."""
+    limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1}
+    given = {name: value for name, value in values.items() if value is not None}
+    faults = [
+        f"--{name} {given[name]} must be at least {low}" for name, low in limits.items() if given.get(name, low) < low
+    ]
+    faults += [
+        f"--{n} {given[n]} must be above 0" for n in ("temperature", "repetition_penalty") if not given.get(n, 1) > 0
+    ]
+    if not 0 < given.get("top_p", 1) <= 1:
+        faults.append(f"--top_p {given['top_p']} must lie above 0 and not above 1")
+    return faults

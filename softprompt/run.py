@@ -1,0 +1,233 @@
+"""One training run: what is built is trained, evaluated before and after, and written."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
+from softprompt.card import model_card
+from softprompt.checkpoint import (
+    Adapter,
+    adapter_files,
+    json_bytes,
+    optimizer_file,
+    peft_config,
+    remove_old_checkpoints,
+)
+from softprompt.config import TrainConfig
+from softprompt.data import Tokenized
+from softprompt.evaluate import Evaluation, Evaluator
+from softprompt.files import write_files, write_folder
+from softprompt.infer_config import GENERATION_DEFAULTS
+from softprompt.model import (
+    Engine,
+    PaddedEngine,
+    SoftPromptedModel,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from softprompt.plot import loss_picture
+from softprompt.progress import Progress
+from softprompt.prompt import PromptEmbedding
+from softprompt.rows import Row
+from softprompt.template import Template
+from softprompt.trainer import Metrics, Step, farthest_move, learning_rates, total_steps, train
+
+# A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
+LEAST_MOVE = 0.1
+SAMPLED = 100  # rows among which the shortest becomes the question to try
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, held-out
+    rows, and how the bare base and the tuned one answer them (None without held-out rows)."""
+
+    config: TrainConfig
+    output_dir: Path
+    metrics: Metrics
+    adapter_bytes: int
+    sample: Row
+    evaluator: Evaluator | None
+    before: Evaluation | None
+    after: Evaluation | None
+
+
+def run_training(config: TrainConfig) -> Run:
+    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked.
+
+    Raises:
+        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
+    """
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    output_dir = choose_output_dir(config)
+    template = Template(config.data.template or "default")
+    rows, held_out = read_rows(config, template)
+    tell_rows(config, rows)
+    path = base_path(str(config.model.model_name_or_path))
+    tokenizer = load_tokenizer(path)
+    data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
+    tell_data(data, held_out_data)
+    base = load_base(path, device, dtype)
+    prompt = PromptEmbedding(initial_prompt(config, tokenizer, base)).to(device)
+    engine = PaddedEngine(base, tokenizer, config.training.per_device_train_batch_size, dtype)
+    tell_model(config, SoftPromptedModel(prompt, base), engine)
+    tell_steps(config, len(data.examples), output_dir)
+
+    evaluator = None
+    if held_out_data:
+        batch_size = config.training.per_device_eval_batch_size
+        evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
+    recorder = Recorder(
+        config, output_dir, base.config, prompt, evaluator, total_steps(len(data.examples), config.training)
+    )
+    with recorder.progress:
+        recorder.begin()
+        train(engine, prompt, data.examples, config.training, config.learning_rate, recorder)
+        return recorder.finish(min(rows[:SAMPLED], key=lambda row: len(str(row))))
+
+
+class Recorder:
+    """The loop's callbacks: shows and keeps its metrics, evaluates the prompt, writes checkpoints and the result."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        output_dir: Path,
+        base_config: Any,
+        prompt: PromptEmbedding,
+        evaluator: Evaluator | None,
+        total: int,
+    ):
+        self.config, self.output_dir, self.base_config, self.prompt = config, output_dir, base_config, prompt
+        self.evaluator = evaluator
+        self.progress = Progress(total, output_dir / "metrics.jsonl")
+        self.before: Evaluation | None = None
+        self.began = time.perf_counter()
+        self.resume_files: dict[str, bytes] = {}
+
+    def begin(self) -> None:
+        """Evaluate the bare base, for comparison."""
+        self.progress.start()
+        if self.evaluator:
+            self.progress.say("evaluating the base without a prompt …")
+            self.before = self.evaluator(None)
+            self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
+        self.began = time.perf_counter()
+
+    def on_step(self, step: Step) -> None:
+        self.progress.on_step(step)
+
+    def on_log(self, metrics: Metrics) -> None:
+        self.progress.on_log(metrics)
+
+    def on_evaluate(self, step: Step) -> Evaluation | None:
+        if not self.evaluator:
+            return None
+        evaluation = self.evaluator(self.prompt.weight.detach())
+        self.progress.on_log({"step": step.number, "epoch": round(step.epoch, 4), **evaluation.metrics()})
+        return evaluation
+
+    def on_save(self, step: Step, optimizer: torch.optim.Optimizer, state: Metrics) -> None:
+        state = {**state, "epoch": step.epoch, "arguments": self.config.as_dict()}
+        files = {**self._adapter_files({}), **optimizer_file(optimizer), "trainer_state.json": json_bytes(state)}
+        write_folder(self.output_dir / f"checkpoint-{step.number}", files)
+        remove_old_checkpoints(self.output_dir, self.config.training.save_total_limit)
+        self.resume_files = {name: files[name] for name in ("optimizer.safetensors", "trainer_state.json")}
+
+    def finish(self, sample: Row) -> Run:
+        """Evaluate the tuned prompt and write the run's own files."""
+        seconds = time.perf_counter() - self.began
+        after = self.on_evaluate(self.progress.steps[-1])
+        metrics = self._results(after, seconds)
+        files = self._adapter_files(metrics)
+        results = {"all_results.json": json_bytes(metrics)}
+        picture = loss_picture(self.progress.history, self.before.loss if self.before else None)
+        if picture:
+            results["loss.png"] = picture
+        write_files(self.output_dir, {**results, **self.resume_files, **files})
+        size = len(files["adapter_model.safetensors"])
+        return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
+
+    def _results(self, after: Evaluation | None, seconds: float) -> Metrics:
+        evaluations = {**(after.metrics() if after else {}), **(self.before.metrics("_base") if self.before else {})}
+        return {
+            "epoch": round(self.progress.steps[-1].epoch, 4),
+            "train_loss": self.progress.mean_loss,
+            "train_runtime": round(seconds, 2),
+            "train_tokens_per_second": round(self.progress.tokens_per_second, 1),
+            **evaluations,
+        }
+
+    def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
+        settings = self.config.prompt
+        prompt = self.prompt.weight.detach()
+        name = str(self.config.model.model_name_or_path)
+        peft = peft_config(
+            name, self.base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text
+        )
+        ours = {
+            "template": self.config.data.template or "default",
+            "generation": GENERATION_DEFAULTS.get(name, {}),
+        }
+        adapter = Adapter(prompt, peft, ours)
+        return {**adapter_files(adapter), "README.md": model_card(adapter, self.config.as_dict(), metrics)}
+
+
+def tell_rows(config: TrainConfig, rows: list[Row]) -> None:
+    """Count, columns and first row, as the article shows them."""
+    print(f"Dataset {config.data.dataset}: {len(rows):,} rows, columns {', '.join(rows[0])}")
+    for name, value in rows[0].items():
+        print(f"  {name}: {_shortened(str(value))}")
+
+
+def tell_data(data: Tokenized, held_out: Tokenized | None) -> None:
+    print(f"Training: {data}")
+    if held_out:
+        print(f"Held out: {held_out}")
+
+
+def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:
+    if config.model.print_model:
+        print(model)
+    print(model.trainable_parameters_line())
+    name = str(engine.compute_dtype).removeprefix("torch.")
+    print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}; {_start(config)}")
+
+
+def tell_steps(config: TrainConfig, n_examples: int, output_dir: Path) -> None:
+    """Steps and learning rate, and a warning where a RANDOM prompt cannot get anywhere with it."""
+    args, peak = config.training, config.learning_rate
+    total = total_steps(n_examples, args)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    print(
+        f"{total:,} optimizer steps of {rows} rows, learning rate {peak:g} ({args.lr_scheduler_type}) → {output_dir}/"
+    )
+    move = farthest_move(learning_rates(args, peak, total), total)
+    if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:
+        needed = peak / move
+        print(
+            f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than about "
+            f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
+            f"--learning_rate {needed:.1g}"
+        )
+
+
+def _start(config: TrainConfig) -> str:
+    prompt = config.prompt
+    return f"prompt from {prompt.init_adapter}" if prompt.init_adapter else f"prompt starts {prompt.prompt_tuning_init}"
+
+
+def _shortened(text: str, width: int = 160) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _listed(metrics: Metrics) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

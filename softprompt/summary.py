@@ -1,0 +1,94 @@
+"""The last thing a run prints: what it changed, what it cost, and what to try next."""
+
+import shlex
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from softprompt.build import RUNS
+from softprompt.evaluate import question_ids
+from softprompt.run import Run
+
+EXAMPLES = 3
+WIDTH = 44
+
+
+def summary(run: Run) -> str:
+    """A table of figures, held-out examples before and after, and the infer.py command."""
+    parts = [_figures(run), _examples(run), f"Try: {infer_command(run)}"]
+    return "\n" + "\n\n".join(part for part in parts if part)
+
+
+def infer_command(run: Run) -> str:
+    """The command that asks this run's prompt; its folder is named where infer.py would not find it by itself."""
+    question = "我爱这部电影" if run.config.data.dataset == "mini:sentiment" else _question(run)
+    folder = "" if run.output_dir.parent == RUNS else f" --adapter {shlex.quote(str(run.output_dir))}"
+    extra = run.sample.get("input")
+    return f"python infer.py{folder} --prompt {_quoted(question)}" + (f" --input {_quoted(extra)}" if extra else "")
+
+
+def _figures(run: Run) -> str:
+    metrics = run.metrics
+    rows = [("", "base alone", "with prompt")]
+    if "eval_exact_match" in metrics and "eval_exact_match_base" in metrics:
+        rows.append(("exact match", f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
+    if "eval_loss" in metrics:
+        rows.append(("held-out loss", f"{metrics['eval_loss_base']:.4f}", f"{metrics['eval_loss']:.4f}"))
+    else:
+        rows.append(("training loss (mean)", "", f"{metrics['train_loss']:.4f}"))
+    rows.append(("seconds of training", "", f"{metrics['train_runtime']:.1f}"))
+    rows.append(("tokens per second", "", f"{metrics['train_tokens_per_second']:,.0f}"))
+    rows.append(("adapter, bytes", "", f"{run.adapter_bytes:,}"))
+    return _table(rows)
+
+
+def _examples(run: Run) -> str:
+    if not (run.evaluator and run.before and run.after and run.before.answers and run.after.answers):
+        return ""
+    rows = [("held-out row", "base alone", "with prompt")]
+    shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
+    for example, before, after in shown:
+        question = run.evaluator.text(question_ids(example))
+        rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
+    return _table(rows)
+
+
+def _question(run: Run) -> str:
+    value: Any = next(iter(run.sample.values()))
+    if isinstance(value, list):  # messages
+        value = value[0]["content"]
+    return value
+
+
+def _quoted(text: str) -> str:
+    text = _plain(text)
+    return '"' + text + '"' if not set(text) & set('"$`\\!') else shlex.quote(text)
+
+
+def _plain(text: str) -> str:
+    """One line, without the article's Human/Assistant frame."""
+    text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
+    return " ".join(text.split())
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(_columns(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell + " " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _cut(text: str) -> str:
+    if _columns(text) <= WIDTH:
+        return text
+    while _columns(text) > WIDTH - 1:
+        text = text[:-1]
+    return text + "…"

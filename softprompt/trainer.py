@@ -1,0 +1,175 @@
+"""The loop: windows of rows through an engine, one AdamW step each, with logging, evaluation and saving at their steps.
+
+What it computes is what Trainer computes with the same arguments: the same order of rows, the loss normalised over the
+targets of the whole optimizer step, the same schedule, clipping and AdamW.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from softprompt.batching import steps_per_epoch, windows
+from softprompt.config import TrainingArguments
+from softprompt.data import Example, count_targets
+from softprompt.errors import TrainingError
+from softprompt.model import Engine
+from softprompt.prompt import PromptEmbedding
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, counted from 1: mean loss over its targets, gradient norm before clipping, the learning rate
+    it used, its real tokens and seconds. `epoch` is the number of passes done, as a fraction."""
+
+    number: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+class Callbacks(Protocol):
+    """What the loop calls, and never looks into."""
+
+    def on_step(self, step: Step) -> None: ...
+    def on_log(self, metrics: Metrics) -> None: ...
+    def on_evaluate(self, step: Step) -> object: ...
+    def on_save(self, step: Step, optimizer: torch.optim.Optimizer, state: Metrics) -> None: ...
+
+
+def total_steps(n_examples: int, args: TrainingArguments) -> int:
+    """Optimizer steps T of a run: `max_steps`, else ceil(epochs × windows per epoch), as in Trainer."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(n_examples, rows))
+    )
+
+
+def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
+    """The learning rate at the 0-based optimizer step, as a pure function; shapes are transformers.get_scheduler's."""
+    from transformers import get_scheduler
+
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total)
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
+    scheduler = get_scheduler(args.lr_scheduler_type, stand_in, int(warmup), total)
+    return lambda step: peak * scheduler.lr_lambdas[0](step)
+
+
+def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
+    """About how far AdamW can carry a coordinate: each step moves it by its learning rate or less."""
+    return sum(map(lr_at, range(total)))
+
+
+def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:
+    """Fused AdamW over the prompt alone (Trainer's `adamw_torch_fused`)."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        [prompt.weight], lr=peak, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
+    )
+
+
+def train(
+    engine: Engine,
+    prompt: PromptEmbedding,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    peak_learning_rate: float,
+    callbacks: Callbacks,
+) -> None:
+    """Train `prompt` in place.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite (fp16 steps that the scaler skips are no fault).
+    """
+    total = total_steps(len(examples), args)
+    lr_at = learning_rates(args, peak_learning_rate, total)
+    optimizer = make_optimizer(prompt, args, peak_learning_rate)
+    scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_epoch = steps_per_epoch(len(examples), rows_per_step)
+    taken = 0  # a step that the scaler skips does not move the schedule, as in Trainer
+    since_log: list[Step] = []
+
+    for number, rows in zip(range(1, total + 1), windows(len(examples), rows_per_step, args.seed), strict=False):
+        began = time.perf_counter()
+        window = [examples[row] for row in rows]
+        optimizer.param_groups[0]["lr"] = lr_at(taken)
+        loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)) and stepped:
+            raise _not_finite(number, rows, loss, grad_norm)
+        tokens = sum(len(row.input_ids) for row in window)
+        step = Step(number, number / per_epoch, loss, grad_norm, lr_at(taken), tokens, time.perf_counter() - began)
+        taken += stepped
+        since_log.append(step)
+        callbacks.on_step(step)
+        if number % args.logging_steps == 0 or number == total:
+            callbacks.on_log(log_record(since_log))
+            since_log = []
+        epoch_ended = number % per_epoch == 0 or number == total
+        if number < total and _evaluation_is_due(number, epoch_ended, args):
+            callbacks.on_evaluate(step)
+        if number % args.save_steps == 0 or number == total:
+            state = {"step": number, "taken": taken, "max_steps": total, "scaler": scaler.state_dict()}
+            callbacks.on_save(step, optimizer, state)
+
+
+def optimizer_step(
+    engine: Engine,
+    prompt: PromptEmbedding,
+    window: Sequence[Example],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+) -> tuple[float, float, bool]:
+    """Gradient of the window's mean loss, clipped (0: not), one step. Returns mean loss, gradient norm before clipping,
+    and whether the step was taken: a scaler skips one whose fp16 gradient overflowed."""
+    n_targets = sum(map(count_targets, window))
+    one = torch.ones((), device=engine.device)
+    loss_sum, _ = engine.accumulate(prompt, window, scaler.scale(one) / n_targets)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_([prompt.weight], max_grad_norm or math.inf)
+    scale_before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum.item() / n_targets, norm.item(), scaler.get_scale() >= scale_before
+
+
+def log_record(steps: Sequence[Step]) -> Metrics:
+    """One line of metrics.jsonl: losses averaged over the steps since the last line, as in Trainer."""
+    last = steps[-1]
+    return {
+        "step": last.number,
+        "epoch": round(last.epoch, 4),
+        "loss": _finite(sum(s.loss for s in steps) / len(steps)),
+        "grad_norm": _finite(last.grad_norm),
+        "learning_rate": last.learning_rate,
+        "tokens_per_second": round(sum(s.tokens for s in steps) / sum(s.seconds for s in steps), 1),
+    }
+
+
+def _evaluation_is_due(number: int, epoch_ended: bool, args: TrainingArguments) -> bool:
+    if args.eval_strategy == "steps":
+        return number % (args.eval_steps or args.logging_steps) == 0
+    return args.eval_strategy == "epoch" and epoch_ended
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _not_finite(number: int, rows: Sequence[int], loss: float, grad_norm: float) -> TrainingError:
+    some = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+    return TrainingError(
+        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm} (training rows {some}, counted from 0); "
+        "lower --learning_rate; the prompt of the last checkpoint is intact"
+    )
