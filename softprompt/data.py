@@ -14,7 +14,8 @@ CHUNK = 512
 
 
 class Example(NamedTuple):
-    """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken."""
+    """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken, always at a row's
+    first token: in a padded batch what stands before it may be padding."""
 
     input_ids: list[int]
     labels: list[int]
@@ -46,10 +47,9 @@ class Tokenized:
         return "; ".join(parts)
 
 
-def count_targets(example: Example, preceded: bool = True) -> int:
-    """Positions that a loss is taken at: every label but -100. A row's first token is predicted only where a prompt
-    precedes it."""
-    return sum(label != IGNORE for label in example.labels[0 if preceded else 1 :])
+def count_targets(example: Example) -> int:
+    """Positions that a loss is taken at: every label but -100."""
+    return sum(label != IGNORE for label in example.labels)
 
 
 def tokenize(
@@ -96,7 +96,8 @@ def tokenize(
 
 
 def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
-    return Example((prompt + answer)[:max_length], ([IGNORE] * len(prompt) + answer)[:max_length])
+    labels = [IGNORE] * len(prompt) + answer
+    return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]])
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, special: bool, room: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -96,7 +97,7 @@ def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtyp
         raise ModelError(
             f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words"
         )
-    return cast(nn.Module, freeze(base, compute_dtype)).to(device)
+    return cast(PreTrainedModel, freeze(base, compute_dtype).to(device))  # type: ignore[arg-type]
 
 
 def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
@@ -118,6 +119,8 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
 def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise ModelError(f"{what} {name_or_path!r}: no such folder; give --model_name_or_path a folder or a hub id")
     logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
@@ -216,7 +219,7 @@ class PaddedEngine:
             if grad_scale is not None:
                 (loss * grad_scale).backward()
             total += loss.detach()
-        return total, sum(count_targets(row, preceded=len(prompt) > 0) for row in window)
+        return total, sum(map(count_targets, window))
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:

@@ -54,6 +54,13 @@ def total_steps(n_examples: int, args: TrainingArguments) -> int:
     )
 
 
+def epochs_done(step: int, n_examples: int, args: TrainingArguments) -> float:
+    """Passes over the rows after this many optimizer steps, counted in micro-batches, as Trainer logs them."""
+    micro = math.ceil(n_examples / args.per_device_train_batch_size)
+    whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
+    return whole + min(part * args.gradient_accumulation_steps, micro) / micro
+
+
 def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
     """The learning rate at the 0-based optimizer step, as a pure function; shapes are transformers.get_scheduler's."""
     from transformers import get_scheduler
@@ -102,20 +109,20 @@ def train(
     for number, rows in zip(range(1, total + 1), windows(len(examples), rows_per_step, args.seed), strict=False):
         began = time.perf_counter()
         window = [examples[row] for row in rows]
-        optimizer.param_groups[0]["lr"] = lr_at(taken)
+        learning_rate = optimizer.param_groups[0]["lr"] = lr_at(taken)
         loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)) and stepped:
+        if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _not_finite(number, rows, loss, grad_norm)
-        tokens = sum(len(row.input_ids) for row in window)
-        step = Step(number, number / per_epoch, loss, grad_norm, lr_at(taken), tokens, time.perf_counter() - began)
         taken += stepped
+        tokens = sum(len(row.input_ids) for row in window)
+        epoch = epochs_done(number, len(examples), args)
+        step = Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began)
         since_log.append(step)
         callbacks.on_step(step)
         if number % args.logging_steps == 0 or number == total:
             callbacks.on_log(log_record(since_log))
             since_log = []
-        epoch_ended = number % per_epoch == 0 or number == total
-        if number < total and _evaluation_is_due(number, epoch_ended, args):
+        if number < total and _evaluation_is_due(number, number % per_epoch == 0, args):
             callbacks.on_evaluate(step)
         if number % args.save_steps == 0 or number == total:
             state = {"step": number, "taken": taken, "max_steps": total, "scaler": scaler.state_dict()}

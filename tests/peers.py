@@ -1,0 +1,54 @@
+"""The peer that results are compared with: PEFT's prompt tuning over the same base, and naive references."""
+
+import copy
+from collections.abc import Sequence
+
+import peft
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data import Example
+
+
+def peft_model(base: PreTrainedModel, prompt: Tensor) -> peft.PeftModel:
+    """PEFT over a copy of `base`, its prompt set to `prompt` [P, H]."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), prompt_tuning_init="RANDOM")
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        peft_prompt(model).copy_(prompt)
+    return model
+
+
+def peft_prompt(model: peft.PeftModel) -> torch.nn.Parameter:
+    """The one parameter that PEFT trains, [P, H]."""
+    return model.prompt_encoder["default"].embedding.weight
+
+
+def random_examples(n: int, longest: int, vocab_size: int = 300, seed: int = 0) -> list[Example]:
+    """`n` rows of odd lengths up to `longest`, each with an untrained part of at least one token and one target."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def below(high: int, low: int = 0) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    rows = []
+    for _ in range(n):
+        length = below(longest + 1, 2)
+        ids = torch.randint(4, vocab_size, (length,), generator=draw).tolist()
+        asked = below(length, 1)
+        rows.append(Example(ids, [-100] * asked + ids[asked:]))
+    return rows
+
+
+def naive_loss(base: PreTrainedModel, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
+    """Mean loss over the targets of all rows, each row run alone, unpadded, one log-probability after the other."""
+    losses = []
+    for row in rows:
+        words = base.get_input_embeddings()(torch.tensor(row.input_ids))  # [T, H]
+        logits = base(inputs_embeds=torch.cat([prompt, words])[None]).logits[0]  # [P+T, V]
+        log_probabilities = logits.float().log_softmax(-1)
+        for at, label in enumerate(row.labels):
+            if label != -100:
+                losses.append(-log_probabilities[len(prompt) + at - 1, label])
+    return torch.stack(losses).mean()
