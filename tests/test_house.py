@@ -1,0 +1,85 @@
+"""The house stands as it was drawn: which module may import which, and how large the entrances are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "softprompt"
+
+# Each module and what it may import of ours; one way for data to flow, no going back.
+MAY_IMPORT = {
+    "errors": set(),
+    "fields": {"errors"},
+    "config": {"errors", "fields"},
+    "infer_config": {"config", "errors", "fields"},
+    "template": {"errors"},
+    "rows": {"errors", "template"},
+    "data": {"errors", "template"},
+    "batching": {"data", "errors"},
+    "prompt": {"errors"},
+    "loss": set(),
+    "files": {"errors"},
+    "model": {"batching", "data", "errors", "loss", "prompt"},
+    "checkpoint": {"errors", "files"},
+    "generate": {"batching", "data", "errors", "model"},
+    "evaluate": {"batching", "data", "generate", "model"},
+    "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
+    "card": {"checkpoint"},
+    "plot": {"trainer"},
+    "progress": {"trainer"},
+    "build": {"checkpoint", "config", "data", "errors", "files", "mini", "model", "prompt", "rows", "template"},
+}
+NO_TORCH = {"errors", "fields", "config", "infer_config", "template", "rows", "data", "cli", "mini"}
+
+
+def modules() -> dict[str, list[Path]]:
+    found = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    return found | {"mini": sorted((PACKAGE / "mini").glob("*.py"))}
+
+
+def imported(path: Path, at_top: bool = False) -> set[str]:
+    """Modules that a file imports, as dotted names; only those of its top level if asked."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body if at_top else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    return {n.split(".")[1] for n in imported(path) if n.startswith("softprompt.")} & set(modules())
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_follow_the_table(name):
+    for path in modules()[name]:
+        assert ours(path) - {name} <= MAY_IMPORT[name]
+
+
+def test_nothing_that_the_others_stand_on_knows_the_entrances():
+    for name, paths in modules().items():
+        if name not in ("cli", "api", "run", "summary"):
+            assert not {"cli", "api", "run", "summary"} & set().union(*map(ours, paths)), name
+
+
+@pytest.mark.parametrize("name", sorted(NO_TORCH))
+def test_what_needs_no_torch_does_not_wait_for_it(name):
+    for path in modules()[name]:
+        if path.stem != "make":
+            assert not {n for n in imported(path, at_top=True) if n.split(".")[0] == "torch"}
+
+
+def test_peft_is_not_used():
+    for paths in modules().values():
+        for path in paths:
+            assert not {n for n in imported(path) if n.split(".")[0] in ("peft", "accelerate", "pickle")}
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer.py"])
+def test_entrances_only_wire(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 60
