@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softprompt import hub
 from softprompt.batching import Batch, chunks, collate_padded
 from softprompt.data import Example, count_targets
 from softprompt.errors import ConfigError, ModelError
@@ -119,17 +120,16 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
 def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise ModelError(f"{what} {name_or_path!r}: no such folder; give --model_name_or_path a folder or a hub id")
+    if not Path(name_or_path).is_dir():
+        if name_or_path.startswith((".", "/", "~")):
+            raise ModelError(f"{what} {name_or_path!r}: no such folder; give --model_name_or_path a folder or a hub id")
+        hub.prepare()
     logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(
-            f"{what} {name_or_path!r} cannot be loaded: {reason} - where no hub is reachable, name a local folder "
-            "(--model_name_or_path DIR) or run the default preset, which needs no network (a mirror: HF_ENDPOINT=https://…)"
-        ) from error
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason} ({hub.HELP})") from error
     finally:
         logging.enable_progress_bar()
 

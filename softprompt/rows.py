@@ -13,16 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from softprompt import hub
 from softprompt.errors import DataError
 from softprompt.template import CHAT, Template
 
 Row = dict[str, Any]
 Located = Iterator[tuple[str, Any]]  # ("line 7", row)
-
-HUB_HELP = (
-    "the hub may be unreachable from here: give a local file or folder, or run the default preset, which needs no "
-    "network; a mirror or proxy is set with HF_ENDPOINT or HTTPS_PROXY"
-)
 
 
 def load_rows(
@@ -184,12 +180,13 @@ def _read_folder(path: Path, split: str) -> Located:
 def _read_hub(source: str, config_name: str | None, split: str) -> Located:
     from datasets import load_dataset
 
+    hub.prepare()
     try:
         dataset = load_dataset(source, config_name, split=split)
     except Exception as error:
         raise DataError(
             f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
-            f"({_first_line(error)}); {HUB_HELP}"
+            f"({_first_line(error)}); {hub.HELP}"
         ) from None
     return _numbered(dataset)
 

@@ -1,0 +1,25 @@
+"""The hub, where there may be none: one quick question instead of a minute of retries for every file."""
+
+from functools import cache
+
+HELP = (
+    "where no hub is reachable, name a local folder or file, or run the default preset, which needs no network; "
+    "a mirror is set with HF_ENDPOINT=https://…, a proxy with HTTPS_PROXY"
+)
+TIMEOUT = 10  # seconds
+
+
+@cache
+def prepare() -> None:
+    """Ask the hub (or the mirror that HF_ENDPOINT names) for a sign of life; without one, transformers and datasets
+    work from their caches only, as under HF_HUB_OFFLINE=1."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception:  # of httpx, of a proxy, of name resolution: in each case there is no way through
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
