@@ -1,7 +1,7 @@
 """The table "learning rate" in README.md: `python benchmarks/learning_rates.py [--task sentiment] [--seeds 42 0 1]`.
 
-Trains every kind of start at several learning rates on one task of the mini base, all else at the preset's defaults, and
-prints held-out exact match and loss, means over the seeds.
+Trains every kind of start at several learning rates on one task of the mini base, all else at the preset's defaults,
+and prints held-out exact match and loss, means over the seeds.
 """
 
 import argparse
@@ -36,12 +36,10 @@ def main() -> None:
 
 
 def run(task: str, seed: int, rate: float, settings: dict[str, str]) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(io.StringIO()):
-            output_dir = str(Path(folder) / "run")
-            return softprompt.train(
-                dataset=f"mini:{task}", learning_rate=rate, seed=seed, output_dir=output_dir, **settings
-            ).metrics
+    settings = {**settings, "dataset": f"mini:{task}", "learning_rate": rate, "seed": seed}
+    quiet = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        return softprompt.train(output_dir=str(Path(folder) / "run"), **settings).metrics
 
 
 if __name__ == "__main__":

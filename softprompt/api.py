@@ -16,6 +16,7 @@ from softprompt.errors import AdapterError, ConfigError
 from softprompt.generate import GenerationSettings, generate
 from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
+from softprompt.rows import question
 from softprompt.run import Run, run_training
 from softprompt.template import Template
 
@@ -111,9 +112,11 @@ class SoftPromptModel:
 
         Raises:
             ConfigError: an unknown or impossible setting, or a question that leaves no room for an answer.
+            DataError: a row without the template's columns.
         """
         chosen = self.settings(**settings)
-        rows = [self.template.row(p) if isinstance(p, str) else p for p in prompts]
+        template = self.template
+        rows = [template.row(p) if isinstance(p, str) else question("question", dict(p), template) for p in prompts]
         special = self.template.spec != "chat"
         texts = [self.template.render(row, self.tokenizer) for row in rows]
         ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]

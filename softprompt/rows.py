@@ -53,13 +53,18 @@ def load_prompts(source: str, template: Template) -> list[Row]:
     if path.suffix.lower() == ".txt":
         rows = [template.row(line) for line in _text(path).splitlines() if line.strip()]
     elif path.suffix.lower() == ".jsonl":
-        rows = [_question(f"{source}, {where}", row, template) for where, row in _read_jsonl(path)]
+        rows = [question(f"{source}, {where}", row, template) for where, row in _read_jsonl(path)]
     else:
         raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
     return rows
 
 
-def _question(where: str, row: Any, template: Template) -> Row:
+def question(where: str, row: Any, template: Template) -> Row:
+    """A question's row, checked: `prompt` stands for the template's first column, beside an optional `input`.
+
+    Raises:
+        DataError: it is no row, or lacks a column, or one is not a text.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
     if isinstance(row.get("prompt"), str) and "prompt" not in template.fields:
