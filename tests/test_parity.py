@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import make_bloom
 from peers import naive_loss, peft_model, peft_prompt, random_examples
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from softprompt.batching import collate_padded
 from softprompt.build import initial_prompt
 from softprompt.checkpoint import Adapter, adapter_files, load_adapter, peft_config
 from softprompt.config import train_config
-from softprompt.data import Example, count_targets
+from softprompt.data import Example, count_targets, tokenize
 from softprompt.files import write_folder
 from softprompt.generate import GenerationSettings, generate
 from softprompt.model import PaddedEngine, SoftPromptedModel, freeze, padded_forward
 from softprompt.prompt import PromptEmbedding, random_init
+from softprompt.template import Template
 
 SHAPES = [(1, 1), (3, 7), (5, 13), (9, 2)]  # rows, longest row
 FP32 = torch.float32
@@ -234,3 +235,44 @@ def test_adapter_files_are_pefts_byte_for_byte(init, tmp_path, tiny_base):
     loaded = load_adapter(tmp_path / "theirs")
     assert torch.equal(loaded.prompt, values) and loaded.settings == {}
     assert loaded.base_model_name_or_path == str(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def mini_base():
+    from softprompt import mini
+
+    base = BloomForCausalLM.from_pretrained(mini.BASE_DIR, dtype=FP32).eval().requires_grad_(False)
+    return base, AutoTokenizer.from_pretrained(mini.BASE_DIR), mini.rows("sentiment", "eval")[:9]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_mini_base_is_pefts_too(mini_base, padding_side):
+    base, tokenizer, rows = mini_base
+    examples = tokenize(rows, tokenizer, Template(), 256).examples
+    values = random_init(10)(torch.empty(1, base.config.hidden_size))
+    true_loss, truth, true_logits = theirs(base, values, examples, padding_side)
+    loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 4, padding_side), values, examples)
+    logits, _ = padded_forward(base, values, collate_padded(examples, tokenizer.pad_token_id, padding_side))
+    assert torch.equal(logits, true_logits)
+    assert loss == pytest.approx(true_loss, rel=1e-5)
+    assert relative(gradient, truth) < 1e-5
+    _, peer, _ = theirs(base, values, examples, padding_side, torch.bfloat16)
+    engine = engine_of(copy.deepcopy(base), tokenizer, 9, padding_side, torch.bfloat16)
+    loss, gradient = ours(engine, values, examples)
+    assert loss == pytest.approx(true_loss, rel=2**-6)
+    assert relative(gradient, truth) < max(1.5 * relative(peer, truth), 2**-8)
+
+
+def test_answers_of_the_mini_base_are_pefts(mini_base):
+    base, tokenizer, rows = mini_base
+    texts = [Template().render(row, tokenizer) for row in rows]
+    torch.manual_seed(0)
+    values = base.get_input_embeddings().weight[tokenizer("情感？情感？情感？")["input_ids"]]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    peer = peft_model(base, values).generate(**batch, max_new_tokens=16, do_sample=False, use_cache=False)
+    settings = GenerationSettings(max_new_tokens=16, do_sample=False)
+    ids = tokenizer(texts)["input_ids"]
+    answers = list(generate(base, tokenizer, values, ids, settings, FP32, batch_size=4))
+    expected = tokenizer.batch_decode(peer[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [tokenizer.decode(answer) for answer in answers] == expected
+    assert any(expected)
