@@ -1,6 +1,7 @@
 """Ask a frozen language model with a learned prompt: `python infer.py --prompt "…"`; see `python infer.py --help`."""
 
 import json
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ def main(argv: Sequence[str]) -> None:
     )
     print(model.description, file=sys.stderr)
     settings = asdict(config.generation)
+    if settings["seed"] is None:
+        settings["seed"] = secrets.randbits(31)  # torch alone starts every process with the same seed
     if question.prompt is not None:
         print(model.generate(model.template.row(question.prompt, question.input or ""), **settings))
         return

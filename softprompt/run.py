@@ -43,7 +43,7 @@ LEAST_MOVE = 0.1
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, held-out
     rows, and how the bare base and the tuned one answer them (None without held-out rows)."""
@@ -56,6 +56,9 @@ class Run:
     evaluator: Evaluator | None
     before: Evaluation | None
     after: Evaluation | None
+
+    def __repr__(self) -> str:
+        return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
 
 
 def run_training(config: TrainConfig) -> Run:
