@@ -19,16 +19,18 @@ def main(argv: Sequence[str]) -> None:
     model = SoftPromptModel.from_pretrained(
         where.model_name_or_path, where.adapter, device=where.device, bf16=where.bf16, fp16=where.fp16
     )
-    print(model.description, file=sys.stderr)
     settings = asdict(config.generation)
     if settings["seed"] is None:
         settings["seed"] = secrets.randbits(31)  # torch alone starts every process with the same seed
-    if question.prompt is not None:
-        print(model.generate(model.template.row(question.prompt, question.input or ""), **settings))
-        return
-    rows = load_prompts(question.prompts_file or "", model.template)
-    for row, text in zip(rows, model.stream(rows, **settings), strict=True):
-        print(json.dumps({**row, "text": text}, ensure_ascii=False), flush=True)
+    if question.prompts_file is not None:
+        rows = load_prompts(question.prompts_file, model.template)
+    else:
+        rows = [model.template.row(question.prompt or "", question.input or "")]
+    answers = model.stream(rows, **settings)
+    print(model.description, file=sys.stderr)
+    for row, text in zip(rows, answers, strict=True):
+        many = question.prompts_file is not None
+        print(json.dumps({**row, "text": text}, ensure_ascii=False) if many else text, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import io
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import softprompt
 
@@ -35,7 +36,7 @@ def main() -> None:
             print(f"| {start} | {rate:g} | {exact:.1%} | {loss:.3f} |", flush=True)
 
 
-def run(task: str, seed: int, rate: float, settings: dict[str, str]) -> dict[str, float]:
+def run(task: str, seed: int, rate: float, settings: dict[str, Any]) -> dict[str, float]:
     settings = {**settings, "dataset": f"mini:{task}", "learning_rate": rate, "seed": seed}
     quiet = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

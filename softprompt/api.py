@@ -105,7 +105,8 @@ class SoftPromptModel:
     def stream(
         self, prompts: Sequence[Question], *, seed: int | None = None, batch_size: int = 8, **settings: Any
     ) -> Iterator[str]:
-        """Answers one by one. A question is a text, or a row with the template's columns.
+        """Answers one by one, after all questions have been checked. A question is a text, or a row with the template's
+        columns.
 
         `settings` are GenerationSettings' fields, over those saved beside the adapter; None is as good as not given.
         `seed` makes samples repeatable; `batch_size` questions are answered together.
@@ -122,8 +123,8 @@ class SoftPromptModel:
         ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         if seed is not None:
             torch.manual_seed(seed)
-        for answer in generate(self.base, self.tokenizer, self.prompt, ids, chosen, self.compute_dtype, batch_size):
-            yield self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        answers = generate(self.base, self.tokenizer, self.prompt, ids, chosen, self.compute_dtype, batch_size)
+        return (self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers)
 
     def settings(self, **given: Any) -> GenerationSettings:
         """What is given (not None), over what is saved beside the adapter, over the article's."""

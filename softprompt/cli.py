@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ class Parser(HfArgumentParser):
     """HfArgumentParser that raises ConfigError instead of printing its usage, and keeps unset flags out."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.replace("argument --", "--", 1))
+        raise ConfigError(re.sub(r"^argument (--\w+)\S*", r"\1", message))
 
 
 def parse_training(argv: Sequence[str]) -> TrainConfig:

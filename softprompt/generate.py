@@ -51,7 +51,8 @@ def generate(
     compute_dtype: torch.dtype,
     batch_size: int = 8,
 ) -> Iterator[list[int]]:
-    """For each text its answer's token ids, without the end token and what follows it, in the given order.
+    """For each text its answer's token ids, without the end token and what follows it, in the given order; texts are
+    checked at once, answers made as they are asked for.
 
     prompt: [P, H] fp32, or None for the bare base. Seed torch before the call for repeatable samples.
 
@@ -59,11 +60,15 @@ def generate(
         ConfigError: a text that leaves no room for an answer.
     """
     rooms = [settings.new_tokens(len(ids)) for ids in token_ids]
-    for start in range(0, len(token_ids), batch_size):
-        rows, room = token_ids[start : start + batch_size], rooms[start : start + batch_size]
-        answers = _generate_batch(base, tokenizer, prompt, rows, max(room), settings, compute_dtype)
-        for answer, limit in zip(answers, room, strict=True):
-            yield _until(answer[:limit], tokenizer.eos_token_id)
+
+    def answers() -> Iterator[list[int]]:
+        for start in range(0, len(token_ids), batch_size):
+            rows, room = token_ids[start : start + batch_size], rooms[start : start + batch_size]
+            made = _generate_batch(base, tokenizer, prompt, rows, max(room), settings, compute_dtype)
+            for answer, limit in zip(made, room, strict=True):
+                yield _until(answer[:limit], tokenizer.eos_token_id)
+
+    return answers()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from softprompt.mini.corpus import QUESTIONS_BACK, corpus
 from softprompt.mini.grammar import held_out, normalised, sentence, sentences
 from softprompt.mini.make import main, make_tokenizer
 from softprompt.mini.words import RESERVED
+from softprompt.template import Template
 
 HANDWRITTEN = {normalised(review) for review, _ in REVIEWS}
 
@@ -53,10 +54,15 @@ def test_eval_sentences_are_in_no_pretraining_text(pretraining_rows) -> None:
     assert not seen & HANDWRITTEN
 
 
+def test_the_corpus_speaks_the_form_that_rows_are_rendered_in(pretraining_rows) -> None:
+    bare = [row for row in pretraining_rows if not row.system][:100]
+    assert [row.prompt for row in bare] == [Template().render({"instruction": row.user}, None) for row in bare]
+
+
 def test_the_corpus_holds_out_every_held_out_sentence(pretraining_rows) -> None:
     """By rule, not by list: no bare row of the corpus is one that `held_out` keeps back."""
     bare = [row.user for row in pretraining_rows if row.answer in QUESTIONS_BACK]
-    assert len(bare) > 2000
+    assert len(bare) > 1500
     assert not any(map(held_out, bare))
 
 
@@ -107,9 +113,9 @@ def test_all_tasks_ask_about_the_same_sentences() -> None:
     [("sentiment", 2, 0.4, 0.6), ("domain", 13, 0.03, 0.25), ("strength", 3, 0.15, 0.6), ("negation", 2, 0.3, 0.7)],
 )
 def test_labels_are_balanced(task: str, labels: int, least: float, most: float) -> None:
-    counts = Counter(row["output"] for row in rows(task))
+    counts = Counter(row["output"] for row in rows(task, n=2000))
     assert len(counts) == labels
-    assert all(least <= count / 6400 <= most for count in counts.values()), counts
+    assert all(least <= count / 2000 <= most for count in counts.values()), counts
 
 
 def test_a_subject_and_an_opinion_are_words_of_the_sentence() -> None:
@@ -121,7 +127,7 @@ def test_a_subject_and_an_opinion_are_words_of_the_sentence() -> None:
 def test_in_contrasts_the_last_clause_counts() -> None:
     """The word that judges comes after 但是, and the sentiment is the word's."""
     made = [s for s in sentences(random.Random(5), 4000) if "但是" in s.text and not s.opinion.startswith("不")]
-    assert len(made) > 100
+    assert len(made) > 50
     assert all(s.opinion in s.text.split("但是")[1] for s in made)
 
 

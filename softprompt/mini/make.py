@@ -1,0 +1,189 @@
+"""Builds the mini base from nothing but the grammar: its tokenizer, its corpus, its pre-training.
+
+python -m softprompt.mini.make [--output_dir DIR] [--steps N] [--seed N]
+"""
+
+import argparse
+import math
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from softprompt.errors import SoftpromptError
+from softprompt.files import check_writable, write_folder
+from softprompt.mini import BASE_DIR, words
+from softprompt.mini.corpus import Row, corpus
+
+BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # BLOOM's pre-tokenizer
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+EOS, PAD = 2, 3
+VOCABULARY = 1800
+STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 4000, 64, 4e-3, 100
+COMMON = 15  # a character that 20,000 rows have so many times becomes a token
+SORTED = 50  # rows of so many batches are sorted by length, so that little is padding
+PROMPT_WEIGHT = 0.03  # of a token of the prompt in the loss, where one of the answer has 1
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # [B, T] int64, padded on the right
+    mask: Tensor  # [B, T] int64
+    weights: Tensor  # [B, T] float32, of each token as a target
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with BLOOM's pre-tokenizer and special tokens: it knows every byte, so nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(BLOOM_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_words_of_tokenizer(seed), trainer)
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
+
+
+def _words_of_tokenizer(seed: int) -> Iterator[str]:
+    """First every common character of the corpus, then words. It learns no sentences, so no token straddles two words,
+    and a newcomer's sentence is cut as ours are."""
+    rows = islice(corpus(seed), 20_000)
+    counts = Counter(character for row in rows for character in row.prompt + row.answer)
+    for character in sorted(character for character, count in counts.items() if count >= COMMON):
+        yield from [character] * 1000
+    yield from ["\n\n", "Human:", "Assistant:", "good", "bad", *(d.english for d in words.DOMAINS.values())] * 1000
+    nouns_and_judgements = _strings([*map(astuple, (*words.DOMAINS.values(), *words.SHARED_GROUPS))])
+    others = [words.GOOD, words.BAD, words.LIKE, words.DISLIKE, words.PLEASED, words.DISPLEASED, words.ALSO, words.BUT]
+    forms = [words.DEGREES, words.NEGATIONS, words.OPENINGS, words.ALTHOUGH]
+    for word in nouns_and_judgements + _strings(others) + _strings(forms):
+        yield from [word] * 5 if 1 < len(word) <= 4 else ()
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings in nested lists, tuples and dicts; of 太_了 the two parts."""
+    if isinstance(value, str):
+        return value.split("_")
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)]
+
+
+def make_model(seed: int, vocabulary: int) -> BloomForCausalLM:
+    torch.manual_seed(seed)
+    config = BloomConfig(vocab_size=vocabulary, hidden_size=128, n_layer=5, n_head=4)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, 1, EOS
+    return BloomForCausalLM(config)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+    """Batches without end, each of rows of about one length, in random order."""
+    rng = random.Random(f"batches {seed}")
+    stream = corpus(seed)
+    while True:
+        encoded = [_encode(tokenizer, rng, row) for row in islice(stream, BATCH * SORTED)]
+        encoded.sort(key=lambda row: len(row[0]))
+        starts = list(range(0, len(encoded), BATCH))
+        rng.shuffle(starts)
+        for start in starts:
+            yield _collate(encoded[start : start + BATCH])
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, rng: random.Random, row: Row) -> tuple[list[int], list[float]]:
+    """Token ids and their weights as targets. Some rows are cut at random, so that a word is known in pieces too."""
+    cuts = sorted(rng.randint(0, len(row.prompt)) for _ in range(rng.choice((0, 0, 0, 0, 2, 4))))
+    ends = [0, *cuts, len(row.prompt)]
+    pieces = [row.prompt[start:end] for start, end in pairwise(ends)]
+    *prompt, answer = tokenizer([*pieces, row.answer])["input_ids"]
+    before = [token for piece in prompt for token in piece]
+    return [*before, *answer, EOS], [PROMPT_WEIGHT] * len(before) + [1.0] * (len(answer) + 1)
+
+
+def _collate(rows: Sequence[tuple[list[int], list[float]]]) -> Batch:
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True, padding_value=PAD)
+    weights = pad_sequence([torch.tensor(weights) for _, weights in rows], batch_first=True)
+    return Batch(ids, (weights > 0).long(), weights)
+
+
+def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
+    """Mean of the tokens' cross-entropies, a scalar, each token counting by its weight."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]  # [B, T-1, V]
+    each = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # [B, T-1]
+    weights = batch.weights[:, 1:]
+    return (each * weights).sum() / weights.sum()
+
+
+def lr_at(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    if step < WARMUP_STEPS:
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
+    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+
+
+def pretrain(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
+    """A plain loop: every batch is new, so there is nothing to overfit to."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    model.train()
+    progress = tqdm(islice(batches(tokenizer, seed), steps), total=steps, desc="pre-training", mininterval=1)
+    for step, batch in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, steps)
+        loss = weighted_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def save(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the base as a hub would give it, weights in fp16; the folder is replaced as a whole."""
+    with tempfile.TemporaryDirectory() as temporary:
+        logging.disable_progress_bar()
+        model.half().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_folder(folder, {path.name: path.read_bytes() for path in Path(temporary).iterdir()})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m softprompt.mini.make", description="Build the mini base.")
+    parser.add_argument("--output_dir", type=Path, default=BASE_DIR, help="where to write it (default: the package)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of pre-training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    try:
+        check_writable(args.output_dir, "--output_dir")
+        tokenizer = make_tokenizer(args.seed)
+        model = make_model(args.seed, len(tokenizer))
+        print(f"{len(tokenizer):,} words, {model.num_parameters():,} parameters")
+        pretrain(model, tokenizer, args.steps, args.seed)
+        save(model, tokenizer, args.output_dir)
+    except SoftpromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

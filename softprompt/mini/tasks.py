@@ -1,0 +1,66 @@
+"""The tasks of the mini base: several questions about the same sentences, so that what a prompt was tuned for shows."""
+
+import difflib
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from softprompt.errors import DataError
+from softprompt.mini.grammar import OTHER, Sentence, sentences
+from softprompt.mini.words import DOMAINS
+
+SPLITS = {"train": 6400, "eval": 200}  # rows by default: 200 steps of 32 to train
+
+
+class Task(NamedTuple):
+    description: str
+    answer: Callable[[Sentence], str]
+
+
+def _subject(sentence: Sentence) -> str:
+    return sentence.subject or "未提到"
+
+
+def _negation(sentence: Sentence) -> str:
+    return "有" if "不" in sentence.text or "没" in sentence.text else "无"
+
+
+def _english(sentence: Sentence) -> str:
+    thing = "thing" if sentence.domain == OTHER else DOMAINS[sentence.domain].english
+    return f"{'good' if sentence.good else 'bad'} {thing}"
+
+
+def _reply(sentence: Sentence) -> str:
+    if sentence.good:
+        return f"谢谢您喜欢{sentence.subject}！"
+    return f"抱歉，{sentence.subject}让您失望了。"
+
+
+TASKS: dict[str, Task] = {
+    "sentiment": Task("is the review positive or negative (正面, 负面)", lambda s: "正面" if s.good else "负面"),
+    "domain": Task("what kind of thing is reviewed (电影, 餐饮, 酒店, … 其他)", lambda s: s.domain),
+    "subject": Task("the noun that is judged (剧情), or 未提到", _subject),
+    "opinion": Task("the words that judge it, with their negation (好看, 不好看)", lambda s: s.opinion),
+    "strength": Task("how strongly it is said (强, 中, 弱)", lambda s: s.strength),
+    "negation": Task("is there a negating word, 不 or 没 (有, 无)", _negation),
+    "english": Task("kind and sentiment in English (good film, bad hotel)", _english),
+    "reply": Task("a shop's reply that names the subject (谢谢您喜欢剧情！)", _reply),
+}
+
+
+def rows(task: str, split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
+    """Bare rows: the sentence alone as the instruction, nothing that says which task it is.
+
+    All tasks ask about the same sentences. Those of `split="eval"` are held out: see `grammar.held_out`.
+
+    Raises:
+        DataError: an unknown task or split.
+    """
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(f"unknown mini task {task!r}{hint}; there are {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r} of mini task {task}; there are {', '.join(SPLITS)}")
+    made = sentences(random.Random(f"{split} {seed}"), SPLITS[split] if n is None else n, held=split == "eval")
+    return [{"instruction": s.text, "input": "", "output": TASKS[task].answer(s)} for s in made]

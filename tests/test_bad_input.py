@@ -1,0 +1,293 @@
+"""Every bad input that a newcomer may give: exit code 2, one clear line, no traceback, nothing written."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_bloom
+from datasets import Dataset
+from safetensors.torch import save
+
+import infer
+import train
+from softprompt.checkpoint import Adapter, adapter_files, peft_config
+from softprompt.cli import command
+from softprompt.files import write_folder
+
+GOOD = {"instruction": "你好吗", "input": "", "output": "很好"}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def refused(program, argv: list, capsys, monkeypatch, folder: Path) -> str:
+    """Run a program in `folder` that must refuse; returns its one line."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    before = listing(folder)
+    with pytest.raises(SystemExit) as ended:
+        command(program.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2, lines
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert listing(folder) == before
+    return lines[0]
+
+
+def jsonl(*rows) -> bytes:
+    return "\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows).encode()
+
+
+# ruff: noqa: E501 (a table reads best with a case a line)
+BROKEN_FILES = {
+    "missing": ("rows.jsonl", None, "rows.jsonl: no such file"),
+    "empty": ("rows.jsonl", b"", "rows.jsonl is empty"),
+    "blank": ("rows.json", b" \n\n", "rows.json is empty"),
+    "no rows": ("rows.json", b"[]", "rows.json holds no rows"),
+    "not JSON": ("rows.jsonl", b"hello", "rows.jsonl, line 1: not JSON"),
+    "list not closed": ("rows.json", b'[{"instruction": "a"', "rows.json, line 1: not JSON"),
+    "a broken line in the middle": (
+        "rows.jsonl",
+        jsonl(GOOD, '{"instruction": "a', GOOD),
+        "rows.jsonl, line 2: not JSON",
+    ),
+    "not an object": (
+        "rows.jsonl",
+        jsonl(GOOD, "7"),
+        "rows.jsonl, line 2: expected an object of columns, found a number",
+    ),
+    "without output": (
+        "rows.jsonl",
+        jsonl(GOOD, {"instruction": "a"}),
+        "line 2: column 'output' must be a text, there is none",
+    ),
+    "output null": (
+        "rows.jsonl",
+        jsonl({**GOOD, "output": None}),
+        "line 1: column 'output' must be a text, found null",
+    ),
+    "output a number": (
+        "rows.json",
+        jsonl(json.dumps([GOOD, {**GOOD, "output": 3}])),
+        "row 2: column 'output' .* a number",
+    ),
+    "output a list": ("rows.jsonl", jsonl({**GOOD, "output": ["a"]}), "line 1: column 'output' .* found a list"),
+    "instruction a number": ("rows.jsonl", jsonl({**GOOD, "instruction": 1}), "column 'instruction' .* found a number"),
+    "wrong encoding": ("rows.jsonl", jsonl(GOOD) + "\n你好".encode("gbk"), "rows.jsonl, line 2: not UTF-8"),
+    "csv with a field too many": (
+        "rows.csv",
+        b"instruction,output\na,b\na,b,c\n",
+        "line 3: 3 fields where the header names 2",
+    ),
+    "csv with a field too few": ("rows.csv", b"instruction,output\na\n", "line 2: 1 fields where the header names 2"),
+    "another kind of file": ("rows.txt", b"hello", "expected a file ending in .json, .jsonl, .csv, .parquet"),
+    "not parquet": ("rows.parquet", b"hello", "rows.parquet: not a parquet file"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_FILES)
+def test_broken_datasets(fault, tiny_base, tmp_path, capsys, monkeypatch):
+    name, content, message = BROKEN_FILES[fault]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    argv = ["--model_name_or_path", tiny_base, "--dataset", name]
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), message)
+
+
+def assert_line(line: str, pattern: str) -> None:
+    assert re.search(pattern, line), line
+
+
+def test_folders_that_are_no_datasets(tiny_base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    argv = ["--model_name_or_path", tiny_base, "--dataset", "folder"]
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), "expected a folder of Dataset.save_to_disk")
+    Dataset.from_dict({"instruction": [], "output": []}).save_to_disk(tmp_path / "empty")
+    capsys.readouterr()
+    argv[-1] = "empty"
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), "empty: expected a folder .* that holds rows")
+
+
+LONG = {**GOOD, "instruction": "很长的问题" * 10}
+FLAGS = {
+    "--max_length 20": "no row keeps a target at --max_length 20.*give --max_length",
+    "--max_length 1": "--max_length 1 is too small to hold any target",
+    "--columns output=answer": "--columns maps output to 'answer', but the columns are instruction, input, output",
+    "--columns nonsense": "is not a list of OURS=THEIRS pairs",
+    "--num_virtual_tokens 0": "--num_virtual_tokens 0 is below 1",
+    "--num_virtual_tokens -1": "--num_virtual_tokens -1 is below 1",
+    "--num_virtual_tokens ten": "--num_virtual_tokens: invalid int value: 'ten'",
+    "--prompt_tuning_init TEXT": "TEXT needs --prompt_tuning_init_text",
+    "--prompt_tuning_init ZERO": "invalid choice: 'ZERO'.*RANDOM",
+    "--preset tiny": "unknown preset 'tiny', expected one of mini, bloom-1b4-zh, article",
+    "--learning_rat 1": "unknown flag --learning_rat; did you mean --learning_rate",
+    "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
+    "--device tpu": "--device 'tpu' is not auto, cpu, cuda",
+    "--eval_rows 3": "--eval_rows 3 leaves none of the 3 rows",
+    "--eval_strategy steps": "needs held-out rows; give --eval_dataset FILE or --eval_rows N",
+    "--learning_rate 0": "--learning_rate 0.0 must be above 0",
+    "--per_device_train_batch_size 0": "--per_device_train_batch_size 0 must be above 0",
+    "--template nothing": "--template 'nothing' must be `chat` or hold columns as plain names",
+    "--template {instruction.__class__}": "must be `chat` or hold columns as plain names",
+    "--template {question}": "line 1: column 'question' must be a text, there is none",
+    "--template chat": "tokenizer has no chat template",
+    "--config none.toml": "--config none.toml: No such file",
+    "--config bad.toml": "--config bad.toml: not TOML",
+    "--config odd.toml": "--config odd.toml: unknown setting 'num_virtual_token'; did you mean num_virtual_tokens",
+    "--output_dir rows.jsonl": "rows.jsonl is not a folder",
+    "--output_dir rows.jsonl/run": "rows.jsonl is not a folder",
+    "--output_dir old": "--output_dir old holds a run already.*--overwrite_output_dir",
+    "--init_adapter nothing": "adapter nothing: no such folder",
+    "--init_adapter other": "virtual tokens have size 16, but .* has hidden size 32",
+    "stray": "unknown argument stray",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_bad_flags(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(LONG, LONG, LONG))
+    (tmp_path / "bad.toml").write_text("a = = b")
+    (tmp_path / "odd.toml").write_text("num_virtual_token = 3")
+    (tmp_path / "old" / "checkpoint-5").mkdir(parents=True)
+    write_adapter(tmp_path / "other", hidden_size=16)
+    argv = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", *flags.split()]
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), FLAGS[flags])
+
+
+def test_all_faults_are_told_at_once(tmp_path, capsys, monkeypatch):
+    argv = ["--num_virtual_tokens", "0", "--bf16", "--fp16", "--max_length", "0"]
+    line = refused(train, argv, capsys, monkeypatch, tmp_path)
+    assert all(flag in line for flag in ("--num_virtual_tokens", "--bf16", "--max_length"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_cuda_where_there_is_none(device, tmp_path, capsys, monkeypatch):
+    line = refused(train, ["--device", device], capsys, monkeypatch, tmp_path)
+    assert_line(line, f"--device {device}: torch finds no CUDA device here; use --device cpu")
+
+
+def test_an_output_dir_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """A place where even root can make no file."""
+    line = refused(train, ["--output_dir", "/proc/run"], capsys, monkeypatch, tmp_path)
+    assert_line(line, "--output_dir /proc/run: /proc cannot be written to")
+
+
+def no_folder(base: Path) -> None:
+    shutil.rmtree(base)
+
+
+def no_weights(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def cut_weights(base: Path) -> None:
+    whole = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def no_tokenizer(base: Path) -> None:
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("spoil", [no_folder, no_weights, cut_weights, no_tokenizer])
+def test_bases_that_cannot_be_loaded(spoil, tiny_base, tmp_path, capsys, monkeypatch):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    spoil(base)
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD))
+    line = refused(train, ["--model_name_or_path", base, "--dataset", "rows.jsonl"], capsys, monkeypatch, tmp_path)
+    assert str(base) in line
+
+
+def test_no_hub(tmp_path, capsys, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    ways = "name a local folder or file, or run the default preset"
+    line = refused(train, ["--dataset", "some/rows"], capsys, monkeypatch, tmp_path)
+    assert_line(line, f"dataset 'some/rows'.*{ways}")
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD))
+    argv = ["--model_name_or_path", "some/base", "--dataset", "rows.jsonl"]
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), f"'some/base' cannot be loaded.*{ways}")
+
+
+def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    from softprompt import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    hub.prepare.cache_clear()
+    hub.prepare()
+    assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    hub.prepare.cache_clear()
+
+
+def write_adapter(folder: Path, hidden_size: int = 32, base: str = "some/base") -> None:
+    values = torch.ones(3, hidden_size)
+    config = peft_config(base, make_bloom(hidden_size=hidden_size).config, values, "RANDOM")
+    write_folder(folder, adapter_files(Adapter(values, config, {"template": "default"})))
+
+
+ADAPTERS = {
+    "missing": (shutil.rmtree, "no such folder"),
+    "without its weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is missing",
+    ),
+    "without its config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12"), "not a whole safetensors file"),
+    "foreign": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(2)})),
+        "holds w, expected one tensor 'prompt_embeddings'",
+    ),
+    "of another hidden size": (lambda f: write_adapter(f, 16), "have size 16, but .* has hidden size 32"),
+    "with a bad template": (
+        lambda f: (f / "softprompt.json").write_text('{"template": "{a.b}"}'),
+        "must be `chat` or hold columns as plain names",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTERS)
+def test_broken_adapters(fault, tiny_base, tmp_path, capsys, monkeypatch):
+    spoil, message = ADAPTERS[fault]
+    write_adapter(tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    argv = ["--adapter", "adapter", "--model_name_or_path", tiny_base, "--prompt", "你好"]
+    assert_line(refused(infer, argv, capsys, monkeypatch, tmp_path), message)
+
+
+QUESTIONS = {
+    "": "give either --prompt",
+    "--prompt a --prompts_file b.txt": "give either --prompt",
+    "--prompt a --adapter adapter --max_length 3": "--max_length 3 leaves no room for an answer",
+    "--prompt a --temperature 0": "--temperature 0.0 must be above 0",
+    "--prompt a --top_p 2": "--top_p 2.0 must lie above 0",
+    "--prompts_file none.txt --adapter adapter": "none.txt: no such file",
+    "--prompts_file rows.csv --adapter adapter": "expected a .txt or a .jsonl",
+    "--prompts_file empty.txt --adapter adapter": "empty.txt is empty",
+    "--prompts_file bad.jsonl --adapter adapter": "bad.jsonl, line 2: column 'instruction' must be a text, there is none",
+    "--prompt a": "no trained adapter under runs/; run `python train.py` first",
+    "--promt a": "unknown flag --promt; did you mean --prompt",
+}
+
+
+@pytest.mark.parametrize("flags", QUESTIONS)
+def test_bad_questions(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    write_adapter(tmp_path / "adapter", base=str(tiny_base))
+    (tmp_path / "rows.csv").write_text("prompt\na\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_bytes(jsonl({"prompt": "a"}, {"text": "b"}))
+    assert_line(refused(infer, flags.split(), capsys, monkeypatch, tmp_path), QUESTIONS[flags])
