@@ -21,7 +21,7 @@ class Parser(HfArgumentParser):
     """HfArgumentParser that raises ConfigError instead of printing its usage, and keeps unset flags out."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(re.sub(r"^argument (--\w+)\S*", r"\1", message))
+        raise ConfigError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
 
 
 def parse_training(argv: Sequence[str]) -> TrainConfig:

@@ -174,7 +174,8 @@ def _read_folder(path: Path, split: str) -> Located:
     try:
         dataset = load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"{path}: expected a folder of Dataset.save_to_disk that holds rows: {_first_line(error)}") from None
+        found = _first_line(error)
+        raise DataError(f"{path}: expected a folder of Dataset.save_to_disk that holds rows: {found}") from None
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(f"{path} has no split {split!r}; --dataset_split takes one of {', '.join(dataset)}")
