@@ -149,7 +149,10 @@ def test_a_rows_first_token_is_never_a_target(tokenizer):
     assert example.labels == [-100, *example.input_ids[1:]]
 
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 TURN = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "再见"}]
 CHAT_ROWS = [
     {"messages": TURN},
@@ -176,7 +179,7 @@ def test_the_chat_template(row, tmp_path):
 
 def test_chat_rows_must_end_with_an_answer(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": TURN[:1]}), encoding="utf-8")
-    with pytest.raises(DataError, match="line 1: 'messages' must be a list .* ends with the assistant's"):
+    with pytest.raises(DataError, match=r"line 1: 'messages' must be a list .* ends with the assistant's"):
         load_rows(str(tmp_path / "r.jsonl"), Template("chat"), {})
 
 
