@@ -1,6 +1,7 @@
 """The loop: beside Trainer + PEFT step by step, and by itself: the base untouched, schedule, cuts, fp16, faults."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 
@@ -197,14 +198,16 @@ def test_when_the_callbacks_are_called(tokenizer):
     assert kept.evaluations == [3, 6, 9]  # 10 rows are windows of 4, 4 and 2
 
 
-def test_fp16_skips_overflowed_steps_without_moving_the_schedule(tokenizer):
+def test_fp16_skips_overflowed_steps_without_moving_the_schedule(tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
     values, rows = random_init(3)(torch.empty(1, 32)), random_examples(16, 9)
     settings = {"max_steps": 12, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     reference, _ = run(make_bloom(), tokenizer, values, rows, **settings)
     prompt, kept = run(make_bloom(), tokenizer, values, rows, dtype=torch.float16, **settings)
     overflowed = [s.number for s in kept.steps if not math.isfinite(s.grad_norm)]
     rates = [s.learning_rate for s in kept.steps]
-    assert len(set(rates)) == 12 - len(overflowed)
+    assert 0 < len(overflowed) < 12 and overflowed == list(range(1, len(overflowed) + 1))
+    assert rates[: len(overflowed) + 1] == [1e-2] * (len(overflowed) + 1) and len(set(rates)) == 12 - len(overflowed)
     assert prompt.isfinite().all()
     assert (prompt - values).norm() > 0.5 * (reference - values).norm()
 
