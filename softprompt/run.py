@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
 from softprompt.card import model_card
 from softprompt.checkpoint import (
@@ -18,12 +19,10 @@ from softprompt.checkpoint import (
     remove_old_checkpoints,
 )
 from softprompt.config import TrainConfig
-from softprompt.data import Tokenized
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.model import (
-    Engine,
     PaddedEngine,
     SoftPromptedModel,
     load_base,
@@ -36,10 +35,8 @@ from softprompt.progress import Progress
 from softprompt.prompt import PromptEmbedding
 from softprompt.rows import Row
 from softprompt.template import Template
-from softprompt.trainer import Metrics, Step, farthest_move, learning_rates, total_steps, train
+from softprompt.trainer import Metrics, Step, total_steps, train
 
-# A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
-LEAST_MOVE = 0.1
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
@@ -181,55 +178,6 @@ class Recorder:
         }
         adapter = Adapter(prompt, peft, ours)
         return {**adapter_files(adapter), "README.md": model_card(adapter, self.config.as_dict(), metrics)}
-
-
-def tell_rows(config: TrainConfig, rows: list[Row]) -> None:
-    """Count, columns and first row, as the article shows them."""
-    print(f"Dataset {config.data.dataset}: {len(rows):,} rows, columns {', '.join(rows[0])}")
-    for name, value in rows[0].items():
-        print(f"  {name}: {_shortened(str(value))}")
-
-
-def tell_data(data: Tokenized, held_out: Tokenized | None) -> None:
-    print(f"Training: {data}")
-    if held_out:
-        print(f"Held out: {held_out}")
-
-
-def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:
-    if config.model.print_model:
-        print(model)
-    print(model.trainable_parameters_line())
-    name = str(engine.compute_dtype).removeprefix("torch.")
-    print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}; {_start(config)}")
-
-
-def tell_steps(config: TrainConfig, n_examples: int, output_dir: Path) -> None:
-    """Steps and learning rate, and a warning where a RANDOM prompt cannot get anywhere with it."""
-    args, peak = config.training, config.learning_rate
-    total = total_steps(n_examples, args)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    print(
-        f"{total:,} optimizer steps of {rows} rows, learning rate {peak:g} ({args.lr_scheduler_type}) → {output_dir}/"
-    )
-    move = farthest_move(learning_rates(args, peak, total), total)
-    if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:
-        needed = peak / move
-        print(
-            f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than about "
-            f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
-            f"--learning_rate {needed:.1g}"
-        )
-
-
-def _start(config: TrainConfig) -> str:
-    prompt = config.prompt
-    return f"prompt from {prompt.init_adapter}" if prompt.init_adapter else f"prompt starts {prompt.prompt_tuning_init}"
-
-
-def _shortened(text: str, width: int = 160) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _listed(metrics: Metrics) -> str:

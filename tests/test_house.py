@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "generate": {"batching", "data", "errors", "model"},
     "evaluate": {"batching", "data", "generate", "model"},
     "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
+    "announce": {"config", "data", "model", "rows", "trainer"},
     "card": {"checkpoint"},
     "plot": {"trainer"},
     "progress": {"trainer"},
