@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt import mini
 from softprompt.checkpoint import load_adapter, refuse_other_run
 from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig
 from softprompt.data import Tokenized, tokenize
 from softprompt.errors import AdapterError, ConfigError, DataError
 from softprompt.files import check_writable
+from softprompt.mini import BASE_DIR
+from softprompt.mini import rows as mini_rows
 from softprompt.model import word_embeddings
 from softprompt.prompt import Initialiser, random_init, sample_vocab_init, token_init
 from softprompt.rows import Row, load_rows
@@ -25,7 +26,7 @@ RUNS = Path("runs")
 
 def base_path(name: str) -> str:
     """Where a base is loaded from: `mini` is this package's own, all else a folder or a hub id."""
-    return str(mini.BASE_DIR) if name == "mini" else name
+    return str(BASE_DIR) if name == "mini" else name
 
 
 def choose_output_dir(config: TrainConfig) -> Path:
@@ -101,7 +102,7 @@ def _is_mini(dataset: str) -> bool:
 
 def _load(config: TrainConfig, template: Template, dataset: str, mini_split: str) -> list[Row]:
     if _is_mini(dataset):
-        return mini.rows(dataset.removeprefix("mini:"), mini_split)
+        return mini_rows(dataset.removeprefix("mini:"), mini_split)
     data = config.data
     return load_rows(dataset, template, config.columns, config_name=data.dataset_config_name, split=data.dataset_split)
 
