@@ -1,5 +1,6 @@
 """Whole runs on a tiny base: what they write, print and leave for infer.py, and settings from flags and files."""
 
+import importlib.util
 import json
 import sys
 
@@ -47,7 +48,8 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("tiny-")
     names = {p.name for p in run.iterdir()}
-    expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json", "loss.png"}
+    expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
+    expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert names == expected
     assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -60,7 +62,7 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     assert results["train_runtime"] > 0 and results["train_tokens_per_second"] > 0
     last, saved = (load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (run / "checkpoint-6", run))
     assert torch.equal(last, saved) and saved.shape == (10, 32)
-    assert (run / "loss.png").read_bytes()[1:4] == b"PNG"
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in run.glob("*.png"))
     assert "trainable params: 320 || all params: " in out and "(prompt): PromptEmbedding(10, 32)" in out
     assert "40" not in out.split("rows")[0] and "36 rows, columns instruction, input, output" in out
     assert "Try: python infer.py --prompt" in out and "base alone" in out
