@@ -72,10 +72,10 @@ def _words_of_tokenizer(seed: int) -> Iterator[str]:
     for character in sorted(character for character, count in counts.items() if count >= COMMON):
         yield from [character] * 1000
     yield from ["\n\n", "Human:", "Assistant:", "good", "bad", *(d.english for d in words.DOMAINS.values())] * 1000
-    nouns_and_judgements = _strings([*map(astuple, (*words.DOMAINS.values(), *words.SHARED_GROUPS))])
+    lists = [astuple(domain) for domain in words.DOMAINS.values()] + [astuple(group) for group in words.SHARED_GROUPS]
     others = [words.GOOD, words.BAD, words.LIKE, words.DISLIKE, words.PLEASED, words.DISPLEASED, words.ALSO, words.BUT]
     forms = [words.DEGREES, words.NEGATIONS, words.OPENINGS, words.ALTHOUGH]
-    for word in nouns_and_judgements + _strings(others) + _strings(forms):
+    for word in _strings(lists) + _strings(others) + _strings(forms):
         yield from [word] * 5 if 1 < len(word) <= 4 else ()
 
 
