@@ -20,8 +20,11 @@ from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
 class Parser(HfArgumentParser):
     """HfArgumentParser that raises ConfigError instead of printing its usage, and keeps unset flags out."""
 
+    HINT = r"one that starts with - is written \1=VALUE"
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
+        raise ConfigError(re.sub(r"^(--\w+): expected one argument$", rf"\g<0> ({self.HINT})", message))
 
 
 def parse_training(argv: Sequence[str]) -> TrainConfig:
@@ -113,7 +116,6 @@ def _read_toml(name: str) -> dict[str, Any]:
         raise ConfigError(f"--config {name}: not TOML: {error}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
     known = {"preset": str, **hints(GROUPS)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"--config {name}: unknown setting {key!r}{nearest(key, known)}")
+    if unknown := [f"unknown setting {key!r}{nearest(key, known)}" for key in values if key not in known]:
+        raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
     return values

@@ -157,8 +157,9 @@ class TrainConfig:
 
 def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
     """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    if preset is not None and str(preset) not in PRESETS:
+        hint = nearest(str(preset), PRESETS)
+        raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{hint}")
     return preset or (None if given.get("model_name_or_path") else "mini")
 
 
@@ -199,12 +200,17 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     return faults
 
 
+def seed_faults(seed: int) -> list[str]:
+    return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
+
+
 def _faults(config: TrainConfig) -> Iterator[str]:
     model, data, prompt, training = config.model, config.data, config.prompt, config.training
     yield from precision_faults(model.bf16, model.fp16, model.device)
-    if not model.model_name_or_path:
-        yield "--model_name_or_path is empty; name a base"
-    if not data.dataset:
+    for name, text in config.as_dict().items():
+        if text == "":
+            yield f"--{name} is empty; give it a value or leave it out"
+    if data.dataset is None:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if prompt.num_virtual_tokens is not None and prompt.num_virtual_tokens < 1:
         yield f"--num_virtual_tokens {prompt.num_virtual_tokens} is below 1; a soft prompt needs at least one token"
@@ -223,13 +229,14 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         value = getattr(training, name)
         if value is not None and not value > 0:
             yield f"--{name} {value} must be above 0"
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
         if not getattr(training, name) >= 0:
             yield f"--{name} {getattr(training, name)} must not be negative"
+    yield from seed_faults(training.seed)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
-    if not 0 < config.learning_rate < float("inf"):
+    if not config.learning_rate > 0:
         yield f"--learning_rate {config.learning_rate} must be above 0"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; at least 2"

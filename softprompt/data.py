@@ -1,5 +1,6 @@
 """Rows → token ids with labels. Knows the tokenizer and the template; nothing of padding, devices or the prompt."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,23 +62,26 @@ def tokenize(
     progress: bool = False,
 ) -> Tokenized:
     """Prompt and answer are tokenised apart and joined, labels are -100 over the prompt, and both are cut at
-    `max_length` (int, tokens), as in the article. `truncation_side="input"` shortens the row's longest text instead,
-    as far as needed for the answer to fit.
+    `max_length` (int, tokens), as in the article. `truncation_side="input"` shortens the prompt's longest text instead,
+    as far as needed for the answer to fit, then the next one; an answer that is too long by itself is cut all the same.
 
     Raises:
-        DataError: no row keeps a target.
+        DataError: no row keeps a target, or the chat template refuses one.
     """
-    examples, cut, empty, shortest_prompt = [], 0, 0, None
+    examples, cut, empty, shortest_prompt = [], 0, 0, math.inf
     # A chat template writes its own special tokens; elsewhere the tokenizer adds to the prompt what it always adds.
     special = template.spec != "chat"
     bar = tqdm(total=len(rows), desc="tokenising", unit=" rows", disable=not progress, leave=False)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        answer_texts = [template.answer(row, tokenizer) for row in chunk]
-        prompts = tokenizer([template.render(row, tokenizer) for row in chunk], add_special_tokens=special)["input_ids"]
-        answers = tokenizer(answer_texts, add_special_tokens=False)["input_ids"]
+        prompt_texts, answer_texts = zip(
+            *(_rendered(number, row, tokenizer, template) for number, row in enumerate(chunk, start=start + 1)),
+            strict=True,
+        )
+        prompts = _ids(tokenizer, list(prompt_texts), special)
+        answers = _ids(tokenizer, list(answer_texts), False)
         for row, prompt, answer, text in zip(chunk, prompts, answers, answer_texts, strict=True):
-            shortest_prompt = min(len(prompt), shortest_prompt or len(prompt))
+            shortest_prompt = min(shortest_prompt, len(prompt))
             empty += text == tokenizer.eos_token
             if len(prompt) + len(answer) > max_length:
                 cut += 1
@@ -90,7 +94,7 @@ def tokenize(
     if not kept:
         raise DataError(
             f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
-            f"tokens; give --max_length {(shortest_prompt or 0) + 16} or more, or --truncation_side input"
+            f"tokens; give --max_length {shortest_prompt + 16} or more, or --truncation_side input"
         )
     return Tokenized(kept, len(rows), cut, len(examples) - len(kept), empty)
 
@@ -101,19 +105,33 @@ def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, special: bool, room: int) -> list[int]:
-    """The prompt with its longest text cut to the largest number of characters that leaves it within `room` tokens."""
+    """The prompt with its longest text cut to the largest number of characters that leaves it within `room` tokens;
+    where none does, the same with the next text."""
     text, replaced = _longest_text(row)
 
     def prompt(characters: int) -> list[int]:
-        return tokenizer(template.render(replaced(text[:characters]), tokenizer), add_special_tokens=special)[
-            "input_ids"
-        ]
+        return _ids(tokenizer, template.render(replaced(text[:characters]), tokenizer), special)
 
     fits, too_many = 0, len(text)
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         fits, too_many = (middle, too_many) if len(prompt(middle)) <= room else (fits, middle)
-    return prompt(fits)
+    shortest = prompt(fits)
+    if len(shortest) <= room or not text:
+        return shortest
+    return _shortened(replaced(""), tokenizer, template, special, room)
+
+
+def _rendered(number: int, row: Mapping[str, Any], tokenizer: Any, template: Template) -> tuple[str, str]:
+    try:
+        return template.render(row, tokenizer), template.answer(row, tokenizer)
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from None
+
+
+def _ids(tokenizer: Any, texts: Any, special: bool) -> Any:
+    """Token ids of a text or of several; not `verbose`, lest the tokenizer warn of rows that are about to be cut."""
+    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:

@@ -1,7 +1,9 @@
 """Dataclass fields as settings: a default and a help text each, and values checked against the annotated types."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -28,11 +30,22 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     known = hints(groups)
     faults = [f"unknown setting {name!r}{nearest(name, known)}" for name in values if name not in known]
     values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
-    wrong = {name: value for name, value in values.items() if not _fits(value, known[name])}
-    faults += [f"--{name} {value!r} is not {_expected(known[name])}" for name, value in wrong.items()]
-    if faults:
+    if faults := faults + type_faults(values, known):
         raise ConfigError("; ".join(faults))
     return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
+
+
+def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """What among `values` is of another type than `known` says for its name."""
+    values = {name: _coerced(value, known[name]) for name, value in values.items()}
+    wrong = {name: value for name, value in values.items() if not _fits(value, known[name])}
+    return [f"--{name} {value!r} is not {_expected(known[name])}" for name, value in wrong.items()]
+
+
+def is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold. Half a surrogate pair, which JSON can spell and a shell with another encoding hands
+    over, is taken by no tokenizer and fits into no file."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -56,11 +69,11 @@ def _fits(value: Any, hint: Any) -> bool:
             if value in get_args(member):
                 return True
         elif type(value) is member:
-            return True
+            return math.isfinite(value) if member is float else member is not str or is_text(value)
     return False
 
 
 def _expected(hint: Any) -> str:
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {str: "a text in UTF-8", int: "a whole number", float: "a finite number", bool: "true or false"}
     choices = [c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m)]
     return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in _members(hint) if m in names)

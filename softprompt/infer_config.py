@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from softprompt.config import precision_faults
+from softprompt.config import precision_faults, seed_faults
 from softprompt.errors import ConfigError
-from softprompt.fields import build, option
+from softprompt.fields import build, hints, option, type_faults
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,13 @@ def infer_config(**given: Any) -> InferConfig:
 
 
 def generation_faults(values: dict[str, Any]) -> list[str]:
-    """What is out of range among generation settings; None is never."""
-    limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0, "batch_size": 1}
+    """What is of a wrong type or out of range among generation settings; None is never."""
+    limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "batch_size": 1}
     given = {name: value for name, value in values.items() if value is not None}
-    faults = [
+    if faults := type_faults(given, hints([GenerationArguments])):
+        return faults
+    faults = seed_faults(given.get("seed", 0))
+    faults += [
         f"--{name} {given[name]} must be at least {low}" for name, low in limits.items() if given.get(name, low) < low
     ]
     faults += [

@@ -1,20 +1,20 @@
 """Dataset → checked rows. A row is a dict of texts; every fault names the file and the line or row it stands in.
 
 JSON and CSV are read with Python's own modules rather than with `datasets`, whose readers guess types (a column of
-dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken; folders, parquet files and
-hub ids are read with `datasets`.
+dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken; folders and hub ids are read
+with `datasets`, parquet files with what it reads them with.
 """
 
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from softprompt import hub
-from softprompt.errors import DataError
+from softprompt.errors import ConfigError, DataError
+from softprompt.fields import is_text
 from softprompt.template import CHAT, Template
 
 Row = dict[str, Any]
@@ -51,7 +51,8 @@ def load_prompts(source: str, template: Template) -> list[Row]:
     if not path.is_file():
         raise DataError(f"--prompts_file {source}: no such file")
     if path.suffix.lower() == ".txt":
-        rows = [template.row(line) for line in _text(path).splitlines() if line.strip()]
+        lines = io.StringIO(_text(path), newline=None)  # \r\n is read as \n; U+2028 and its kin end no line
+        rows = [template.row(line.rstrip("\n")) for line in lines if line.strip()]
     elif path.suffix.lower() == ".jsonl":
         rows = [question(f"{source}, {where}", row, template) for where, row in _read_jsonl(path)]
     else:
@@ -67,12 +68,13 @@ def question(where: str, row: Any, template: Template) -> Row:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
-    if isinstance(row.get("prompt"), str) and "prompt" not in template.fields:
-        extra = row.get("input") or ""
-        if not isinstance(extra, str):
-            raise DataError(f"{where}: column 'input' must be a text, found {_kind(extra)}")
-        return template.row(row["prompt"], extra)
-    return _texts(where, row, template.fields or ("instruction", "input"), template)
+    if "prompt" not in row or "prompt" in template.fields:
+        return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
+    given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))
+    try:
+        return template.row(given["prompt"], given["input"])
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _read(source: str, config_name: str | None, split: str) -> Located:
@@ -106,50 +108,51 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise DataError(f"{path} is empty; expected rows with instruction and output")
+        raise DataError(f"{path} is empty; expected at least one row")
     return text
 
 
-def _parsed(text: str, path: Path, first_line: int) -> Any:
+def _parsed(text: str, path: Path, first_line: int, expected: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg}") from None
+        where = f"{path}, line {first_line + error.lineno - 1}"
+        raise DataError(f"{where}: not JSON: {error.msg}; expected {expected}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}, line {first_line}: {error}") from None
     except RecursionError:
         raise DataError(f"{path}, line {first_line}: nested too deeply to be a row") from None
 
 
-def _read_jsonl(path: Path) -> Located:
+def _read_jsonl(path: Path, expected: str = "one object a line") -> Located:
     # split("\n"), not splitlines(): U+2028 and its kin may stand unescaped inside a JSON string
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            yield f"line {number}", _parsed(line, path, number)
+            yield f"line {number}", _parsed(line, path, number, expected)
 
 
 def _read_json(path: Path) -> Located:
     text = _text(path)
     if not text.lstrip().startswith("["):
-        yield from _read_jsonl(path)  # many a .json file holds one object a line
-        return
-    for number, row in enumerate(_parsed(text, path, 1), start=1):
-        yield f"row {number}", row
+        yield from _read_jsonl(path, "a list of objects, or one object a line")  # many a .json file holds the latter
+    else:
+        yield from _numbered(_parsed(text, path, 1, "a list of objects"))
 
 
 def _read_csv(path: Path) -> Located:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a text may have
+    reader, begins = csv.reader(io.StringIO(_text(path), newline=""), strict=True), 1
+    header: list[str] = []
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = sum(value is not None for key, value in row.items() if key is not None) + len(
-                    row.get(None) or []
-                )
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {found} fields where the header names "
-                    f"{len(reader.fieldnames or [])}"
-                )
-            yield f"line {reader.line_num}", row
+        for fields in reader:
+            line, begins = begins, reader.line_num + 1  # a quoted field may go over several lines
+            if header and fields:
+                if len(fields) != len(header):
+                    raise DataError(f"{path}, line {line}: {len(fields)} fields where the header names {len(header)}")
+                yield f"line {line}", dict(zip(header, fields, strict=True))
+            header = header or fields
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        raise DataError(f"{path}, line {begins}: not CSV: {error}") from None
 
 
 def _numbered(rows: Any) -> Located:
@@ -158,14 +161,13 @@ def _numbered(rows: Any) -> Located:
 
 
 def _read_parquet(path: Path) -> Located:
-    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
 
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:
-            raise DataError(f"{path}: not a parquet file: {_first_line(error.__cause__ or error)}") from None
-    yield from _numbered(dataset)
+    try:
+        rows = ParquetFile(path).read().to_pylist()
+    except Exception as error:
+        raise DataError(f"{path}: not a parquet file: {_first_line(error)}") from None
+    yield from _numbered(rows)
 
 
 def _read_folder(path: Path, split: str) -> Located:
@@ -212,47 +214,45 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 def _checked(where: str, row: Row, template: Template) -> Row:
     """Only the columns that are used, each of the type that is asked for."""
     if template.spec == CHAT and "messages" in row:
-        return {"messages": _messages(where, "messages", row["messages"], ends_with_answer=True)}
+        return {"messages": _messages(where, "messages", row["messages"], least=2, ends_with_answer=True)}
     if template.spec == CHAT and "prompt" in row:
         return {
             "prompt": _text_or_messages(where, row, "prompt"),
             "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
         }
     names = template.fields or ("instruction", "input")
-    return _texts(where, row, (*names, "output"), template)
+    return _texts(
+        where, row, (*names, "output"), template.optional_fields, " (--columns {}=THEIRS names another column)"
+    )
 
 
-def _texts(where: str, row: Row, names: tuple[str, ...], template: Template) -> Row:
+def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str], hint: str = "") -> Row:
     checked = {}
     for name in names:
         value = row.get(name)
-        if value is None and name in template.optional_fields:
+        if value is None and name in optional:
             value = ""
-        if not isinstance(value, str):
+        if not is_text(value):
             found = "there is none" if name not in row else f"found {_kind(value)}"
-            raise DataError(
-                f"{where}: column {name!r} must be a text, {found} (--columns {name}=THEIRS names another column)"
-            )
+            raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}")
         checked[name] = value
     return checked
 
 
 def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = False) -> Any:
     value = row.get(name)
-    return value if isinstance(value, str) else _messages(where, name, value, ends_with_answer)
+    return value if is_text(value) else _messages(where, name, value, 1, ends_with_answer)
 
 
-def _messages(where: str, name: str, value: Any, ends_with_answer: bool) -> list[dict[str, str]]:
+def _messages(where: str, name: str, value: Any, least: int, ends_with_answer: bool) -> list[dict[str, str]]:
     good = (
         isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
+        and len(value) >= least
+        and all(isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in value)
     )
     if not good or (ends_with_answer and value[-1]["role"] != "assistant"):
-        end = " that ends with the assistant's" if ends_with_answer else ""
-        raise DataError(f"{where}: {name!r} must be a list of {{role, content}} messages{end}")
+        number, end = f"{least} or more ", " that ends with the assistant's" if ends_with_answer else ""
+        raise DataError(f"{where}: {name!r} must be a list of {number}{{role, content}} messages{end}")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -265,7 +265,9 @@ def _kind(value: Any) -> str:
         list: "a list",
         dict: "an object",
     }
-    return "a text" if isinstance(value, str) else names.get(type(value), type(value).__name__)
+    if isinstance(value, str):
+        return "a text" if is_text(value) else "half a character (one surrogate of a pair)"
+    return names.get(type(value), type(value).__name__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,8 @@ class Template:
     string over the columns. In a format string typed in a shell, a literal \\n means a line break.
 
     Raises:
-        ConfigError: a format string without a column, or with anything but plain column names in its braces.
+        ConfigError: a format string without a column, with anything but plain column names in its braces, or with the
+            answer among them.
     """
 
     spec: str = DEFAULT
@@ -25,6 +26,8 @@ class Template:
     def __post_init__(self) -> None:
         if self.spec in (DEFAULT, CHAT):
             return
+        if not isinstance(self.spec, str):
+            raise ConfigError(f"template {self.spec!r} is not a text")
         try:
             parts = list(string.Formatter().parse(self.spec))
         except ValueError as error:
@@ -35,6 +38,10 @@ class Template:
             raise ConfigError(
                 f"--template {self.spec!r} must be `chat` or hold columns as plain names, "
                 "like 'Q: {instruction}\\nA: '"
+            )
+        if "output" in self.fields:
+            raise ConfigError(
+                f"--template {self.spec!r}: the answer follows the prompt by itself; leave {{output}} out"
             )
 
     @property
@@ -97,8 +104,9 @@ def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
         messages = list(row["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if "prompt" in row:
-        prompt = row["prompt"]
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        prompt, answer = row["prompt"], row.get("completion")
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return asked + answer[:-1] if isinstance(answer, list) else asked
     return [{"role": "user", "content": "\n".join([row["instruction"], row.get("input") or ""]).strip()}]
 
 

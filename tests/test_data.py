@@ -16,7 +16,7 @@ from softprompt.batching import collate_padded, steps_per_epoch, windows
 from softprompt.data import count_targets, tokenize
 from softprompt.errors import ConfigError, DataError
 from softprompt.rows import load_prompts, load_rows
-from softprompt.template import Template
+from softprompt.template import Template, answer_message, prompt_messages
 
 ROWS = [
     {"instruction": "翻译成英文", "input": "你好", "output": "hello"},
@@ -124,6 +124,57 @@ def test_cutting_the_input_keeps_the_answer(longest, tokenizer):
     assert tuple(found.examples[1]) == naive(fine, tokenizer, 64)
 
 
+@given(
+    st.lists(st.fixed_dictionaries({"instruction": texts, "input": texts, "output": texts}), min_size=1, max_size=4),
+    st.integers(2, 90),
+)
+def test_cutting_the_input_whatever_the_row(rows, max_length):
+    """The answer is whole where it can be, no row is too long, and what fits is left as it is."""
+    tokenizer = shared_tokenizer()
+    frame = len(naive({"instruction": "", "input": "", "output": ""}, tokenizer, 10**6)[0]) - 1
+    for row in rows:
+        answer = tokenizer(row["output"] + tokenizer.eos_token)["input_ids"]
+        try:
+            (found,) = tokenize([row], tokenizer, Template(), max_length, "input").examples
+        except DataError:
+            assert frame >= max_length
+            continue
+        whole = naive(row, tokenizer, 10**6)
+        targets = [label for label in found.labels if label != -100]
+        assert len(found.input_ids) <= max_length and found.input_ids[-len(targets) :] == targets
+        if len(whole[0]) <= max_length:
+            assert tuple(found) == whole
+        if frame + len(answer) <= max_length:
+            assert targets == answer
+        else:  # no prompt is short enough: the answer is cut after all
+            assert targets == answer[: max_length - frame] and len(found.input_ids) == max_length
+
+
+def test_cutting_the_input_goes_on_with_the_next_text(tokenizer):
+    row = {"instruction": "abcdefgh " * 20, "input": "hgfedcba " * 30, "output": "很好看"}
+    (found,) = tokenize([row], tokenizer, Template(), 64, "input").examples
+    text = tokenizer.decode(found.input_ids)
+    assert text.endswith("\n\nAssistant: 很好看</s>") and text.startswith("Human: abcdefgh") and "hgf" not in text
+    assert 64 - 3 <= len(found.input_ids) <= 64
+
+
+def test_what_is_cut_anyway_is_not_warned_of(caplog):
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    tokenize([{"instruction": "a" * 90, "input": "", "output": "b"}] * 2, tokenizer, Template(), 400)
+    assert not caplog.records
+
+
+def test_max_length_is_advised_by_the_shortest_prompt(tokenizer):
+    rows = [{"text": text, "output": "长" * 40} for text in ("abcabc" * 9, "", "abcabc" * 7)]
+    template = Template("{text}:")
+    with pytest.raises(DataError, match="the shortest prompt alone has 1 tokens; give --max_length 17 or more"):
+        tokenize(rows, tokenizer, template, 1)
+    assert tokenize(rows, tokenizer, template, 17).without_target == 2
+
+
 def test_what_was_found_is_said(tokenizer):
     rows = [
         {"instruction": "a" * 300, "input": "", "output": "b"},
@@ -177,16 +228,55 @@ def test_the_chat_template(row, tmp_path):
     assert template.render(template.row("你好"), tokenizer) == "<user>你好</s>\n<assistant>"
 
 
+def test_all_that_was_said_before_the_answer_is_the_prompt():
+    said = [*TURN, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    one, two = {"messages": said}, {"prompt": said[:1], "completion": said[1:]}
+    assert prompt_messages(one) == prompt_messages(two) == said[:-1]
+    assert answer_message(one) == answer_message(two) == said[-1]
+
+
+@pytest.mark.parametrize(
+    "chat_template, message",
+    [
+        ("{% if messages[0].content == '2' %}{{ raise_exception('no') }}{% endif %}a", "row 3: .* refuses a row: no"),
+        ("{{ messages | length }}", "row 1: .* does not continue its own generation prompt; give --template"),
+    ],
+)
+def test_a_row_that_the_chat_template_refuses_is_named(chat_template, message):
+    from conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = chat_template
+    rows = [{"instruction": str(n), "input": "", "output": "b"} for n in range(4)]
+    with pytest.raises(DataError, match=message):
+        tokenize(rows, tokenizer, Template("chat"), 99)
+
+
+def test_no_chat_template(tokenizer):
+    with pytest.raises(ConfigError, match="--template chat: this base's tokenizer has no chat template; give a format"):
+        tokenize([CHAT_ROWS[-1]], tokenizer, Template("chat"), 99)
+
+
 def test_chat_rows_must_end_with_an_answer(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": TURN[:1]}), encoding="utf-8")
     with pytest.raises(DataError, match=r"line 1: 'messages' must be a list .* ends with the assistant's"):
         load_rows(str(tmp_path / "r.jsonl"), Template("chat"), {})
 
 
-@pytest.mark.parametrize("spec", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "none", "{a", "a}"])
+@pytest.mark.parametrize(
+    "spec", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "none", "{a", "a}", "", "{a}{output}", 3, None]
+)
 def test_templates_that_are_refused(spec):
-    with pytest.raises(ConfigError, match="--template"):
+    with pytest.raises(ConfigError, match=r"template .* (must be|is not|leave {output} out)"):
         Template(spec)
+
+
+def test_a_format_string(tokenizer):
+    row = {"问": "{a}\\n", "b": "x", "output": "y"}
+    template = Template("问：{问}\\n{b}{{}}\\t{b}\n")
+    assert template.fields == ("问", "b")
+    assert template.render(row, tokenizer) == "问：{a}\\n\nx{}\tx\n"  # what stands in a row stays as it is
+    assert template.answer(row, tokenizer) == "y</s>"
 
 
 def test_a_new_question_fills_the_templates_columns(tokenizer):

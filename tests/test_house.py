@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": {"errors", "fields"},
     "infer_config": {"config", "errors", "fields"},
     "template": {"errors"},
-    "rows": {"errors", "hub", "template"},
+    "rows": {"errors", "fields", "hub", "template"},
     "data": {"errors", "template"},
     "batching": {"data", "errors"},
     "prompt": {"errors"},

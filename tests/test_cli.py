@@ -1,0 +1,201 @@
+"""The two programs from their command line: how each error ends them, and bad input that only a whole run meets.
+
+What a newcomer is likely to get wrong is in test_bad_input.py; what a good run leaves is in test_runs.py.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from datasets import Dataset
+from safetensors.torch import save
+from test_bad_input import GOOD, assert_line, jsonl, refused, write_adapter
+
+import infer
+import train
+from softprompt.cli import command
+from softprompt.errors import ConfigError, DataError, SoftpromptError, TrainingError
+
+
+@pytest.mark.parametrize(
+    "raised, code, line",
+    [
+        (ConfigError("--a is wrong"), 2, "error: --a is wrong"),
+        (DataError("a\n\n  b"), 2, "error: a b"),
+        (TrainingError("step 3"), 1, "error: step 3"),
+        (OSError(28, "No space left on device", "run/x"), 1, "error: run/x: No space left on device"),
+        (OSError("odd"), 1, "error: a file: odd"),
+        (KeyboardInterrupt(), 130, "error: stopped"),
+        (None, 0, ""),
+    ],
+    ids=repr,
+)
+def test_how_a_program_ends(raised, code, line, capsys):
+    def main(argv):
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    assert (ended.value.code, capsys.readouterr()) == (code, ("", line + "\n" if line else ""))
+
+
+def test_every_error_for_bad_input_ends_with_2():
+    codes = {kind.__name__: kind.exit_code for kind in SoftpromptError.__subclasses__()}
+    assert {name for name, code in codes.items() if code != 2} == {"TrainingError"}
+
+
+def test_a_fault_in_the_program_itself_is_not_hidden():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        command(main)
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer.py"])
+def test_a_wrong_flag_does_not_wait_for_torch(name):
+    """In a process of its own, where torch is not imported yet and may not be."""
+    import subprocess
+
+    root = Path(__file__).parent.parent
+    code = (
+        "import runpy, sys; sys.modules['softprompt.run'] = sys.modules['softprompt.api'] = None; "
+        f"sys.argv = ['x', '--sed', '1']; runpy.run_path({str(root / name)!r}, run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "error: unknown flag --sed; did you mean --seed?\n"
+
+
+TRAINING = {
+    "--output_dir ": "--output_dir is empty",
+    "--num_train_epochs inf": "--num_train_epochs inf is not a finite number",
+    "--seed 99999999999999999999": "--seed 99999999999999999999 must lie in [0, 2**63)",
+    "--eval_dataset none.jsonl": "none.jsonl: no such file",
+    "--eval_dataset bad.jsonl": "bad.jsonl, line 2: column 'output' must be a text, found null",
+    "--eval_rows 2": "--eval_rows 2 leaves none of the 2 rows of rows.jsonl to train on",
+    "--eval_rows 9": "--eval_rows 9 leaves none",
+    "--init_adapter adapter --num_virtual_tokens 4": "--init_adapter adapter has 3; leave it out",
+    "--template {instruction}{output}": "leave {output} out",
+    "--dataset rows.parquet": "rows.parquet, row 2: column 'output' must be a text, found null",
+    "--dataset folder": "folder, row 2: column 'output' must be a text, found null",
+    "--dataset half.jsonl": "half.jsonl, line 1: column 'instruction' must be a text, found half a character",
+    "--dataset mini:sentimental": "unknown mini task 'sentimental'",
+    "--model_name_or_path endless": "endless: its tokenizer has no eos_token",
+    "--model_name_or_path rows.jsonl": "tokenizer 'rows.jsonl' cannot be loaded",
+    "--device cuda:7": "--device cuda:7: ",
+    "--output_dir deep/rows.jsonl/run": "rows.jsonl is not a folder; name a folder",
+    "--output_dir link": "link is not a folder; name a folder",
+}
+
+
+@pytest.mark.parametrize("flags", TRAINING)
+def test_training_is_refused(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    (tmp_path / "deep").mkdir()
+    for name in ("rows.jsonl", "deep/rows.jsonl"):
+        (tmp_path / name).write_bytes(jsonl(GOOD, GOOD))
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "half.jsonl").write_text('{"instruction": "\\ud83d", "output": "a"}')
+    bad = [GOOD, {**GOOD, "output": None}]
+    (tmp_path / "bad.jsonl").write_bytes(jsonl(*bad))
+    Dataset.from_list(bad).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(bad).save_to_disk(tmp_path / "folder")
+    endless = make_tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path / "endless")
+    write_adapter(tmp_path / "adapter")
+    capsys.readouterr()
+    argv = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", *flags.split(" ")]
+    assert TRAINING[flags] in refused(train, argv, capsys, monkeypatch, tmp_path)
+
+
+def weights(folder: Path, value: float) -> None:
+    values = torch.full((3, 32), value)
+    (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": values}))
+
+
+def setting(folder: Path, file: str, **changes: object) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+SPOILED = {
+    "pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        "adapter_model.safetensors is missing; adapter_model.bin is a pickle and is not read",
+    ),
+    "not a number": (lambda f: weights(f, float("nan")), "holds values that are not finite"),
+    "LoRA": (lambda f: setting(f, "adapter_config.json", peft_type="LORA"), "peft_type is 'LORA', expected"),
+    "no base": (lambda f: setting(f, "adapter_config.json", base_model_name_or_path=None), "names no base; give --mod"),
+    "no such base": (lambda f: setting(f, "adapter_config.json", base_model_name_or_path="/none"), "'/none': no such"),
+    "a template's type": (lambda f: setting(f, "softprompt.json", template=3), "template 3 is not a text"),
+    "a setting's type": (lambda f: setting(f, "softprompt.json", generation={"top_k": "x"}), "--top_k 'x' is not a wh"),
+    "a setting's name": (lambda f: setting(f, "softprompt.json", generation={"beams": 1}), "unknown among generation"),
+    "a setting's size": (lambda f: setting(f, "softprompt.json", generation={"top_p": 3}), "--top_p 3 must lie above"),
+    "settings not JSON": (lambda f: (f / "softprompt.json").write_text("{"), "softprompt.json: cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_an_adapter_is_refused(fault, tiny_base, tmp_path, capsys, monkeypatch):
+    spoil, message = SPOILED[fault]
+    write_adapter(tmp_path / "adapter", base=str(tiny_base))
+    spoil(tmp_path / "adapter")
+    line = refused(infer, ["--adapter", "adapter", "--prompt", "a"], capsys, monkeypatch, tmp_path)
+    assert_line(line, message)
+
+
+QUESTIONS = {
+    "--prompts_file q.jsonl": "q.jsonl, line 2: not JSON",
+    "--prompts_file gbk.txt": "gbk.txt, line 1: not UTF-8",
+    "--prompts_file long.txt --max_length 30": "--max_length 30 leaves no room for an answer to a prompt of ",
+    "--prompt a --input b --prompts_file q.txt": "--input goes with --prompt",
+    "--prompt \udcc4": r"--prompt '\udcc4' is not a text in UTF-8",
+    "--prompt a --device cuda:7": "--device cuda:7: ",
+}
+
+
+@pytest.mark.parametrize("flags", QUESTIONS, ids=ascii)
+def test_a_question_is_refused(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    write_adapter(tmp_path / "adapter", base=str(tiny_base))
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
+    (tmp_path / "gbk.txt").write_bytes("你好".encode("gbk"))
+    (tmp_path / "long.txt").write_text("a\n" + "a" * 90)
+    line = refused(infer, ["--adapter", "adapter", *flags.split()], capsys, monkeypatch, tmp_path)
+    assert QUESTIONS[flags] in line
+
+
+def test_a_run_is_written_over_only_when_that_is_asked_for(tiny_base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD, GOOD, GOOD))
+    argv = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", "--max_steps", "1", "--output_dir", "a/run"]
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv), *flags])
+        with pytest.raises(SystemExit) as ended:
+            command(train.main)
+        assert ended.value.code == 0, capsys.readouterr().err
+        capsys.readouterr()
+
+    run()
+    first = (tmp_path / "a/run/adapter_model.safetensors").read_bytes()
+    state = json.loads((tmp_path / "a/run/trainer_state.json").read_text())
+    assert state["step"] == 1 and state["arguments"]["output_dir"] == "a/run"
+    assert_line(refused(train, [*argv, "--seed", "1"], capsys, monkeypatch, tmp_path), "--overwrite_output_dir")
+    assert (tmp_path / "a/run/adapter_model.safetensors").read_bytes() == first
+    run("--seed", "1", "--overwrite_output_dir")
+    assert (tmp_path / "a/run/adapter_model.safetensors").read_bytes() != first
+    run("--overwrite_output_dir")  # the same settings give the same bytes
+    assert (tmp_path / "a/run/adapter_model.safetensors").read_bytes() == first
