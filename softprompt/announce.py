@@ -30,7 +30,7 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
         print(model)
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
-    print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}; {_start(config)}")
+    print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}, {engine}; {_start(config)}")
 
 
 def tell_steps(config: TrainConfig, n_examples: int, output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Order of the rows, windows of one optimizer step, and padded micro-batches. Knows no tokenizer and no model."""
+"""Order of the rows, windows of one optimizer step, padded and packed micro-batches. Knows no tokenizer, no model."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -65,3 +65,47 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int, padding_side:
         torch.tensor([padded([1] * len(e.input_ids), 0) for e in examples]),
         torch.tensor([padded(e.labels, IGNORE) for e in examples]),
     )
+
+
+class Packed(NamedTuple):
+    """A micro-batch without padding: S tokens of B rows, one row after the other.
+
+    `predictors` are the positions in the stream whose next token is a target; a row's first token is predicted by the
+    last virtual token, so `first_targets` have no predictor in the stream.
+    """
+
+    input_ids: Tensor  # [S] int64
+    lengths: list[int]  # B row lengths, their sum S
+    predictors: Tensor  # [n] int64
+    targets: Tensor  # [n] int64
+    first_targets: Tensor  # [f] int64
+
+    def to(self, device: torch.device) -> "Packed":
+        return Packed(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+
+
+def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> Iterator[list[Example]]:
+    """Micro-batches of at most so many tokens, or of one row that has more; longest rows first, so that rows of a
+    micro-batch are about as long as each other, and memory is full at the beginning or never."""
+    part: list[Example] = []
+    tokens = 0
+    for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
+        if part and tokens + len(example.input_ids) > tokens_per_microbatch:
+            yield part
+            part, tokens = [], 0
+        part.append(example)
+        tokens += len(example.input_ids)
+    if part:
+        yield part
+
+
+def collate_packed(examples: Sequence[Example]) -> Packed:
+    """Concatenate B rows and find their targets."""
+    ids = torch.tensor([token for e in examples for token in e.input_ids])
+    labels = torch.tensor([label for e in examples for label in e.labels])
+    lengths = [len(e.input_ids) for e in examples]
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]  # [B]
+    first = labels[starts]
+    inner = labels.index_fill(0, starts, IGNORE)
+    at = (inner != IGNORE).nonzero()[:, 0]  # [n]
+    return Packed(ids, lengths, at - 1, inner[at], first[first != IGNORE])

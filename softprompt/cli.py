@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, SoftpromptError
-from softprompt.fields import hints, nearest
+from softprompt.fields import AUTO, hints, nearest, takes_auto
 from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
 
 
@@ -84,10 +84,21 @@ def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:
         if action.dest in helps:
             shown = "" if action.default is None or "(default" in helps[action.dest] else " (default: %(default)s)"
             action.help = helps[action.dest] + shown
-        if hints(groups).get(action.dest) == bool | None:  # a bare --bf16 means true, as with plain booleans
+        hint = hints(groups).get(action.dest)
+        if hint == bool | None:  # a bare --bf16 means true, as with plain booleans
             action.nargs, action.const = "?", True
+        if takes_auto(hint) and action.type is not None:
+            action.type = _or_auto(action.type)
     parser.formatter_class = argparse.HelpFormatter
     return parser
+
+
+def _or_auto(convert: Any) -> Callable[[str], Any]:
+    def converted(text: str) -> Any:
+        return text if text == AUTO else convert(text)
+
+    converted.__name__ = getattr(convert, "__name__", str(convert))  # argparse names it where a value is wrong
+    return converted
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class ModelArguments:
     fp16: bool | None = option(
         None, "fp16 autocast with a GradScaler. (default: on CUDA where the card has no bf16; `--fp16 false` as above)"
     )
+    engine: Literal["auto", "packed", "padded"] = option(
+        "auto",
+        "packed: the exact fast forward for BLOOM; padded: the base's own forward, for any causal language model. auto "
+        "is packed for BLOOM on the CPU, else padded.",
+    )
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 
 
@@ -87,6 +92,14 @@ class TrainingArguments:
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
+    tokens_per_microbatch: int | None = option(
+        None,
+        "Real tokens that the packed engine takes at once: speed and memory, not the result. (default: auto, from the "
+        "base, dtype, prompt and the device's memory)",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Packed engine: keep only the blocks' inputs and compute the rest again in the backward pass."
+    )
     num_train_epochs: float = option(1.0, "Passes over the training rows.")
     max_steps: int = option(-1, "Optimizer steps; overrides --num_train_epochs where it is positive.")
     learning_rate: float | None = option(
@@ -224,8 +237,13 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")
     ):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+    if model.engine == "padded":
+        for name in ("tokens_per_microbatch", "gradient_checkpointing"):
+            if getattr(training, name):
+                yield f"--{name} is a setting of the packed engine; leave it out, or leave --engine padded out"
     positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps")
-    for name in (*positive, "per_device_eval_batch_size", "save_total_limit", "eval_steps", "num_train_epochs"):
+    positive += ("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps")
+    for name in (*positive, "num_train_epochs"):
         value = getattr(training, name)
         if value is not None and not value > 0:
             yield f"--{name} {value} must be above 0"

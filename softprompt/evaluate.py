@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.batching import chunks
 from softprompt.data import IGNORE, Example
 from softprompt.generate import GenerationSettings, generate
 from softprompt.model import Engine
@@ -39,7 +38,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Held-out rows and the means to evaluate any prompt on them."""
+    """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together."""
 
     engine: Engine
     base: PreTrainedModel
@@ -49,16 +48,14 @@ class Evaluator:
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
-        loss, targets = 0.0, 0
-        for window in chunks(self.examples, self.batch_size):
-            loss_sum, count = self.engine.evaluate(prompt, window)
-            loss, targets = loss + loss_sum.item(), targets + count
+        loss_sum, targets = self.engine.evaluate(prompt, self.examples)
+        loss = loss_sum.item() / targets
         if max(len(answer_ids(e)) for e in self.examples) > SHORT_ANSWER:
-            return Evaluation(loss / targets, None, None)
+            return Evaluation(loss, None, None)
         answers = self._answers(prompt)
         expected = [self.text(answer_ids(e)) for e in self.examples]
         right = sum(a == b for a, b in zip(answers, expected, strict=True))
-        return Evaluation(loss / targets, answers, right / len(expected))
+        return Evaluation(loss, answers, right / len(expected))
 
     def _answers(self, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ConfigError
 
+AUTO = "auto"
+
 
 def option(default: Any, help: str) -> Any:
     """A field that becomes a flag of its name."""
@@ -54,12 +56,19 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
+def takes_auto(hint: Any) -> bool:
+    """Whether a setting may be left to the program, and so be given as `auto`."""
+    return type(None) in _members(hint) and str not in _members(hint)
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Whole numbers stand for floats, as everywhere in Python."""
+    """Whole numbers stand for floats, as everywhere in Python, and `auto` for None where that is no text."""
+    if value == AUTO and takes_auto(hint):
+        return None
     return float(value) if float in _members(hint) and type(value) is int else value
 
 

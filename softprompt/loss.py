@@ -1,7 +1,12 @@
 """The loss: a sum of token cross-entropies, so that it can be normalised over a whole optimizer step or evaluation."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of the logits that exist at a time; on the CPU they stay in cache
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -16,3 +21,64 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     targets = labels[:, 1:].flatten()  # [B·(T-1)]
     scores = logits[:, :-1].flatten(0, 1).float()  # [B·(T-1), V]
     return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
+
+
+def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum over n targets of −log softmax(hidden · headᵀ)[target], a scalar; the logits [n, V] never exist as a whole.
+
+    Args:
+        hidden: [n, H] in the compute dtype; targets: [n] int64.
+        head: [V, H] in the compute dtype, frozen: it gets no gradient.
+    """
+    return _ProjectedCrossEntropy.apply(hidden, head, targets)
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """The gradient is taken in the forward pass, with the blocks of logits at hand.
+
+    With the target t set apart from the other words, whose log-sum-exp is o: −log p(t) = softplus(o − l_t), and its
+    gradient is σ(o − l_t) · (E_{v ≠ t}[w_v] − w_t). The expectation is attention of the hidden states over the other
+    rows of the head, with the running maximum of online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). That
+    nothing is subtracted from 1 keeps it exact where the target is almost certain.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        others, expected = _attend_to_others(hidden, head, targets, ctx.needs_input_grad[0], wide)  # [n], [n, H]
+        own = head[targets].to(wide)  # [n, H]
+        margin = others - (hidden.to(wide) * own).sum(1)  # [n]
+        if expected is not None:
+            ctx.save_for_backward(expected.sub_(own).mul_(margin.sigmoid()[:, None]).to(hidden.dtype))
+        return F.softplus(margin).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors  # [n, H]
+        return gradient * grads[0], None, None
+
+
+def _attend_to_others(
+    hidden: Tensor, head: Tensor, targets: Tensor, with_mean: bool, wide: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp [n] of each row's logits but the target's, and the mean [n, H] of the head's rows under their softmax
+    (None unless it is asked for), both in the wide dtype; words pass block by block."""
+    n, words = len(hidden), len(head)
+    width = max(1, min(words, BLOCK_ELEMENTS[hidden.device.type] // max(1, n)))
+    maximum = hidden.new_full((n, 1), torch.finfo(wide).min, dtype=wide)
+    total = hidden.new_zeros((n, 1), dtype=wide)
+    mean = hidden.new_zeros(hidden.shape, dtype=wide) if with_mean else None
+    for start in range(0, words, width):
+        block = head[start : start + width]  # [b, H]
+        logits = (hidden @ block.T).to(wide)  # [n, b]
+        at = (targets - start).clamp(0, len(block) - 1)[:, None]  # [n, 1]: where the target is, if it is in this block
+        here = (at[:, 0] + start == targets)[:, None]
+        logits.scatter_(1, at, logits.gather(1, at).masked_fill(here, -torch.inf))
+        higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
+        shrink = (maximum - higher).exp_()  # [n, 1]
+        weights = logits.sub_(higher).exp_()  # [n, b]
+        total = total * shrink + weights.sum(1, keepdim=True)
+        if mean is not None:
+            mean.mul_(shrink).add_(weights.to(hidden.dtype) @ block)
+        maximum = higher
+    return (maximum + total.log())[:, 0], mean.div_(total) if mean is not None else None

@@ -30,11 +30,15 @@ class Engine(Protocol):
     ) -> tuple[Tensor, int]:
         """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
 
-        Returns the summed loss (fp32 scalar, detached, on the device, not yet awaited) and the number of targets."""
+        Returns the summed loss (fp64 scalar, detached, on the device, not yet awaited) and the number of targets."""
         ...
 
-    def evaluate(self, prompt: Tensor | None, window: Sequence[Example]) -> tuple[Tensor, int]:
-        """The same sums without a gradient, for a prompt [P, H] or for the bare base (None)."""
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        """The same sums without a gradient over any number of rows, for a prompt [P, H] or for the bare base (None)."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to add up a window in the same order, JSON-able."""
         ...
 
 
@@ -191,35 +195,52 @@ class SoftPromptedModel(nn.Module):
 
 class PaddedEngine:
     """The plain engine, for any causal language model: a window is cut into micro-batches of `rows_per_microbatch`
-    rows, each padded to its longest, and run through the base's own forward under autocast."""
+    rows (in evaluation `rows_per_eval_batch`), each padded to its longest, and run through the base's own forward under
+    autocast."""
 
-    def __init__(self, base: PreTrainedModel, tokenizer: Any, rows_per_microbatch: int, compute_dtype: torch.dtype):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: Any,
+        rows_per_microbatch: int,
+        compute_dtype: torch.dtype,
+        rows_per_eval_batch: int | None = None,
+    ):
         self.base = base
         self.compute_dtype = compute_dtype
         self.device = word_embeddings(base).weight.device
         self.rows_per_microbatch = rows_per_microbatch
+        self.rows_per_eval_batch = rows_per_eval_batch or rows_per_microbatch
         self.pad_token_id, self.padding_side = tokenizer.pad_token_id, tokenizer.padding_side
 
     def accumulate(
         self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
     ) -> tuple[Tensor, int]:
-        return self._run(prompt(), window, grad_scale)
-
-    @torch.no_grad()
-    def evaluate(self, prompt: Tensor | None, window: Sequence[Example]) -> tuple[Tensor, int]:
-        bare = word_embeddings(self.base).weight[:0]  # [0, H]
-        return self._run(bare if prompt is None else prompt, window, None)
-
-    def _run(self, prompt: Tensor, window: Sequence[Example], grad_scale: Tensor | float | None) -> tuple[Tensor, int]:
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
         for rows in chunks(window, self.rows_per_microbatch):
-            batch = collate_padded(rows, self.pad_token_id, self.padding_side).to(self.device)
-            with autocast(self.device, self.compute_dtype):
-                loss = cross_entropy_sum(*padded_forward(self.base, prompt, batch))
-            if grad_scale is not None:
-                (loss * grad_scale).backward()
+            loss = self._loss(prompt(), rows)
+            (loss * grad_scale).backward()
             total += loss.detach()
         return total, sum(map(count_targets, window))
+
+    @torch.no_grad()
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt  # [P, H]
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for some in chunks(rows, self.rows_per_eval_batch):
+            total += self._loss(front, some)
+        return total, sum(map(count_targets, rows))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def __str__(self) -> str:
+        return "padded engine"
+
+    def _loss(self, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
+        batch = collate_padded(rows, self.pad_token_id, self.padding_side).to(self.device)
+        with autocast(self.device, self.compute_dtype):
+            return cross_entropy_sum(*padded_forward(self.base, prompt, batch))
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:

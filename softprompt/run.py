@@ -19,17 +19,11 @@ from softprompt.checkpoint import (
     remove_old_checkpoints,
 )
 from softprompt.config import TrainConfig
+from softprompt.engines import make_engine
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
-from softprompt.model import (
-    PaddedEngine,
-    SoftPromptedModel,
-    load_base,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from softprompt.model import SoftPromptedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
 from softprompt.plot import loss_picture
 from softprompt.progress import Progress
 from softprompt.prompt import PromptEmbedding
@@ -76,7 +70,7 @@ def run_training(config: TrainConfig) -> Run:
     tell_data(data, held_out_data)
     base = load_base(path, device, dtype)
     prompt = PromptEmbedding(initial_prompt(config, tokenizer, base)).to(device)
-    engine = PaddedEngine(base, tokenizer, config.training.per_device_train_batch_size, dtype)
+    engine = make_engine(config, base, tokenizer, dtype, len(prompt.weight))
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     tell_steps(config, len(data.examples), output_dir)
 

@@ -125,7 +125,13 @@ def train(
         if number < total and _evaluation_is_due(number, number % per_epoch == 0, args):
             callbacks.on_evaluate(step)
         if number % args.save_steps == 0 or number == total:
-            state = {"step": number, "taken": taken, "max_steps": total, "scaler": scaler.state_dict()}
+            state = {
+                "step": number,
+                "taken": taken,
+                "max_steps": total,
+                "scaler": scaler.state_dict(),
+                **engine.state(),
+            }
             callbacks.on_save(step, optimizer, state)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,14 +40,12 @@ def make_tokenizer(padding_side: str = "left") -> PreTrainedTokenizerFast:
 
 
 def make_bloom(
-    hidden_size: int = 32, n_layer: int = 2, n_head: int = 4, vocab_size: int = 300, seed: int = 0
+    hidden_size: int = 32, n_layer: int = 2, n_head: int = 4, vocab_size: int = 300, seed: int = 0, **config: Any
 ) -> BloomForCausalLM:
     """A random BLOOM whose every weight matters: layer norms and biases are not left at ones and zeros."""
     torch.manual_seed(seed)
-    config = BloomConfig(
-        hidden_size=hidden_size, n_layer=n_layer, n_head=n_head, vocab_size=vocab_size, initializer_range=0.3
-    )
-    model = BloomForCausalLM(config).eval()
+    sizes = {"hidden_size": hidden_size, "n_layer": n_layer, "n_head": n_head, "vocab_size": vocab_size}
+    model = BloomForCausalLM(BloomConfig(**sizes, initializer_range=0.3, **config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -12,6 +12,7 @@ from peers import peft_model, peft_prompt, random_examples
 from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer
 from transformers import TrainingArguments as TheirArguments
 
+from softprompt.bloom import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
 from softprompt.errors import TrainingError
@@ -19,6 +20,9 @@ from softprompt.evaluate import Evaluator
 from softprompt.model import PaddedEngine, freeze
 from softprompt.prompt import PromptEmbedding, random_init
 from softprompt.trainer import Step, learning_rates, total_steps, train
+from softprompt.weights import ResidentWeights
+
+ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
 
 
 class Kept:
@@ -41,10 +45,17 @@ class Kept:
         self.saves.append(step.number)
 
 
-def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, **settings):
+def engine_of(kind, base, tokenizer, rows=4, dtype=torch.float32):
+    base = freeze(base, dtype)
+    if kind == "packed":
+        return PackedEngine(ResidentWeights(base, dtype), tokens_per_microbatch=60)
+    return PaddedEngine(base, tokenizer, rows, dtype)
+
+
+def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, kind="padded", **settings):
     """Train a copy of `values`; returns the prompt and what the callbacks were told."""
     args = TrainingArguments(**settings)
-    engine = PaddedEngine(freeze(base, dtype), tokenizer, args.per_device_train_batch_size, dtype)
+    engine = engine_of(kind, base, tokenizer, args.per_device_train_batch_size, dtype)
     prompt, kept = PromptEmbedding(values), Kept()
     train(engine, prompt, rows, args, learning_rate, kept)
     return prompt.weight.detach(), kept
@@ -91,12 +102,13 @@ SAME = [
 ]
 
 
+@ENGINES
 @pytest.mark.parametrize("settings", SAME)
-def test_fifty_steps_beside_trainer_and_peft(settings, tokenizer, tmp_path):
+def test_fifty_steps_beside_trainer_and_peft(settings, kind, tokenizer, tmp_path):
     base, values = make_bloom(), random_init(10)(torch.empty(1, 32))
     rows = random_examples(77, 19)  # the last window of each epoch is short
     theirs, history = peer_run(base, tokenizer, values, rows, tmp_path, learning_rate=1e-2, **settings)
-    mine, kept = run(base, tokenizer, values, rows, **settings)
+    mine, kept = run(base, tokenizer, values, rows, kind=kind, **settings)
     assert len(kept.steps) == len(history) == 50
     for step, record in zip(kept.steps, history, strict=True):
         assert step.loss == pytest.approx(record["loss"], rel=1e-5)
@@ -107,7 +119,8 @@ def test_fifty_steps_beside_trainer_and_peft(settings, tokenizer, tmp_path):
     assert (mine - values).norm() > 0.1  # and they moved
 
 
-def test_the_mini_base_beside_trainer_and_peft(tmp_path):
+@ENGINES
+def test_the_mini_base_beside_trainer_and_peft(kind, tmp_path):
     from transformers import AutoTokenizer
 
     from softprompt import mini
@@ -120,18 +133,20 @@ def test_the_mini_base_beside_trainer_and_peft(tmp_path):
     values = random_init(10)(torch.empty(1, base.config.hidden_size))
     settings = {"max_steps": 50, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     theirs, history = peer_run(base, tokenizer, values, rows, tmp_path, learning_rate=3e-2, **settings)
-    mine, kept = run(base, tokenizer, values, rows, 3e-2, **settings)
+    mine, kept = run(base, tokenizer, values, rows, 3e-2, kind=kind, **settings)
+    # These losses fall to 1e-3, and log-softmax in fp32 rounds each at 1e-7 where its target is almost certain.
     for step, record in zip(kept.steps, history, strict=True):
-        assert step.loss == pytest.approx(record["loss"], rel=1e-5)
+        assert step.loss == pytest.approx(record["loss"], rel=1e-5, abs=0 if kind == "padded" else 5e-7)
     assert ((mine - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
+@ENGINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_prompt_changes(dtype, tokenizer):
+def test_only_the_prompt_changes(dtype, kind, tokenizer):
     base, values = freeze(make_bloom(), dtype), random_init(4)(torch.empty(1, 32))
     rows = random_examples(20, 9)
     before = copy.deepcopy(base.state_dict())
-    engine = PaddedEngine(base, tokenizer, 4, dtype)
+    engine = engine_of(kind, base, tokenizer, 4, dtype)
     prompt = PromptEmbedding(values)
     Evaluator(engine, base, tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
@@ -198,12 +213,13 @@ def test_when_the_callbacks_are_called(tokenizer):
     assert kept.evaluations == [3, 6, 9]  # 10 rows are windows of 4, 4 and 2
 
 
-def test_fp16_skips_overflowed_steps_without_moving_the_schedule(tokenizer, monkeypatch):
+@ENGINES
+def test_fp16_skips_overflowed_steps_without_moving_the_schedule(kind, tokenizer, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
     values, rows = random_init(3)(torch.empty(1, 32)), random_examples(16, 9)
     settings = {"max_steps": 12, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     reference, _ = run(make_bloom(), tokenizer, values, rows, **settings)
-    prompt, kept = run(make_bloom(), tokenizer, values, rows, dtype=torch.float16, **settings)
+    prompt, kept = run(make_bloom(), tokenizer, values, rows, dtype=torch.float16, kind=kind, **settings)
     overflowed = [s.number for s in kept.steps if not math.isfinite(s.grad_norm)]
     rates = [s.learning_rate for s in kept.steps]
     assert 0 < len(overflowed) < 12 and overflowed == list(range(1, len(overflowed) + 1))
@@ -212,12 +228,13 @@ def test_fp16_skips_overflowed_steps_without_moving_the_schedule(tokenizer, monk
     assert (prompt - values).norm() > 0.5 * (reference - values).norm()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tokenizer):
+@ENGINES
+def test_a_loss_that_is_not_finite_stops_the_run(kind, tokenizer):
     base = make_bloom()
     with torch.no_grad():
         base.transformer.ln_f.bias[0] = math.nan
     with pytest.raises(TrainingError, match=r"step 1: not finite: loss nan.*--learning_rate"):
-        run(base, tokenizer, torch.ones(2, 32), random_examples(4, 5))
+        run(base, tokenizer, torch.ones(2, 32), random_examples(4, 5), kind=kind)
 
 
 def test_exact_match_counts_answers(tokenizer, monkeypatch):

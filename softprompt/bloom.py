@@ -1,0 +1,259 @@
+"""The exact fast engine over frozen BLOOM: packed rows behind a prompt that is run once.
+
+Causality makes the virtual tokens' states independent of the text after them, so one pass over the prompt serves every
+row of a window: its keys and values stand before each row's own, and the gradients that rows leave on them flow back
+through the prompt in one pass. Rows lie one after the other without padding; final layer norm, the last block's queries
+and MLP, and the vocabulary see only positions whose next token is a target.
+
+Matrix products run in the compute dtype; residual stream, layer norms, ALiBi, softmax and loss in the wide dtype (fp32,
+or fp64 under fp64).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from softprompt.batching import Packed, collate_packed, cut_by_tokens
+from softprompt.data import Example
+from softprompt.loss import projected_cross_entropy
+from softprompt.prompt import PromptEmbedding
+from softprompt.weights import Affine, Layer, Shape, Weights
+
+T = TypeVar("T")
+
+
+class Prefix(NamedTuple):
+    """What rows see of the prompt: each layer's keys and values [P, N, D], and the last virtual token's output [1, H]
+    (wide), which predicts a row's first token; [0, H] without a prompt."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    last: Tensor
+
+
+class Group(NamedTuple):
+    """B consecutive rows of the stream that attention takes at once, `width` tokens wide. `take` [B·width] and `drop`
+    [their tokens] int64 pad them on the right and undo that; None where all are equally long."""
+
+    rows: int
+    width: int
+    tokens: int
+    take: Tensor | None
+    drop: Tensor | None
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """Press et al. 2022, arXiv:2108.12409: 2^(-8i/n) for i = 1 … n; where n is no power of two, those of the power
+    below, then every other one of the power above."""
+    below = 2 ** int(math.log2(n_heads))
+    slopes = [2 ** (-8 * i / below) for i in range(1, below + 1)]
+    return slopes + [2 ** (-4 * i / below) for i in range(1, 2 * (n_heads - below), 2)]
+
+
+def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
+    """Bias [1, N, width, P + width] of a row's queries on the prompt's keys and its own: slope·distance, -inf ahead."""
+    slopes = torch.tensor(alibi_slopes(n_heads), dtype=like.dtype, device=like.device)  # [N]
+    query = torch.arange(P, P + width, device=like.device)[:, None]  # [width, 1]
+    distance = torch.arange(P + width, device=like.device) - query  # [width, P + width]
+    bias = slopes[:, None, None] * distance  # [N, width, P + width]
+    return bias.masked_fill(distance > 0, -math.inf)[None]
+
+
+def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
+    """On the CPU a group is a run of equally long rows, so that nothing is padded; elsewhere all rows are one group."""
+    runs = [list(run) for _, run in groupby(lengths)] if device.type == "cpu" else [list(lengths)]
+    return [_group(run, device) for run in runs]
+
+
+def _group(lengths: Sequence[int], device: torch.device) -> Group:
+    rows, width, tokens = len(lengths), max(lengths), sum(lengths)
+    if rows * width == tokens:
+        return Group(rows, width, tokens, None, None)
+    length = torch.tensor(lengths)[:, None]  # [B, 1]
+    start = length.cumsum(0) - length
+    column = torch.arange(width)  # [width]
+    take = (start + column.clamp(max=length - 1)).flatten()  # pads repeat the row's last token
+    drop = (column < length).flatten().nonzero()[:, 0]
+    return Group(rows, width, tokens, take.to(device), drop.to(device))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, Tensor], bias: Tensor, groups: list[Group]) -> Tensor:
+    """Causal attention of every row [S, N, D] over the prompt's keys and values [P, N, D] and its own; → [S, N·D]."""
+    sizes = [group.tokens for group in groups]
+    P, outputs = len(before[0]), []
+    for group, *of_rows in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        query, key, value = (_as_rows(x, group) for x in of_rows)  # [B, width, N, D]
+        key, value = (_behind(p, x).transpose(1, 2) for p, x in zip(before, (key, value), strict=True))
+        mask = bias[:, :, : group.width, : P + group.width]
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)  # [B, N, width, D]
+        out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·width, N·D]
+        outputs.append(out if group.drop is None else out.index_select(0, group.drop))
+    return torch.cat(outputs)
+
+
+def _as_rows(x: Tensor, group: Group) -> Tensor:
+    x = x if group.take is None else x.index_select(0, group.take)
+    return x.unflatten(0, (group.rows, group.width))
+
+
+def _behind(prompt: Tensor, rows: Tensor) -> Tensor:
+    """[P, N, D] before each of [B, width, N, D]; → [B, P + width, N, D]."""
+    return torch.cat([prompt.to(rows.dtype).expand(len(rows), -1, -1, -1), rows], dim=1)
+
+
+def norm(x: Tensor, affine: Affine, epsilon: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], affine.weight, affine.bias, epsilon)
+
+
+def linear(x: Tensor, affine: Affine) -> Tensor:
+    """[S, in] → [S, out] in the weight's dtype."""
+    return F.linear(x.to(affine.weight.dtype), affine.weight, affine.bias.to(affine.weight.dtype))
+
+
+def split_heads(x: Tensor, parts: int, shape: Shape) -> tuple[Tensor, ...]:
+    """[S, N·parts·D] → `parts` times [S, N, D], in fp32 on the CPU, whose attention is slow in less."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    return x.to(dtype).view(-1, shape.N, parts, shape.D).unbind(2)
+
+
+def finish_block(x: Tensor, y: Tensor, attended: Tensor, layer: Layer, shape: Shape) -> Tensor:
+    """What follows attention: residual x [S, H] (or its layer norm y), attended [S, N·D] → [S, H]."""
+    x = (y if shape.residual_after_layernorm else x) + linear(attended, layer.dense)
+    y = norm(x, layer.post_attention_layernorm, shape.epsilon)
+    wide = F.gelu(linear(y, layer.dense_h_to_4h), approximate="tanh")  # [S, 4H]
+    return (y if shape.residual_after_layernorm else x) + linear(wide, layer.dense_4h_to_h)
+
+
+def run_prompt(weights: Weights, prompt: Tensor) -> Prefix:
+    """The virtual tokens [P, H] through all layers, by themselves; P = 0 is no prompt."""
+    shape, P = weights.shape, len(prompt)
+    x = norm(prompt, weights.embedding_layernorm, shape.epsilon)  # [P, H]
+    nothing = x.new_empty(0, shape.N, shape.D)
+    keys, values = [], []
+    bias = causal_alibi(shape.N, P, 0, x)
+    for i in range(shape.L):
+        layer = weights.layer(i)
+        y = norm(x, layer.input_layernorm, shape.epsilon)
+        q, k, v = split_heads(linear(y, layer.query_key_value), 3, shape)  # [P, N, D]
+        if P:
+            attended = attend(q, k, v, (nothing, nothing), bias.to(q.dtype), [Group(1, P, P, None, None)])
+            x = finish_block(x, y, attended, layer, shape)
+        keys.append(k)
+        values.append(v)
+    return Prefix(keys, values, x[-1:])
+
+
+def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False) -> Tensor:
+    """Summed loss of a micro-batch behind the prompt, a scalar. `recompute` keeps only the blocks' inputs for the
+    backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    shape, P = weights.shape, len(prefix.keys[0])
+    x = norm(weights.embed(batch.input_ids), weights.embedding_layernorm, shape.epsilon)  # [S, H]
+    bias = causal_alibi(shape.N, max(batch.lengths), P, x).to(prefix.keys[0].dtype)
+    groups = group_rows(batch.lengths, x.device)
+
+    def block(i: int, x: Tensor, *before: Tensor) -> Tensor:
+        layer = weights.layer(i)
+        y = norm(x, layer.input_layernorm, shape.epsilon)
+        if i == shape.L - 1:
+            return last_block(x, y, layer, *before)
+        q, k, v = split_heads(linear(y, layer.query_key_value), 3, shape)  # [S, N, D]
+        return finish_block(x, y, attend(q, k, v, (before[0], before[1]), bias, groups), layer, shape)
+
+    def last_block(x: Tensor, y: Tensor, layer: Layer, *before: Tensor) -> Tensor:
+        """Only what predicts a target: [S, H] → [n, H]."""
+        of_q, of_kv = split_projection(layer.query_key_value, shape)
+        k, v = split_heads(linear(y, of_kv), 2, shape)  # [S, N, D]
+        (q,) = split_heads(linear(y.index_select(0, batch.predictors), of_q), 1, shape)  # [n, N, D]
+        q = torch.zeros_like(k).index_copy(0, batch.predictors, q)  # [S, N, D]
+        attended = attend(q, k, v, (before[0], before[1]), bias, groups).index_select(0, batch.predictors)  # [n, N·D]
+        x, y = (t.index_select(0, batch.predictors) for t in (x, y))  # [n, H]
+        return finish_block(x, y, attended, layer, shape)
+
+    for i, before in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        x = checkpoint(block, i, x, *before, use_reentrant=False) if recompute else block(i, x, *before)
+    first = batch.first_targets if P else batch.first_targets[:0]  # [f]: without a prompt nothing predicts them
+    x = torch.cat([prefix.last.expand(len(first), -1) if P else x[:0], x])  # [f + n, H]
+    hidden = norm(x, weights.final_layernorm, shape.epsilon).to(weights.head.dtype)
+    return projected_cross_entropy(hidden, weights.head, torch.cat([first, batch.targets]))
+
+
+def split_projection(affine: Affine, shape: Shape) -> tuple[Affine, Affine]:
+    """The projection to [N, 3, D] as one to queries [N, 1, D] and one to keys and values [N, 2, D]."""
+    weight, bias = (t.unflatten(0, (shape.N, 3, shape.D)) for t in affine)
+    of_q, of_kv = (Affine(weight[:, s].flatten(0, 2), bias[:, s].flatten()) for s in (slice(0, 1), slice(1, 3)))
+    return of_q, of_kv
+
+
+class PackedEngine:
+    """The engine for BLOOM: a window is cut into micro-batches of `tokens_per_microbatch` real tokens."""
+
+    def __init__(self, weights: Weights, tokens_per_microbatch: int, gradient_checkpointing: bool = False):
+        self.weights, self.tokens_per_microbatch = weights, tokens_per_microbatch
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compute_dtype, self.device = weights.head.dtype, weights.head.device
+
+    def accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
+        return self._in_finer_cuts(lambda: self._accumulate(prompt, window, grad_scale))
+
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        return self._in_finer_cuts(lambda: self._evaluate(prompt, rows))
+
+    def state(self) -> dict[str, Any]:
+        return {"tokens_per_microbatch": self.tokens_per_microbatch}
+
+    def __str__(self) -> str:
+        return f"packed engine, {self.tokens_per_microbatch:,} tokens at a time"
+
+    def _accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
+        prefix = run_prompt(self.weights, prompt())
+        made = [*prefix.keys, *prefix.values, prefix.last]
+        seen = [t.detach().requires_grad_() for t in made]  # where rows leave their gradients
+        total, targets, L = torch.zeros((), device=self.device, dtype=torch.float64), 0, self.weights.shape.L
+        for batch in self._micro_batches(window):
+            loss = run_rows(self.weights, Prefix(seen[:L], seen[L:-1], seen[-1]), batch, self.gradient_checkpointing)
+            (loss * grad_scale).backward()
+            total += loss.detach()
+            targets += len(batch.targets) + len(batch.first_targets)
+        torch.autograd.backward(made, [torch.zeros_like(t) if t.grad is None else t.grad for t in seen])
+        return total, targets
+
+    @torch.no_grad()
+    def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        none = self.weights.embed(torch.zeros(0, dtype=torch.int64, device=self.device))  # [0, H]
+        prefix = run_prompt(self.weights, none if prompt is None else prompt)
+        total, targets = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        for batch in self._micro_batches(rows):
+            total += run_rows(self.weights, prefix, batch)
+            targets += len(batch.targets) + (0 if prompt is None else len(batch.first_targets))
+        return total, targets
+
+    def _micro_batches(self, window: Sequence[Example]) -> Iterator[Packed]:
+        for rows in cut_by_tokens(window, self.tokens_per_microbatch):
+            yield collate_packed(rows).to(self.device)
+
+    def _in_finer_cuts(self, run: Callable[[], T]) -> T:
+        """The window once more in smaller micro-batches, for as long as the device's memory does not hold them; the
+        prompt's gradient is only touched at a window's end, so nothing of the failed try stays."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                if self.tokens_per_microbatch <= 1:
+                    raise
+                self.tokens_per_microbatch = max(1, self.tokens_per_microbatch // 2)
+            torch.cuda.empty_cache()
+            tqdm.write(
+                f"out of memory: the step is repeated in micro-batches of {self.tokens_per_microbatch:,} tokens, "
+                "with the same gradient"
+            )

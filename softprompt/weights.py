@@ -1,0 +1,92 @@
+"""The frozen weights of a BLOOM, layer by layer: the packed engine asks a provider and does not know where they lie."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Affine(NamedTuple):
+    """Scale and shift of a layer norm, [H] fp32 each; or weight [out, in] in the compute dtype and bias [out] fp32."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Layer(NamedTuple):
+    """One block of BLOOM. `query_key_value` has its 3·H outputs in the order [N, 3, D]."""
+
+    input_layernorm: Affine  # [H]
+    query_key_value: Affine  # [3H, H]
+    dense: Affine  # [H, H]
+    post_attention_layernorm: Affine  # [H]
+    dense_h_to_4h: Affine  # [4H, H]
+    dense_4h_to_h: Affine  # [H, 4H]
+
+
+class Shape(NamedTuple):
+    """Sizes in the letters used everywhere, and the two constants of BLOOM's forward."""
+
+    L: int
+    N: int
+    D: int
+    H: int
+    V: int
+    epsilon: float
+    residual_after_layernorm: bool
+
+
+class Weights(Protocol):
+    """A provider. `layer(i)` may be asked for any layer at any time, and again in the backward pass."""
+
+    shape: Shape
+    embedding_layernorm: Affine
+    final_layernorm: Affine
+    head: Tensor  # [V, H] in the compute dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Word embeddings before their layer norm: [...] int64 → [..., H] fp32."""
+        ...
+
+    def layer(self, i: int) -> Layer: ...
+
+
+class ResidentWeights:
+    """All layers in the memory of one device: the base's own tensors, not copies of them, but for a tied head, which
+    the compute dtype needs a second time where that is not the embeddings' own."""
+
+    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
+        transformer, config = base.transformer, base.config
+        self.shape = bloom_shape(config)
+        self.embedding_layernorm = _affine(transformer.word_embeddings_layernorm)
+        self.final_layernorm = _affine(transformer.ln_f)
+        self.head: Tensor = base.get_output_embeddings().weight.detach().to(compute_dtype)
+        self.embed: Callable[[Tensor], Tensor] = transformer.word_embeddings
+        self._layers = [_layer(block) for block in transformer.h]
+
+    def layer(self, i: int) -> Layer:
+        return self._layers[i]
+
+
+def bloom_shape(config: Any) -> Shape:
+    """The sizes of a transformers BloomConfig."""
+    L, N, H = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+    after = config.apply_residual_connection_post_layernorm
+    return Shape(L, N, H // N, H, config.vocab_size, config.layer_norm_epsilon, after)
+
+
+def _affine(module: Any) -> Affine:
+    return Affine(module.weight.detach(), module.bias.detach())
+
+
+def _layer(block: Any) -> Layer:
+    return Layer(
+        _affine(block.input_layernorm),
+        _affine(block.self_attention.query_key_value),
+        _affine(block.self_attention.dense),
+        _affine(block.post_attention_layernorm),
+        _affine(block.mlp.dense_h_to_4h),
+        _affine(block.mlp.dense_4h_to_h),
+    )

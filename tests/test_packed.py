@@ -1,0 +1,349 @@
+"""The packed engine is the base's own forward: loss and gradient against naive references, whatever shapes and cuts."""
+
+import copy
+import math
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_bloom
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peers import naive_loss, peft_model, peft_prompt, random_examples
+
+from softprompt import bloom, loss
+from softprompt.batching import collate_packed, collate_padded, cut_by_tokens
+from softprompt.bloom import PackedEngine, causal_alibi, group_rows
+from softprompt.data import Example, count_targets
+from softprompt.model import freeze
+from softprompt.prompt import PromptEmbedding
+from softprompt.weights import ResidentWeights
+
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+def packed(base, dtype=FP32, tokens=64, checkpointing=False):
+    return PackedEngine(ResidentWeights(base, dtype), tokens, checkpointing)
+
+
+def ours(engine, values, rows):
+    """Mean loss over all targets and the prompt's gradient [P, H]; values [P, H] in the dtype that is learned in."""
+    prompt, targets = values.clone().requires_grad_(), sum(map(count_targets, rows))
+    total, count = engine.accumulate(lambda: prompt, rows, 1 / max(1, targets))
+    assert count == targets
+    return total.item() / max(1, targets), prompt.grad
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def prompt_like(base, P, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(P, base.config.hidden_size, generator=draw, dtype=torch.float64).to(base.dtype)
+
+
+def labelled(ids, keep):
+    return Example(ids, [token if kept else -100 for token, kept in zip(ids, keep, strict=True)])
+
+
+# Rows with targets anywhere, the first token included, and rows with none at all.
+ROWS = st.lists(
+    st.integers(1, 15).flatmap(
+        lambda n: st.builds(
+            labelled,
+            st.lists(st.integers(4, 59), min_size=n, max_size=n),
+            st.one_of(st.just([False] * n), st.lists(st.booleans(), min_size=n, max_size=n)),
+        )
+    ),
+    min_size=1,
+    max_size=7,
+).filter(lambda rows: any(map(count_targets, rows)))
+BASES = st.builds(
+    lambda n_head, size, **rest: make_bloom(n_head=n_head, hidden_size=n_head * size, vocab_size=60, **rest),
+    n_head=st.integers(1, 7),
+    size=st.sampled_from([8, 10, 12]),
+    n_layer=st.integers(1, 3),
+    seed=st.integers(0, 9),
+    tie_word_embeddings=st.booleans(),
+    apply_residual_connection_post_layernorm=st.booleans(),
+)
+MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def one_group_for_all(lengths, device):
+    """As on a device where rows are padded to one group."""
+    return [bloom._group(list(lengths), device)]
+
+
+@MANY
+@given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90), st.booleans(), st.booleans())
+def test_loss_and_gradient_are_the_plain_forwards(base, rows, P, tokens, checkpointing, padded_groups):
+    base = freeze(base, FP32)
+    values = prompt_like(base, P).requires_grad_()
+    expected = naive_loss(base, values, rows)
+    expected.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        if padded_groups:
+            patch.setattr(bloom, "group_rows", one_group_for_all)
+        mean, gradient = ours(packed(base, FP32, tokens, checkpointing), values.detach(), rows)
+    assert mean == pytest.approx(expected.item(), rel=1e-5)
+    assert relative(gradient, values.grad) < 1e-5
+
+
+def exact_gelu(self, x):
+    return F.gelu(x, approximate="tanh")
+
+
+def exact_alibi(attention_mask, num_heads, dtype):
+    """transformers' build_alibi_tensor, in fp64 throughout: slope × position, [B·N, 1, T]."""
+    below = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8 / below * i) for i in range(1, below + 1)]
+    slopes += [2.0 ** (-8 / (2 * below) * i) for i in range(1, 2 * (num_heads - below) + 1, 2)][: num_heads - below]
+    positions = (attention_mask.cumsum(-1) - 1) * attention_mask  # [B, T]
+    alibi = torch.tensor(slopes, dtype=FP64)[None, :, None] * positions[:, None]  # [B, N, T]
+    return alibi.reshape(-1, 1, attention_mask.shape[1]).to(dtype)
+
+
+@MANY
+@given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90))
+def test_in_double_precision(base, rows, P, tokens):
+    """transformers rounds two constants of its GELU at the ninth digit, and takes ALiBi and softmax in fp32 whatever
+    the dtype; the reference does not, else the two could not agree this far."""
+    base = base.double().requires_grad_(False)
+    values = prompt_like(base, P).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.models.bloom.modeling_bloom.BloomGelu.forward", exact_gelu)
+        patch.setattr("transformers.models.bloom.modeling_bloom.build_alibi_tensor", exact_alibi)
+        patch.setattr(F, "softmax", lambda x, dim, dtype: torch.softmax(x, dim))
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # naive_loss's log-softmax
+        expected = naive_loss(base, values, rows)
+        expected.backward()
+    mean, gradient = ours(packed(base, FP64, tokens), values.detach(), rows)
+    assert mean == pytest.approx(expected.item(), rel=1e-10)
+    assert relative(gradient, values.grad) < 1e-10
+
+
+def autocast_peft(base, values, rows):
+    """PEFT's gradient [P, H] under bf16 autocast, as Trainer's bf16 runs it."""
+    model = peft_model(base, values)
+    batch = collate_padded(rows, 3, "left")
+    with torch.autocast("cpu", BF16):
+        targets = (batch.labels[:, 1:] != -100).sum()
+        out = model(**batch._asdict(), num_items_in_batch=targets)
+    out.loss.backward()
+    return peft_prompt(model).grad
+
+
+def test_bf16_is_nearer_to_the_truth_than_autocast():
+    """Over bases, lengths and prompts: the error against the fp32 gradient is in the median no larger than that of
+    transformers under autocast, and in no case above 1.5 times it."""
+    ratios = []
+    for case in range(40):
+        heads, P = 1 + case % 8, (1, 3, 10, 50)[case % 4]
+        base = make_bloom(hidden_size=16 * heads, n_head=heads, n_layer=1 + case % 4, seed=case)
+        rows, values = random_examples(6, 10 + 4 * case, seed=case), prompt_like(base, P, case)
+        _, truth = ours(packed(freeze(copy.deepcopy(base), FP32)), values, rows)
+        _, mine = ours(packed(freeze(copy.deepcopy(base), BF16), BF16), values, rows)
+        ratios.append(relative(mine, truth) / relative(autocast_peft(base, values, rows), truth))
+    assert statistics.median(ratios) <= 1, sorted(ratios)
+    assert max(ratios) <= 1.5, sorted(ratios)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+@pytest.mark.parametrize("what", ["mask", "distance"])
+def test_a_mask_that_is_off_by_one_position_is_noticed(what, shift, monkeypatch):
+    def broken(n_heads, width, P, like):
+        bias = causal_alibi(n_heads, width, P, like)
+        if what == "distance":  # the prompt's keys one position too far, or too near
+            slopes = torch.tensor(bloom.alibi_slopes(n_heads))[:, None, None]
+            return torch.cat([bias[..., :P] + shift * slopes, bias[..., P:]], -1)
+        ahead = torch.arange(P + width) - torch.arange(P, P + width)[:, None] > shift
+        return torch.where(torch.isinf(bias), torch.zeros_like(bias), bias).masked_fill(ahead, -math.inf)
+
+    base, rows = freeze(make_bloom(), FP32), random_examples(5, 12)
+    values = prompt_like(base, 4)
+    expected = naive_loss(base, values, rows).item()
+    assert ours(packed(base), values, rows)[0] == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(bloom, "causal_alibi", broken)
+    assert ours(packed(base), values, rows)[0] != pytest.approx(expected, rel=1e-4)
+
+
+def test_held_out_rows_with_and_without_a_prompt():
+    base, rows = freeze(make_bloom(), FP32), random_examples(9, 14)
+    for values, front in ((prompt_like(base, 3), prompt_like(base, 3)), (None, torch.empty(0, 32))):
+        total, count = packed(base, tokens=30).evaluate(values, rows)
+        assert count == sum(map(count_targets, rows)) and not total.requires_grad
+        assert total.item() / count == pytest.approx(naive_loss(base, front, rows).item(), rel=1e-5)
+
+
+def test_without_a_prompt_nothing_predicts_a_first_token():
+    base = freeze(make_bloom(), FP32)
+    total, count = packed(base).evaluate(None, [Example([9, 8, 7], [9, 8, 7])])
+    assert count == 2
+    assert total.item() == packed(base).evaluate(None, [Example([9, 8, 7], [-100, 8, 7])])[0].item()
+
+
+def test_rows_without_any_target_leave_a_gradient_of_zeros():
+    base = freeze(make_bloom(), FP32)
+    mean, gradient = ours(packed(base), prompt_like(base, 3), [Example([5, 6, 7], [-100] * 3)])
+    assert mean == 0 and gradient.shape == (3, 32) and not gradient.any()
+
+
+def test_gradients_add_up_over_windows():
+    base, rows = freeze(make_bloom(), FP32), random_examples(8, 9)
+    prompt = PromptEmbedding(prompt_like(base, 3))
+    for part in (rows[:3], rows[3:]):
+        packed(base).accumulate(prompt, part, 0.5)
+    whole = PromptEmbedding(prompt_like(base, 3))
+    packed(base).accumulate(whole, rows, 0.5)
+    assert torch.allclose(prompt.weight.grad, whole.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_changes_no_bit():
+    base, rows = freeze(make_bloom(n_layer=4), FP32), random_examples(8, 20)
+    values = prompt_like(base, 5)
+    mean, gradient = ours(packed(base), values, rows)
+    again, same = ours(packed(base, checkpointing=True), values, rows)
+    assert mean == again and torch.equal(gradient, same)
+
+
+class Scarce(ResidentWeights):
+    """A device that runs out of memory when more than so many tokens are embedded at once."""
+
+    def __init__(self, base, dtype, most):
+        super().__init__(base, dtype)
+        self.most, plenty = most, self.embed
+
+        def embed(ids):
+            if len(ids) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory (as a test has it)")
+            return plenty(ids)
+
+        self.embed = embed
+
+
+def test_out_of_memory_cuts_the_window_finer(capsys):
+    base, rows = freeze(make_bloom(), FP32), random_examples(9, 12)
+    values = prompt_like(base, 3)
+    mean, gradient = ours(packed(base), values, rows)
+    engine = PackedEngine(Scarce(base, FP32, 25), 100)
+    again, same = ours(engine, values, rows)
+    assert again == pytest.approx(mean, rel=1e-6) and relative(same, gradient) < 1e-5
+    assert engine.state() == {"tokens_per_microbatch": 25}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "out of memory" in told[0] and "50 tokens" in told[0] and "25 tokens" in told[1]
+    engine.weights.most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.evaluate(values, rows)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100))
+def test_cuts_keep_to_the_budget(lengths, budget):
+    rows = [Example([n] * n, [-100] * n) for n in lengths]
+    parts = list(cut_by_tokens(rows, budget))
+    assert sorted(len(r.input_ids) for part in parts for r in part) == sorted(lengths)
+    assert all(len(part) == 1 or sum(len(r.input_ids) for r in part) <= budget for part in parts)
+
+
+def test_a_packed_microbatch():
+    batch = collate_packed([Example([5, 6, 7], [-100, 6, -100]), Example([8, 9], [8, 9]), Example([4], [-100])])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 4] and batch.lengths == [3, 2, 1]
+    assert batch.predictors.tolist() == [0, 3] and batch.targets.tolist() == [6, 9]
+    assert batch.first_targets.tolist() == [8]
+
+
+def test_equal_rows_are_not_padded():
+    cpu = torch.device("cpu")
+    assert [(g.rows, g.width, g.take) for g in group_rows([7, 7, 5, 2, 2, 2], cpu)] == [
+        (2, 7, None),
+        (1, 5, None),
+        (3, 2, None),
+    ]
+    group = one_group_for_all([3, 1], cpu)[0]
+    assert group.take.tolist() == [0, 1, 2, 3, 3, 3] and group.drop.tolist() == [0, 1, 2, 3]
+
+
+def fused_and_plain(n, words, size, scale, dtype=FP64, elements=50):
+    draw = torch.Generator().manual_seed(n)
+    hidden = (scale * torch.randn(n, size, generator=draw, dtype=FP64)).to(dtype)
+    head, targets = torch.randn(words, size, generator=draw, dtype=FP64), torch.randint(0, words, (n,), generator=draw)
+    results = []
+    for fused in (True, False):
+        x = hidden.clone().to(dtype if fused else FP64).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(loss.BLOCK_ELEMENTS, "cpu", elements)
+            if fused:
+                value = loss.projected_cross_entropy(x, head.to(dtype), targets)
+            else:
+                value = F.cross_entropy(x @ head.to(dtype).double().T, targets, reduction="sum")
+        (value * 0.7).backward()
+        results.append((value.item(), x.grad.double()))
+    return results
+
+
+@pytest.mark.parametrize("n, words, elements", [(1, 2, 1), (7, 60, 50), (7, 60, 7), (13, 61, 10**6), (64, 33, 1)])
+def test_the_fused_cross_entropy(n, words, elements):
+    (value, gradient), (expected, truth) = fused_and_plain(n, words, 8, 1.0, elements=elements)
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(gradient, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_no_targets_no_loss():
+    x = torch.zeros(0, 8, requires_grad=True)
+    value = loss.projected_cross_entropy(x, torch.ones(5, 8), torch.zeros(0, dtype=torch.int64))
+    value.backward()
+    assert value.item() == 0 and x.grad.shape == (0, 8)
+
+
+def test_a_target_that_is_almost_certain_keeps_its_gradient():
+    """Where p(target) rounds to 1, 1 - p is lost; the margin to the other words is not."""
+    head = torch.eye(4)
+    x = torch.tensor([[40.0, 0, 0, 0]], requires_grad=True)
+    value = loss.projected_cross_entropy(x, head, torch.tensor([0]))
+    value.backward()
+    others = 3 * math.exp(-40)
+    assert value.item() == pytest.approx(others, rel=1e-5)
+    assert x.grad[0].tolist() == pytest.approx([-others, others / 3, others / 3, others / 3], rel=1e-5)
+
+
+def test_other_bases_take_the_padded_engine(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from softprompt.config import train_config
+    from softprompt.engines import make_engine
+    from softprompt.errors import ConfigError
+
+    gpt2 = freeze(GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2)), FP32)
+    bases = {"bloom": freeze(make_bloom(), FP32), "gpt2": gpt2}
+
+    def engine(base, **given):
+        config = train_config(model_name_or_path="x", dataset="x", **given)
+        return str(make_engine(config, bases[base], tokenizer, FP32, 10))
+
+    assert engine("bloom") == "packed engine, 1,024 tokens at a time"
+    assert engine("bloom", engine="padded") == engine("gpt2") == "padded engine"
+    assert engine("bloom", tokens_per_microbatch=77) == "packed engine, 77 tokens at a time"
+    with pytest.raises(ConfigError, match="--engine packed is for BLOOM, and x is of type gpt2; leave it out"):
+        engine("gpt2", engine="packed")
+    with pytest.raises(ConfigError, match=r"this run takes the padded one; leave them out$"):
+        engine("gpt2", tokens_per_microbatch=77)
+    with pytest.raises(ConfigError, match="--gradient_checkpointing is a setting of the packed engine"):
+        engine("bloom", engine="padded", gradient_checkpointing=True)
+
+
+def test_the_token_budget_follows_the_memory():
+    from softprompt.memory import FEWEST_TOKENS, MOST_TOKENS, auto_tokens
+    from softprompt.weights import Shape
+
+    shape = Shape(24, 16, 128, 2048, 46145, 1e-5, False)
+    cuda = torch.device("cuda")
+    budgets = [auto_tokens(shape, BF16, 10, cuda, gib << 30) for gib in (4, 8, 16, 24, 80)]
+    assert budgets == sorted(budgets) and budgets[0] == FEWEST_TOKENS and budgets[-1] == MOST_TOKENS["cuda"]
+    assert (
+        auto_tokens(shape, BF16, 200, cuda, 16 << 30) <= budgets[2] < auto_tokens(shape, BF16, 10, cuda, 16 << 30, True)
+    )
+    assert auto_tokens(shape, BF16, 200, cuda, 8 << 30) < budgets[1]
+    assert auto_tokens(shape, FP32, 10, cuda, 8 << 30) < budgets[1]
+    assert auto_tokens(shape, BF16, 10, cuda, 8 << 30, gradient_checkpointing=True) > budgets[1]
