@@ -8,10 +8,11 @@ from softprompt.cli import command, parse_training
 def main(argv: Sequence[str]) -> None:
     config = parse_training(argv)
 
-    from softprompt.run import run_training  # after parsing: a wrong flag need not wait for torch
+    from softprompt.dry_run import dry_run  # after parsing: a wrong flag need not wait for torch
+    from softprompt.run import run_training
     from softprompt.summary import summary
 
-    print(summary(run_training(config)))
+    print(dry_run(config) if config.training.dry_run else summary(run_training(config)))
 
 
 if __name__ == "__main__":

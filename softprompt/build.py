@@ -19,7 +19,8 @@ from softprompt.mini import rows as mini_rows
 from softprompt.model import word_embeddings
 from softprompt.prompt import Initialiser, random_init, sample_vocab_init, token_init
 from softprompt.rows import Row, load_rows
-from softprompt.template import Template
+from softprompt.template import CHAT, Template
+from softprompt.token_cache import cached
 
 RUNS = Path("runs")
 
@@ -66,9 +67,14 @@ def tokenize_rows(
 ) -> tuple[Tokenized, Tokenized | None]:
     """Examples of training and held-out rows; a bar shows on a terminal."""
     progress = sys.stderr.isatty()
+    cut = (config.data.max_length, config.data.truncation_side)
 
     def examples(rows: list[Row]) -> Tokenized:
-        return tokenize(rows, tokenizer, template, config.data.max_length, config.data.truncation_side, progress)
+        def make() -> Tokenized:
+            return tokenize(rows, tokenizer, template, *cut, progress)
+
+        chat = tokenizer.chat_template if template.spec == CHAT else None
+        return cached(make, rows, tokenizer, template.spec, chat, *cut, anew=config.data.overwrite_cache)
 
     return examples(rows), examples(held_out) if held_out else None
 

@@ -64,6 +64,7 @@ class DataArguments:
     truncation_side: Literal["output", "input"] = option(
         "output", "Where a row that is too long is cut: at its end (output), or in its input, so the answer is kept."
     )
+    overwrite_cache: bool = option(False, "Tokenise anew where the cache of token ids has these rows.")
     eval_dataset: str | None = option(None, "Held-out rows, in any form that --dataset takes.")
     eval_rows: int = option(0, "Hold out this many rows from the end of --dataset.")
 
@@ -89,6 +90,9 @@ class TrainingArguments:
     _argument_group_name: ClassVar[str] = "training"
 
     output_dir: str | None = option(None, "Where the run is written. (default: a new runs/<preset>-<time>)")
+    dry_run: bool = option(
+        False, "Say what the run would do, its memory and its time from a few measured steps; write nothing."
+    )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")

@@ -24,13 +24,14 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples that have a target, and what was found on the way to them."""
+    """Examples that have a target, and what was found on the way to them; `cache` is the file they were read from."""
 
     examples: list[Example]
     rows: int
     cut: int
     without_target: int
     empty_answers: int
+    cache: str | None = None
 
     def __str__(self) -> str:
         tokens = sum(len(e.input_ids) for e in self.examples)
@@ -45,6 +46,8 @@ class Tokenized:
             )
         if self.empty_answers:
             parts.append(f"{self.empty_answers:,} rows with an empty answer (they teach to stop at once)")
+        if self.cache:
+            parts.append(f"token ids from the cache {self.cache}")
         return "; ".join(parts)
 
 

@@ -41,6 +41,10 @@ class Engine(Protocol):
         """What a resumed run needs to add up a window in the same order, JSON-able."""
         ...
 
+    def activation_bytes(self, P: int, longest: int) -> int:
+        """About what memory a step takes above the base's, for P virtual tokens and rows of up to `longest` tokens."""
+        ...
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` → a device that is there.
@@ -233,6 +237,12 @@ class PaddedEngine:
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def activation_bytes(self, P: int, longest: int) -> int:
+        c, size = self.base.config, self.compute_dtype.itemsize
+        width, H, V = P + longest, word_embeddings(self.base).embedding_dim, word_embeddings(self.base).num_embeddings
+        layer = 4 * 6 * H + size * 16 * H + (4 + 2 * size) * c.num_attention_heads * width  # eager attention's scores
+        return self.rows_per_microbatch * width * (c.num_hidden_layers * layer + 3 * 4 * V)
 
     def __str__(self) -> str:
         return "padded engine"

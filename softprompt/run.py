@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
@@ -19,11 +20,12 @@ from softprompt.checkpoint import (
     remove_old_checkpoints,
 )
 from softprompt.config import TrainConfig
+from softprompt.data import Tokenized
 from softprompt.engines import make_engine
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
-from softprompt.model import SoftPromptedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
+from softprompt.model import Engine, SoftPromptedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
 from softprompt.plot import loss_picture
 from softprompt.progress import Progress
 from softprompt.prompt import PromptEmbedding
@@ -52,8 +54,26 @@ class Run:
         return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
 
 
-def run_training(config: TrainConfig) -> Run:
-    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked.
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run is made of, loaded and checked; nothing has been written."""
+
+    config: TrainConfig
+    output_dir: Path
+    rows: list[Row]
+    data: Tokenized
+    base: PreTrainedModel
+    prompt: PromptEmbedding
+    engine: Engine
+    evaluator: Evaluator | None
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(len(self.data.examples), self.config.training)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Load and check what `config` names, telling what is found.
 
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
@@ -73,18 +93,25 @@ def run_training(config: TrainConfig) -> Run:
     engine = make_engine(config, base, tokenizer, dtype, len(prompt.weight))
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     tell_steps(config, len(data.examples), output_dir)
-
     evaluator = None
     if held_out_data:
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
-    recorder = Recorder(
-        config, output_dir, base.config, prompt, evaluator, total_steps(len(data.examples), config.training)
-    )
+    return Prepared(config, output_dir, rows, data, base, prompt, engine, evaluator)
+
+
+def run_training(config: TrainConfig) -> Run:
+    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked.
+
+    Raises:
+        SoftpromptError: as of `prepare`, or a run that cannot go on.
+    """
+    run = prepare(config)
+    recorder = Recorder(config, run.output_dir, run.base.config, run.prompt, run.evaluator, run.total_steps)
     with recorder.progress:
         recorder.begin()
-        train(engine, prompt, data.examples, config.training, config.learning_rate, recorder)
-        return recorder.finish(min(rows[:SAMPLED], key=lambda row: len(str(row))))
+        train(run.engine, run.prompt, run.data.examples, config.training, config.learning_rate, recorder)
+        return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
 
 
 class Recorder:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peers import naive_loss, peft_model, peft_prompt, random_examples
 
-from softprompt import bloom, loss
+from softprompt import attention, bloom, loss
+from softprompt.attention import causal_alibi, group_rows
 from softprompt.batching import collate_packed, collate_padded, cut_by_tokens
-from softprompt.bloom import PackedEngine, causal_alibi, group_rows
+from softprompt.bloom import PackedEngine
 from softprompt.data import Example, count_targets
 from softprompt.model import freeze
 from softprompt.prompt import PromptEmbedding
@@ -74,7 +75,7 @@ MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCh
 
 def one_group_for_all(lengths, device):
     """As on a device where rows are padded to one group."""
-    return [bloom._group(list(lengths), device)]
+    return [attention._group(list(lengths), device)]
 
 
 @MANY
@@ -157,7 +158,7 @@ def test_a_mask_that_is_off_by_one_position_is_noticed(what, shift, monkeypatch)
     def broken(n_heads, width, P, like):
         bias = causal_alibi(n_heads, width, P, like)
         if what == "distance":  # the prompt's keys one position too far, or too near
-            slopes = torch.tensor(bloom.alibi_slopes(n_heads))[:, None, None]
+            slopes = torch.tensor(attention.alibi_slopes(n_heads))[:, None, None]
             return torch.cat([bias[..., :P] + shift * slopes, bias[..., P:]], -1)
         ahead = torch.arange(P + width) - torch.arange(P, P + width)[:, None] > shift
         return torch.where(torch.isinf(bias), torch.zeros_like(bias), bias).masked_fill(ahead, -math.inf)

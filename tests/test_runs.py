@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import pytest
@@ -13,6 +14,10 @@ import softprompt
 import train
 from softprompt.cli import command, parse_inference, parse_training
 from softprompt.config import PRESETS, train_config
+from softprompt.data import tokenize
+from softprompt.model import load_tokenizer
+from softprompt.rows import load_rows
+from softprompt.template import Template
 
 ROWS = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i in range(40)]
 
@@ -180,3 +185,24 @@ def test_help_is_grouped_and_says_each_default(parse, capsys):
         ["(default: 4)", "(default: 500)", "(default: 42)"] if parse is parse_training else ["(default: 50)"]
     ):
         assert default in out
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(engine, flags, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    out, _ = called(train, [*flags, "--dry_run", "--engine", engine], capsys, monkeypatch)
+    assert sorted(tmp_path.rglob("*")) == before
+    told = out[out.index("Dry run") :]
+    data = tokenize(load_rows("rows.jsonl", Template(), {})[:36], load_tokenizer(flags[1]), Template(), 256)
+    tokens = sum(len(e.input_ids) for e in data.examples)
+    assert re.search(rf"rows +36 with {tokens} tokens", told) and re.search(r"steps +6 of 4 rows", told)
+    assert re.search(r"parameters +320 learned, [\d,]+ frozen", told)
+    assert re.search(r"memory +about [\d.]+ GiB", told) and re.search(r"time +about \d+ s at [\d,]+ tokens/s", told)
+
+
+def test_a_run_keeps_how_its_windows_were_cut(flags, tmp_path, capsys, monkeypatch):
+    out, _ = called(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
+    assert "packed engine, 50 tokens at a time" in out
+    assert json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())["tokens_per_microbatch"] == 50
+    out, _ = called(train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch)
+    assert "packed engine, 1,024 tokens at a time" in out
