@@ -39,7 +39,8 @@ def choose_output_dir(config: TrainConfig) -> Path:
     if config.training.output_dir is not None:
         path = Path(config.training.output_dir)
         check_writable(path, "--output_dir")
-        refuse_other_run(path, config.training.overwrite_output_dir)
+        if config.training.resume_from_checkpoint is None:
+            refuse_other_run(path, config.training.overwrite_output_dir)
         return path
     name = config.preset or Path(str(config.model.model_name_or_path)).name
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,9 +1,10 @@
-"""Adapter folders in PEFT's exact format, with what this project needs beside it, and the training state.
+"""Adapter folders in PEFT's exact format, with what this project needs beside it; a run's checkpoint folders.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
 softprompt.json                                  template and generation defaults; PEFT ignores it
 README.md                                        a model card
-optimizer.safetensors, trainer_state.json        what a later run needs to go on; safetensors and JSON, no pickle
+
+What a later run needs to go on stands beside them: see resume.py. safetensors and JSON only, no pickle.
 """
 
 import json
@@ -20,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from softprompt.errors import AdapterError, OutputError
-from softprompt.files import Files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -82,12 +82,6 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     }
 
 
-def optimizer_file(optimizer: torch.optim.Optimizer) -> Files:
-    """AdamW's moments (fp32, [P, H] each) and step count of the one parameter there is."""
-    (state,) = optimizer.state_dict()["state"].values()
-    return {"optimizer.safetensors": save({name: value.cpu().contiguous() for name, value in state.items()})}
-
-
 def json_bytes(value: Any) -> bytes:
     """Readable JSON in UTF-8; NaN and infinities are refused, since JSON has none."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -143,7 +137,8 @@ def refuse_other_run(output_dir: Path, overwrite: bool) -> None:
     """Raises OutputError where `output_dir` holds a run already and is not to be overwritten."""
     if not overwrite and ((output_dir / CONFIG_FILE).exists() or checkpoints(output_dir)):
         raise OutputError(
-            f"--output_dir {output_dir} holds a run already; name another folder, or add --overwrite_output_dir"
+            f"--output_dir {output_dir} holds a run already; go on with it (--resume_from_checkpoint), start anew "
+            "over it (--overwrite_output_dir), or name another folder"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.fields import AUTO, hints, nearest, takes_auto
 from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
@@ -87,6 +87,8 @@ def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:
         hint = hints(groups).get(action.dest)
         if hint == bool | None:  # a bare --bf16 means true, as with plain booleans
             action.nargs, action.const = "?", True
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", NEWEST
         if takes_auto(hint) and action.type is not None:
             action.type = _or_auto(action.type)
     parser.formatter_class = argparse.HelpFormatter

@@ -6,7 +6,7 @@ overrides the preset, and the command line overrides both. Validation collects e
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from softprompt.fields import build, nearest, option
 # that are visible beside 1; the other two start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
+NEWEST = "newest"  # what --resume_from_checkpoint means without a value
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class TrainingArguments:
     dry_run: bool = option(
         False, "Say what the run would do, its memory and its time from a few measured steps; write nothing."
     )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Go on from this checkpoint-N, or from the newest whole one of this run; without a value, of --output_dir. All "
+        "settings are the checkpoint's unless they are given.",
+    )
+    ignore_data_skip: bool = option(
+        False, "Resume although the content of dataset, tokenizer or base is not what the checkpoint was trained with."
+    )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
@@ -153,6 +162,9 @@ class TrainConfig:
     data: DataArguments
     prompt: PromptTuningArguments
     training: TrainingArguments
+    given: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # what was set by hand, under its flag's name
 
     @property
     def learning_rate(self) -> float:
@@ -192,7 +204,7 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     if values.get("eval_steps") is not None:
         values.setdefault("eval_strategy", "steps")
     parts = build(GROUPS, values)
-    config = TrainConfig(preset, *parts)
+    config = TrainConfig(preset, *parts, given)
     if faults := list(_faults(config)):
         raise ConfigError("; ".join(faults))
     return config

@@ -24,6 +24,10 @@ class AdapterError(SoftpromptError):
     """An adapter folder: files that are absent, broken, of another kind or of another size."""
 
 
+class CheckpointError(SoftpromptError):
+    """A checkpoint that a run cannot go on from: broken, or of another run."""
+
+
 class OutputError(SoftpromptError):
     """A place to write to that cannot be written to."""
 

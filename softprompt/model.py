@@ -91,10 +91,12 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model, frozen and in eval mode.
+    """A causal language model, frozen and in eval mode: `read_base`, then `freeze`."""
+    return cast(PreTrainedModel, freeze(read_base(name_or_path), compute_dtype).to(device))  # type: ignore[arg-type]
 
-    Weights of linear layers are kept in `compute_dtype`: autocast would cast them to it at every use, with the same
-    result. All else (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+
+def read_base(name_or_path: str) -> PreTrainedModel:
+    """A causal language model on the CPU, its weights as they are in its files.
 
     Raises:
         ModelError: not there, not loadable, or not a model that takes `inputs_embeds`.
@@ -106,7 +108,7 @@ def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtyp
         raise ModelError(
             f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words"
         )
-    return cast(PreTrainedModel, freeze(base, compute_dtype).to(device))  # type: ignore[arg-type]
+    return cast(PreTrainedModel, base)
 
 
 def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
@@ -115,7 +117,11 @@ def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
 
 
 def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """Freeze `base` in place, put it in eval mode and store its weights as `load_base` says."""
+    """Freeze `base` in place and put it in eval mode.
+
+    Weights of linear layers are kept in `compute_dtype`: autocast would cast them to it at every use, with the same
+    result. All else (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+    """
     base.requires_grad_(False).eval()
     embeddings = word_embeddings(base).weight
     in_compute_dtype = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear) and m.weight is not embeddings}

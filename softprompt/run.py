@@ -1,11 +1,9 @@
 """One training run: what is built is trained, evaluated before and after, and written."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
@@ -15,7 +13,7 @@ from softprompt.checkpoint import (
     Adapter,
     adapter_files,
     json_bytes,
-    optimizer_file,
+    load_adapter,
     peft_config,
     remove_old_checkpoints,
 )
@@ -25,13 +23,34 @@ from softprompt.engines import make_engine
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
-from softprompt.model import Engine, SoftPromptedModel, load_base, load_tokenizer, resolve_device, resolve_dtype
+from softprompt.model import (
+    Engine,
+    SoftPromptedModel,
+    freeze,
+    load_tokenizer,
+    read_base,
+    resolve_device,
+    resolve_dtype,
+)
 from softprompt.plot import loss_picture
-from softprompt.progress import Progress
+from softprompt.progress import Progress, Totals
 from softprompt.prompt import PromptEmbedding
+from softprompt.resume import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    check_fingerprints,
+    find_checkpoint,
+    fingerprint_of_base,
+    fingerprint_of_rows,
+    fingerprint_of_tokenizer,
+    load_state,
+    merged,
+    state_files,
+    with_checksums,
+)
 from softprompt.rows import Row
 from softprompt.template import Template
-from softprompt.trainer import Metrics, Step, total_steps, train
+from softprompt.trainer import Metrics, Step, TrainingState, total_steps, train
 
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
@@ -56,7 +75,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run is made of, loaded and checked; nothing has been written."""
+    """All that a run is made of, loaded and checked; nothing has been written. A resumed run has
+    its `checkpoint`, where its loop goes on, and what it had added up until there; `fingerprints` say what it must not
+    be resumed without."""
 
     config: TrainConfig
     output_dir: Path
@@ -66,6 +87,10 @@ class Prepared:
     prompt: PromptEmbedding
     engine: Engine
     evaluator: Evaluator | None
+    fingerprints: dict[str, str]
+    checkpoint: Path | None
+    start: TrainingState
+    totals: Totals
 
     @property
     def total_steps(self) -> int:
@@ -78,6 +103,11 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
+    start, totals, saved = TrainingState(), Totals(), None
+    checkpoint = find_checkpoint(config, print)
+    if checkpoint:
+        start, saved = load_state(checkpoint)
+        config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config)
@@ -88,16 +118,27 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(path)
     data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
     tell_data(data, held_out_data)
-    base = load_base(path, device, dtype)
-    prompt = PromptEmbedding(initial_prompt(config, tokenizer, base)).to(device)
-    engine = make_engine(config, base, tokenizer, dtype, len(prompt.weight))
+    base = read_base(path)
+    fingerprints = {
+        "dataset": fingerprint_of_rows(rows),
+        "tokenizer": fingerprint_of_tokenizer(tokenizer),
+        "base": fingerprint_of_base(base),
+    }
+    if checkpoint and saved and not config.training.ignore_data_skip:
+        check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
+    base = freeze(base, dtype).to(device)  # type: ignore[arg-type]
+    values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
+    prompt = PromptEmbedding(values).to(device)
+    engine = make_engine(config, base, tokenizer, dtype, len(values))
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     tell_steps(config, len(data.examples), output_dir)
     evaluator = None
     if held_out_data:
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
-    return Prepared(config, output_dir, rows, data, base, prompt, engine, evaluator)
+    return Prepared(
+        config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints, checkpoint, start, totals
+    )
 
 
 def run_training(config: TrainConfig) -> Run:
@@ -107,35 +148,32 @@ def run_training(config: TrainConfig) -> Run:
         SoftpromptError: as of `prepare`, or a run that cannot go on.
     """
     run = prepare(config)
-    recorder = Recorder(config, run.output_dir, run.base.config, run.prompt, run.evaluator, run.total_steps)
+    if run.start.step:
+        done = "; all of them are done" if run.start.step >= run.total_steps else ""
+        print(f"resuming after step {run.start.step:,} of {run.total_steps:,}{done}")
+    recorder = Recorder(run)
+    args, learning_rate = run.config.training, run.config.learning_rate
     with recorder.progress:
         recorder.begin()
-        train(run.engine, run.prompt, run.data.examples, config.training, config.learning_rate, recorder)
+        train(run.engine, run.prompt, run.data.examples, args, learning_rate, recorder, run.start)
         return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
 
 
 class Recorder:
     """The loop's callbacks: shows and keeps its metrics, evaluates the prompt, writes checkpoints and the result."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        output_dir: Path,
-        base_config: Any,
-        prompt: PromptEmbedding,
-        evaluator: Evaluator | None,
-        total: int,
-    ):
-        self.config, self.output_dir, self.base_config, self.prompt = config, output_dir, base_config, prompt
-        self.evaluator = evaluator
-        self.progress = Progress(total, output_dir / "metrics.jsonl")
+    def __init__(self, run: Prepared):
+        self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
+        self.evaluator = run.evaluator
+        self.progress = Progress(run.total_steps, run.output_dir / "metrics.jsonl")
         self.before: Evaluation | None = None
         self.began = time.perf_counter()
-        self.resume_files: dict[str, bytes] = {}
+        done = run.checkpoint
+        self.state = {name: (done / name).read_bytes() for name in (OPTIMIZER_FILE, STATE_FILE)} if done else {}
 
     def begin(self) -> None:
         """Evaluate the bare base, for comparison."""
-        self.progress.start()
+        self.progress.start(self.run.totals)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
@@ -148,41 +186,57 @@ class Recorder:
     def on_log(self, metrics: Metrics) -> None:
         self.progress.on_log(metrics)
 
-    def on_evaluate(self, step: Step) -> Evaluation | None:
-        if not self.evaluator:
-            return None
-        evaluation = self.evaluator(self.prompt.weight.detach())
-        self.progress.on_log({"step": step.number, "epoch": round(step.epoch, 4), **evaluation.metrics()})
-        return evaluation
+    def on_evaluate(self, step: Step) -> None:
+        self._evaluate()
 
-    def on_save(self, step: Step, optimizer: torch.optim.Optimizer, state: Metrics) -> None:
-        state = {**state, "epoch": step.epoch, "arguments": self.config.as_dict()}
-        files = {**self._adapter_files({}), **optimizer_file(optimizer), "trainer_state.json": json_bytes(state)}
+    def on_save(self, step: Step, state: TrainingState) -> None:
+        self.state = state_files(
+            state,
+            {
+                "engine": self.run.engine.state(),
+                "totals": asdict(replace(self.progress.totals, runtime=self._runtime())),
+                "arguments": self.config.as_dict(),
+                "fingerprints": self.run.fingerprints,
+            },
+        )
+        files = with_checksums({**self._adapter_files({}), **self.state})
         write_folder(self.output_dir / f"checkpoint-{step.number}", files)
         remove_old_checkpoints(self.output_dir, self.config.training.save_total_limit)
-        self.resume_files = {name: files[name] for name in ("optimizer.safetensors", "trainer_state.json")}
 
     def finish(self, sample: Row) -> Run:
         """Evaluate the tuned prompt and write the run's own files."""
-        seconds = time.perf_counter() - self.began
-        after = self.on_evaluate(self.progress.steps[-1])
+        seconds = self._runtime()
+        after = self._evaluate()
         metrics = self._results(after, seconds)
         files = self._adapter_files(metrics)
         results = {"all_results.json": json_bytes(metrics)}
         picture = loss_picture(self.progress.history, self.before.loss if self.before else None)
         if picture:
             results["loss.png"] = picture
-        write_files(self.output_dir, {**results, **self.resume_files, **files})
+        write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
 
+    def _evaluate(self) -> Evaluation | None:
+        if not self.evaluator:
+            return None
+        evaluation = self.evaluator(self.prompt.weight.detach())
+        totals = self.progress.totals
+        self.progress.on_log({"step": totals.steps, "epoch": round(totals.epoch, 4), **evaluation.metrics()})
+        return evaluation
+
+    def _runtime(self) -> float:
+        """Seconds of the loop so far, those before a resume among them."""
+        return self.run.totals.runtime + time.perf_counter() - self.began
+
     def _results(self, after: Evaluation | None, seconds: float) -> Metrics:
         evaluations = {**(after.metrics() if after else {}), **(self.before.metrics("_base") if self.before else {})}
+        totals = self.progress.totals
         return {
-            "epoch": round(self.progress.steps[-1].epoch, 4),
-            "train_loss": self.progress.mean_loss,
+            "epoch": round(totals.epoch, 4),
+            "train_loss": totals.mean_loss,
             "train_runtime": round(seconds, 2),
-            "train_tokens_per_second": round(self.progress.tokens_per_second, 1),
+            "train_tokens_per_second": round(totals.tokens_per_second, 1),
             **evaluations,
         }
 
@@ -191,7 +245,7 @@ class Recorder:
         prompt = self.prompt.weight.detach()
         name = str(self.config.model.model_name_or_path)
         peft = peft_config(
-            name, self.base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text
+            name, self.run.base.config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text
         )
         ours = {
             "template": self.config.data.template or "default",

@@ -6,12 +6,12 @@ targets of the whole optimizer step, the same schedule, clipping and AdamW.
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainingArguments
@@ -37,13 +37,26 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """Where the loop stands after `step` optimizer steps, of which `taken` moved the schedule: what it needs to go on
+    as if it had not stopped. `optimizer` holds AdamW's moments [P, H] fp32 and its step count; the order of the rows
+    follows from seed and step."""
+
+    step: int = 0
+    taken: int = 0
+    unlogged: Sequence[Step] = ()
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Callbacks(Protocol):
     """What the loop calls, and never looks into."""
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
     def on_evaluate(self, step: Step) -> object: ...
-    def on_save(self, step: Step, optimizer: torch.optim.Optimizer, state: Metrics) -> None: ...
+    def on_save(self, step: Step, state: TrainingState) -> None: ...
 
 
 def total_steps(n_examples: int, args: TrainingArguments) -> int:
@@ -91,8 +104,9 @@ def train(
     args: TrainingArguments,
     peak_learning_rate: float,
     callbacks: Callbacks,
+    start: TrainingState | None = None,
 ) -> None:
-    """Train `prompt` in place.
+    """Train `prompt` in place, from the first step or from where `start` stood; then `prompt` is what it was there.
 
     Raises:
         TrainingError: a loss or gradient that is not finite (fp16 steps that the scaler skips are no fault).
@@ -103,10 +117,15 @@ def train(
     scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     per_epoch = steps_per_epoch(len(examples), rows_per_step)
-    taken = 0  # a step that the scaler skips does not move the schedule, as in Trainer
-    since_log: list[Step] = []
+    start = start or TrainingState()
+    taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
+    since_log = list(start.unlogged)
+    if start.step:
+        optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
+        scaler.load_state_dict(dict(start.scaler))
 
-    for number, rows in zip(range(1, total + 1), windows(len(examples), rows_per_step, args.seed), strict=False):
+    drawn = windows(len(examples), rows_per_step, args.seed, start.step)
+    for number, rows in zip(range(start.step + 1, total + 1), drawn, strict=False):
         began = time.perf_counter()
         window = [examples[row] for row in rows]
         learning_rate = optimizer.param_groups[0]["lr"] = lr_at(taken)
@@ -125,14 +144,8 @@ def train(
         if number < total and _evaluation_is_due(number, number % per_epoch == 0, args):
             callbacks.on_evaluate(step)
         if number % args.save_steps == 0 or number == total:
-            state = {
-                "step": number,
-                "taken": taken,
-                "max_steps": total,
-                "scaler": scaler.state_dict(),
-                **engine.state(),
-            }
-            callbacks.on_save(step, optimizer, state)
+            moments = optimizer.state[prompt.weight]
+            callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict()))
 
 
 def optimizer_step(

@@ -34,9 +34,10 @@ MAY_IMPORT = {
     "evaluate": {"batching", "data", "generate", "model"},
     "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
     "announce": {"config", "data", "model", "rows", "trainer"},
+    "resume": {"checkpoint", "config", "errors", "files", "rows", "trainer"},
     "card": {"checkpoint"},
     "plot": {"trainer"},
-    "progress": {"trainer"},
+    "progress": {"files", "trainer"},
     "build": {
         "checkpoint",
         "config",

@@ -56,7 +56,7 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
     expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert names == expected
-    assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE
+    assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE | {"checksums.json"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 4, 4, 6, 6]
     assert set(records[0]) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
@@ -203,6 +203,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(engine, flags, tm
 def test_a_run_keeps_how_its_windows_were_cut(flags, tmp_path, capsys, monkeypatch):
     out, _ = called(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
     assert "packed engine, 50 tokens at a time" in out
-    assert json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())["tokens_per_microbatch"] == 50
+    state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
+    assert state["engine"] == {"tokens_per_microbatch": 50}
     out, _ = called(train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch)
     assert "packed engine, 1,024 tokens at a time" in out

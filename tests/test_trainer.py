@@ -41,7 +41,7 @@ class Kept:
     def on_evaluate(self, step):
         self.evaluations.append(step.number)
 
-    def on_save(self, step, optimizer, state):
+    def on_save(self, step, state):
         self.saves.append(step.number)
 
 
@@ -279,16 +279,18 @@ def test_other_causal_models_on_the_padded_path(family, tokenizer):
 def test_checkpoints_hold_no_base_weight(tmp_path: Path, tokenizer):
     from safetensors import safe_open
 
-    from softprompt.checkpoint import Adapter, adapter_files, optimizer_file, peft_config
+    from softprompt.checkpoint import Adapter, adapter_files, peft_config
     from softprompt.files import write_folder
-    from softprompt.trainer import make_optimizer
+    from softprompt.resume import state_files
 
-    base, prompt = make_bloom(), PromptEmbedding(torch.ones(3, 32))
-    optimizer = make_optimizer(prompt, TrainingArguments(), 1e-2)
-    prompt().sum().backward()
-    optimizer.step()
-    adapter = Adapter(prompt.weight, peft_config("b", base.config, prompt.weight, "RANDOM"))
-    write_folder(tmp_path / "c", {**adapter_files(adapter), **optimizer_file(optimizer)})
+    class Saver(Kept):
+        def on_save(self, step, state):
+            adapter = Adapter(prompt.weight, peft_config("b", base.config, prompt.weight, "RANDOM"))
+            write_folder(tmp_path / "c", {**adapter_files(adapter), **state_files(state, {})})
+
+    base, prompt = freeze(make_bloom(), torch.float32), PromptEmbedding(torch.ones(3, 32))
+    engine = engine_of("packed", base, tokenizer)
+    train(engine, prompt, random_examples(4, 5), TrainingArguments(max_steps=1), 1e-2, Saver())
     for path in (tmp_path / "c").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {tuple(file.get_tensor(name).shape) for name in file.keys()} <= {(3, 32), ()}  # noqa: SIM118

@@ -1,0 +1,224 @@
+"""A resumed run is the run that was not interrupted; what is broken or of another run is recognised."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import make_bloom
+
+import softprompt
+from softprompt import run as run_module
+from softprompt.checkpoint import json_bytes
+from softprompt.errors import CheckpointError, ConfigError, OutputError
+from softprompt.files import write_folder
+from softprompt.resume import fault_of, with_checksums
+
+ROWS = [{"instruction": f"第{i}题" * (1 + i % 3), "output": "好" if i % 2 else "坏"} for i in range(23)]
+
+
+@pytest.fixture
+def settings(tiny_base, tmp_path, monkeypatch):
+    """A run of 13 steps over 19 rows in windows of 4, so that epochs end with a short window, in the folder `run`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return {
+        **{"model_name_or_path": str(tiny_base), "dataset": "rows.jsonl", "eval_rows": 4, "output_dir": "run"},
+        **{"max_steps": 13, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3},
+        **{"save_steps": 2, "eval_steps": 5, "tokens_per_microbatch": 30},
+    }
+
+
+class Killed(BaseException):
+    """Not an error that anything could catch."""
+
+
+def interrupted(settings, at: int) -> None:
+    """The run, ended without a word once step `at` is done."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def on_step(self, step):
+            self.progress.on_step(step)
+            if step.number == at:
+                raise Killed
+
+        patch.setattr(run_module.Recorder, "on_step", on_step)
+        with pytest.raises(Killed):
+            softprompt.train(**settings)
+
+
+def outcome(folder="run") -> tuple[bytes, list, dict]:
+    """The prompt's bytes, the metrics but for speeds, and the results but for times."""
+    records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    results = json.loads(Path(folder, "all_results.json").read_text())
+    plain = [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
+    return (
+        Path(folder, "adapter_model.safetensors").read_bytes(),
+        plain,
+        {name: value for name, value in results.items() if name not in ("train_runtime", "train_tokens_per_second")},
+    )
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
+def test_killed_and_resumed_is_the_same_run(precision, engine, settings):
+    if engine == "padded":
+        del settings["tokens_per_microbatch"]
+    settings |= {**precision, "engine": engine}
+    softprompt.train(**settings)
+    expected = outcome()
+    for at in (1, 4, 5, 12):  # before the first checkpoint, on one, between two, before the last
+        shutil.rmtree("run")
+        interrupted(settings, at)
+        softprompt.train(**settings, resume_from_checkpoint="newest")
+        assert outcome() == expected
+
+
+def test_nothing_but_the_checkpoint_need_be_named(settings, capsys):
+    softprompt.train(**settings)
+    expected = outcome()
+    shutil.rmtree("run")
+    interrupted(settings, 9)
+    softprompt.train(resume_from_checkpoint="run")
+    assert "resuming after step 8 of 13" in capsys.readouterr().out
+    assert outcome() == expected
+    softprompt.train(resume_from_checkpoint="run/checkpoint-6")
+    assert "resuming after step 6 of 13" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_a_finished_run_says_so(settings, capsys):
+    softprompt.train(**settings)
+    expected = outcome()
+    softprompt.train(**settings, resume_from_checkpoint="newest")
+    assert "resuming after step 13 of 13; all of them are done" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_without_a_checkpoint_it_starts_anew(settings, capsys):
+    softprompt.train(**settings, resume_from_checkpoint="newest")
+    assert "no checkpoint in run yet: starting at step 0" in capsys.readouterr().out
+    assert [record["step"] for record in outcome()[1]] == [3, 5, 6, 9, 10, 12, 13, 13]
+
+
+def test_each_setting_that_differs_is_told_with_the_value_that_wins(settings, capsys):
+    interrupted(settings, 9)
+    changed = {**settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
+    run = softprompt.train(**changed, resume_from_checkpoint="newest")
+    told = capsys.readouterr().out.splitlines()
+    assert "--max_steps: 13 in checkpoint-8, 10 now: the new one wins" in told
+    assert "--save_steps: 2 in checkpoint-8, 1 now: the new one wins" in told
+    assert "--num_virtual_tokens: None in checkpoint-8, 3 now: the checkpoint's wins" in told
+    assert not any("--eval_rows" in line for line in told)
+    adapter = json.loads((run.output_dir / "checkpoint-10" / "adapter_config.json").read_text())
+    assert adapter["num_virtual_tokens"] == 10
+
+
+def test_a_finer_cut_is_kept(settings):
+    interrupted(settings, 5)
+    state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
+    assert state["engine"] == {"tokens_per_microbatch": 30}
+    files = {path.name: path.read_bytes() for path in Path("run/checkpoint-4").iterdir()}
+    del files["checksums.json"]
+    files["trainer_state.json"] = json_bytes({**state, "engine": {"tokens_per_microbatch": 15}})
+    write_folder(Path("run/checkpoint-4"), with_checksums(files))  # as after a device ran out of memory
+    run = softprompt.train(resume_from_checkpoint="run")
+    assert run.config.training.tokens_per_microbatch == 15
+
+
+def test_another_dataset_tokenizer_or_base_is_refused(settings, tokenizer, tmp_path):
+    interrupted(settings, 5)
+    with open("rows.jsonl", "a") as file:
+        file.write("\n" + json.dumps(ROWS[0]))
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4: the dataset named now differs in content .*--ignore_data"
+    ):
+        softprompt.train(**settings, resume_from_checkpoint="newest")
+    model = make_bloom()
+    model.transformer.h[1].mlp.dense_h_to_4h.bias.data[3] += 1e-6  # one weight of the same base, by a hair
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<unk>"', '"<unknown>"'))
+    settings["model_name_or_path"] = str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="the dataset and the tokenizer and the base named now differ in content"):
+        softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**settings, resume_from_checkpoint="newest", ignore_data_skip=True)
+
+
+def test_where_a_base_lies_does_not_matter(settings, tiny_base, tmp_path):
+    interrupted(settings, 5)
+    shutil.copytree(tiny_base, tmp_path / "elsewhere")
+    softprompt.train(**settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
+
+
+def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
+    """Every file truncated at several lengths, removed, of another step, or with one bit flipped somewhere."""
+    draw, faults = random.Random(0), []
+    other = checkpoint.with_name("checkpoint-2")
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        faults += [(path.name, content[:n]) for n in {0, 1, len(content) // 2, len(content) - 1}]
+        faults.append((path.name, None))
+        if (theirs := (other / path.name).read_bytes()) != content:
+            faults.append((path.name, theirs))
+        for _ in range(15):
+            at, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+            faults.append((path.name, content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]))
+    return faults
+
+
+def test_a_checkpoint_is_whole_or_recognised_as_broken(settings):
+    interrupted(settings, 5)
+    checkpoint = Path("run/checkpoint-4")
+    assert fault_of(checkpoint) is None
+    for name, content in spoiled(checkpoint):
+        whole = (checkpoint / name).read_bytes()
+        if content is None:
+            (checkpoint / name).unlink()
+        else:
+            (checkpoint / name).write_bytes(content)
+        assert fault_of(checkpoint), (name, content)
+        (checkpoint / name).write_bytes(whole)
+    assert fault_of(checkpoint) is None
+    checkpoint.rename("run/checkpoint-6")
+    assert fault_of(Path("run/checkpoint-6")) == "it is of step 4"
+
+
+def test_the_next_older_checkpoint_is_taken(settings, capsys):
+    softprompt.train(**settings)
+    expected = outcome()
+    for step in (13, 12):
+        Path(f"run/checkpoint-{step}/optimizer.safetensors").write_bytes(b"")
+    Path("run/checkpoint-10/README.md").unlink()
+    softprompt.train(**settings, resume_from_checkpoint="newest")
+    told = capsys.readouterr().out
+    assert "run/checkpoint-12: optimizer.safetensors is not as it was written; the one before is tried" in told
+    assert "run/checkpoint-10: README.md is missing; the one before is tried" in told
+    assert "resuming after step 8 of 13" in told
+    assert outcome() == expected
+
+
+def test_what_cannot_be_resumed(settings):
+    with pytest.raises(CheckpointError, match="--resume_from_checkpoint nowhere: no checkpoint there"):
+        softprompt.train(**settings, resume_from_checkpoint="nowhere")
+    without = {name: value for name, value in settings.items() if name != "output_dir"}
+    with pytest.raises(ConfigError, match="without a folder goes on with --output_dir"):
+        softprompt.train(**without, resume_from_checkpoint="newest")
+    interrupted(settings, 5)
+    with pytest.raises(OutputError, match=r"holds a run already; go on with it \(--resume_from_checkpoint\)"):
+        softprompt.train(**settings)
+    for step in (2, 4):
+        Path(f"run/checkpoint-{step}/adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"run/checkpoint-4: adapter_config\.json is missing; take an earlier"):
+        softprompt.train(**settings, resume_from_checkpoint="run/checkpoint-4")
+    with pytest.raises(CheckpointError, match="no checkpoint in run is whole"):
+        softprompt.train(**settings, resume_from_checkpoint="newest")
+
+
+def test_the_flag_needs_no_value():
+    from softprompt.cli import parse_training
+
+    assert parse_training(["--resume_from_checkpoint"]).training.resume_from_checkpoint == "newest"
+    assert parse_training(["--resume_from_checkpoint", "r"]).training.resume_from_checkpoint == "r"
