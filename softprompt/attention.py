@@ -41,7 +41,7 @@ def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
 def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
     """On the CPU a group is a run of equally long rows, so that nothing is padded; elsewhere all rows are one group."""
     runs = [list(run) for _, run in groupby(lengths)] if device.type == "cpu" else [list(lengths)]
-    return [_group(run, device) for run in runs]
+    return [_group(run, device) for run in runs if run]
 
 
 def _group(lengths: Sequence[int], device: torch.device) -> Group:

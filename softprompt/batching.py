@@ -68,14 +68,15 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int, padding_side:
 
 
 class Packed(NamedTuple):
-    """A micro-batch without padding: S tokens of B rows, one row after the other.
+    """A micro-batch without padding: S tokens of B rows, one row after the other. A row ends where its last target is
+    predicted: what stands behind that has no part in loss or gradient.
 
     `predictors` are the positions in the stream whose next token is a target; a row's first token is predicted by the
     last virtual token, so `first_targets` have no predictor in the stream.
     """
 
     input_ids: Tensor  # [S] int64
-    lengths: list[int]  # B row lengths, their sum S
+    lengths: list[int]  # of B rows, none of them 0, S in all
     predictors: Tensor  # [n] int64
     targets: Tensor  # [n] int64
     first_targets: Tensor  # [f] int64
@@ -100,12 +101,20 @@ def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> It
 
 
 def collate_packed(examples: Sequence[Example]) -> Packed:
-    """Concatenate B rows and find their targets."""
-    ids = torch.tensor([token for e in examples for token in e.input_ids])
-    labels = torch.tensor([label for e in examples for label in e.labels])
-    lengths = [len(e.input_ids) for e in examples]
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]  # [B]
-    first = labels[starts]
-    inner = labels.index_fill(0, starts, IGNORE)
-    at = (inner != IGNORE).nonzero()[:, 0]  # [n]
-    return Packed(ids, lengths, at - 1, inner[at], first[first != IGNORE])
+    """Concatenate rows up to their last predictors, and find their targets."""
+    ids: list[int] = []
+    lengths, predictors, targets, first_targets = [], [], [], []
+    for row in examples:
+        at = [i for i, label in enumerate(row.labels) if label != IGNORE]
+        if at and at[0] == 0:
+            first_targets.append(row.labels[at.pop(0)])
+        if at:
+            predictors += [len(ids) + i - 1 for i in at]
+            targets += [row.labels[i] for i in at]
+            ids += row.input_ids[: at[-1]]
+            lengths.append(at[-1])
+    return Packed(_int64(ids), lengths, _int64(predictors), _int64(targets), _int64(first_targets))
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -85,7 +85,7 @@ def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = 
     backward pass (Chen et al. 2016, arXiv:1604.06174)."""
     shape, P = weights.shape, len(prefix.keys[0])
     x = norm(weights.embed(batch.input_ids), weights.embedding_layernorm, shape.epsilon)  # [S, H]
-    bias = causal_alibi(shape.N, max(batch.lengths), P, x).to(prefix.keys[0].dtype)
+    bias = causal_alibi(shape.N, max(batch.lengths, default=0), P, x).to(prefix.keys[0].dtype)
     groups = group_rows(batch.lengths, x.device)
 
     def block(i: int, x: Tensor, *before: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = 
         x, y = (t.index_select(0, batch.predictors) for t in (x, y))  # [n, H]
         return finish_block(x, y, attended, layer, shape)
 
-    for i, before in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+    layers = zip(prefix.keys, prefix.values, strict=True) if batch.lengths else ()
+    for i, before in enumerate(layers):
         x = checkpoint(block, i, x, *before, use_reentrant=False) if recompute else block(i, x, *before)
     first = batch.first_targets if P else batch.first_targets[:0]  # [f]: without a prompt nothing predicts them
     x = torch.cat([prefix.last.expand(len(first), -1) if P else x[:0], x])  # [f + n, H]
@@ -158,10 +159,12 @@ class PackedEngine:
         seen = [t.detach().requires_grad_() for t in made]  # where rows leave their gradients
         total, targets, L = torch.zeros((), device=self.device, dtype=torch.float64), 0, self.weights.shape.L
         for batch in self._micro_batches(window):
-            loss = run_rows(self.weights, Prefix(seen[:L], seen[L:-1], seen[-1]), batch, self.gradient_checkpointing)
-            (loss * grad_scale).backward()
-            total += loss.detach()
-            targets += len(batch.targets) + len(batch.first_targets)
+            if count := len(batch.targets) + len(batch.first_targets):
+                behind = Prefix(seen[:L], seen[L:-1], seen[-1])
+                loss = run_rows(self.weights, behind, batch, self.gradient_checkpointing)
+                (loss * grad_scale).backward()
+                total += loss.detach()
+                targets += count
         torch.autograd.backward(made, [torch.zeros_like(t) if t.grad is None else t.grad for t in seen])
         return total, targets
 
