@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
-from softprompt.errors import ConfigError, SoftpromptError
+from softprompt.errors import ConfigError, SoftpromptError, Stopped
 from softprompt.fields import AUTO, hints, nearest, takes_auto
 from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
 
@@ -58,6 +58,9 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code."""
     try:
         main(sys.argv[1:])
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     except SoftpromptError as error:
         _exit(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
 from softprompt.fields import build, nearest, option
+from softprompt.stopping import seconds_of
 
 # Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
 # that are visible beside 1; the other two start on word embeddings, which are smaller.
@@ -93,6 +94,9 @@ class TrainingArguments:
     output_dir: str | None = option(None, "Where the run is written. (default: a new runs/<preset>-<time>)")
     dry_run: bool = option(
         False, "Say what the run would do, its memory and its time from a few measured steps; write nothing."
+    )
+    max_time: str | None = option(
+        None, "Save and stop after this long: 3h30m, 45m, or minutes; --resume_from_checkpoint goes on."
     )
     resume_from_checkpoint: str | None = option(
         None,
@@ -267,6 +271,11 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         if not getattr(training, name) >= 0:
             yield f"--{name} {getattr(training, name)} must not be negative"
     yield from seed_faults(training.seed)
+    if training.max_time:
+        try:
+            seconds_of(training.max_time)
+        except ConfigError as error:
+            yield str(error)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             yield f"--{name} {getattr(training, name)} must lie in [0, 1)"

@@ -28,6 +28,14 @@ class CheckpointError(SoftpromptError):
     """A checkpoint that a run cannot go on from: broken, or of another run."""
 
 
+class Stopped(SoftpromptError):
+    """A run that was asked to stop and has saved what it did; no fault. `exit_code` says who asked."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class OutputError(SoftpromptError):
     """A place to write to that cannot be written to."""
 

@@ -29,7 +29,9 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKSUMS_FILE = "checksums.json"
 WHOLE_HASH_BYTES = 4 << 30  # larger bases are sampled
 OF_THE_PROMPT = ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter")
-OF_THIS_CALL = ("resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model")
+OF_THIS_CALL = (
+    *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
+)
 
 
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:

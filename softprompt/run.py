@@ -1,5 +1,6 @@
 """One training run: what is built is trained, evaluated before and after, and written."""
 
+import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from softprompt.checkpoint import (
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
 from softprompt.engines import make_engine
+from softprompt.errors import Stopped
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
@@ -49,6 +51,7 @@ from softprompt.resume import (
     with_checksums,
 )
 from softprompt.rows import Row
+from softprompt.stopping import StopRequest, seconds_of
 from softprompt.template import Template
 from softprompt.trainer import Metrics, Step, TrainingState, total_steps, train
 
@@ -151,18 +154,21 @@ def run_training(config: TrainConfig) -> Run:
     if run.start.step:
         done = "; all of them are done" if run.start.step >= run.total_steps else ""
         print(f"resuming after step {run.start.step:,} of {run.total_steps:,}{done}")
-    recorder = Recorder(run)
     args, learning_rate = run.config.training, run.config.learning_rate
-    with recorder.progress:
-        recorder.begin()
-        train(run.engine, run.prompt, run.data.examples, args, learning_rate, recorder, run.start)
-        return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
+    with StopRequest(seconds_of(args.max_time) if args.max_time else None) as request:
+        recorder = Recorder(run, request)
+        with recorder.progress:
+            recorder.begin()
+            train(run.engine, run.prompt, run.data.examples, args, learning_rate, recorder, run.start)
+            recorder.stop_if_asked()
+            return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
 
 
 class Recorder:
     """The loop's callbacks: shows and keeps its metrics, evaluates the prompt, writes checkpoints and the result."""
 
-    def __init__(self, run: Prepared):
+    def __init__(self, run: Prepared, request: StopRequest):
+        self.request = request
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.evaluator = run.evaluator
         self.progress = Progress(run.total_steps, run.output_dir / "metrics.jsonl")
@@ -179,6 +185,19 @@ class Recorder:
             self.before = self.evaluator(None)
             self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
         self.began = time.perf_counter()
+
+    def wants_to_stop(self) -> bool:
+        return self.request.exit_code is not None
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped where the loop ended before its last step."""
+        done, code = self.progress.totals.steps, self.request.exit_code
+        if code is not None and done < self.run.total_steps:
+            raise Stopped(
+                f"stopped after step {done:,} of {self.run.total_steps:,}, which is saved; go on with: python train.py "
+                f"--resume_from_checkpoint {shlex.quote(str(self.output_dir))}",
+                code,
+            )
 
     def on_step(self, step: Step) -> None:
         self.progress.on_step(step)

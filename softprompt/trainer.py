@@ -57,6 +57,7 @@ class Callbacks(Protocol):
     def on_log(self, metrics: Metrics) -> None: ...
     def on_evaluate(self, step: Step) -> object: ...
     def on_save(self, step: Step, state: TrainingState) -> None: ...
+    def wants_to_stop(self) -> bool: ...
 
 
 def total_steps(n_examples: int, args: TrainingArguments) -> int:
@@ -107,6 +108,7 @@ def train(
     start: TrainingState | None = None,
 ) -> None:
     """Train `prompt` in place, from the first step or from where `start` stood; then `prompt` is what it was there.
+    Between steps the callbacks may want to stop; what was done is saved first.
 
     Raises:
         TrainingError: a loss or gradient that is not finite (fp16 steps that the scaler skips are no fault).
@@ -143,9 +145,12 @@ def train(
             since_log = []
         if number < total and _evaluation_is_due(number, number % per_epoch == 0, args):
             callbacks.on_evaluate(step)
-        if number % args.save_steps == 0 or number == total:
+        stop = callbacks.wants_to_stop()
+        if number % args.save_steps == 0 or number == total or stop:
             moments = optimizer.state[prompt.weight]
             callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict()))
+        if stop:
+            return
 
 
 def optimizer_step(

@@ -2,7 +2,11 @@
 
 import json
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from softprompt.checkpoint import json_bytes
 from softprompt.errors import CheckpointError, ConfigError, OutputError
 from softprompt.files import write_folder
 from softprompt.resume import fault_of, with_checksums
+from softprompt.stopping import seconds_of
 
 ROWS = [{"instruction": f"第{i}题" * (1 + i % 3), "output": "好" if i % 2 else "坏"} for i in range(23)]
 
@@ -222,3 +227,50 @@ def test_the_flag_needs_no_value():
 
     assert parse_training(["--resume_from_checkpoint"]).training.resume_from_checkpoint == "newest"
     assert parse_training(["--resume_from_checkpoint", "r"]).training.resume_from_checkpoint == "r"
+
+
+def started(tmp_path, *more: str) -> subprocess.Popen:
+    """`python train.py` on the mini base, many steps, in a process of its own."""
+    train = Path(softprompt.__file__).parent.parent / "train.py"
+    settings = ["--output_dir", "run", "--logging_steps", "1", "--num_train_epochs", "9", "--save_steps", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(train), *settings, *more], cwd=tmp_path, **pipes)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"ended without {text!r}")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("when", ["evaluating", "step 1 ", "step 3 "])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
+    process = started(tmp_path)
+    wait_for(process, when)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = told.strip().splitlines()[-1]
+    way_on = "go on with: python train.py --resume_from_checkpoint run"
+    found = re.fullmatch(rf"stopped after step (\d+) of 1,800, which is saved; {way_on}", last)
+    assert found, told
+    assert fault_of(tmp_path / "run" / f"checkpoint-{found[1]}") is None
+
+
+def test_time_runs_out(tmp_path):
+    process = started(tmp_path, "--max_time", "1s")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 124 and "stopped after step" in told.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("text, seconds", [("3h30m", 12600), ("45m", 2700), ("90s", 90), ("10", 600), ("1h1s", 3601)])
+def test_times(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "1.5h", "m", "3m2h", ""])
+def test_what_is_no_time(text):
+    with pytest.raises(ConfigError, match="is no time such as 3h30m"):
+        seconds_of(text)

@@ -44,6 +44,9 @@ class Kept:
     def on_save(self, step, state):
         self.saves.append(step.number)
 
+    def wants_to_stop(self):
+        return False
+
 
 def engine_of(kind, base, tokenizer, rows=4, dtype=torch.float32):
     base = freeze(base, dtype)
