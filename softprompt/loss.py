@@ -49,13 +49,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         own = head[targets].to(wide)  # [n, H]
         margin = others - (hidden.to(wide) * own).sum(1)  # [n]
         if expected is not None:
-            ctx.save_for_backward(expected.sub_(own).mul_(margin.sigmoid()[:, None]).to(hidden.dtype))
+            ctx.save_for_backward(expected.sub_(own).mul_(margin.sigmoid()[:, None]))  # wide: it is yet to be scaled
+            ctx.dtype = hidden.dtype
         return F.softplus(margin).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors  # [n, H]
-        return gradient * grads[0], None, None
+        return (gradient * grads[0]).to(ctx.dtype), None, None
 
 
 def _attend_to_others(
