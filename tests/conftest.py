@@ -46,7 +46,7 @@ def make_bloom(
     """A random BLOOM whose every weight matters: layer norms and biases are not left at ones and zeros."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": hidden_size, "n_layer": n_layer, "n_head": n_head, "vocab_size": vocab_size}
-    model = BloomForCausalLM(BloomConfig(**sizes, initializer_range=0.3, **config)).eval()
+    model = BloomForCausalLM(BloomConfig(**sizes, **{"initializer_range": 0.3, **config})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

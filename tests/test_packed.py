@@ -139,12 +139,14 @@ def autocast_peft(base, values, rows):
 
 def test_bf16_is_nearer_to_the_truth_than_autocast():
     """Over bases, lengths and prompts: the error against the fp32 gradient is in the median no larger than that of
-    transformers under autocast, and in no case above 1.5 times it."""
+    transformers under autocast, and in no case above 1.5 times it. Weights have variance 2/H: much larger ones make
+    attention so hard that one rounding, theirs or ours, can turn a row over."""
     ratios = []
     for case in range(40):
         heads, P = 1 + case % 8, (1, 3, 10, 50)[case % 4]
-        base = make_bloom(hidden_size=16 * heads, n_head=heads, n_layer=1 + case % 4, seed=case)
-        rows, values = random_examples(6, 10 + 4 * case, seed=case), prompt_like(base, P, case)
+        sizes = {"hidden_size": 32 * heads, "n_head": heads, "n_layer": 1 + case % 3}
+        base = make_bloom(**sizes, seed=case, initializer_range=(2 / sizes["hidden_size"]) ** 0.5)
+        rows, values = random_examples(12, 10 + 2 * case, seed=case), prompt_like(base, P, case)
         _, truth = ours(packed(freeze(copy.deepcopy(base), FP32)), values, rows)
         _, mine = ours(packed(freeze(copy.deepcopy(base), BF16), BF16), values, rows)
         ratios.append(relative(mine, truth) / relative(autocast_peft(base, values, rows), truth))
