@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 from softprompt.build import RUNS, base_path, check_fits
 from softprompt.checkpoint import Adapter, load_adapter, newest_adapter
 from softprompt.config import precision_faults, train_config
-from softprompt.errors import AdapterError, ConfigError
+from softprompt.errors import AdapterError, ConfigError, DataError
+from softprompt.fields import AUTO, is_text
 from softprompt.generate import GenerationSettings, generate
 from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
+from softprompt.recorder import Run
 from softprompt.rows import question
-from softprompt.run import Run, run_training
+from softprompt.run import run_training
 from softprompt.template import Template
 
 Question = str | Mapping[str, Any]
@@ -116,11 +118,21 @@ class SoftPromptModel:
             DataError: a row without the template's columns.
         """
         chosen = self.settings(**settings)
+        if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
+            raise ConfigError("; ".join(faults))
         template = self.template
+        for number, prompt in enumerate(prompts, start=1):
+            if not isinstance(prompt, Mapping) and not is_text(prompt):
+                raise DataError(f"question {number} is no text and no row: {prompt!r:.80}")
+        if not prompts:
+            return iter(())
         rows = [template.row(p) if isinstance(p, str) else question("question", dict(p), template) for p in prompts]
         special = self.template.spec != "chat"
         texts = [self.template.render(row, self.tokenizer) for row in rows]
         ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        for number, tokens in enumerate(ids, start=1):
+            if not tokens:
+                raise ConfigError(f"question {number} is empty: the template makes no token of it; write something")
         if seed is not None:
             torch.manual_seed(seed)
         answers = generate(self.base, self.tokenizer, self.prompt, ids, chosen, self.compute_dtype, batch_size)
@@ -128,7 +140,7 @@ class SoftPromptModel:
 
     def settings(self, **given: Any) -> GenerationSettings:
         """What is given (not None), over what is saved beside the adapter, over the article's."""
-        merged = {**self.generation, **{name: value for name, value in given.items() if value is not None}}
+        merged = {**self.generation, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
         if given.get("max_length") is not None and given.get("max_new_tokens") is None:
             merged.pop("max_new_tokens", None)  # a limit that is asked for beats a saved one
         try:
@@ -144,9 +156,7 @@ class SoftPromptModel:
 def _saved(adapter: Adapter | None, bare: bool) -> tuple[Tensor | None, Template, Mapping[str, Any]]:
     if adapter is None:
         return None, Template(), {}
-    settings = adapter.settings
-    return (
-        None if bare else adapter.prompt,
-        Template(settings.get("template", "default")),
-        settings.get("generation", {}),
-    )
+    generation = adapter.settings.get("generation", {})
+    if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
+        raise AdapterError(f"softprompt.json: generation must be an object of settings with values, not {generation!r}")
+    return None if bare else adapter.prompt, Template(adapter.settings.get("template", "default")), generation

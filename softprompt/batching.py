@@ -1,6 +1,5 @@
 """Order of the rows, windows of one optimizer step, padded and packed micro-batches. Knows no tokenizer, no model."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 def steps_per_epoch(n: int, rows_per_step: int) -> int:
     """Optimizer steps of one pass over `n` rows; the last step may have fewer rows."""
-    return math.ceil(n / rows_per_step)
+    return -(-n // rows_per_step)
 
 
 def windows(n: int, rows_per_step: int, seed: int, first_step: int = 0) -> Iterator[list[int]]:
@@ -61,9 +60,9 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int, padding_side:
         return pad + list(values) if padding_side == "left" else list(values) + pad
 
     return Batch(
-        torch.tensor([padded(e.input_ids, pad_token_id) for e in examples]),
-        torch.tensor([padded([1] * len(e.input_ids), 0) for e in examples]),
-        torch.tensor([padded(e.labels, IGNORE) for e in examples]),
+        torch.tensor([padded(e.input_ids, pad_token_id) for e in examples], dtype=torch.int64),
+        torch.tensor([padded([1] * len(e.input_ids), 0) for e in examples], dtype=torch.int64),
+        torch.tensor([padded(e.labels, IGNORE) for e in examples], dtype=torch.int64),
     )
 
 

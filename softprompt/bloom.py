@@ -5,8 +5,8 @@ row of a window: its keys and values stand before each row's own, and the gradie
 through the prompt in one pass. Rows lie one after the other without padding; final layer norm, the last block's queries
 and MLP, and the vocabulary see only positions whose next token is a target.
 
-Matrix products run in the compute dtype; residual stream, layer norms, ALiBi, softmax and loss in the wide dtype (fp32,
-or fp64 under fp64).
+Matrix products run in the compute dtype; residual stream, layer norms and loss in the wide dtype (fp32, or fp64 under
+fp64), and on the CPU attention too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from softprompt.attention import Group, attend, causal_alibi, group_rows
 from softprompt.batching import Packed, collate_packed, cut_by_tokens
 from softprompt.data import Example
+from softprompt.errors import TrainingError
 from softprompt.loss import BLOCK_ELEMENTS, projected_cross_entropy
-from softprompt.memory import bytes_per_token
+from softprompt.memory import bytes_per_token, is_out_of_memory
 from softprompt.prompt import PromptEmbedding
 from softprompt.weights import Affine, Layer, Shape, Weights
 
@@ -30,11 +31,10 @@ T = TypeVar("T")
 
 
 class Prefix(NamedTuple):
-    """What rows see of the prompt: each layer's keys and values [P, N, D], and the last virtual token's output [1, H]
-    (wide), which predicts a row's first token; [0, H] without a prompt."""
+    """What rows see of the prompt: each layer's keys and values [P, N, 2, D], and the last virtual token's output
+    [1, H] (wide), which predicts a row's first token; [0, H] without a prompt."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    layers: list[Tensor]
     last: Tensor
 
 
@@ -47,10 +47,15 @@ def linear(x: Tensor, affine: Affine) -> Tensor:
     return F.linear(x.to(affine.weight.dtype), affine.weight, affine.bias.to(affine.weight.dtype))
 
 
-def split_heads(x: Tensor, parts: int, shape: Shape) -> tuple[Tensor, ...]:
-    """[S, N·parts·D] → `parts` times [S, N, D], in fp32 on the CPU, whose attention is slow in less."""
+def heads(x: Tensor, parts: int, shape: Shape) -> Tensor:
+    """[S, N·parts·D] → [S, N, parts, D], in fp32 on the CPU, whose attention is slow in less."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    return x.to(dtype).view(-1, shape.N, parts, shape.D).unbind(2)
+    return x.to(dtype).view(-1, shape.N, parts, shape.D)
+
+
+def queries_and_pairs(y: Tensor, affine: Affine, shape: Shape) -> list[Tensor]:
+    """[S, H] → queries [S, N, 1, D], keys and values [S, N, 2, D]."""
+    return list(heads(linear(y, affine), 3, shape).split([1, 2], dim=2))
 
 
 def finish_block(x: Tensor, y: Tensor, attended: Tensor, layer: Layer, shape: Shape) -> Tensor:
@@ -65,50 +70,47 @@ def run_prompt(weights: Weights, prompt: Tensor) -> Prefix:
     """The virtual tokens [P, H] through all layers, by themselves; P = 0 is no prompt."""
     shape, P = weights.shape, len(prompt)
     x = norm(prompt, weights.embedding_layernorm, shape.epsilon)  # [P, H]
-    nothing = x.new_empty(0, shape.N, shape.D)
-    keys, values = [], []
     bias = causal_alibi(shape.N, P, 0, x)
+    layers = []
     for i in range(shape.L):
         layer = weights.layer(i)
         y = norm(x, layer.input_layernorm, shape.epsilon)
-        q, k, v = split_heads(linear(y, layer.query_key_value), 3, shape)  # [P, N, D]
+        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [P, N, 1, D], [P, N, 2, D]
+        layers.append(kv)
         if P:
-            attended = attend(q, k, v, (nothing, nothing), bias.to(q.dtype), [Group(1, P, P, None, None)])
+            attended = attend(q[:, :, 0], kv, kv[:0], bias.to(q.dtype), [Group(1, P, P, None, None)])
             x = finish_block(x, y, attended, layer, shape)
-        keys.append(k)
-        values.append(v)
-    return Prefix(keys, values, x[-1:])
+    return Prefix(layers, x[-1:])
 
 
 def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False) -> Tensor:
     """Summed loss of a micro-batch behind the prompt, a scalar. `recompute` keeps only the blocks' inputs for the
     backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    shape, P = weights.shape, len(prefix.keys[0])
+    shape, P = weights.shape, len(prefix.layers[0])
     x = norm(weights.embed(batch.input_ids), weights.embedding_layernorm, shape.epsilon)  # [S, H]
-    bias = causal_alibi(shape.N, max(batch.lengths, default=0), P, x).to(prefix.keys[0].dtype)
+    bias = causal_alibi(shape.N, max(batch.lengths, default=0), P, x).to(prefix.layers[0].dtype)
     groups = group_rows(batch.lengths, x.device)
 
-    def block(i: int, x: Tensor, *before: Tensor) -> Tensor:
+    def block(i: int, x: Tensor, before: Tensor) -> Tensor:
         layer = weights.layer(i)
         y = norm(x, layer.input_layernorm, shape.epsilon)
         if i == shape.L - 1:
-            return last_block(x, y, layer, *before)
-        q, k, v = split_heads(linear(y, layer.query_key_value), 3, shape)  # [S, N, D]
-        return finish_block(x, y, attend(q, k, v, (before[0], before[1]), bias, groups), layer, shape)
+            return last_block(x, y, before, layer)
+        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [S, N, 1, D], [S, N, 2, D]
+        return finish_block(x, y, attend(q[:, :, 0], kv, before, bias, groups), layer, shape)
 
-    def last_block(x: Tensor, y: Tensor, layer: Layer, *before: Tensor) -> Tensor:
+    def last_block(x: Tensor, y: Tensor, before: Tensor, layer: Layer) -> Tensor:
         """Only what predicts a target: [S, H] → [n, H]."""
         of_q, of_kv = split_projection(layer.query_key_value, shape)
-        k, v = split_heads(linear(y, of_kv), 2, shape)  # [S, N, D]
-        (q,) = split_heads(linear(y.index_select(0, batch.predictors), of_q), 1, shape)  # [n, N, D]
-        q = torch.zeros_like(k).index_copy(0, batch.predictors, q)  # [S, N, D]
-        attended = attend(q, k, v, (before[0], before[1]), bias, groups).index_select(0, batch.predictors)  # [n, N·D]
+        kv = heads(linear(y, of_kv), 2, shape)  # [S, N, 2, D]
         x, y = (t.index_select(0, batch.predictors) for t in (x, y))  # [n, H]
+        q = heads(linear(y, of_q), 1, shape)[:, :, 0]  # [n, N, D]
+        q = torch.zeros_like(kv[:, :, 0]).index_copy(0, batch.predictors, q)  # [S, N, D]
+        attended = attend(q, kv, before, bias, groups).index_select(0, batch.predictors)  # [n, N·D]
         return finish_block(x, y, attended, layer, shape)
 
-    layers = zip(prefix.keys, prefix.values, strict=True) if batch.lengths else ()
-    for i, before in enumerate(layers):
-        x = checkpoint(block, i, x, *before, use_reentrant=False) if recompute else block(i, x, *before)
+    for i, before in enumerate(prefix.layers if batch.lengths else ()):
+        x = checkpoint(block, i, x, before, use_reentrant=False) if recompute else block(i, x, before)
     first = batch.first_targets if P else batch.first_targets[:0]  # [f]: without a prompt nothing predicts them
     x = torch.cat([prefix.last.expand(len(first), -1) if P else x[:0], x])  # [f + n, H]
     hidden = norm(x, weights.final_layernorm, shape.epsilon).to(weights.head.dtype)
@@ -133,20 +135,22 @@ class PackedEngine:
     def accumulate(
         self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
     ) -> tuple[Tensor, int]:
-        return self._in_finer_cuts(lambda: self._accumulate(prompt, window, grad_scale))
+        return self._in_finer_cuts(lambda: self._accumulate(prompt, window, grad_scale), window)
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        return self._in_finer_cuts(lambda: self._evaluate(prompt, rows))
+        return self._in_finer_cuts(lambda: self._evaluate(prompt, rows), rows)
 
     def state(self) -> dict[str, Any]:
         return {"tokens_per_microbatch": self.tokens_per_microbatch}
 
-    def activation_bytes(self, P: int, longest: int) -> int:
+    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
         shape, dtype = self.weights.shape, self.compute_dtype
-        tokens = max(self.tokens_per_microbatch, longest)
-        rows = tokens * bytes_per_token(shape, dtype, self.gradient_checkpointing)
+        longest, tokens = max(len(e.input_ids) for e in window), sum(len(e.input_ids) for e in window)
+        taken = max(longest, min(tokens, self.tokens_per_microbatch))
+        rows = taken * bytes_per_token(shape, dtype, self.gradient_checkpointing)
         bias = 4 * shape.N * longest * (P + longest)
-        return rows + bias + P * bytes_per_token(shape, dtype) + 3 * 4 * BLOCK_ELEMENTS[self.device.type]
+        blocks = 3 * 4 * min(BLOCK_ELEMENTS[self.device.type], taken * shape.V)
+        return self.weights.own_bytes + rows + bias + P * bytes_per_token(shape, dtype) + blocks
 
     def __str__(self) -> str:
         return f"packed engine, {self.tokens_per_microbatch:,} tokens at a time"
@@ -155,13 +159,12 @@ class PackedEngine:
         self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
     ) -> tuple[Tensor, int]:
         prefix = run_prompt(self.weights, prompt())
-        made = [*prefix.keys, *prefix.values, prefix.last]
+        made = [*prefix.layers, prefix.last]
         seen = [t.detach().requires_grad_() for t in made]  # where rows leave their gradients
-        total, targets, L = torch.zeros((), device=self.device, dtype=torch.float64), 0, self.weights.shape.L
+        total, targets = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for batch in self._micro_batches(window):
             if count := len(batch.targets) + len(batch.first_targets):
-                behind = Prefix(seen[:L], seen[L:-1], seen[-1])
-                loss = run_rows(self.weights, behind, batch, self.gradient_checkpointing)
+                loss = run_rows(self.weights, Prefix(seen[:-1], seen[-1]), batch, self.gradient_checkpointing)
                 (loss * grad_scale).backward()
                 total += loss.detach()
                 targets += count
@@ -182,16 +185,22 @@ class PackedEngine:
         for rows in cut_by_tokens(window, self.tokens_per_microbatch):
             yield collate_packed(rows).to(self.device)
 
-    def _in_finer_cuts(self, run: Callable[[], T]) -> T:
-        """The window once more in smaller micro-batches, for as long as the device's memory does not hold them; the
+    def _in_finer_cuts(self, run: Callable[[], T], rows: Sequence[Example]) -> T:
+        """The rows once more in smaller micro-batches, for as long as the device's memory does not hold them; the
         prompt's gradient is only touched at a window's end, so nothing of the failed try stays."""
         while True:
             try:
                 return run()
-            except torch.OutOfMemoryError:
-                if self.tokens_per_microbatch <= 1:
+            except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
+                longest = max(len(row.input_ids) for row in rows)
+                if not is_out_of_memory(error):
                     raise
-                self.tokens_per_microbatch = max(1, self.tokens_per_microbatch // 2)
+                if self.tokens_per_microbatch <= longest:
+                    raise TrainingError(
+                        f"out of memory with one row of {longest:,} tokens at a time; give a smaller --max_length"
+                        + ("" if self.gradient_checkpointing else ", or --gradient_checkpointing")
+                    ) from None
+                self.tokens_per_microbatch = max(longest, self.tokens_per_microbatch // 2)
             torch.cuda.empty_cache()
             tqdm.write(
                 f"out of memory: the step is repeated in micro-batches of {self.tokens_per_microbatch:,} tokens, "

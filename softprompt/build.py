@@ -74,8 +74,10 @@ def tokenize_rows(
         def make() -> Tokenized:
             return tokenize(rows, tokenizer, template, *cut, progress)
 
-        chat = tokenizer.chat_template if template.spec == CHAT else None
-        return cached(make, rows, tokenizer, template.spec, chat, *cut, anew=config.data.overwrite_cache)
+        if template.spec == CHAT:  # may depend on whatever the template looks at, the date for one
+            return make()
+        read, write = not config.data.overwrite_cache, not config.training.dry_run
+        return cached(make, rows, tokenizer, template.spec, *cut, read=read, write=write)
 
     return examples(rows), examples(held_out) if held_out else None
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import re
 import sys
 import tomllib
@@ -69,7 +70,7 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        _exit(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+        _exit(f"{error.filename or 'a file'}: {error.strerror or error}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     sys.exit(0)
 
 
@@ -130,6 +131,8 @@ def _read_toml(name: str) -> dict[str, Any]:
         raise ConfigError(f"--config {name}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, not TOML
         raise ConfigError(f"--config {name}: not TOML: {error}") from None
+    if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
+        raise ConfigError(f"--config {name}: {', '.join(twice)} is there twice, with - and with _; keep one")
     values = {key.replace("-", "_"): value for key, value in values.items()}
     known = {"preset": str, **hints(GROUPS)}
     if unknown := [f"unknown setting {key!r}{nearest(key, known)}" for key in values if key not in known]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
-from softprompt.fields import build, nearest, option
+from softprompt.fields import AUTO, build, nearest, option
 from softprompt.stopping import seconds_of
 
 # Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
@@ -107,7 +107,9 @@ class TrainingArguments:
         False, "Resume although the content of dataset, tokenizer or base is not what the checkpoint was trained with."
     )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
-    per_device_train_batch_size: int = option(4, "Rows of a micro-batch.")
+    per_device_train_batch_size: int = option(
+        4, "Rows of a micro-batch; times --gradient_accumulation_steps, the rows of an optimizer step."
+    )
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
@@ -205,7 +207,7 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     """
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
-    if values.get("eval_steps") is not None:
+    if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
     parts = build(GROUPS, values)
     config = TrainConfig(preset, *parts, given)
@@ -228,7 +230,7 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     faults = []
     if bf16 and fp16:
         faults.append("--bf16 and --fp16 exclude each other; give one of them")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", device):
         faults.append(f"--device {device!r} is not auto, cpu, cuda or cuda:N")
     return faults
 
@@ -243,6 +245,8 @@ def _faults(config: TrainConfig) -> Iterator[str]:
     for name, text in config.as_dict().items():
         if text == "":
             yield f"--{name} is empty; give it a value or leave it out"
+        elif isinstance(text, str) and "\0" in text:
+            yield f"--{name} {text!r} holds a null character; leave that out"
     if data.dataset is None:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if prompt.num_virtual_tokens is not None and prompt.num_virtual_tokens < 1:
@@ -271,6 +275,11 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         if not getattr(training, name) >= 0:
             yield f"--{name} {getattr(training, name)} must not be negative"
     yield from seed_faults(training.seed)
+    limits = {"num_virtual_tokens": prompt.num_virtual_tokens, "num_train_epochs": training.num_train_epochs}
+    for name, value in {**limits, "max_steps": training.max_steps}.items():
+        most = 1_000_000_000 if name == "max_steps" else 100_000
+        if value is not None and value > most:
+            yield f"--{name} {value} is above {most:,}, more than anything could learn from"
     if training.max_time:
         try:
             seconds_of(training.max_time)

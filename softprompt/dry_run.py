@@ -6,9 +6,9 @@ from itertools import islice
 
 import torch
 
-from softprompt.batching import windows
+from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainConfig
-from softprompt.run import Prepared, prepare
+from softprompt.prepare import Prepared, prepare
 from softprompt.trainer import make_optimizer, optimizer_step
 
 MEASURED = 3  # steps, after one that is not counted
@@ -26,10 +26,12 @@ def dry_run(config: TrainConfig) -> str:
     args, examples = config.training, run.data.examples
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens = sum(len(e.input_ids) for e in examples)
-    in_all = round(tokens / len(examples) * sum(map(len, islice(windows(len(examples), rows, 0), run.total_steps))))
+    epochs, steps = divmod(run.total_steps, steps_per_epoch(len(examples), rows))
+    in_all = round(tokens / len(examples) * (epochs * len(examples) + min(steps * rows, len(examples))))
     speed = measured_speed(run, rows)
     base = sum(p.numel() * p.element_size() for p in run.base.parameters())
-    more = run.engine.activation_bytes(len(run.prompt.weight), max(len(e.input_ids) for e in examples))
+    heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
+    more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)
     lines = [
         "",
         "Dry run: nothing is written.",

@@ -22,11 +22,12 @@ def make_engine(config: TrainConfig, base: PreTrainedModel, tokenizer: Any, dtyp
     """
     args, kind = config.training, config.model.engine
     device = word_embeddings(base).weight.device
-    is_bloom = base.config.model_type == "bloom"
+    is_bloom = base.config.model_type == "bloom" and not _is_sliced(base.config)
     if kind == "packed" and not is_bloom:
+        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
         raise ConfigError(
             f"--engine packed is for BLOOM, and {config.model.model_name_or_path} is of type "
-            f"{base.config.model_type}; leave it out"
+            f"{base.config.model_type}{sliced}; leave it out"
         )
     if kind == "padded" or (kind == "auto" and not (is_bloom and device.type == "cpu")):
         if args.tokens_per_microbatch or args.gradient_checkpointing:
@@ -39,3 +40,8 @@ def make_engine(config: TrainConfig, base: PreTrainedModel, tokenizer: Any, dtyp
         bloom_shape(base.config), dtype, P, device, total_memory(device), args.gradient_checkpointing
     )
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
+
+
+def _is_sliced(config: Any) -> bool:
+    """BLOOM's slow_but_exact option adds up slices of two projections, without their biases: another function."""
+    return bool(getattr(config, "slow_but_exact", False)) and config.pretraining_tp > 1

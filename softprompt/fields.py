@@ -67,7 +67,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _coerced(value: Any, hint: Any) -> Any:
     """Whole numbers stand for floats, as everywhere in Python, and `auto` for None where that is no text."""
-    if value == AUTO and takes_auto(hint):
+    if type(value) is str and value == AUTO and takes_auto(hint):
         return None
     return float(value) if float in _members(hint) and type(value) is int else value
 
@@ -75,7 +75,7 @@ def _coerced(value: Any, hint: Any) -> Any:
 def _fits(value: Any, hint: Any) -> bool:
     for member in _members(hint):
         if get_origin(member) is Literal:
-            if value in get_args(member):
+            if type(value) is str and value in get_args(member):
                 return True
         elif type(value) is member:
             return math.isfinite(value) if member is float else member is not str or is_text(value)

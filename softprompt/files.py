@@ -53,9 +53,12 @@ def write_files(folder: Path, files: Files) -> None:
     """Write `files` into a folder that may hold others; each is replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = folder / f".{name}.tmp"
-        _write_and_flush(temporary, content)
-        temporary.replace(folder / name)
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            _write_and_flush(temporary, content)
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
     _flush_folder(folder)
 
 

@@ -93,9 +93,11 @@ def generation_faults(values: dict[str, Any]) -> list[str]:
     faults += [
         f"--{name} {given[name]} must be at least {low}" for name, low in limits.items() if given.get(name, low) < low
     ]
-    faults += [
-        f"--{n} {given[n]} must be above 0" for n in ("temperature", "repetition_penalty") if not given.get(n, 1) > 0
-    ]
+    for name in ("temperature", "repetition_penalty"):
+        if not given.get(name, 1) > 0:
+            faults.append(f"--{name} {given[name]} must be above 0")
+        elif given.get(name, 1) < 1e-3:
+            faults.append(f"--{name} {given[name]} is below 0.001; `--do_sample false` takes the likeliest word")
     if not 0 < given.get("top_p", 1) <= 1:
         faults.append(f"--top_p {given['top_p']} must lie above 0 and not above 1")
     return faults

@@ -41,3 +41,8 @@ def auto_tokens(
     token = bytes_per_token(shape, dtype, gradient_checkpointing)
     room = SHARE * memory - base_bytes(shape, dtype) - P * bytes_per_token(shape, dtype)
     return max(FEWEST_TOKENS, min(MOST_TOKENS[device.type], int(room / token)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no room."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -41,8 +41,8 @@ class Engine(Protocol):
         """What a resumed run needs to add up a window in the same order, JSON-able."""
         ...
 
-    def activation_bytes(self, P: int, longest: int) -> int:
-        """About what memory a step takes above the base's, for P virtual tokens and rows of up to `longest` tokens."""
+    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
+        """About what memory a step over `window` takes above the base's, for P virtual tokens."""
         ...
 
 
@@ -244,11 +244,11 @@ class PaddedEngine:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def activation_bytes(self, P: int, longest: int) -> int:
-        c, size = self.base.config, self.compute_dtype.itemsize
-        width, H, V = P + longest, word_embeddings(self.base).embedding_dim, word_embeddings(self.base).num_embeddings
-        layer = 4 * 6 * H + size * 16 * H + (4 + 2 * size) * c.num_attention_heads * width  # eager attention's scores
-        return self.rows_per_microbatch * width * (c.num_hidden_layers * layer + 3 * 4 * V)
+    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
+        c, size, words = self.base.config, self.compute_dtype.itemsize, word_embeddings(self.base)
+        H, V, width = words.embedding_dim, words.num_embeddings, P + max(len(e.input_ids) for e in window)
+        layer = 4 * 6 * H + size * 16 * H + (4 + size) * c.num_attention_heads * width  # eager attention's scores
+        return min(self.rows_per_microbatch, len(window)) * width * (c.num_hidden_layers * layer + 3 * 4 * V)
 
     def __str__(self) -> str:
         return "padded engine"

@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompt.build import RUNS
 from softprompt.evaluate import question_ids
-from softprompt.run import Run
+from softprompt.recorder import Run
 
 EXAMPLES = 3
 WIDTH = 44

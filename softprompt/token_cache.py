@@ -1,7 +1,7 @@
 """Token ids of large datasets, kept by content: the same rows, template, tokenizer and cuts are tokenised once.
 
 A file of the cache is safetensors: `ids` [all tokens] int32, and of each example `lengths` [rows] int32 and `asked`
-[rows] int32, the tokens before its first target; the counts of `Tokenized` are its metadata.
+[rows] int32, the tokens before its first target; the counts of `Tokenized` and a checksum are its metadata.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -21,31 +22,40 @@ from softprompt.files import write_files
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
-VERSION = "1"  # of the format, and of what `tokenize` does
+VERSION = "2"  # of the format, and of what `tokenize` does
+ARRAYS = ("ids", "lengths", "asked")
 COUNTS = ("rows", "cut", "without_target", "empty_answers")
 
 
 def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/softprompt/tokens, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "softprompt" / "tokens"
+    """$XDG_CACHE_HOME/softprompt/tokens, by default under ~/.cache; a relative one is ignored, as the XDG text asks."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache")) / "softprompt" / "tokens"
 
 
 def cached(
-    make: Callable[[], Tokenized], rows: Sequence[Mapping[str, Any]], tokenizer: Any, *settings: Any, anew: bool = False
+    make: Callable[[], Tokenized],
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *settings: Any,
+    read: bool = True,
+    write: bool = True,
 ) -> Tokenized:
-    """What `make` makes of the rows, from the cache where it has it (unless `anew`), else made and kept there.
+    """What `make` makes of the rows, from the cache where it has it, else made and kept there.
 
     `settings` are all else that it depends on, JSON-able. A cache that cannot be read or written is as good as none.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if len(rows) < LEAST_ROWS or backend is None:
         return make()
-    path = cache_dir() / f"{_key(rows, backend.to_str(), [tokenizer.eos_token, *settings])}.safetensors"
-    found = None if anew else _read(path)
+    special = [tokenizer.eos_token, getattr(tokenizer, "split_special_tokens", False)]
+    path = cache_dir() / f"{_key(rows, backend.to_str(), [tokenizers.__version__, *special, *settings])}.safetensors"
+    found = _read(path) if read else None
     if found is not None:
         return dataclasses.replace(found, cache=str(path))
     made = make()
-    _keep(path, made)
+    if write:
+        _keep(path, made)
     return made
 
 
@@ -59,14 +69,23 @@ def _key(rows: Sequence[Mapping[str, Any]], tokenizer: str, settings: Sequence[A
 def _read(path: Path) -> Tokenized | None:
     try:
         with safe_open(path, framework="np") as file:
-            counts = {name: int(file.metadata()[name]) for name in COUNTS}
-            ids, lengths, asked = (file.get_tensor(name) for name in ("ids", "lengths", "asked"))
+            metadata = file.metadata()
+            arrays = [file.get_tensor(name) for name in ARRAYS]
+        if metadata["sha256"] != _checksum(arrays, metadata):
+            return None
+        ids, lengths, asked = arrays
+        rows = np.split(ids, lengths.cumsum()[:-1])
+        examples = [_example(row.tolist(), int(n)) for row, n in zip(rows, asked, strict=True)]
+        return Tokenized(examples, **{name: int(metadata[name]) for name in COUNTS})
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    if lengths.sum() != len(ids) or len(lengths) != len(asked):
-        return None
-    rows = np.split(ids, lengths.cumsum()[:-1])
-    return Tokenized([_example(row.tolist(), int(n)) for row, n in zip(rows, asked, strict=True)], **counts)
+
+
+def _checksum(arrays: Sequence[np.ndarray], counts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps([counts[name] for name in COUNTS]).encode())
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _example(ids: list[int], asked: int) -> Example:
@@ -74,15 +93,14 @@ def _example(ids: list[int], asked: int) -> Example:
 
 
 def _keep(path: Path, made: Tokenized) -> None:
+    ids = [token for e in made.examples for token in e.input_ids]
     asked = [next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in made.examples]
-    tensors = {
-        "ids": np.array([token for e in made.examples for token in e.input_ids], dtype=np.int32),
-        "lengths": np.array([len(e.input_ids) for e in made.examples], dtype=np.int32),
-        "asked": np.array(asked, dtype=np.int32),
-    }
-    counts = {name: str(getattr(made, name)) for name in COUNTS}
+    arrays = [np.array(values, dtype=np.int32) for values in (ids, [len(e.input_ids) for e in made.examples], asked)]
+    metadata = {name: str(getattr(made, name)) for name in COUNTS}
+    metadata["sha256"] = _checksum(arrays, metadata)
     try:
-        write_files(path.parent, {path.name: save(tensors, metadata=counts)})
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # a reader of ids can read the rows
+        write_files(path.parent, {path.name: save(dict(zip(ARRAYS, arrays, strict=True)), metadata=metadata)})
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
             old.unlink()
     except OSError:

@@ -70,7 +70,7 @@ def total_steps(n_examples: int, args: TrainingArguments) -> int:
 
 def epochs_done(step: int, n_examples: int, args: TrainingArguments) -> float:
     """Passes over the rows after this many optimizer steps, counted in micro-batches, as Trainer logs them."""
-    micro = math.ceil(n_examples / args.per_device_train_batch_size)
+    micro = steps_per_epoch(n_examples, args.per_device_train_batch_size)
     whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
     return whole + min(part * args.gradient_accumulation_steps, micro) / micro
 
@@ -87,7 +87,8 @@ def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable
 
 def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
     """About how far AdamW can carry a coordinate: each step moves it by its learning rate or less."""
-    return sum(map(lr_at, range(total)))
+    stride = max(1, total // 10_000)
+    return stride * sum(map(lr_at, range(0, total, stride)))
 
 
 def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:
@@ -128,16 +129,8 @@ def train(
 
     drawn = windows(len(examples), rows_per_step, args.seed, start.step)
     for number, rows in zip(range(start.step + 1, total + 1), drawn, strict=False):
-        began = time.perf_counter()
-        window = [examples[row] for row in rows]
-        learning_rate = optimizer.param_groups[0]["lr"] = lr_at(taken)
-        loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
-        if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _not_finite(number, rows, loss, grad_norm)
+        step, stepped = _take_step(number, rows, engine, prompt, examples, optimizer, scaler, lr_at(taken), args)
         taken += stepped
-        tokens = sum(len(row.input_ids) for row in window)
-        epoch = epochs_done(number, len(examples), args)
-        step = Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began)
         since_log.append(step)
         callbacks.on_step(step)
         if number % args.logging_steps == 0 or number == total:
@@ -151,6 +144,28 @@ def train(
             callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict()))
         if stop:
             return
+
+
+def _take_step(
+    number: int,
+    rows: Sequence[int],
+    engine: Engine,
+    prompt: PromptEmbedding,
+    examples: Sequence[Example],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    learning_rate: float,
+    args: TrainingArguments,
+) -> tuple[Step, bool]:
+    """Optimizer step `number` over these rows, and whether it was taken (see `optimizer_step`)."""
+    began = time.perf_counter()
+    window = [examples[row] for row in rows]
+    optimizer.param_groups[0]["lr"] = learning_rate
+    loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
+    if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _not_finite(number, rows, loss, grad_norm)
+    tokens, epoch = sum(len(row.input_ids) for row in window), epochs_done(number, len(examples), args)
+    return Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began), stepped
 
 
 def optimizer_step(

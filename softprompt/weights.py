@@ -45,6 +45,7 @@ class Weights(Protocol):
     embedding_layernorm: Affine
     final_layernorm: Affine
     head: Tensor  # [V, H] in the compute dtype
+    own_bytes: int  # of what is held beside the base's own tensors
 
     def embed(self, ids: Tensor) -> Tensor:
         """Word embeddings before their layer norm: [...] int64 → [..., H] fp32."""
@@ -62,7 +63,9 @@ class ResidentWeights:
         self.shape = bloom_shape(config)
         self.embedding_layernorm = _affine(transformer.word_embeddings_layernorm)
         self.final_layernorm = _affine(transformer.ln_f)
-        self.head: Tensor = base.get_output_embeddings().weight.detach().to(compute_dtype)
+        head = base.get_output_embeddings().weight.detach()
+        self.head: Tensor = head.to(compute_dtype)
+        self.own_bytes = 0 if self.head is head else self.head.nbytes
         self.embed: Callable[[Tensor], Tensor] = transformer.word_embeddings
         self._layers = [_layer(block) for block in transformer.h]
 

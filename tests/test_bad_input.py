@@ -13,10 +13,13 @@ from datasets import Dataset
 from safetensors.torch import save
 
 import infer
+import softprompt
 import train
 from softprompt.checkpoint import Adapter, adapter_files, peft_config
 from softprompt.cli import command
+from softprompt.errors import ConfigError, SoftpromptError
 from softprompt.files import write_folder
+from softprompt.template import Template
 
 GOOD = {"instruction": "你好吗", "input": "", "output": "很好"}
 
@@ -127,6 +130,17 @@ FLAGS = {
     "--preset tiny": "unknown preset 'tiny', expected one of mini, bloom-1b4-zh, article",
     "--learning_rat 1": "unknown flag --learning_rat; did you mean --learning_rate",
     "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
+    "--device cuda:01": "--device 'cuda:01' is not auto, cpu, cuda",
+    "--num_train_epochs 1e308": "--num_train_epochs 1e.308 is above 100,000",
+    "--max_steps 9999999999": "--max_steps 9999999999 is above 1,000,000,000",
+    "--num_virtual_tokens 1000000": "--num_virtual_tokens 1000000 is above 100,000",
+    "--tokens_per_microbatch 0": "--tokens_per_microbatch 0 must be above 0",
+    "--tokens_per_microbatch few": "--tokens_per_microbatch: invalid int value: 'few'",
+    "--engine paked": "--engine: invalid choice: 'paked'.*packed",
+    "--engine padded --tokens_per_microbatch 9": "--tokens_per_microbatch is a setting of the packed engine; leave it",
+    "--max_time soon": "--max_time 'soon' is no time such as 3h30m",
+    "--resume_from_checkpoint nothing": "--resume_from_checkpoint nothing: no checkpoint there; name a run or a checkpoint",
+    "--config twice.toml": "--config twice.toml: dry-run is there twice, with - and with _; keep one",
     "--device tpu": "--device 'tpu' is not auto, cpu, cuda",
     "--eval_rows 3": "--eval_rows 3 leaves none of the 3 rows",
     "--eval_strategy steps": "needs held-out rows; give --eval_dataset FILE or --eval_rows N",
@@ -153,6 +167,7 @@ def test_bad_flags(flags, tiny_base, tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.jsonl").write_bytes(jsonl(LONG, LONG, LONG))
     (tmp_path / "bad.toml").write_text("a = = b")
     (tmp_path / "odd.toml").write_text("num_virtual_token = 3")
+    (tmp_path / "twice.toml").write_text("dry-run = true\ndry_run = false")
     (tmp_path / "old" / "checkpoint-5").mkdir(parents=True)
     write_adapter(tmp_path / "other", hidden_size=16)
     argv = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", *flags.split()]
@@ -274,6 +289,7 @@ QUESTIONS = {
     "--prompt a --prompts_file b.txt": "give either --prompt",
     "--prompt a --adapter adapter --max_length 3": "--max_length 3 leaves no room for an answer",
     "--prompt a --temperature 0": "--temperature 0.0 must be above 0",
+    "--prompt a --do_sample true --temperature 1e-40": "--temperature 1e-40 is below 0.001; `--do_sample false` takes",
     "--prompt a --top_p 2": "--top_p 2.0 must lie above 0",
     "--prompts_file none.txt --adapter adapter": "none.txt: no such file",
     "--prompts_file rows.csv --adapter adapter": "expected a .txt or a .jsonl",
@@ -291,3 +307,53 @@ def test_bad_questions(flags, tiny_base, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_bytes(jsonl({"prompt": "a"}, {"text": "b"}))
     assert_line(refused(infer, flags.split(), capsys, monkeypatch, tmp_path), QUESTIONS[flags])
+
+
+@pytest.fixture
+def bare(tiny_base):
+    return softprompt.SoftPromptModel.from_pretrained(str(tiny_base), "none")
+
+
+FROM_PYTHON = {
+    "batch_size below 1": (["a", "b"], {"batch_size": -1}, "--batch_size -1 must be at least 1"),
+    "batch_size of another kind": (["a"], {"batch_size": 1.5}, "--batch_size 1.5 is not a whole number"),
+    "a seed that is none": (["a"], {"seed": "x"}, "--seed 'x' is not a whole number"),
+    "half a character": (["a", "\ud800"], {}, "question 2 is no text and no row"),
+    "a number": ([5], {}, "question 1 is no text and no row: 5"),
+}
+
+
+@pytest.mark.parametrize("fault", FROM_PYTHON)
+def test_bad_questions_from_python(fault, bare):
+    prompts, settings, message = FROM_PYTHON[fault]
+    with pytest.raises(SoftpromptError, match=message):
+        bare.generate(prompts, do_sample=False, max_new_tokens=2, **settings)
+
+
+def test_no_questions_no_answers(bare):
+    assert bare.generate([]) == []
+
+
+def test_auto_is_as_good_as_not_given(bare):
+    assert bare.settings(top_k="auto", do_sample="auto") == bare.settings()
+
+
+def test_a_question_without_a_token(bare):
+    bare.template = Template("{q}")
+    with pytest.raises(ConfigError, match="question 1 is empty"):
+        bare.generate("")
+
+
+def test_a_dry_run_from_python_does_not_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="dry_run=True trains nothing"):
+        softprompt.train(dry_run=True)
+    assert not listing(tmp_path)
+
+
+@pytest.mark.parametrize("generation", [[1], "abc", {"max_length": None}, {"max_length": "auto"}, {"max_length": "x"}])
+def test_bad_generation_settings_beside_an_adapter(generation, tiny_base, tmp_path, capsys, monkeypatch):
+    write_adapter(tmp_path / "adapter", base=str(tiny_base))
+    (tmp_path / "adapter/softprompt.json").write_text(json.dumps({"generation": generation}))
+    argv = ["--adapter", "adapter", "--model_name_or_path", tiny_base, "--prompt", "你好"]
+    assert_line(refused(infer, argv, capsys, monkeypatch, tmp_path), "generation must be|--max_length 'x' is not")

@@ -13,7 +13,7 @@ import pytest
 from conftest import make_bloom
 
 import softprompt
-from softprompt import run as run_module
+from softprompt import recorder
 from softprompt.checkpoint import json_bytes
 from softprompt.errors import CheckpointError, ConfigError, OutputError
 from softprompt.files import write_folder
@@ -48,7 +48,7 @@ def interrupted(settings, at: int) -> None:
             if step.number == at:
                 raise Killed
 
-        patch.setattr(run_module.Recorder, "on_step", on_step)
+        patch.setattr(recorder.Recorder, "on_step", on_step)
         with pytest.raises(Killed):
             softprompt.train(**settings)
 

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_tokenizer
+from safetensors.numpy import save
 
 from softprompt import token_cache
 from softprompt.data import tokenize
@@ -35,7 +37,7 @@ def test_the_second_time_the_cache_gives_the_same(folder):
     assert second.examples == first.examples and all(type(e.input_ids[0]) is int for e in second.examples)
     assert (second.rows, second.cut, second.without_target, second.empty_answers) == (10, 1, 1, 3)
     assert str(second) == f"{first}; token ids from the cache {file}"
-    assert made(anew=True).cache is None
+    assert made(read=False).cache is None
 
 
 def other_tokenizer():
@@ -50,6 +52,12 @@ def other_end():
     return tokenizer
 
 
+def splitting_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -58,6 +66,7 @@ def other_end():
         {"max_length": 41},
         {"tokenizer": other_tokenizer()},
         {"tokenizer": other_end()},
+        {"tokenizer": splitting_tokenizer()},
     ],
 )
 def test_anything_else_is_made_anew(change, folder):
@@ -66,14 +75,44 @@ def test_anything_else_is_made_anew(change, folder):
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"not a cache", "half"])
-def test_a_broken_cache_is_none(content, folder):
+def with_one_bit_flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+SPOILED = {
+    "empty": lambda content: b"",
+    "foreign": lambda content: b"not a cache",
+    "cut": lambda content: content[:200],
+    "a bit of the ids": lambda content: with_one_bit_flipped(content, len(content) - 300),
+    "the last bit": lambda content: with_one_bit_flipped(content, len(content) - 4),
+    "another count": lambda content: content.replace(b'"cut":"1"', b'"cut":"2"'),
+    "no rows": lambda content: save({n: np.zeros(0, np.int32) for n in token_cache.ARRAYS}, metadata={"rows": "0"}),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_a_broken_cache_is_none(fault, folder):
     first = made()
     (file,) = folder.iterdir()
-    file.write_bytes(file.read_bytes()[:200] if content == "half" else content)
+    whole = file.read_bytes()
+    file.write_bytes(SPOILED[fault](whole))
+    assert file.read_bytes() != whole
     again = made()
     assert again.cache is None and again.examples == first.examples
     assert made().cache == str(file)
+
+
+def test_a_dry_run_keeps_nothing(folder):
+    made(write=False)
+    assert not folder.exists()
+
+
+def test_without_a_home_there_is_no_cache(folder, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.chdir(folder.parent.parent)
+    assert made().examples
 
 
 def test_few_rows_are_not_kept(folder):

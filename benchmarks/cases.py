@@ -1,0 +1,126 @@
+"""What `train.py` trains: bases of several sizes, and rows, drawn or read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from contestants import ROWS_PER_STEP, SEED, quiet
+from transformers import AutoConfig, BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from softprompt import mini
+from softprompt.data import IGNORE, Example, tokenize
+from softprompt.model import freeze, load_base
+from softprompt.rows import load_rows
+from softprompt.template import Template
+
+SIZES = {
+    "49m": {"vocab_size": 46145, "hidden_size": 512, "n_layer": 8, "n_head": 8},
+    "560m": {"vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
+    "1b4": {"vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16},
+}
+POOL = 6400  # rows that a case's rows are chosen from; Trainer then groups by length within 50 batches, its most
+MAX_LENGTH = 256  # of real rows
+SPREAD, SHORTEST, LONGEST = 0.7, 2, 512  # of synthetic rows
+TARGETS = 0.73  # share of a synthetic row's tokens
+
+
+@dataclass(frozen=True)
+class Base:
+    """`mini`, a name in SIZES (random weights), or a folder."""
+
+    name: str
+
+    @property
+    def folder(self) -> str | None:
+        return str(mini.BASE_DIR) if self.name == "mini" else None if self.name in SIZES else self.name
+
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(self.folder) if self.folder else BloomConfig(**SIZES[self.name])
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.model.load_base."""
+        with quiet():
+            if self.folder:
+                return load_base(self.folder, device, dtype)
+            torch.manual_seed(SEED)
+            return freeze(BloomForCausalLM(self.config()), dtype).to(device)  # type: ignore[arg-type]
+
+
+class Rows(NamedTuple):
+    """The rows of a case, `steps` windows of them.
+
+    `plain`, for every contestant but the grouped: rows at even distances along the pool sorted by length, so that few
+    rows have the pool's mix of lengths; the run shuffles them.
+
+    `grouped`: batches that Trainer's group_by_length makes of the whole pool, as few rows cannot be grouped as well as
+    many. Sorted by length they are taken at the middles of `steps` equal shares of the pool's tokens, so that the mean
+    of their costs per token is an epoch's cost per token.
+    """
+
+    plain: list[Example]
+    grouped: list[Example]
+
+
+class Pool(NamedTuple):
+    """Rows to choose from: their lengths in tokens, and the row of each number."""
+
+    name: str
+    lengths: list[int]
+    row: Callable[[int], Example]
+
+    def choose(self, steps: int) -> Rows:
+        n = steps * ROWS_PER_STEP
+        by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        if n > len(by_length):
+            raise SystemExit(f"{self.name}: {len(by_length)} rows are too few for {steps} steps of {ROWS_PER_STEP}")
+        plain = [by_length[int((i + 0.5) / n * len(by_length))] for i in range(n)]
+        grouped = [i for batch in self._batches(steps) for i in batch]
+        return Rows([self.row(i) for i in plain], [self.row(i) for i in grouped])
+
+    def _batches(self, steps: int) -> list[list[int]]:
+        draw = torch.Generator().manual_seed(SEED)
+        order = get_length_grouped_indices(self.lengths, ROWS_PER_STEP, generator=draw)
+        full = range(0, len(order) - ROWS_PER_STEP + 1, ROWS_PER_STEP)
+        batches = sorted((order[at : at + ROWS_PER_STEP] for at in full), key=self._tokens)
+        up_to = torch.tensor([self._tokens(b) for b in batches]).cumsum(0)
+        shares = (torch.arange(steps) + 0.5) / steps * up_to[-1]
+        return [batches[i] for i in torch.searchsorted(up_to, shares).tolist()]
+
+    def _tokens(self, batch: Sequence[int]) -> int:
+        return sum(self.lengths[i] for i in batch)
+
+
+def synthetic(mean: int, vocab_size: int) -> Pool:
+    """Rows of random tokens, the last 73 % of each its targets; lengths are log-normal, σ = 0.7, clipped to 2 … 512,
+    and scaled so that their mean is `mean` after clipping."""
+    noise = (SPREAD * torch.randn(POOL, generator=torch.Generator().manual_seed(SEED))).exp()
+    low, high = 0.0, float(LONGEST)
+    for _ in range(50):
+        scale = (low + high) / 2
+        lengths = (scale * noise).round().clamp(SHORTEST, LONGEST)
+        low, high = (scale, high) if lengths.mean() < mean else (low, scale)
+    chosen = lengths.int().tolist()
+
+    def row(i: int) -> Example:
+        ids = torch.randint(4, vocab_size, (chosen[i],), generator=torch.Generator().manual_seed(i)).tolist()
+        asked = max(1, round((1 - TARGETS) * len(ids)))
+        return Example(ids, [IGNORE] * asked + ids[asked:])
+
+    return Pool(f"synthetic, mean {mean}", chosen, row)
+
+
+def from_dataset(source: str, tokenizer: Any, vocab_size: int) -> Pool:
+    """Rows of a dataset (as --dataset of train.py takes it) in the default template, cut at 256 tokens; of a large one,
+    POOL rows at even distances."""
+    template = Template()
+    task = source.removeprefix("mini:")
+    rows = mini.rows(task, "train") if task != source else load_rows(source, template, {})
+    rows = rows[:: max(1, len(rows) // POOL)]
+    examples = tokenize(rows, tokenizer, template, MAX_LENGTH).examples
+    largest = max(max(e.input_ids) for e in examples)
+    if largest >= vocab_size:
+        raise SystemExit(f"{source}: token {largest} is outside the base's {vocab_size} words; give its --tokenizer")
+    return Pool(Path(source).name, [len(e.input_ids) for e in examples], examples.__getitem__)

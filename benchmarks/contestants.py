@@ -1,0 +1,224 @@
+"""The two sides of `train.py`: Trainer + PEFT, and this project's loop over its engines, on the same rows."""
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import peft
+import torch
+import transformers
+from measure import clock
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+
+from softprompt.batching import windows
+from softprompt.bloom import PackedEngine
+from softprompt.config import TrainingArguments
+from softprompt.data import Example
+from softprompt.memory import auto_tokens, total_memory
+from softprompt.model import Engine, PaddedEngine, word_embeddings
+from softprompt.prompt import PromptEmbedding
+from softprompt.trainer import Step, TrainingState, train
+from softprompt.weights import ResidentWeights, bloom_shape
+
+SEED = 42
+LEARNING_RATE = 3e-2
+ROWS_PER_STEP = 32
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`kind` is trainer, padded or packed. `grouped`: rows come in batches of like length (see `cases.Rows`)."""
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    rows_per_microbatch: int = 4
+    grouped: bool = False
+
+    @property
+    def is_peer(self) -> bool:
+        return self.kind == "trainer"
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the base's linear layers: the peer's autocast casts fp32 weights at every use, as its recipe has it."""
+        return torch.float32 if self.is_peer else self.dtype
+
+
+def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
+    """All, by name; `rows_of_best` is the micro-batch of the peer at its best."""
+    every = []
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16")):
+        every += [
+            Contestant("peft" + suffix, "trainer", dtype),
+            Contestant("peft-best" + suffix, "trainer", dtype, rows_of_best, grouped=True),
+            Contestant("padded" + suffix, "padded", dtype),
+            Contestant("packed" + suffix, "packed", dtype),
+        ]
+    return {c.name: c for c in every}
+
+
+@dataclass(frozen=True)
+class Laps:
+    """Seconds and real tokens (no padding, no virtual tokens) of each optimizer step, and the steps' mean loss."""
+
+    seconds: list[float]
+    tokens: list[int]
+    loss: float
+
+    def tokens_per_second(self, grouped: bool) -> float:
+        """Over all steps. Grouped batches stand each for an equal share of a dataset's tokens (see `cases.Rows`), so
+        their costs per token are averaged with equal weights."""
+        if grouped:
+            return len(self.seconds) / sum(s / t for s, t in zip(self.seconds, self.tokens, strict=True))
+        return sum(self.tokens) / sum(self.seconds)
+
+
+def run(contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example]) -> Laps:
+    """Train a prompt from `start` [P, H] for one pass over `rows`, windows of ROWS_PER_STEP each. `base` has its
+    linear layers in `weights_dtype`, and is not changed."""
+    one_run = _run_trainer if contestant.is_peer else _run_ours
+    stamps, loss = one_run(contestant, base, tokenizer, start, rows, len(rows) // ROWS_PER_STEP)
+    steps = steps_of(rows, contestant.grouped)
+    tokens = [sum(len(row.input_ids) for row in step) for step in steps]
+    return Laps([after - before for before, after in pairwise(stamps)], tokens, loss)
+
+
+def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
+    """The rows of each optimizer step: as they come where they are grouped, else in the order that both sides draw."""
+    starts = range(0, len(rows), ROWS_PER_STEP)
+    if grouped:
+        return [list(rows[at : at + ROWS_PER_STEP]) for at in starts]
+    drawn = windows(len(rows), ROWS_PER_STEP, SEED)
+    return [[rows[i] for i in next(drawn)] for _ in starts]
+
+
+class _Ours:
+    """Callbacks that note the time and do nothing else; the first stamp is when the first step began."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stamps, self.losses = device, list[float](), list[float]()
+
+    def on_step(self, step: Step) -> None:
+        now = clock(self.device)
+        self.stamps += [now] if self.stamps else [now - step.seconds, now]
+        self.losses.append(step.loss)
+
+    def wants_to_stop(self) -> bool:
+        return False
+
+    def on_log(self, metrics: Any) -> None: ...
+    def on_evaluate(self, step: Step) -> None: ...
+    def on_save(self, step: Step, state: TrainingState) -> None: ...
+
+
+def _run_ours(
+    c: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example], steps: int
+) -> tuple[list[float], float]:
+    base.eval()
+    engine = engine_of(c, base, tokenizer, len(start))
+    prompt = PromptEmbedding(start).to(engine.device)
+    args = TrainingArguments(
+        per_device_train_batch_size=c.rows_per_microbatch,
+        gradient_accumulation_steps=ROWS_PER_STEP // c.rows_per_microbatch,
+        max_steps=steps,
+        seed=SEED,
+    )
+    times = _Ours(engine.device)
+    train(engine, prompt, rows, args, LEARNING_RATE, times)
+    return times.stamps, sum(times.losses) / steps
+
+
+def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
+    if c.kind == "padded":
+        return PaddedEngine(base, tokenizer, c.rows_per_microbatch, c.dtype)
+    device = word_embeddings(base).weight.device
+    tokens = auto_tokens(bloom_shape(base.config), c.dtype, P, device, total_memory(device))
+    return PackedEngine(ResidentWeights(base, c.dtype), tokens)
+
+
+class _Theirs(TrainerCallback):
+    """The same for Trainer. It has collated the first step's rows by the time that step begins: not held against it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stamps = device, list[float]()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.stamps:
+            self.stamps.append(clock(self.device))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.stamps.append(clock(self.device))
+
+
+class _InOrder(Trainer):
+    """Takes rows as they come: `cases.Rows` has grouped them already."""
+
+    def _get_train_sampler(self, *_: Any) -> Sampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def _run_trainer(
+    c: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example], steps: int
+) -> tuple[list[float], float]:
+    times = _Theirs(word_embeddings(base).weight.device)
+    dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = (_InOrder if c.grouped else Trainer)(
+            model=_peft_model(base, start),
+            args=_their_arguments(c, folder, steps, times.device),
+            train_dataset=dataset,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            callbacks=[times],
+        )
+        trainer.remove_callback(PrinterCallback)
+        has, wanted = trainer.accelerator.mixed_precision, "bf16" if c.dtype is torch.bfloat16 else "no"
+        if has != wanted:  # accelerate keeps it in a state that all Trainers of a process share
+            raise RuntimeError(f"{c.name} ran in mixed precision {has!r}")
+        loss = trainer.train().training_loss
+    return times.stamps, loss
+
+
+def _their_arguments(c: Contestant, folder: str, steps: int, device: torch.device) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=c.rows_per_microbatch,
+        gradient_accumulation_steps=ROWS_PER_STEP // c.rows_per_microbatch,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        seed=SEED,
+        bf16=c.dtype is torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _peft_model(base: PreTrainedModel, start: Tensor) -> peft.PeftModel:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(start), prompt_tuning_init="RANDOM")
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(start)
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without the libraries' warnings."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,118 @@
+"""Tables and pictures of what `train.py` measured. A case is a dict as `train.py` writes it to its JSON file."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Case = dict[str, Any]
+MIB = 1 << 20
+
+
+def summary(records: dict[str, list[Case]], peers: Sequence[str], operations_per_token: float) -> dict[str, Case]:
+    """Of each contestant, from its record of every round: medians of real tokens/s (and the extremes), of the share of
+    the limit, and of the ratio to each peer in the same round; the loss, which is the same in all rounds."""
+    result = {}
+    for name, rounds in records.items():
+        speeds = [r["tokens_per_second"] for r in rounds]
+        of_peers = {peer: [r["tokens_per_second"] for r in records[peer]] for peer in peers if peer in records}
+        ratios = {p: statistics.median(a / b for a, b in zip(speeds, of, strict=True)) for p, of in of_peers.items()}
+        shares = [operations_per_token * r["tokens_per_second"] / r["matmul_rate"] for r in rounds]
+        result[name] = {
+            "tokens_per_second": statistics.median(speeds),
+            "slowest": min(speeds),
+            "fastest": max(speeds),
+            "share_of_limit": statistics.median(shares),
+            "ratio_to": ratios,
+            "loss": rounds[0]["loss"],
+        }
+    return result
+
+
+def table(case: Case, peers: Sequence[str]) -> str:
+    """Markdown: a line of the case, then one row a contestant."""
+    head = [
+        "contestant",
+        "tokens/s",
+        "slowest … fastest",
+        *(f"× {p}" for p in peers),
+        "of the limit",
+        "base MiB",
+        "peak above MiB",
+        "loss",
+    ]
+    lines = [
+        f"{case['base']}, P = {case['num_virtual_tokens']}, {case['rows']} (mean {case['mean_row_length']:.1f} tokens, "
+        f"{case['share_of_targets']:.0%} targets), {case['steps']} steps × {case['rounds']} rounds",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for name, result in case["contestants"].items():
+        memory = case["memory"].get(name) or {}
+        cells = [
+            _shown(result.get("tokens_per_second"), ",.0f", "does not fit"),
+            " … ".join(_shown(result.get(end), ",.0f") for end in ("slowest", "fastest")),
+            *(_shown(result.get("ratio_to", {}).get(p), ".2f") for p in peers),
+            _shown(result.get("share_of_limit"), ".0%"),
+            _shown(memory.get("base"), ",.0f", scale=MIB),
+            _shown(memory.get("peak_above"), ",.0f", scale=MIB),
+            _shown(result.get("loss"), ".5f"),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str, missing: str = "–", scale: float = 1) -> str:
+    return missing if value is None else format(value / scale, form)
+
+
+def pictures(cases: Sequence[Case], folder: Path) -> list[Path]:
+    """Cost in microseconds per real token against the length of the prompt and of the rows, one picture each and a
+    panel for each value of the other; none without matplotlib, or where there is only one value."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for base in dict.fromkeys(case["base"] for case in cases):
+        of_base = [case for case in cases if case["base"] == base]
+        for name, x, panel, label in (
+            ("prompt", _prompt, _row_length, "virtual tokens"),
+            ("rows", _row_length, _prompt, "mean row length (tokens)"),
+        ):
+            if len({x(case) for case in of_base}) > 1:
+                made.append(folder / f"train-{base}-{name}.png")
+                _picture(of_base, x, panel, label, made[-1])
+    return made
+
+
+def _prompt(case: Case) -> float:
+    return case["num_virtual_tokens"]
+
+
+def _row_length(case: Case) -> float:
+    return round(case["mean_row_length"])
+
+
+def _picture(
+    cases: Sequence[Case], x: Callable[[Case], float], panel: Callable[[Case], float], label: str, path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    panels = sorted({panel(case) for case in cases})
+    figure = Figure(figsize=(1 + 3.2 * len(panels), 3.8), layout="constrained")
+    for axes, value in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        here = sorted((case for case in cases if panel(case) == value), key=x)
+        names = [n for n in here[0]["contestants"] if not n.startswith("padded")]
+        for name in names:
+            speeds = [(x(case), case["contestants"][name].get("tokens_per_second")) for case in here]
+            points = [(at, 1e6 / speed) for at, speed in speeds if speed]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", ls="--" if "bf16" in name else "-", label=name)
+        axes.set(xlabel=label, yscale="log")
+        axes.set_title(f"rows of {value:.0f} tokens" if panel is _row_length else f"{value:.0f} virtual tokens")
+    figure.axes[0].set_ylabel("µs per real token")
+    figure.axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,208 @@
+"""Training speed and memory beside Trainer + PEFT, both sides in one run: `python benchmarks/train.py`.
+
+    python benchmarks/train.py --size mini 49m --num_virtual_tokens 1 10 50 100 200 --row_lengths 30 60 120 240 \\
+        --pictures benchmarks/results
+    python benchmarks/train.py --size 49m --dataset FOLDER --tokenizer FOLDER
+    python benchmarks/train.py --model_name_or_path FOLDER --dataset FOLDER --contestants peft packed packed-bf16
+    python benchmarks/train.py --size 1b4 --steps 1 --rounds 1 --rows_of_best 4 --no_memory
+
+Every contestant trains the same prompt on the same frozen base with the same AdamW, windows of 32 rows a step:
+
+* `peft`: Trainer over get_peft_model, 4 rows × 8; `peft-best`: the same at its best, rows grouped by length, 32 × 1;
+* `padded`, `packed`: this project's loop over its two engines; each of the four also with `-bf16`.
+
+All have the same rows in the same windows, but for `peft-best`, which has batches that group_by_length makes of the
+same dataset (see `cases.Rows`). After one step each that is not counted, they take turns, `--rounds` times, every other
+round backwards. Figures are medians over the rounds: real tokens a second (padding and virtual tokens do not count) of
+the optimizer steps, without set-up; ratios of contestants in the same round; share of the limit: the operations that
+the exact gradient needs (`measure.needed_operations`) in that time, over the rate of a square matmul in the same dtype
+just before and after. Memory is measured in a process of its own for each contestant: the base as it lies there, and
+how far one window (that of the longest row) rises above it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cases import SIZES, Base, Rows, from_dataset, synthetic
+from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, quiet, run, steps_of
+from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above
+from report import Case, pictures, summary, table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt import mini
+from softprompt.data import Example, count_targets
+from softprompt.model import load_tokenizer, resolve_device
+from softprompt.prompt import random_init
+from softprompt.weights import bloom_shape
+
+
+class Job(NamedTuple):
+    """One case for one process: what to train on what, and how."""
+
+    base: Base
+    tokenizer: str
+    P: int
+    rows: Rows
+    device: torch.device
+    threads: int
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    limit_memory()
+    device = resolve_device(args.device)
+    where = machine(device)
+    if where["load_average"] > 0.5:
+        print(f"load average {where['load_average']:.1f}: other programs are running, and timings will suffer\n")
+    chosen = [contestants(args.rows_of_best)[name] for name in args.contestants]
+    peers = [c.name for c in chosen if c.is_peer]
+    names = [*args.size, *([args.model_name_or_path] if args.model_name_or_path else [])] or ["mini"]
+    output = Path(args.output or f"benchmarks/results/train-{'-'.join(Path(n).name for n in names)}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cases: list[Case] = []
+    for base in map(Base, names):
+        jobs = jobs_of(args, base, device)
+        for job, case in jobs:  # before this process holds a base of its own
+            case["memory"] = {} if args.no_memory else {c.name: memory_in_child(c, job) for c in chosen}
+        bases = {dtype: base.load(device, dtype) for dtype in {c.weights_dtype for c in chosen}}
+        for job, case in jobs:
+            case["records"] = records = compete(job, chosen, bases, args.rounds)
+            results = summary(records, peers, case["operations_per_token"])
+            case["contestants"] = {c.name: results.get(c.name, {}) for c in chosen}
+            cases.append(case)
+            result = {"machine": where, "rows_of_best": args.rows_of_best, "cases": cases}
+            output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            print(table(case, peers) + "\n", flush=True)
+        del bases  # before the next one is loaded
+    made = pictures(cases, Path(args.pictures)) if args.pictures else []
+    print("written: " + ", ".join(map(str, [output, *made])))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = list(contestants())
+    add = parser.add_argument
+    add("--size", nargs="+", choices=["mini", *SIZES], default=[], help="bases; all but mini have random weights")
+    add("--model_name_or_path", metavar="FOLDER", help="a real BLOOM (default: --size mini)")
+    add("--num_virtual_tokens", type=int, nargs="+", default=[10])
+    add("--row_lengths", type=int, nargs="+", default=[60], help="mean lengths of synthetic rows, in tokens")
+    add("--dataset", help="real rows instead: what train.py's --dataset takes, or mini:TASK")
+    add("--tokenizer", metavar="FOLDER", help="of the rows (default: the base's)")
+    add("--contestants", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
+    add("--rows_of_best", type=int, choices=[1, 2, 4, 8, 16, 32], default=32, help="micro-batch of peft-best")
+    add("--steps", type=int, default=3, help="optimizer steps of a round")
+    add("--rounds", type=int, default=3)
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--no_memory", action="store_true", help="measure speed only")
+    add("--output", metavar="FILE", help="JSON (default: benchmarks/results/train-SIZE.json)")
+    add("--pictures", metavar="FOLDER", help="draw cost against prompt and row length, where matplotlib is there")
+    return parser.parse_args()
+
+
+def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[tuple[Job, Case]]:
+    """A job and its description for each pool of rows and each length of the prompt."""
+    shape, tokenizer = bloom_shape(base.config()), args.tokenizer or base.folder or str(mini.BASE_DIR)
+    if args.dataset:
+        pools = [from_dataset(args.dataset, load_tokenizer(tokenizer), shape.V)]
+    else:
+        pools = [synthetic(mean, shape.V) for mean in args.row_lengths]
+    made = []
+    for pool in pools:
+        rows = pool.choose(args.steps)
+        tokens = sum(len(row.input_ids) for row in rows.plain)
+        for P in args.num_virtual_tokens:
+            case = {
+                "base": Path(base.name).name,
+                "num_virtual_tokens": P,
+                "rows": pool.name,
+                "mean_row_length": tokens / len(rows.plain),
+                "share_of_targets": sum(map(count_targets, rows.plain)) / tokens,
+                "operations_per_token": needed_operations(shape, rows.plain, P, args.steps) / tokens,
+                "steps": args.steps,
+                "rounds": args.rounds,
+            }
+            made.append((Job(base, tokenizer, P, rows, device, args.threads), case))
+    return made
+
+
+def compete(
+    job: Job, chosen: list[Contestant], bases: dict[torch.dtype, PreTrainedModel], rounds: int
+) -> dict[str, list[Case]]:
+    """Everyone's record of every round; who does not fit into memory at the warm-up is out."""
+    tokenizer, start = load_tokenizer(job.tokenizer), start_of(job)
+    records: dict[str, list[Case]] = {}
+
+    def turn(c: Contestant, rows: list[Example]) -> Case:
+        before = matmul_rate(c.dtype, job.device)
+        laps = run(c, bases[c.weights_dtype], tokenizer, start, rows)
+        rate = (before + matmul_rate(c.dtype, job.device)) / 2
+        speed = laps.tokens_per_second(c.grouped)
+        print(f"{job.base.name}, P = {job.P}, {c.name}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+        return {"tokens_per_second": speed, "matmul_rate": rate, **vars(laps)}
+
+    for c in chosen:
+        try:
+            turn(c, widest_window(c, job.rows))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            records[c.name] = []
+    for number in range(rounds):
+        running = [c for c in chosen if c.name in records]
+        for c in running if number % 2 == 0 else reversed(running):
+            rows = job.rows.grouped if c.grouped else job.rows.plain
+            records[c.name].append(turn(c, rows))
+    return records
+
+
+def start_of(job: Job) -> Tensor:
+    """The prompt that everyone starts from, [P, H]."""
+    torch.manual_seed(SEED)
+    return random_init(job.P)(torch.empty(1, job.base.config().hidden_size))
+
+
+def widest_window(c: Contestant, rows: Rows) -> list[Example]:
+    """The rows of that optimizer step which has the longest row."""
+    steps = steps_of(rows.grouped if c.grouped else rows.plain, c.grouped)
+    return max(steps, key=lambda step: max(len(row.input_ids) for row in step))
+
+
+def memory_in_child(c: Contestant, job: Job) -> dict[str, int] | None:
+    """Bytes of the base and of the peak above it; None where it did not fit."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure_memory, c, job).result()
+        except BrokenProcessPool:
+            return None  # the machine has ended it
+
+
+def measure_memory(c: Contestant, job: Job) -> dict[str, int] | None:
+    torch.set_num_threads(job.threads)
+    limit_memory()
+    base, tokenizer, start = job.base.load(job.device, c.weights_dtype), load_tokenizer(job.tokenizer), start_of(job)
+    rows = widest_window(c, job.rows)
+    shortest = sorted(rows, key=lambda row: len(row.input_ids))[:1] * ROWS_PER_STEP
+    try:
+        run(c, base, tokenizer, start, shortest)  # what libraries load and set up at first is not the training's
+        _, peak = peak_above(lambda: run(c, base, tokenizer, start, rows), job.device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return {"base": sum(p.numel() * p.itemsize for p in base.parameters()), "peak_above": peak}
+
+
+if __name__ == "__main__":
+    with quiet():
+        main()

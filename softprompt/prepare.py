@@ -1,0 +1,105 @@
+"""From settings to all that a run is made of, loaded, checked and told; nothing is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
+from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
+from softprompt.checkpoint import load_adapter
+from softprompt.config import TrainConfig
+from softprompt.data import Tokenized
+from softprompt.engines import make_engine
+from softprompt.evaluate import Evaluator
+from softprompt.model import (
+    Engine,
+    SoftPromptedModel,
+    freeze,
+    load_tokenizer,
+    read_base,
+    resolve_device,
+    resolve_dtype,
+)
+from softprompt.progress import Totals
+from softprompt.prompt import PromptEmbedding
+from softprompt.resume import (
+    check_fingerprints,
+    find_checkpoint,
+    fingerprint_of_base,
+    fingerprint_of_rows,
+    fingerprint_of_tokenizer,
+    load_state,
+    merged,
+)
+from softprompt.rows import Row
+from softprompt.template import Template
+from softprompt.trainer import TrainingState, total_steps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run is made of, loaded and checked; nothing has been written. A resumed run has
+    its `checkpoint`, where its loop goes on, and what it had added up until there; `fingerprints` say what it must not
+    be resumed without."""
+
+    config: TrainConfig
+    output_dir: Path
+    rows: list[Row]
+    data: Tokenized
+    base: PreTrainedModel
+    prompt: PromptEmbedding
+    engine: Engine
+    evaluator: Evaluator | None
+    fingerprints: dict[str, str]
+    checkpoint: Path | None
+    start: TrainingState
+    totals: Totals
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(len(self.data.examples), self.config.training)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Load and check what `config` names, telling what is found.
+
+    Raises:
+        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
+    """
+    start, totals, saved = TrainingState(), Totals(), None
+    checkpoint = find_checkpoint(config, print)
+    if checkpoint:
+        start, saved = load_state(checkpoint)
+        config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    output_dir = choose_output_dir(config)
+    template = Template(config.data.template or "default")
+    rows, held_out = read_rows(config, template)
+    tell_rows(config, rows)
+    path = base_path(str(config.model.model_name_or_path))
+    tokenizer = load_tokenizer(path)
+    data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
+    tell_data(data, held_out_data)
+    base = read_base(path)
+    fingerprints = {
+        "dataset": fingerprint_of_rows(rows),
+        "tokenizer": fingerprint_of_tokenizer(tokenizer),
+        "base": fingerprint_of_base(base),
+    }
+    if checkpoint and saved and not config.training.ignore_data_skip:
+        check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
+    base = freeze(base, dtype).to(device)  # type: ignore[arg-type]
+    values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
+    prompt = PromptEmbedding(values).to(device)
+    engine = make_engine(config, base, tokenizer, dtype, len(values))
+    tell_model(config, SoftPromptedModel(prompt, base), engine)
+    tell_steps(config, len(data.examples), output_dir)
+    evaluator = None
+    if held_out_data:
+        batch_size = config.training.per_device_eval_batch_size
+        evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
+    return Prepared(
+        config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints, checkpoint, start, totals
+    )
