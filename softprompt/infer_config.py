@@ -76,6 +76,8 @@ def infer_config(**given: Any) -> InferConfig:
     faults = precision_faults(model.bf16, model.fp16, model.device) + generation_faults(dataclasses.asdict(generation))
     if (question.prompt is None) == (question.prompts_file is None):
         faults.append('give either --prompt "…" or --prompts_file FILE')
+    if question.prompt is not None and not question.prompt.strip():
+        faults.append("--prompt is empty; write a question")
     if question.input is not None and question.prompts_file is not None:
         faults.append("--input goes with --prompt; in a --prompts_file it is a column")
     if faults:

@@ -4,6 +4,7 @@ import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from softprompt.card import model_card
 from softprompt.checkpoint import Adapter, adapter_files, json_bytes, peft_config, remove_old_checkpoints
@@ -15,7 +16,7 @@ from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress
-from softprompt.resume import OPTIMIZER_FILE, STATE_FILE, state_files, with_checksums
+from softprompt.resume import OF_THIS_CALL, OPTIMIZER_FILE, STATE_FILE, state_files, with_checksums
 from softprompt.rows import Row
 from softprompt.stopping import StopRequest
 from softprompt.trainer import Metrics, Step, TrainingState
@@ -134,6 +135,12 @@ class Recorder:
             **evaluations,
         }
 
+    def _arguments(self) -> dict[str, Any]:
+        """The settings as they were used, without those that are of one call."""
+        used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
+        every = {**self.config.as_dict(), **used}
+        return {name: value for name, value in every.items() if name not in OF_THIS_CALL}
+
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         settings = self.config.prompt
         prompt = self.prompt.weight.detach()
@@ -146,7 +153,7 @@ class Recorder:
             "generation": GENERATION_DEFAULTS.get(name, {}),
         }
         adapter = Adapter(prompt, peft, ours)
-        return {**adapter_files(adapter), "README.md": model_card(adapter, self.config.as_dict(), metrics)}
+        return {**adapter_files(adapter), "README.md": model_card(adapter, self._arguments(), metrics)}
 
 
 def _listed(metrics: Metrics) -> str:

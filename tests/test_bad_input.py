@@ -288,6 +288,7 @@ QUESTIONS = {
     "": "give either --prompt",
     "--prompt a --prompts_file b.txt": "give either --prompt",
     "--prompt a --adapter adapter --max_length 3": "--max_length 3 leaves no room for an answer",
+    "--prompt=": "--prompt is empty; write a question",
     "--prompt a --temperature 0": "--temperature 0.0 must be above 0",
     "--prompt a --do_sample true --temperature 1e-40": "--temperature 1e-40 is below 0.001; `--do_sample false` takes",
     "--prompt a --top_p 2": "--top_p 2.0 must lie above 0",
