@@ -263,7 +263,7 @@ def test_faults_of_a_question(given, message):
 
 
 def test_a_question_without_faults():
-    limits = {"top_k": 0, "top_p": 1, "max_length": 1, "seed": 0, "input": "", "prompt": ""}
+    limits = {"top_k": 0, "top_p": 1, "max_length": 1, "seed": 0, "input": "", "prompt": "a"}
     assert infer_config(**limits).generation.max_new_tokens is None
 
 
