@@ -33,16 +33,39 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
     """Operations a second (two per multiply-add) of a square matmul; the median of several after one that warms up."""
     edge = EDGE[device.type]
     a = torch.randn(edge, edge, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    return 2 * edge**3 / _median_seconds(lambda: a @ a, device, repeats)
+
+
+def copy_rate(device: torch.device, repeats: int = 9) -> float:
+    """Bytes a second, read and written ones, of copying 256 MiB."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, repeats)
+
+
+def call_seconds(device: torch.device) -> float:
+    """Of the smallest operator that makes a tensor, from Python."""
+    one, many = torch.ones(1, device=device), 1000
+    return _median_seconds(lambda: [one + one for _ in range(many)], device, 9) / many
+
+
+def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of several, after one that warms up."""
     seconds = []
     for _ in range(repeats + 1):
         began = clock(device)
-        a @ a
+        run()
         seconds.append(clock(device) - began)
-    return 2 * edge**3 / statistics.median(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
 def needed_operations(shape: Shape, rows: Sequence[Example], P: int, windows: int) -> float:
-    """Operations of the matrix products that the exact gradient of `windows` optimizer steps over `rows` needs.
+    """Operations of the matrix products that the exact gradient of `windows` optimizer steps over `rows` needs."""
+    return sum(needed_parts(shape, rows, P, windows))
+
+
+def needed_parts(shape: Shape, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
+    """These operations of the products with weights, and of those in attention.
 
     The same for every contestant: whatever else one computes (padding, the prompt anew for each row, logits that no
     loss is taken at, a forward repeated to save memory) is not counted. A matrix [a, b] costs 2ab a position; a block
@@ -71,7 +94,7 @@ def needed_operations(shape: Shape, rows: Sequence[Example], P: int, windows: in
     of_last = sum(P + i + 1 for i in predictors)
     pairs = (L - 1) * (of_text + of_prompt) + of_last
     pairs_backward = 8 * H * (pairs - of_text) + 6 * H * text * P
-    return 2 * products - 6 * H * H * text + 4 * H * pairs + pairs_backward
+    return 2 * products - 6 * H * H * text, 4 * H * pairs + pairs_backward
 
 
 def limit_memory(share: float = 0.9) -> None:

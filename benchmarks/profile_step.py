@@ -1,36 +1,84 @@
-"""Where a step of the packed engine spends its time, part by part, beside the floor of its matrix products.
+"""Where a step of the packed engine spends its time, part by part, beside what each part could not do without.
 
     python benchmarks/profile_step.py --size 49m --row_lengths 60 [--bf16]
 
-The floor is the operations that the exact gradient needs (`measure.needed_operations`) at the measured rate of a square
-matmul in the same dtype.
+Of each part: the operations of its matrix products at the measured rate of a square matmul in the same dtype, the
+bytes of its arguments and results at the measured rate of a large copy (more means that they were in cache), and its
+calls at the time of the smallest one. That of all matrix products is the operations that the exact gradient needs
+(`measure.needed_operations`).
 """
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from cases import SIZES, Base, synthetic
 from contestants import ROWS_PER_STEP, contestants, engine_of, quiet
-from measure import matmul_rate, needed_operations
+from measure import call_seconds, copy_rate, matmul_rate, needed_parts
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from softprompt import mini
-from softprompt.model import load_tokenizer
+from softprompt.data import Example
+from softprompt.model import Engine, load_tokenizer
 from softprompt.prompt import PromptEmbedding, random_init
 from softprompt.weights import bloom_shape
 
 STEPS = 3
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm"),
-    "attention, forward": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
-    "attention, backward": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
     "GELU": ("aten::gelu", "aten::gelu_backward"),
     "softmax over the vocabulary": ("aten::exp_", "aten::sub_", "aten::amax", "aten::scatter_", "aten::gather"),
     "layer norms": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
-    "copies and casts": ("aten::copy_", "aten::cat", "aten::stack", "aten::index_select", "aten::index_add_"),
+    "copies and casts": (
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::clone",
+        "aten::cat",
+        "aten::stack",
+        "aten::embedding",
+        "aten::index_select",
+        "aten::index_add_",
+        "aten::index_add",
+        "aten::select_backward",
+    ),
     "sums": ("aten::add", "aten::add_", "aten::sum", "aten::mul", "aten::mul_"),
 }
+REST = "all else: views, Python"
+TABLES = ("aten::embedding", "aten::index_select", "aten::index")  # only the rows that are taken are read
+
+
+class Counting(TorchDispatchMode):
+    """Counts the calls of each operator, and the bytes that it must read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket._qualified_op_name
+        self.calls[name] += 1
+        if not operator.is_view:
+            self.bytes[name] += sum(map(_stored, tree_leaves(2 * [out] if name in TABLES else (args, kwargs, out))))
+        return out
+
+
+def _stored(leaf: Any) -> int:
+    """Bytes of a tensor, each once where it is expanded."""
+    if not isinstance(leaf, Tensor):
+        return 0
+    there = [n for n, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride]
+    return leaf.itemsize * int(torch.tensor(there).prod()) if leaf.numel() else 0
 
 
 def main() -> None:
@@ -47,21 +95,39 @@ def main() -> None:
     prompt = PromptEmbedding(random_init(args.num_virtual_tokens)(torch.empty(1, shape.H)))
     engine = engine_of(contestant, model, load_tokenizer(str(mini.BASE_DIR)), args.num_virtual_tokens)
 
+    step, spent = profiled(engine, prompt, rows)
+    with Counting() as counted:
+        engine.accumulate(prompt, rows, 1.0)
+    rate, bandwidth, call = matmul_rate(contestant.dtype, device), copy_rate(device), call_seconds(device)
+    products, attention = needed_parts(shape, rows, args.num_virtual_tokens, 1)
+    operations = {"matrix products": products, "attention": attention}
+    named = {key for keys in PARTS.values() for key in keys}
+    parts = {**PARTS, REST: tuple(key for key in counted.calls if key not in named)}
+    seconds = {name: sum(spent.get(key, 0.0) for key in keys) for name, keys in PARTS.items()}
+    seconds[REST] = step - sum(seconds.values())
+
+    print(f"{args.size}, {contestant.name}, {ROWS_PER_STEP} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
+    print(
+        f"a step takes {1e3 * step:.0f} ms under the profiler; {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s, "
+        f"{1e6 * call:.1f} µs a call\n"
+    )
+    print("| part | ms | share | matmul, ms | bytes, ms | calls, ms | calls |\n|---|---|---|---|---|---|---|")
+    for name in sorted(parts, key=lambda part: -seconds[part]):
+        calls, moved = (sum(of[key] for key in parts[name]) for of in (counted.calls, counted.bytes))
+        floors = [operations.get(name, 0.0) / rate, moved / bandwidth, calls * call]
+        cells = [f"{1e3 * s:.0f}" for s in (seconds[name], *floors)]
+        print(f"| {name} | {cells[0]} | {seconds[name] / step:.0%} | {' | '.join(cells[1:])} | {calls:,} |")
+
+
+def profiled(engine: Engine, prompt: PromptEmbedding, rows: Sequence[Example]) -> tuple[float, dict[str, float]]:
+    """Seconds of a step, and of each operator in it by itself."""
     engine.accumulate(prompt, rows, 1.0)
     began = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
             engine.accumulate(prompt, rows, 1.0)
     step = (time.perf_counter() - began) / STEPS
-    spent = {event.key: event.self_cpu_time_total / 1e6 / STEPS for event in profiler.key_averages()}
-    parts = {name: sum(spent.get(key, 0.0) for key in keys) for name, keys in PARTS.items()}
-    parts["all else: launches, Python"] = step - sum(parts.values())
-    floor = needed_operations(shape, rows, args.num_virtual_tokens, 1) / matmul_rate(contestant.dtype, device)
-    print(f"{args.size}, {contestant.name}, {ROWS_PER_STEP} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
-    print(f"a step takes {1e3 * step:.0f} ms under the profiler; its matrix products need {1e3 * floor:.0f} ms\n")
-    print("| part | ms | share |\n|---|---|---|")
-    for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
-        print(f"| {name} | {1e3 * seconds:.0f} | {seconds / step:.0%} |")
+    return step, {event.key: event.self_cpu_time_total / 1e6 / STEPS for event in profiler.key_averages()}
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def base_of(n_head: int, size: int, **rest):
     """Weights have variance 2/H: much larger ones make attention so hard that one rounding, theirs or ours, can turn a
     row over."""
     hidden = n_head * size
-    sizes = {"n_head": n_head, "hidden_size": hidden, "initializer_range": (2 / hidden) ** 0.5}
-    return make_bloom(**sizes, **{"vocab_size": 60, **rest})
+    sizes = {"n_head": n_head, "hidden_size": hidden, "initializer_range": (2 / hidden) ** 0.5, "vocab_size": 60}
+    return make_bloom(**{**sizes, **rest})
 
 
 BASES = st.builds(
@@ -148,19 +148,32 @@ def autocast_peft(base, values, rows):
     return peft_prompt(model).grad
 
 
-def test_bf16_is_nearer_to_the_truth_than_autocast():
+def bf16_errors(base, P, length, seed):
+    """Relative errors of the bf16 gradients of a window, ours and that of PEFT under autocast, against fp32's."""
+    rows, values = random_examples(12, length, seed=seed), prompt_like(base, P, seed)
+    _, truth = ours(packed(freeze(copy.deepcopy(base), FP32)), values, rows)
+    _, mine = ours(packed(freeze(copy.deepcopy(base), BF16), BF16), values, rows)
+    return relative(mine, truth), relative(autocast_peft(base, values, rows), truth)
+
+
+def bf16_ratio(case, windows=3):
+    """A case is a base (every other one with weights so large that attention is hard), P and a row length; its error
+    the root mean square over windows, since one window's is one draw of roundings, on either side."""
+    heads, P = 1 + case % 8, (1, 3, 10, 50)[case // 2 % 4]
+    deviation = 0.3 if case % 2 else (2 / (32 * heads)) ** 0.5
+    base = base_of(heads, 32, n_layer=1 + case % 3, vocab_size=300, seed=case, initializer_range=deviation)
+    pairs = [bf16_errors(base, P, 10 + 2 * case, case + 1000 * window) for window in range(windows)]
+    return math.hypot(*(mine for mine, _ in pairs)) / math.hypot(*(theirs for _, theirs in pairs))
+
+
+@pytest.mark.parametrize("cases", [range(20), pytest.param(range(20, 100), marks=pytest.mark.slow)], ids=["20", "80"])
+def test_bf16_is_nearer_to_the_truth_than_autocast(cases):
     """Over bases, lengths and prompts: the error against the fp32 gradient is in the median no larger than that of
     transformers under autocast, and in no case above 1.5 times it."""
-    ratios = []
-    for case in range(40):
-        P = (1, 3, 10, 50)[case % 4]
-        base = base_of(1 + case % 8, 32, n_layer=1 + case % 3, vocab_size=300, seed=case)
-        rows, values = random_examples(12, 10 + 2 * case, seed=case), prompt_like(base, P, case)
-        _, truth = ours(packed(freeze(copy.deepcopy(base), FP32)), values, rows)
-        _, mine = ours(packed(freeze(copy.deepcopy(base), BF16), BF16), values, rows)
-        ratios.append(relative(mine, truth) / relative(autocast_peft(base, values, rows), truth))
-    assert statistics.median(ratios) <= 1, sorted(ratios)
-    assert max(ratios) <= 1.5, sorted(ratios)
+    ratios = sorted(map(bf16_ratio, cases))
+    print(f"median {statistics.median(ratios):.2f}, largest {ratios[-1]:.2f}")
+    assert statistics.median(ratios) <= 1, ratios
+    assert ratios[-1] <= 1.5, ratios
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
