@@ -275,10 +275,11 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")
     ):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+    unknown = training.resume_from_checkpoint and "eval_strategy" not in config.given  # the checkpoint says it
     for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(training, name) and training.eval_strategy == "no":
+        if getattr(training, name) and training.eval_strategy == "no" and not unknown:
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
-    if training.early_stopping_threshold and training.early_stopping_patience is None:
+    if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):

@@ -92,8 +92,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
 
 def write_files(folder: Path, files: Files) -> None:
-    """Write `files` into a folder that may hold others; each is replaced as a whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `files` into a folder that is there and may hold others; each is replaced as a whole."""
     for name, content in files.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:

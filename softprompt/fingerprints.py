@@ -49,6 +49,7 @@ def fingerprint_of_base(base: PreTrainedModel, files: Sequence[Path], keep: bool
         found = _hash(base, sampled=False)
     if keep:
         with contextlib.suppress(OSError):  # a cache is a convenience
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_files(path.parent, {path.name: found.encode()})
     return found
 
