@@ -118,7 +118,10 @@ class Progress:
         try:
             show()
         except (OSError, ValueError):
-            self.stream = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            if self.stream is sys.stderr:
+                sys.stderr = nowhere  # what it still holds would fail once more at the end
+            self.stream = nowhere
             self.bar.disable = True
 
     def __enter__(self) -> "Progress":

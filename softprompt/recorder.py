@@ -41,7 +41,6 @@ from softprompt.resume import (
     fault_of,
     metrics_file,
     state_files,
-    way_on,
     with_checksums,
 )
 from softprompt.rows import Row
@@ -216,7 +215,7 @@ class Recorder:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             where = error.filename or self.output_dir
-            raise TrainingError(f"{what} cannot be written: {where}: {reason}; {way_on(self.output_dir)}") from None
+            raise TrainingError(f"{what} cannot be written: {where}: {reason}") from None
 
     def _runtime(self) -> float:
         """Seconds of the loop so far, those before a resume among them."""

@@ -38,12 +38,12 @@ def run_training(config: TrainConfig) -> Run:
 def _trained(run: Prepared, request: StopRequest) -> Run:
     recorder = Recorder(run, request)
     recorder.tell_start()
-    with recorder.progress:
-        recorder.begin()
-        try:
+    try:
+        with recorder.progress:
+            recorder.begin()
             args, peak = run.config.training, run.config.learning_rate
             train(run.engine, run.prompt, run.data.examples, args, peak, recorder, run.start)
-        except TrainingError as error:
-            raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None
-        recorder.stop_if_asked()
-        return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
+            recorder.stop_if_asked()
+            return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None

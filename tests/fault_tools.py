@@ -73,7 +73,10 @@ def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None
     if hook:
         hook(folder)
     sys.argv = ["train.py", *flags]
-    command(train.main)
+    try:
+        command(train.main)
+    finally:
+        os.seteuid(os.getuid())
 
 
 def run(folder: Path, flags: list[str], hook: Callable[[Path], object] | None = None) -> tuple[int, list[str]]:

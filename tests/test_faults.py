@@ -112,7 +112,7 @@ def test_killed_at_random_moments(n, world, tmp_path, table):
         resumed(folder, flags, expected)
         shutil.rmtree(folder)
     assert found["saving"] >= n // 4
-    table(f"kill -9 at a random moment ({found['saving']} of them while saving)", n, "resumed; the same bytes")
+    table("kill -9 at a random moment", n, f"{found['saving']} of them while saving; resumed, the same bytes")
 
 
 @times(2, 10)
