@@ -71,7 +71,7 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began
             _exit(f"{error.filename}: {error.strerror}", 2 if error.errno == errno.ENAMETOOLONG else 1)
         from softprompt.crash import crash_line
 

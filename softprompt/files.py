@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed into it."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -88,7 +89,8 @@ def remove_leftovers(folder: Path, name: str) -> None:
     for path in folder.glob(f".{name}-*-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, files: Files) -> None:

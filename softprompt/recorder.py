@@ -97,10 +97,10 @@ class Recorder:
 
     def begin(self) -> None:
         """Take away what is to be overwritten, start the log, and evaluate the bare base, for comparison."""
-        if self.args.overwrite_output_dir and not self.run.checkpoint:
-            with self._writing("the run to be overwritten"):
+        with self._writing("the run"):
+            if self.args.overwrite_output_dir and not self.run.checkpoint:
                 remove_run(self.output_dir, OF_A_RUN)
-        remove_leftovers(self.output_dir, "checkpoint")
+            remove_leftovers(self.output_dir, "checkpoint")
         self.progress.start(self.run.totals, self.run.history)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")

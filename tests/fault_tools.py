@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import train
 from softprompt import bloom, build, files, trainer
@@ -70,6 +72,7 @@ def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind by those that are killed
     if hook:
         hook(folder)
     sys.argv = ["train.py", *flags]

@@ -174,9 +174,11 @@ def _mutate(folder: Path, draw: random.Random) -> None:
 
 
 def _edit(path: Path, draw: random.Random) -> None:
+    if path.is_symlink() or not path.is_file():  # what an earlier mutation left: /dev/zero, a pipe
+        return
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return
     if isinstance(values, dict):
         key, value = draw.choice(KEYS), draw.choice(VALUES)
@@ -187,7 +189,7 @@ def _edit(path: Path, draw: random.Random) -> None:
 
 def _header(path: Path, draw: random.Random) -> None:
     """Another shape, dtype or place of the tensor than its bytes have."""
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -219,6 +221,7 @@ def _load_all(n: int, base: str, folder: Path, guilty: bool, answer: Any) -> Non
     """In a process of its own, since an audit hook stays: load `n` mutated folders, and say what happened."""
     torch.set_num_threads(1)
     os.chdir(folder)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it says each time that the base has another name)
     loaded, tokenizer = model.load_base(base, torch.device("cpu"), torch.float32), model.load_tokenizer(base)
     api.load_base, api.load_tokenizer = lambda *_: loaded, lambda *_: tokenizer
     draw, events, faults, counts = random.Random(0), [], [], {"accepted": 0, "refused": 0}
@@ -271,7 +274,7 @@ def adapters_survived(n: int, base: Path, folder: Path, guilty: bool = False) ->
     process = fault_tools.SERVER.Process(target=_load_all, args=(n, str(base), folder, guilty, theirs))
     process.start()
     theirs.close()
-    assert ours.poll(240), "it hangs"
+    assert ours.poll(100), "it hangs"
     result = ours.recv()
     process.join()
     return result
