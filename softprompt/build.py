@@ -1,7 +1,9 @@
 """From settings to what a run is made of: its folder, rows, examples, and the prompt's first values."""
 
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers import PreTrainedModel
 from softprompt.checkpoint import load_adapter, refuse_other_run
 from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig
 from softprompt.data import Tokenized, tokenize
-from softprompt.errors import AdapterError, ConfigError, DataError
+from softprompt.errors import AdapterError, ConfigError, DataError, OutputError
 from softprompt.files import check_writable
+from softprompt.lock import FolderLock, refuse_locked
 from softprompt.mini import BASE_DIR
 from softprompt.mini import rows as mini_rows
 from softprompt.model import word_embeddings
@@ -30,23 +33,47 @@ def base_path(name: str) -> str:
     return str(BASE_DIR) if name == "mini" else name
 
 
-def choose_output_dir(config: TrainConfig) -> Path:
+def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
     """The folder of this run, not yet made.
 
     Raises:
-        OutputError: it is a file, cannot be written to, or holds another run.
+        OutputError: it is a file, cannot be written to, or holds another run than the one that `checkpoint` is of, or
+            another process is writing there.
     """
     if config.training.output_dir is not None:
         path = Path(config.training.output_dir)
         check_writable(path, "--output_dir")
-        if config.training.resume_from_checkpoint is None:
-            refuse_other_run(path, config.training.overwrite_output_dir)
+        _refuse_others(config, path, checkpoint)
         return path
     name = config.preset or Path(str(config.model.model_name_or_path)).name
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_writable(RUNS / stem, "the default output_dir")
-    paths = (RUNS / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
-    return next(path for path in paths if not path.exists())
+    return next(path for path in _numbered(RUNS / stem) if not path.exists())
+
+
+def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> FolderLock:
+    """Make the folder of this run and take its lock. A folder that was not named and that another process has made
+    in the meantime is left to it, and the next free name is taken.
+
+    Raises:
+        OutputError: another process is writing there, or wrote a run since it was chosen, or it cannot be made.
+    """
+    try:
+        if config.training.output_dir is None:
+            output_dir = next(path for path in _numbered(output_dir) if _made(path))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output_dir).take()
+    except OSError as error:
+        raise OutputError(
+            f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
+        ) from None
+    try:
+        if config.training.output_dir is not None:
+            _refuse_others(config, output_dir, checkpoint, locked=True)
+    except OutputError:
+        lock.release()
+        raise
+    return lock
 
 
 def read_rows(config: TrainConfig, template: Template) -> tuple[list[Row], list[Row]]:
@@ -103,6 +130,26 @@ def check_fits(adapter_dir: str | Path, prompt: Tensor, hidden_size: int, base_n
             f"adapter {adapter_dir}: its virtual tokens have size {prompt.shape[1]}, but {base_name} has hidden size "
             f"{hidden_size}; use the base that it was trained on"
         )
+
+
+def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
+    if not locked:
+        refuse_locked(path)
+    if checkpoint is None or checkpoint.parent.resolve() != path.resolve():
+        refuse_other_run(path, config.training.overwrite_output_dir)
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    return (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
+
+
+def _made(path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_mini(dataset: str) -> bool:

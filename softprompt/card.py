@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt.checkpoint import Adapter
+from softprompt.redact import redacted
 
 
 def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any]) -> bytes:
@@ -34,7 +35,7 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         *_table("Metric", metrics),
         *_table("Argument", arguments),
     ]
-    return "\n".join(lines).encode()
+    return redacted("\n".join(lines)).encode()
 
 
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -9,25 +9,30 @@ What a later run needs to go on stands beside them: see resume.py. safetensors a
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from softprompt.errors import AdapterError, OutputError
+from softprompt.fields import is_text
+from softprompt.files import read_inside, remove_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SETTINGS_FILE = "softprompt.json"
 PROMPT_KEY = "prompt_embeddings"
 PEFT_VERSION = "0.21.2"  # whose format this is
+CARD_FILE = "README.md"
 MAX_JSON_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
+MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # P and H of a prompt
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -91,18 +96,24 @@ def load_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder, ours or PEFT's, and check everything before it is used.
 
     Raises:
-        AdapterError: no such folder, a file absent, unreadable or broken, another kind of adapter, a tensor of another
-            shape than the configuration says, or values that are not finite.
+        AdapterError: no such folder; a file that is absent, unreadable, too large, broken or a link that leads out of
+            the folder; another kind of adapter; a tensor of another shape than the configuration says; values that are
+            not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; give an OUTPUT_DIR or checkpoint-N of train.py")
-    config = _read_json(folder / CONFIG_FILE)
+    config = _read_json(folder, CONFIG_FILE)
     if config.get("peft_type") != "PROMPT_TUNING":
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r}, expected 'PROMPT_TUNING'"
+            f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r:.80}, expected 'PROMPT_TUNING'"
         )
-    settings = _read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
+    base = config.get("base_model_name_or_path")
+    if base is not None and not (is_text(base) and 0 < len(base) < 4096 and base.isprintable()):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, no name or path of a base"
+        )
+    settings = _read_json(folder, SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
     return Adapter(_read_prompt(folder, config), config, settings)
 
 
@@ -121,16 +132,32 @@ def newest_adapter(runs: Path) -> Path:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint-N folders of a run, oldest first."""
-    numbered = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    return [path for _, path in sorted(numbered)]
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)]
+    return sorted(found, key=step_of)
 
 
-def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints (None: all)."""
-    for path in checkpoints(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(path)
+def step_of(checkpoint: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove_old_checkpoints(output_dir: Path, newest: int, limit: int | None, best: int | None = None) -> None:
+    """Once checkpoint-`newest` is safe: remove those behind it, which are of a course that was left, and the oldest
+    above `limit` (None: keep all). The newest and checkpoint-`best` stay."""
+    numbers = [step_of(path) for path in checkpoints(output_dir)]
+    old = [n for n in numbers if n <= newest]
+    surplus = len(old) - limit if limit else 0
+    spare = [n for n in old if n not in (newest, best)]
+    for number in [n for n in numbers if n > newest] + spare[: max(0, surplus)]:
+        remove_folder(output_dir / f"checkpoint-{number}")
+
+
+def remove_run(output_dir: Path, files: Iterable[str]) -> None:
+    """Take a run's checkpoints away, and its own `files`."""
+    for path in checkpoints(output_dir):
+        remove_folder(path)
+    for name in files:
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def refuse_other_run(output_dir: Path, overwrite: bool) -> None:
@@ -142,41 +169,52 @@ def refuse_other_run(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(folder: Path, name: str, limit: int) -> bytes:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise AdapterError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes, so it is no adapter's configuration")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_inside(folder, name, limit)
     except FileNotFoundError:
-        raise AdapterError(
-            f"{path.parent}: {path.name} is missing; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from None
+        more = _way_out_of_pickle(folder) if name == WEIGHTS_FILE else ""
+        more = more or f"; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise AdapterError(f"{folder}: {name} is missing{more}") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    content = _read(folder, name, MAX_JSON_BYTES)
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{folder / name}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise AdapterError(f"{path}: expected an object of settings")
+        raise AdapterError(f"{folder / name}: expected an object of settings")
     return value
 
 
 def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
-    path = folder / WEIGHTS_FILE
-    if not path.exists():
-        raise AdapterError(f"{folder}: {WEIGHTS_FILE} is missing{_way_out_of_pickle(folder)}")
+    """The prompt [P, H] fp32, whose file may be no larger than the configuration lets it."""
+    path, expected = folder / WEIGHTS_FILE, (config.get("num_virtual_tokens"), config.get("token_dim"))
+    for name, size, most in zip(("num_virtual_tokens", "token_dim"), expected, (MAX_TOKENS, MAX_SIZE), strict=True):
+        if type(size) is not int or not 1 <= size <= most:
+            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected a number from 1 to {most:,}")
+    P, H = expected
+    content = _read(folder, WEIGHTS_FILE, MAX_HEADER_BYTES + 8 * P * H)
     try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            prompt = file.get_tensor(PROMPT_KEY) if PROMPT_KEY in names else None
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    if prompt is None:
-        raise AdapterError(f"{path}: holds {', '.join(names[:3]) or 'nothing'}, expected one tensor {PROMPT_KEY!r}")
-    expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
-    if tuple(prompt.shape) != expected or not prompt.is_floating_point() or prompt.numel() == 0:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{path}: not a whole safetensors file ({what}); copy it again") from None
+    if PROMPT_KEY not in tensors:
+        found = ", ".join(repr(name)[1:-1][:80] for name in list(tensors)[:3]) or "nothing"
+        raise AdapterError(f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}")
+    prompt = tensors[PROMPT_KEY]
+    if tuple(prompt.shape) != expected or prompt.dtype not in FLOATS:
         found = f"{str(prompt.dtype).removeprefix('torch.')} {tuple(prompt.shape)}"
         raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected} of floats")
+    prompt = prompt.float()
     if not prompt.isfinite().all():
         raise AdapterError(f"{path}: holds values that are not finite; train it anew or use an earlier checkpoint")
-    return prompt.float()
+    return prompt
 
 
 def _way_out_of_pickle(folder: Path) -> str:
@@ -185,4 +223,4 @@ def _way_out_of_pickle(folder: Path) -> str:
             "; adapter_model.bin is a pickle and is not read: load it in PEFT and save it again with "
             "model.save_pretrained(DIR, safe_serialization=True)"
         )
-    return f"; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+    return ""

@@ -16,6 +16,7 @@ from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, SoftpromptError, Stopped
 from softprompt.fields import AUTO, hints, nearest, takes_auto
 from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
+from softprompt.redact import redacted
 
 
 class Parser(HfArgumentParser):
@@ -69,13 +70,17 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except BrokenPipeError:  # `… | head` has read enough
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:
-        _exit(f"{error.filename or 'a file'}: {error.strerror or error}", 2 if error.errno == errno.ENAMETOOLONG else 1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began
+            _exit(f"{error.filename}: {error.strerror}", 2 if error.errno == errno.ENAMETOOLONG else 1)
+        from softprompt.crash import crash_line
+
+        _exit(crash_line(error), 1)
     sys.exit(0)
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + redacted(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 

@@ -135,12 +135,26 @@ class TrainingArguments:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 does not clip.")
     seed: int = option(42, "Seeds the prompt's first values and the order of the rows.")
+    deterministic: bool = option(
+        False, "Only algorithms that give the same bytes each time, on CUDA too; slower there. (docs/never-lost.md)"
+    )
     logging_steps: int = option(10, "Log every N optimizer steps.")
     save_steps: int = option(500, "Write checkpoint-N/ every N optimizer steps, and at the last one.")
-    save_total_limit: int | None = option(None, "Keep only the newest N checkpoints. (default: all)")
+    save_total_limit: int | None = option(None, "Keep only the newest N checkpoints, and the best. (default: all)")
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "Evaluate held-out rows during training, too.")
     eval_steps: int | None = option(None, "Evaluate every N optimizer steps. (default: --logging_steps)")
     per_device_eval_batch_size: int = option(8, "Rows of a batch in evaluation.")
+    load_best_model_at_end: bool = option(
+        False, "Save each prompt that is evaluated as the best so far, and end with the best of all."
+    )
+    metric_for_best_model: Literal[
+        "loss", "eval_loss", "perplexity", "eval_perplexity", "exact_match", "eval_exact_match"
+    ] = option("eval_loss", "What is best by, and what --early_stopping_patience waits for.")
+    greater_is_better: bool | None = option(None, "Whether more of that is better. (default: of exact match alone)")
+    early_stopping_patience: int | None = option(
+        None, "End the run when so many evaluations in a row were no better than the best before them."
+    )
+    early_stopping_threshold: float = option(0.0, "Gains of no more than this are none to that patience.")
 
 
 GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments)
@@ -261,17 +275,24 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")
     ):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+    unknown = training.resume_from_checkpoint and "eval_strategy" not in config.given  # the checkpoint says it
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(training, name) and training.eval_strategy == "no" and not unknown:
+            yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
+    if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
+        yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):
             if getattr(training, name):
                 yield f"--{name} is a setting of the packed engine; leave it out, or leave --engine padded out"
     positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps")
     positive += ("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps")
+    positive += ("early_stopping_patience",)
     for name in (*positive, "num_train_epochs"):
         value = getattr(training, name)
         if value is not None and not value > 0:
             yield f"--{name} {value} must be above 0"
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "early_stopping_threshold"):
         if not getattr(training, name) >= 0:
             yield f"--{name} {getattr(training, name)} must not be negative"
     yield from seed_faults(training.seed)

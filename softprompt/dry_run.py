@@ -8,6 +8,7 @@ import torch
 
 from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainConfig
+from softprompt.determinism import deterministic
 from softprompt.prepare import Prepared, prepare
 from softprompt.trainer import make_optimizer, optimizer_step
 
@@ -28,7 +29,8 @@ def dry_run(config: TrainConfig) -> str:
     tokens = sum(len(e.input_ids) for e in examples)
     epochs, steps = divmod(run.total_steps, steps_per_epoch(len(examples), rows))
     in_all = round(tokens / len(examples) * (epochs * len(examples) + min(steps * rows, len(examples))))
-    speed = measured_speed(run, rows)
+    with deterministic(args.deterministic):
+        speed = measured_speed(run, rows)
     base = sum(p.numel() * p.element_size() for p in run.base.parameters())
     heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
     more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)

@@ -1,11 +1,16 @@
 """The project's own exceptions. Each carries one message of one line that names what is wrong, what was expected and
 what to do; `train.py` and `infer.py` print that line and exit with the exception's `exit_code`."""
 
+from softprompt.redact import redacted
+
 
 class SoftpromptError(Exception):
     """Anything that a user can mend. `exit_code` 2 means: refused before anything was written."""
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(redacted(message))  # it may quote a library's, with the address of a hub in it
 
 
 class ConfigError(SoftpromptError):

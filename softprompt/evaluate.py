@@ -32,8 +32,8 @@ class Evaluation:
     def metrics(self, suffix: str = "") -> dict[str, float | None]:
         """Under Trainer's names: eval_loss, eval_perplexity, eval_exact_match."""
         named = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
-        # a comparison that does not apply has no entry
-        return {f"eval_{name}{suffix}": value for name, value in named.items() if value is not None}
+        # a comparison that does not apply has no entry, nor has what JSON cannot hold
+        return {f"eval_{name}{suffix}": v for name, v in named.items() if v is not None and math.isfinite(v)}
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,16 @@ class Evaluator:
     examples: Sequence[Example]
     batch_size: int
 
+    @property
+    def answers_are_short(self) -> bool:
+        """Whether they are compared, too."""
+        return max(len(answer_ids(e)) for e in self.examples) <= SHORT_ANSWER
+
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
         loss_sum, targets = self.engine.evaluate(prompt, self.examples)
         loss = loss_sum.item() / targets
-        if max(len(answer_ids(e)) for e in self.examples) > SHORT_ANSWER:
+        if not self.answers_are_short:
             return Evaluation(loss, None, None)
         answers = self._answers(prompt)
         expected = [self.text(answer_ids(e)) for e in self.examples]

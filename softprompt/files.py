@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed into it."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,8 +32,36 @@ def check_writable(path: Path, flag: str) -> None:
         ) from None
 
 
+def cache_dir(kind: str) -> Path:
+    """$XDG_CACHE_HOME/softprompt/KIND, by default under ~/.cache; a relative one is ignored, as the XDG text asks."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache")) / "softprompt" / kind
+
+
+def read_inside(folder: Path, name: str, limit: int) -> bytes:
+    """The content of a plain file of a folder that may come from elsewhere. A link is followed only within the folder,
+    and within the cache of the hub, whose snapshots are links to its blobs.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a link that leads out, no plain file, or more than `limit` bytes.
+    """
+    path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(place) for place in homes):
+        raise ValueError("a link that leads out of the folder; copy the file itself")
+    if not path.is_file():
+        raise ValueError("not a plain file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"larger than {limit:,} bytes")
+        return file.read(size + 1)
+
+
 def write_folder(path: Path, files: Files) -> None:
-    """Write a new folder of `files`; it appears under its name when all of them are on the disk."""
+    """Write a new folder of `files`; it appears under its name when all of them are on the disk, and one that it
+    replaces goes only then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -40,18 +69,32 @@ def write_folder(path: Path, files: Files) -> None:
             _write_and_flush(temporary / name, content)
         _flush_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
+        replaced = _set_aside(path) if path.exists() else None
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_folder(path.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away, first from under its name: what is there by its name is whole at any time."""
+    shutil.rmtree(_set_aside(path))
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Take away what killed processes left of `write_folder` (folders called `name`-N) and `write_files`."""
+    for path in folder.glob(f".{name}-*-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, files: Files) -> None:
-    """Write `files` into a folder that may hold others; each is replaced as a whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `files` into a folder that is there and may hold others; each is replaced as a whole."""
     for name, content in files.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
@@ -60,6 +103,11 @@ def write_files(folder: Path, files: Files) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     _flush_folder(folder)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    return path.rename(aside)  # onto an empty folder
 
 
 def _write_and_flush(path: Path, content: bytes) -> None:

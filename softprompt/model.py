@@ -1,6 +1,7 @@
 """The frozen base, the prompt in front of it, and the plain engine: padded rows through the base's own forward."""
 
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -111,6 +112,18 @@ def read_base(name_or_path: str) -> PreTrainedModel:
     return cast(PreTrainedModel, base)
 
 
+def weight_files(name_or_path: str) -> list[Path]:
+    """The files of a base's weights, in its folder or in the hub's cache; none where they are not found."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not os.path.isdir(name_or_path):
+        config = try_to_load_from_cache(name_or_path, "config.json")
+        if not isinstance(config, str):
+            return []
+        name_or_path = os.path.dirname(config)
+    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(name_or_path).glob(pattern))
+
+
 def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
     """The base's embedding of words, weight [V, H]."""
     return cast(nn.Embedding, base.get_input_embeddings())
@@ -134,7 +147,7 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
 def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
     from transformers.utils import logging
 
-    if not Path(name_or_path).is_dir():
+    if not os.path.isdir(name_or_path):
         if name_or_path.startswith((".", "/", "~")):
             raise ModelError(f"{what} {name_or_path!r}: no such folder; give --model_name_or_path a folder or a hub id")
         hub.prepare()
@@ -143,7 +156,7 @@ def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason} ({hub.HELP})") from error
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason} ({hub.HELP})") from None
     finally:
         logging.enable_progress_bar()
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
+from softprompt.best import Best, metric_name
 from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
 from softprompt.engines import make_engine
-from softprompt.evaluate import Evaluator
+from softprompt.errors import ConfigError
+from softprompt.evaluate import SHORT_ANSWER, Evaluator
+from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.model import (
     Engine,
     SoftPromptedModel,
@@ -20,21 +23,14 @@ from softprompt.model import (
     read_base,
     resolve_device,
     resolve_dtype,
+    weight_files,
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
-from softprompt.resume import (
-    check_fingerprints,
-    find_checkpoint,
-    fingerprint_of_base,
-    fingerprint_of_rows,
-    fingerprint_of_tokenizer,
-    load_state,
-    merged,
-)
+from softprompt.resume import check_fingerprints, find_checkpoint, load_state, merged
 from softprompt.rows import Row
 from softprompt.template import Template
-from softprompt.trainer import TrainingState, total_steps
+from softprompt.trainer import Metrics, TrainingState, total_steps
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,8 @@ class Prepared:
     checkpoint: Path | None
     start: TrainingState
     totals: Totals
+    history: list[Metrics]
+    best: Best
 
     @property
     def total_steps(self) -> int:
@@ -67,14 +65,15 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    start, totals, saved = TrainingState(), Totals(), None
+    start, totals, best, saved = TrainingState(), Totals(), Best(), None
     checkpoint = find_checkpoint(config, print)
     if checkpoint:
         start, saved = load_state(checkpoint)
         config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
+        best = Best(**saved["best"])
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    output_dir = choose_output_dir(config)
+    output_dir = choose_output_dir(config, checkpoint)
     template = Template(config.data.template or "default")
     rows, held_out = read_rows(config, template)
     tell_rows(config, rows)
@@ -86,7 +85,7 @@ def prepare(config: TrainConfig) -> Prepared:
     fingerprints = {
         "dataset": fingerprint_of_rows(rows),
         "tokenizer": fingerprint_of_tokenizer(tokenizer),
-        "base": fingerprint_of_base(base),
+        "base": fingerprint_of_base(base, weight_files(path), keep=not config.training.dry_run),
     }
     if checkpoint and saved and not config.training.ignore_data_skip:
         check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
@@ -100,6 +99,16 @@ def prepare(config: TrainConfig) -> Prepared:
     if held_out_data:
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
-    return Prepared(
-        config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints, checkpoint, start, totals
-    )
+        _check_metric(config, evaluator)
+    made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
+    return Prepared(*made, checkpoint, start, totals, saved["history"] if saved else [], best)
+
+
+def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
+    args = config.training
+    wanted = args.load_best_model_at_end or args.early_stopping_patience
+    if wanted and metric_name(args) == "eval_exact_match" and not evaluator.answers_are_short:
+        raise ConfigError(
+            f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
+            f"ones have at most {SHORT_ANSWER} tokens; take eval_loss"
+        )

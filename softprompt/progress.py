@@ -1,8 +1,9 @@
 """What a running training shows and keeps: a bar over optimizer steps, metrics.jsonl, the history for pictures."""
 
-import json
+import os
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +11,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from softprompt.files import write_files
+from softprompt.redact import redacted
+from softprompt.resume import metrics_file
 from softprompt.trainer import Metrics, Step
 
 
@@ -57,15 +60,13 @@ class Progress:
         self.history: list[Metrics] = []
         self.recent: deque[Step] = deque(maxlen=10)
         self.totals = Totals()
+        self.behind = False  # metrics.jsonl, behind the history
 
-    def start(self, totals: "Totals | None" = None) -> None:
-        """Make the run's folder and its metrics.jsonl, empty, or with the records up to where a resumed run goes on;
-        show the bar."""
+    def start(self, totals: Totals | None = None, history: Sequence[Metrics] = ()) -> None:
+        """Write metrics.jsonl anew, empty, or with the records up to where a resumed run goes on; show the bar."""
         self.totals = totals or self.totals
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        self.history = self._records_so_far()
-        lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        write_files(self.metrics_file.parent, {self.metrics_file.name: lines.encode()})
+        self.history = list(history)
+        self._write(self._write_whole)
         self.bar = tqdm(
             total=self.total,
             initial=self.totals.steps,
@@ -75,50 +76,59 @@ class Progress:
             disable=not self.live,
         )
 
-    def _records_so_far(self) -> list[Metrics]:
-        """Every record up to the step that a resumed run goes on from, but for a finished run's last evaluation."""
-        done, records = self.totals.steps, []
-        if not done or not self.metrics_file.exists():
-            return []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-                last_evaluation = record["step"] == self.total and "eval_loss" in record
-                if record["step"] <= done and not last_evaluation:
-                    records.append(record)
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written when the run was killed
-        return records
-
     def on_step(self, step: Step) -> None:
         self.totals = self.totals.plus(step)
         self.recent.append(step)
         speed = sum(s.tokens for s in self.recent) / sum(s.seconds for s in self.recent)
         shown = {"loss": f"{step.loss:.4f}", "lr": f"{step.learning_rate:.2e}", "tok/s": f"{speed:,.0f}"}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+        self._show(lambda: self.bar.set_postfix(shown, refresh=False))
+        self._show(lambda: self.bar.update(1))
 
     def on_log(self, record: Metrics) -> None:
-        """Append one record to metrics.jsonl; a log that cannot be written is no reason to lose a run."""
+        """Append one record to metrics.jsonl, and show it."""
         self.history.append(record)
-        try:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            self.say(f"warning: {self.metrics_file} cannot be written ({error.strerror}); training goes on")
+        self._write(self._write_whole if self.behind else lambda: self._append(record))
         if not self.live or "eval_loss" in record:
             self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
 
     def say(self, text: str) -> None:
         """One line that does not disturb the bar."""
-        tqdm.write(text, file=self.stream)
-        self.stream.flush()
+        self._show(lambda: tqdm.write(redacted(text), file=self.stream))
+        self._show(self.stream.flush)
+
+    def _write_whole(self) -> None:
+        write_files(self.metrics_file.parent, {self.metrics_file.name: metrics_file(self.history)})
+
+    def _append(self, record: Metrics) -> None:
+        with open(self.metrics_file, "ab") as file:
+            file.write(metrics_file([record]))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """A log that cannot be written is no reason to lose a run: what it lacks is written when it can be again."""
+        try:
+            write()
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                self.say(f"warning: {self.metrics_file} cannot be written ({error.strerror}); training goes on")
+            self.behind = True
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Nor is a terminal that went away, or a pipe whose reader has read enough."""
+        try:
+            show()
+        except (OSError, ValueError):
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            if self.stream is sys.stderr:
+                sys.stderr = nowhere  # what it still holds would fail once more at the end
+            self.stream = nowhere
+            self.bar.disable = True
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        self._show(self.bar.close)
 
 
 def _short(value: Any) -> str:

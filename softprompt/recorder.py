@@ -1,25 +1,54 @@
 """What a run shows, keeps and leaves: the loop's callbacks, and the finished run."""
 
+import errno
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from softprompt.best import metric_name, noted, patience_is_over
 from softprompt.card import model_card
-from softprompt.checkpoint import Adapter, adapter_files, json_bytes, peft_config, remove_old_checkpoints
+from softprompt.checkpoint import (
+    CARD_FILE,
+    Adapter,
+    adapter_files,
+    checkpoints,
+    json_bytes,
+    load_adapter,
+    peft_config,
+    remove_old_checkpoints,
+    remove_run,
+    step_of,
+)
 from softprompt.config import TrainConfig
-from softprompt.errors import Stopped
+from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
-from softprompt.files import write_files, write_folder
+from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress
-from softprompt.resume import OF_THIS_CALL, OPTIMIZER_FILE, STATE_FILE, state_files, with_checksums
+from softprompt.resume import (
+    METRICS_FILE,
+    OF_A_CHECKPOINT,
+    OF_THIS_CALL,
+    STATE_FILES,
+    fault_of,
+    metrics_file,
+    state_files,
+    with_checksums,
+)
 from softprompt.rows import Row
 from softprompt.stopping import StopRequest
 from softprompt.trainer import Metrics, Step, TrainingState
+
+RESULTS_FILE, PICTURE_FILE = "all_results.json", "loss.png"
+OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,16 +75,33 @@ class Recorder:
     def __init__(self, run: Prepared, request: StopRequest):
         self.request = request
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
+        self.args = run.config.training
         self.evaluator = run.evaluator
-        self.progress = Progress(run.total_steps, run.output_dir / "metrics.jsonl")
+        self.progress = Progress(run.total_steps, run.output_dir / METRICS_FILE)
         self.before: Evaluation | None = None
+        self.latest: Evaluation | None = None  # of the prompt as it is after the last step
+        self.best = run.best
         self.began = time.perf_counter()
-        done = run.checkpoint
-        self.state = {name: (done / name).read_bytes() for name in (OPTIMIZER_FILE, STATE_FILE)} if done else {}
+        self.state = _state_of(run.checkpoint) if run.checkpoint else {}
+
+    def tell_start(self) -> None:
+        """Where a resumed run goes on, and what of its folder it will replace."""
+        step, total = self.run.start.step, self.run.total_steps
+        if not step:
+            return
+        done = "; all of them are done" if step >= total else ""
+        done = "; it ended there, --early_stopping_patience was over" if self._patience_is_over() else done
+        print(f"resuming after step {step:,} of {total:,}{done}")
+        if not done and (later := [p.name for p in checkpoints(self.output_dir) if step < step_of(p)]):
+            print(f"{', '.join(later)} in {self.output_dir}: replaced from the next checkpoint on")
 
     def begin(self) -> None:
-        """Evaluate the bare base, for comparison."""
-        self.progress.start(self.run.totals)
+        """Take away what is to be overwritten, start the log, and evaluate the bare base, for comparison."""
+        with self._writing("the run"):
+            if self.args.overwrite_output_dir and not self.run.checkpoint:
+                remove_run(self.output_dir, OF_A_RUN)
+            remove_leftovers(self.output_dir, "checkpoint")
+        self.progress.start(self.run.totals, self.run.history)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
@@ -63,12 +109,12 @@ class Recorder:
         self.began = time.perf_counter()
 
     def wants_to_stop(self) -> bool:
-        return self.request.exit_code is not None
+        return self.request.exit_code is not None or self._patience_is_over()
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped where the loop ended before its last step."""
+        """Raises Stopped where the loop was to end before its last step."""
         done, code = self.progress.totals.steps, self.request.exit_code
-        if code is not None and done < self.run.total_steps:
+        if code is not None and done < self.run.total_steps and not self._patience_is_over():
             raise Stopped(
                 f"stopped after step {done:,} of {self.run.total_steps:,}, which is saved; go on with: python train.py "
                 f"--resume_from_checkpoint {shlex.quote(str(self.output_dir))}",
@@ -76,13 +122,18 @@ class Recorder:
             )
 
     def on_step(self, step: Step) -> None:
+        self.latest = None
         self.progress.on_step(step)
 
     def on_log(self, metrics: Metrics) -> None:
         self.progress.on_log(metrics)
 
-    def on_evaluate(self, step: Step) -> None:
+    def on_evaluate(self, step: Step) -> bool:
         self._evaluate()
+        if self._patience_is_over():
+            best = f"; the best was at step {self.best.step}" if self.best.step else ""
+            self.progress.say(f"{self.args.early_stopping_patience} evaluations without a gain end the run{best}")
+        return self.args.load_best_model_at_end and self.best.step == step.number
 
     def on_save(self, step: Step, state: TrainingState) -> None:
         self.state = state_files(
@@ -90,35 +141,81 @@ class Recorder:
             {
                 "engine": self.run.engine.state(),
                 "totals": asdict(replace(self.progress.totals, runtime=self._runtime())),
+                "best": asdict(self.best),
                 "arguments": self.config.as_dict(),
                 "fingerprints": self.run.fingerprints,
             },
         )
-        files = with_checksums({**self._adapter_files({}), **self.state})
-        write_folder(self.output_dir / f"checkpoint-{step.number}", files)
-        remove_old_checkpoints(self.output_dir, self.config.training.save_total_limit)
+        history = {METRICS_FILE: metrics_file(self.progress.history)}
+        files = with_checksums({**self._adapter_files({}), **self.state, **history})
+        with self._writing(f"checkpoint-{step.number}"):
+            write_folder(self.output_dir / f"checkpoint-{step.number}", files)
+        try:
+            remove_old_checkpoints(self.output_dir, step.number, self.args.save_total_limit, self._kept_best())
+        except OSError as error:
+            self.progress.say(f"warning: an old checkpoint cannot be removed ({error.strerror})")
 
     def finish(self, sample: Row) -> Run:
-        """Evaluate the tuned prompt and write the run's own files."""
+        """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
-        after = self._evaluate()
+        after = self._evaluate() if self.evaluator and not self.latest else self.latest
+        if self._kept_best() not in (None, self.progress.totals.steps):
+            after = self._take_best() or after
         metrics = self._results(after, seconds)
         files = self._adapter_files(metrics)
-        results = {"all_results.json": json_bytes(metrics)}
+        results = {RESULTS_FILE: json_bytes(metrics)}
         picture = loss_picture(self.progress.history, self.before.loss if self.before else None)
         if picture:
-            results["loss.png"] = picture
-        write_files(self.output_dir, {**results, **self.state, **files})
+            results[PICTURE_FILE] = picture
+        with self._writing("the run's results"):
+            write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
 
     def _evaluate(self) -> Evaluation | None:
+        """Of the prompt after the last step; it is logged and noted unless a run that is resumed after its end was
+        evaluated there before."""
         if not self.evaluator:
             return None
-        evaluation = self.evaluator(self.prompt.weight.detach())
-        totals = self.progress.totals
-        self.progress.on_log({"step": totals.steps, "epoch": round(totals.epoch, 4), **evaluation.metrics()})
-        return evaluation
+        self.latest = self.evaluator(self.prompt.weight.detach())
+        totals, metrics = self.progress.totals, self.latest.metrics()
+        if not any(record["step"] == totals.steps and "eval_loss" in record for record in self.progress.history):
+            self.best = noted(self.best, totals.steps, metrics, self.args)
+            self.progress.on_log({"step": totals.steps, "epoch": round(totals.epoch, 4), **metrics})
+        return self.latest
+
+    def _patience_is_over(self) -> bool:
+        return patience_is_over(self.best, self.args)
+
+    def _kept_best(self) -> int | None:
+        return self.best.step if self.args.load_best_model_at_end else None
+
+    def _take_best(self) -> Evaluation | None:
+        """Go back to the best prompt and evaluate it; None where its checkpoint is not whole, and nothing changes."""
+        name, step = f"checkpoint-{self.best.step}", self.best.step
+        places = [self.output_dir, *([self.run.checkpoint.parent] if self.run.checkpoint else [])]
+        folder = next((place / name for place in places if not fault_of(place / name)), None)
+        if folder is None or not self.evaluator:
+            fault = fault_of(places[0] / name)
+            self.progress.say(f"warning: {name}, the best, is not whole ({fault}); the last prompt is kept")
+            return None
+        self.progress.say(f"the best prompt is that of step {step}: {metric_name(self.args)} {self.best.metric:.4g}")
+        with torch.no_grad():
+            self.prompt.weight.copy_(load_adapter(folder).prompt)
+        self.state = _state_of(folder)
+        return self.evaluator(self.prompt.weight.detach())
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """What cannot be written ends the run in one line that says what there is."""
+        try:
+            if not self.output_dir.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.output_dir))
+            yield
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            where = error.filename or self.output_dir
+            raise TrainingError(f"{what} cannot be written: {where}: {reason}") from None
 
     def _runtime(self) -> float:
         """Seconds of the loop so far, those before a resume among them."""
@@ -133,6 +230,7 @@ class Recorder:
             "train_runtime": round(seconds, 2),
             "train_tokens_per_second": round(totals.tokens_per_second, 1),
             **evaluations,
+            **({"best_global_step": self.best.step, "best_metric": self.best.metric} if self._kept_best() else {}),
         }
 
     def _arguments(self) -> dict[str, Any]:
@@ -153,7 +251,11 @@ class Recorder:
             "generation": GENERATION_DEFAULTS.get(name, {}),
         }
         adapter = Adapter(prompt, peft, ours)
-        return {**adapter_files(adapter), "README.md": model_card(adapter, self._arguments(), metrics)}
+        return {**adapter_files(adapter), CARD_FILE: model_card(adapter, self._arguments(), metrics)}
+
+
+def _state_of(checkpoint: Path) -> dict[str, bytes]:
+    return {name: (checkpoint / name).read_bytes() for name in STATE_FILES}
 
 
 def _listed(metrics: Metrics) -> str:

@@ -2,32 +2,36 @@
 the checkpoint and the command line each have to say.
 
 optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
-trainer_state.json      position, schedule, scaler, what is not yet logged, totals, settings, fingerprints
+rng_state.safetensors   states of torch's random generators, uint8
+trainer_state.json      position, schedule, scaler, what is not yet logged, totals, best, settings, fingerprints
+metrics.jsonl           every metric so far
 checksums.json          sha256 of every other file of the checkpoint
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
-from torch import nn
 
-from softprompt.checkpoint import MAX_JSON_BYTES, checkpoints, json_bytes
+from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, checkpoints, json_bytes
 from softprompt.config import NEWEST, TrainConfig, train_config
 from softprompt.errors import CheckpointError, ConfigError
-from softprompt.files import Files
-from softprompt.rows import Row
-from softprompt.trainer import Step, TrainingState
+from softprompt.files import Files, read_inside
+from softprompt.trainer import Metrics, Step, TrainingState
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng_state.safetensors"
+METRICS_FILE = "metrics.jsonl"
 CHECKSUMS_FILE = "checksums.json"
-WHOLE_HASH_BYTES = 4 << 30  # larger bases are sampled
+STATE_FILES = (OPTIMIZER_FILE, RNG_FILE, STATE_FILE)
+OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_FILE, *STATE_FILES}
+MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
 OF_THE_PROMPT = ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter")
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
@@ -35,7 +39,7 @@ OF_THIS_CALL = (
 
 
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
-    """The loop's state, and `more` that is JSON-able, as the two files of a checkpoint."""
+    """The loop's state, and `more` that is JSON-able, as STATE_FILES."""
     values = {
         "step": state.step,
         "taken": state.taken,
@@ -44,7 +48,12 @@ def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, byte
         **more,
     }
     tensors = {name: value.cpu().contiguous() for name, value in state.optimizer.items()}
-    return {OPTIMIZER_FILE: save(tensors), STATE_FILE: json_bytes(values)}
+    return {OPTIMIZER_FILE: save(tensors), RNG_FILE: save(dict(state.rng)), STATE_FILE: json_bytes(values)}
+
+
+def metrics_file(history: Sequence[Metrics]) -> bytes:
+    """metrics.jsonl: a record a line."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in history).encode()
 
 
 def with_checksums(files: Files) -> dict[str, bytes]:
@@ -55,20 +64,38 @@ def with_checksums(files: Files) -> dict[str, bytes]:
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint-N folder; None if it is whole: every file as it was written, none too few, and of
     the step that its name says."""
+    name = CHECKSUMS_FILE
     try:
-        text = (checkpoint / CHECKSUMS_FILE).read_bytes()
+        text = read_inside(checkpoint, name, MAX_FILE_BYTES)
         sums = json.loads(text)
-        if text != json_bytes(sums):
-            return f"{CHECKSUMS_FILE} is not as it was written"
+        if text != json_bytes(sums) or not sums.keys() >= OF_A_CHECKPOINT:
+            return f"{name} is not as it was written"
         for name, expected in sums.items():
-            if _sha256((checkpoint / Path(name).name).read_bytes()) != expected:
+            if _sha256(read_inside(checkpoint, Path(name).name, MAX_FILE_BYTES)) != expected:
                 return f"{name} is not as it was written"
-        step = json.loads((checkpoint / STATE_FILE).read_bytes())["step"]
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
+        step = json.loads(read_inside(checkpoint, STATE_FILE, MAX_FILE_BYTES))["step"]
+    except FileNotFoundError:
+        return f"{Path(name).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"cannot be read ({type(error).__name__})"
+        return f"{name} cannot be read ({type(error).__name__})"
     return None if checkpoint.name == f"checkpoint-{step}" else f"it is of step {step}"
+
+
+def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault: None) -> Path | None:
+    """The newest checkpoint of a run that is whole; each that is newer and is not is told."""
+    for checkpoint in reversed(checkpoints(output_dir)):
+        if not (fault := fault_of(checkpoint)):
+            return checkpoint
+        tell(f"{checkpoint}: {fault}; the one before is tried")
+    return None
+
+
+def way_on(output_dir: Path) -> str:
+    """Where a run that broke off stands, and how it goes on: a clause for its last message."""
+    found = newest_whole(output_dir)
+    if found is None:
+        return "there is no checkpoint yet"
+    return f"{found} is whole; go on with: python train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}"
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
@@ -90,10 +117,8 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
         if fault := fault_of(folder):
             raise CheckpointError(f"--resume_from_checkpoint {folder}: {fault}; take an earlier checkpoint")
         return folder
-    for checkpoint in reversed(checkpoints(folder)):
-        if not (fault := fault_of(checkpoint)):
-            return checkpoint
-        say(f"{checkpoint}: {fault}; the one before is tried")
+    if found := newest_whole(folder, say):
+        return found
     if checkpoints(folder):
         raise CheckpointError(f"no checkpoint in {folder} is whole; start anew with --overwrite_output_dir")
     if named != NEWEST:
@@ -103,26 +128,26 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
 
 
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """The loop's state and all else that trainer_state.json of a whole checkpoint holds.
+    """The loop's state and all else that a whole checkpoint holds: what trainer_state.json has, and the `history`.
 
     Raises:
         CheckpointError: it was written by another version and lacks what this one needs.
     """
-    path = checkpoint / STATE_FILE
-    if path.stat().st_size > 16 * MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: too large to be a training state")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
+    values = json.loads(files[STATE_FILE])
     try:
         state = TrainingState(
             values["step"],
             values["taken"],
             [Step(**step) for step in values["unlogged"]],
-            load((checkpoint / OPTIMIZER_FILE).read_bytes()),
+            load(files[OPTIMIZER_FILE]),
             values["scaler"],
+            load(files[RNG_FILE]),
         )
-        return state, {name: values[name] for name in ("arguments", "fingerprints", "totals", "engine")}
+        saved = {name: values[name] for name in ("arguments", "fingerprints", "totals", "engine", "best")}
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a training state of this version ({error})") from None
+        raise CheckpointError(f"{checkpoint / STATE_FILE}: not a training state of this version ({error})") from None
+    return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}
 
 
 def merged(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> TrainConfig:
@@ -151,34 +176,6 @@ def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpo
             f"{checkpoint}: the {' and the '.join(others)} named now {differs} in content from what it saw; "
             "name the same, or add --ignore_data_skip to go on all the same"
         )
-
-
-def fingerprint_of_rows(rows: Iterable[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def fingerprint_of_tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return _sha256(content.encode())
-
-
-def fingerprint_of_base(base: nn.Module) -> str:
-    """Of names, shapes, dtypes and bytes of all tensors; of bases over 4 GiB, of 4 KiB from both ends and the middle of
-    each tensor. Where the base lies and what it is called do not matter."""
-    digest = hashlib.sha256()
-    tensors = base.state_dict()
-    sampled = sum(t.nbytes for t in tensors.values()) > WHOLE_HASH_BYTES
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        starts = {0, max(0, len(content) // 2), max(0, len(content) - 4096)} if sampled else [0]
-        for start in sorted(starts):
-            digest.update(content[start : start + 4096 if sampled else None].numpy().data)
-    return digest.hexdigest()
 
 
 def _sha256(content: bytes) -> str:

@@ -1,7 +1,10 @@
 """The wish to stop: a signal, or a time limit. The loop asks between steps, so that what was done is saved."""
 
+import contextlib
+import os
 import re
 import signal
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -54,3 +57,5 @@ class StopRequest:
         if self.signal is not None:
             raise SystemExit(CODES[signal.Signals(number)])
         self.signal = number
+        with contextlib.suppress(OSError, AttributeError):  # not print, which may be the one that was interrupted
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")

@@ -7,7 +7,6 @@ A file of the cache is safetensors: `ids` [all tokens] int32, and of each exampl
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from softprompt.data import IGNORE, Example, Tokenized
-from softprompt.files import write_files
+from softprompt.files import cache_dir, write_files
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
 VERSION = "2"  # of the format, and of what `tokenize` does
 ARRAYS = ("ids", "lengths", "asked")
 COUNTS = ("rows", "cut", "without_target", "empty_answers")
-
-
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/softprompt/tokens, by default under ~/.cache; a relative one is ignored, as the XDG text asks."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache")) / "softprompt" / "tokens"
 
 
 def cached(
@@ -49,7 +42,8 @@ def cached(
     if len(rows) < LEAST_ROWS or backend is None:
         return make()
     special = [tokenizer.eos_token, getattr(tokenizer, "split_special_tokens", False)]
-    path = cache_dir() / f"{_key(rows, backend.to_str(), [tokenizers.__version__, *special, *settings])}.safetensors"
+    key = _key(rows, backend.to_str(), [tokenizers.__version__, *special, *settings])
+    path = cache_dir("tokens") / f"{key}.safetensors"
     found = _read(path) if read else None
     if found is not None:
         return dataclasses.replace(found, cache=str(path))

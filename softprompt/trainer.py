@@ -21,6 +21,8 @@ from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
 
 Metrics = dict[str, Any]
+LEAST_SCALE = 1e-4  # of a GradScaler: gradients that overflow even then are no matter of scale
+NAMED = 64  # rows of a step that its error names
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class Step:
 class TrainingState:
     """Where the loop stands after `step` optimizer steps, of which `taken` moved the schedule: what it needs to go on
     as if it had not stopped. `optimizer` holds AdamW's moments [P, H] fp32 and its step count; the order of the rows
-    follows from seed and step."""
+    follows from seed and step. `rng` holds the states of torch's generators (uint8), by device type."""
 
     step: int = 0
     taken: int = 0
     unlogged: Sequence[Step] = ()
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     scaler: Mapping[str, Any] = field(default_factory=dict)
+    rng: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Callbacks(Protocol):
@@ -55,9 +58,17 @@ class Callbacks(Protocol):
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
-    def on_evaluate(self, step: Step) -> object: ...
+
+    def on_evaluate(self, step: Step) -> bool:
+        """Whether the prompt, as it is, is to be saved."""
+        ...
+
     def on_save(self, step: Step, state: TrainingState) -> None: ...
-    def wants_to_stop(self) -> bool: ...
+
+    def wants_to_stop(self) -> bool:
+        """Read once a step, in one place: where several ranks train together, they add up their wishes there, and all
+        stop after the same step."""
+        ...
 
 
 def total_steps(n_examples: int, args: TrainingArguments) -> int:
@@ -112,7 +123,8 @@ def train(
     Between steps the callbacks may want to stop; what was done is saved first.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite (fp16 steps that the scaler skips are no fault).
+        TrainingError: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
+            long as its scale does not fall to nothing).
     """
     total = total_steps(len(examples), args)
     lr_at = learning_rates(args, peak_learning_rate, total)
@@ -126,6 +138,9 @@ def train(
     if start.step:
         optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
         scaler.load_state_dict(dict(start.scaler))
+    _set_rng(start.rng, engine.device, args.seed)
+    if start.step and callbacks.wants_to_stop():  # it is saved already
+        return
 
     drawn = windows(len(examples), rows_per_step, args.seed, start.step)
     for number, rows in zip(range(start.step + 1, total + 1), drawn, strict=False):
@@ -136,12 +151,12 @@ def train(
         if number % args.logging_steps == 0 or number == total:
             callbacks.on_log(log_record(since_log))
             since_log = []
-        if number < total and _evaluation_is_due(number, number % per_epoch == 0, args):
-            callbacks.on_evaluate(step)
+        evaluated = number < total and _evaluation_is_due(number, number % per_epoch == 0, args)
+        worth_saving = evaluated and callbacks.on_evaluate(step)
         stop = callbacks.wants_to_stop()
-        if number % args.save_steps == 0 or number == total or stop:
-            moments = optimizer.state[prompt.weight]
-            callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict()))
+        if number % args.save_steps == 0 or number == total or worth_saving or stop:
+            moments, rng = optimizer.state[prompt.weight], _rng_states(engine.device)
+            callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict(), rng))
         if stop:
             return
 
@@ -162,7 +177,9 @@ def _take_step(
     window = [examples[row] for row in rows]
     optimizer.param_groups[0]["lr"] = learning_rate
     loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
-    if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm) and prompt.weight.isfinite().all()):
+        raise _not_finite(number, rows, loss, grad_norm)
+    if not stepped and scaler.get_scale() < LEAST_SCALE:
         raise _not_finite(number, rows, loss, grad_norm)
     tokens, epoch = sum(len(row.input_ids) for row in window), epochs_done(number, len(examples), args)
     return Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began), stepped
@@ -203,6 +220,20 @@ def log_record(steps: Sequence[Step]) -> Metrics:
     }
 
 
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_rng(states: Mapping[str, Tensor], device: torch.device, seed: int) -> None:
+    """As saved; what was not saved (a new run, another kind of device) is seeded."""
+    torch.manual_seed(seed)
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 def _evaluation_is_due(number: int, epoch_ended: bool, args: TrainingArguments) -> bool:
     if args.eval_strategy == "steps":
         return number % (args.eval_steps or args.logging_steps) == 0
@@ -214,8 +245,8 @@ def _finite(value: float) -> float | None:
 
 
 def _not_finite(number: int, rows: Sequence[int], loss: float, grad_norm: float) -> TrainingError:
-    some = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+    some = ", ".join(map(str, rows[:NAMED])) + (" …" if len(rows) > NAMED else "")
     return TrainingError(
-        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm} (training rows {some}, counted from 0); "
-        "lower --learning_rate; the prompt of the last checkpoint is intact"
+        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it (training rows "
+        f"{some}, counted from 0 among those that have a target); lower --learning_rate"
     )

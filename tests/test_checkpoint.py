@@ -18,9 +18,10 @@ from softprompt.checkpoint import (
     peft_config,
     refuse_other_run,
     remove_old_checkpoints,
+    step_of,
 )
 from softprompt.errors import AdapterError, OutputError
-from softprompt.files import check_writable, write_files, write_folder
+from softprompt.files import check_writable, remove_leftovers, write_files, write_folder
 
 
 @pytest.fixture
@@ -119,12 +120,28 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_old_checkpoints_go_by_number(tmp_path):
-    for n in (5, 10, 100, 20):
-        write_folder(tmp_path / f"checkpoint-{n}", {})
-    remove_old_checkpoints(tmp_path, None)
-    assert len(checkpoints(tmp_path)) == 4
-    remove_old_checkpoints(tmp_path, 2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    def left(*arguments) -> list[int]:
+        for n in (5, 10, 100, 20):
+            write_folder(tmp_path / f"checkpoint-{n}", {})
+        remove_old_checkpoints(tmp_path, *arguments)
+        assert not list(tmp_path.glob(".*"))
+        return [step_of(path) for path in checkpoints(tmp_path)]
+
+    assert left(100, None) == [5, 10, 20, 100]
+    assert left(100, 2) == [20, 100]
+    assert left(100, 2, 5) == [5, 100]
+    assert left(100, 1, 10) == [10, 100]  # as in Trainer, the best does not take the newest's place
+    assert left(100, 1, 100) == [100]
+    assert left(20, 2) == [10, 20]  # what lies behind is of a course that was left
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    write_folder(tmp_path / "checkpoint-5", {"a": b"1"})
+    (tmp_path / ".checkpoint-6-abc").mkdir()
+    (tmp_path / ".metrics.jsonl.77.tmp").write_text("x")
+    (tmp_path / ".lock").write_text("77")
+    remove_leftovers(tmp_path, "checkpoint")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint-5"]
 
 
 def test_places_that_cannot_be_written_to(tmp_path):

@@ -6,6 +6,7 @@ What a newcomer is likely to get wrong is in test_bad_input.py; what a good run 
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ from softprompt.errors import ConfigError, DataError, SoftpromptError, TrainingE
         (DataError("a\n\n  b"), 2, "error: a b"),
         (TrainingError("step 3"), 1, "error: step 3"),
         (OSError(28, "No space left on device", "run/x"), 1, "error: run/x: No space left on device"),
-        (OSError("odd"), 1, "error: a file: odd"),
         (KeyboardInterrupt(), 130, "error: stopped"),
         (None, 0, ""),
     ],
@@ -49,12 +49,20 @@ def test_every_error_for_bad_input_ends_with_2():
     assert {name for name, code in codes.items() if code != 2} == {"TrainingError"}
 
 
-def test_a_fault_in_the_program_itself_is_not_hidden():
-    def main(argv):
-        raise ZeroDivisionError
+@pytest.mark.parametrize("fault", [ZeroDivisionError("by\n0"), OSError("odd")], ids=repr)
+def test_a_fault_in_the_program_itself_leaves_its_traceback_in_a_file(fault, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    with pytest.raises(ZeroDivisionError):
+    def main(argv):
+        raise fault
+
+    with pytest.raises(SystemExit) as ended:
         command(main)
+    (file,) = tmp_path.iterdir()
+    what = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+    line = f"error: unexpected {what}; the traceback is in {file}\n"
+    assert (ended.value.code, capsys.readouterr().err) == (1, line)
+    assert "raise fault" in file.read_text() and "command: " in file.read_text()
 
 
 @pytest.mark.parametrize("name", ["train.py", "infer.py"])

@@ -45,7 +45,7 @@ def flags(tiny_base, tmp_path, monkeypatch):
 
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "softprompt.json", "README.md"}
-STATE = {"optimizer.safetensors", "trainer_state.json"}
+STATE = {"optimizer.safetensors", "rng_state.safetensors", "trainer_state.json"}
 
 
 def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
@@ -56,7 +56,7 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
     expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert names == expected
-    assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE | {"checksums.json"}
+    assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE | {"checksums.json", "metrics.jsonl"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 4, 4, 6, 6]
     assert set(records[0]) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second"}

@@ -1,0 +1,60 @@
+"""What nobody foresaw: its traceback goes into a file, one line to the screen."""
+
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softprompt.redact import redacted
+
+
+@contextmanager
+def crashes_in(folder: Path) -> Iterator[None]:
+    """What fails inside belongs to the run in `folder`."""
+    try:
+        yield
+    except Exception as error:
+        error.output_dir = folder  # type: ignore[attr-defined]
+        raise
+
+
+def crash_line(error: BaseException) -> str:
+    """Write the traceback into the run's folder, or where there is none into the place for temporary files.
+
+    Returns one line with what happened, that file, and the run's newest whole checkpoint."""
+    folder: Path | None = getattr(error, "output_dir", None)
+    what = " ".join(str(error).split())[:300]
+    file = _written(_report(error), folder)
+    line = f"unexpected {type(error).__name__}{': ' if what else ''}{what}; "
+    line += f"the traceback is in {file}" if file else "no place took a file with the traceback"
+    if folder is not None:
+        from softprompt.resume import way_on
+
+        line += f"; {way_on(folder)}"
+    return redacted(line)
+
+
+def _report(error: BaseException) -> str:
+    versions = {name: module.__version__ for name in ("torch", "transformers") if (module := sys.modules.get(name))}
+    head = [f"command: {shlex.join(sys.argv)}", f"python {platform.python_version()}, {platform.platform()}"]
+    head += [f"{name} {version}" for name, version in versions.items()]
+    return redacted("\n".join([*head, "", *traceback.format_exception(error)]))
+
+
+def _written(report: str, folder: Path | None) -> Path | None:
+    for place in (folder, Path(tempfile.gettempdir())):
+        if place is None or not place.is_dir():
+            continue
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="crash-", suffix=".txt", dir=place)
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(report)
+        except OSError:
+            continue
+        return Path(name)
+    return None

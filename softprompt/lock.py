@@ -1,0 +1,98 @@
+"""One process to an output_dir. The lock is the kernel's (flock) on a file in the folder: it ends with its process, so
+that kill -9 leaves nothing that stands in the way."""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from softprompt.errors import OutputError
+
+LOCK_FILE = ".lock"
+NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
+
+
+class FolderLock:
+    """The lock of a folder that is there, held from `take` to `release`, at the latest to the end of `with`. Its file
+    holds the process's id."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK_FILE
+        self.descriptor: int | None = None
+
+    def take(self) -> "FolderLock":
+        """Raises OutputError where another process holds it."""
+        while self.descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if not _flock(descriptor):
+                    raise _held(self.folder)
+                if _is_file_at(descriptor, self.path):  # its last holder may just have removed it
+                    self.descriptor = descriptor
+            finally:
+                if self.descriptor is None:
+                    os.close(descriptor)
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, str(os.getpid()).encode())
+        return self
+
+    def release(self) -> None:
+        if self.descriptor is not None:
+            if _is_file_at(self.descriptor, self.path):
+                with contextlib.suppress(OSError):  # a folder that became read-only
+                    self.path.unlink()
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raises OutputError where a process holds the folder's lock; writes nothing."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:  # no folder, or no run in it
+        return
+    try:
+        if not _flock(descriptor):
+            raise _held(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    """Whether the file is ours now. Where there are no such locks, everything is."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+    return True
+
+
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def _held(folder: Path) -> OutputError:
+    try:
+        holder = (folder / LOCK_FILE).read_text(encoding="ascii", errors="replace")[:20]
+    except OSError:
+        holder = ""
+    return OutputError(
+        f"--output_dir {folder}: process {holder or '(unknown)'} is writing a run there; wait for its end, or name "
+        "another folder"
+    )

@@ -1,0 +1,60 @@
+"""One process to an output_dir."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import softprompt
+from softprompt.errors import OutputError
+from softprompt.lock import LOCK_FILE, FolderLock, refuse_locked
+
+ROOT = Path(softprompt.__file__).parent.parent
+HOLD = (
+    "import sys, time; from pathlib import Path; from softprompt.lock import FolderLock\n"
+    "lock = FolderLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"
+)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder's lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_process_is_refused_until_the_first_is_gone(holder, tmp_path):
+    for attempt in (refuse_locked, lambda folder: FolderLock(folder).take()):
+        with pytest.raises(OutputError, match=rf"process {holder.pid} is writing a run there"):
+            attempt(tmp_path)
+    holder.kill()  # -9: nothing is cleaned up
+    holder.wait()
+    assert (tmp_path / LOCK_FILE).exists()
+    refuse_locked(tmp_path)
+    with FolderLock(tmp_path).take():
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_was_removed_holds_nobody(tmp_path):
+    first = FolderLock(tmp_path).take()
+    (tmp_path / LOCK_FILE).unlink()
+    second = FolderLock(tmp_path).take()
+    first.release()
+    assert (tmp_path / LOCK_FILE).exists()  # the second's
+    second.release()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_train_refuses_in_one_line(holder, tmp_path):
+    began = time.monotonic()
+    argv = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path)]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and time.monotonic() - began < 60
+    line = f"error: --output_dir {tmp_path}: process {holder.pid} is writing a run there; wait for its end, or name"
+    assert ended.stderr.startswith(line) and len(ended.stderr.splitlines()) == 1
