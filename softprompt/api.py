@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from softprompt.adapters import NONE, Tuned, check, find, load, named, shelf
 from softprompt.build import base_path
-from softprompt.config import train_config
+from softprompt.config import precision_faults, train_config
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.errors import ConfigError
 from softprompt.fields import AUTO
 from softprompt.generate import in_order, search_beams
-from softprompt.infer_config import generation_faults, precision_faults
+from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
 from softprompt.questions import Question, merged_settings, token_ids, told_of
 from softprompt.recorder import Run

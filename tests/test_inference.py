@@ -19,8 +19,9 @@ from softprompt.cli import command, parse_inference, parse_setting
 from softprompt.compare import Confusion
 from softprompt.errors import ConfigError, OutputError, SoftpromptError
 from softprompt.files import write_folder
-from softprompt.scores import log_likelihoods
+from softprompt.scores import answer_examples, log_likelihoods
 from softprompt.streaming import Pieces
+from softprompt.template import Template
 
 GREEDY = ["--do_sample", "false", "--max_new_tokens", "5"]
 
@@ -309,6 +310,13 @@ def test_choices(place, capsys, monkeypatch):
     lines = [json.loads(x) for x in called([*ask, "--prompts_file", "p.jsonl"], capsys, monkeypatch).splitlines()]
     assert lines[0]["text"] == label and float(probability) == pytest.approx(lines[0]["probability"], abs=1e-4)
     assert lines[1]["adapter"] == "b"
+
+
+def test_an_answer_that_is_scored_has_its_end(tokenizer):
+    """As in training; else a label would be at least as likely as any longer one that begins with it."""
+    ((one, two),) = answer_examples([[9, 8]], ["ok", "正面"], Template(), tokenizer)
+    assert one.input_ids == [9, 8, *tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
+    assert two.labels == [-100, -100, *tokenizer("正面")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_side_by_side(place, capsys, monkeypatch):
