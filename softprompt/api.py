@@ -1,7 +1,6 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -9,20 +8,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.build import RUNS, base_path, check_fits
-from softprompt.checkpoint import Adapter, load_adapter, newest_adapter
+from softprompt.adapters import NONE, Tuned, check, find, load, named, shelf
+from softprompt.build import base_path
 from softprompt.config import precision_faults, train_config
-from softprompt.errors import AdapterError, ConfigError, DataError
-from softprompt.fields import AUTO, is_text
-from softprompt.generate import GenerationSettings, generate
+from softprompt.engines import engine_for_inference, generator_beside
+from softprompt.errors import ConfigError
+from softprompt.fields import AUTO
+from softprompt.generate import in_order, search_beams
 from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
+from softprompt.questions import Question, merged_settings, token_ids, told_of
 from softprompt.recorder import Run
-from softprompt.rows import question
+from softprompt.requests import GenerationSettings, Request, seed_of
 from softprompt.run import run_training
+from softprompt.scores import Verdict, answer_examples, verdicts
+from softprompt.streaming import Pieces
 from softprompt.template import Template
 
-Question = str | Mapping[str, Any]
+Adapters = str | Sequence[str] | None  # one for all questions, one for each, or the one that is active
 
 
 def train(preset: str | None = None, **settings: Any) -> Run:
@@ -35,7 +38,8 @@ def train(preset: str | None = None, **settings: Any) -> Run:
 
 
 class SoftPromptModel:
-    """A frozen base, a learned prompt (or none), and the template that the prompt was learned with."""
+    """A frozen base and adapters by name: each a learned prompt with the template that it was learned with. Questions
+    behind different adapters are answered in one batch."""
 
     def __init__(
         self,
@@ -45,118 +49,216 @@ class SoftPromptModel:
         template: Template | None = None,
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        engine: str = AUTO,
     ):
-        """prompt: [P, H] fp32, or None for the bare base; `generation` overrides the article's settings."""
-        self.base, self.tokenizer, self.prompt = base, tokenizer, prompt
-        self.template = template or Template()
-        self.generation = dict(generation or {})
-        self.compute_dtype = compute_dtype
-        self.description = "base " + str(getattr(base, "name_or_path", ""))
+        """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
+        settings. `engine` is as --engine of infer.py."""
+        self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
+        self.name = str(getattr(base, "name_or_path", ""))
+        self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}
+        self.active_adapter = "default"
+        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype)
+        self.generator = generator_beside(self.engine, base, tokenizer)
 
     @classmethod
     def from_pretrained(
         cls,
         base: str | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | Mapping[str, str | Path] | Sequence[str] | None = None,
         *,
-        device: str = "auto",
+        device: str = AUTO,
         bf16: bool | None = None,
         fp16: bool | None = None,
+        engine: str = AUTO,
     ) -> "SoftPromptModel":
-        """Load a base and an adapter folder, ours or PEFT's. Without a base the adapter's own is taken; without an
-        adapter the newest under runs/; "none" is the bare base (of the newest adapter, where no base is named).
+        """Load a base and an adapter folder, ours or PEFT's, or several by name: {"name": folder} or ["name=FOLDER"];
+        the first is the active one. Without a base the adapters' own is taken; without an adapter the newest under
+        runs/; "none" is the bare base (of the newest adapter, where no base is named).
 
         Raises:
-            AdapterError: no such adapter, one that is broken, or one for a base of another hidden size.
+            AdapterError: no such adapter, one that is broken, or one for another base or hidden size.
             ModelError: the base cannot be loaded.
-            ConfigError: a device or precision that is not there.
+            ConfigError: a device, precision or engine that is not there.
         """
         if faults := precision_faults(bf16, fp16, device):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
-        bare = adapter == "none"
-        folder = None if bare and base else newest_adapter(RUNS) if adapter is None or bare else Path(adapter)
-        loaded = load_adapter(folder) if folder else None
-        name = base or (loaded.base_model_name_or_path if loaded else None)
-        if name is None:
-            raise AdapterError(f"adapter {folder}: names no base; give --model_name_or_path")
+        if isinstance(adapter, Mapping):
+            folders = {name: str(folder) for name, folder in adapter.items()}
+        else:
+            folders = named([adapter] if isinstance(adapter, str | Path) else adapter or ())
+        adapters, first, name = shelf(folders, base)
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        model = load_base(path, where, dtype)
-        if loaded and not bare:
-            check_fits(folder or "", loaded.prompt, word_embeddings(model).embedding_dim, name)
-        prompt, template, generation = _saved(loaded, bare)
-        tuned = cls(model, tokenizer, prompt, template, generation, dtype)
-        other = loaded.base_model_name_or_path if loaded else None
-        if prompt is not None and other not in (None, name):
-            print(f"warning: the adapter was trained on {other}, not on {name}", file=sys.stderr)
-        tuned.description = f"base {name}, " + ("no prompt" if prompt is None else f"adapter {folder}")
-        return tuned
+        model = cls(load_base(path, where, dtype), tokenizer, None, compute_dtype=dtype, engine=engine)
+        model.name, model.adapters, model.active_adapter = name, {}, first
+        for each, tuned in adapters.items():
+            model._add(each, tuned)
+        return model
+
+    def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
+        """Add an adapter folder (or "none") under a name, by default its path; returns the name.
+
+        Raises:
+            AdapterError: as of `from_pretrained`.
+        """
+        name = adapter_name or str(folder)
+        self._add(name, Tuned() if str(folder) == NONE else load(folder))
+        return name
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """The adapter of questions that name none."""
+        find(self.adapters, adapter_name, "set_adapter")
+        self.active_adapter = adapter_name
+
+    @property
+    def template(self) -> Template:
+        return self.adapters[self.active_adapter].template
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """[P, H] fp32 of the active adapter."""
+        return self.adapters[self.active_adapter].prompt
+
+    @property
+    def description(self) -> str:
+        names = [name for name, tuned in self.adapters.items() if tuned.prompt is not None]
+        return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
 
     @overload
-    def generate(self, prompts: str | Mapping[str, Any], **settings: Any) -> str: ...
+    def generate(self, prompts: str | Mapping[str, Any], **settings: Any) -> Any: ...
     @overload
-    def generate(self, prompts: Sequence[Question], **settings: Any) -> list[str]: ...
-    def generate(self, prompts: Question | Sequence[Question], **settings: Any) -> str | list[str]:
-        """Answer one question (→ str) or several (→ list); see `stream`."""
+    def generate(self, prompts: Sequence[Question], **settings: Any) -> list[Any]: ...
+    def generate(self, prompts: Question | Sequence[Question], **settings: Any) -> Any:
+        """Answer one question (→ str) or several (→ list); with num_return_sequences above 1 each answer is a list of
+        texts. See `stream`."""
         if isinstance(prompts, str | Mapping):
             return next(self.stream([prompts], **settings))
         return list(self.stream(prompts, **settings))
 
     def stream(
-        self, prompts: Sequence[Question], *, seed: int | None = None, batch_size: int = 8, **settings: Any
-    ) -> Iterator[str]:
-        """Answers one by one, after all questions have been checked. A question is a text, or a row with the template's
-        columns.
+        self,
+        prompts: Sequence[Question],
+        *,
+        adapter: Adapters = None,
+        seed: int | None = None,
+        batch_size: int = 8,
+        skip: int = 0,
+        where: Sequence[str] | None = None,
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Any]:
+        """Answers one by one in the questions' order, after all of them have been checked. A question is a text, or a
+        row with the columns of its adapter's template; `adapter` names one for all or one for each.
 
         `settings` are GenerationSettings' fields, over those saved beside the adapter; None is as good as not given.
-        `seed` makes samples repeatable; `batch_size` questions are answered together.
+        With a `seed` each sample has a seed of its own (see `requests.seed_of`), so it depends on no other;
+        `batch_size` answers are written at a time. The first `skip` questions are checked and not answered. `where`
+        names the questions in messages. `on_text` is handed the pieces of a single question's single answer as they
+        come.
 
         Raises:
             ConfigError: an unknown or impossible setting, or a question that leaves no room for an answer.
             DataError: a row without the template's columns.
+            AdapterError: an unknown adapter.
         """
-        chosen = self.settings(**settings)
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
-        template = self.template
-        for number, prompt in enumerate(prompts, start=1):
-            if not isinstance(prompt, Mapping) and not is_text(prompt):
-                raise DataError(f"question {number} is no text and no row: {prompt!r:.80}")
-        if not prompts:
-            return iter(())
-        rows = [template.row(p) if isinstance(p, str) else question("question", dict(p), template) for p in prompts]
-        special = self.template.spec != "chat"
-        texts = [self.template.render(row, self.tokenizer) for row in rows]
-        ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-        for number, tokens in enumerate(ids, start=1):
-            if not tokens:
-                raise ConfigError(f"question {number} is empty: the template makes no token of it; write something")
-        if seed is not None:
-            torch.manual_seed(seed)
-        answers = generate(self.base, self.tokenizer, self.prompt, ids, chosen, self.compute_dtype, batch_size)
-        return (self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed  # follows torch.manual_seed
+        places = where or [f"question {number}" for number in range(1, len(prompts) + 1)]
+        names = self._names(places, adapter)
+        chosen = [self.settings(name, **settings) for name in names]
+        asked = []
+        for number, ids in enumerate(self._texts(prompts, names, places)):
+            one, prompt = chosen[number], self._tuned(names[number]).prompt
+            told_of(places[number], one.new_tokens, len(ids))
+            samples = range(1 if one.num_beams > 1 else one.num_return_sequences)
+            asked.append([Request(ids, one, prompt, seed_of(seed, number, sample)) for sample in samples])
+        return self._answered(asked[skip:], batch_size, on_text)
 
-    def settings(self, **given: Any) -> GenerationSettings:
-        """What is given (not None), over what is saved beside the adapter, over the article's."""
-        merged = {**self.generation, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
-        if given.get("max_length") is not None and given.get("max_new_tokens") is None:
-            merged.pop("max_new_tokens", None)  # a limit that is asked for beats a saved one
-        try:
-            chosen = GenerationSettings(**merged)
-        except TypeError:
-            known = ", ".join(GenerationSettings.__dataclass_fields__)
-            raise ConfigError(f"unknown among generation settings {', '.join(merged)}; they are {known}") from None
-        if faults := generation_faults(merged):
-            raise ConfigError("; ".join(faults))
-        return chosen
+    def _answered(
+        self, asked: Sequence[Sequence[Request]], batch_size: int, on_text: Callable[[str], None] | None
+    ) -> Iterator[Any]:
+        """The answers to each question's requests: one a sample, or one for a whole search."""
+        pieces = Pieces(self.tokenizer, on_text) if on_text else None
+        on_token = (lambda _, token: pieces.add(token)) if pieces else None
+        drawn = [request for requests in asked for request in requests if request.settings.num_beams == 1]
+        answers = in_order(self.generator.generate(drawn, batch_size, on_token))
+        for requests in asked:
+            settings = requests[0].settings
+            if settings.num_beams > 1:
+                found = search_beams(self.base, self.tokenizer, requests[0], self.compute_dtype)
+            else:
+                found = [next(answers) for _ in requests]
+            if pieces:
+                for token in found[0] if settings.num_beams > 1 else ():  # a search has no pieces before its end
+                    pieces.add(token)
+                pieces.finish()
+            yield self._shown(found, settings)
 
+    def _shown(self, found: Sequence[Sequence[int]], settings: GenerationSettings) -> Any:
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+        return texts if settings.num_return_sequences > 1 else texts[0]
 
-def _saved(adapter: Adapter | None, bare: bool) -> tuple[Tensor | None, Template, Mapping[str, Any]]:
-    if adapter is None:
-        return None, Template(), {}
-    generation = adapter.settings.get("generation", {})
-    if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
-        raise AdapterError(f"softprompt.json: generation must be an object of settings with values, not {generation!r}")
-    return None if bare else adapter.prompt, Template(adapter.settings.get("template", "default")), generation
+    def classify(
+        self,
+        prompts: Sequence[Question],
+        choices: Sequence[str],
+        *,
+        adapter: Adapters = None,
+        where: Sequence[str] | None = None,
+    ) -> list[Verdict]:
+        """The likeliest of some answers to each question, with the probability of each among them.
+
+        Raises:
+            ConfigError: fewer than two choices, or one that is there twice.
+            DataError, AdapterError: as of `stream`.
+        """
+        places = where or [f"question {number}" for number in range(1, len(prompts) + 1)]
+        names = self._names(places, adapter)
+        texts = self._texts(prompts, names, places)
+        by_name: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            by_name.setdefault(name, []).append(number)
+        found: dict[int, Verdict] = {}
+        for name, numbers in by_name.items():
+            tuned = self._tuned(name)
+            of_choices = answer_examples([texts[n] for n in numbers], choices, tuned.template, self.tokenizer)
+            judged = verdicts(self.engine, tuned.prompt, of_choices, choices)
+            found |= dict(zip(numbers, judged, strict=True))
+        return [found[number] for number in range(len(names))]
+
+    def settings(self, adapter: str | None = None, /, **given: Any) -> GenerationSettings:
+        """What is given (not None), over what is saved beside the adapter, over the article's.
+
+        Raises:
+            ConfigError: an unknown or impossible setting.
+        """
+        return merged_settings(self._tuned(adapter or self.active_adapter).generation, given)
+
+    def _add(self, name: str, tuned: Tuned) -> None:
+        check(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
+        self.adapters[name] = tuned
+
+    def _tuned(self, name: str) -> Tuned:
+        """The adapter of a checked name; the bare base is always there."""
+        return self.adapters.get(name) or Tuned()
+
+    def _names(self, places: Sequence[str], adapter: Adapters) -> list[str]:
+        """Each question's adapter, known or the bare base."""
+        if isinstance(adapter, str) or adapter is None:
+            names = [adapter or self.active_adapter] * len(places)
+        else:
+            names = [name or self.active_adapter for name in adapter]
+        if len(names) != len(places):
+            raise ConfigError(f"adapter names {len(names)} for {len(places)} questions; give one, or one for each")
+        for place, name in zip(places, names, strict=True):
+            if name != NONE:
+                find(self.adapters, name, place)
+        return names
+
+    def _texts(self, prompts: Sequence[Question], names: Sequence[str], places: Sequence[str]) -> list[list[int]]:
+        """Token ids of each question in its adapter's template."""
+        each = zip(places, prompts, names, strict=True)
+        return [token_ids(place, one, self._tuned(name).template, self.tokenizer) for place, one, name in each]

@@ -20,14 +20,16 @@ from tqdm import tqdm
 
 from softprompt.attention import Group, attend, causal_alibi, group_rows
 from softprompt.batching import Packed, collate_packed, cut_by_tokens
-from softprompt.data import Example
+from softprompt.data import IGNORE, Example
 from softprompt.errors import TrainingError
-from softprompt.loss import BLOCK_ELEMENTS, projected_cross_entropy
+from softprompt.loss import BLOCK_ELEMENTS, projected_cross_entropy, projected_losses
 from softprompt.memory import bytes_per_token, is_out_of_memory
+from softprompt.products import project
 from softprompt.prompt import PromptEmbedding
 from softprompt.weights import Affine, Layer, Shape, Weights
 
 T = TypeVar("T")
+Attention = Callable[[int, Tensor, Tensor], Tensor]  # layer, q [S, N, D], its keys and values [S, N, 2, D] → [S, N·D]
 
 
 class Prefix(NamedTuple):
@@ -44,13 +46,13 @@ def norm(x: Tensor, affine: Affine, epsilon: float) -> Tensor:
 
 def linear(x: Tensor, affine: Affine) -> Tensor:
     """[S, in] → [S, out] in the weight's dtype."""
-    return F.linear(x.to(affine.weight.dtype), affine.weight, affine.bias.to(affine.weight.dtype))
+    return project(x.to(affine.weight.dtype), affine.weight, affine.bias.to(affine.weight.dtype))
 
 
 def heads(x: Tensor, parts: int, shape: Shape) -> Tensor:
     """[S, N·parts·D] → [S, N, parts, D], in fp32 on the CPU, whose attention is slow in less."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    return x.to(dtype).view(-1, shape.N, parts, shape.D)
+    return x.to(dtype).reshape(-1, shape.N, parts, shape.D)
 
 
 def queries_and_pairs(y: Tensor, affine: Affine, shape: Shape) -> list[Tensor]:
@@ -66,55 +68,74 @@ def finish_block(x: Tensor, y: Tensor, attended: Tensor, layer: Layer, shape: Sh
     return (y if shape.residual_after_layernorm else x) + linear(wide, layer.dense_4h_to_h)
 
 
+def run_blocks(
+    weights: Weights, x: Tensor, attention: Attention, predictors: Tensor | None = None, recompute: bool = False
+) -> Tensor:
+    """The residual stream [S, H] through all blocks; where `predictors` [n] int64 are given, the last block goes on
+    with those positions alone: [n, H]. `recompute` keeps only the blocks' inputs for the backward pass (Chen et al.
+    2016, arXiv:1604.06174)."""
+    shape = weights.shape
+
+    def block(i: int, x: Tensor) -> Tensor:
+        layer = weights.layer(i)
+        y = norm(x, layer.input_layernorm, shape.epsilon)
+        if i == shape.L - 1 and predictors is not None:
+            return last_block(x, y, layer, predictors)
+        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [S, N, 1, D], [S, N, 2, D]
+        return finish_block(x, y, attention(i, q[:, :, 0], kv), layer, shape)
+
+    def last_block(x: Tensor, y: Tensor, layer: Layer, at: Tensor) -> Tensor:
+        of_q, of_kv = split_projection(layer.query_key_value, shape)
+        kv = heads(linear(y, of_kv), 2, shape)  # [S, N, 2, D]
+        x, y = x.index_select(0, at), y.index_select(0, at)  # [n, H]
+        q = heads(linear(y, of_q), 1, shape)[:, :, 0]  # [n, N, D]
+        q = torch.zeros_like(kv[:, :, 0]).index_copy(0, at, q)  # [S, N, D]
+        attended = attention(shape.L - 1, q, kv).index_select(0, at)  # [n, N·D]
+        return finish_block(x, y, attended, layer, shape)
+
+    for i in range(shape.L):
+        x = checkpoint(block, i, x, use_reentrant=False) if recompute else block(i, x)
+    return x
+
+
 def run_prompt(weights: Weights, prompt: Tensor) -> Prefix:
     """The virtual tokens [P, H] through all layers, by themselves; P = 0 is no prompt."""
     shape, P = weights.shape, len(prompt)
     x = norm(prompt, weights.embedding_layernorm, shape.epsilon)  # [P, H]
-    bias = causal_alibi(shape.N, P, 0, x)
-    layers = []
-    for i in range(shape.L):
-        layer = weights.layer(i)
-        y = norm(x, layer.input_layernorm, shape.epsilon)
-        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [P, N, 1, D], [P, N, 2, D]
+    bias, groups, layers = causal_alibi(shape.N, P, 0, x), [Group(1, P, P, None, None)], list[Tensor]()
+
+    def attention(i: int, q: Tensor, kv: Tensor) -> Tensor:
         layers.append(kv)
-        if P:
-            attended = attend(q[:, :, 0], kv, kv[:0], bias.to(q.dtype), [Group(1, P, P, None, None)])
-            x = finish_block(x, y, attended, layer, shape)
-    return Prefix(layers, x[-1:])
+        return attend(q, kv, kv[:0], bias.to(q.dtype), groups) if P else q.flatten(1)
+
+    return Prefix(layers, run_blocks(weights, x, attention)[-1:])
 
 
 def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False) -> Tensor:
-    """Summed loss of a micro-batch behind the prompt, a scalar. `recompute` keeps only the blocks' inputs for the
-    backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    """Summed loss of a micro-batch behind the prompt, a scalar."""
+    return projected_cross_entropy(*predictions(weights, prefix, batch, recompute))
+
+
+def predictions(
+    weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What predicts the targets of a micro-batch behind the prompt: final states [f + n, H], the head [V, H], both in
+    the compute dtype, and the targets [f + n]: the rows' first tokens, where they are targets and there is a prompt to
+    predict them, then those behind `batch.predictors`."""
     shape, P = weights.shape, len(prefix.layers[0])
     x = norm(weights.embed(batch.input_ids), weights.embedding_layernorm, shape.epsilon)  # [S, H]
-    bias = causal_alibi(shape.N, max(batch.lengths, default=0), P, x).to(prefix.layers[0].dtype)
-    groups = group_rows(batch.lengths, x.device)
+    if batch.lengths:
+        bias = causal_alibi(shape.N, max(batch.lengths), P, x).to(prefix.layers[0].dtype)
+        groups = group_rows(batch.lengths, x.device)
 
-    def block(i: int, x: Tensor, before: Tensor) -> Tensor:
-        layer = weights.layer(i)
-        y = norm(x, layer.input_layernorm, shape.epsilon)
-        if i == shape.L - 1:
-            return last_block(x, y, before, layer)
-        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [S, N, 1, D], [S, N, 2, D]
-        return finish_block(x, y, attend(q[:, :, 0], kv, before, bias, groups), layer, shape)
+        def attention(i: int, q: Tensor, kv: Tensor) -> Tensor:
+            return attend(q, kv, prefix.layers[i], bias, groups)
 
-    def last_block(x: Tensor, y: Tensor, before: Tensor, layer: Layer) -> Tensor:
-        """Only what predicts a target: [S, H] → [n, H]."""
-        of_q, of_kv = split_projection(layer.query_key_value, shape)
-        kv = heads(linear(y, of_kv), 2, shape)  # [S, N, 2, D]
-        x, y = (t.index_select(0, batch.predictors) for t in (x, y))  # [n, H]
-        q = heads(linear(y, of_q), 1, shape)[:, :, 0]  # [n, N, D]
-        q = torch.zeros_like(kv[:, :, 0]).index_copy(0, batch.predictors, q)  # [S, N, D]
-        attended = attend(q, kv, before, bias, groups).index_select(0, batch.predictors)  # [n, N·D]
-        return finish_block(x, y, attended, layer, shape)
-
-    for i, before in enumerate(prefix.layers if batch.lengths else ()):
-        x = checkpoint(block, i, x, before, use_reentrant=False) if recompute else block(i, x, before)
+        x = run_blocks(weights, x, attention, batch.predictors, recompute)  # [n, H]
     first = batch.first_targets if P else batch.first_targets[:0]  # [f]: without a prompt nothing predicts them
     x = torch.cat([prefix.last.expand(len(first), -1) if P else x[:0], x])  # [f + n, H]
     hidden = norm(x, weights.final_layernorm, shape.epsilon).to(weights.head.dtype)
-    return projected_cross_entropy(hidden, weights.head, torch.cat([first, batch.targets]))
+    return hidden, weights.head, torch.cat([first, batch.targets])
 
 
 def split_projection(affine: Affine, shape: Shape) -> tuple[Affine, Affine]:
@@ -139,6 +160,9 @@ class PackedEngine:
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
         return self._in_finer_cuts(lambda: self._evaluate(prompt, rows), rows)
+
+    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        return self._in_finer_cuts(lambda: self._losses(prompt, rows), rows)
 
     def state(self) -> dict[str, Any]:
         return {"tokens_per_microbatch": self.tokens_per_microbatch}
@@ -172,9 +196,27 @@ class PackedEngine:
         return total, targets
 
     @torch.no_grad()
-    def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+    def _losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        prefix, sums = self._prefix(prompt), [0.0] * len(rows)
+        longest_first = sorted(range(len(rows)), key=lambda r: len(rows[r].input_ids), reverse=True)
+        numbers = iter(longest_first)  # the order in which cut_by_tokens hands rows out
+        for some in cut_by_tokens(rows, self.tokens_per_microbatch):
+            batch = collate_packed(some).to(self.device)
+            losses = projected_losses(*predictions(self.weights, prefix, batch)).tolist()
+            here = [next(numbers) for _ in some]
+            first = [r for r in here if rows[r].labels[0] != IGNORE and prompt is not None]
+            later = [r for r in here for label in rows[r].labels[1:] if label != IGNORE]
+            for r, loss in zip([*first, *later], losses, strict=True):
+                sums[r] += loss
+        return sums
+
+    def _prefix(self, prompt: Tensor | None) -> Prefix:
         none = self.weights.embed(torch.zeros(0, dtype=torch.int64, device=self.device))  # [0, H]
-        prefix = run_prompt(self.weights, none if prompt is None else prompt)
+        return run_prompt(self.weights, none if prompt is None else prompt.to(self.device))
+
+    @torch.no_grad()
+    def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        prefix = self._prefix(prompt)
         total, targets = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for batch in self._micro_batches(rows):
             total += run_rows(self.weights, prefix, batch)

@@ -14,9 +14,16 @@ from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, SoftpromptError, Stopped
-from softprompt.fields import AUTO, hints, nearest, takes_auto
-from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
+from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
+from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
+
+
+class _Extend(argparse.Action):
+    """A flag of several values, which may also be given several times."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
 
 
 class Parser(HfArgumentParser):
@@ -54,6 +61,15 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
         ConfigError: flags that are wrong in whatever way.
     """
     return infer_config(**_parse(_parser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt."), argv))
+
+
+def parse_setting(name: str, value: str) -> dict[str, Any]:
+    """One of infer.py's generation settings from its text, as its flag has it.
+
+    Raises:
+        ConfigError: no such setting, or a value of another type.
+    """
+    return _parse(_parser((GenerationArguments,), "", ""), [f"--{name}={value}"])
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -98,6 +114,8 @@ def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:
             action.nargs, action.const = "?", True
         if action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", NEWEST
+        if takes_list(hint):
+            action.__class__ = _Extend  # HfArgumentParser makes it a flag whose last occurrence wins
         if takes_auto(hint) and action.type is not None:
             action.type = _or_auto(action.type)
     parser.formatter_class = argparse.HelpFormatter

@@ -7,39 +7,73 @@ from transformers import PreTrainedModel
 
 from softprompt.bloom import PackedEngine
 from softprompt.config import TrainConfig
+from softprompt.decode import PackedGenerator
 from softprompt.errors import ConfigError
-from softprompt.memory import auto_tokens, total_memory
+from softprompt.generate import Generator, TransformersGenerator
+from softprompt.memory import MOST_TOKENS, auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
 from softprompt.weights import ResidentWeights, bloom_shape
 
 
 def make_engine(config: TrainConfig, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, P: int) -> Engine:
-    """The engine that `--engine` names over a loaded base, for a prompt of P tokens. `auto` is the packed one for BLOOM
-    on the CPU, the padded one elsewhere: no GPU has run the packed one yet.
+    """The engine that `--engine` names over a loaded base, for a prompt of P tokens.
 
     Raises:
-        ConfigError: the packed engine asked for a base that is no BLOOM, or its settings where it does not run.
+        ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
     """
-    args, kind = config.training, config.model.engine
-    device = word_embeddings(base).weight.device
-    is_bloom = base.config.model_type == "bloom" and not _is_sliced(base.config)
-    if kind == "packed" and not is_bloom:
-        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
-        raise ConfigError(
-            f"--engine packed is for BLOOM, and {config.model.model_name_or_path} is of type "
-            f"{base.config.model_type}{sliced}; leave it out"
-        )
-    if kind == "padded" or (kind == "auto" and not (is_bloom and device.type == "cpu")):
+    args, device = config.training, word_embeddings(base).weight.device
+    if not takes_packed(config.model.engine, base, str(config.model.model_name_or_path)):
         if args.tokens_per_microbatch or args.gradient_checkpointing:
             raise ConfigError(
                 "--tokens_per_microbatch and --gradient_checkpointing are settings of the packed engine, and this run "
-                "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom else "")
+                "takes the padded one; leave them out" + (", or add --engine packed" if _is_bloom(base) else "")
             )
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
     tokens = args.tokens_per_microbatch or auto_tokens(
         bloom_shape(base.config), dtype, P, device, total_memory(device), args.gradient_checkpointing
     )
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
+
+
+def engine_for_inference(
+    kind: str, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, batch_size: int = 8
+) -> Engine:
+    """The engine that `--engine` names, for scores; `generator_beside` makes the one for answers.
+
+    Raises:
+        ConfigError: as of `takes_packed`.
+    """
+    if takes_packed(kind, base, str(getattr(base, "name_or_path", "this base"))):
+        device = word_embeddings(base).weight.device
+        return PackedEngine(ResidentWeights(base, dtype), MOST_TOKENS[device.type])
+    return PaddedEngine(base, tokenizer, batch_size, dtype)
+
+
+def generator_beside(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator:
+    """The generator that goes with an engine, over the same weights."""
+    if isinstance(engine, PackedEngine):
+        return PackedGenerator(engine.weights, tokenizer)
+    return TransformersGenerator(base, tokenizer, engine.compute_dtype)
+
+
+def takes_packed(kind: str, base: PreTrainedModel, name: str) -> bool:
+    """Whether `--engine` means the packed engine for this base: `auto` does for BLOOM on the CPU, and not elsewhere, as
+    no GPU has run it yet.
+
+    Raises:
+        ConfigError: the packed engine asked for a base that is no BLOOM.
+    """
+    if kind == "packed" and not _is_bloom(base):
+        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
+        raise ConfigError(
+            f"--engine packed is for BLOOM, and {name} is of type {base.config.model_type}{sliced}; leave it out"
+        )
+    on_cpu = word_embeddings(base).weight.device.type == "cpu"
+    return kind == "packed" or (kind == "auto" and _is_bloom(base) and on_cpu)
+
+
+def _is_bloom(base: PreTrainedModel) -> bool:
+    return base.config.model_type == "bloom" and not _is_sliced(base.config)
 
 
 def _is_sliced(config: Any) -> bool:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softprompt.data import IGNORE, Example
-from softprompt.generate import GenerationSettings, generate
+from softprompt.generate import Generator, in_order
 from softprompt.model import Engine
+from softprompt.requests import GenerationSettings, Request
 
 SHORT_ANSWER = 32  # tokens, the end token among them
 
@@ -41,7 +40,7 @@ class Evaluator:
     """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together."""
 
     engine: Engine
-    base: PreTrainedModel
+    generator: Generator
     tokenizer: Any
     examples: Sequence[Example]
     batch_size: int
@@ -64,12 +63,8 @@ class Evaluator:
 
     def _answers(self, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
-        dtype: torch.dtype = self.engine.compute_dtype
-        questions = [question_ids(e) for e in self.examples]
-        return [
-            self.text(ids)
-            for ids in generate(self.base, self.tokenizer, prompt, questions, settings, dtype, self.batch_size)
-        ]
+        requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
+        return [self.text(ids) for ids in in_order(self.generator.generate(requests, self.batch_size))]
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -58,7 +58,12 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def takes_auto(hint: Any) -> bool:
     """Whether a setting may be left to the program, and so be given as `auto`."""
-    return type(None) in _members(hint) and str not in _members(hint)
+    return type(None) in _members(hint) and str not in _members(hint) and not takes_list(hint)
+
+
+def takes_list(hint: Any) -> bool:
+    """Whether a setting may have several values."""
+    return any(get_origin(member) is list for member in _members(hint))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -66,9 +71,12 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Whole numbers stand for floats, as everywhere in Python, and `auto` for None where that is no text."""
+    """Whole numbers stand for floats, as everywhere in Python, `auto` for None where that is no text, and one value for
+    a list of one."""
     if type(value) is str and value == AUTO and takes_auto(hint):
         return None
+    if takes_list(hint) and value is not None:
+        return list(value) if isinstance(value, list | tuple) else [value]
     return float(value) if float in _members(hint) and type(value) is int else value
 
 
@@ -76,6 +84,9 @@ def _fits(value: Any, hint: Any) -> bool:
     for member in _members(hint):
         if get_origin(member) is Literal:
             if type(value) is str and value in get_args(member):
+                return True
+        elif get_origin(member) is list:
+            if isinstance(value, list) and all(_fits(each, get_args(member)[0]) for each in value):
                 return True
         elif type(value) is member:
             return math.isfinite(value) if member is float else member is not str or is_text(value)
@@ -85,4 +96,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _expected(hint: Any) -> str:
     names = {str: "a text in UTF-8", int: "a whole number", float: "a finite number", bool: "true or false"}
     choices = [c for m in _members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    if takes_list(hint):
+        each = next(get_args(m)[0] for m in _members(hint) if get_origin(m) is list)
+        return f"one or several, each {names[each]}"
     return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in _members(hint) if m in names)

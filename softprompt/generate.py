@@ -1,107 +1,173 @@
-"""Answers from a frozen base with a prompt before the text: transformers' own `generate`, any causal language model."""
+"""Answers from a frozen base: what a generator is, and the one for any causal language model, transformers' own
+`generate` with the prompt before the text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from softprompt.batching import collate_padded
-from softprompt.data import Example
-from softprompt.errors import ConfigError
-from softprompt.model import autocast, prepend, word_embeddings
+from softprompt.model import autocast, word_embeddings
+from softprompt.requests import Request
+from softprompt.sampling import OnToken, Writer, Writers, choose
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """transformers' GenerationConfig words; the defaults are the article's. `max_length` counts text and new tokens but
-    not virtual ones, as in PEFT, for each row by itself; `max_new_tokens` counts new tokens alone and wins over it."""
+class Generator(Protocol):
+    """What answers requests. An answer is the one that it would be alone: its neighbours, their prompts and their
+    number change nothing but the order of sums."""
 
-    max_length: int = 256
-    max_new_tokens: int | None = None
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def new_tokens(self, text_tokens: int) -> int:
-        """How many tokens an answer to a text of this many tokens may have.
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Each request's number and its answer's token ids, without the end token, as they are finished; requests are
+        checked at once, answers made as they are asked for. `on_token` is told of every token when it is chosen.
 
         Raises:
-            ConfigError: the text fills max_length by itself.
+            ConfigError: a text that leaves no room for an answer.
         """
-        room = self.max_new_tokens or self.max_length - text_tokens
-        if room < 1:
-            raise ConfigError(
-                f"--max_length {self.max_length} leaves no room for an answer to a prompt of {text_tokens} tokens; "
-                "raise it, or give --max_new_tokens"
+        ...
+
+
+def in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
+    """The answers in the order of their requests, each as soon as those before it are finished."""
+    finished: dict[int, list[int]] = {}
+    following = 0
+    for number, answer in answers:
+        finished[number] = answer
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+class TransformersGenerator:
+    """Batches of texts, padded on the left, through the base's own forward and cache."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: Any, compute_dtype: torch.dtype):
+        self.base, self.writers, self.compute_dtype = base, Writers(tokenizer), compute_dtype
+        self.pad_token_id = tokenizer.pad_token_id
+
+    def __str__(self) -> str:
+        return "transformers"
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        writers = [self.writers(number, request) for number, request in enumerate(requests)]
+        return self._generate(writers, batch_size, on_token)
+
+    def _generate(
+        self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        for ends, alike in groupby(writers, lambda w: self.writers.ends(w.settings)):
+            rows = list(alike)
+            for start in range(0, len(rows), batch_size):
+                some = rows[start : start + batch_size]
+                self._write(some, ends, on_token)
+                yield from ((w.number, w.answer) for w in some)
+
+    @torch.no_grad()
+    def _write(self, writers: Sequence[Writer], ends: Sequence[int], on_token: OnToken | None) -> None:
+        embeddings, mask = padded([behind(self.base, w.ids, w.prompt) for w in writers])
+        pen = _Pen(writers, self.pad_token_id, on_token)
+        with autocast(embeddings.device, self.compute_dtype):
+            cast(Any, self.base).generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                max_new_tokens=max(w.most - w.text for w in writers),
+                eos_token_id=list(ends),
+                pad_token_id=self.pad_token_id,
+                logits_processor=LogitsProcessorList([pen]),
+                stopping_criteria=StoppingCriteriaList([_AllWritten(writers)]),
+                do_sample=False,  # the pen has drawn already
+                num_beams=1,
+                repetition_penalty=1.0,
             )
-        return room
 
 
-def generate(
-    base: PreTrainedModel,
-    tokenizer: Any,
-    prompt: Tensor | None,
-    token_ids: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    compute_dtype: torch.dtype,
-    batch_size: int = 8,
-) -> Iterator[list[int]]:
-    """For each text its answer's token ids, without the end token and what follows it, in the given order; texts are
-    checked at once, answers made as they are asked for.
-
-    prompt: [P, H] fp32, or None for the bare base. Seed torch before the call for repeatable samples.
+@torch.no_grad()
+def search_beams(
+    base: PreTrainedModel, tokenizer: Any, request: Request, compute_dtype: torch.dtype
+) -> list[list[int]]:
+    """transformers' beam search, with sampling where that is set: the `num_return_sequences` best answers' token ids,
+    without the end token, best first.
 
     Raises:
         ConfigError: a text that leaves no room for an answer.
     """
-    rooms = [settings.new_tokens(len(ids)) for ids in token_ids]
-
-    def answers() -> Iterator[list[int]]:
-        for start in range(0, len(token_ids), batch_size):
-            rows, room = token_ids[start : start + batch_size], rooms[start : start + batch_size]
-            made = _generate_batch(base, tokenizer, prompt, rows, max(room), settings, compute_dtype)
-            for answer, limit in zip(made, room, strict=True):
-                yield _until(answer[:limit], tokenizer.eos_token_id)
-
-    return answers()
-
-
-@torch.no_grad()
-def _generate_batch(
-    base: PreTrainedModel,
-    tokenizer: Any,
-    prompt: Tensor | None,
-    rows: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    settings: GenerationSettings,
-    compute_dtype: torch.dtype,
-) -> list[list[int]]:
-    examples = [Example(list(ids), [-100] * len(ids)) for ids in rows]
-    embed = word_embeddings(base)
-    # answers continue a row at its right end, so padding stands on the left whatever the tokenizer's habit
-    batch = collate_padded(examples, tokenizer.pad_token_id, "left").to(embed.weight.device)
-    front = embed.weight[:0] if prompt is None else prompt.to(embed.weight.device)  # [P, H]
-    embeddings, mask, _ = prepend(front, embed(batch.input_ids), batch.attention_mask, batch.labels)
-    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    with autocast(embed.weight.device, compute_dtype):
-        out = cast(Any, base).generate(  # returns [B, T + new]: the ids given, then the answer's
-            input_ids=batch.input_ids,
+    settings, device, writers = request.settings, word_embeddings(base).weight.device, Writers(tokenizer)
+    writer, text = writers(0, request), torch.tensor([list(request.ids)], device=device)
+    embeddings, mask = padded([behind(base, request.ids, request.prompt)])
+    shape = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    with torch.random.fork_rng(), autocast(device, compute_dtype):
+        torch.manual_seed(request.seed)
+        found = cast(Any, base).generate(
+            input_ids=text,
             inputs_embeds=embeddings,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            tokenizer=tokenizer,
+            max_new_tokens=writer.most - writer.text,
+            eos_token_id=list(writers.ends(settings)),
+            pad_token_id=tokenizer.pad_token_id,
+            num_beams=settings.num_beams,
+            num_return_sequences=settings.num_return_sequences,
             do_sample=settings.do_sample,
             repetition_penalty=settings.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **(sampling if settings.do_sample else {}),
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
+            suppress_tokens=list(settings.suppress_tokens) or None,
+            stop_strings=list(settings.stop_strings) or None,
+            **({**shape, "min_p": settings.min_p} if settings.do_sample else {}),
         )
-    return out[:, batch.input_ids.shape[1] :].tolist()
+    answers = []
+    for ids in found[:, text.shape[1] :].tolist():
+        again = writers(0, request)
+        for token in ids:  # what stands behind an answer's end is padding
+            if not again.done:
+                again.take(token)
+        answers.append(again.answer)
+    return answers
 
 
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def behind(base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None) -> Tensor:
+    """The embeddings [P + T, H] of a text behind its prompt [P, H], in the dtype of the base's words."""
+    embed = word_embeddings(base)
+    words = embed(torch.tensor(list(ids), device=embed.weight.device))  # [T, H]
+    return words if prompt is None else torch.cat([prompt.to(words), words])
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows [t, H] of any lengths → [B, W, H] and a mask [B, W] int64. Answers continue a row at its right end, so
+    padding stands on the left whatever the tokenizer's habit."""
+    width = max(map(len, rows))
+    embeddings = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
+    mask = torch.zeros(len(rows), width, dtype=torch.int64, device=embeddings.device)
+    for b, row in enumerate(rows):
+        embeddings[b, width - len(row) :], mask[b, width - len(row) :] = row, 1
+    return embeddings, mask
+
+
+class _Pen(LogitsProcessor):
+    """Chooses each row's next token as every generator does, and leaves transformers no other."""
+
+    def __init__(self, writers: Sequence[Writer], pad_token_id: int, on_token: OnToken | None):
+        self.writers, self.pad_token_id, self.on_token = writers, pad_token_id, on_token
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        tokens = [self.pad_token_id] * len(self.writers)
+        writing = [b for b, writer in enumerate(self.writers) if not writer.done]
+        chosen = choose(scores[torch.tensor(writing, device=scores.device)], [self.writers[b] for b in writing])
+        for b, token in zip(writing, chosen, strict=True):
+            tokens[b] = token
+            if self.writers[b].take(token) and self.on_token:
+                self.on_token(self.writers[b].number, token)
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
+
+
+class _AllWritten(StoppingCriteria):
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = writers
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.tensor([writer.done for writer in self.writers], device=input_ids.device)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from softprompt.config import precision_faults, seed_faults
 from softprompt.errors import ConfigError
@@ -17,21 +17,40 @@ class QuestionArguments:
     input: str | None = option(None, "The text that the instruction is about: the article's second field.")
     prompts_file: str | None = option(
         None,
-        "Answer many: a .txt with one prompt a line, or a .jsonl with `prompt`, or with `instruction` and `input`.",
+        "Answer many: a .txt with one prompt a line, or a .jsonl with `prompt` (or the template's columns) and, for "
+        "a line with an adapter of its own, `adapter`: a folder, a name given with --adapter, or `none`.",
     )
+    output_file: str | None = option(
+        None,
+        "Where the answers to --prompts_file go: a .jsonl with prompt, adapter and text; the same command goes on "
+        "where it stopped. (default: stdout)",
+    )
+    overwrite_output_file: bool = option(False, "Begin the output file anew.")
+    choices: str | None = option(
+        None, "Answers joined by commas, such as 正面,负面: give the likeliest and its probability."
+    )
+    eval_dataset: str | None = option(
+        None, "Evaluate every --adapter on a file of rows with answers, side by side (a dataset as train.py takes it)."
+    )
+    stream: bool | None = option(None, "Show the answer as it is written. (default: on a terminal)")
 
 
 @dataclass(frozen=True)
 class AdapterArguments:
     _argument_group_name: ClassVar[str] = "model"
 
-    adapter: str | None = option(
-        None, "Adapter folder, ours or PEFT's; `none` is the bare base. (default: the newest under runs/)"
+    adapter: list[str] | None = option(
+        None,
+        "Adapter folder, ours or PEFT's, or name=FOLDER; `none` is the bare base. May be given several times; the "
+        "first answers where none is named. (default: the newest under runs/)",
     )
     model_name_or_path: str | None = option(None, "Base model, over the one that the adapter names.")
     device: str = option("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.")
     bf16: bool | None = option(None, "bf16 autocast. (default: on CUDA where the card has it)")
     fp16: bool | None = option(None, "fp16 autocast. (default: on CUDA where the card has no bf16)")
+    engine: Literal["auto", "packed", "padded"] = option(
+        "auto", "packed is the fast one for BLOOM, padded is transformers' generate; auto: packed on the CPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -48,9 +67,16 @@ class GenerationArguments:
     temperature: float | None = option(None, "Divides the logits before sampling. (default: 1.0)")
     top_k: int | None = option(None, "Sample from the k likeliest words, 0 from all. (default: 50)")
     top_p: float | None = option(None, "Sample from the likeliest words that make up this share. (default: 1.0)")
+    min_p: float | None = option(None, "Leave out words less likely than this share of the likeliest. (default: none)")
     repetition_penalty: float | None = option(None, "Above 1: words that occurred become less likely. (default: 1.0)")
+    no_repeat_ngram_size: int | None = option(None, "No run of so many tokens twice. (default: 0, not minded)")
+    suppress_tokens: list[int] | None = option(None, "Token ids that are never written.")
+    stop_strings: list[str] | None = option(None, "Texts that end an answer, which keeps them.")
+    eos_token_id: list[int] | None = option(None, "Token ids that end an answer. (default: the tokenizer's)")
+    num_return_sequences: int | None = option(None, "Answers to each prompt. (default: 1)")
+    num_beams: int | None = option(None, "Beams of transformers' beam search. (default: 1, none)")
     seed: int | None = option(None, "Repeatable samples. (default: new ones each time)")
-    batch_size: int = option(8, "Prompts of --prompts_file that are answered together.")
+    batch_size: int = option(8, "Answers that are written together.")
 
 
 INFER_GROUPS = (QuestionArguments, AdapterArguments, GenerationArguments)
@@ -74,12 +100,17 @@ def infer_config(**given: Any) -> InferConfig:
     config = InferConfig(*build(INFER_GROUPS, given))
     question, model, generation = config.question, config.model, config.generation
     faults = precision_faults(model.bf16, model.fp16, model.device) + generation_faults(dataclasses.asdict(generation))
-    if (question.prompt is None) == (question.prompts_file is None):
-        faults.append('give either --prompt "…" or --prompts_file FILE')
+    asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
+    if len(asked) > 1:
+        faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE')
     if question.prompt is not None and not question.prompt.strip():
         faults.append("--prompt is empty; write a question")
-    if question.input is not None and question.prompts_file is not None:
+    if question.input is not None and asked != ["prompt"]:
         faults.append("--input goes with --prompt; in a --prompts_file it is a column")
+    if question.output_file is not None and question.prompts_file is None:
+        faults.append("--output_file goes with --prompts_file")
+    if question.choices is not None and not asked:
+        faults.append("--choices goes with --prompt, --prompts_file or --eval_dataset")
     if faults:
         raise ConfigError("; ".join(faults))
     return config
@@ -87,7 +118,8 @@ def infer_config(**given: Any) -> InferConfig:
 
 def generation_faults(values: dict[str, Any]) -> list[str]:
     """What is of a wrong type or out of range among generation settings; None is never."""
-    limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "batch_size": 1}
+    limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "batch_size": 1, "no_repeat_ngram_size": 0}
+    limits |= {"num_return_sequences": 1, "num_beams": 1}
     given = {name: value for name, value in values.items() if value is not None}
     if faults := type_faults(given, hints([GenerationArguments])):
         return faults
@@ -102,4 +134,20 @@ def generation_faults(values: dict[str, Any]) -> list[str]:
             faults.append(f"--{name} {given[name]} is below 0.001; `--do_sample false` takes the likeliest word")
     if not 0 < given.get("top_p", 1) <= 1:
         faults.append(f"--top_p {given['top_p']} must lie above 0 and not above 1")
+    if not 0 <= given.get("min_p", 0) <= 1:
+        faults.append(f"--min_p {given['min_p']} must lie between 0 and 1")
+    for name in ("suppress_tokens", "eos_token_id"):
+        if any(token < 0 for token in _listed(given.get(name, []))):
+            faults.append(f"--{name} {given[name]} must be token ids, which are 0 or more")
+    if any(not text for text in _listed(given.get("stop_strings", []))):
+        faults.append("--stop_strings holds an empty text, which would end every answer at once")
+    samples, beams = given.get("num_return_sequences", 1), given.get("num_beams", 1)
+    if 1 < beams < samples:
+        faults.append(f"--num_return_sequences {samples} is above --num_beams {beams}; each beam finds one answer")
+    if samples > 1 and beams == 1 and given.get("do_sample") is False:
+        faults.append(f"--num_return_sequences {samples} needs --do_sample or --num_beams; greedy answers are alike")
     return faults
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

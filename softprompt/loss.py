@@ -33,6 +33,14 @@ def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Te
     return _ProjectedCrossEntropy.apply(hidden, head, targets)
 
 
+@torch.no_grad()
+def projected_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The same without the sum and without a gradient: [n] in the wide dtype (fp32, or fp64 under fp64)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    others, _ = _attend_to_others(hidden, head, targets, False, wide)
+    return F.softplus(others - (hidden.to(wide) * head[targets].to(wide)).sum(1))
+
+
 class _ProjectedCrossEntropy(torch.autograd.Function):
     """The gradient is taken in the forward pass, with the blocks of logits at hand.
 

@@ -38,6 +38,10 @@ class Engine(Protocol):
         """The same sums without a gradient over any number of rows, for a prompt [P, H] or for the bare base (None)."""
         ...
 
+    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        """The summed loss of each row by itself: less the log-likelihood of its targets."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to add up a window in the same order, JSON-able."""
         ...
@@ -248,11 +252,23 @@ class PaddedEngine:
 
     @torch.no_grad()
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt  # [P, H]
+        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for some in chunks(rows, self.rows_per_eval_batch):
             total += self._loss(front, some)
         return total, sum(map(count_targets, rows))
+
+    @torch.no_grad()
+    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
+        sums: list[float] = []
+        for some in chunks(rows, self.rows_per_eval_batch):
+            batch = collate_padded(some, self.pad_token_id, self.padding_side).to(self.device)
+            with autocast(self.device, self.compute_dtype):
+                logits, labels = padded_forward(self.base, front, batch)
+            each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
+            sums += [cross_entropy_sum(*row).item() for row in each]
+        return sums
 
     def state(self) -> dict[str, Any]:
         return {}

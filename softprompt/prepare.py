@@ -11,7 +11,7 @@ from softprompt.build import base_path, choose_output_dir, initial_prompt, read_
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
-from softprompt.engines import make_engine
+from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
@@ -98,7 +98,8 @@ def prepare(config: TrainConfig) -> Prepared:
     evaluator = None
     if held_out_data:
         batch_size = config.training.per_device_eval_batch_size
-        evaluator = Evaluator(engine, base, tokenizer, held_out_data.examples, batch_size)
+        generator = generator_beside(engine, base, tokenizer)
+        evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
         _check_metric(config, evaluator)
     made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
     return Prepared(*made, checkpoint, start, totals, saved["history"] if saved else [], best)

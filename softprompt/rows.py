@@ -41,22 +41,26 @@ def load_rows(
     return rows
 
 
-def load_prompts(source: str, template: Template) -> list[Row]:
-    """Questions of a --prompts_file: a .txt with one a line, or a .jsonl with `prompt` or the template's columns.
+def load_prompts(source: str) -> list[tuple[str, Row]]:
+    """Questions of a --prompts_file, each with the line it stands in: a .txt with one a line, or a .jsonl of objects,
+    which are not looked into here.
 
     Raises:
-        DataError: not there, not readable, no question in it, a line without its columns.
+        DataError: not there, not readable, no question in it, a line that is no object.
     """
     path = Path(source)
     if not path.is_file():
         raise DataError(f"--prompts_file {source}: no such file")
     if path.suffix.lower() == ".txt":
         lines = io.StringIO(_text(path), newline=None)  # \r\n is read as \n; U+2028 and its kin end no line
-        rows = [template.row(line.rstrip("\n")) for line in lines if line.strip()]
-    elif path.suffix.lower() == ".jsonl":
-        rows = [question(f"{source}, {where}", row, template) for where, row in _read_jsonl(path)]
-    else:
+        texts = ((f"line {number}", line.rstrip("\n")) for number, line in enumerate(lines, start=1))
+        return [(f"{source}, {where}", {"prompt": text}) for where, text in texts if text.strip()]
+    if path.suffix.lower() != ".jsonl":
         raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
+    rows = [(f"{source}, {where}", row) for where, row in _read_jsonl(path)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
     return rows
 
 

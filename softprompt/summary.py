@@ -1,13 +1,12 @@
 """The last thing a run prints: what it changed, what it cost, and what to try next."""
 
 import shlex
-import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 from softprompt.build import RUNS
 from softprompt.evaluate import question_ids
 from softprompt.recorder import Run
+from softprompt.tables import columns, table
 
 EXAMPLES = 3
 WIDTH = 44
@@ -39,7 +38,7 @@ def _figures(run: Run) -> str:
     rows.append(("seconds of training", "", f"{metrics['train_runtime']:.1f}"))
     rows.append(("tokens per second", "", f"{metrics['train_tokens_per_second']:,.0f}"))
     rows.append(("adapter, bytes", "", f"{run.adapter_bytes:,}"))
-    return _table(rows)
+    return table(rows)
 
 
 def _examples(run: Run) -> str:
@@ -50,7 +49,7 @@ def _examples(run: Run) -> str:
     for example, before, after in shown:
         question = run.evaluator.text(question_ids(example))
         rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
-    return _table(rows)
+    return table(rows)
 
 
 def _question(run: Run) -> str:
@@ -71,24 +70,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(_columns(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell + " " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
-
-
-def _columns(text: str) -> int:
-    """Columns of a terminal that a text takes: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def _cut(text: str) -> str:
-    if _columns(text) <= WIDTH:
+    if columns(text) <= WIDTH:
         return text
-    while _columns(text) > WIDTH - 1:
+    while columns(text) > WIDTH - 1:
         text = text[:-1]
     return text + "…"

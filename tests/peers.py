@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import peft
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data import Example
+from softprompt.engines import engine_for_inference, generator_beside
+from softprompt.generate import Generator, in_order
+from softprompt.requests import GenerationSettings, Request
 
 
 def peft_model(base: PreTrainedModel, prompt: Tensor) -> peft.PeftModel:
@@ -52,3 +56,38 @@ def naive_loss(base: PreTrainedModel, prompt: Tensor, rows: Sequence[Example]) -
             if label != -100:
                 losses.append(-log_probabilities[len(prompt) + at - 1, label])
     return torch.stack(losses).mean()
+
+
+def generator_of(kind: str, base: PreTrainedModel, tokenizer: Any) -> Generator:
+    return generator_beside(engine_for_inference(kind, base, tokenizer, torch.float32), base, tokenizer)
+
+
+def answers_of(
+    kind: str,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    asked: Sequence[tuple[Sequence[int], Tensor | None]],
+    settings: GenerationSettings,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """Answers of the packed or the padded engine to texts behind their prompts [P, H], in order."""
+    requests = [Request(ids, settings, prompt) for ids, prompt in asked]
+    return list(in_order(generator_of(kind, base, tokenizer).generate(requests, batch_size)))
+
+
+@torch.no_grad()
+def greedy_alone(
+    base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None, new_tokens: int, ends: Sequence[int] = (2,)
+) -> list[int]:
+    """A greedy answer by the definition: the whole row once more for every token. A token whose logit leads by less
+    than 1e-4 is refused: there rounding may choose another."""
+    row = list(ids)
+    for _ in range(new_tokens):
+        words = base.get_input_embeddings()(torch.tensor(row))  # [T, H]
+        words = words if prompt is None else torch.cat([prompt, words])
+        two = base(inputs_embeds=words[None]).logits[0, -1].topk(2)
+        assert two.values[0] - two.values[1] > 1e-4, "choose another seed"
+        if two.indices[0] in ends:
+            break
+        row.append(int(two.indices[0]))
+    return row[len(ids) :]

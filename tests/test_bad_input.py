@@ -340,9 +340,9 @@ def test_auto_is_as_good_as_not_given(bare):
 
 
 def test_a_question_without_a_token(bare):
-    bare.template = Template("{q}")
+    asked = softprompt.SoftPromptModel(bare.base, bare.tokenizer, None, Template("{q}"))
     with pytest.raises(ConfigError, match="question 1 is empty"):
-        bare.generate("")
+        asked.generate("")
 
 
 def test_a_dry_run_from_python_does_not_train(tmp_path, monkeypatch):

@@ -238,7 +238,6 @@ def test_faults_of_flags(argv, message):
 
 
 INFER_FAULTS = [
-    ({}, 'give either --prompt "…" or --prompts_file FILE'),
     ({"prompt": "a", "prompts_file": "b"}, "give either --prompt"),
     ({"prompts_file": "b", "input": "c"}, "--input goes with --prompt; in a --prompts_file it is a column"),
     ({"prompt": "a", "bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),

@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq
 from softprompt.batching import collate_padded, steps_per_epoch, windows
 from softprompt.data import count_targets, tokenize
 from softprompt.errors import ConfigError, DataError
-from softprompt.rows import load_prompts, load_rows
+from softprompt.rows import load_prompts, load_rows, question
 from softprompt.template import Template, answer_message, prompt_messages
 
 ROWS = [
@@ -292,13 +292,17 @@ def test_a_new_question_fills_the_templates_columns(tokenizer):
         Template("{a}{input}{b}").row("a", "b")
 
 
+def questions_of(file):
+    return [question(where, row, Template()) for where, row in load_prompts(str(file))]
+
+
 def test_files_of_questions(tmp_path):
     (tmp_path / "q.txt").write_text("你好\n\n再见\n", encoding="utf-8")
-    assert load_prompts(str(tmp_path / "q.txt"), Template()) == [Template().row("你好"), Template().row("再见")]
+    assert questions_of(tmp_path / "q.txt") == [Template().row("你好"), Template().row("再见")]
     lines = [{"prompt": "a"}, {"prompt": "a", "input": "b"}, {"instruction": "a", "input": "b"}, {"instruction": "a"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     expected = [("a", ""), ("a", "b"), ("a", "b"), ("a", "")]
-    assert load_prompts(str(tmp_path / "q.jsonl"), Template()) == [Template().row(*pair) for pair in expected]
+    assert questions_of(tmp_path / "q.jsonl") == [Template().row(*pair) for pair in expected]
 
 
 @pytest.mark.parametrize("n, rows_per_step", [(1, 4), (8, 4), (70, 32), (5, 1)])

@@ -33,12 +33,25 @@ MAY_IMPORT = {
     "weights": set(),
     "memory": {"weights"},
     "attention": set(),
-    "bloom": {"attention", "batching", "data", "errors", "loss", "memory", "prompt", "weights"},
-    "engines": {"bloom", "config", "errors", "memory", "model", "weights"},
+    "products": set(),
+    "bloom": {"attention", "batching", "data", "errors", "loss", "memory", "products", "prompt", "weights"},
+    "requests": {"errors"},
+    "sampling": {"requests"},
+    "places": {"attention", "bloom", "sampling", "weights"},
+    "decode": {"bloom", "memory", "places", "products", "requests", "sampling", "weights"},
+    "engines": {"bloom", "config", "decode", "errors", "generate", "memory", "model", "weights"},
     "model": {"batching", "data", "errors", "hub", "loss", "prompt"},
     "checkpoint": {"errors", "fields", "files"},
-    "generate": {"batching", "data", "errors", "model"},
-    "evaluate": {"batching", "data", "generate", "model"},
+    "generate": {"model", "requests", "sampling"},
+    "evaluate": {"data", "generate", "model", "requests"},
+    "scores": {"data", "errors", "model", "template"},
+    "questions": {"errors", "fields", "infer_config", "requests", "rows", "template"},
+    "streaming": set(),
+    "answers_file": {"errors", "files"},
+    "adapters": {"build", "checkpoint", "errors", "fields", "template"},
+    "chat": {"adapters", "errors"},
+    "compare": {"adapters", "data", "evaluate", "generate", "mini", "model", "rows", "scores", "tables", "template"},
+    "tables": set(),
     "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
     "announce": {"config", "data", "model", "rows", "trainer"},
     "resume": {"checkpoint", "config", "errors", "files", "trainer"},
@@ -60,7 +73,7 @@ MAY_IMPORT = {
         "token_cache",
     },
 }
-ENTRANCES = {"cli", "api", "run", "summary"}
+ENTRANCES = {"cli", "api", "inference", "run", "summary"}
 NO_TORCH = {"token_cache", "errors", "fields", "config", "infer_config", "template", "rows", "data", "cli", "mini"}
 
 

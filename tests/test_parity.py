@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import make_bloom
-from peers import naive_loss, peft_model, peft_prompt, random_examples
+from peers import answers_of, naive_loss, peft_model, peft_prompt, random_examples
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from softprompt.batching import collate_padded
@@ -16,13 +16,14 @@ from softprompt.checkpoint import Adapter, adapter_files, load_adapter, peft_con
 from softprompt.config import train_config
 from softprompt.data import Example, count_targets, tokenize
 from softprompt.files import write_folder
-from softprompt.generate import GenerationSettings, generate
 from softprompt.model import PaddedEngine, SoftPromptedModel, freeze, padded_forward
 from softprompt.prompt import PromptEmbedding, random_init
+from softprompt.requests import GenerationSettings
 from softprompt.template import Template
 
 SHAPES = [(1, 1), (3, 7), (5, 13), (9, 2)]  # rows, longest row
 FP32 = torch.float32
+KINDS = pytest.mark.parametrize("kind", ["packed", "padded"])
 
 
 def engine_of(base, tokenizer, rows_per_microbatch=4, padding_side="left", dtype=FP32):
@@ -159,14 +160,15 @@ def test_bare_base_is_evaluated_without_a_prompt(tokenizer):
     assert total.item() / count == pytest.approx(out.loss.item(), rel=1e-5)
 
 
+@KINDS
 @pytest.mark.parametrize("virtual", [1, 10])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_answers_are_pefts(virtual, penalty, tokenizer):
+def test_greedy_answers_are_pefts(virtual, penalty, kind, tokenizer):
     base, values = make_bloom(seed=2).requires_grad_(False), random_init(virtual)(torch.empty(1, 32))
     peer = peft_model(base, values)
     texts = [[9, 8, 7, 30, 31], [12], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
     settings = GenerationSettings(max_length=24, do_sample=False, repetition_penalty=penalty)
-    together = list(generate(base, tokenizer, values, texts, settings, FP32))
+    together = answers_of(kind, base, tokenizer, [(text, values) for text in texts], settings)
     for text, answer in zip(texts, together, strict=True):
         # use_cache=False: peft 0.21.2's cached generation does not run on transformers 5.24
         out = peer.generate(
@@ -181,10 +183,11 @@ def test_greedy_answers_are_pefts(virtual, penalty, tokenizer):
         )[0, len(text) :].tolist()
         expected = out[: out.index(2)] if 2 in out else out
         assert answer == expected
-        assert list(generate(base, tokenizer, values, [text], settings, FP32)) == [expected]
+        assert answers_of(kind, base, tokenizer, [(text, values)], settings) == [expected]
 
 
-def test_batched_greedy_answers_are_pefts(tokenizer):
+@KINDS
+def test_batched_greedy_answers_are_pefts(kind, tokenizer):
     base, values = make_bloom(seed=3).requires_grad_(False), random_init(4)(torch.empty(1, 32))
     examples = [Example(row.input_ids, row.input_ids) for row in random_examples(5, 9)]
     batch = collate_padded(examples, 3, "left")
@@ -198,7 +201,7 @@ def test_batched_greedy_answers_are_pefts(tokenizer):
         eos_token_id=2,
     )
     settings = GenerationSettings(max_new_tokens=12, do_sample=False)
-    answers = generate(base, tokenizer, values, [e.input_ids for e in examples], settings, FP32)
+    answers = answers_of(kind, base, tokenizer, [(e.input_ids, values) for e in examples], settings)
     for answer, theirs_ in zip(answers, peer[:, batch.input_ids.shape[1] :].tolist(), strict=True):
         assert answer == (theirs_[: theirs_.index(2)] if 2 in theirs_ else theirs_)
 
@@ -263,16 +266,21 @@ def test_the_mini_base_is_pefts_too(mini_base, padding_side):
     assert relative(gradient, truth) < max(1.5 * relative(peer, truth), 2**-8)
 
 
-def test_answers_of_the_mini_base_are_pefts(mini_base):
+@KINDS
+def test_answers_of_the_mini_base_are_pefts(kind, mini_base):
+    """In one mixed batch of two prompts, each question beside PEFT with that prompt alone."""
     base, tokenizer, rows = mini_base
     texts = [Template().render(row, tokenizer) for row in rows]
-    torch.manual_seed(0)
-    values = base.get_input_embeddings().weight[tokenizer("情感？情感？情感？")["input_ids"]]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    peer = peft_model(base, values).generate(**batch, max_new_tokens=16, do_sample=False, use_cache=False)
+    words = base.get_input_embeddings().weight
+    prompts = [words[tokenizer(start)["input_ids"]] for start in ("情感？情感？情感？", "今天这家酒店")]
+    batch, ids = tokenizer(texts, return_tensors="pt", padding=True), tokenizer(texts)["input_ids"]
+    asked, expected = [], []
+    for values in prompts:
+        peer = peft_model(base, values).generate(**batch, max_new_tokens=16, do_sample=False, use_cache=False)
+        expected += tokenizer.batch_decode(peer[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        asked += [(text, values) for text in ids]
     settings = GenerationSettings(max_new_tokens=16, do_sample=False)
-    ids = tokenizer(texts)["input_ids"]
-    answers = list(generate(base, tokenizer, values, ids, settings, FP32, batch_size=4))
-    expected = tokenizer.batch_decode(peer[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [tokenizer.decode(answer) for answer in answers] == expected
-    assert any(expected)
+    mixed = [*range(0, len(asked), 2), *range(1, len(asked), 2)]
+    answers = answers_of(kind, base, tokenizer, [asked[i] for i in mixed], settings, batch_size=4)
+    assert [tokenizer.decode(answer) for answer in answers] == [expected[i] for i in mixed]
+    assert len(set(expected)) > 2

@@ -221,10 +221,15 @@ def test_faulty_chat_rows(row, tmp_path):
     assert any(f"'{name}' must be" in found for name in ("messages", "prompt", "completion", "instruction"))
 
 
+def questions_of(file, spec):
+    """As infer.py reads them: each line by itself, then in the template of its adapter."""
+    return [question(where, row, Template(spec)) for where, row in load_prompts(str(file))]
+
+
 def test_a_text_file_has_a_question_a_line(tmp_path):
     (tmp_path / "q.TXT").write_bytes("\ufeff你好\u2028吗\r\n\r\n  a b\n".encode())
-    found = load_prompts(str(tmp_path / "q.TXT"), Template("Q: {text}"))
-    assert found == [{"text": "你好\u2028吗"}, {"text": "  a b"}]
+    assert [where[-6:] for where, _ in load_prompts(str(tmp_path / "q.TXT"))] == ["line 1", "line 3"]
+    assert questions_of(tmp_path / "q.TXT", "Q: {text}") == [{"text": "你好\u2028吗"}, {"text": "  a b"}]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_text_file_has_a_question_a_line(tmp_path):
 )
 def test_a_question_as_a_row(spec, row, expected, tmp_path):
     (tmp_path / "q.jsonl").write_bytes(lines(row))
-    assert load_prompts(str(tmp_path / "q.jsonl"), Template(spec)) == [expected]
+    assert questions_of(tmp_path / "q.jsonl", spec) == [expected]
 
 
 QUESTIONS = {
@@ -267,7 +272,7 @@ def test_faulty_questions(case, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises((DataError, ConfigError), match=message):
-        load_prompts(str(tmp_path / name), Template(spec))
+        questions_of(tmp_path / name, spec)
 
 
 def test_a_question_from_python_is_checked_too():

@@ -93,7 +93,7 @@ def test_the_question_asked_of_the_newest_run(flags, tiny_base, tmp_path, capsys
     (tmp_path / "q.txt").write_text("第3题\n第4题\n", encoding="utf-8")
     out, _ = called(infer, ["--prompts_file", "q.txt", *greedy], capsys, monkeypatch)
     lines = [json.loads(line) for line in out.splitlines()]
-    assert lines[0] == {"instruction": "第3题", "text": answer} and len(lines) == 2
+    assert lines[0] == {"prompt": "第3题", "adapter": model.active_adapter, "text": answer} and len(lines) == 2
     out, err = called(infer, ["--adapter", "none", "--prompt", "第3题", *greedy], capsys, monkeypatch)
     assert "no prompt" in err
     bare = softprompt.SoftPromptModel(model.base, model.tokenizer, None, model.template)

@@ -15,6 +15,7 @@ from transformers import TrainingArguments as TheirArguments
 from softprompt.bloom import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
+from softprompt.engines import generator_beside
 from softprompt.errors import TrainingError
 from softprompt.evaluate import Evaluator
 from softprompt.model import PaddedEngine, freeze
@@ -151,7 +152,7 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     before = copy.deepcopy(base.state_dict())
     engine = engine_of(kind, base, tokenizer, 4, dtype)
     prompt = PromptEmbedding(values)
-    Evaluator(engine, base, tokenizer, rows[:5], 2)(prompt.weight.detach())
+    Evaluator(engine, generator_beside(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
     train(engine, prompt, rows, TrainingArguments(max_steps=6), 1e-2, Kept())
     assert not torch.equal(prompt.weight, values)
@@ -240,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(kind, tokenizer):
         run(base, tokenizer, torch.ones(2, 32), random_examples(4, 5), kind=kind)
 
 
-def test_exact_match_counts_answers(tokenizer, monkeypatch):
+def test_exact_match_counts_answers(tokenizer):
     engine = PaddedEngine(freeze(make_bloom(), torch.float32), tokenizer, 4, torch.float32)
     expected = [tokenizer(text)["input_ids"] for text in ("正面", "负面", "ok")]
     rows = [Example([70, *ids, 2], [-100, *ids, 2]) for ids in expected]
@@ -249,12 +250,16 @@ def test_exact_match_counts_answers(tokenizer, monkeypatch):
         expected[0],
         [*tokenizer(" ")["input_ids"], *expected[2]],
     ]  # right, wrong, a space too many
-    monkeypatch.setattr("softprompt.evaluate.generate", lambda *_: iter(given))
-    evaluation = Evaluator(engine, engine.base, tokenizer, rows, 2)(None)
+
+    class Given:
+        def generate(self, requests, batch_size):
+            return iter(enumerate(given))
+
+    evaluation = Evaluator(engine, Given(), tokenizer, rows, 2)(None)
     assert evaluation.answers == ["正面", "正面", "ok"] and evaluation.exact_match == pytest.approx(2 / 3)
     assert evaluation.metrics("_base").keys() == {"eval_loss_base", "eval_perplexity_base", "eval_exact_match_base"}
     long = Example([70] + [99] * 40, [-100] + [99] * 40)
-    evaluation = Evaluator(engine, engine.base, tokenizer, [*rows, long], 2)(None)
+    evaluation = Evaluator(engine, Given(), tokenizer, [*rows, long], 2)(None)
     assert evaluation.answers is None and evaluation.metrics().keys() == {"eval_loss", "eval_perplexity"}
 
 

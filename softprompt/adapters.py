@@ -1,0 +1,102 @@
+"""Adapters by name: what a question may be put behind."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.build import RUNS, check_fits
+from softprompt.checkpoint import load_adapter, newest_adapter
+from softprompt.errors import AdapterError
+from softprompt.fields import AUTO
+from softprompt.template import Template
+
+NONE = "none"  # the bare base
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A learned prompt [P, H] fp32 (None: the bare base), the template that it was learned with, its settings for
+    answers, and the name of the base that it was learned for."""
+
+    prompt: Tensor | None = None
+    template: Template = field(default_factory=Template)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+
+
+def load(folder: str | Path) -> Tuned:
+    """Read an adapter folder, ours or PEFT's.
+
+    Raises:
+        AdapterError: as of `checkpoint.load_adapter`, or settings beside it that are none.
+    """
+    adapter = load_adapter(folder)
+    generation = adapter.settings.get("generation", {})
+    if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
+        raise AdapterError(f"softprompt.json: generation must be an object of settings with values, not {generation!r}")
+    template = Template(adapter.settings.get("template", "default"))
+    return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
+
+
+def named(specs: Iterable[str | Path]) -> dict[str, str]:
+    """`FOLDER`, `name=FOLDER` or `none`, as --adapter takes them → folders by name; a folder's own name is its path.
+
+    Raises:
+        AdapterError: a name without a folder, or one that is given twice.
+    """
+    folders: dict[str, str] = {}
+    for spec in map(str, specs):
+        name, equals, folder = spec.partition("=")
+        if not equals or Path(spec).exists():  # a folder's path may hold a =
+            name = folder = spec
+        if not name or not folder or (name == NONE and folder != NONE):
+            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none")
+        if name in folders:
+            raise AdapterError(f"--adapter {name} is there twice; give each a name of its own, name=FOLDER")
+        folders[name] = folder
+    return folders
+
+
+def shelf(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, Tuned], str, str]:
+    """Load adapters: those by name, the first name, and the base's name: the one given, else the one that they name.
+    Without folders the newest adapter under runs/ is taken; for the bare base alone, its base and its template.
+
+    Raises:
+        AdapterError: no such adapter, a broken one, none that names a base, or several for several bases.
+    """
+    folders = folders or {str(newest := newest_adapter(RUNS)): str(newest)}
+    loaded = {name: Tuned() if folder == NONE else load(folder) for name, folder in folders.items()}
+    named_bases: dict[str, str] = {}
+    for name, tuned in loaded.items():
+        if tuned.base:
+            named_bases.setdefault(tuned.base, name)
+    if base is None and len(named_bases) > 1:
+        told = ", ".join(f"{name} for {other}" for other, name in named_bases.items())
+        raise AdapterError(f"the adapters are for several bases: {told}; one batch has one base")
+    if base is None and set(folders.values()) == {NONE}:
+        newest_one = load(newest_adapter(RUNS))
+        base, loaded = newest_one.base, dict.fromkeys(loaded, replace(newest_one, prompt=None))
+    found = base or next(iter(named_bases), None)
+    if found is None:
+        raise AdapterError(f"adapter {next(iter(folders.values()))}: names no base; give --model_name_or_path")
+    return loaded, next(iter(folders)), found
+
+
+def check(name: str, tuned: Tuned, hidden_size: int, base: str) -> None:
+    """Raises AdapterError where a prompt is of another hidden size than the base; another base only warns."""
+    if tuned.prompt is not None:
+        check_fits(name, tuned.prompt, hidden_size, base)
+        if tuned.base not in (None, base):
+            print(f"warning: the adapter was trained on {tuned.base}, not on {base}", file=sys.stderr)
+
+
+def find(adapters: Mapping[str, Tuned], name: str, where: str) -> Tuned:
+    """Raises AdapterError, naming the question and the adapters there are, where `name` is none of them."""
+    if name not in adapters:
+        known = ", ".join(dict.fromkeys([*adapters, NONE]))
+        raise AdapterError(f"{where}: unknown adapter {name!r}; known are {known}, and folders")
+    return adapters[name]

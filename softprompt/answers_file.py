@@ -1,0 +1,96 @@
+"""A .jsonl of answers that grows line by line: whole lines are kept whatever happens, and the same command goes on.
+
+Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, base and adapters by content.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from softprompt.errors import DataError, OutputError
+from softprompt.files import check_writable, write_files
+
+Line = Mapping[str, Any]
+
+
+class AnswersFile:
+    """Answers to `asked`, lines without their answers, in their order. `done` of them are there already; a last line
+    that was torn off is taken away.
+
+    Raises:
+        OutputError: the file holds answers to other questions, with other settings, or is not one of ours.
+    """
+
+    def __init__(self, path: str, asked: Sequence[Line], depends_on: Line, overwrite: bool = False):
+        self.path, self.note = Path(path), Path(path).parent / f".{Path(path).name}.run.json"
+        check_writable(self.path.parent, "--output_file")
+        if self.path.is_dir():
+            raise OutputError(f"--output_file {path} is a folder; name a file")
+        self.depends_on, self.done, self._whole = depends_on, 0, 0
+        if not overwrite and self.path.exists() and self.path.stat().st_size:
+            self._check_note()
+            self._read(asked)
+
+    def __enter__(self) -> "AnswersFile":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.done:
+            write_files(self.note.parent, {self.note.name: json.dumps(self.depends_on, ensure_ascii=False).encode()})
+        self._file = open(self.path, "ab")
+        self._file.truncate(self._whole)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, line: Line) -> None:
+        self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+
+    def _check_note(self) -> None:
+        found = noted(self.note)
+        if found is None:
+            raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
+        expected = json.loads(json.dumps(self.depends_on))
+        if other := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+            told = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
+            raise OutputError(f"--output_file {self.path} is from another run, with {told:.300}; {_WAY_OUT}")
+
+    def _read(self, asked: Sequence[Line]) -> None:
+        content = self.path.read_bytes()
+        self._whole = content.rfind(b"\n") + 1
+        lines = content[: self._whole].split(b"\n")[:-1]
+        if len(lines) > len(asked):
+            raise OutputError(
+                f"--output_file {self.path} holds {len(lines)} answers, and there are {len(asked)} prompts; {_WAY_OUT}"
+            )
+        for number, (line, wanted) in enumerate(zip(lines, asked, strict=False), start=1):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                raise DataError(f"--output_file {self.path}, line {number}: not JSON; {_WAY_OUT}") from None
+            if not isinstance(found, dict) or any(found.get(name) != value for name, value in wanted.items()):
+                raise OutputError(
+                    f"--output_file {self.path}, line {number}: answers another prompt than number {number}; {_WAY_OUT}"
+                )
+        self.done = len(lines)
+
+
+def noted(note: Path) -> dict[str, Any] | None:
+    """What stands beside an output file; None where that is nothing of ours."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def noted_seed(path: str) -> int | None:
+    """The seed that an output file was begun with, where none was given: its other samples go on with it."""
+    found = noted(Path(path).parent / f".{Path(path).name}.run.json") if Path(path).exists() else None
+    seed = (found or {}).get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+_WAY_OUT = "name another file, or give --overwrite_output_file"

@@ -1,0 +1,125 @@
+"""The generator over frozen BLOOM: one forward a step for all answers that are being written, whatever stands before
+them.
+
+Every answer has a place in preallocated memory of keys and values: its prompt's, computed once per prompt and kept,
+then its own. A step runs the last token of each answer, and the whole text of those that have just been given a place,
+as one stream through the blocks. An answer that ends leaves its place to one that waits.
+"""
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.bloom import Prefix, norm, run_blocks, run_prompt
+from softprompt.memory import MOST_TOKENS
+from softprompt.places import Memory, Place, Step, StepAttention
+from softprompt.products import project
+from softprompt.requests import Request
+from softprompt.sampling import OnToken, Writer, Writers, choose
+from softprompt.weights import Weights
+
+KEPT_PROMPTS = 64  # whose keys and values stay in memory
+
+
+class Prefixes:
+    """The prompts' keys and values, each computed once. They are found by the prompt's content, so a prompt that was
+    trained further, or replaced, is never served from before; the one that was not asked for longest goes first."""
+
+    def __init__(self, weights: Weights):
+        self._weights, self._kept = weights, OrderedDict[bytes, Prefix]()
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Tensor | None) -> Prefix:
+        """prompt: [P, H], or None for none."""
+        device = self._weights.head.device
+        values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
+        digest = hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
+        if digest not in self._kept:
+            self._kept[digest] = run_prompt(self._weights, values.to(device))
+        self._kept.move_to_end(digest)
+        while len(self._kept) > KEPT_PROMPTS:
+            self._kept.popitem(last=False)
+        return self._kept[digest]
+
+
+class PackedGenerator:
+    """Answers requests over any provider of BLOOM's weights.
+
+    Memory for keys and values is that of `batch_size` places, or of as many as there are requests, each as wide as the
+    longest of them may become with its virtual tokens: 2 · L · H numbers a position (fp32 on the CPU). At most
+    `tokens_per_step` tokens of texts come in with a step, or one text that has more.
+    """
+
+    def __init__(self, weights: Weights, tokenizer: Any, tokens_per_step: int | None = None):
+        self.weights, self.writers, self.prefixes = weights, Writers(tokenizer), Prefixes(weights)
+        self.device = weights.head.device
+        self.tokens_per_step = tokens_per_step or MOST_TOKENS[self.device.type]
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """See `generate.Generator`. At most `batch_size` answers are written at a time."""
+        writers = [self.writers(number, request) for number, request in enumerate(requests)]
+        return self._generate(writers, batch_size, on_token)
+
+    def __str__(self) -> str:
+        return "packed engine"
+
+    def _generate(
+        self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        prefixes = {id(w.prompt): self.prefixes(w.prompt) for w in writers}
+        waiting = deque(Place(w, prefixes[id(w.prompt)]) for w in writers)
+        width = max((place.P + place.writer.most for place in waiting), default=0)
+        memory = self._memory(min(batch_size, len(waiting)), width)
+        places: list[Place] = []
+        while self._let_in_and_out(memory, places, waiting, batch_size):
+            tokens = choose(self._run(memory, places), [place.writer for place in places])
+            for place, token in zip(places, tokens, strict=True):
+                if place.writer.take(token) and on_token:
+                    on_token(place.writer.number, token)
+            yield from [(p.writer.number, p.writer.answer) for p in places if p.writer.done]
+
+    @torch.inference_mode()
+    def _memory(self, places: int, width: int) -> Memory:
+        like = self.prefixes(None).layers[0]  # in the dtype that attention takes
+        return Memory(self.weights.shape, places, width, like)
+
+    @torch.inference_mode()
+    def _run(self, memory: Memory, places: Sequence[Place]) -> Tensor:
+        """One step of all places: logits [n, V] of the token that follows each."""
+        weights, step = self.weights, Step(places, self.device)
+        x = norm(weights.embed(step.ids), weights.embedding_layernorm, weights.shape.epsilon)  # [S, H]
+        x = run_blocks(weights, x, StepAttention(memory, step), step.last if step.parts else None)  # [n, H]
+        for place, position in zip(places, step.positions, strict=True):
+            place.held = position + 1
+        return project(norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype), weights.head)
+
+    @torch.inference_mode()
+    def _let_in_and_out(self, memory: Memory, places: list[Place], waiting: deque[Place], most: int) -> bool:
+        """Who is done goes; one who waits, else the last in the row, takes the place, so that there is no gap. Returns
+        whether anyone is there."""
+        tokens = 0
+
+        def coming() -> Iterator[Place]:
+            nonlocal tokens
+            while waiting and (not tokens or tokens + len(waiting[0].writer.ids) <= self.tokens_per_step):
+                tokens += len(waiting[0].writer.ids)
+                yield waiting.popleft()
+
+        come = coming()
+        for b in reversed([b for b, place in enumerate(places) if place.writer.done]):
+            if new := next(come, None):
+                places[b] = new
+            elif b == len(places) - 1:
+                places.pop()
+            else:
+                places[b] = places.pop()
+                memory.move(len(places), b, places[b].held)
+        while len(places) < most and (new := next(come, None)):
+            places.append(new)
+        return bool(places)

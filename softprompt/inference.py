@@ -1,0 +1,211 @@
+"""What `infer.py` does with its settings: one question, a file of them, a file to evaluate on, or a conversation."""
+
+import hashlib
+import json
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from softprompt.adapters import NONE, Tuned, find, named
+from softprompt.answers_file import AnswersFile, noted_seed
+from softprompt.api import SoftPromptModel
+from softprompt.chat import Chat
+from softprompt.cli import parse_setting
+from softprompt.compare import Judge, report
+from softprompt.errors import ConfigError, DataError
+from softprompt.fields import is_text
+from softprompt.infer_config import InferConfig
+from softprompt.rows import load_prompts
+
+
+class Asked(NamedTuple):
+    """A line of a prompts file: where it stands, its columns, and the adapter that it names, if it does."""
+
+    where: str
+    row: dict[str, Any]
+    adapter: str | None
+
+
+def infer(config: InferConfig) -> None:
+    """Raises SoftpromptError for anything in the way; answers that are finished by then stay."""
+    question = config.question
+    to_chat = question.prompt is question.prompts_file is question.eval_dataset is None
+    if to_chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError('give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat')
+    asked = list(_asked(question.prompts_file)) if question.prompts_file is not None else []
+    model = load(config, asked)
+    if question.eval_dataset is not None:
+        table = evaluate(config, model)
+        _tell(model.description)
+        print(table)
+    elif asked:
+        answer_file(config, model, asked)
+    elif to_chat:
+        _tell(model.description)
+        chat(config, model)
+    else:
+        answer_one(config, model)
+
+
+def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
+    """The base with the adapters of the command line and of the file's lines; where every line names one, no other is
+    looked for.
+
+    Raises:
+        AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder.
+    """
+    where, folders = config.model, named(config.model.adapter or ())
+    wanted = {line.adapter: line.where for line in asked if line.adapter not in (None, NONE, *folders)}
+    for name, at in wanted.items():
+        if not Path(str(name)).is_dir():
+            find({known: Tuned() for known in folders}, str(name), at)
+    if not folders and asked and all(line.adapter for line in asked):
+        folders = {str(name): str(name) for name in wanted} or {NONE: NONE}
+    model = SoftPromptModel.from_pretrained(
+        where.model_name_or_path,
+        folders or None,
+        device=where.device,
+        bf16=where.bf16,
+        fp16=where.fp16,
+        engine=where.engine,
+    )
+    for name in wanted:
+        if name not in model.adapters:
+            model.load_adapter(str(name))
+    return model
+
+
+def answer_one(config: InferConfig, model: SoftPromptModel) -> None:
+    question = config.question
+    row = model.template.row(question.prompt or "", question.input or "")
+    if question.choices is not None:
+        (verdict,) = model.classify([row], question.choices.split(","), where=["--prompt"])
+        _tell(model.description)
+        print(f"{verdict.label}\t{verdict.probability:.4f}")
+        return
+    given = _settings(config)
+    single = model.settings(**_without(given, "seed", "batch_size")).num_return_sequences == 1
+    write = _write if single and _streams(config) else None
+    answers = model.stream([row], where=["--prompt"], on_text=write, **given)
+    _tell(model.description)
+    for answer in answers:
+        print("" if write else answer if single else "\n".join(answer))
+
+
+def answer_file(config: InferConfig, model: SoftPromptModel, asked: Sequence[Asked]) -> None:
+    """One line for each prompt, in the file's order: its columns, its adapter, and `text` (`texts` where several are
+    asked for; the label and its `probability` with --choices)."""
+    question, given = config.question, _settings(config)
+    lines = [{**line.row, "adapter": line.adapter or model.active_adapter} for line in asked]
+    names = [line["adapter"] for line in lines]
+    file, done = None, 0
+    if question.output_file is not None:
+        depends_on = {**_depends_on(config, model, set(names)), "seed": given["seed"]}
+        file = AnswersFile(question.output_file, lines, depends_on, question.overwrite_output_file)
+        done = file.done
+    found = _found(config, model, asked, names, given, done)
+    _tell(model.description)
+    bar = tqdm(total=len(lines), initial=done, unit=" prompts", disable=file is None or not sys.stderr.isatty())
+    with file or nullcontext(), bar:
+        for line, columns in zip(lines[done:], found, strict=True):
+            if file:
+                file.write({**line, **columns})
+            else:
+                print(json.dumps({**line, **columns}, ensure_ascii=False), flush=True)
+            bar.update()
+    if file:
+        _tell(f"{len(lines):,} answers in {question.output_file}")
+
+
+def _found(
+    config: InferConfig,
+    model: SoftPromptModel,
+    asked: Sequence[Asked],
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    done: int,
+) -> Iterator[dict[str, Any]]:
+    """What answers add to the lines that are not done; all questions are checked before the first answer."""
+    rows, places = [line.row for line in asked], [line.where for line in asked]
+    if config.question.choices is not None:
+        verdicts = model.classify(rows, config.question.choices.split(","), adapter=names, where=places)
+        return ({"text": v.label, "probability": v.probability} for v in verdicts[done:])
+    answers = model.stream(rows, adapter=names, where=places, skip=done, **given)
+    return ({"text" if isinstance(answer, str) else "texts": answer} for answer in answers)
+
+
+def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
+    choices = config.question.choices
+    tuned = model.adapters.values()
+    judge = Judge(
+        model.engine,
+        model.generator,
+        model.tokenizer,
+        str(config.question.eval_dataset),
+        config.generation.max_length or 256,
+        config.generation.batch_size,
+        choices.split(",") if choices is not None else None,
+        next((each.template for each in tuned if each.prompt is not None), model.template),
+    )
+    return report({name: judge(each) for name, each in model.adapters.items()})
+
+
+def chat(config: InferConfig, model: SoftPromptModel) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401 (input() then has history and editing)
+    given = {name: value for name, value in asdict(config.generation).items() if value is not None}
+    Chat(model, given, parse_setting, input, _write, config.question.stream is not False).run()
+
+
+def _asked(source: str) -> Iterator[Asked]:
+    for where, row in load_prompts(source):
+        name = row.get("adapter")
+        if name is not None and not (is_text(name) and name):
+            raise DataError(f"{where}: adapter must be a folder, a name given with --adapter, or none, not {name!r}")
+        yield Asked(where, _without(row, "adapter"), name)
+
+
+def _settings(config: InferConfig) -> dict[str, Any]:
+    """Of generation, as flags have them; without --seed an output file goes on with its own, else one is drawn."""
+    given = asdict(config.generation)
+    if given["seed"] is None:
+        output = config.question.output_file
+        kept = noted_seed(output) if output is not None and not config.question.overwrite_output_file else None
+        given["seed"] = secrets.randbits(31) if kept is None else kept
+    return given
+
+
+def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
+    """What answers depend on beside the prompts and the seed, JSON-able; adapters by content."""
+    settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
+    adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
+    return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
+
+
+def _fingerprint(tuned: Tuned) -> str:
+    values = b"" if tuned.prompt is None else tuned.prompt.cpu().numpy().tobytes()
+    rest = json.dumps([tuned.template.spec, dict(tuned.generation)], sort_keys=True).encode()
+    return hashlib.blake2b(values + rest, digest_size=16).hexdigest()
+
+
+def _streams(config: InferConfig) -> bool:
+    return sys.stdout.isatty() if config.question.stream is None else config.question.stream
+
+
+def _tell(text: str) -> None:
+    """Beside the answers."""
+    print(text, file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}

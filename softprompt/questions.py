@@ -1,0 +1,59 @@
+"""From a question as it is asked to token ids and settings, every fault naming the question."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from softprompt.errors import ConfigError, DataError
+from softprompt.fields import AUTO, is_text
+from softprompt.infer_config import generation_faults
+from softprompt.requests import GenerationSettings
+from softprompt.rows import question
+from softprompt.template import Template
+
+Question = str | Mapping[str, Any]  # a text, or a row with the template's columns
+SEVERAL = {"suppress_tokens", "stop_strings", "eos_token_id"}
+
+
+def merged_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationSettings:
+    """What is given (not None, not "auto"), over what is saved beside the adapter, over the article's.
+
+    Raises:
+        ConfigError: an unknown or impossible setting.
+    """
+    merged = {**saved, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
+    if given.get("max_length") is not None and given.get("max_new_tokens") is None:
+        merged.pop("max_new_tokens", None)  # a limit that is asked for beats a saved one
+    known = [f.name for f in fields(GenerationSettings)]
+    if set(merged) - set(known):
+        raise ConfigError(f"unknown among generation settings {', '.join(merged)}; they are {', '.join(known)}")
+    if faults := generation_faults(merged):
+        raise ConfigError("; ".join(faults))
+    several = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in merged.items() if n in SEVERAL}
+    return GenerationSettings(**{**merged, **several})
+
+
+def token_ids(place: str, asked: Question, template: Template, tokenizer: Any) -> list[int]:
+    """The prompt text's token ids, at least one; `place` names the question in messages.
+
+    Raises:
+        DataError: no text and no row, or a row without the template's columns.
+        ConfigError: a template that a text alone does not fill, or a question without a token.
+    """
+    if not isinstance(asked, Mapping) and not is_text(asked):
+        raise DataError(f"{place} is no text and no row: {asked!r:.80}")
+    is_row = isinstance(asked, Mapping)
+    row = question(place, dict(asked), template) if is_row else told_of(place, template.row, asked)
+    text = template.render(row, tokenizer)
+    ids = tokenizer(text, add_special_tokens=template.spec != "chat", verbose=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"{place} is empty: the template makes no token of it; write something")
+    return ids
+
+
+def told_of(place: str, run: Callable[[Any], Any], value: Any) -> Any:
+    """run(value), whose fault names the question."""
+    try:
+        return run(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None

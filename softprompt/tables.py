@@ -1,0 +1,19 @@
+"""Plain tables for a terminal, on which a Chinese character takes two columns."""
+
+import unicodedata
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head."""
+    widths = [max(columns(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths, strict=True)) for row in rows
+    ]
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
