@@ -8,11 +8,13 @@ from softprompt.cli import command, parse_training
 def main(argv: Sequence[str]) -> None:
     config = parse_training(argv)
 
-    from softprompt.dry_run import dry_run  # after parsing: a wrong flag need not wait for torch
+    from softprompt.distributed import joined  # after parsing: a wrong flag need not wait for torch
+    from softprompt.dry_run import dry_run
     from softprompt.run import run_training
     from softprompt.summary import summary
 
-    print(dry_run(config) if config.training.dry_run else summary(run_training(config)))
+    with joined() as world:
+        print(dry_run(config, world) if config.training.dry_run else summary(run_training(config, world)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
 from softprompt.model import Engine, SoftPromptedModel
 from softprompt.rows import Row
-from softprompt.trainer import farthest_move, learning_rates, total_steps
+from softprompt.trainer import farthest_move, learning_rates, rows_of_a_step, total_steps
 
 # A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
 LEAST_MOVE = 0.1
@@ -33,13 +33,15 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
     print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}, {engine}; {_start(config)}")
 
 
-def tell_steps(config: TrainConfig, n_examples: int, output_dir: Path) -> None:
+def tell_steps(config: TrainConfig, n_examples: int, rows: int, devices: int, output_dir: Path) -> None:
     """Steps and learning rate, and a warning where a RANDOM prompt cannot get anywhere with it."""
     args, peak = config.training, config.learning_rate
-    total = total_steps(n_examples, args)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    total = total_steps(n_examples, args, rows)
+    made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
+    made = f"{made}, devices × batch × accumulation" if rows == rows_of_a_step(args, devices) else "as the run began"
     print(
-        f"{total:,} optimizer steps of {rows} rows, learning rate {peak:g} ({args.lr_scheduler_type}) → {output_dir}/"
+        f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate {peak:g} "
+        f"({args.lr_scheduler_type}) → {output_dir}/"
     )
     move = farthest_move(learning_rates(args, peak, total), total)
     if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:

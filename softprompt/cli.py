@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import os
 import re
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
-from softprompt.errors import ConfigError, SoftpromptError, Stopped
+from softprompt.errors import ConfigError, Elsewhere, SoftpromptError, Stopped
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
@@ -77,10 +78,11 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        if _is_main():
+            print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except SoftpromptError as error:
-        _exit(str(error), error.exit_code)
+        _exit(str(error), error.exit_code, everywhere=error.exit_code == 2 or isinstance(error, Elsewhere))
     except KeyboardInterrupt:
         _exit("stopped", 130)
     except BrokenPipeError:  # `… | head` has read enough
@@ -95,9 +97,15 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _exit(message: str, code: int) -> NoReturn:
-    print("error: " + redacted(" ".join(message.split())), file=sys.stderr)
+def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
+    """What all of torchrun's ranks meet or have told each other, rank 0 tells; what befell one alone, that one."""
+    if _is_main() or not everywhere:
+        print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:

@@ -9,6 +9,7 @@ import torch
 from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainConfig
 from softprompt.determinism import deterministic
+from softprompt.distributed import World, join
 from softprompt.prepare import Prepared, prepare
 from softprompt.trainer import make_optimizer, optimizer_step
 
@@ -16,16 +17,17 @@ MEASURED = 3  # steps, after one that is not counted
 GIB = 2**30
 
 
-def dry_run(config: TrainConfig) -> str:
+def dry_run(config: TrainConfig, world: World | None = None) -> str:
     """Load and check everything, take a few steps with a copy of the prompt, and say what the whole run would be.
     Nothing is written.
 
     Raises:
         SoftpromptError: as of `prepare`.
     """
-    run = prepare(config)
+    world = world or join()
+    run = world.agree(lambda: prepare(config, world))
     args, examples = config.training, run.data.examples
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = run.rows_per_step
     tokens = sum(len(e.input_ids) for e in examples)
     epochs, steps = divmod(run.total_steps, steps_per_epoch(len(examples), rows))
     in_all = round(tokens / len(examples) * (epochs * len(examples) + min(steps * rows, len(examples))))

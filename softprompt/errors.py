@@ -41,6 +41,14 @@ class Stopped(SoftpromptError):
         self.exit_code = exit_code
 
 
+class Elsewhere(SoftpromptError):
+    """What another rank of a distributed run met, with its exit code; rank 0 tells it."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class OutputError(SoftpromptError):
     """A place to write to that cannot be written to."""
 

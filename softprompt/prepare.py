@@ -11,6 +11,7 @@ from softprompt.build import base_path, choose_output_dir, initial_prompt, read_
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
+from softprompt.distributed import World
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
@@ -27,17 +28,18 @@ from softprompt.model import (
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
-from softprompt.resume import check_fingerprints, find_checkpoint, load_state, merged
+from softprompt.resume import check_fingerprints, find_checkpoint, kept_rows_per_step, load_state, merged
 from softprompt.rows import Row
+from softprompt.shared import SharedEngine, SharedGenerator
 from softprompt.template import Template
-from softprompt.trainer import Metrics, TrainingState, total_steps
+from softprompt.trainer import Metrics, TrainingState, rows_of_a_step, total_steps
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All that a run is made of, loaded and checked; nothing has been written. A resumed run has
     its `checkpoint`, where its loop goes on, and what it had added up until there; `fingerprints` say what it must not
-    be resumed without."""
+    be resumed without. `rows_per_step` is that of all ranks of the `world` together."""
 
     config: TrainConfig
     output_dir: Path
@@ -53,24 +55,28 @@ class Prepared:
     totals: Totals
     history: list[Metrics]
     best: Best
+    rows_per_step: int
+    world: World
 
     @property
     def total_steps(self) -> int:
-        return total_steps(len(self.data.examples), self.config.training)
+        return total_steps(len(self.data.examples), self.config.training, self.rows_per_step)
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Load and check what `config` names, telling what is found.
+def prepare(config: TrainConfig, world: World) -> Prepared:
+    """Load and check what `config` names, telling what is found; every rank of the world does so by itself.
 
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    start, totals, best, saved = TrainingState(), Totals(), Best(), None
+    start, totals, best, saved, rows_per_step = TrainingState(), Totals(), Best(), None, None
     checkpoint = find_checkpoint(config, print)
     if checkpoint:
         start, saved = load_state(checkpoint)
         config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
         best = Best(**saved["best"])
+        rows_per_step = kept_rows_per_step(config, saved)
+    rows_per_step = rows_per_step or rows_of_a_step(config.training, world.size)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
@@ -93,16 +99,19 @@ def prepare(config: TrainConfig) -> Prepared:
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
     prompt = PromptEmbedding(values).to(device)
     engine = make_engine(config, base, tokenizer, dtype, len(values))
+    generator = generator_beside(engine, base, tokenizer)
+    if world.size > 1:
+        engine, generator = SharedEngine(engine, world), SharedGenerator(generator, world)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
-    tell_steps(config, len(data.examples), output_dir)
+    tell_steps(config, len(data.examples), rows_per_step, world.size, output_dir)
     evaluator = None
     if held_out_data:
         batch_size = config.training.per_device_eval_batch_size
-        generator = generator_beside(engine, base, tokenizer)
         evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
         _check_metric(config, evaluator)
     made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
-    return Prepared(*made, checkpoint, start, totals, saved["history"] if saved else [], best)
+    history = saved["history"] if saved else []
+    return Prepared(*made, checkpoint, start, totals, history, best, rows_per_step, world)
 
 
 def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:

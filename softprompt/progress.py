@@ -131,6 +131,15 @@ class Progress:
         self._show(self.bar.close)
 
 
+class Unseen(Progress):
+    """That of a rank that neither shows nor writes anything."""
+
+    def __init__(self, total: int):
+        super().__init__(total, Path(os.devnull), open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
+
+    def _write(self, write: Callable[[], None]) -> None: ...
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

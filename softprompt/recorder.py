@@ -26,13 +26,14 @@ from softprompt.checkpoint import (
     step_of,
 )
 from softprompt.config import TrainConfig
+from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
-from softprompt.progress import Progress
+from softprompt.progress import Progress, Unseen
 from softprompt.resume import (
     METRICS_FILE,
     OF_A_CHECKPOINT,
@@ -44,7 +45,6 @@ from softprompt.resume import (
     with_checksums,
 )
 from softprompt.rows import Row
-from softprompt.stopping import StopRequest
 from softprompt.trainer import Metrics, Step, TrainingState
 
 RESULTS_FILE, PICTURE_FILE = "all_results.json", "loss.png"
@@ -72,12 +72,14 @@ class Run:
 class Recorder:
     """The loop's callbacks: shows and keeps its metrics, evaluates the prompt, writes checkpoints and the result."""
 
-    def __init__(self, run: Prepared, request: StopRequest):
-        self.request = request
+    def __init__(self, run: Prepared, request: Wish):
+        self.request, self.world = request, run.world
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
         self.evaluator = run.evaluator
-        self.progress = Progress(run.total_steps, run.output_dir / METRICS_FILE)
+        self.progress = (
+            Progress(run.total_steps, run.output_dir / METRICS_FILE) if self.world.is_main else Unseen(run.total_steps)
+        )
         self.before: Evaluation | None = None
         self.latest: Evaluation | None = None  # of the prompt as it is after the last step
         self.best = run.best
@@ -97,16 +99,20 @@ class Recorder:
 
     def begin(self) -> None:
         """Take away what is to be overwritten, start the log, and evaluate the bare base, for comparison."""
-        with self._writing("the run"):
-            if self.args.overwrite_output_dir and not self.run.checkpoint:
-                remove_run(self.output_dir, OF_A_RUN)
-            remove_leftovers(self.output_dir, "checkpoint")
+        if self.world.is_main:
+            self._clear()
         self.progress.start(self.run.totals, self.run.history)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
             self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
         self.began = time.perf_counter()
+
+    def _clear(self) -> None:
+        with self._writing("the run"):
+            if self.args.overwrite_output_dir and not self.run.checkpoint:
+                remove_run(self.output_dir, OF_A_RUN)
+            remove_leftovers(self.output_dir, "checkpoint")
 
     def wants_to_stop(self) -> bool:
         return self.request.exit_code is not None or self._patience_is_over()
@@ -144,8 +150,13 @@ class Recorder:
                 "best": asdict(self.best),
                 "arguments": self.config.as_dict(),
                 "fingerprints": self.run.fingerprints,
+                "rows_per_step": self.run.rows_per_step,
             },
         )
+        if self.world.is_main:
+            self._save(step)
+
+    def _save(self, step: Step) -> None:
         history = {METRICS_FILE: metrics_file(self.progress.history)}
         files = with_checksums({**self._adapter_files({}), **self.state, **history})
         with self._writing(f"checkpoint-{step.number}"):
@@ -164,11 +175,11 @@ class Recorder:
         metrics = self._results(after, seconds)
         files = self._adapter_files(metrics)
         results = {RESULTS_FILE: json_bytes(metrics)}
-        picture = loss_picture(self.progress.history, self.before.loss if self.before else None)
-        if picture:
-            results[PICTURE_FILE] = picture
-        with self._writing("the run's results"):
-            write_files(self.output_dir, {**results, **self.state, **files})
+        if self.world.is_main:
+            if picture := loss_picture(self.progress.history, self.before.loss if self.before else None):
+                results[PICTURE_FILE] = picture
+            with self._writing("the run's results"):
+                write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
 
@@ -194,7 +205,8 @@ class Recorder:
         """Go back to the best prompt and evaluate it; None where its checkpoint is not whole, and nothing changes."""
         name, step = f"checkpoint-{self.best.step}", self.best.step
         places = [self.output_dir, *([self.run.checkpoint.parent] if self.run.checkpoint else [])]
-        folder = next((place / name for place in places if not fault_of(place / name)), None)
+        whole = next((str(place / name) for place in places if not fault_of(place / name)), None)
+        folder = self.world.gather(whole)[0]
         if folder is None or not self.evaluator:
             fault = fault_of(places[0] / name)
             self.progress.say(f"warning: {name}, the best, is not whole ({fault}); the last prompt is kept")
@@ -202,7 +214,7 @@ class Recorder:
         self.progress.say(f"the best prompt is that of step {step}: {metric_name(self.args)} {self.best.metric:.4g}")
         with torch.no_grad():
             self.prompt.weight.copy_(load_adapter(folder).prompt)
-        self.state = _state_of(folder)
+        self.state = _state_of(Path(folder))
         return self.evaluator(self.prompt.weight.detach())
 
     @contextmanager

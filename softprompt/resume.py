@@ -32,6 +32,8 @@ CHECKSUMS_FILE = "checksums.json"
 STATE_FILES = (OPTIMIZER_FILE, RNG_FILE, STATE_FILE)
 OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_FILE, *STATE_FILES}
 MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
+OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
+OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OF_THE_PROMPT = ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter")
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
@@ -144,7 +146,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
             values["scaler"],
             load(files[RNG_FILE]),
         )
-        saved = {name: values[name] for name in ("arguments", "fingerprints", "totals", "engine", "best")}
+        saved = {name: values[name] for name in OF_THE_RUN}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / STATE_FILE}: not a training state of this version ({error})") from None
     return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}
@@ -166,6 +168,12 @@ def merged(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say:
     else:
         old.pop("tokens_per_microbatch", None)
     return train_config(saved.get("preset"), **{**old, **given})
+
+
+def kept_rows_per_step(config: TrainConfig, saved: Mapping[str, Any]) -> int | None:
+    """Rows of a step as the run began, on however many devices it goes on; None where other ones are asked for now."""
+    changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
+    return None if changed else int(saved["rows_per_step"])
 
 
 def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:

@@ -1,48 +1,81 @@
 """One training run: what is prepared is trained, evaluated before and after, and written."""
 
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from softprompt.build import claim_output_dir
-from softprompt.config import TrainConfig
+from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
+from softprompt.distributed import World, join, may_restart, restarts
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.prepare import Prepared, prepare
 from softprompt.recorder import Recorder, Run
-from softprompt.resume import way_on
+from softprompt.resume import newest_whole, way_on
 from softprompt.stopping import StopRequest, seconds_of
 from softprompt.trainer import train
 
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
-def run_training(config: TrainConfig) -> Run:
-    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked.
+def run_training(config: TrainConfig, world: World | None = None) -> Run:
+    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked, by all
+    ranks where torchrun started several.
 
     Raises:
         SoftpromptError: as of `prepare`, or a run that cannot go on.
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.dry_run.dry_run(config)")
-    run = prepare(config)
+    world = world or join()
+    run = world.agree(lambda: prepare(restarted(config), world))
     args = run.config.training
-    with (
-        StopRequest(seconds_of(args.max_time) if args.max_time else None) as request,
-        claim_output_dir(run.config, run.output_dir, run.checkpoint) as lock,
-        crashes_in(lock.folder),
-        deterministic(args.deterministic),
-    ):
-        return _trained(replace(run, output_dir=lock.folder), request)
+    with ExitStack() as stack:
+        request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
+        folder = world.agree(lambda: _claimed(run, stack))
+        stack.enter_context(crashes_in(folder))
+        stack.enter_context(deterministic(args.deterministic))
+        return _trained(replace(run, output_dir=folder), request)
+
+
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The command that torchrun repeats after a rank died means: go on. Its restart count says so, not a flag.
+
+    Raises:
+        ConfigError: torchrun may restart a run whose folder has no name of its own.
+    """
+    args = config.training
+    if args.output_dir is None and may_restart():
+        raise ConfigError("torchrun --max-restarts finds a run again by its folder; name it with --output_dir")
+    if not restarts() or args.output_dir is None:
+        return config
+    if newest_whole(Path(args.output_dir)):
+        again = replace(args, resume_from_checkpoint=NEWEST, overwrite_output_dir=False)
+    else:
+        again = replace(args, overwrite_output_dir=True)  # what stands there is this run's own beginning
+    return replace(config, training=again)
+
+
+def _claimed(run: Prepared, stack: ExitStack) -> Path:
+    """The run's folder, which rank 0 makes and keeps from others."""
+    if not run.world.is_main:
+        return run.output_dir
+    return stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
 
 
 def _trained(run: Prepared, request: StopRequest) -> Run:
-    recorder = Recorder(run, request)
+    recorder = Recorder(run, run.world.share(request))
+    with torch.no_grad():
+        run.prompt.weight.copy_(run.world.from_main(run.prompt.weight))
     recorder.tell_start()
     try:
         with recorder.progress:
             recorder.begin()
             args, peak = run.config.training, run.config.learning_rate
-            train(run.engine, run.prompt, run.data.examples, args, peak, recorder, run.start)
+            train(run.engine, run.prompt, run.data.examples, args, peak, recorder, run.start, run.rows_per_step)
             recorder.stop_if_asked()
             return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
     except TrainingError as error:

@@ -13,6 +13,7 @@ from softprompt.errors import ConfigError
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells report them
 TIME_IS_UP = 124  # as timeout(1) has it
+EXIT_CODES = (*CODES.values(), TIME_IS_UP)
 
 
 def seconds_of(text: str) -> float:

@@ -71,17 +71,20 @@ class Callbacks(Protocol):
         ...
 
 
-def total_steps(n_examples: int, args: TrainingArguments) -> int:
+def rows_of_a_step(args: TrainingArguments, devices: int = 1) -> int:
+    """Rows of an optimizer step: devices × batch × accumulation, as TrainingArguments means them."""
+    return devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+def total_steps(n_examples: int, args: TrainingArguments, rows_per_step: int | None = None) -> int:
     """Optimizer steps T of a run: `max_steps`, else ceil(epochs × windows per epoch), as in Trainer."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return (
-        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(n_examples, rows))
-    )
+    per_epoch = steps_per_epoch(n_examples, rows_per_step or rows_of_a_step(args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def epochs_done(step: int, n_examples: int, args: TrainingArguments) -> float:
+def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_step: int) -> float:
     """Passes over the rows after this many optimizer steps, counted in micro-batches, as Trainer logs them."""
-    micro = steps_per_epoch(n_examples, args.per_device_train_batch_size)
+    micro = math.ceil(n_examples * args.gradient_accumulation_steps / rows_per_step)
     whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
     return whole + min(part * args.gradient_accumulation_steps, micro) / micro
 
@@ -118,19 +121,21 @@ def train(
     peak_learning_rate: float,
     callbacks: Callbacks,
     start: TrainingState | None = None,
+    rows_per_step: int | None = None,
 ) -> None:
     """Train `prompt` in place, from the first step or from where `start` stood; then `prompt` is what it was there.
-    Between steps the callbacks may want to stop; what was done is saved first.
+    Between steps the callbacks may want to stop; what was done is saved first. `rows_per_step` is that of one device
+    where it is not given.
 
     Raises:
         TrainingError: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
             long as its scale does not fall to nothing).
     """
-    total = total_steps(len(examples), args)
+    rows_per_step = rows_per_step or rows_of_a_step(args)
+    total = total_steps(len(examples), args, rows_per_step)
     lr_at = learning_rates(args, peak_learning_rate, total)
     optimizer = make_optimizer(prompt, args, peak_learning_rate)
     scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     per_epoch = steps_per_epoch(len(examples), rows_per_step)
     start = start or TrainingState()
     taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
@@ -144,7 +149,8 @@ def train(
 
     drawn = windows(len(examples), rows_per_step, args.seed, start.step)
     for number, rows in zip(range(start.step + 1, total + 1), drawn, strict=False):
-        step, stepped = _take_step(number, rows, engine, prompt, examples, optimizer, scaler, lr_at(taken), args)
+        epoch = epochs_done(number, len(examples), args, rows_per_step)
+        step, stepped = _take_step(number, epoch, rows, engine, prompt, examples, optimizer, scaler, lr_at(taken), args)
         taken += stepped
         since_log.append(step)
         callbacks.on_step(step)
@@ -163,6 +169,7 @@ def train(
 
 def _take_step(
     number: int,
+    epoch: float,
     rows: Sequence[int],
     engine: Engine,
     prompt: PromptEmbedding,
@@ -181,7 +188,7 @@ def _take_step(
         raise _not_finite(number, rows, loss, grad_norm)
     if not stepped and scaler.get_scale() < LEAST_SCALE:
         raise _not_finite(number, rows, loss, grad_norm)
-    tokens, epoch = sum(len(row.input_ids) for row in window), epochs_done(number, len(examples), args)
+    tokens = sum(len(row.input_ids) for row in window)
     return Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began), stepped
 
 

@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "compare": {"adapters", "data", "evaluate", "generate", "mini", "model", "rows", "scores", "tables", "template"},
     "tables": set(),
     "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
+    "distributed": {"errors"},
+    "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
     "announce": {"config", "data", "model", "rows", "trainer"},
     "resume": {"checkpoint", "config", "errors", "files", "trainer"},
     "card": {"checkpoint", "redact"},

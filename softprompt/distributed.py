@@ -1,0 +1,193 @@
+"""Several processes, one run: torchrun's ranks deal out the rows of each step and add up their gradients.
+
+There is no launcher here and no other way to start: what torchrun puts into the environment is all that is read.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from softprompt.errors import Elsewhere, SoftpromptError, TrainingError
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # for a rank that is alive and late: it may load a base, or write a checkpoint
+GRACE = 5.0  # seconds in which the system tells that a process is dead
+
+
+class Wish(Protocol):
+    """To stop, with an exit code."""
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+
+class Agreed:
+    """What all ranks have agreed on, which is what one of them wished before the last step's reduction."""
+
+    def __init__(self, world: "World"):
+        self.world = world
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.world.agreed
+
+
+class World:
+    """This process among the `size` of a run; alone, rank 0 of 1, where there is no torchrun."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.wish: Callable[[], int | None] = lambda: None  # this rank's, to stop with an exit code
+        self.agreed: int | None = None
+        self.roll: list[Any] = []  # host and process of every rank
+        self.reduces_on = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, request: Wish) -> Wish:
+        """This rank's wish becomes one of all; alone it is the agreement."""
+        self.wish = lambda: request.exit_code
+        return request if self.size == 1 else Agreed(self)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, by rank."""
+        if self.size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._together(lambda: dist.all_gather(sizes, torch.tensor([len(content)])))
+        longest = int(max(sizes))
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        mine = torch.cat([content, content.new_zeros(longest - len(content))])
+        self._together(lambda: dist.all_gather(found, mine))
+        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """The sum over ranks of a vector, on its device and the same bits on every rank."""
+        if self.size == 1:
+            return numbers
+        total = numbers.to(self.reduces_on)
+        self._together(lambda: dist.all_reduce(total))
+        return total.to(numbers.device)
+
+    def from_main(self, value: Tensor) -> Tensor:
+        """Rank 0's tensor, which has the same shape and dtype on every rank."""
+        if self.size == 1:
+            return value
+        told = value.to(self.reduces_on, copy=True)
+        self._together(lambda: dist.broadcast(told, src=0))
+        return told.to(value.device)
+
+    def agree(self, do: Callable[[], T]) -> T:
+        """What `do` returns here, if it succeeds on every rank. Else rank 0 raises the first error, and the others end
+        with it."""
+        fault: SoftpromptError | None = None
+        try:
+            result = do()
+        except SoftpromptError as error:
+            fault = error
+        told = self.gather([str(fault), fault.exit_code] if fault else None)
+        first = next((rank for rank, error in enumerate(told) if error), None)
+        if first is None:
+            return result
+        if self.is_main and fault:
+            raise fault
+        message, code = told[first]
+        raise Elsewhere(f"rank {first}: {message}", code)
+
+    def _together(self, communicate: Callable[[], object]) -> None:
+        try:
+            communicate()
+        except RuntimeError as error:  # DistBackendError is one
+            raise TrainingError(f"rank {self.rank}: {self._missing()} ({str(error).splitlines()[0][:160]})") from None
+
+    def _missing(self) -> str:
+        """Who does not answer. Of ranks on this machine the system knows it within moments."""
+        ends = time.monotonic() + GRACE
+        here = [(rank, pid) for rank, (host, pid) in enumerate(self.roll) if host == platform.node()]
+        while time.monotonic() < ends:
+            if gone := [f"rank {rank} (process {pid})" for rank, pid in here if not _runs(pid)]:
+                return f"{', '.join(gone)} died"
+            time.sleep(0.1)
+        others = sorted({host for host, _ in self.roll} - {platform.node()})
+        return f"a rank on {', '.join(others) or 'this machine'} does not answer"
+
+
+def join() -> World:
+    """The world that torchrun's environment describes; every rank must call this."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        return World(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    cards = torch.cuda.device_count()
+    if cards:
+        torch.cuda.set_device(local % cards)
+    own_cards = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
+    world = World(rank, size)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_cards else "gloo", timeout=PATIENCE)
+    if own_cards:
+        world.reduces_on = torch.device("cuda", local)
+    world.roll = world.gather([platform.node(), os.getpid()])
+    return world
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world, in which only rank 0 prints. Who ends well parts from the others in good order."""
+    world = join()
+    with ExitStack() as stack:
+        if not world.is_main:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield world
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def may_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def deal(costs: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of the rows of each of `size` ranks, so that their costs are about equal: the most costly first, each to
+    the rank that has least (Graham 1969, doi:10.1137/0117039). The same on every rank."""
+    hands: list[list[int]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        least = loads.index(min(loads))
+        hands[least].append(row)
+        loads[least] += costs[row]
+    return hands
+
+
+def chosen(rows: Sequence[T], numbers: Iterable[int]) -> list[T]:
+    return [rows[number] for number in numbers]
+
+
+def _runs(pid: int) -> bool:
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_text()
+        return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return not Path("/proc/self").exists()  # where there is no /proc, it does run

@@ -1,0 +1,153 @@
+"""Several ranks are one run: the single process's trajectory, one set of files, one wish to stop, one way to go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from softprompt.distributed import World, deal
+
+ROOT = Path(__file__).parent.parent
+HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
+RUN = ["--dataset", "mini:sentiment", "--max_steps", "40", "--save_steps", "8", "--logging_steps", "1", *HELD]
+
+
+def torchrun(n, *command, **options):
+    options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--standalone"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen([*launcher, *map(str, command)], **{**pipes, **options})
+
+
+def finished(process, code=0):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    return out, err
+
+
+def pid_of(launcher, rank):
+    """The process of a rank, once it is there."""
+    while launcher.poll() is None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(launcher.pid)
+                if mine and f"\0RANK={rank}\0" in (folder / "environ").read_text():
+                    return int(folder.name)
+            except OSError:
+                continue
+        time.sleep(0.05)
+
+
+def wait_for(path, launcher):
+    while not path.exists():
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.02)
+
+
+def prompt_in(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def metrics_in(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 7))
+def test_rows_are_dealt_by_length(lengths, size):
+    hands = deal(lengths, size)
+    assert len(hands) == size and sorted(row for hand in hands for row in hand) == list(range(len(lengths)))
+    loads = [sum(lengths[row] for row in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    world = World()
+    assert world.is_main and world.gather({"a": 1}) == [{"a": 1}] and world.agree(lambda: 3) == 3
+    assert world.share(request := object()) is request
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def of_ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    finished(torchrun(request.param, ROOT / "tests/ranks.py", folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_the_single_process_s_trajectory(of_ranks, name):
+    near = 1e-6 if ranks.CASES[name][1] == ranks.FP32 else 2e-3  # in bf16 another cut rounds otherwise
+    steps, values, held_out = ranks.run(name)
+    theirs = json.loads((of_ranks / f"{name}.json").read_text())
+    for one, other in zip(steps, theirs["steps"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=near)
+        assert {**one, "seconds": 0, "loss": 0, "grad_norm": 0} == {**other, "seconds": 0, "loss": 0, "grad_norm": 0}
+    prompt = load_file(of_ranks / f"{name}.safetensors")["prompt"]
+    assert (prompt - values).norm() / values.norm() < 10 * near
+    assert theirs["targets"] == held_out["targets"]
+    for what in ("loss", "bare", "each"):
+        assert theirs[what] == pytest.approx(held_out[what], rel=10 * near)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    out, err = finished(torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder))
+    return folder, out, err
+
+
+def test_one_run_one_set_of_files(undisturbed):
+    folder, out, err = undisturbed
+    assert "40 optimizer steps of 8 rows (2 × 4 × 1, devices × batch × accumulation)" in out
+    assert out.count("exact match") == 1 and "packed engine, 1,024 tokens at a time, 2 processes" in out
+    assert len(re.findall("^step 7 ", err, re.M)) == 1
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+    assert [r["step"] for r in metrics_in(folder) if "eval_loss" in r] == [20, 40]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (16, 24, 32, 40, 8)]
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder]
+    launcher = torchrun(2, "--max-restarts", 1, "--monitor-interval", 3, *command)
+    wait_for(folder / "checkpoint-16", launcher)
+    pid = pid_of(launcher, 1)
+    os.kill(pid, signal.SIGKILL)
+    out, err = finished(launcher)
+    assert f"rank 0: rank 1 (process {pid}) died" in err
+    assert "resuming after step" in out
+    assert prompt_in(folder) == prompt_in(undisturbed[0])
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+
+
+def test_one_rank_s_wish_stops_all_and_other_numbers_of_ranks_go_on(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    launcher = torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder)
+    wait_for(folder / "checkpoint-8", launcher)
+    os.kill(pid_of(launcher, 1), signal.SIGTERM)
+    _, err = finished(launcher, 1)  # torchrun's own exit code, whatever a rank's
+    step = int(re.search(r"stopped after step (\d+) of 40, which is saved", err)[1])
+    assert (folder / f"checkpoint-{step}").is_dir() and "exitcode  : 143" in err
+    again = [sys.executable, "train.py", "--resume_from_checkpoint", str(folder)]
+    out = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"resuming after step {step} of 40" in out and "40 optimizer steps of 8 rows" in out
+    mine, theirs = (load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (folder, undisturbed[0]))
+    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+
+
+def test_bad_input_is_told_once(tmp_path):
+    process = torchrun(2, "train.py", "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run")
+    _, err = finished(process, 1)
+    assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
+    _, err = finished(torchrun(2, "--max-restarts", 1, "train.py", "--dataset", "mini:sentiment"), 1)
+    assert "torchrun --max-restarts finds a run again by its folder; name it with --output_dir" in err
