@@ -71,11 +71,11 @@ class Pool(NamedTuple):
     lengths: list[int]
     row: Callable[[int], Example]
 
-    def choose(self, steps: int) -> Rows:
-        n = steps * ROWS_PER_STEP
+    def choose(self, steps: int, rows_per_step: int = ROWS_PER_STEP) -> Rows:
+        n = steps * rows_per_step
         by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
         if n > len(by_length):
-            raise SystemExit(f"{self.name}: {len(by_length)} rows are too few for {steps} steps of {ROWS_PER_STEP}")
+            raise SystemExit(f"{self.name}: {len(by_length)} rows are too few for {steps} steps of {rows_per_step}")
         plain = [by_length[int((i + 0.5) / n * len(by_length))] for i in range(n)]
         grouped = [i for batch in self._batches(steps) for i in batch]
         return Rows([self.row(i) for i in plain], [self.row(i) for i in grouped])

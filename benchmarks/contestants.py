@@ -1,11 +1,13 @@
 """The two sides of `train.py`: Trainer + PEFT, and this project's loop over its engines, on the same rows."""
 
 import contextlib
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -83,10 +85,14 @@ class Laps:
 def run(contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example]) -> Laps:
     """Train a prompt from `start` [P, H] for one pass over `rows`, windows of ROWS_PER_STEP each. `base` has its
     linear layers in `weights_dtype`, and is not changed."""
-    one_run = _run_trainer if contestant.is_peer else _run_ours
-    stamps, loss = one_run(contestant, base, tokenizer, start, rows, len(rows) // ROWS_PER_STEP)
-    steps = steps_of(rows, contestant.grouped)
-    tokens = [sum(len(row.input_ids) for row in step) for step in steps]
+    steps = len(rows) // ROWS_PER_STEP
+    if contestant.is_peer:
+        accumulation = ROWS_PER_STEP // contestant.rows_per_microbatch
+        times, loss = run_trainer(contestant, base, tokenizer, start, rows, steps, accumulation)
+    else:
+        times, loss = _run_ours(contestant, base, tokenizer, start, rows, steps)
+    stamps = times.stamps
+    tokens = [sum(len(row.input_ids) for row in step) for step in steps_of(rows, contestant.grouped)]
     return Laps([after - before for before, after in pairwise(stamps)], tokens, loss)
 
 
@@ -99,16 +105,24 @@ def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
     return [[rows[i] for i in next(drawn)] for _ in starts]
 
 
-class _Ours:
+def over_loopback() -> int:
+    """Bytes that the loopback device has carried so far; 0 where the system does not say."""
+    lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()] if os.path.exists("/proc") else []
+    return sum(int(fields[1]) for fields in lines if fields[0] == "lo:")
+
+
+class Ours:
     """Callbacks that note the time and do nothing else; the first stamp is when the first step began."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stamps, self.losses = device, list[float](), list[float]()
+        self.wire: list[int] = []
 
     def on_step(self, step: Step) -> None:
         now = clock(self.device)
         self.stamps += [now] if self.stamps else [now - step.seconds, now]
         self.losses.append(step.loss)
+        self.wire.append(over_loopback())
 
     def wants_to_stop(self) -> bool:
         return False
@@ -120,7 +134,7 @@ class _Ours:
 
 def _run_ours(
     c: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example], steps: int
-) -> tuple[list[float], float]:
+) -> tuple[Ours, float]:
     base.eval()
     engine = engine_of(c, base, tokenizer, len(start))
     prompt = PromptEmbedding(start).to(engine.device)
@@ -130,9 +144,9 @@ def _run_ours(
         max_steps=steps,
         seed=SEED,
     )
-    times = _Ours(engine.device)
+    times = Ours(engine.device)
     train(engine, prompt, rows, args, LEARNING_RATE, times)
-    return times.stamps, sum(times.losses) / steps
+    return times, sum(times.losses) / steps
 
 
 def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
@@ -143,11 +157,11 @@ def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> E
     return PackedEngine(ResidentWeights(base, c.dtype), tokens)
 
 
-class _Theirs(TrainerCallback):
+class Theirs(TrainerCallback):
     """The same for Trainer. It has collated the first step's rows by the time that step begins: not held against it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stamps = device, list[float]()
+        self.device, self.stamps, self.wire = device, list[float](), list[int]()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.stamps:
@@ -155,6 +169,7 @@ class _Theirs(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.stamps.append(clock(self.device))
+        self.wire.append(over_loopback())
 
 
 class _InOrder(Trainer):
@@ -164,15 +179,22 @@ class _InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def _run_trainer(
-    c: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example], steps: int
-) -> tuple[list[float], float]:
-    times = _Theirs(word_embeddings(base).weight.device)
+def run_trainer(
+    c: Contestant,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    start: Tensor,
+    rows: Sequence[Example],
+    steps: int,
+    accumulation: int,
+) -> tuple[Theirs, float]:
+    """Under torchrun it is one of several ranks, each with so many micro-batches a step."""
+    times = Theirs(word_embeddings(base).weight.device)
     dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = (_InOrder if c.grouped else Trainer)(
             model=_peft_model(base, start),
-            args=_their_arguments(c, folder, steps, times.device),
+            args=_their_arguments(c, folder, steps, accumulation, times.device),
             train_dataset=dataset,
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             callbacks=[times],
@@ -182,14 +204,16 @@ def _run_trainer(
         if has != wanted:  # accelerate keeps it in a state that all Trainers of a process share
             raise RuntimeError(f"{c.name} ran in mixed precision {has!r}")
         loss = trainer.train().training_loss
-    return times.stamps, loss
+    return times, loss
 
 
-def _their_arguments(c: Contestant, folder: str, steps: int, device: torch.device) -> transformers.TrainingArguments:
+def _their_arguments(
+    c: Contestant, folder: str, steps: int, accumulation: int, device: torch.device
+) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=c.rows_per_microbatch,
-        gradient_accumulation_steps=ROWS_PER_STEP // c.rows_per_microbatch,
+        gradient_accumulation_steps=accumulation,
         max_steps=steps,
         learning_rate=LEARNING_RATE,
         seed=SEED,

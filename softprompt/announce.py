@@ -1,6 +1,9 @@
 """What a run says before it starts: its rows, its model, its steps, and whether its learning rate can do anything."""
 
+import time
 from pathlib import Path
+
+import torch
 
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
@@ -10,6 +13,7 @@ from softprompt.trainer import farthest_move, learning_rates, rows_of_a_step, to
 
 # A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
 LEAST_MOVE = 0.1
+LEAST_SLOWER = 2  # times fp32's time: a CPU without bf16 instructions takes some hundred times as long
 
 
 def tell_rows(config: TrainConfig, rows: list[Row]) -> None:
@@ -31,6 +35,13 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
     print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}, {engine}; {_start(config)}")
+    if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
+        slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+        if slower > LEAST_SLOWER:
+            print(
+                f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; "
+                "leave out --bf16"
+            )
 
 
 def tell_steps(config: TrainConfig, n_examples: int, rows: int, devices: int, output_dir: Path) -> None:
@@ -51,6 +62,16 @@ def tell_steps(config: TrainConfig, n_examples: int, rows: int, devices: int, ou
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
+
+
+def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
+    """Of a small matrix product, the faster of two."""
+    a, seconds = torch.ones(edge, edge, dtype=dtype), []
+    for _ in range(2):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def _start(config: TrainConfig) -> str:

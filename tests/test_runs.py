@@ -207,3 +207,18 @@ def test_a_run_keeps_how_its_windows_were_cut(flags, tmp_path, capsys, monkeypat
     assert state["engine"] == {"tokens_per_microbatch": 50}
     out, _ = called(train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch)
     assert "packed engine, 1,024 tokens at a time" in out
+
+
+def test_a_cpu_without_bf16_is_told(tmp_path, monkeypatch, capsys):
+    from softprompt import announce
+
+    times, rows = {torch.bfloat16: 3.0, torch.float32: 1.0}, tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    settings = {"model_name_or_path": "mini", "dataset": str(rows), "max_steps": 1, "bf16": True}
+    monkeypatch.setattr(announce, "_product_seconds", times.__getitem__)
+    softprompt.train(output_dir=str(tmp_path / "a"), **settings)
+    told = "warning: on this CPU a bf16 matrix product takes 3 times as long as fp32's; leave out --bf16"
+    assert told in capsys.readouterr().out
+    times[torch.bfloat16] = 1.0
+    softprompt.train(output_dir=str(tmp_path / "b"), **settings)
+    assert "bf16 matrix product" not in capsys.readouterr().out
