@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, SoftpromptError, Stopped
+from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto
 from softprompt.infer_config import INFER_GROUPS, InferConfig, infer_config
 
@@ -53,6 +54,19 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
         ConfigError: flags that are wrong in whatever way.
     """
     return infer_config(**_parse(_parser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt."), argv))
+
+
+def parse_export(argv: Sequence[str]) -> ExportConfig:
+    """Settings of `python -m softprompt.export`: the adapter's folder, then flags.
+
+    Raises:
+        ConfigError: arguments that are wrong in whatever way.
+    """
+    program = "python -m softprompt.export"
+    parser = _parser([ExportArguments], program, "Write base and prompt as one plain transformers model.")
+    parser.usage = f"{program} ADAPTER --output DIR [--flag value …]"
+    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
+    return export_config(**_parse(parser, argv))
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from softprompt.errors import OutputError
@@ -31,13 +32,18 @@ def check_writable(path: Path, flag: str) -> None:
         ) from None
 
 
-def write_folder(path: Path, files: Files) -> None:
-    """Write a new folder of `files`; it appears under its name when all of them are on the disk."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write files into. After the block they are flushed to the disk and the folder takes the
+    name `path`, in place of what stood there; where the block fails, it is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        for name, content in files.items():
-            _write_and_flush(temporary / name, content)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
+                _flush(file)
         _flush_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
@@ -49,23 +55,29 @@ def write_folder(path: Path, files: Files) -> None:
     _flush_folder(path.parent)
 
 
+def write_folder(path: Path, files: Files) -> None:
+    """Write a new folder of `files`; it appears under its name when all of them are on the disk."""
+    with new_folder(path) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
 def write_files(folder: Path, files: Files) -> None:
     """Write `files` into a folder that may hold others; each is replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
-            _write_and_flush(temporary, content)
+            temporary.write_bytes(content)
+            _flush(temporary)
             temporary.replace(folder / name)
         finally:
             temporary.unlink(missing_ok=True)
     _flush_folder(folder)
 
 
-def _write_and_flush(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "stopping": {"errors"},
     "config": {"errors", "fields", "stopping"},
     "infer_config": {"config", "errors", "fields"},
+    "export_config": {"errors", "fields"},
     "template": {"errors"},
+    "chat_template": {"errors", "template"},
     "rows": {"errors", "fields", "hub", "template"},
     "data": {"errors", "template"},
     "batching": {"data", "errors"},
@@ -32,6 +34,7 @@ MAY_IMPORT = {
     "model": {"batching", "data", "errors", "hub", "loss", "prompt"},
     "checkpoint": {"errors", "files"},
     "generate": {"batching", "data", "errors", "model"},
+    "plain": {"batching", "errors", "model"},
     "evaluate": {"batching", "data", "generate", "model"},
     "trainer": {"batching", "config", "data", "errors", "model", "prompt"},
     "announce": {"config", "data", "model", "rows", "trainer"},
@@ -53,8 +56,36 @@ MAY_IMPORT = {
         "token_cache",
     },
 }
-ENTRANCES = {"cli", "api", "run", "summary"}
-NO_TORCH = {"token_cache", "errors", "fields", "config", "infer_config", "template", "rows", "data", "cli", "mini"}
+MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
+    "build",
+    "card",
+    "chat_template",
+    "checkpoint",
+    "cli",
+    "errors",
+    "export_config",
+    "files",
+    "generate",
+    "infer_config",
+    "model",
+    "plain",
+    "template",
+}
+ENTRANCES = {"cli", "api", "run", "summary", "export"}
+NO_TORCH = {
+    "token_cache",
+    "errors",
+    "fields",
+    "config",
+    "infer_config",
+    "export_config",
+    "template",
+    "chat_template",
+    "rows",
+    "data",
+    "cli",
+    "mini",
+}
 
 
 def modules() -> dict[str, list[Path]]:
