@@ -373,6 +373,18 @@ def test_the_card_says_what_it_is_and_its_snippet_is_python(cases):
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
+def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):
+    case = cases["mini"]
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    for block in blocks:
+        compile(block, "docs/export.md", "exec")
+    (example,) = [block for block in blocks if "inputs_embeds" in block]
+    found: dict[str, Any] = {}
+    exec(example.replace("BASE", base_path("mini")).replace("ADAPTER", str(case.adapter)), found)
+    assert found["answer"].strip() == case.ours().generate("我爱这部电影", do_sample=False, max_new_tokens=32)
+
+
 def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
