@@ -1,7 +1,7 @@
-"""The model card that stands beside an adapter, in the hub's form (YAML front matter, then Markdown)."""
+"""Model cards, of an adapter and of an exported model, in the hub's form (YAML front matter, then Markdown)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softprompt.checkpoint import Adapter
@@ -11,12 +11,8 @@ from softprompt.redact import redacted
 def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any]) -> bytes:
     """`arguments` and `metrics` are shown as tables; arguments at None are left out."""
     base = adapter.base_model_name_or_path or "the base"
-    front = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["prompt-tuning"]}
     lines = [
-        "---",
-        *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()),
-        "---",
-        "",
+        *_front(base, "peft", ["prompt-tuning"]),
         f"# A soft prompt for {base}",
         "",
         f"{adapter.prompt.shape[0]} virtual tokens of size {adapter.prompt.shape[1]}, learned with softprompt; "
@@ -36,6 +32,48 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         *_table("Argument", arguments),
     ]
     return redacted("\n".join(lines)).encode()
+
+
+def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant: float | None, dtype: str) -> bytes:
+    """Of a base with the prompt as `words`; `constant` is their logit, None where it is the mean of the others'."""
+    template = json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
+    guard = (
+        f"their logit is {constant:g} whatever the text"
+        if constant is not None
+        else "their logit is the mean of all others, so none of them is ever the likeliest"
+    )
+    lines = [
+        *_front(base, "transformers", ["prompt-tuning"]),
+        f"# {base} with a soft prompt",
+        "",
+        f"A plain transformers model, weights in {dtype}: the base, and {len(words)} new words `{words[0]}` to "
+        f"`{words[-1]}` whose embeddings are the virtual tokens of a soft prompt. Written by softprompt, which it does "
+        "not need.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        "ask = pipeline('text-generation', 'THIS_FOLDER')",
+        "answer = ask([{'role': 'user', 'content': '…'}], return_full_text=False)[0]['generated_text']",
+        "```",
+        "",
+        f"The chat template writes the new words, then the message in the template of the training: `{template}`. "
+        "For a text of your own write all of them before it, in order:",
+        "`''.join(t.content for t in tokenizer.added_tokens_decoder.values() if 'softprompt' in t.content)`.",
+        "",
+        f"The new words are never generated: the head is untied, {guard}, and `suppress_tokens` in "
+        "generation_config.json names them. `max_length` there counts them.",
+        "",
+        "Tested engines: transformers (`generate`, `pipeline`, `transformers serve`). An engine that ignores "
+        "`lm_head.weight` and ties the head to the embeddings may generate the new words; there forbid them by a bias.",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _front(base: str, library: str, tags: Sequence[str]) -> list[str]:
+    front = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    return ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()), "---", ""]
 
 
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, Elsewhere, SoftpromptError, Stopped
+from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
@@ -71,6 +72,19 @@ def parse_setting(name: str, value: str) -> dict[str, Any]:
         ConfigError: no such setting, or a value of another type.
     """
     return _parse(_parser((GenerationArguments,), "", ""), [f"--{name}={value}"])
+
+
+def parse_export(argv: Sequence[str]) -> ExportConfig:
+    """Settings of `python -m softprompt.export`: the adapter's folder, then flags.
+
+    Raises:
+        ConfigError: arguments that are wrong in whatever way.
+    """
+    program = "python -m softprompt.export"
+    parser = _parser([ExportArguments], program, "Write base and prompt as one plain transformers model.")
+    parser.usage = f"{program} ADAPTER --output DIR [--flag value …]"
+    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
+    return export_config(**_parse(parser, argv))
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:

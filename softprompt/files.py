@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from softprompt.errors import OutputError
@@ -59,14 +60,18 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
         return file.read(size + 1)
 
 
-def write_folder(path: Path, files: Files) -> None:
-    """Write a new folder of `files`; it appears under its name when all of them are on the disk, and one that it
-    replaces goes only then."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write files into. After the block they are flushed to the disk and the folder takes the
+    name `path`, in place of what stood there; where the block fails, it is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        for name, content in files.items():
-            _write_and_flush(temporary / name, content)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
+                _flush(file)
         _flush_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
         replaced = _set_aside(path) if path.exists() else None
@@ -93,6 +98,14 @@ def remove_leftovers(folder: Path, name: str) -> None:
             path.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, files: Files) -> None:
+    """Write a new folder of `files`; it appears under its name when all of them are on the disk, and one that it
+    replaces goes only then."""
+    with new_folder(path) as folder:
+        for name, content in files.items():
+            _write_and_flush(folder / name, content)
+
+
 def write_files(folder: Path, files: Files) -> None:
     """Write `files` into a folder that is there and may hold others; each is replaced as a whole."""
     for name, content in files.items():
@@ -111,9 +124,12 @@ def _set_aside(path: Path) -> Path:
 
 
 def _write_and_flush(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
+    path.write_bytes(content)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

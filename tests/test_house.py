@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "stopping": {"errors"},
     "config": {"errors", "fields", "stopping"},
     "infer_config": {"config", "errors", "fields"},
+    "export_config": {"errors", "fields"},
     "template": {"errors"},
+    "chat_template": {"errors", "template"},
     "rows": {"errors", "fields", "hub", "template"},
     "data": {"errors", "template"},
     "batching": {"data", "errors"},
@@ -43,6 +45,7 @@ MAY_IMPORT = {
     "model": {"batching", "data", "errors", "hub", "loss", "prompt"},
     "checkpoint": {"errors", "fields", "files"},
     "generate": {"model", "requests", "sampling"},
+    "plain": {"batching", "errors", "model"},
     "evaluate": {"data", "generate", "model", "requests"},
     "scores": {"data", "errors", "model", "template"},
     "questions": {"errors", "fields", "infer_config", "requests", "rows", "template"},
@@ -75,8 +78,36 @@ MAY_IMPORT = {
         "token_cache",
     },
 }
-ENTRANCES = {"cli", "api", "inference", "run", "summary"}
-NO_TORCH = {"token_cache", "errors", "fields", "config", "infer_config", "template", "rows", "data", "cli", "mini"}
+MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
+    "build",
+    "card",
+    "chat_template",
+    "checkpoint",
+    "cli",
+    "errors",
+    "export_config",
+    "files",
+    "infer_config",
+    "model",
+    "plain",
+    "requests",
+    "template",
+}
+ENTRANCES = {"cli", "api", "inference", "run", "summary", "export"}
+NO_TORCH = {
+    "token_cache",
+    "errors",
+    "fields",
+    "config",
+    "infer_config",
+    "export_config",
+    "template",
+    "chat_template",
+    "rows",
+    "data",
+    "cli",
+    "mini",
+}
 
 
 def modules() -> dict[str, list[Path]]:

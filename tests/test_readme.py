@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.config import GROUPS
+from softprompt.export_config import ExportArguments
 from softprompt.infer_config import INFER_GROUPS
 
 OTHERS = {"check", "nproc_per_node", "max_restarts"}  # ruff's and torchrun's
@@ -37,7 +38,11 @@ def test_both_have_the_same_sections():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_named_exists(name):
-    known = {f.name for group in (*GROUPS, *INFER_GROUPS) for f in fields(group)} | {"preset", "config", "help"}
+    known = {f.name for group in (*GROUPS, *INFER_GROUPS, ExportArguments) for f in fields(group)} | {
+        "preset",
+        "config",
+        "help",
+    }
     named = set(re.findall(r"--([a-z][a-z_0-9]*)", text_of(name)))
     assert named - known - OTHERS == set()
     assert len(named) > 15

@@ -1,0 +1,169 @@
+"""Base and prompt as one plain transformers model folder: `python -m softprompt.export ADAPTER --output DIR`.
+
+new words          ids after the base's; their embeddings are the prompt, and they are never generated (plain.py)
+tokenizer          knows them; its chat template puts them and the training template in place (chat_template.py)
+generation_config  the adapter's settings; suppress_tokens names the new words
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from softprompt.build import base_path, check_fits
+from softprompt.card import plain_model_card
+from softprompt.chat_template import teach
+from softprompt.checkpoint import Adapter, load_adapter
+from softprompt.cli import command, parse_export
+from softprompt.errors import AdapterError, OutputError
+from softprompt.export_config import ExportConfig, export_config
+from softprompt.files import check_writable, new_folder
+from softprompt.infer_config import generation_faults
+from softprompt.model import load_tokenizer, read_base, word_embeddings
+from softprompt.plain import to_plain
+from softprompt.requests import GenerationSettings
+from softprompt.template import Template
+
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+)  # GenerationConfig refuses them beside greedy answers
+
+UNSAVED = ("stop_strings",)  # transformers' generate refuses them unless it is handed the tokenizer
+
+
+def export(adapter: str | Path, output: str | Path, **settings: Any) -> str:
+    """Write the model folder `output`; `settings` are the command's flags. Returns what was written, one line.
+
+    Raises:
+        ConfigError: settings that are wrong.
+        AdapterError: an adapter that is broken, names no base, or was learned for another base.
+        ModelError: a base that cannot be loaded, or cannot take virtual tokens as words.
+        OutputError: `output` exists, cannot be written to, or there is no room for it. Nothing is left behind.
+    """
+    return _export(export_config(str(adapter), output=str(output), **settings))
+
+
+def _export(config: ExportConfig) -> str:
+    output = Path(config.output)
+    _refuse_existing(output)
+    check_writable(output, "--output")
+    adapter = load_adapter(config.adapter)
+    name = config.model_name_or_path or adapter.base_model_name_or_path
+    if name is None:
+        raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
+    template, settings = _saved(config.adapter, adapter)
+    tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
+    _check_base(config.adapter, adapter, base, name)
+    dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    P = adapter.prompt.shape[0]
+    _check_room(output, base, P, dtype)
+    ids = teach(tokenizer, template, P)
+    constant = to_plain(base, adapter.prompt, ids, dtype)
+    base.generation_config = generation_config(base.generation_config, tokenizer, settings, ids)
+    words = tokenizer.convert_ids_to_tokens(ids)
+    _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))
+    guard = (
+        f"logit {constant:g} always" if constant is not None else "logit the mean of the others, and suppress_tokens"
+    )
+    return f"{output}: {name} and {P} new words, {words[0]} to {words[-1]} (never generated: {guard})"
+
+
+def generation_config(
+    of_base: GenerationConfig | None, tokenizer: Any, settings: Mapping[str, Any], ids: list[int]
+) -> GenerationConfig:
+    """The adapter's `settings` over the base's, with the new words `ids` suppressed. They count in transformers'
+    max_length, which is therefore larger by their number."""
+    values = {k: v for k, v in (of_base.to_diff_dict() if of_base else {}).items() if not k.startswith("_")}
+    values.update({name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED})
+    if settings.get("max_new_tokens") is not None:
+        values.pop("max_length", None)
+    else:
+        values["max_length"] = settings["max_length"] + len(ids)
+    if not values["do_sample"]:
+        values = {name: value for name, value in values.items() if name not in SAMPLING}
+    values.pop("transformers_version", None)
+    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or []), *ids})
+    ends = list(settings.get("eos_token_id") or ()) or tokenizer.eos_token_id
+    values |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**values)
+
+
+def _saved(folder: str, adapter: Adapter) -> tuple[Template, dict[str, Any]]:
+    """Template and generation settings, the article's where the adapter has none of its own."""
+    generation = adapter.settings.get("generation", {})
+    try:
+        settings = asdict(GenerationSettings(**generation))
+    except TypeError:
+        raise AdapterError(f"adapter {folder}: its generation settings are {generation!r:.200}") from None
+    if faults := generation_faults(generation):
+        raise AdapterError(f"adapter {folder}: its generation settings: {'; '.join(faults)}")
+    return Template(adapter.settings.get("template", "default")), settings
+
+
+def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
+    """Refuse a base of other sizes than the adapter names; warn of another name."""
+    check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
+    for key, field in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        wanted, found = adapter.config.get(key), getattr(base.config.get_text_config(), field, None)
+        if None not in (wanted, found) and wanted != found:
+            raise AdapterError(
+                f"adapter {folder}: was learned for a base with {key} {wanted}, but {name} has {found}; "
+                "use the base that it was trained on"
+            )
+    if adapter.base_model_name_or_path not in (None, name):
+        print(f"warning: the adapter was trained on {adapter.base_model_name_or_path}, not on {name}", file=sys.stderr)
+
+
+def _refuse_existing(output: Path) -> None:
+    if os.path.lexists(output):
+        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
+
+
+def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype) -> None:
+    """Raises OutputError where the disk has no room for the weights, of which a tied head is now a tensor by itself."""
+    above = output.absolute().parent
+    while not above.exists():
+        above = above.parent
+    V, H = word_embeddings(base).weight.shape
+    tied = bool(base.config.get_text_config().tie_word_embeddings)
+    values = sum(p.numel() for p in base.parameters()) + 2 * P * H + (V * H if tied else 0)
+    needed, free = values * dtype.itemsize + (64 << 20), shutil.disk_usage(above).free  # tokenizer, card
+    if free < needed:
+        raise OutputError(
+            f"--output {output}: needs {needed / 1e9:,.2f} GB, but {above} has {free / 1e9:,.2f} GB free; name a "
+            "folder on another disk, or a --dtype of 2 bytes"
+        )
+
+
+def _write(output: Path, base: PreTrainedModel, tokenizer: Any, card: bytes) -> None:
+    logging.disable_progress_bar()
+    try:
+        with new_folder(output) as folder:
+            base.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_bytes(card)
+            _refuse_existing(output)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"--output {output}: cannot be written: {error}; nothing was kept") from None
+    finally:
+        logging.enable_progress_bar()
+
+
+def main(argv: Sequence[str]) -> None:
+    print(_export(parse_export(argv)))
+
+
+if __name__ == "__main__":
+    command(main)
