@@ -19,11 +19,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from softprompt.batching import windows
-from softprompt.bloom import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
 from softprompt.memory import auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
+from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding
 from softprompt.trainer import Step, TrainingState, train
 from softprompt.weights import ResidentWeights, bloom_shape

@@ -99,6 +99,10 @@ def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> It
         yield part
 
 
+def has_targets(batch: Packed) -> bool:
+    return len(batch.targets) + len(batch.first_targets) > 0
+
+
 def collate_packed(examples: Sequence[Example]) -> Packed:
     """Concatenate rows up to their last predictors, and find their targets."""
     ids: list[int] = []

@@ -40,6 +40,17 @@ class ModelArguments:
         "packed: the exact fast forward for BLOOM; padded: the base's own forward, for any causal language model. auto "
         "is packed for BLOOM on the CPU, else padded.",
     )
+    stream_base: bool = option(
+        False,
+        "Read the blocks of a BLOOM from its safetensors files as they are computed with, and hold two of them at a "
+        "time: for a base larger than memory. Larger steps are read for less often. No answers to held-out rows.",
+    )
+    max_activation_gib: float = option(
+        1.0, "--stream_base: memory for what a step has at the borders of blocks; what is beyond goes to a file."
+    )
+    offload_folder: str | None = option(
+        None, "--stream_base: where that file is made, on a real disk. (default: the system's folder for such files)"
+    )
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 
 
@@ -281,6 +292,12 @@ def _faults(config: TrainConfig) -> Iterator[str]:
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
     if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
+    if model.engine == "padded" and model.stream_base:
+        yield "--stream_base is for the packed engine; leave --engine padded out"
+    if not model.stream_base and model.offload_folder:
+        yield "--offload_folder is only used with --stream_base; add that flag"
+    if not model.max_activation_gib >= 0:
+        yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):
             if getattr(training, name):

@@ -1,37 +1,57 @@
 """Which engine a run takes. Nothing else in the project needs to know."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.bloom import PackedEngine
 from softprompt.config import TrainConfig
 from softprompt.decode import PackedGenerator
 from softprompt.errors import ConfigError
 from softprompt.generate import Generator, TransformersGenerator
-from softprompt.memory import MOST_TOKENS, auto_tokens, total_memory
+from softprompt.layerwise import LayerMajor
+from softprompt.memory import GIB, MOST_TOKENS, auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
-from softprompt.weights import ResidentWeights, bloom_shape
+from softprompt.packed import PackedEngine
+from softprompt.stored import Stored
+from softprompt.streamed import StreamedWeights
+from softprompt.weights import ResidentWeights, bloom_shape, is_bloom
 
 
-def make_engine(config: TrainConfig, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, P: int) -> Engine:
-    """The engine that `--engine` names over a loaded base, for a prompt of P tokens.
+def make_engine(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    P: int,
+    blocks: Mapping[str, Stored] | None = None,
+) -> Engine:
+    """The engine that `--engine` names over a loaded base, for a prompt of P tokens; over a hollow base and the files
+    of its `blocks` the packed one, layer by layer.
 
     Raises:
         ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
     """
     args, device = config.training, word_embeddings(base).weight.device
+    shape, memory = bloom_shape(base.config), total_memory(device)
+    if blocks is not None:
+        in_memory = shape._replace(L=2)  # of the base's blocks
+        tokens = args.tokens_per_microbatch or auto_tokens(in_memory, dtype, P, device, memory, True)
+        streamed = StreamedWeights(base, blocks, dtype)
+        most_bytes = int(config.model.max_activation_gib * GIB)
+        schedule = LayerMajor(streamed, most_bytes, Path(config.model.offload_folder or gettempdir()))
+        return PackedEngine(streamed, tokens, gradient_checkpointing=True, schedule=schedule)
     if not takes_packed(config.model.engine, base, str(config.model.model_name_or_path)):
         if args.tokens_per_microbatch or args.gradient_checkpointing:
             raise ConfigError(
                 "--tokens_per_microbatch and --gradient_checkpointing are settings of the packed engine, and this run "
-                "takes the padded one; leave them out" + (", or add --engine packed" if _is_bloom(base) else "")
+                "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base.config) else "")
             )
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
-    tokens = args.tokens_per_microbatch or auto_tokens(
-        bloom_shape(base.config), dtype, P, device, total_memory(device), args.gradient_checkpointing
-    )
+    tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
 
 
@@ -63,19 +83,10 @@ def takes_packed(kind: str, base: PreTrainedModel, name: str) -> bool:
     Raises:
         ConfigError: the packed engine asked for a base that is no BLOOM.
     """
-    if kind == "packed" and not _is_bloom(base):
+    if kind == "packed" and not is_bloom(base.config):
         sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
         raise ConfigError(
             f"--engine packed is for BLOOM, and {name} is of type {base.config.model_type}{sliced}; leave it out"
         )
     on_cpu = word_embeddings(base).weight.device.type == "cpu"
-    return kind == "packed" or (kind == "auto" and _is_bloom(base) and on_cpu)
-
-
-def _is_bloom(base: PreTrainedModel) -> bool:
-    return base.config.model_type == "bloom" and not _is_sliced(base.config)
-
-
-def _is_sliced(config: Any) -> bool:
-    """BLOOM's slow_but_exact option adds up slices of two projections, without their biases: another function."""
-    return bool(getattr(config, "slow_but_exact", False)) and config.pretraining_tp > 1
+    return kind == "packed" or (kind == "auto" and is_bloom(base.config) and on_cpu)

@@ -37,34 +37,35 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together."""
+    """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together, and none
+    without a generator."""
 
     engine: Engine
-    generator: Generator
+    generator: Generator | None
     tokenizer: Any
     examples: Sequence[Example]
     batch_size: int
 
     @property
-    def answers_are_short(self) -> bool:
-        """Whether they are compared, too."""
-        return max(len(answer_ids(e)) for e in self.examples) <= SHORT_ANSWER
+    def compares_answers(self) -> bool:
+        """Whether there are any, and they are short."""
+        return self.generator is not None and max(len(answer_ids(e)) for e in self.examples) <= SHORT_ANSWER
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
         loss_sum, targets = self.engine.evaluate(prompt, self.examples)
         loss = loss_sum.item() / targets
-        if not self.answers_are_short:
+        if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
-        answers = self._answers(prompt)
+        answers = self._answers(self.generator, prompt)
         expected = [self.text(answer_ids(e)) for e in self.examples]
         right = sum(a == b for a, b in zip(answers, expected, strict=True))
         return Evaluation(loss, answers, right / len(expected))
 
-    def _answers(self, prompt: Tensor | None) -> list[str]:
+    def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
         requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
-        return [self.text(ids) for ids in in_order(self.generator.generate(requests, self.batch_size))]
+        return [self.text(ids) for ids in in_order(generator.generate(requests, self.batch_size))]
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

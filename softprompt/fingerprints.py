@@ -4,7 +4,7 @@ are called do not matter."""
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from softprompt.files import cache_dir, write_files
 from softprompt.rows import Row
+from softprompt.stored import Stored
 
 CACHED_FROM = 4 << 30  # bytes of weights; hashing fewer takes a few seconds
 SAMPLE = 4096
+PIECE = 1 << 24  # bytes of a stored tensor that are read at a time
 OF_THE_PLACE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
 
 
@@ -33,20 +35,24 @@ def fingerprint_of_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def fingerprint_of_base(base: PreTrainedModel, files: Sequence[Path], keep: bool = True) -> str:
-    """Of the configuration, and of names, shapes, dtypes and bytes of all tensors.
+def fingerprint_of_base(
+    base: PreTrainedModel, files: Sequence[Path], keep: bool = True, blocks: Mapping[str, Stored] | None = None
+) -> str:
+    """Of the configuration, and of names, shapes, dtypes and bytes of all tensors; a hollow base's `blocks` are read
+    from their files.
 
     The hash of a base of more than 4 GiB is kept (if `keep`), and taken as long as the `files` of its weights have the
     same place, size, time and inode, and the same goes for its configuration, names, shapes, and 4 KiB from both ends
     and the middle of every tensor. To hash it anew is to read every byte once.
     """
-    if sum(t.nbytes for t in base.state_dict().values()) < CACHED_FROM or not files:
-        return _hash(base, sampled=False)
-    path = cache_dir("fingerprints") / _key(base, files)
+    config, tensors = base.config.to_diff_dict(), {**base.state_dict(), **(blocks or {})}
+    if sum(t.nbytes for t in tensors.values()) < CACHED_FROM or not files:
+        return _hash(config, tensors, sampled=False)
+    path = cache_dir("fingerprints") / _key(config, tensors, files)
     try:
         return _checked(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
-        found = _hash(base, sampled=False)
+        found = _hash(config, tensors, sampled=False)
     if keep:
         with contextlib.suppress(OSError):  # a cache is a convenience
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,26 +66,34 @@ def _checked(text: str) -> str:
     return text
 
 
-def _key(base: PreTrainedModel, files: Sequence[Path]) -> str:
+def _key(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored], files: Sequence[Path]) -> str:
     stats = [(str(path.resolve()), path.stat()) for path in sorted(files)]
     places = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
-    return hashlib.sha256(json.dumps([places, _hash(base, sampled=True)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([places, _hash(config, tensors, sampled=True)]).encode()).hexdigest()
 
 
-def _hash(base: PreTrainedModel, sampled: bool) -> str:
-    config = {name: value for name, value in base.config.to_diff_dict().items() if name not in OF_THE_PLACE}
+def _hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored], sampled: bool) -> str:
+    config = {name: value for name, value in config.items() if name not in OF_THE_PLACE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(base.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for part in _samples(tensor) if sampled else [_bytes(tensor)]:
+        for part in _samples(tensor) if sampled else _all(tensor):
             digest.update(part.numpy().data)
     return digest.hexdigest()
 
 
-def _samples(tensor: Tensor) -> Iterator[Tensor]:
-    content = _bytes(tensor)
-    for start in sorted({0, len(content) // 2, max(0, len(content) - SAMPLE)}):
-        yield content[start : start + SAMPLE]
+def _all(tensor: Tensor | Stored) -> Iterator[Tensor]:
+    if isinstance(tensor, Tensor):
+        yield _bytes(tensor)
+    else:
+        yield from (tensor.bytes(at, min(at + PIECE, tensor.nbytes)) for at in range(0, tensor.nbytes, PIECE))
+
+
+def _samples(tensor: Tensor | Stored) -> Iterator[Tensor]:
+    size = tensor.nbytes
+    for start in sorted({0, size // 2, max(0, size - SAMPLE)}):
+        stop = min(start + SAMPLE, size)
+        yield _bytes(tensor)[start:stop] if isinstance(tensor, Tensor) else tensor.bytes(start, stop)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from softprompt.weights import Shape
 SHARE = 0.6  # of a device's memory that is planned for; the rest is the allocator's, the context's and other programs'
 MOST_TOKENS = {"cpu": 1024, "cuda": 16384}  # more is not planned for; on the CPU it was no faster
 FEWEST_TOKENS = 256
+GIB = 2**30
 
 
 def total_memory(device: torch.device) -> int:

@@ -87,7 +87,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
+    tokenizer = from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
     if tokenizer.pad_token_id is None:
@@ -97,7 +97,7 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model, frozen and in eval mode: `read_base`, then `freeze`."""
-    return cast(PreTrainedModel, freeze(read_base(name_or_path), compute_dtype).to(device))  # type: ignore[arg-type]
+    return place(freeze(read_base(name_or_path), compute_dtype), device)
 
 
 def read_base(name_or_path: str) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def read_base(name_or_path: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    base = _from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
+    base = from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
         raise ModelError(
             f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words"
@@ -148,7 +148,20 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
     return base
 
 
-def _from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
+def place(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move `base` to a device in place, but for what is on the meta device."""
+    for tensor in (*base.parameters(), *base.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    return base
+
+
+def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
+    """What an Auto class of transformers loads from a folder or the hub.
+
+    Raises:
+        ModelError: `what` is not there or cannot be loaded.
+    """
     from transformers.utils import logging
 
     if not os.path.isdir(name_or_path):

@@ -16,11 +16,13 @@ from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.hollow import read_hollow
 from softprompt.model import (
     Engine,
     SoftPromptedModel,
     freeze,
     load_tokenizer,
+    place,
     read_base,
     resolve_device,
     resolve_dtype,
@@ -87,25 +89,27 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tokenizer = load_tokenizer(path)
     data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
     tell_data(data, held_out_data)
-    base = read_base(path)
+    base, blocks = read_hollow(path) if config.model.stream_base else (read_base(path), None)
     fingerprints = {
         "dataset": fingerprint_of_rows(rows),
         "tokenizer": fingerprint_of_tokenizer(tokenizer),
-        "base": fingerprint_of_base(base, weight_files(path), keep=not config.training.dry_run),
+        "base": fingerprint_of_base(base, weight_files(path), keep=not config.training.dry_run, blocks=blocks),
     }
     if checkpoint and saved and not config.training.ignore_data_skip:
         check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
-    base = freeze(base, dtype).to(device)  # type: ignore[arg-type]
+    base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
     prompt = PromptEmbedding(values).to(device)
-    engine = make_engine(config, base, tokenizer, dtype, len(values))
-    generator = generator_beside(engine, base, tokenizer)
+    engine = make_engine(config, base, tokenizer, dtype, len(values), blocks)
+    generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
     if world.size > 1:
-        engine, generator = SharedEngine(engine, world), SharedGenerator(generator, world)
+        engine, generator = SharedEngine(engine, world), generator and SharedGenerator(generator, world)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     tell_steps(config, len(data.examples), rows_per_step, world.size, output_dir)
     evaluator = None
     if held_out_data:
+        if config.model.stream_base:
+            print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
         _check_metric(config, evaluator)
@@ -117,8 +121,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
 def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
     args = config.training
     wanted = args.load_best_model_at_end or args.early_stopping_patience
-    if wanted and metric_name(args) == "eval_exact_match" and not evaluator.answers_are_short:
+    if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
             f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
-            f"ones have at most {SHORT_ANSWER} tokens; take eval_loss"
+            f"ones have at most {SHORT_ANSWER} tokens, and not with --stream_base; take eval_loss"
         )

@@ -1,6 +1,6 @@
 """The frozen weights of a BLOOM, layer by layer: the packed engine asks a provider and does not know where they lie."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,12 @@ class Layer(NamedTuple):
     dense_4h_to_h: Affine  # [H, 4H]
 
 
+MODULES = (  # of a block of transformers' BLOOM, in the order of a Layer
+    *("input_layernorm", "self_attention.query_key_value", "self_attention.dense"),
+    *("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+)
+
+
 class Shape(NamedTuple):
     """Sizes in the letters used everywhere, and the two constants of BLOOM's forward."""
 
@@ -39,7 +45,7 @@ class Shape(NamedTuple):
 
 
 class Weights(Protocol):
-    """A provider. `layer(i)` may be asked for any layer at any time, and again in the backward pass."""
+    """A provider."""
 
     shape: Shape
     embedding_layernorm: Affine
@@ -51,26 +57,42 @@ class Weights(Protocol):
         """Word embeddings before their layer norm: [...] int64 → [..., H] fp32."""
         ...
 
-    def layer(self, i: int) -> Layer: ...
+    def through(self, order: Sequence[int]) -> Iterator[Layer]:
+        """The layers of these numbers, one after the other. A provider that does not hold them all may write the next
+        but one over a layer: it is good until the next one is asked for."""
+        ...
 
 
-class ResidentWeights:
-    """All layers in the memory of one device: the base's own tensors, not copies of them, but for a tied head, which
-    the compute dtype needs a second time where that is not the embeddings' own."""
+class Frame:
+    """What a base has but for its layers, in the memory of one device: the base's own tensors, not copies of them, but
+    for a tied head, which the compute dtype needs a second time where that is not the embeddings' own."""
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
-        transformer, config = base.transformer, base.config
-        self.shape = bloom_shape(config)
-        self.embedding_layernorm = _affine(transformer.word_embeddings_layernorm)
-        self.final_layernorm = _affine(transformer.ln_f)
+        self.shape = bloom_shape(base.config)
+        self.embedding_layernorm = _affine(base.transformer.word_embeddings_layernorm)
+        self.final_layernorm = _affine(base.transformer.ln_f)
         head = base.get_output_embeddings().weight.detach()
         self.head: Tensor = head.to(compute_dtype)
         self.own_bytes = 0 if self.head is head else self.head.nbytes
-        self.embed: Callable[[Tensor], Tensor] = transformer.word_embeddings
-        self._layers = [_layer(block) for block in transformer.h]
+        self.embed: Callable[[Tensor], Tensor] = base.transformer.word_embeddings
 
-    def layer(self, i: int) -> Layer:
-        return self._layers[i]
+
+class ResidentWeights(Frame):
+    """All layers in the memory of one device, too."""
+
+    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
+        super().__init__(base, compute_dtype)
+        self._layers = [Layer(*(_affine(block.get_submodule(m)) for m in MODULES)) for block in base.transformer.h]
+
+    def through(self, order: Sequence[int]) -> Iterator[Layer]:
+        return (self._layers[i] for i in order)
+
+
+def is_bloom(config: Any) -> bool:
+    """Whether this is the forward that is written here: BLOOM, without its option to add up slices of two projections,
+    which leaves their biases out."""
+    sliced = getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1
+    return config.model_type == "bloom" and not sliced
 
 
 def bloom_shape(config: Any) -> Shape:
@@ -82,14 +104,3 @@ def bloom_shape(config: Any) -> Shape:
 
 def _affine(module: Any) -> Affine:
     return Affine(module.weight.detach(), module.bias.detach())
-
-
-def _layer(block: Any) -> Layer:
-    return Layer(
-        _affine(block.input_layernorm),
-        _affine(block.self_attention.query_key_value),
-        _affine(block.self_attention.dense),
-        _affine(block.post_attention_layernorm),
-        _affine(block.mlp.dense_h_to_4h),
-        _affine(block.mlp.dense_4h_to_h),
-    )

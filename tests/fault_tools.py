@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from softprompt import bloom, build, files, trainer
+from softprompt import build, files, packed, trainer
 from softprompt.cli import command
 from softprompt.evaluate import Evaluator
 from softprompt.recorder import Recorder
@@ -132,7 +132,7 @@ def signal_in_first_step(folder: Path) -> None:
 
 
 def signal_mid_window(folder: Path) -> None:
-    before(bloom, "collate_packed", 4, _signal)  # windows are cut into several micro-batches
+    before(packed, "collate_packed", 4, _signal)  # windows are cut into several micro-batches
 
 
 def signal_in_evaluation(folder: Path) -> None:

@@ -65,9 +65,10 @@ class Counted(ResidentWeights):
         super().__init__(base, dtype)
         self.calls = []
 
-    def layer(self, i):
-        self.calls.append(i)
-        return super().layer(i)
+    def through(self, order):
+        for i, layer in zip(order, super().through(order), strict=True):
+            self.calls.append(i)
+            yield layer
 
 
 def test_one_forward_a_step_serves_the_whole_mixture(tokenizer):

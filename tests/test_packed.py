@@ -15,10 +15,10 @@ from peers import naive_loss, peft_model, peft_prompt, random_examples
 from softprompt import attention, bloom, loss
 from softprompt.attention import causal_alibi, group_rows
 from softprompt.batching import collate_packed, collate_padded, cut_by_tokens
-from softprompt.bloom import PackedEngine
 from softprompt.data import Example, count_targets
 from softprompt.errors import TrainingError
 from softprompt.model import freeze
+from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding
 from softprompt.weights import ResidentWeights
 

@@ -12,13 +12,13 @@ from peers import peft_model, peft_prompt, random_examples
 from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer
 from transformers import TrainingArguments as TheirArguments
 
-from softprompt.bloom import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
 from softprompt.engines import generator_beside
 from softprompt.errors import TrainingError
 from softprompt.evaluate import Evaluator
 from softprompt.model import PaddedEngine, freeze
+from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding, random_init
 from softprompt.trainer import Step, learning_rates, total_steps, train
 from softprompt.weights import ResidentWeights
