@@ -36,9 +36,9 @@ def make_engine(
         ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
     """
     args, device = config.training, word_embeddings(base).weight.device
-    shape, memory = bloom_shape(base.config), total_memory(device)
+    memory = total_memory(device)
     if blocks is not None:
-        in_memory = shape._replace(L=2)  # of the base's blocks
+        in_memory = bloom_shape(base.config)._replace(L=2)  # of the base's blocks
         tokens = args.tokens_per_microbatch or auto_tokens(in_memory, dtype, P, device, memory, True)
         streamed = StreamedWeights(base, blocks, dtype)
         most_bytes = int(config.model.max_activation_gib * GIB)
@@ -51,6 +51,7 @@ def make_engine(
                 "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base.config) else "")
             )
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
+    shape = bloom_shape(base.config)
     tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
 

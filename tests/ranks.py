@@ -14,7 +14,7 @@ from peers import random_examples
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from softprompt.bloom import PackedEngine
+from softprompt.packed import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.distributed import joined
 from softprompt.mini import BASE_DIR

@@ -115,7 +115,7 @@ def test_trust_remote_code_cannot_be_set_from_a_file(tiny_base, tmp_path, capsys
 
 def test_random_states_go_on(settings, monkeypatch):  # noqa: F811
     """With noise in every step, the resumed run is the same only if its generator goes on, too."""
-    from softprompt.bloom import PackedEngine
+    from softprompt.packed import PackedEngine
 
     accumulate = PackedEngine.accumulate
 
@@ -163,7 +163,7 @@ def test_a_course_that_was_left_is_replaced(settings, capsys):  # noqa: F811
 
 
 def test_a_step_that_is_not_finite_names_rows_and_checkpoint(settings, monkeypatch):  # noqa: F811
-    from softprompt.bloom import PackedEngine
+    from softprompt.packed import PackedEngine
 
     accumulate, calls = PackedEngine.accumulate, iter(range(1, 99))
 
