@@ -42,9 +42,9 @@ SIZES = {  # hidden size, layers, heads, words
 FP32, P = torch.float32, 10
 
 
-def write_base(folder: Path, H: int, L: int, N: int, V: int) -> int:
-    """A random BLOOM in fp32, a file for each block and one for the rest; its bytes, of which no more than one file's
-    are held at a time."""
+def write_base(folder: Path, H: int, L: int, N: int, V: int) -> None:
+    """A random BLOOM in fp32, a file for each block and one for the rest, of which no more than one is held at a
+    time."""
     config = BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=N, dtype="float32")
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -60,7 +60,6 @@ def write_base(folder: Path, H: int, L: int, N: int, V: int) -> int:
         save_file({n: t + 1 if "norm" in n and "weight" in n else t for n, t in tensors.items()}, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(4 * shape.numel() for shape in shapes.values())
 
 
 def synthetic(rows: int, mean: int, words: int) -> list[Example]:
@@ -130,6 +129,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--max_activation_gib", type=float, default=1.0)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the base is written and borders go")
+    parser.add_argument("--base", help="write the base here instead and keep it, or take the one that is here")
     parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
     args.offload_folder = args.folder
@@ -137,13 +137,16 @@ def main() -> None:
     needed = 4 * (12 * L * H * H + V * H) * 1.01 + 2**30
     if shutil.disk_usage(args.folder).free < needed:
         parser.error(f"--folder {args.folder} has less than {needed / 2**30:.1f} GiB free")
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        size, load = write_base(Path(name), H, L, N, V), os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=args.folder) as made:
+        base, load = Path(args.base or made), os.getloadavg()[0]
+        if not list(base.glob("*.index.json")):
+            write_base(base, H, L, N, V)
+        size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         print(f"{args.size}, fp32: {size / 2**30:.2f} GiB; {torch.get_num_threads()} threads, load {load:.1f}")
         print("| rows | contestant | s a step | tokens/s | GiB read a step | read at GB/s | RssAnon, GiB | loss |")
         print("|---|---|---|---|---|---|---|---|")
         for contestant in args.contestants:
-            measure(contestant, Path(name), V, H, args)
+            measure(contestant, base, V, H, args)
 
 
 def measure(contestant: str, folder: Path, V: int, H: int, args: argparse.Namespace) -> None:

@@ -14,11 +14,11 @@ from peers import random_examples
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from softprompt.packed import PackedEngine
 from softprompt.config import TrainingArguments
 from softprompt.distributed import joined
 from softprompt.mini import BASE_DIR
 from softprompt.model import PaddedEngine, freeze
+from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding, random_init
 from softprompt.shared import SharedEngine
 from softprompt.trainer import train
