@@ -87,7 +87,7 @@ def saving(folder: Path) -> list[Path]:
     return list((folder / "run").glob(".checkpoint-*"))
 
 
-@times(3, 30)
+@times(2, 30)
 def test_killed_at_random_moments(n, world, tmp_path, table):
     flags, expected = world
     draw, found = random.Random(0), Counter()
@@ -115,9 +115,9 @@ def test_killed_at_random_moments(n, world, tmp_path, table):
     table("kill -9 at a random moment", n, f"{found['saving']} of them while saving; resumed, the same bytes")
 
 
-@times(2, 10)
-def test_killed_again_and_again(n, world, tmp_path, table):
-    flags, expected = world
+@pytest.mark.slow
+def test_killed_again_and_again(world, tmp_path, table):
+    (flags, expected), n = world, 10
     draw = random.Random(1)
     for _ in range(n):
         child = Child(tmp_path, [*flags, *RESUME], fault_tools.slow_disk)
@@ -167,7 +167,10 @@ STARVED = {
 }
 
 
-@pytest.mark.parametrize("fault", STARVED)
+SLOW = {fault: () for fault in STARVED} | {fault: pytest.mark.slow for fault in list(STARVED)[:2]}
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=SLOW[fault]) for fault in STARVED])
 def test_no_place_to_write(fault, world, tiny_base, table):
     flags, expected = world
     hook, reason = STARVED[fault]

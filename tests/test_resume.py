@@ -244,8 +244,10 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"ended without {text!r}")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("when", ["evaluating", "step 1 ", "step 3 "])
+@pytest.mark.parametrize(
+    "number, code, when",
+    [(signal.SIGTERM, 143, "evaluating"), (signal.SIGINT, 130, "step 1 "), (signal.SIGINT, 130, "step 3 ")],
+)
 def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
     process = started(tmp_path)
     wait_for(process, when)
