@@ -272,11 +272,11 @@ finally:
 
 
 def test_a_base_larger_than_memory(tokenizer, tmp_path):
-    """A base of 810 MB under a limit of 700 MB for all data of the process; the ordinary run does not fit."""
+    """A base of 655 MB under a limit of 550 MB for all data of the process; the ordinary run does not fit."""
     base = tmp_path / "base"
     make_large(base)
     tokenizer.save_pretrained(base)
-    size, limit = sum(path.stat().st_size for path in base.glob("*.safetensors")), 700_000_000
+    size, limit = sum(path.stat().st_size for path in base.glob("*.safetensors")), 550_000_000
     assert size > 1.15 * limit
     (tmp_path / "rows.jsonl").write_text('{"instruction": "你好", "output": "好"}\n' * 6)
     flags = ["--model_name_or_path=base", "--dataset=rows.jsonl", "--max_steps=1", "--overwrite_cache"]
@@ -295,15 +295,15 @@ def test_a_base_larger_than_memory(tokenizer, tmp_path):
 
 
 def make_large(folder: Path) -> None:
-    """16 blocks of hidden size 1024 and few words, file by file: the values of one block for all of them."""
+    """13 blocks of hidden size 1024 and few words, file by file: the values of one block for all of them."""
     from transformers import BloomConfig
 
     block = {
         n: t for n, t in make_bloom(1024, 1, 16, initializer_range=0.02).state_dict().items() if n != "lm_head.weight"
     }
-    BloomConfig(hidden_size=1024, n_layer=16, n_head=16, vocab_size=300, dtype="float32").save_pretrained(folder)
+    BloomConfig(hidden_size=1024, n_layer=13, n_head=16, vocab_size=300, dtype="float32").save_pretrained(folder)
     names = {}
-    for i in range(16):
+    for i in range(13):
         renamed = {n.replace(".h.0.", f".h.{i}."): t for n, t in block.items() if ".h.0." in n or i == 0}
         save_file(renamed, folder / f"model-{i}.safetensors")
         names |= dict.fromkeys(renamed, f"model-{i}.safetensors")
