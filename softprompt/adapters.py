@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.build import RUNS, check_fits
-from softprompt.checkpoint import load_adapter, newest_adapter
-from softprompt.errors import AdapterError
+from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
+from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
+from softprompt.infer_config import generation_faults
 from softprompt.template import Template
 
 NONE = "none"  # the bare base
@@ -34,11 +35,16 @@ def load(folder: str | Path) -> Tuned:
     Raises:
         AdapterError: as of `checkpoint.load_adapter`, or settings beside it that are none.
     """
-    adapter = load_adapter(folder)
+    adapter, place = load_adapter(folder), Path(folder) / SETTINGS_FILE
     generation = adapter.settings.get("generation", {})
     if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
-        raise AdapterError(f"softprompt.json: generation must be an object of settings with values, not {generation!r}")
-    template = Template(adapter.settings.get("template", "default"))
+        raise AdapterError(f"{place}: generation must be an object of settings with values, not {generation!r}")
+    if faults := generation_faults(generation):
+        raise AdapterError(f"{place}: generation: {'; '.join(faults).replace('--', '')}")
+    try:
+        template = Template(adapter.settings.get("template", "default"))
+    except ConfigError as error:
+        raise AdapterError(f"{place}: {error}") from None
     return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
 
 

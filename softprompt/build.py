@@ -21,7 +21,7 @@ from softprompt.mini import BASE_DIR
 from softprompt.mini import rows as mini_rows
 from softprompt.model import word_embeddings
 from softprompt.prompt import Initialiser, random_init, sample_vocab_init, token_init
-from softprompt.rows import Row, load_rows
+from softprompt.rows import Row, checked, load_rows
 from softprompt.template import CHAT, Template
 from softprompt.token_cache import cached
 
@@ -158,7 +158,8 @@ def _is_mini(dataset: str) -> bool:
 
 def _load(config: TrainConfig, template: Template, dataset: str, mini_split: str) -> list[Row]:
     if _is_mini(dataset):
-        return mini_rows(dataset.removeprefix("mini:"), mini_split)
+        made = mini_rows(dataset.removeprefix("mini:"), mini_split)
+        return [checked(f"{dataset}, row {number}", row, template) for number, row in enumerate(made, start=1)]
     data = config.data
     return load_rows(dataset, template, config.columns, config_name=data.dataset_config_name, split=data.dataset_split)
 

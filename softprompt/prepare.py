@@ -82,6 +82,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
+    if config.model.offload_folder and not Path(config.model.offload_folder).is_dir():
+        raise ConfigError(f"--offload_folder {config.model.offload_folder}: no such folder; make it or name another")
     template = Template(config.data.template or "default")
     rows, held_out = read_rows(config, template)
     tell_rows(config, rows)

@@ -35,7 +35,7 @@ def load_rows(
             raise DataError(f"{source}, {where}: expected an object of columns, found {_kind(row)}")
         if not rows:
             _check_mapping(source, row, columns)
-        rows.append(_checked(f"{source}, {where}", _renamed(row, columns), template))
+        rows.append(checked(f"{source}, {where}", _renamed(row, columns), template))
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one with instruction and output")
     return rows
@@ -75,6 +75,8 @@ def question(where: str, row: Any, template: Template) -> Row:
     if "prompt" not in row or "prompt" in template.fields:
         return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
     given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))
+    if not (given["prompt"].strip() or given["input"].strip()):
+        raise DataError(f"{where}: prompt is empty; write a question")
     try:
         return template.row(given["prompt"], given["input"])
     except ConfigError as error:
@@ -215,7 +217,7 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
     return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
 
 
-def _checked(where: str, row: Row, template: Template) -> Row:
+def checked(where: str, row: Row, template: Template) -> Row:
     """Only the columns that are used, each of the type that is asked for."""
     if template.spec == CHAT and "messages" in row:
         return {"messages": _messages(where, "messages", row["messages"], least=2, ends_with_answer=True)}

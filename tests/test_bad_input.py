@@ -15,10 +15,14 @@ from safetensors.torch import save
 import infer
 import softprompt
 import train
+from softprompt.adapters import load
+from softprompt.build import read_rows
 from softprompt.checkpoint import Adapter, adapter_files, peft_config
 from softprompt.cli import command
-from softprompt.errors import ConfigError, SoftpromptError
+from softprompt.config import train_config
+from softprompt.errors import AdapterError, ConfigError, DataError, SoftpromptError
 from softprompt.files import write_folder
+from softprompt.rows import question
 from softprompt.template import Template
 
 GOOD = {"instruction": "你好吗", "input": "", "output": "很好"}
@@ -357,4 +361,30 @@ def test_bad_generation_settings_beside_an_adapter(generation, tiny_base, tmp_pa
     write_adapter(tmp_path / "adapter", base=str(tiny_base))
     (tmp_path / "adapter/softprompt.json").write_text(json.dumps({"generation": generation}))
     argv = ["--adapter", "adapter", "--model_name_or_path", tiny_base, "--prompt", "你好"]
-    assert_line(refused(infer, argv, capsys, monkeypatch, tmp_path), "generation must be|--max_length 'x' is not")
+    assert_line(
+        refused(infer, argv, capsys, monkeypatch, tmp_path),
+        "generation must be|softprompt.json: generation: max_length 'x' is not",
+    )
+
+
+def test_a_mini_task_is_checked_against_the_template_too(tmp_path):
+    with pytest.raises(DataError, match="mini:sentiment, row 1: column 'nope' must be a text, there is none"):
+        read_rows(train_config("mini", template="{nope}", output_dir=str(tmp_path)), Template("{nope}"))
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [({"template": 5}, "template 5 is not a text"), ({"generation": {"top_k": "x"}}, "generation: top_k 'x' is not")],
+)
+def test_what_stands_beside_an_adapter_is_named_by_its_file(settings, fault, tmp_path):
+    folder = tmp_path / "adapter"
+    prompt = torch.zeros(2, 32)
+    config = peft_config("mini", make_bloom().config, prompt, "RANDOM")
+    write_folder(folder, adapter_files(Adapter(prompt, config, settings)))
+    with pytest.raises(AdapterError, match=re.escape(f"{folder / 'softprompt.json'}: {fault}")):
+        load(folder)
+
+
+def test_an_empty_question_of_a_file_is_refused():
+    with pytest.raises(DataError, match="line 2: prompt is empty; write a question"):
+        question("q.jsonl, line 2", {"prompt": " "}, Template())

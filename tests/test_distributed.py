@@ -15,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from softprompt.config import train_config
 from softprompt.distributed import World, deal
+from softprompt.errors import ConfigError
+from softprompt.run import restarted
 
 ROOT = Path(__file__).parent.parent
 HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
@@ -149,5 +152,14 @@ def test_bad_input_is_told_once(tmp_path):
     process = torchrun(2, "train.py", "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run")
     _, err = finished(process, 1)
     assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
-    _, err = finished(torchrun(2, "--max-restarts", 1, "train.py", "--dataset", "mini:sentiment"), 1)
-    assert "torchrun --max-restarts finds a run again by its folder; name it with --output_dir" in err
+
+
+def test_what_may_be_restarted_has_a_folder_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ConfigError, match="--max-restarts finds a run again by its folder"):
+        restarted(train_config("mini"))
+    config = train_config("mini", output_dir=str(tmp_path))
+    assert restarted(config) is config
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = restarted(config).training  # nothing was saved yet
+    assert again.overwrite_output_dir and again.resume_from_checkpoint is None
