@@ -136,7 +136,10 @@ def join() -> World:
         torch.cuda.set_device(local % cards)
     own_cards = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
     world = World(rank, size)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own_cards else "gloo", timeout=PATIENCE)
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"start {restarts()}", store)  # torchrun's may still know the ranks that died
+    backend = "cpu:gloo,cuda:nccl" if own_cards else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if own_cards:
         world.reduces_on = torch.device("cuda", local)
     world.roll = world.gather([platform.node(), os.getpid()])

@@ -140,7 +140,7 @@ def test_the_mini_base_beside_trainer_and_peft(kind, tmp_path):
     mine, kept = run(base, tokenizer, values, rows, 3e-2, kind=kind, **settings)
     # These losses fall to 1e-3, and log-softmax in fp32 rounds each at 1e-7 where its target is almost certain.
     for step, record in zip(kept.steps, history, strict=True):
-        assert step.loss == pytest.approx(record["loss"], rel=1e-5, abs=0 if kind == "padded" else 5e-7)
+        assert step.loss == pytest.approx(record["loss"], rel=1e-5, abs=0 if kind == "padded" else 1e-6)
     assert ((mine - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
