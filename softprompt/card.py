@@ -64,7 +64,7 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
         f"The new words are never generated: the head is untied, {guard}, and `suppress_tokens` in "
         "generation_config.json names them. `max_length` there counts them.",
         "",
-        "Tested engines: transformers (`generate`, `pipeline`, `transformers serve`). An engine that ignores "
+        "Tried with transformers (`generate`, `pipeline`, `transformers serve`) and llama.cpp. An engine that ignores "
         "`lm_head.weight` and ties the head to the embeddings may generate the new words; there forbid them by a bias.",
         "",
     ]

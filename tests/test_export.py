@@ -302,6 +302,7 @@ def test_a_conversation_is_one_training_row_after_the_other():
     [
         "  {% for m in messages %}\n  {{ m.role }}: {{ m.content }}\n  {% endfor %}\n"
         "{% if add_generation_prompt %}bot:{% endif %}",
+        "\n  hello {% for m in messages %}{{ m.content }}{% endfor %}",
         "{{ bos_token }}{%- for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>\n{% endfor %}",
     ],
 )
