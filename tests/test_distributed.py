@@ -132,6 +132,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(undisturbed, tmp_p
     assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_one_rank_s_wish_stops_all_and_other_numbers_of_ranks_go_on(undisturbed, tmp_path):
     folder = tmp_path / "run"
     launcher = torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder)

@@ -166,7 +166,7 @@ def bf16_ratio(case, windows=3):
     return math.hypot(*(mine for mine, _ in pairs)) / math.hypot(*(theirs for _, theirs in pairs))
 
 
-@pytest.mark.parametrize("cases", [range(12), pytest.param(range(12, 92), marks=pytest.mark.slow)], ids=["12", "80"])
+@pytest.mark.parametrize("cases", [range(8), pytest.param(range(8, 88), marks=pytest.mark.slow)], ids=["8", "80"])
 def test_bf16_is_nearer_to_the_truth_than_autocast(cases):
     """Over bases, lengths and prompts: the error against the fp32 gradient is in the median no larger than that of
     transformers under autocast, and in no case above 1.5 times it."""
