@@ -12,7 +12,7 @@ from softprompt.build import RUNS, check_fits
 from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
-from softprompt.infer_config import generation_faults
+from softprompt.questions import merged_settings
 from softprompt.template import Template
 
 NONE = "none"  # the bare base
@@ -39,9 +39,8 @@ def load(folder: str | Path) -> Tuned:
     generation = adapter.settings.get("generation", {})
     if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
         raise AdapterError(f"{place}: generation must be an object of settings with values, not {generation!r}")
-    if faults := generation_faults(generation):
-        raise AdapterError(f"{place}: generation: {'; '.join(faults).replace('--', '')}")
     try:
+        merged_settings(generation, {})
         template = Template(adapter.settings.get("template", "default"))
     except ConfigError as error:
         raise AdapterError(f"{place}: {error}") from None

@@ -94,7 +94,7 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Stopped as stop:
         if _is_main():
             print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        sys.exit(0 if _may_be_restarted() else stop.exit_code)
     except SoftpromptError as error:
         _exit(str(error), error.exit_code, everywhere=error.exit_code == 2 or isinstance(error, Elsewhere))
     except KeyboardInterrupt:
@@ -116,6 +116,11 @@ def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
     if _is_main() or not everywhere:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _may_be_restarted() -> bool:
+    """torchrun takes every code but 0 for a fault, and would start what was asked to stop again."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _is_main() -> bool:

@@ -163,6 +163,15 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch() -> str:
+    """What names this torchrun: to its first node the same at each start, and another one's never. Its own id is
+    "none" unless it was given one, so its process and when that began stand beside it."""
+    parent, began = os.getppid(), ""
+    with suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the boot
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {platform.node()} {parent} {began}"
+
+
 def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 

@@ -1,6 +1,6 @@
 """One training run: what is prepared is trained, evaluated before and after, and written."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +10,16 @@ from softprompt.build import claim_output_dir
 from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
-from softprompt.distributed import World, join, may_restart, restarts
+from softprompt.distributed import World, join, launch, may_restart, restarts
 from softprompt.errors import ConfigError, TrainingError
+from softprompt.files import write_files
 from softprompt.prepare import Prepared, prepare
 from softprompt.recorder import Recorder, Run
 from softprompt.resume import newest_whole, way_on
 from softprompt.stopping import StopRequest, seconds_of
 from softprompt.trainer import train
 
+LAUNCH_FILE = ".torchrun"
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
@@ -31,7 +33,8 @@ def run_training(config: TrainConfig, world: World | None = None) -> Run:
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.dry_run.dry_run(config)")
     world = world or join()
-    run = world.agree(lambda: prepare(restarted(config), world))
+    goes_on = world.gather(is_begun_here(config))[0]
+    run = world.agree(lambda: prepare(restarted(config, goes_on), world))
     args = run.config.training
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
@@ -41,7 +44,16 @@ def run_training(config: TrainConfig, world: World | None = None) -> Run:
         return _trained(replace(run, output_dir=folder), request)
 
 
-def restarted(config: TrainConfig) -> TrainConfig:
+def is_begun_here(config: TrainConfig) -> bool:
+    """Whether an earlier start of this same torchrun made what is in the run's folder. torchrun starts again after a
+    refusal, too, and then the folder is another run's."""
+    with suppress(OSError):
+        noted = (Path(str(config.training.output_dir)) / LAUNCH_FILE).read_text(encoding="utf-8")
+        return bool(restarts()) and noted == launch()
+    return False
+
+
+def restarted(config: TrainConfig, goes_on: bool) -> TrainConfig:
     """The command that torchrun repeats after a rank died means: go on. Its restart count says so, not a flag.
 
     Raises:
@@ -50,9 +62,9 @@ def restarted(config: TrainConfig) -> TrainConfig:
     args = config.training
     if args.output_dir is None and may_restart():
         raise ConfigError("torchrun --max-restarts finds a run again by its folder; name it with --output_dir")
-    if not restarts() or args.output_dir is None:
+    if not goes_on:
         return config
-    if newest_whole(Path(args.output_dir)):
+    if newest_whole(Path(str(args.output_dir))):
         again = replace(args, resume_from_checkpoint=NEWEST, overwrite_output_dir=False)
     else:
         again = replace(args, overwrite_output_dir=True)  # what stands there is this run's own beginning
@@ -63,7 +75,10 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
     """The run's folder, which rank 0 makes and keeps from others."""
     if not run.world.is_main:
         return run.output_dir
-    return stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
+    folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
+    if may_restart():
+        write_files(folder, {LAUNCH_FILE: launch().encode()})
+    return folder
 
 
 def _trained(run: Prepared, request: StopRequest) -> Run:

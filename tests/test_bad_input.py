@@ -363,7 +363,7 @@ def test_bad_generation_settings_beside_an_adapter(generation, tiny_base, tmp_pa
     argv = ["--adapter", "adapter", "--model_name_or_path", tiny_base, "--prompt", "你好"]
     assert_line(
         refused(infer, argv, capsys, monkeypatch, tmp_path),
-        "generation must be|softprompt.json: generation: max_length 'x' is not",
+        "generation must be|--max_length 'x' is not",
     )
 
 
@@ -374,7 +374,7 @@ def test_a_mini_task_is_checked_against_the_template_too(tmp_path):
 
 @pytest.mark.parametrize(
     "settings, fault",
-    [({"template": 5}, "template 5 is not a text"), ({"generation": {"top_k": "x"}}, "generation: top_k 'x' is not")],
+    [({"template": 5}, "template 5 is not a text"), ({"generation": {"top_k": "x"}}, "--top_k 'x' is not")],
 )
 def test_what_stands_beside_an_adapter_is_named_by_its_file(settings, fault, tmp_path):
     folder = tmp_path / "adapter"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from softprompt.config import train_config
-from softprompt.distributed import World, deal
+from softprompt.distributed import World, deal, launch
 from softprompt.errors import ConfigError
-from softprompt.run import restarted
+from softprompt.run import is_begun_here, restarted
 
 ROOT = Path(__file__).parent.parent
 HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
@@ -155,12 +155,39 @@ def test_bad_input_is_told_once(tmp_path):
     assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
 
 
-def test_what_may_be_restarted_has_a_folder_and_goes_on(tmp_path, monkeypatch):
+def test_what_may_be_restarted_has_a_folder(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ConfigError, match="--max-restarts finds a run again by its folder"):
-        restarted(train_config("mini"))
+        restarted(train_config("mini"), False)
+
+
+def test_only_what_this_torchrun_began_goes_on(tmp_path, monkeypatch):
+    """It starts again after a refusal as well: the folder of another run is neither gone on with nor overwritten."""
     config = train_config("mini", output_dir=str(tmp_path))
-    assert restarted(config) is config
+    (tmp_path / ".torchrun").write_text(launch())
+    assert not is_begun_here(config)  # the first start
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    again = restarted(config).training  # nothing was saved yet
+    assert is_begun_here(config)
+    again = restarted(config, True).training  # nothing was saved yet
     assert again.overwrite_output_dir and again.resume_from_checkpoint is None
+    (tmp_path / ".torchrun").write_text(launch() + "1")
+    assert not is_begun_here(config) and restarted(config, False) is config
+    (tmp_path / ".torchrun").unlink()
+    assert not is_begun_here(config)
+
+
+@pytest.mark.slow
+def test_another_run_survives_a_torchrun_that_may_restart(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    _, err = finished(torchrun(2, "--max-restarts", 1, "train.py", *RUN, "--output_dir", folder), 1)
+    assert err.count("holds a run already") == 2 and (folder / "adapter_config.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_what_time_ended_is_not_started_again(tmp_path):
+    folder = tmp_path / "run"
+    command = ["train.py", *RUN, "--max_steps", 4000, "--max_time", "1s", "--output_dir", folder]
+    _, err = finished(torchrun(2, "--max-restarts", 1, *command))
+    assert err.count("which is saved") == 1

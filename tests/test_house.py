@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "questions": {"errors", "fields", "infer_config", "requests", "rows", "template"},
     "streaming": set(),
     "answers_file": {"errors", "files"},
-    "adapters": {"build", "checkpoint", "errors", "fields", "infer_config", "template"},
+    "adapters": {"build", "checkpoint", "errors", "fields", "questions", "template"},
     "chat": {"adapters", "errors"},
     "compare": {"adapters", "data", "evaluate", "generate", "mini", "model", "rows", "scores", "tables", "template"},
     "tables": set(),

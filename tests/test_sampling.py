@@ -43,36 +43,22 @@ def test_scores_behind_the_processors_are_transformers(given):
     ids = torch.tensor([[8, 9, 8, 5, 9, 8], [4, 4, 4, 4, 4, 4]])
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)) * 4
     shape = {n: getattr(settings, n) for n in ("temperature", "top_k", "top_p", "min_p")} if settings.do_sample else {}
-    out = base.generate(
-        ids,
-        max_new_tokens=1,
-        do_sample=settings.do_sample,
-        repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        suppress_tokens=list(settings.suppress_tokens) or None,
-        logits_processor=LogitsProcessorList([Given(logits)]),
-        output_scores=True,
-        return_dict_in_generate=True,
-        pad_token_id=3,
-        eos_token_id=2,
+    asked = {
+        "max_new_tokens": 1,
+        "do_sample": settings.do_sample,
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        "suppress_tokens": list(settings.suppress_tokens) or None,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 3,
+        "eos_token_id": 2,
         **shape,
-    )
+    }
+    out = base.generate(ids, logits_processor=LogitsProcessorList([Given(logits)]), **asked)
     # Given comes behind the penalties in transformers' list, so those are taken from the model's own logits
     if settings.repetition_penalty != 1.0 or settings.no_repeat_ngram_size or settings.suppress_tokens:
-        out = base.generate(
-            ids,
-            max_new_tokens=1,
-            do_sample=settings.do_sample,
-            repetition_penalty=settings.repetition_penalty,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size,
-            suppress_tokens=list(settings.suppress_tokens) or None,
-            output_scores=True,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=3,
-            eos_token_id=2,
-            **shape,
-        )
+        out = base.generate(ids, output_logits=True, **asked)
         logits = out.logits[0]
     mine = processed(logits, ids.tolist(), settings)
     assert torch.equal(mine, out.scores[0])
