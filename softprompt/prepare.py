@@ -82,8 +82,9 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
-    if config.model.offload_folder and not Path(config.model.offload_folder).is_dir():
-        raise ConfigError(f"--offload_folder {config.model.offload_folder}: no such folder; make it or name another")
+    offload = Path(config.model.offload_folder or ".")
+    if offload.exists() and not offload.is_dir():
+        raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
     template = Template(config.data.template or "default")
     rows, held_out = read_rows(config, template)
     tell_rows(config, rows)

@@ -6,8 +6,13 @@ from handwritten_reviews import REVIEWS
 import softprompt
 from softprompt import mini
 
+QUICK = ("sentiment", "english", "reply")  # the other tasks are learned in the same way
 
-@pytest.fixture(scope="module", params=list(mini.TASKS))
+
+@pytest.fixture(
+    scope="module",
+    params=[task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in mini.TASKS],
+)
 def run(request, tmp_path_factory):
     return softprompt.train(dataset=f"mini:{request.param}", output_dir=str(tmp_path_factory.mktemp("runs") / "run"))
 

@@ -17,10 +17,13 @@ from test_resume import interrupted, outcome, settings  # noqa: F401 (a fixture)
 import infer
 import softprompt
 import train
-from softprompt.errors import ModelError, TrainingError
+from softprompt.config import train_config
+from softprompt.distributed import World
+from softprompt.errors import ConfigError, ModelError, TrainingError
 from softprompt.fingerprints import fingerprint_of_base
 from softprompt.hollow import read_hollow
 from softprompt.model import read_base
+from softprompt.prepare import prepare
 from softprompt.stored import stored_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -308,3 +311,12 @@ def make_large(folder: Path) -> None:
         save_file(renamed, folder / f"model-{i}.safetensors")
         names |= dict.fromkeys(renamed, f"model-{i}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def test_an_offload_folder_that_is_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    config = train_config(
+        "mini", stream_base=True, offload_folder=str(tmp_path / "file"), output_dir=str(tmp_path / "r")
+    )
+    with pytest.raises(ConfigError, match=r"--offload_folder .*file: is no folder; name one"):
+        prepare(config, World())
