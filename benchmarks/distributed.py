@@ -39,6 +39,7 @@ from softprompt.config import TrainConfig, TrainingArguments, train_config
 from softprompt.data import Example
 from softprompt.distributed import World, joined
 from softprompt.engines import make_engine
+from softprompt.feed import Listed
 from softprompt.hollow import read_hollow
 from softprompt.model import Engine, freeze, load_base, load_tokenizer, place
 from softprompt.prompt import PromptEmbedding, random_init
@@ -170,7 +171,7 @@ def run(
     engine, times = engine_of(name, args, tokenizer, len(start), device, world), Ours(device)
     settings = TrainingArguments(max_steps=steps, seed=SEED)
     prompt = PromptEmbedding(start).to(device)
-    train(engine, prompt, rows, settings, LEARNING_RATE, times, rows_per_step=ROWS)
+    train(engine, prompt, Listed(rows, settings, ROWS), settings, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from softprompt.config import TrainingArguments
 from softprompt.distributed import joined
 from softprompt.engines import generator_beside
+from softprompt.feed import Listed
 from softprompt.generate import in_order
 from softprompt.hollow import read_hollow
 from softprompt.layerwise import LayerMajor
@@ -125,7 +126,7 @@ def run(name, world=None, folder=None):
         engine, generator = SharedEngine(engine, world, *rest), SharedGenerator(generator, world, *rest)
     (bare, _) = engine.evaluate(None, held_out)  # before training, as in a run
     args = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=rows_per_step, gradient_accumulation_steps=1)
-    train(engine, prompt, rows, args, 1e-2, seen)
+    train(engine, prompt, Listed(rows, args), args, 1e-2, seen)
     values = prompt.weight.detach()
     loss, targets = engine.evaluate(values, held_out)
     found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.losses(values, held_out)}
