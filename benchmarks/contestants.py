@@ -21,6 +21,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallbac
 from softprompt.batching import windows
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
+from softprompt.feed import Listed
 from softprompt.memory import auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
 from softprompt.packed import PackedEngine
@@ -145,7 +146,7 @@ def _run_ours(
         seed=SEED,
     )
     times = Ours(engine.device)
-    train(engine, prompt, rows, args, LEARNING_RATE, times)
+    train(engine, prompt, Listed(rows, args), args, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
 

@@ -33,6 +33,7 @@ from softprompt.batching import windows
 from softprompt.config import TrainingArguments
 from softprompt.data import Example
 from softprompt.distributed import World, joined
+from softprompt.feed import Listed
 from softprompt.model import load_tokenizer
 from softprompt.prompt import PromptEmbedding, random_init
 from softprompt.shared import SharedEngine
@@ -130,7 +131,7 @@ def run_ours(
     shared = SharedEngine(engine, world) if world.size > 1 else engine
     settings = TrainingArguments(max_steps=steps, seed=SEED)
     times = Ours(engine.device)
-    train(shared, PromptEmbedding(start), rows, settings, LEARNING_RATE, times, rows_per_step=ROWS)
+    train(shared, PromptEmbedding(start), Listed(rows, settings, ROWS), settings, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
 

@@ -7,24 +7,30 @@ import torch
 
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
+from softprompt.feed import Feed, rows_of_a_step
 from softprompt.model import Engine, SoftPromptedModel
 from softprompt.rows import Row
-from softprompt.trainer import farthest_move, learning_rates, rows_of_a_step, total_steps
+from softprompt.trainer import farthest_move, learning_rates
 
 # A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
 LEAST_MOVE = 0.1
 LEAST_SLOWER = 2  # times fp32's time: a CPU without bf16 instructions takes some hundred times as long
 
 
-def tell_rows(config: TrainConfig, rows: list[Row]) -> None:
+def tell_rows(config: TrainConfig, first: Row, count: int | None) -> None:
     """Count, columns and first row, as the article shows them."""
-    print(f"Dataset {config.data.dataset}: {len(rows):,} rows, columns {', '.join(rows[0])}")
-    for name, value in rows[0].items():
+    rows = "rows" if count is None else f"{count:,} rows"
+    print(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}")
+    for name, value in first.items():
         print(f"  {name}: {_shortened(str(value))}")
 
 
-def tell_data(data: Tokenized, held_out: Tokenized | None) -> None:
-    print(f"Training: {data}")
+def tell_data(data: Tokenized, held_out: Tokenized | None, buffer_size: int | None) -> None:
+    """`buffer_size` is that of a stream, whose first rows `data` is of."""
+    if buffer_size:
+        print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; the first {data.rows:,}: {data}")
+    else:
+        print(f"Training: {data}")
     if held_out:
         print(f"Held out: {held_out}")
 
@@ -44,10 +50,10 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
             )
 
 
-def tell_steps(config: TrainConfig, n_examples: int, rows: int, devices: int, output_dir: Path) -> None:
+def tell_steps(config: TrainConfig, feed: Feed, devices: int, output_dir: Path) -> None:
     """Steps and learning rate, and a warning where a RANDOM prompt cannot get anywhere with it."""
     args, peak = config.training, config.learning_rate
-    total = total_steps(n_examples, args, rows)
+    total, rows = feed.total_steps, feed.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
     made = f"{made}, devices × batch × accumulation" if rows == rows_of_a_step(args, devices) else "as the run began"
     print(

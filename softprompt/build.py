@@ -1,7 +1,6 @@
-"""From settings to what a run is made of: its folder, rows, examples, and the prompt's first values."""
+"""From settings to what a run is made of: its folder, its base, and the prompt's first values."""
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +12,12 @@ from transformers import PreTrainedModel
 
 from softprompt.checkpoint import load_adapter, refuse_other_run
 from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig
-from softprompt.data import Tokenized, tokenize
-from softprompt.errors import AdapterError, ConfigError, DataError, OutputError
+from softprompt.errors import AdapterError, ConfigError, OutputError
 from softprompt.files import check_writable
 from softprompt.lock import FolderLock, refuse_locked
 from softprompt.mini import BASE_DIR
-from softprompt.mini import rows as mini_rows
 from softprompt.model import word_embeddings
 from softprompt.prompt import Initialiser, random_init, sample_vocab_init, token_init
-from softprompt.rows import Row, checked, load_rows
-from softprompt.template import CHAT, Template
-from softprompt.token_cache import cached
 
 RUNS = Path("runs")
 
@@ -76,39 +70,6 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
     return lock
 
 
-def read_rows(config: TrainConfig, template: Template) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; the latter from --eval_dataset, from the dataset's end, or from a mini task's own."""
-    data, dataset = config.data, str(config.data.dataset)
-    rows = _load(config, template, dataset, "train")
-    if data.eval_rows:
-        if data.eval_rows >= len(rows):
-            raise DataError(
-                f"--eval_rows {data.eval_rows} leaves none of the {len(rows):,} rows of {dataset} to train on"
-            )
-        return rows[: -data.eval_rows], rows[-data.eval_rows :]
-    held_out = data.eval_dataset or (dataset if _is_mini(dataset) else None)
-    return rows, _load(config, template, held_out, "eval") if held_out else []
-
-
-def tokenize_rows(
-    config: TrainConfig, template: Template, tokenizer: Any, rows: list[Row], held_out: list[Row]
-) -> tuple[Tokenized, Tokenized | None]:
-    """Examples of training and held-out rows; a bar shows on a terminal."""
-    progress = sys.stderr.isatty()
-    cut = (config.data.max_length, config.data.truncation_side)
-
-    def examples(rows: list[Row]) -> Tokenized:
-        def make() -> Tokenized:
-            return tokenize(rows, tokenizer, template, *cut, progress)
-
-        if template.spec == CHAT:  # may depend on whatever the template looks at, the date for one
-            return make()
-        read, write = not config.data.overwrite_cache, not config.training.dry_run
-        return cached(make, rows, tokenizer, template.spec, *cut, read=read, write=write)
-
-    return examples(rows), examples(held_out) if held_out else None
-
-
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
     """The prompt's first values [P, H] fp32, seeded by --seed.
 
@@ -150,18 +111,6 @@ def _made(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _is_mini(dataset: str) -> bool:
-    return dataset.startswith("mini:")
-
-
-def _load(config: TrainConfig, template: Template, dataset: str, mini_split: str) -> list[Row]:
-    if _is_mini(dataset):
-        made = mini_rows(dataset.removeprefix("mini:"), mini_split)
-        return [checked(f"{dataset}, row {number}", row, template) for number, row in enumerate(made, start=1)]
-    data = config.data
-    return load_rows(dataset, template, config.columns, config_name=data.dataset_config_name, split=data.dataset_split)
 
 
 def _initialiser(config: TrainConfig, tokenizer: Any) -> Initialiser:

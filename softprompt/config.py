@@ -18,6 +18,7 @@ from softprompt.stopping import seconds_of
 # that are visible beside 1; the other two start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
+DEFAULT_BUFFER_SIZE, MOST_BUFFERED = 10_000, 1_000_000_000
 NEWEST = "newest"  # what --resume_from_checkpoint means without a value
 
 
@@ -60,8 +61,8 @@ class DataArguments:
 
     dataset: str | None = option(
         None,
-        "A .json, .jsonl, .csv or .parquet file, a folder for Dataset.load_from_disk, a hub id, or mini:TASK for a "
-        "task of the package's own base.",
+        "A .json, .jsonl, .csv or .parquet file, a folder of .jsonl or .parquet files or for Dataset.load_from_disk, a "
+        "hub id, or mini:TASK for a task of the package's own base.",
     )
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset that has several.")
     dataset_split: str = option("train", "Split of a hub dataset or a DatasetDict folder.")
@@ -78,8 +79,16 @@ class DataArguments:
         "output", "Where a row that is too long is cut: at its end (output), or in its input, so the answer is kept."
     )
     overwrite_cache: bool = option(False, "Tokenise anew where the cache of token ids has these rows.")
+    streaming: bool = option(
+        False,
+        "Read --dataset (.jsonl, .parquet, folders of these or of Dataset.save_to_disk, hub ids) while training, "
+        "without ever holding the whole of it. Token ids are not cached.",
+    )
+    buffer_size: int = option(
+        DEFAULT_BUFFER_SIZE, "--streaming: rows among which the next is drawn at random; 1 keeps the dataset's order."
+    )
     eval_dataset: str | None = option(None, "Held-out rows, in any form that --dataset takes.")
-    eval_rows: int = option(0, "Hold out this many rows from the end of --dataset.")
+    eval_rows: int = option(0, "Hold out this many rows from the end of --dataset (--streaming: its beginning).")
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,11 @@ class TrainingArguments:
         False, "Packed engine: keep only the blocks' inputs and compute the rest again in the backward pass."
     )
     num_train_epochs: float = option(1.0, "Passes over the training rows.")
-    max_steps: int = option(-1, "Optimizer steps; overrides --num_train_epochs where it is positive.")
+    max_steps: int = option(
+        -1,
+        "Optimizer steps; overrides --num_train_epochs where it is positive. Needed with --streaming where a hub "
+        "dataset does not say how many rows it has.",
+    )
     learning_rate: float | None = option(
         None,
         "Peak learning rate. (default: " + ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_LEARNING_RATES.items()) + ")",
@@ -282,6 +295,12 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
+    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
+        yield "--buffer_size is only used with --streaming; add that flag"
+    if not 0 < data.buffer_size <= MOST_BUFFERED:
+        yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
+    if data.streaming and str(data.dataset).startswith("mini:"):
+        yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
     if training.eval_strategy != "no" and not (
         data.eval_dataset or data.eval_rows or str(data.dataset).startswith("mini:")
     ):

@@ -1,6 +1,5 @@
 """Rows → token ids with labels. Knows the tokenizer and the template; nothing of padding, devices or the prompt."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,18 +36,25 @@ class Tokenized:
         tokens = sum(len(e.input_ids) for e in self.examples)
         targets = sum(map(count_targets, self.examples))
         parts = [f"{len(self.examples):,} rows, {tokens:,} tokens, {targets:,} of them targets"]
-        if self.cut:
-            parts.append(f"{self.cut:,} rows cut at max_length")
-        if self.without_target:
-            parts.append(
-                f"{self.without_target:,} rows left out, their whole answer was cut "
-                "(--truncation_side input or a larger --max_length keeps it)"
-            )
-        if self.empty_answers:
-            parts.append(f"{self.empty_answers:,} rows with an empty answer (they teach to stop at once)")
+        parts += found_on_the_way(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
         return "; ".join(parts)
+
+
+def found_on_the_way(cut: int, without_target: int, empty_answers: int) -> list[str]:
+    """What a user should know of rows that became examples, or did not."""
+    parts = []
+    if cut:
+        parts.append(f"{cut:,} rows cut at max_length")
+    if without_target:
+        parts.append(
+            f"{without_target:,} rows left out, their whole answer was cut "
+            "(--truncation_side input or a larger --max_length keeps it)"
+        )
+    if empty_answers:
+        parts.append(f"{empty_answers:,} rows with an empty answer (they teach to stop at once)")
+    return parts
 
 
 def count_targets(example: Example) -> int:
@@ -71,35 +77,64 @@ def tokenize(
     Raises:
         DataError: no row keeps a target, or the chat template refuses one.
     """
-    examples, cut, empty, shortest_prompt = [], 0, 0, math.inf
-    # A chat template writes its own special tokens; elsewhere the tokenizer adds to the prompt what it always adds.
-    special = template.spec != "chat"
+    encoded: list[Encoded] = []
     bar = tqdm(total=len(rows), desc="tokenising", unit=" rows", disable=not progress, leave=False)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        prompt_texts, answer_texts = zip(
-            *(_rendered(number, row, tokenizer, template) for number, row in enumerate(chunk, start=start + 1)),
-            strict=True,
-        )
-        prompts = _ids(tokenizer, list(prompt_texts), special)
-        answers = _ids(tokenizer, list(answer_texts), False)
-        for row, prompt, answer, text in zip(chunk, prompts, answers, answer_texts, strict=True):
-            shortest_prompt = min(shortest_prompt, len(prompt))
-            empty += text == tokenizer.eos_token
-            if len(prompt) + len(answer) > max_length:
-                cut += 1
-                if truncation_side == "input":
-                    prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
-            examples.append(_example(prompt, answer, max_length))
+        places = [f"row {number}" for number in range(start + 1, start + len(chunk) + 1)]
+        encoded += encode(chunk, places, tokenizer, template, max_length, truncation_side)
         bar.update(len(chunk))
     bar.close()
-    kept = [e for e in examples if count_targets(e)]
+    kept = [e.example for e in encoded if count_targets(e.example)]
     if not kept:
-        raise DataError(
-            f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
-            f"tokens; give --max_length {shortest_prompt + 16} or more, or --truncation_side input"
-        )
-    return Tokenized(kept, len(rows), cut, len(examples) - len(kept), empty)
+        raise no_targets(min(e.asked for e in encoded), max_length)
+    cut, empty = sum(e.cut for e in encoded), sum(e.empty for e in encoded)
+    return Tokenized(kept, len(rows), cut, len(encoded) - len(kept), empty)
+
+
+class Encoded(NamedTuple):
+    """A row's example, with or without a target; whether it was cut, whether its answer is empty, and the tokens of its
+    prompt before any cut."""
+
+    example: Example
+    cut: bool
+    empty: bool
+    asked: int
+
+
+def encode(
+    rows: Sequence[Mapping[str, Any]],
+    places: Sequence[str],
+    tokenizer: Any,
+    template: Template,
+    max_length: int,
+    truncation_side: str,
+) -> list[Encoded]:
+    """See `tokenize`; `places` name the rows.
+
+    Raises:
+        DataError: the chat template refuses a row.
+    """
+    # A chat template writes its own special tokens; elsewhere the tokenizer adds to the prompt what it always adds.
+    special = template.spec != "chat"
+    texts = [_rendered(place, row, tokenizer, template) for place, row in zip(places, rows, strict=True)]
+    prompts = _ids(tokenizer, [prompt for prompt, _ in texts], special)
+    answers = _ids(tokenizer, [answer for _, answer in texts], False)
+    encoded = []
+    for row, prompt, answer, (_, text) in zip(rows, prompts, answers, texts, strict=True):
+        asked, cut = len(prompt), len(prompt) + len(answer) > max_length
+        if cut and truncation_side == "input":
+            prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
+        empty = text == tokenizer.eos_token
+        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
+    return encoded
+
+
+def no_targets(shortest_prompt: int, max_length: int) -> DataError:
+    return DataError(
+        f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
+        f"tokens; give --max_length {shortest_prompt + 16} or more, or --truncation_side input"
+    )
 
 
 def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
@@ -125,11 +160,11 @@ def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, speci
     return _shortened(replaced(""), tokenizer, template, special, room)
 
 
-def _rendered(number: int, row: Mapping[str, Any], tokenizer: Any, template: Template) -> tuple[str, str]:
+def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Template) -> tuple[str, str]:
     try:
         return template.render(row, tokenizer), template.answer(row, tokenizer)
     except DataError as error:
-        raise DataError(f"row {number}: {error}") from None
+        raise DataError(f"{place}: {error}") from None
 
 
 def _ids(tokenizer: Any, texts: Any, special: bool) -> Any:

@@ -2,11 +2,12 @@
 
 import copy
 import time
+from contextlib import closing
 from itertools import islice
 
 import torch
 
-from softprompt.batching import steps_per_epoch, windows
+from softprompt.batching import steps_per_epoch
 from softprompt.config import TrainConfig
 from softprompt.determinism import deterministic
 from softprompt.distributed import World, join
@@ -26,21 +27,21 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     """
     world = world or join()
     run = world.agree(lambda: prepare(config, world))
-    args, examples = config.training, run.data.examples
-    rows = run.rows_per_step
+    feed, examples = run.feed, run.data.examples
+    rows, n = feed.rows_per_step, feed.rows
     tokens = sum(len(e.input_ids) for e in examples)
-    epochs, steps = divmod(run.total_steps, steps_per_epoch(len(examples), rows))
-    in_all = round(tokens / len(examples) * (epochs * len(examples) + min(steps * rows, len(examples))))
-    with deterministic(args.deterministic):
-        speed = measured_speed(run, rows)
+    total, each = feed.total_steps, tokens / len(examples)
+    in_all = round(each * _rows_in_all(total, n, rows))
+    with deterministic(config.training.deterministic):
+        speed = measured_speed(run)
     base = sum(p.numel() * p.element_size() for p in run.base.parameters() if not p.is_meta)
     heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
     more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)
     lines = [
         "",
         "Dry run: nothing is written.",
-        f"rows        {len(examples):,} with {tokens:,} tokens, {tokens / len(examples):.0f} a row",
-        f"steps       {run.total_steps:,} of {rows} rows, about {in_all:,} tokens in all",
+        f"rows        {_told_rows(run, tokens)}, {each:.0f} a row",
+        f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
         f"parameters  {run.prompt.weight.numel():,} learned, {sum(p.numel() for p in run.base.parameters()):,} frozen",
         f"memory      about {(base + more) / GIB:.1f} GiB: the base {base / GIB:.2f}, a step {more / GIB:.2f}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
@@ -49,19 +50,34 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     return "\n".join(lines)
 
 
-def measured_speed(run: Prepared, rows_per_step: int) -> float:
+def _told_rows(run: Prepared, tokens: int) -> str:
+    seen = f"{len(run.data.examples):,} with {tokens:,} tokens"
+    if not run.config.data.streaming:
+        return seen
+    return f"{'an unknown number' if run.feed.rows is None else f'{run.feed.rows:,}'}, the first {seen}"
+
+
+def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
+    """Rows of so many steps, where every pass over `n` rows ends with a short one."""
+    if n is None:
+        return steps * rows_per_step
+    passes, more = divmod(steps, steps_per_epoch(n, rows_per_step))
+    return passes * n + min(more * rows_per_step, n)
+
+
+def measured_speed(run: Prepared) -> float:
     """Real tokens per second of a few optimizer steps on the run's first rows; the run's own prompt stays as it is."""
     args, prompt = run.config.training, copy.deepcopy(run.prompt)
     optimizer = make_optimizer(prompt, args, run.config.learning_rate)
     scaler = torch.amp.GradScaler(run.engine.device.type, enabled=run.engine.compute_dtype is torch.float16)
     began, tokens = 0.0, 0
-    for step, rows in enumerate(islice(windows(len(run.data.examples), rows_per_step, args.seed), 1 + MEASURED)):
-        window = [run.data.examples[row] for row in rows]
-        optimizer_step(run.engine, prompt, window, optimizer, scaler, args.max_grad_norm)  # waits for its loss
-        if step == 0:
-            began = time.perf_counter()
-        else:
-            tokens += sum(len(e.input_ids) for e in window)
+    with closing(run.feed.windows()) as windows:
+        for step, window in enumerate(islice(windows, 1 + MEASURED)):
+            optimizer_step(run.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # waits for it
+            if step == 0:
+                began = time.perf_counter()
+            else:
+                tokens += sum(len(e.input_ids) for e in window.examples)
     return tokens / (time.perf_counter() - began)
 
 

@@ -5,7 +5,8 @@ from softprompt.redact import redacted
 
 
 class SoftpromptError(Exception):
-    """Anything that a user can mend. `exit_code` 2 means: refused before anything was written."""
+    """Anything that a user can mend. `exit_code` 2 means: refused before anything was written, or, for a row in the
+    middle of a stream, before anything came of it."""
 
     exit_code = 2
 

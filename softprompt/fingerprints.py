@@ -4,7 +4,8 @@ are called do not matter."""
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,29 @@ def fingerprint_of_base(
     config, tensors = base.config.to_diff_dict(), {**base.state_dict(), **(blocks or {})}
     if sum(t.nbytes for t in tensors.values()) < CACHED_FROM or not files:
         return _hash(config, tensors, sampled=False)
-    path = cache_dir("fingerprints") / _key(config, tensors, files)
-    try:
-        return _checked(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        found = _hash(config, tensors, sampled=False)
+    places = [place_of(path) for path in sorted(files)]
+    key = hashlib.sha256(json.dumps([places, _hash(config, tensors, sampled=True)]).encode()).hexdigest()
+    return remembered(key, lambda: _hash(config, tensors, sampled=False), "[0-9a-f]{64}", keep)
+
+
+def remembered(key: str, make: Callable[[], str], pattern: str, keep: bool = True) -> str:
+    """What was kept under `key` and matches `pattern`, else what `make` makes, which is kept (if `keep`)."""
+    path = cache_dir("fingerprints") / key
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch(pattern, text := path.read_text(encoding="ascii")):
+            return text
+    made = make()
     if keep:
         with contextlib.suppress(OSError):  # a cache is a convenience
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_files(path.parent, {path.name: found.encode()})
-    return found
+            write_files(path.parent, {path.name: made.encode()})
+    return made
 
 
-def _checked(text: str) -> str:
-    if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError("not a sha256")
-    return text
-
-
-def _key(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored], files: Sequence[Path]) -> str:
-    stats = [(str(path.resolve()), path.stat()) for path in sorted(files)]
-    places = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
-    return hashlib.sha256(json.dumps([places, _hash(config, tensors, sampled=True)]).encode()).hexdigest()
+def place_of(path: Path) -> list[Any]:
+    """What tells that a file is still the one that was read, without reading it."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored], sampled: bool) -> str:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
-from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
+from softprompt.build import base_path, choose_output_dir, initial_prompt
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
@@ -15,8 +15,10 @@ from softprompt.distributed import World
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
+from softprompt.feed import Feed, rows_of_a_step
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.hollow import read_hollow
+from softprompt.intake import make_feed, read_rows, template_of, tokenize_rows
 from softprompt.model import (
     Engine,
     SoftPromptedModel,
@@ -30,23 +32,31 @@ from softprompt.model import (
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
-from softprompt.resume import check_fingerprints, find_checkpoint, kept_rows_per_step, load_state, merged
+from softprompt.resume import (
+    check_fingerprints,
+    check_streaming,
+    find_checkpoint,
+    kept_rows_per_step,
+    load_state,
+    merged,
+)
 from softprompt.rows import Row
 from softprompt.shared import SharedEngine, SharedGenerator
-from softprompt.template import Template
-from softprompt.trainer import Metrics, TrainingState, rows_of_a_step, total_steps
+from softprompt.trainer import Metrics, TrainingState
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All that a run is made of, loaded and checked; nothing has been written. A resumed run has
     its `checkpoint`, where its loop goes on, and what it had added up until there; `fingerprints` say what it must not
-    be resumed without. `rows_per_step` is that of all ranks of the `world` together."""
+    be resumed without. Of a stream, `rows` and `data` are the beginning. `feed` counts the rows of all ranks of the
+    `world` together."""
 
     config: TrainConfig
     output_dir: Path
     rows: list[Row]
     data: Tokenized
+    feed: Feed
     base: PreTrainedModel
     prompt: PromptEmbedding
     engine: Engine
@@ -57,12 +67,7 @@ class Prepared:
     totals: Totals
     history: list[Metrics]
     best: Best
-    rows_per_step: int
     world: World
-
-    @property
-    def total_steps(self) -> int:
-        return total_steps(len(self.data.examples), self.config.training, self.rows_per_step)
 
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
@@ -78,6 +83,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
         best = Best(**saved["best"])
         rows_per_step = kept_rows_per_step(config, saved)
+        check_streaming(config, saved, checkpoint)
     rows_per_step = rows_per_step or rows_of_a_step(config.training, world.size)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
@@ -85,16 +91,17 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     offload = Path(config.model.offload_folder or ".")
     if offload.exists() and not offload.is_dir():
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
-    template = Template(config.data.template or "default")
-    rows, held_out = read_rows(config, template)
-    tell_rows(config, rows)
+    template = template_of(config)
+    rows = read_rows(config, template)
+    tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train))
     path = base_path(str(config.model.model_name_or_path))
     tokenizer = load_tokenizer(path)
-    data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
-    tell_data(data, held_out_data)
+    data, held_out_data = tokenize_rows(config, template, tokenizer, rows)
+    tell_data(data, held_out_data, config.data.buffer_size if rows.source else None)
+    feed = make_feed(config, rows, data, tokenizer, rows_per_step)
     base, blocks = read_hollow(path) if config.model.stream_base else (read_base(path), None)
     fingerprints = {
-        "dataset": fingerprint_of_rows(rows),
+        "dataset": rows.source.fingerprint if rows.source else fingerprint_of_rows(rows.train),
         "tokenizer": fingerprint_of_tokenizer(tokenizer),
         "base": fingerprint_of_base(base, weight_files(path), keep=not config.training.dry_run, blocks=blocks),
     }
@@ -108,7 +115,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     if world.size > 1:
         engine, generator = SharedEngine(engine, world), generator and SharedGenerator(generator, world)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
-    tell_steps(config, len(data.examples), rows_per_step, world.size, output_dir)
+    tell_steps(config, feed, world.size, output_dir)
     evaluator = None
     if held_out_data:
         if config.model.stream_base:
@@ -116,9 +123,9 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
         _check_metric(config, evaluator)
-    made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
+    made = (config, output_dir, rows.train, data, feed, base, prompt, engine, evaluator, fingerprints)
     history = saved["history"] if saved else []
-    return Prepared(*made, checkpoint, start, totals, history, best, rows_per_step, world)
+    return Prepared(*made, checkpoint, start, totals, history, best, world)
 
 
 def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:

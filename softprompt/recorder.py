@@ -78,20 +78,23 @@ class Recorder:
         self.args = run.config.training
         self.evaluator = run.evaluator
         self.progress = (
-            Progress(run.total_steps, run.output_dir / METRICS_FILE) if self.world.is_main else Unseen(run.total_steps)
+            Progress(run.feed.total_steps, run.output_dir / METRICS_FILE)
+            if self.world.is_main
+            else Unseen(run.feed.total_steps)
         )
         self.before: Evaluation | None = None
         self.latest: Evaluation | None = None  # of the prompt as it is after the last step
         self.best = run.best
         self.began = time.perf_counter()
         self.state = _state_of(run.checkpoint) if run.checkpoint else {}
+        self.position = run.start.position
 
     def tell_start(self) -> None:
         """Where a resumed run goes on, and what of its folder it will replace."""
-        step, total = self.run.start.step, self.run.total_steps
+        step, total = self.run.start.step, self.run.feed.total_steps
         if not step:
             return
-        done = "; all of them are done" if step >= total else ""
+        done = "; all of them are done" if self._is_over(step) else ""
         done = "; it ended there, --early_stopping_patience was over" if self._patience_is_over() else done
         print(f"resuming after step {step:,} of {total:,}{done}")
         if not done and (later := [p.name for p in checkpoints(self.output_dir) if step < step_of(p)]):
@@ -119,10 +122,11 @@ class Recorder:
 
     def stop_if_asked(self) -> None:
         """Raises Stopped where the loop was to end before its last step."""
-        done, code = self.progress.totals.steps, self.request.exit_code
-        if code is not None and done < self.run.total_steps and not self._patience_is_over():
+        done, total = self.progress.totals.steps, self.run.feed.total_steps
+        code = self.request.exit_code
+        if code is not None and not self._is_over(done) and not self._patience_is_over():
             raise Stopped(
-                f"stopped after step {done:,} of {self.run.total_steps:,}, which is saved; go on with: python train.py "
+                f"stopped after step {done:,} of {total:,}, which is saved; go on with: python train.py "
                 f"--resume_from_checkpoint {shlex.quote(str(self.output_dir))}",
                 code,
             )
@@ -142,6 +146,7 @@ class Recorder:
         return self.args.load_best_model_at_end and self.best.step == step.number
 
     def on_save(self, step: Step, state: TrainingState) -> None:
+        self.position = state.position
         self.state = state_files(
             state,
             {
@@ -150,7 +155,7 @@ class Recorder:
                 "best": asdict(self.best),
                 "arguments": self.config.as_dict(),
                 "fingerprints": self.run.fingerprints,
-                "rows_per_step": self.run.rows_per_step,
+                "rows_per_step": self.run.feed.rows_per_step,
             },
         )
         if self.world.is_main:
@@ -169,6 +174,7 @@ class Recorder:
     def finish(self, sample: Row) -> Run:
         """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
+        self._tell_rows()
         after = self._evaluate() if self.evaluator and not self.latest else self.latest
         if self._kept_best() not in (None, self.progress.totals.steps):
             after = self._take_best() or after
@@ -183,6 +189,12 @@ class Recorder:
         size = len(files["adapter_model.safetensors"])
         return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
 
+    def _tell_rows(self) -> None:
+        if told := self.run.feed.told(self.position):
+            done, total = self.progress.totals.steps, self.run.feed.total_steps
+            ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
+            self.progress.say(told + ended)
+
     def _evaluate(self) -> Evaluation | None:
         """Of the prompt after the last step; it is logged and noted unless a run that is resumed after its end was
         evaluated there before."""
@@ -194,6 +206,9 @@ class Recorder:
             self.best = noted(self.best, totals.steps, metrics, self.args)
             self.progress.on_log({"step": totals.steps, "epoch": round(totals.epoch, 4), **metrics})
         return self.latest
+
+    def _is_over(self, step: int) -> bool:
+        return self.run.feed.is_over(step, self.position)
 
     def _patience_is_over(self) -> bool:
         return patience_is_over(self.best, self.args)

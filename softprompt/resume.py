@@ -47,6 +47,7 @@ def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, byte
         "taken": state.taken,
         "scaler": state.scaler,
         "unlogged": [asdict(step) for step in state.unlogged],
+        "position": dict(state.position),
         **more,
     }
     tensors = {name: value.cpu().contiguous() for name, value in state.optimizer.items()}
@@ -92,12 +93,14 @@ def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault:
     return None
 
 
-def way_on(output_dir: Path) -> str:
-    """Where a run that broke off stands, and how it goes on: a clause for its last message."""
+def way_on(output_dir: Path, more: str = "") -> str:
+    """Where a run that broke off stands, and how it goes on: a clause for its last message; `more` ends the command."""
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
-    return f"{found} is whole; go on with: python train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}"
+    return (
+        f"{found} is whole; go on with: python train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}{more}"
+    )
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
@@ -145,6 +148,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
             load(files[OPTIMIZER_FILE]),
             values["scaler"],
             load(files[RNG_FILE]),
+            values.get("position", {}),
         )
         saved = {name: values[name] for name in OF_THE_RUN}
     except (KeyError, TypeError) as error:
@@ -174,6 +178,17 @@ def kept_rows_per_step(config: TrainConfig, saved: Mapping[str, Any]) -> int | N
     """Rows of a step as the run began, on however many devices it goes on; None where other ones are asked for now."""
     changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
     return None if changed else int(saved["rows_per_step"])
+
+
+def check_streaming(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises CheckpointError where the rows would go on in an order of another kind."""
+    was = bool(saved["arguments"].get("streaming"))
+    if was != config.data.streaming and not config.training.ignore_data_skip:
+        raise CheckpointError(
+            f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
+            f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
+            "begin at the first row again"
+        )
 
 
 def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
 from softprompt.distributed import World, join, launch, may_restart, restarts
-from softprompt.errors import ConfigError, TrainingError
+from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.files import write_files
 from softprompt.prepare import Prepared, prepare
 from softprompt.recorder import Recorder, Run
@@ -90,8 +90,11 @@ def _trained(run: Prepared, request: StopRequest) -> Run:
         with recorder.progress:
             recorder.begin()
             args, peak = run.config.training, run.config.learning_rate
-            train(run.engine, run.prompt, run.data.examples, args, peak, recorder, run.start, run.rows_per_step)
+            train(run.engine, run.prompt, run.feed, args, peak, recorder, run.start)
             recorder.stop_if_asked()
             return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None
+    except DataError as error:  # of a stream
+        once_mended = " --ignore_data_skip (once that is mended)"
+        raise DataError(f"{error}; {way_on(run.output_dir, once_mended)}") from None

@@ -7,16 +7,17 @@ targets of the whole optimizer step, the same schedule, clipping and AdamW.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainingArguments
 from softprompt.data import Example, count_targets
-from softprompt.errors import TrainingError
+from softprompt.errors import DataError, TrainingError
+from softprompt.feed import Feed, Position, Window
 from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
 
@@ -42,8 +43,8 @@ class Step:
 @dataclass(frozen=True)
 class TrainingState:
     """Where the loop stands after `step` optimizer steps, of which `taken` moved the schedule: what it needs to go on
-    as if it had not stopped. `optimizer` holds AdamW's moments [P, H] fp32 and its step count; the order of the rows
-    follows from seed and step. `rng` holds the states of torch's generators (uint8), by device type."""
+    as if it had not stopped. `optimizer` holds AdamW's moments [P, H] fp32 and its step count; `rng` the states of
+    torch's generators (uint8), by device type; `position` is what the feed left, beside the step."""
 
     step: int = 0
     taken: int = 0
@@ -51,6 +52,7 @@ class TrainingState:
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     scaler: Mapping[str, Any] = field(default_factory=dict)
     rng: Mapping[str, Tensor] = field(default_factory=dict)
+    position: Position = field(default_factory=dict)
 
 
 class Callbacks(Protocol):
@@ -69,24 +71,6 @@ class Callbacks(Protocol):
         """Read once a step, in one place: where several ranks train together, they add up their wishes there, and all
         stop after the same step."""
         ...
-
-
-def rows_of_a_step(args: TrainingArguments, devices: int = 1) -> int:
-    """Rows of an optimizer step: devices × batch × accumulation, as TrainingArguments means them."""
-    return devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
-
-
-def total_steps(n_examples: int, args: TrainingArguments, rows_per_step: int | None = None) -> int:
-    """Optimizer steps T of a run: `max_steps`, else ceil(epochs × windows per epoch), as in Trainer."""
-    per_epoch = steps_per_epoch(n_examples, rows_per_step or rows_of_a_step(args))
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-
-
-def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_step: int) -> float:
-    """Passes over the rows after this many optimizer steps, counted in micro-batches, as Trainer logs them."""
-    micro = math.ceil(n_examples * args.gradient_accumulation_steps / rows_per_step)
-    whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
-    return whole + min(part * args.gradient_accumulation_steps, micro) / micro
 
 
 def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
@@ -116,80 +100,99 @@ def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float
 def train(
     engine: Engine,
     prompt: PromptEmbedding,
-    examples: Sequence[Example],
+    feed: Feed,
     args: TrainingArguments,
     peak_learning_rate: float,
     callbacks: Callbacks,
     start: TrainingState | None = None,
-    rows_per_step: int | None = None,
 ) -> None:
     """Train `prompt` in place, from the first step or from where `start` stood; then `prompt` is what it was there.
-    Between steps the callbacks may want to stop; what was done is saved first. `rows_per_step` is that of one device
-    where it is not given.
+    Between steps the callbacks may want to stop; what was done is saved first.
 
     Raises:
         TrainingError: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
             long as its scale does not fall to nothing).
+        DataError: of the feed; what was done before is saved.
     """
-    rows_per_step = rows_per_step or rows_of_a_step(args)
-    total = total_steps(len(examples), args, rows_per_step)
-    lr_at = learning_rates(args, peak_learning_rate, total)
-    optimizer = make_optimizer(prompt, args, peak_learning_rate)
-    scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
-    per_epoch = steps_per_epoch(len(examples), rows_per_step)
     start = start or TrainingState()
-    taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
-    since_log = list(start.unlogged)
-    if start.step:
-        optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
-        scaler.load_state_dict(dict(start.scaler))
+    loop = _Loop(engine, prompt, feed, args, peak_learning_rate, callbacks, start)
     _set_rng(start.rng, engine.device, args.seed)
-    if start.step and callbacks.wants_to_stop():  # it is saved already
+    if feed.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):  # it is saved already
         return
-
-    drawn = windows(len(examples), rows_per_step, args.seed, start.step)
-    for number, rows in zip(range(start.step + 1, total + 1), drawn, strict=False):
-        epoch = epochs_done(number, len(examples), args, rows_per_step)
-        step, stepped = _take_step(number, epoch, rows, engine, prompt, examples, optimizer, scaler, lr_at(taken), args)
-        taken += stepped
-        since_log.append(step)
-        callbacks.on_step(step)
-        if number % args.logging_steps == 0 or number == total:
-            callbacks.on_log(log_record(since_log))
-            since_log = []
-        evaluated = number < total and _evaluation_is_due(number, number % per_epoch == 0, args)
-        worth_saving = evaluated and callbacks.on_evaluate(step)
-        stop = callbacks.wants_to_stop()
-        if number % args.save_steps == 0 or number == total or worth_saving or stop:
-            moments, rng = optimizer.state[prompt.weight], _rng_states(engine.device)
-            callbacks.on_save(step, TrainingState(number, taken, since_log, moments, scaler.state_dict(), rng))
-        if stop:
-            return
+    with closing(feed.windows(start.step, start.position)) as windows:
+        try:
+            while loop.goes_on:
+                loop.step(next(windows))
+        except DataError:
+            loop.save()
+            raise
 
 
-def _take_step(
-    number: int,
-    epoch: float,
-    rows: Sequence[int],
-    engine: Engine,
-    prompt: PromptEmbedding,
-    examples: Sequence[Example],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    learning_rate: float,
-    args: TrainingArguments,
-) -> tuple[Step, bool]:
-    """Optimizer step `number` over these rows, and whether it was taken (see `optimizer_step`)."""
-    began = time.perf_counter()
-    window = [examples[row] for row in rows]
-    optimizer.param_groups[0]["lr"] = learning_rate
-    loss, grad_norm, stepped = optimizer_step(engine, prompt, window, optimizer, scaler, args.max_grad_norm)
-    if stepped and not (math.isfinite(loss) and math.isfinite(grad_norm) and prompt.weight.isfinite().all()):
-        raise _not_finite(number, rows, loss, grad_norm)
-    if not stepped and scaler.get_scale() < LEAST_SCALE:
-        raise _not_finite(number, rows, loss, grad_norm)
-    tokens = sum(len(row.input_ids) for row in window)
-    return Step(number, epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began), stepped
+class _Loop:
+    """What goes on from step to step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: PromptEmbedding,
+        feed: Feed,
+        args: TrainingArguments,
+        peak: float,
+        callbacks: Callbacks,
+        start: TrainingState,
+    ):
+        self.engine, self.prompt, self.feed, self.args, self.callbacks = engine, prompt, feed, args, callbacks
+        self.lr_at = learning_rates(args, peak, feed.total_steps)
+        self.optimizer = make_optimizer(prompt, args, peak)
+        self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
+        if start.step:
+            self.optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
+            self.scaler.load_state_dict(dict(start.scaler))
+        self.number, self.position = start.step, start.position
+        self.taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
+        self.since_log = list(start.unlogged)
+        self.unsaved: Step | None = None  # the last step, where it is not saved yet
+        self.goes_on = True
+
+    def step(self, window: Window) -> None:
+        """One optimizer step, and all that is due after it."""
+        self.number, self.position = self.number + 1, window.position
+        self.unsaved = step = self._take(window)
+        self.since_log.append(step)
+        self.callbacks.on_step(step)
+        last = self.feed.is_over(self.number, self.position)
+        if self.number % self.args.logging_steps == 0 or last:
+            self.callbacks.on_log(log_record(self.since_log))
+            self.since_log = []
+        evaluated = not last and _evaluation_is_due(self.number, window.ends_epoch, self.args)
+        worth_saving = evaluated and self.callbacks.on_evaluate(step)
+        stop = self.callbacks.wants_to_stop()
+        if self.number % self.args.save_steps == 0 or last or worth_saving or stop:
+            self.save()
+        self.goes_on = not (last or stop)
+
+    def save(self) -> None:
+        """Save the last step, unless that is done."""
+        if self.unsaved:
+            moments, rng = self.optimizer.state[self.prompt.weight], _rng_states(self.engine.device)
+            scaler, log = self.scaler.state_dict(), self.since_log
+            state = TrainingState(self.number, self.taken, log, moments, scaler, rng, self.position)
+            self.callbacks.on_save(self.unsaved, state)
+            self.unsaved = None
+
+    def _take(self, window: Window) -> Step:
+        began, learning_rate, scaler = time.perf_counter(), self.lr_at(self.taken), self.scaler
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        loss, grad_norm, stepped = optimizer_step(
+            self.engine, self.prompt, window.examples, self.optimizer, scaler, self.args.max_grad_norm
+        )
+        finite = math.isfinite(loss) and math.isfinite(grad_norm) and bool(self.prompt.weight.isfinite().all())
+        hopeless = not finite if stepped else scaler.get_scale() < LEAST_SCALE
+        if hopeless:
+            raise _not_finite(self.number, self.feed.places, window.places, loss, grad_norm)
+        self.taken += stepped
+        tokens = sum(len(row.input_ids) for row in window.examples)
+        return Step(self.number, window.epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began)
 
 
 def optimizer_step(
@@ -251,9 +254,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _not_finite(number: int, rows: Sequence[int], loss: float, grad_norm: float) -> TrainingError:
-    some = ", ".join(map(str, rows[:NAMED])) + (" …" if len(rows) > NAMED else "")
+def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> TrainingError:
+    some = ", ".join(places[:NAMED]) + (" …" if len(places) > NAMED else "")
     return TrainingError(
-        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it (training rows "
-        f"{some}, counted from 0 among those that have a target); lower --learning_rate"
+        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it "
+        f"({named.format(some)}); lower --learning_rate"
     )

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from softprompt.config import TrainingArguments
 from softprompt.distributed import joined
+from softprompt.feed import Listed
 from softprompt.mini import BASE_DIR
 from softprompt.model import PaddedEngine, freeze
 from softprompt.packed import PackedEngine
@@ -68,7 +69,7 @@ def run(name, share=lambda engine: engine):
     prompt = PromptEmbedding(random_init(P)(base.get_input_embeddings().weight))
     engine, seen = share(engine_of(kind, base, dtype)), Losses()
     args = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=rows_per_step, gradient_accumulation_steps=1)
-    train(engine, prompt, rows, args, 1e-2, seen)
+    train(engine, prompt, Listed(rows, args), args, 1e-2, seen)
     values = prompt.weight.detach()
     (loss, targets), (bare, _) = engine.evaluate(values, held_out), engine.evaluate(None, held_out)
     each = engine.losses(values, held_out)

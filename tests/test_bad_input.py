@@ -16,12 +16,12 @@ import infer
 import softprompt
 import train
 from softprompt.adapters import load
-from softprompt.build import read_rows
 from softprompt.checkpoint import Adapter, adapter_files, peft_config
 from softprompt.cli import command
 from softprompt.config import train_config
 from softprompt.errors import AdapterError, ConfigError, DataError, SoftpromptError
 from softprompt.files import write_folder
+from softprompt.intake import read_rows
 from softprompt.rows import question
 from softprompt.template import Template
 

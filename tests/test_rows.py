@@ -156,7 +156,7 @@ def test_a_parquet_file_that_breaks_off(tmp_path):
     assert "r.parquet: not a parquet file: " in fault(load_rows, str(tmp_path / "r.parquet"), DEFAULT, {})
 
 
-@pytest.mark.parametrize("files", [[], ["state.json"], ["rows.jsonl"]], ids=str)
+@pytest.mark.parametrize("files", [[], ["state.json"], ["rows.txt"]], ids=str)
 def test_folders_that_are_no_dataset(files, tmp_path):
     for name in files:
         (tmp_path / name).write_bytes(b"{}")

@@ -17,10 +17,11 @@ from softprompt.data import Example
 from softprompt.engines import generator_beside
 from softprompt.errors import TrainingError
 from softprompt.evaluate import Evaluator
+from softprompt.feed import Listed, total_steps
 from softprompt.model import PaddedEngine, freeze
 from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding, random_init
-from softprompt.trainer import Step, learning_rates, total_steps, train
+from softprompt.trainer import Step, learning_rates, train
 from softprompt.weights import ResidentWeights
 
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -61,7 +62,7 @@ def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, 
     args = TrainingArguments(**settings)
     engine = engine_of(kind, base, tokenizer, args.per_device_train_batch_size, dtype)
     prompt, kept = PromptEmbedding(values), Kept()
-    train(engine, prompt, rows, args, learning_rate, kept)
+    train(engine, prompt, Listed(rows, args), args, learning_rate, kept)
     return prompt.weight.detach(), kept
 
 
@@ -154,7 +155,8 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     prompt = PromptEmbedding(values)
     Evaluator(engine, generator_beside(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
-    train(engine, prompt, rows, TrainingArguments(max_steps=6), 1e-2, Kept())
+    args = TrainingArguments(max_steps=6)
+    train(engine, prompt, Listed(rows, args), args, 1e-2, Kept())
     assert not torch.equal(prompt.weight, values)
     assert prompt.weight.dtype == torch.float32
     assert not base.training and all(p.grad is None for p in base.parameters())
@@ -298,7 +300,8 @@ def test_checkpoints_hold_no_base_weight(tmp_path: Path, tokenizer):
 
     base, prompt = freeze(make_bloom(), torch.float32), PromptEmbedding(torch.ones(3, 32))
     engine = engine_of("packed", base, tokenizer)
-    train(engine, prompt, random_examples(4, 5), TrainingArguments(max_steps=1), 1e-2, Saver())
+    args = TrainingArguments(max_steps=1)
+    train(engine, prompt, Listed(random_examples(4, 5), args), args, 1e-2, Saver())
     for path in (tmp_path / "c").glob("[ao]*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {tuple(file.get_tensor(name).shape) for name in file.keys()} <= {(3, 32), ()}  # noqa: SIM118
