@@ -24,7 +24,7 @@ Encode = Callable[[Sequence[Raw]], list[Encoded]]
 @dataclass(frozen=True)
 class Mark:
     """Where a stream stands: `epoch` passes are done, and of the next `taken` rows have left the buffer. `length` is
-    how many a pass has, once its end was reached; the others count rows since the run began, as `data.Tokenized` does."""
+    how many a pass has, once its end was reached; the others count rows since the run began, as in `data.Tokenized`."""
 
     epoch: int = 0
     taken: int = 0
@@ -155,10 +155,12 @@ class RowStream:
         return order.through(rows)
 
     def _counted(self, first: int) -> Iterator[Raw]:
-        number = first
-        for number, row in enumerate(self.source.read(first), start=first + 1):
+        """The source's rows from number `first` on; their end is noted."""
+        read = first
+        for row in self.source.read(first):
             yield row
-        self.length = number
+            read += 1
+        self.length = read
 
     def _changed(self) -> DataError:
         return DataError(f"{self.name}: has not as many rows as before; it must not change while a run reads it")

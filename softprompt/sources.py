@@ -172,7 +172,8 @@ class _Saved:
         self.fingerprint = _hash(hashes)
 
     def read(self, first: int = 0) -> Iterator[Raw]:
-        return _numbered(str(self.path), self.dataset.skip(first), first)
+        rows = self.dataset.skip(first) if first < self.rows else ()
+        return _numbered(str(self.path), rows, first)
 
 
 class _OnTheHub:
