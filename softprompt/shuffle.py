@@ -9,8 +9,9 @@ T = TypeVar("T")
 
 class ShuffleBuffer(Generic[T]):
     """Holds `size` items of a stream; each further one takes the place of a random one, which goes out; at the stream's
-    end the rest goes out at random. It is the buffer that `datasets.IterableDataset.shuffle` describes, and had before
-    version 5. What comes out depends on numbers of items alone, so an order can be followed without them.
+    end the rest goes out at random. It is the buffer that the documentation of `datasets.IterableDataset.shuffle`
+    describes (5.2 itself goes by halves). What goes out depends on numbers of items alone, so an order can be followed
+    without them.
 
     `random.random()` is the one draw whose sequence Python promises to keep for a seed.
     """
