@@ -2,7 +2,7 @@
 
     python benchmarks/large_data.py --rows 2000000
 
-Rows are generated, about 200 bytes each. Each contestant, in a process of its own, prepares the run as train.py does,
+Rows are generated, about 90 bytes each. Each contestant, in a process of its own, prepares the run as train.py does,
 takes a few optimizer steps of 32 rows with the mini base, draws the windows of a whole pass, and, where it streams,
 goes on from a position nine tenths through the pass as a resumed run does. Memory is the anonymous resident part of the
 process (RssAnon), looked at every 5 ms, and what it was before the run began; --limit_gib sets RLIMIT_DATA.
@@ -36,7 +36,7 @@ def write_rows(path: Path, n: int) -> None:
     draw = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(n):
-            text = "".join(draw.choices(WORDS, k=40))
+            text = "".join(draw.choices(WORDS, k=8))
             row = {"instruction": f"{number} {text}", "input": "", "output": draw.choice(("正面", "负面"))}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

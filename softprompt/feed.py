@@ -25,11 +25,12 @@ class Window(NamedTuple):
 
 
 class Feed(Protocol):
-    """Rows in windows of `rows_per_step`; `places` says what the windows' places are counted in."""
+    """Rows in windows of `rows_per_step`; `places` is what errors say of the windows' places, a format string."""
 
-    rows_per_step: int
-    places: str
-
+    @property
+    def rows_per_step(self) -> int: ...
+    @property
+    def places(self) -> str: ...
     @property
     def rows(self) -> int | None:
         """Of one pass, as far as is known; None where it is not."""

@@ -59,7 +59,7 @@ class RowStream:
         """`encode` makes a source's rows into examples, raising DataError; `name` is what messages call the source."""
         self.source, self.encode, self.args, self.name = source, encode, args, name
         self.rows_per_step, self.buffer_size = rows_per_step, buffer_size
-        self.length: int | None = None  # rows of the source, once it has ended
+        self.length = source.rows if source.counted else None  # of a pass; also once the source has ended
 
     @property
     def rows(self) -> int | None:
@@ -115,12 +115,12 @@ class RowStream:
         """`epoch` counts whole passes alone where no one knows how long one is."""
         length = self.rows or (at.length if at.epoch else None)
         places = [place for place, _ in rows]
-        epoch = at.epoch + (at.taken / length if length else 0)
+        epoch = at.epoch + (min(1, at.taken / length) if length else 0)
         return Window([row.example for _, row in rows], places, epoch, ends_epoch, dataclasses.asdict(at))
 
     def _after_all(self, at: Mark, kept: bool) -> Mark:
         """The mark at the end of a pass."""
-        if self.rows is not None and at.taken != self.rows:
+        if self.source.counted and at.taken != self.rows:
             raise self._changed()
         if not kept:
             raise DataError(
@@ -139,7 +139,7 @@ class RowStream:
 
     def _drawn(self, at: Mark) -> Iterator[Raw]:
         """Rows of the pass in their order, from the first that was not taken."""
-        length = at.length if self.rows is None else self.rows
+        length = self.rows if self.source.counted else at.length
         numbers = itertools.count() if length is None else iter(range(length))
         order: ShuffleBuffer[Any] = ShuffleBuffer(self.buffer_size, self.args.seed, at.epoch)
         for _ in islice(order.through(numbers), at.taken):

@@ -31,6 +31,10 @@ PIECE = 1 << 22  # bytes of a file that are looked at together
 
 
 class Source(Protocol):
+    """`rows` were `counted`, or are what a hub says."""
+
+    @property
+    def counted(self) -> bool: ...
     @property
     def rows(self) -> int | None: ...
     @property
@@ -133,6 +137,7 @@ class Files:
 
     files: Sequence[Path]
     surveys: Sequence[Survey]
+    counted = True
 
     @property
     def rows(self) -> int:
@@ -164,6 +169,8 @@ def _numbered(name: str, rows: Any, first: int) -> Iterator[Raw]:
 class _Saved:
     """What Dataset.save_to_disk wrote: memory-mapped by datasets."""
 
+    counted = True
+
     def __init__(self, path: Path, split: str, keep: bool):
         self.path, self.dataset = path, load_folder(path, split)
         self.rows = len(self.dataset)
@@ -179,6 +186,8 @@ class _Saved:
 class _OnTheHub:
     """A hub id, read by datasets while it arrives. Its content cannot be hashed beforehand: the fingerprint is of the
     revision that the hub has, as datasets knows it."""
+
+    counted = False
 
     def __init__(self, source: str, config_name: str | None, split: str):
         from datasets import load_dataset_builder
@@ -205,6 +214,10 @@ class Behind:
 
     source: Source
     skipped: int
+
+    @property
+    def counted(self) -> bool:
+        return self.source.counted
 
     @property
     def rows(self) -> int | None:
