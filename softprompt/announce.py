@@ -28,7 +28,7 @@ def tell_rows(config: TrainConfig, first: Row, count: int | None) -> None:
 def tell_data(data: Tokenized, held_out: Tokenized | None, buffer_size: int | None) -> None:
     """`buffer_size` is that of a stream, whose first rows `data` is of."""
     if buffer_size:
-        print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; the first {data.rows:,}: {data}")
+        print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; its beginning: {data}")
     else:
         print(f"Training: {data}")
     if held_out:

@@ -200,7 +200,7 @@ def test_held_out_rows_are_the_first(settings, capsys):
     assert outcome() == outcome("other")
     told = capsys.readouterr().out
     assert "Dataset rows.jsonl: 19 rows, columns instruction, input, output" in told
-    assert "Training: read as it goes, drawn from among 7 rows; the first 2: 2 rows" in told
+    assert "Training: read as it goes, drawn from among 7 rows; its beginning: 2 rows" in told
 
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
@@ -432,12 +432,15 @@ def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_meet_a_broken_row(settings, tmp_path):
-    Path("rows.jsonl").write_text(broken(20, "[]"))
+    rows = ROWS * 50
+    Path("rows.jsonl").write_text(f"{lines(rows[:1120])}\n[]\n{lines(rows[1121:])}")
     flags = settings | {"dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "two", "streaming": "true"}
+    flags |= {"per_device_train_batch_size": 64, "tokens_per_microbatch": 4000}
     _, err = finished(torchrun(2, "train.py", *[f"--{name}={value}" for name, value in flags.items()]), 1)
-    assert err.count("error: ") == 1 and "rows.jsonl, line 21: expected an object of columns" in err
-    step = naive_order(range(19), 7, 42, 0).index(20 - 4) // 8
-    assert step > 0 and f"checkpoint-{step} is whole" in err and "exitcode  : 2" in err
+    assert err.count("error: ") == 1 and "rows.jsonl, line 1121: expected an object of columns" in err
+    step = naive_order(range(1146), 7, 42, 0).index(1120 - 4) // 256  # whole steps before that row
+    assert step == 4 and f"two/checkpoint-{step} is whole" in err, err
+    assert "exitcode  : 2" in err, err
 
 
 @pytest.mark.slow
