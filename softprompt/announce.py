@@ -8,6 +8,7 @@ import torch
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
 from softprompt.feed import Feed, rows_of_a_step
+from softprompt.find_rate import Sweep
 from softprompt.model import Engine, SoftPromptedModel
 from softprompt.rows import Row
 from softprompt.trainer import farthest_move, learning_rates
@@ -50,16 +51,19 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
             )
 
 
-def tell_steps(config: TrainConfig, feed: Feed, devices: int, output_dir: Path) -> None:
-    """Steps and learning rate, and a warning where a RANDOM prompt cannot get anywhere with it."""
+def tell_steps(config: TrainConfig, feed: Feed, devices: int, output_dir: Path, searches: bool = False) -> None:
+    """Steps and learning rate (unless the run `searches` for it), and a warning where a RANDOM prompt cannot get
+    anywhere with it."""
     args, peak = config.training, config.learning_rate
     total, rows = feed.total_steps, feed.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
     made = f"{made}, devices × batch × accumulation" if rows == rows_of_a_step(args, devices) else "as the run began"
     print(
-        f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate {peak:g} "
-        f"({args.lr_scheduler_type}) → {output_dir}/"
+        f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate "
+        f"{'to be found' if searches else f'{peak:g}'} ({args.lr_scheduler_type}) → {output_dir}/"
     )
+    if searches:
+        return
     move = farthest_move(learning_rates(args, peak, total), total)
     if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:
         needed = peak / move
@@ -68,6 +72,17 @@ def tell_steps(config: TrainConfig, feed: Feed, devices: int, output_dir: Path) 
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
+
+
+def tell_sweep(found: Sweep, rate: float) -> None:
+    """What --find_learning_rate found, and the rate that is taken."""
+    if found.losses:
+        told = ", ".join(f"{r:g}: {loss:.4f}" for r, loss in sorted(found.losses.items()))
+        print(f"loss on rows set aside: {found.start:.4f} before training; by learning rate {told}")
+    if found.learning_rate is None:
+        print(f"warning: --find_learning_rate found none: {found.why}; learning rate {rate:g} is taken")
+    else:
+        print(f"learning rate {rate:g} is taken")
 
 
 def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:

@@ -11,13 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.checkpoint import load_adapter, refuse_other_run
-from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig
+from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION, TrainConfig, parse_labels
 from softprompt.errors import AdapterError, ConfigError, OutputError
 from softprompt.files import check_writable
 from softprompt.lock import FolderLock, refuse_locked
 from softprompt.mini import BASE_DIR
 from softprompt.model import word_embeddings
-from softprompt.prompt import Initialiser, random_init, sample_vocab_init, token_init
+from softprompt.prompt import (
+    Initialiser,
+    class_label_init,
+    random_init,
+    sample_of_init,
+    sample_vocab_init,
+    token_init,
+)
+from softprompt.vocabulary import frequent_tokens, label_tokens
 
 RUNS = Path("runs")
 
@@ -74,14 +82,36 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
     """The prompt's first values [P, H] fp32, seeded by --seed.
 
     Raises:
-        ConfigError: a text without tokens, or --num_virtual_tokens beside --init_adapter and another than its number.
+        ConfigError: as of `initialiser`, or --num_virtual_tokens beside --init_adapter and another than its number.
         AdapterError: --init_adapter does not hold a prompt for a base of this hidden size.
     """
     embeddings = word_embeddings(base).weight.detach()  # [V, H]
     if config.prompt.init_adapter:
         return _from_adapter(config, embeddings.shape[1])
     torch.manual_seed(config.training.seed)
-    return _initialiser(config, tokenizer)(embeddings)
+    return initialiser(config, tokenizer, len(embeddings))(embeddings)
+
+
+def initialiser(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Initialiser:
+    """The way a prompt starts; `vocabulary` is V, the rows of the word embeddings.
+
+    Raises:
+        ConfigError: a text without tokens, a class label that the tokenizer cannot express, or no words to draw from.
+    """
+    prompt = config.prompt
+    init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
+    if init == "TEXT":
+        return token_init(tokenizer(prompt.prompt_tuning_init_text)["input_ids"], wanted)
+    length = wanted or DEFAULT_NUM_VIRTUAL_TOKENS
+    if init == "RANDOM":
+        return random_init(length)
+    if init == "SAMPLE_VOCAB" and prompt.vocab_population is None:
+        return sample_vocab_init(length)
+    most = prompt.vocab_population or DEFAULT_VOCAB_POPULATION
+    sampled = sample_of_init(frequent_tokens(tokenizer, most, vocabulary), length)
+    if init == "SAMPLE_VOCAB":
+        return sampled
+    return class_label_init(label_tokens(tokenizer, parse_labels(str(prompt.class_labels))), sampled)
 
 
 def check_fits(adapter_dir: str | Path, prompt: Tensor, hidden_size: int, base_name: str) -> None:
@@ -111,15 +141,6 @@ def _made(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _initialiser(config: TrainConfig, tokenizer: Any) -> Initialiser:
-    wanted = config.prompt.num_virtual_tokens
-    if config.prompt.prompt_tuning_init == "TEXT":
-        ids = tokenizer(config.prompt.prompt_tuning_init_text)["input_ids"]
-        return token_init(ids, wanted)
-    start = sample_vocab_init if config.prompt.prompt_tuning_init == "SAMPLE_VOCAB" else random_init
-    return start(wanted or DEFAULT_NUM_VIRTUAL_TOKENS)
 
 
 def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:

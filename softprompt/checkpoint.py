@@ -55,7 +55,11 @@ class Adapter:
 def peft_config(
     base_name: str, base_config: Any, prompt: Tensor, init: str, init_text: str | None = None
 ) -> dict[str, Any]:
-    """The keys and values that PEFT's PromptTuningConfig saves for a prompt [P, H] of this base."""
+    """The keys and values that PEFT's PromptTuningConfig saves for a prompt [P, H] of this base.
+
+    PEFT knows no CLASS_LABELS. It takes the name unchecked, but a reader that makes its PromptTuningInit of it fails,
+    so what is written is the nearest that it knows; the card and the checkpoint have the labels.
+    """
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
@@ -67,7 +71,7 @@ def peft_config(
         "num_virtual_tokens": prompt.shape[0],
         "peft_type": "PROMPT_TUNING",
         "peft_version": PEFT_VERSION,
-        "prompt_tuning_init": init,
+        "prompt_tuning_init": "SAMPLE_VOCAB" if init == "CLASS_LABELS" else init,
         "prompt_tuning_init_text": init_text,
         "revision": None,
         "task_type": "CAUSAL_LM",

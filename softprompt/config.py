@@ -15,9 +15,10 @@ from softprompt.fields import AUTO, build, nearest, option
 from softprompt.stopping import seconds_of
 
 # Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
-# that are visible beside 1; the other two start on word embeddings, which are smaller.
-DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2}
+# that are visible beside 1; the others start on word embeddings, which are smaller.
+DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
+DEFAULT_VOCAB_POPULATION = 5000  # of the words beside class labels, as in google-research/prompt-tuning
 DEFAULT_BUFFER_SIZE, MOST_BUFFERED = 10_000, 1_000_000_000
 NEWEST = "newest"  # what --resume_from_checkpoint means without a value
 
@@ -105,11 +106,21 @@ class PromptTuningArguments:
     num_virtual_tokens: int | None = option(
         None, f"Length of the prompt. (default: {DEFAULT_NUM_VIRTUAL_TOKENS}; for TEXT the length of the text)"
     )
-    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = option(
-        "RANDOM", "Start from unit-variance noise, from the embeddings of a text, or from those of random words."
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB", "CLASS_LABELS"] = option(
+        "RANDOM",
+        "Start from unit-variance noise, from the embeddings of a text, from those of random words, or from those of "
+        "class labels and random words.",
     )
     prompt_tuning_init_text: str | None = option(
         None, "The text for TEXT, cut or repeated to --num_virtual_tokens where that is given."
+    )
+    class_labels: str | None = option(
+        None, "The labels for CLASS_LABELS, joined by commas: a token each, the mean of its sub-words' embeddings."
+    )
+    vocab_population: int | None = option(
+        None,
+        "Draw random words from this many of the most frequent ones, none twice. (default: from the whole vocabulary, "
+        f"as PEFT does; beside class labels {DEFAULT_VOCAB_POPULATION:,})",
     )
     init_adapter: str | None = option(None, "Start from the prompt saved in this adapter folder (ours or PEFT's).")
 
@@ -155,6 +166,11 @@ class TrainingArguments:
     learning_rate: float | None = option(
         None,
         "Peak learning rate. (default: " + ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_LEARNING_RATES.items()) + ")",
+    )
+    find_learning_rate: bool = option(
+        False,
+        "Take the peak learning rate that a short sweep on training rows finds before the first step; where it finds "
+        "none, it says so and the default is taken.",
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -284,6 +300,36 @@ def seed_faults(seed: int) -> list[str]:
     return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
 
 
+def parse_labels(text: str) -> list[str]:
+    """`正面,负面` → ["正面", "负面"]."""
+    return [label.strip() for label in text.split(",")]
+
+
+def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
+    init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
+    if wanted is not None and wanted < 1:
+        yield f"--num_virtual_tokens {wanted} is below 1; a soft prompt needs at least one token"
+    if init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
+        yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
+    if prompt.prompt_tuning_init_text and init != "TEXT":
+        yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
+    if init == "CLASS_LABELS" and not prompt.class_labels and not prompt.init_adapter:
+        yield "--prompt_tuning_init CLASS_LABELS needs --class_labels 'one,another'"
+    if prompt.class_labels:
+        labels, tokens = parse_labels(prompt.class_labels), wanted or DEFAULT_NUM_VIRTUAL_TOKENS
+        if init != "CLASS_LABELS":
+            yield "--class_labels is only used with --prompt_tuning_init CLASS_LABELS; add that flag"
+        if not all(labels) or len(set(labels)) < len(labels):
+            yield f"--class_labels {prompt.class_labels!r} holds an empty label, or one twice; give each once"
+        elif len(labels) > tokens:
+            yield f"--class_labels has {len(labels)} labels for {tokens} virtual tokens; raise --num_virtual_tokens"
+    if prompt.vocab_population is not None:
+        if prompt.vocab_population < 1:
+            yield f"--vocab_population {prompt.vocab_population} must be above 0"
+        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS"):
+            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"
+
+
 def _faults(config: TrainConfig) -> Iterator[str]:
     model, data, prompt, training = config.model, config.data, config.prompt, config.training
     yield from precision_faults(model.bf16, model.fp16, model.device)
@@ -294,12 +340,7 @@ def _faults(config: TrainConfig) -> Iterator[str]:
             yield f"--{name} {text!r} holds a null character; leave that out"
     if data.dataset is None:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
-    if prompt.num_virtual_tokens is not None and prompt.num_virtual_tokens < 1:
-        yield f"--num_virtual_tokens {prompt.num_virtual_tokens} is below 1; a soft prompt needs at least one token"
-    if prompt.prompt_tuning_init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
-        yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
-    if prompt.prompt_tuning_init_text and prompt.prompt_tuning_init != "TEXT":
-        yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
+    yield from _prompt_faults(prompt)
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
     if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
@@ -354,6 +395,8 @@ def _faults(config: TrainConfig) -> Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, name) < 1:
             yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
+    if training.find_learning_rate and "learning_rate" in config.given:
+        yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
     if not config.learning_rate > 0:
         yield f"--learning_rate {config.learning_rate} must be above 0"
     if data.max_length < 2:

@@ -11,6 +11,7 @@ from softprompt.batching import steps_per_epoch
 from softprompt.config import TrainConfig
 from softprompt.determinism import deterministic
 from softprompt.distributed import World, join
+from softprompt.find_rate import sweep_steps
 from softprompt.memory import GIB, held_bytes
 from softprompt.prepare import Prepared, prepare
 from softprompt.trainer import make_optimizer, optimizer_step
@@ -47,6 +48,8 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
         + ("; evaluation comes on top" if run.evaluator else ""),
     ]
+    if run.searches:
+        lines.append(f"sweep       {sweep_steps(total):,} steps before it, to find a learning rate")
     return "\n".join(lines)
 
 

@@ -72,6 +72,11 @@ class Prepared:
     best: Best
     world: World
 
+    @property
+    def searches(self) -> bool:
+        """Whether the learning rate is yet to be found; a resumed run has it."""
+        return self.config.training.find_learning_rate and self.checkpoint is None
+
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
     """Load and check what `config` names, telling what is found; every rank of the world does so by itself.
@@ -122,7 +127,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
-    tell_steps(config, feed, world.size, output_dir)
+    searches = config.training.find_learning_rate and checkpoint is None
+    tell_steps(config, feed, world.size, output_dir, searches)
     evaluator = None
     if held_out_data:
         if config.model.stream_base:

@@ -55,10 +55,43 @@ def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) 
 
 
 def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
-    """Embeddings of words drawn evenly from the vocabulary: with the same torch seed, the words that PEFT draws."""
+    """Embeddings of words drawn evenly from the whole vocabulary, each as often as it comes: with the same torch seed,
+    the words that PEFT draws."""
 
     def init(word_embeddings: Tensor) -> Tensor:
         random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
         return word_embeddings[torch.randint(0, len(word_embeddings), (num_virtual_tokens,)).to(word_embeddings.device)]
+
+    return init
+
+
+def sample_of_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
+    """Embeddings of words drawn evenly from the token ids `population`, none twice unless more are wanted than there
+    are (google-research/prompt-tuning, `from_sample_of_embeddings`).
+
+    Raises:
+        ConfigError: no token ids.
+    """
+    if not population:
+        raise ConfigError("--vocab_population: this tokenizer has no words but special tokens and bytes; leave it out")
+
+    def init(word_embeddings: Tensor) -> Tensor:
+        n = len(population)
+        again = num_virtual_tokens > n
+        drawn = torch.randint(n, (num_virtual_tokens,)) if again else torch.randperm(n)[:num_virtual_tokens]
+        return word_embeddings[torch.tensor(population)[drawn].to(word_embeddings.device)]
+
+    return init
+
+
+def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Initialiser:
+    """A prompt from `rest` whose first tokens are replaced, one for each label, by the mean of the embeddings of the
+    label's token ids (Lester et al. 2021, section 3.2; google-research/prompt-tuning, `from_embedded_list`)."""
+
+    def init(word_embeddings: Tensor) -> Tensor:
+        values = rest(word_embeddings).to(torch.float32).clone()
+        for place, ids in enumerate(labels):
+            values[place] = word_embeddings[torch.tensor(ids, device=word_embeddings.device)].float().mean(0)
+        return values
 
     return init

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,10 @@ OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_
 MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
-OF_THE_PROMPT = ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter")
+OF_THE_BEGINNING = (
+    *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
+    *("init_adapter", "find_learning_rate"),
+)
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
 )
@@ -157,13 +160,13 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def merged(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> TrainConfig:
-    """The settings of the resumed run: the checkpoint's, and over them those given now, but for what makes the prompt;
+    """The settings of the resumed run: the checkpoint's, and over them those given now, but for what a run begins with;
     every difference is told with the value that wins."""
     saved, cut = state["arguments"], state["engine"]
-    given = {name: value for name, value in config.given.items() if name not in OF_THE_PROMPT}
+    given = {name: value for name, value in config.given.items() if name not in OF_THE_BEGINNING}
     for name, value in config.given.items():
         if name not in OF_THIS_CALL and value != saved.get(name):
-            wins = "the checkpoint's wins" if name in OF_THE_PROMPT else "the new one wins"
+            wins = "the checkpoint's wins" if name in OF_THE_BEGINNING else "the new one wins"
             say(f"--{name}: {saved.get(name)} in {checkpoint.name}, {value} now: {wins}")
     given.setdefault("output_dir", str(checkpoint.parent))
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
@@ -171,7 +174,9 @@ def merged(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say:
         old |= cut  # also where memory ran out and made it finer
     else:
         old.pop("tokens_per_microbatch", None)
-    return train_config(saved.get("preset"), **{**old, **given})
+    searched = bool(old.pop("find_learning_rate", False))  # the rate that was found is among the settings
+    resumed = train_config(saved.get("preset"), **{**old, **given})
+    return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
 
 
 def kept_rows_per_step(config: TrainConfig, saved: Mapping[str, Any]) -> int | None:

@@ -1,18 +1,23 @@
 """One training run: what is prepared is trained, evaluated before and after, and written."""
 
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from softprompt.announce import tell_sweep
 from softprompt.build import claim_output_dir
 from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
-from softprompt.distributed import World, join, launch, may_restart, restarts
+from softprompt.distributed import Wish, World, join, launch, may_restart, restarts
 from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.files import write_files
+from softprompt.find_rate import find_learning_rate, sweep_steps
 from softprompt.prepare import Prepared, prepare
 from softprompt.recorder import Recorder, Run
 from softprompt.resume import newest_whole, way_on
@@ -81,10 +86,31 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
     return folder
 
 
+def with_found_rate(run: Prepared, request: Wish) -> Prepared:
+    """The same run at the learning rate that a sweep finds (of a stream, on its first rows), told and noted as the
+    first line of its metrics; at its own where none is found."""
+    args, total = run.config.training, run.feed.total_steps
+    steps = sweep_steps(total)
+    print(f"looking for a learning rate: {steps:,} steps on the training rows …")
+    with tqdm(total=steps, unit="step", desc="looking", disable=not (run.world.is_main and sys.stderr.isatty())) as bar:
+        values, examples = run.prompt.weight.detach(), run.data.examples
+        found = find_learning_rate(
+            run.engine, values, examples, args, total, run.feed.rows_per_step, request, bar.update
+        )
+    rate = found.learning_rate or run.config.learning_rate
+    tell_sweep(found, rate)
+    noted = {"learning_rate": rate, "sweep": {f"{r:g}": loss for r, loss in found.losses.items() if isfinite(loss)}}
+    config = replace(run.config, training=replace(args, learning_rate=rate))
+    return replace(run, config=config, history=[{"step": 0, "epoch": 0.0, **noted}])
+
+
 def _trained(run: Prepared, request: StopRequest) -> Run:
-    recorder = Recorder(run, run.world.share(request))
     with torch.no_grad():
         run.prompt.weight.copy_(run.world.from_main(run.prompt.weight))
+    wish = run.world.share(request)
+    if run.searches:
+        run = with_found_rate(run, wish)
+    recorder = Recorder(run, wish)
     recorder.tell_start()
     try:
         with recorder.progress:

@@ -49,9 +49,12 @@ def test_which_preset_is_in_force(given, preset):
     assert {**(PRESETS[preset] if preset else {}), **given}.items() <= config.as_dict().items()
 
 
-@pytest.mark.parametrize("init, rate", [("RANDOM", 3e-2), ("TEXT", 1e-2), ("SAMPLE_VOCAB", 1e-2)])
+@pytest.mark.parametrize(
+    "init, rate", [("RANDOM", 3e-2), ("TEXT", 1e-2), ("SAMPLE_VOCAB", 1e-2), ("CLASS_LABELS", 1e-2)]
+)
 def test_the_learning_rate_suits_the_start(init, rate):
-    start = {"prompt_tuning_init": init, "prompt_tuning_init_text": "a" if init == "TEXT" else None}
+    texts = {"TEXT": "prompt_tuning_init_text", "CLASS_LABELS": "class_labels"}
+    start = {"prompt_tuning_init": init, **({texts[init]: "a"} if init in texts else {})}
     assert train_config(**start).learning_rate == rate
     assert train_config(**start, learning_rate=1).learning_rate == 1.0
     assert train_config("article", **start).learning_rate == 5e-5

@@ -1,0 +1,127 @@
+"""`--find_learning_rate`: a short sweep before the run, on training rows alone, that picks the peak learning rate.
+
+The prompt is trained from its first values at each of `RATES`, for a share of the run's steps and under the run's own
+schedule squeezed into them; the better ones go on to a rung of more steps, and so on (successive halving, Jamieson and
+Talwalkar 2016, arXiv:1502.07943). What is compared is the mean loss over training rows that were set aside. Everything
+follows from the seed: the same run finds the same rate.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from softprompt.config import TrainingArguments
+from softprompt.data import Example
+from softprompt.distributed import Wish
+from softprompt.errors import Stopped, TrainingError
+from softprompt.feed import Listed
+from softprompt.model import Engine
+from softprompt.prompt import PromptEmbedding
+from softprompt.trainer import Metrics, Step, TrainingState, train
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
+LEAST_STEPS = 10  # of a rung
+SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # training rows to compare by
+LEAST_GAIN = 0.01  # of the loss before training; less is nothing found
+TIE = 0.03  # of the lowest loss: a short run favours large rates, so of rates that are so close the smallest is taken
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found: the rate, or None and why; and the loss after each rate's last rung (inf: not finite), by
+    rate, beside that of the prompt's first values."""
+
+    learning_rate: float | None
+    why: str
+    start: float
+    losses: dict[float, float]
+
+
+def sweep_steps(total: int) -> int:
+    """Optimizer steps of a sweep before a run of `total`."""
+    return sum(most * _steps(total, share) for share, most in RUNGS)
+
+
+def find_learning_rate(
+    engine: Engine,
+    values: Tensor,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    total: int,
+    rows_per_step: int,
+    request: Wish,
+    on_step: Callable[[], object] = lambda: None,
+) -> Sweep:
+    """values: [P, H] fp32, the prompt's first, which stay as they are; `total` are the steps of the run to come.
+    `on_step` is called after every step of the sweep.
+
+    Raises:
+        Stopped: `request` came true.
+    """
+    aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
+    if aside < FEWEST_ASIDE:
+        why = f"{len(examples):,} rows are too few to set some aside and compare by them"
+        return Sweep(None, why, math.nan, {})
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    held, rest = ([examples[i] for i in some] for some in (order[:aside], order[aside:]))
+
+    def loss_of(prompt: Tensor) -> float:
+        loss, targets = engine.evaluate(prompt, held)
+        return loss.item() / targets
+
+    def loss_after(rate: float, steps: int) -> float:
+        prompt, watch = PromptEmbedding(values).to(engine.device), _Watch(request, on_step)
+        try:
+            short = squeezed(args, steps, total)
+            train(engine, prompt, Listed(rest, short, rows_per_step), short, rate, watch)
+        except TrainingError:
+            return math.inf
+        if watch.stopped:
+            raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)
+        loss = loss_of(prompt.weight.detach())
+        return loss if math.isfinite(loss) else math.inf
+
+    start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
+    for share, most in RUNGS:
+        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]
+        losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
+    lowest = min(losses[rate] for rate in left)
+    if not lowest < start * (1 - LEAST_GAIN):
+        return Sweep(None, "no rate lowered the loss within the sweep", start, losses)
+    return Sweep(min(rate for rate in left if losses[rate] <= lowest * (1 + TIE)), "", start, losses)
+
+
+def squeezed(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:
+    """A run of `steps` under the schedule of one of `total`: a warm-up that is given in steps keeps its share."""
+    warmup = args.warmup_steps if args.warmup_steps < 1 else min(0.99, args.warmup_steps / total)
+    return replace(args, max_steps=steps, warmup_steps=warmup)
+
+
+class _Watch:
+    """The loop's callbacks; all ranks' wishes are read once a step."""
+
+    def __init__(self, request: Wish, tell: Callable[[], object]):
+        self.request, self.tell, self.stopped, self.code = request, tell, False, 0
+
+    def on_step(self, step: Step) -> None:
+        self.tell()
+
+    def on_log(self, metrics: Metrics) -> None: ...
+
+    def on_evaluate(self, step: Step) -> bool:
+        return False
+
+    def on_save(self, step: Step, state: TrainingState) -> None: ...
+
+    def wants_to_stop(self) -> bool:
+        code = self.request.exit_code
+        self.stopped, self.code = code is not None, code or 0
+        return self.stopped
+
+
+def _steps(total: int, share: float) -> int:
+    return min(total, max(LEAST_STEPS, math.ceil(total * share)))
