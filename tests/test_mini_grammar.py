@@ -6,20 +6,20 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from handwritten_reviews import REVIEWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from softprompt.errors import DataError
 from softprompt.mini import BASE_DIR, TASKS, rows
 from softprompt.mini.corpus import QUESTIONS_BACK, corpus
 from softprompt.mini.grammar import held_out, normalised, sentence, sentences
-from softprompt.mini.make import main, make_tokenizer
+from softprompt.mini.make import SIZES, main, make_model, make_tokenizer
 from softprompt.mini.words import RESERVED
 from softprompt.template import Template
 
@@ -178,6 +178,15 @@ def test_the_base_is_small() -> None:
 
 def test_the_tokenizer_is_the_one_that_make_makes(tokenizer: PreTrainedTokenizerBase) -> None:
     assert make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_shipped_base_is_the_small_one_and_each_larger_one_is_about_twice_the_one_before() -> None:
+    made = {name: make_model(0, 1800, size) for name, size in SIZES.items()}
+    shipped = AutoConfig.from_pretrained(BASE_DIR)
+    for name in ("hidden_size", "n_layer", "n_head", "vocab_size"):
+        assert getattr(made["small"].config, name) == getattr(shipped, name)
+    counts = [model.num_parameters() for model in made.values()]
+    assert all(1.9 < larger / smaller < 2.2 for smaller, larger in pairwise(counts))
 
 
 def test_make_refuses_a_place_that_is_a_file(tmp_path, capsys) -> None:

@@ -1,6 +1,9 @@
 """Builds the mini base from nothing but the grammar: its tokenizer, its corpus, its pre-training.
 
-python -m softprompt.mini.make [--output_dir DIR] [--steps N] [--seed N]
+python -m softprompt.mini.make [--size small|medium|large] [--output_dir DIR] [--steps N] [--seed N]
+
+The package holds the small one. The larger ones are for the question what a larger base does: the same tokenizer and
+the same rows in the same order, each with about twice the parameters of the one before.
 """
 
 import argparse
@@ -35,8 +38,20 @@ EOS, PAD = 2, 3
 VOCABULARY = 1800
 STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 4000, 64, 4e-3, 100
 COMMON = 15  # a character that 20,000 rows have so many times becomes a token
+REFERENCE_HIDDEN_SIZE = 128  # PEAK_LR's; it falls with the width (Yang et al. 2022, arXiv:2203.03466: Adam, 1 / width)
 SORTED = 50  # rows of so many batches are sorted by length, so that little is padding
 PROMPT_WEIGHT = 0.03  # of a token of the prompt in the loss, where one of the answer has 1
+
+
+class Size(NamedTuple):
+    """Hidden size H, layers L and heads N of a base."""
+
+    hidden_size: int
+    n_layer: int
+    n_head: int
+
+
+SIZES = {"small": Size(128, 5, 4), "medium": Size(192, 5, 6), "large": Size(256, 6, 8)}
 
 
 class Batch(NamedTuple):
@@ -88,9 +103,9 @@ def _strings(value: Any) -> list[str]:
     return [text for item in value for text in _strings(item)]
 
 
-def make_model(seed: int, vocabulary: int) -> BloomForCausalLM:
+def make_model(seed: int, vocabulary: int, size: Size) -> BloomForCausalLM:
     torch.manual_seed(seed)
-    config = BloomConfig(vocab_size=vocabulary, hidden_size=128, n_layer=5, n_head=4)
+    config = BloomConfig(vocab_size=vocabulary, **size._asdict())
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, 1, EOS
     return BloomForCausalLM(config)
 
@@ -132,21 +147,22 @@ def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
     return (each * weights).sum() / weights.sum()
 
 
-def lr_at(step: int, steps: int) -> float:
+def lr_at(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine down to zero."""
     if step < WARMUP_STEPS:
-        return PEAK_LR * (step + 1) / WARMUP_STEPS
-    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
+        return peak * (step + 1) / WARMUP_STEPS
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
 def pretrain(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
     """A plain loop: every batch is new, so there is nothing to overfit to."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    peak = PEAK_LR * REFERENCE_HIDDEN_SIZE / model.config.hidden_size
     model.train()
     progress = tqdm(islice(batches(tokenizer, seed), steps), total=steps, desc="pre-training", mininterval=1)
     for step, batch in enumerate(progress):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps)
+            group["lr"] = lr_at(step, steps, peak)
         loss = weighted_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,17 +184,21 @@ def save(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m softprompt.mini.make", description="Build the mini base.")
-    parser.add_argument("--output_dir", type=Path, default=BASE_DIR, help="where to write it (default: the package)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where to write it (default: the package, or runs/mini-SIZE for a larger one)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of pre-training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(arguments)
+    output_dir = args.output_dir or (BASE_DIR if args.size == "small" else Path("runs") / f"mini-{args.size}")
     try:
-        check_writable(args.output_dir, "--output_dir")
+        check_writable(output_dir, "--output_dir")
         tokenizer = make_tokenizer(args.seed)
-        model = make_model(args.seed, len(tokenizer))
+        model = make_model(args.seed, len(tokenizer), SIZES[args.size])
         print(f"{len(tokenizer):,} words, {model.num_parameters():,} parameters")
         pretrain(model, tokenizer, args.steps, args.seed)
-        save(model, tokenizer, args.output_dir)
+        save(model, tokenizer, output_dir)
     except SoftpromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
