@@ -17,6 +17,7 @@ from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, Elsewhere, SoftpromptError, Stopped
 from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
+from softprompt.grid import Study, read_study, relocated
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
 
@@ -85,6 +86,21 @@ def parse_export(argv: Sequence[str]) -> ExportConfig:
     parser.usage = f"{program} ADAPTER --output DIR [--flag value …]"
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
     return export_config(**_parse(parser, argv))
+
+
+def parse_study(argv: Sequence[str]) -> Study:
+    """The study of `python -m softprompt.study`: its file, then flags.
+
+    Raises:
+        ConfigError: arguments or a file that are wrong in whatever way.
+    """
+    program = "python -m softprompt.study"
+    parser = _parser([], program, "Train every cell of a grid and say what its figures say about a few claims.")
+    parser.usage = f"{program} STUDY.toml [--output_dir DIR]"
+    parser.add_argument("study", metavar="STUDY.toml", help="What to vary; docs/study.md shows how to write it.")
+    parser.add_argument("--output_dir", metavar="DIR", help="Where to write. (default: the file's, or runs/study-NAME)")
+    given = _parse(parser, argv)
+    return relocated(read_study(Path(given["study"])), given.get("output_dir"))
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -3,13 +3,14 @@
 import errno
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from softprompt.best import metric_name, noted, patience_is_over
 from softprompt.card import model_card
@@ -267,18 +268,19 @@ class Recorder:
         return {name: value for name, value in every.items() if name not in OF_THIS_CALL}
 
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
-        settings = self.config.prompt
         prompt = self.prompt.weight.detach()
-        name = str(self.config.model.model_name_or_path)
-        peft = peft_config(
-            name, self.run.base.config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text
-        )
-        ours = {
-            "template": self.config.data.template or "default",
-            "generation": GENERATION_DEFAULTS.get(name, {}),
-        }
-        adapter = Adapter(prompt, peft, ours)
-        return {**adapter_files(adapter), CARD_FILE: model_card(adapter, self._arguments(), metrics)}
+        return adapter_folder(self.config, self.run.base.config, prompt, self._arguments(), metrics)
+
+
+def adapter_folder(
+    config: TrainConfig, base_config: Any, prompt: Tensor, arguments: Mapping[str, Any], metrics: Metrics
+) -> dict[str, bytes]:
+    """The files of a learned prompt [P, H], with a card that shows `arguments` and `metrics`."""
+    name, settings = str(config.model.model_name_or_path), config.prompt
+    peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
+    ours = {"template": config.data.template or "default", "generation": GENERATION_DEFAULTS.get(name, {})}
+    adapter = Adapter(prompt, peft, ours)
+    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "data": {"errors", "template"},
     "batching": {"data", "errors"},
     "prompt": {"errors"},
+    "vocabulary": {"errors"},
     "loss": set(),
     "files": {"errors"},
     "lock": {"errors"},
@@ -76,12 +77,26 @@ MAY_IMPORT = {
     "trainer": {"config", "data", "errors", "feed", "model", "prompt"},
     "distributed": {"errors", "memory"},
     "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
-    "announce": {"config", "data", "feed", "model", "rows", "trainer"},
+    "find_rate": {"config", "data", "distributed", "errors", "feed", "model", "prompt", "trainer"},
+    "announce": {"config", "data", "feed", "find_rate", "model", "rows", "trainer"},
     "resume": {"checkpoint", "config", "errors", "files", "trainer"},
     "card": {"checkpoint", "redact"},
     "plot": {"trainer"},
     "progress": {"files", "redact", "resume", "trainer"},
-    "build": {"checkpoint", "config", "errors", "files", "lock", "mini", "model", "prompt"},
+    "build": {"checkpoint", "config", "errors", "files", "lock", "mini", "model", "prompt", "vocabulary"},
+}
+MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
+    "grid": {"config", "errors", "fields"},
+    "claims": {"config"},
+    "charts": {"claims"},
+    "study_page": {"claims"},
+    "study_plan": {
+        *("build", "config", "data", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+    },
+    "cells": {
+        *("build", "checkpoint", "config", "data", "determinism", "engines", "errors", "evaluate", "feed", "files"),
+        *("model", "prompt", "recorder", "resume", "stopping", "study_plan", "trainer"),
+    },
 }
 MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
     "build",
@@ -98,9 +113,10 @@ MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of trai
     "requests",
     "template",
 }
-ENTRANCES = {"cli", "api", "inference", "run", "summary", "export"}
+ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "study"}
 NO_TORCH = {
     "token_cache",
+    "vocabulary",
     "errors",
     "fields",
     "config",
@@ -112,6 +128,10 @@ NO_TORCH = {
     "rows",
     "shuffle",
     "data",
+    "grid",
+    "claims",
+    "charts",
+    "study_page",
     "cli",
     "mini",
 }

@@ -1,0 +1,172 @@
+"""The cells of a study, run with the parts of a training run: every base is loaded once, and a finished cell is a
+folder that appears as a whole and is never run again.
+
+adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, as any run leaves it
+cell.json                                                                    settings, fingerprints, metrics
+checksums.json                                                               sha256 of each of these files
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from softprompt.build import base_path, initial_prompt
+from softprompt.checkpoint import json_bytes
+from softprompt.config import ModelArguments
+from softprompt.data import Example, count_targets
+from softprompt.determinism import deterministic
+from softprompt.engines import generator_beside, make_engine
+from softprompt.errors import Stopped, TrainingError
+from softprompt.evaluate import Evaluation, Evaluator
+from softprompt.feed import Listed
+from softprompt.files import write_folder
+from softprompt.model import freeze, place, read_base, resolve_device, resolve_dtype, word_embeddings
+from softprompt.prompt import PromptEmbedding
+from softprompt.recorder import adapter_folder
+from softprompt.resume import CHECKSUMS_FILE, with_checksums
+from softprompt.stopping import StopRequest
+from softprompt.study_plan import Planned
+from softprompt.trainer import Metrics, Step, TrainingState, train
+
+CELL_FILE = "cell.json"
+
+Result = dict[str, Any]  # the content of a cell.json
+
+
+def finished(folder: Path) -> Result | None:
+    """What a cell's folder holds; None where there is none, or where it is not as it was written."""
+    try:
+        sums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        content = {name: (folder / Path(name).name).read_bytes() for name in sums}
+        whole = with_checksums(content)[CHECKSUMS_FILE] == json_bytes(sums)
+        return json.loads(content[CELL_FILE]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Callable[[Planned, Result], None]) -> None:
+    """Run the cells of `plan`, base by base, each to its folder; `on_step` is called after every optimizer step.
+
+    Raises:
+        Stopped: asked to; the cell that was at work is dropped.
+        SoftpromptError: a base that cannot be loaded.
+    """
+    with StopRequest() as request:
+        for of_base in _grouped(plan, lambda one: one.cell.config.model):
+            bench = _Bench.of(of_base[0].cell.config.model)
+            for of_rows in _grouped(of_base, lambda one: one.cell.config.data):
+                before: Evaluation | None = None
+                for one in of_rows:
+                    watch = _Watch(request, on_step)
+                    before = before or bench.evaluator(one)(None)
+                    result = bench.run(one, before, watch)
+                    if not watch.stopped:
+                        on_cell(one, result)
+                    if (code := request.exit_code) is not None:
+                        raise Stopped("stopped; the same command goes on with the cells that are left", code)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A base on its device, ready for any number of cells."""
+
+    base: PreTrainedModel
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: ModelArguments) -> "_Bench":
+        device = resolve_device(model.device)
+        dtype = resolve_dtype(device, model.bf16, model.fp16)
+        return cls(place(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
+
+    def evaluator(self, one: Planned, P: int = 0) -> Evaluator:
+        engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)
+        generator = generator_beside(engine, self.base, one.material.tokenizer)
+        batch_size = one.cell.config.training.per_device_eval_batch_size
+        return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
+
+    def run(self, one: Planned, before: Evaluation, watch: "_Watch") -> Result:
+        """Train and evaluate one cell and write its folder, unless it was stopped. A run that ends without finite
+        numbers is a result, too."""
+        config, began = one.cell.config, time.perf_counter()
+        values = initial_prompt(config, one.material.tokenizer, self.base)
+        prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
+        evaluator = self.evaluator(one, len(values))
+        metrics: Metrics = {}
+        try:
+            if one.cell.trained:
+                examples = few(one.material.examples, one.cell.rows, config.training.seed)
+                with deterministic(config.training.deterministic):
+                    feed = Listed(examples, config.training)
+                    train(evaluator.engine, prompt, feed, config.training, config.learning_rate, watch)
+            metrics |= {} if watch.stopped else evaluator(prompt.weight.detach()).metrics()
+        except TrainingError as error:
+            metrics["error"] = str(error)
+        result = {
+            **self._described(one, prompt),
+            "metrics": {**metrics, **before.metrics("_base")},
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        if not watch.stopped:
+            files = adapter_folder(config, self.base.config, prompt.weight.detach(), one.cell.settings(), metrics)
+            write_folder(one.folder, with_checksums({**files, CELL_FILE: json_bytes(result)}))
+        return result
+
+    def _described(self, one: Planned, prompt: PromptEmbedding) -> Result:
+        return {
+            "settings": one.cell.settings(),
+            "virtual_tokens": len(prompt.weight),
+            "rows": one.cell.rows or len(one.material.examples),
+            "steps": one.steps,
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "held_out_targets": sum(map(count_targets, one.material.held_out)),
+            "fingerprints": one.material.fingerprints,
+            "device": str(prompt.weight.device),
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
+
+@dataclass
+class _Watch:
+    """The loop's callbacks: nothing is logged or saved on the way, a cell is short."""
+
+    request: StopRequest
+    tell: Callable[[], None]
+    stopped: bool = field(default=False, init=False)
+
+    def on_step(self, step: Step) -> None:
+        self.tell()
+
+    def on_log(self, metrics: Metrics) -> None: ...
+
+    def on_evaluate(self, step: Step) -> bool:
+        return False
+
+    def on_save(self, step: Step, state: TrainingState) -> None: ...
+
+    def wants_to_stop(self) -> bool:
+        self.stopped = self.request.exit_code is not None
+        return self.stopped
+
+
+def few(examples: Sequence[Example], rows: int | None, seed: int) -> list[Example]:
+    """`rows` of the examples, drawn by the seed; a smaller number's are among those of a larger one. None: all."""
+    if rows is None:
+        return list(examples)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order[:rows].tolist()]
+
+
+def _grouped(plan: Iterable[Planned], key: Callable[[Planned], Any]) -> Iterator[list[Planned]]:
+    """Those with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[Planned]] = {}
+    for one in plan:
+        groups.setdefault(key(one), []).append(one)
+    return iter(groups.values())

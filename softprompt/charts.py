@@ -1,0 +1,102 @@
+"""Pictures of a study: the held-out loss along each thing that it varies, with the spread over the seeds."""
+
+import io
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from softprompt.claims import Point, at_best_rate, grouped, without
+
+MOST_LINES = 8  # in a picture; more cannot be told apart
+
+
+class Axis(NamedTuple):
+    """Something that a study varies: the field of a Point that tells its values apart, what stands on the axis, and the
+    place of a point on it; `texts` are put beside each other, numbers on a logarithmic scale."""
+
+    field: str
+    label: str
+    value: Callable[[Point], Any]
+    texts: bool = False
+
+
+AXES = (
+    Axis("virtual_tokens", "virtual tokens", lambda p: p.virtual_tokens),
+    Axis("init", "start", lambda p: p.init, texts=True),
+    Axis("learning_rate", "learning rate", lambda p: p.learning_rate),
+    Axis("rows", "training rows", lambda p: p.rows),
+    Axis("base", "parameters of the base", lambda p: p.parameters),
+)
+
+
+def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
+    """SVG files by name, one for each axis with several values; None where matplotlib is not installed.
+
+    A line is of points that differ along the axis and in the seed alone, each at its best learning rate unless that is
+    the axis; the error bars are a standard deviation over seeds to either side.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    trained, best = [p for p in points if p.trained and p.loss < float("inf")], at_best_rate(points)
+    files = {}
+    with matplotlib.rc_context({"svg.hashsalt": "softprompt", "svg.fonttype": "none", "axes.grid": True}):
+        for axis in AXES:
+            shown = trained if axis.field == "learning_rate" else [p for p in best if p.loss < float("inf")]
+            lines = _lines(shown, axis)
+            if lines:
+                files[f"study-{axis.field}.svg"] = _drawn(lines, axis)
+    return files
+
+
+def _lines(points: Sequence[Point], axis: Axis) -> dict[str, list[Point]]:
+    """By their names, the lines that have several places along the axis; the fullest, if there are too many."""
+    apart = without(axis.field, "learning_rate", "seed", *(["start"] if axis.field == "init" else []))
+    groups = [same for same in grouped(points, apart).values() if len({axis.value(p) for p in same}) > 1]
+    groups = sorted(groups, key=len, reverse=True)[:MOST_LINES]
+    flat = [p for same in groups for p in same]
+    return {_named(same[0], flat, axis): same for same in groups}
+
+
+def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
+    """What tells a line from the others."""
+    told = {
+        "base": p.base.rsplit("/", 1)[-1],
+        "dataset": p.dataset,
+        "init": p.init,
+        "virtual_tokens": f"{p.virtual_tokens} tokens",
+        "rows": f"{p.rows:,} rows",
+        "context": f"settings {sorted({q.context for q in among}).index(p.context) + 1}",
+    }
+    varied = [f for f in told if f != axis.field and len({getattr(q, f) for q in among}) > 1]
+    return ", ".join(told[f] for f in varied) or "held-out loss"
+
+
+def _drawn(lines: dict[str, list[Point]], axis: Axis) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    places = sorted({axis.value(p) for same in lines.values() for p in same})
+    for name, same in lines.items():
+        of_places = grouped(same, axis.value)
+        here = sorted(of_places)
+        losses = [[p.loss for p in of_places[place]] for place in here]
+        spread = [stdev(some) if len(some) > 1 else 0.0 for some in losses]
+        at = [places.index(place) for place in here] if axis.texts else here
+        line = {"linestyle": "none"} if axis.texts else {}
+        axes.errorbar(at, [mean(some) for some in losses], spread, marker="o", capsize=3, label=name, **line)
+    if axis.texts:
+        axes.set_xticks(range(len(places)), places)
+    else:
+        axes.set_xscale("log")
+        if axis.field != "base":
+            axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
+            axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.set(xlabel=axis.label, ylabel="held-out loss (nats per target)")
+    axes.legend(fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": "softprompt"})
+    return picture.getvalue()

@@ -1,0 +1,266 @@
+"""What a study's figures say about a few claims, by one rule. Pure arithmetic on finished cells.
+
+The figure is the held-out loss, on a logarithmic scale, so that tasks of different difficulty can be put together: a
+gain of g means a loss of e^-g times the other. Cells are compared that differ in nothing but what the claim is about,
+the seed included, each at the learning rate that was best for it (the mean over seeds decides). Every comparison is one
+observation; from n of them come the mean gain and its 95 % interval (Student's t with n - 1 degrees of freedom).
+
+A claim holds if the whole interval is above 0; it does not hold if the whole interval is below `LEAST`, so that the
+gain is none or too small to matter; all else is not decided by this data.
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from softprompt.config import DEFAULT_LEARNING_RATES
+
+LEAST = 0.01  # a gain: one percent of the loss
+ARTICLE_RATE = 5e-5
+HOLDS, HOLDS_NOT, UNDECIDED = "holds", "does not hold", "not decided by this data"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
+    whose number shows whether losses per target can be compared. `start` is the text or the labels that the prompt
+    starts from, and `context` all that no claim is about."""
+
+    base: str
+    parameters: int
+    dataset: str
+    init: str
+    virtual_tokens: int
+    learning_rate: float
+    rows: int
+    seed: int
+    trained: bool
+    loss: float
+    exact_match: float | None
+    base_loss: float
+    base_exact_match: float | None
+    targets: int
+    start: str
+    context: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, its verdict, and the sentence that says why. Gains are logarithms of the ratio of two losses."""
+
+    claim: str
+    verdict: str
+    sentence: str
+    gains: tuple[float, ...] = ()
+
+
+Key = Callable[[Point], Any]
+NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
+
+
+def point(result: Mapping[str, Any]) -> Point:
+    """From the content of a cell.json."""
+    s, metrics = result["settings"], result["metrics"]
+    texts = ("prompt_tuning_init_text", "class_labels", "vocab_population")
+    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, "trained", "deterministic")}
+    start = ", ".join(str(s[name]) for name in texts if s[name] is not None)
+    return Point(
+        s["model_name_or_path"],
+        result["parameters"],
+        s["dataset"],
+        s["prompt_tuning_init"],
+        result["virtual_tokens"],
+        s["learning_rate"],
+        result["rows"],
+        s["seed"],
+        s["trained"],
+        metrics.get("eval_loss", math.inf),
+        metrics.get("eval_exact_match"),
+        metrics["eval_loss_base"],
+        metrics.get("eval_exact_match_base"),
+        result["held_out_targets"],
+        start,
+        json.dumps(context, sort_keys=True),
+    )
+
+
+def findings(points: Sequence[Point]) -> list[Finding]:
+    """A sentence on each claim that the cells say anything about."""
+    best = at_best_rate(points)
+    return [
+        _along(best, "Longer prompts train better", "virtual tokens", lambda p: p.virtual_tokens),
+        _hard_against_soft(points, best),
+        _text_against_random(best),
+        _larger_bases(best),
+        _along(best, "More rows train better", "rows", lambda p: p.rows),
+        *_learning_rates(points),
+    ]
+
+
+def at_best_rate(points: Iterable[Point]) -> list[Point]:
+    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest."""
+    kept = []
+    for same in grouped([p for p in points if p.trained], without("learning_rate", "seed")).values():
+        of_rates = grouped(same, lambda p: p.learning_rate)
+        kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
+    return kept
+
+
+def without(*names: str) -> Key:
+    """All that tells a cell from another, but for the fields named."""
+    told = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
+    left = [name for name in told if name not in names]
+    return lambda p: tuple(getattr(p, name) for name in left)
+
+
+def grouped(points: Iterable[Point], key: Key) -> dict[Any, list[Point]]:
+    groups: dict[Any, list[Point]] = {}
+    for p in points:
+        groups.setdefault(key(p), []).append(p)
+    return groups
+
+
+def interval(gains: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % interval; all of the line for fewer than two gains or where one is not finite."""
+    if len(gains) < 2 or not all(map(math.isfinite, gains)):
+        return (mean(gains) if gains and all(map(math.isfinite, gains)) else math.nan), -math.inf, math.inf
+    half = student_t(len(gains) - 1) * stdev(gains) / math.sqrt(len(gains))
+    return mean(gains), mean(gains) - half, mean(gains) + half
+
+
+def verdict(gains: Sequence[float]) -> str:
+    """The rule that this module's docstring states."""
+    _, low, high = interval(gains)
+    return HOLDS if low > 0 else HOLDS_NOT if high < LEAST else UNDECIDED
+
+
+@functools.cache
+def student_t(degrees: int, share: float = 0.975) -> float:
+    """The value below which a Student-t variable lies with probability `share`: its density summed by Simpson's rule,
+    and the value found by halving."""
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+
+    def density(x: float) -> float:
+        return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+
+    def below(x: float, steps: int = 2000) -> float:
+        width = x / steps
+        inner = sum((4 if i % 2 else 2) * density(i * width) for i in range(1, steps))
+        return 0.5 + width / 3 * (density(0) + inner + density(x))
+
+    low, high = 0.0, 100.0
+    for _ in range(50):
+        low, high = ((low + high) / 2, high) if below((low + high) / 2) < share else (low, (low + high) / 2)
+    return low
+
+
+def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Point], int]) -> Finding:
+    """Of a number: the gain with each doubling, the slope of the least-squares line over its logarithm."""
+    field = {"virtual tokens": "virtual_tokens", "parameters": "base"}.get(what, what)
+    slopes: list[float] = []
+    for same in grouped(points, without(field, "learning_rate")).values():
+        xs, ys = [math.log2(value(p)) for p in same], [-_log(p.loss) for p in same]
+        spread = sum((x - mean(xs)) ** 2 for x in xs)
+        if spread:
+            slopes.append(sum((x - mean(xs)) * y for x, y in zip(xs, ys, strict=True)) / spread)
+    values = sorted({value(p) for p in points})
+    measured = f"doubling the {what} ({_number(values[0])} to {_number(values[-1])})" if values else what
+    return _finding(claim, slopes, measured)
+
+
+def _larger_bases(points: Sequence[Point]) -> Finding:
+    claim = "Larger bases train better"
+    if any(len({p.targets for p in same}) > 1 for same in grouped(points, lambda p: p.dataset).values()):
+        said = "the bases cut the held-out answers into different tokens, so their losses cannot be compared"
+        return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} ({said}).")
+    return _along(points, claim, "parameters", lambda p: p.parameters)
+
+
+def _text_against_random(points: Sequence[Point]) -> Finding:
+    gains: list[float] = []
+    for same in grouped(points, without("init", "start", "learning_rate")).values():
+        of = grouped(same, lambda p: p.init)
+        pairs = itertools.product(of.get("TEXT", []), of.get("RANDOM", []))
+        gains += [_log(random.loss) - _log(text.loss) for text, random in pairs]
+    claim = "A prompt that starts from a text (TEXT) trains better than one that starts from noise (RANDOM)"
+    return _finding(claim, gains, "TEXT in place of RANDOM")
+
+
+def _hard_against_soft(points: Sequence[Point], best: Sequence[Point]) -> Finding:
+    """The best of the texts beside every seed of the trained setting that is best, for each base, dataset and rows."""
+    claim = "A hard prompt (a text put before the input, not trained) is better than a trained soft one"
+    texts = grouped([p for p in points if not p.trained], lambda p: (p.base, p.dataset))
+    gains: list[float] = []
+    for (base, dataset, _), soft in grouped(best, lambda p: (p.base, p.dataset, p.rows)).items():
+        if (base, dataset) in texts:
+            hard = min(p.loss for p in texts[base, dataset])
+            settings = grouped(soft, without("seed", "learning_rate")).values()
+            chosen = min(settings, key=lambda cells: mean(p.loss for p in cells))
+            gains += [_log(p.loss) - _log(hard) for p in chosen]
+    return _finding(claim, gains, "the best text in place of the best trained prompt")
+
+
+def _learning_rates(points: Sequence[Point]) -> list[Finding]:
+    """The default of each start beside the rate that is best by the other seeds, and beside the article's."""
+    trained = [p for p in points if p.trained]
+    gains, beside_article = [], []
+    for same in grouped(trained, without("learning_rate", "seed")).values():
+        by_rate = {rate: {p.seed: p.loss for p in cells} for rate, cells in grouped(same, _rate).items()}
+        default = by_rate.get(DEFAULT_LEARNING_RATES[same[0].init], {})
+        article = by_rate.get(ARTICLE_RATE, {})
+        others = {rate: losses for rate, losses in by_rate.items() if losses.keys() >= default.keys()}
+        for seed, loss in default.items():
+            if seed in article:
+                beside_article.append(_log(article[seed]) - _log(loss))
+            if len(others) > 1 and len(default) > 1:
+                chosen = min(others, key=lambda r: mean(v for s, v in others[r].items() if s != seed))
+                gains.append(_log(loss) - _log(others[chosen][seed]))
+    return [
+        _finding(
+            "Another learning rate than this project's default is better",
+            gains,
+            "the rate that is best on the other seeds in place of the default",
+        ),
+        _finding(
+            f"This project's default learning rates are better than the article's {ARTICLE_RATE:g}",
+            beside_article,
+            f"the default in place of {ARTICLE_RATE:g}",
+        ),
+    ]
+
+
+def _log(loss: float) -> float:
+    return math.log(max(loss, 1e-12))  # a loss may round to nothing
+
+
+def _rate(p: Point) -> float:
+    return p.learning_rate
+
+
+def _finding(claim: str, gains: Sequence[float], measured: str) -> Finding:
+    found = verdict(gains)
+    if not gains:
+        return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} (no cells of the study can be compared).")
+    average, low, high = interval(gains)
+    if not all(map(math.isfinite, gains)):
+        why = "some of its runs did not end in finite numbers"
+    elif len(gains) < 2:
+        why = f"{measured} changed the held-out loss by {_percent(average)}, in a single comparison"
+    else:
+        ends = f"{_percent(high)} to {_percent(low)}"
+        why = f"{measured} changed the held-out loss by {_percent(average)} (95 % interval {ends}; n = {len(gains)})"
+    return Finding(claim, found, f"{claim}: {found}; {why}.", tuple(gains))
+
+
+def _percent(gain: float) -> str:
+    """The change of a loss that a gain means."""
+    return f"{math.expm1(-gain):+.1%}".replace("%", " %") if gain > -20 else "more than a millionfold"
+
+
+def _number(value: float) -> str:
+    return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,}"

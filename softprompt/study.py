@@ -1,0 +1,101 @@
+"""A grid of training runs, and what it says: `python -m softprompt.study STUDY.toml` (see grid.py for the file)."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from softprompt.cells import Result, finished, run_cells
+from softprompt.charts import pictures
+from softprompt.claims import Finding, findings, point
+from softprompt.cli import command, parse_study
+from softprompt.errors import OutputError
+from softprompt.files import check_writable, remove_leftovers, write_files
+from softprompt.grid import Study
+from softprompt.lock import FolderLock
+from softprompt.study_page import csv_of, page, table_of
+from softprompt.study_plan import Planned, planned
+from softprompt.tables import table
+
+PAGE_FILE, CSV_FILE = "study.md", "study.csv"
+
+
+def run_study(study: Study) -> list[Finding]:
+    """Run the cells that are not finished yet, then write and print the table, the findings and the pictures.
+
+    Raises:
+        SoftpromptError: as of `planned` and `run_cells`, or an output_dir that cannot be written to.
+    """
+    check_writable(study.output_dir, "--output_dir")
+    plan = planned(study)
+    with _claimed(study.output_dir):
+        remove_leftovers(study.output_dir / "cells", "*")
+        results = {one.folder: result for one in plan if (result := finished(one.folder))}
+        left = [one for one in plan if one.folder not in results]
+        print(f"{study.path}: {len(plan):,} cells, {len(results):,} of them finished before → {study.output_dir}/")
+        began = time.perf_counter()
+        _run(left, results)
+        if left:
+            print(f"{len(left):,} cells in {time.perf_counter() - began:.0f} s")
+        return _report(study, [results[one.folder] for one in plan])
+
+
+def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
+    """Run what is left, under one bar over all optimizer steps; without a terminal, a line for every cell."""
+    live = sys.stderr.isatty()
+    with tqdm(total=sum(one.steps for one in left), unit="step", desc="study", disable=not live) as bar:
+
+        def done(one: Planned, result: Result) -> None:
+            results[one.folder] = result
+            if not live:
+                loss = result["metrics"].get("eval_loss")
+                said = f"held-out loss {loss:.4f}" if loss is not None else result["metrics"].get("error", "not finite")
+                print(f"{one.cell}: {said}", file=sys.stderr)
+
+        run_cells(left, lambda: bar.update(), done)
+
+
+def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
+    points = [point(result) for result in results]
+    lines, found, drawn = table_of(points), findings(points), pictures(points)
+    print("\n" + table(lines) + "\n")
+    for finding in found:
+        print(f"- {finding.sentence}")
+    if drawn is None:
+        print('no pictures: matplotlib is not installed; pip install "softprompt[plot]" or matplotlib')
+    head = (f"# {study.title}", study.about, _origin(study, results))
+    files = {CSV_FILE: csv_of(points), PAGE_FILE: page(head, lines, found, drawn or ()), **(drawn or {})}
+    write_files(study.output_dir, files)
+    print(f"\n→ {study.output_dir / PAGE_FILE}")
+    return found
+
+
+def _origin(study: Study, results: Sequence[Result]) -> str:
+    """Where the figures come from."""
+    minutes = sum(result["seconds"] for result in results) / 60
+    places = sorted({f"{result['device']} with {result['threads']} threads" for result in results})
+    date = max(result["date"] for result in results)
+    return (
+        f"`python -m softprompt.study {study.path.as_posix()}`: {len(results):,} cells in {minutes:.1f} minutes of "
+        f"training and evaluation on {', '.join(places)}; {date}."
+    )
+
+
+def _claimed(output_dir: Path) -> FolderLock:
+    try:
+        (output_dir / "cells").mkdir(parents=True, exist_ok=True)
+        return FolderLock(output_dir).take()
+    except OSError as error:
+        raise OutputError(
+            f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
+        ) from None
+
+
+def main(argv: Sequence[str]) -> None:
+    run_study(parse_study(argv))
+
+
+if __name__ == "__main__":
+    command(main)

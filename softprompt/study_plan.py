@@ -1,0 +1,115 @@
+"""What a study is to run: its cells beside the rows, tokenizers and bases that they name, all checked beforehand."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.build import base_path, initialiser
+from softprompt.config import DataArguments
+from softprompt.data import Example
+from softprompt.errors import ConfigError, ModelError
+from softprompt.feed import total_steps
+from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.grid import Cell, Study, refuse
+from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
+from softprompt.model import load_tokenizer, weight_files
+
+MOST_LETTERS = 100  # of a folder's name, before its hash
+
+
+@dataclass(frozen=True)
+class Material:
+    """What cells over the same base and rows share: the tokenizer, examples to train on and held-out ones, and the
+    fingerprints of all that is in files."""
+
+    tokenizer: Any
+    examples: list[Example]
+    held_out: list[Example]
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell with its material and its folder; `steps` are 0 for a text that is not trained."""
+
+    cell: Cell
+    material: Material
+    folder: Path
+    steps: int
+
+
+def planned(study: Study) -> list[Planned]:
+    """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them.
+
+    Raises:
+        SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
+    """
+    shelf, found = _Shelf(), []
+    faults: dict[str, list[str]] = {}
+    for cell in study.cells:
+        material = shelf.material(cell)
+        try:
+            _check(cell, material)
+        except ConfigError as error:
+            faults.setdefault(str(error), []).append(str(cell))
+        steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
+        found.append(Planned(cell, material, study.output_dir / "cells" / _name(cell, material), steps))
+    refuse(study.path, faults)
+    return found
+
+
+class _Shelf:
+    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
+
+    def __init__(self) -> None:
+        self.tokenizers: dict[str, tuple[Any, dict[str, str]]] = {}
+        self.rows: dict[DataArguments, Rows] = {}
+        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+
+    def material(self, cell: Cell) -> Material:
+        config, name = cell.config, str(cell.config.model.model_name_or_path)
+        if name not in self.tokenizers:
+            self.tokenizers[name] = _tokenizer(name)
+        tokenizer, prints = self.tokenizers[name]
+        template = template_of(config)
+        if config.data not in self.rows:
+            self.rows[config.data] = read_rows(config, template)
+        rows = self.rows[config.data]
+        key = (config.data, prints["tokenizer"])
+        if key not in self.tokenized:
+            data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
+            of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
+            self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
+        examples, held_out_examples, of_rows = self.tokenized[key]
+        return Material(tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+
+
+def _tokenizer(name: str) -> tuple[Any, dict[str, str]]:
+    """A base's tokenizer, and the fingerprints of it and of the base's files."""
+    path = base_path(name)
+    tokenizer = load_tokenizer(path)
+    files = weight_files(path)
+    if not files and Path(path).is_dir():
+        raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
+    return tokenizer, {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
+
+
+def _check(cell: Cell, material: Material) -> None:
+    """Raises ConfigError where a cell cannot work."""
+    if not material.held_out:
+        raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
+    initialiser(cell.config, material.tokenizer, len(material.tokenizer))
+    if cell.rows and cell.rows > len(material.examples):
+        there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
+        raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
+
+
+def _name(cell: Cell, material: Material) -> str:
+    """Readable, and another for every other setting or content."""
+    content = json.dumps([cell.settings(), material.fingerprints], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MOST_LETTERS]
+    return f"{readable}-{digest}"

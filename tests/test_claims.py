@@ -1,0 +1,136 @@
+"""The rule by which a study's figures decide a claim, and what is compared with what."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from softprompt.claims import (
+    HOLDS,
+    HOLDS_NOT,
+    UNDECIDED,
+    Point,
+    at_best_rate,
+    findings,
+    interval,
+    student_t,
+    verdict,
+)
+
+ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, 1.0, None, 4.0, None, 50, "", "{}")
+LENGTHS, TEXTS, STARTS, BASES, ROWS, DEFAULT, ARTICLE = range(7)  # of the findings
+
+
+def points(*changes, **same):
+    return [replace(ONE, **{**same, **change}) for change in changes]
+
+
+def seeds(loss, wobble=0.01, n=3, **given):
+    return points(*({"seed": s, "loss": loss * math.exp(wobble * (s - 1))} for s in range(n)), **given)
+
+
+@pytest.mark.parametrize("degrees, value", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (10, 2.2281), (30, 2.0423)])
+def test_student_t_is_that_of_printed_tables(degrees, value):
+    assert student_t(degrees) == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "gains, expected",
+    [
+        ([0.30, 0.31, 0.29], HOLDS),
+        ([0.012, 0.013, 0.011], HOLDS),
+        ([-0.3, -0.31, -0.29], HOLDS_NOT),
+        ([0.0, 0.001, -0.001], HOLDS_NOT),  # no gain that would matter
+        ([0.3, -0.1, 0.2], UNDECIDED),
+        ([0.02, 0.0, 0.01], UNDECIDED),
+        ([0.3], UNDECIDED),
+        ([], UNDECIDED),
+        ([0.3, 0.31, math.inf], UNDECIDED),
+    ],
+)
+def test_the_rule(gains, expected):
+    assert verdict(gains) == expected
+
+
+def test_the_interval_is_students():
+    average, low, high = interval([1.0, 2.0, 4.0])
+    half = 4.3027 * math.sqrt(7 / 3) / math.sqrt(3)  # the sample variance is 7/3
+    assert (average, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), abs=1e-3)
+
+
+def test_a_longer_prompt_that_halves_the_loss_with_each_doubling():
+    cells = [p for tokens, loss in ((1, 8.0), (2, 4.0), (8, 1.0)) for p in seeds(loss, virtual_tokens=tokens)]
+    found = findings(cells)[LENGTHS]
+    assert found.verdict == HOLDS
+    assert found.gains == pytest.approx([math.log(2)] * 3)
+    assert "(1 to 8) changed the held-out loss by -50.0 %" in found.sentence and "n = 3" in found.sentence
+
+
+def test_cells_that_differ_in_more_than_the_claim_are_not_compared():
+    """Longer, but of another start, another context, another number of rows, or another seed."""
+    others = [{"init": "TEXT"}, {"context": "{1}"}, {"rows": 7}, {"seed": 9}, {"dataset": "e"}, {"base": "c"}]
+    cells = points({}, *({"virtual_tokens": 20, "loss": 0.1, **other} for other in others))
+    assert findings(cells)[LENGTHS].sentence.endswith("(no cells of the study can be compared).")
+
+
+def test_lengths_are_compared_each_at_its_best_rate():
+    short = [*seeds(2.0, learning_rate=1e-1), *seeds(9.0, learning_rate=1e-3)]
+    long = [*seeds(5.0, learning_rate=1e-1, virtual_tokens=20), *seeds(1.0, learning_rate=1e-3, virtual_tokens=20)]
+    kept = at_best_rate(short + long)
+    assert {(p.virtual_tokens, p.learning_rate) for p in kept} == {(10, 1e-1), (20, 1e-3)}
+    assert findings(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
+
+
+def test_a_hard_prompt_is_the_best_text_and_a_soft_one_the_best_setting():
+    texts = points({"loss": 0.5, "start": "a"}, {"loss": 3.0, "start": "b"}, trained=False, init="TEXT")
+    soft = [*seeds(1.0, wobble=0.0), *seeds(2.0, virtual_tokens=1), *seeds(4.0, rows=8, wobble=0.0)]
+    found = findings(texts + soft)[TEXTS]
+    assert found.verdict == HOLDS
+    assert sorted(found.gains) == pytest.approx([math.log(2)] * 3 + [math.log(8)] * 3)
+    worse = points({"loss": 2.5}, trained=False, init="TEXT")
+    assert findings(worse + seeds(1.0))[TEXTS].verdict == HOLDS_NOT
+    elsewhere = points({"loss": 0.1, "dataset": "e"}, trained=False, init="TEXT")
+    assert findings(elsewhere + seeds(1.0))[TEXTS].verdict == UNDECIDED
+
+
+def test_a_start_from_text_beside_noise():
+    cells = seeds(1.0) + seeds(0.5, init="TEXT", start="a text", learning_rate=1e-2)
+    assert findings(cells)[STARTS].verdict == HOLDS
+    assert findings(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
+
+
+def test_bases_whose_answers_are_cut_otherwise_are_not_compared():
+    small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
+    assert findings(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)
+    found = findings(small + [replace(p, targets=60) for p in large])[BASES]
+    assert found.verdict == UNDECIDED and "different tokens" in found.sentence
+
+
+def test_more_rows():
+    assert findings(seeds(2.0, rows=8) + seeds(1.0, rows=32))[ROWS].gains == pytest.approx([math.log(2) / 2] * 3)
+
+
+def test_the_best_rate_is_chosen_on_the_other_seeds():
+    """Every seed has a rate that happens to be best for it alone; none of them is better than the default."""
+    lucky = [
+        replace(ONE, seed=s, learning_rate=rate, loss=0.5 if i == s else 2.0)
+        for s in range(3)
+        for i, rate in enumerate((1e-3, 1e-2, 1e-1))
+    ]
+    assert findings(seeds(1.0, wobble=0.0) + lucky)[DEFAULT].gains == (0.0, 0.0, 0.0)
+    one_seeds_luck = [replace(ONE, seed=s, learning_rate=1e-1, loss=loss) for s, loss in enumerate((0.1, 1.2, 1.2))]
+    gains = findings(seeds(1.0, wobble=0.0) + one_seeds_luck)[DEFAULT].gains
+    assert gains == pytest.approx([0.0, -math.log(1.2), -math.log(1.2)])
+    better = seeds(0.5, wobble=0.0, learning_rate=1e-1)
+    assert findings(seeds(1.0, wobble=0.0) + better)[DEFAULT].gains == pytest.approx([math.log(2)] * 3)
+
+
+def test_the_articles_rate():
+    found = findings(seeds(1.0) + seeds(3.0, learning_rate=5e-5))[ARTICLE]
+    assert found.verdict == HOLDS and found.gains == pytest.approx([math.log(3)] * 3)
+
+
+def test_a_loss_that_is_not_finite_decides_nothing():
+    cells = seeds(1.0) + points({"loss": math.inf, "virtual_tokens": 20}) + seeds(0.5, virtual_tokens=40)
+    found = findings(cells)[LENGTHS]
+    assert found.verdict == UNDECIDED and "finite" in found.sentence

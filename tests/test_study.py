@@ -1,0 +1,275 @@
+"""Studies: what a cell is, that none is run twice, and what is left to read."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BloomForCausalLM
+
+import softprompt
+from softprompt import cells as cells_module
+from softprompt import study as study_module
+from softprompt import study_plan
+from softprompt.cells import few, finished
+from softprompt.checkpoint import load_adapter
+from softprompt.cli import command, parse_study
+from softprompt.errors import ConfigError, DataError, ModelError, OutputError, Stopped
+from softprompt.lock import FolderLock
+from softprompt.study import run_study
+from softprompt.study_plan import planned
+from softprompt.template import Template
+
+ROWS = [
+    {"instruction": f"{word}，{n}", "input": "", "output": word} for n in range(6) for word in ("好", "坏 bad", "hm")
+]
+
+
+@pytest.fixture
+def place(tmp_path, tiny_base):
+    """A folder with rows and a study file of a function's making."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    settings = {
+        "model_name_or_path": str(tiny_base),
+        "dataset": str(tmp_path / "rows.jsonl"),
+        "eval_rows": 5,
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+    }
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+
+    def write(head="", grid="", more=()):
+        text = "\n".join([f'output_dir = "{tmp_path / "out"}"', head, "[settings]", *lines, *more, grid])
+        (tmp_path / "s.toml").write_text(text, encoding="utf-8")
+        return parse_study([str(tmp_path / "s.toml")])
+
+    write.folder = tmp_path
+    return write
+
+
+class Counted:
+    """A function of a module that counts how often it is called."""
+
+    def __init__(self, monkeypatch, module, name):
+        self.calls, self.real = 0, getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.real(*args, **kwargs)
+
+
+GRID = "[[grid]]\nnum_virtual_tokens = [1, 3]\nrows = [4, 'all']"
+
+
+def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not_run_again(
+    place, monkeypatch, capsys, tmp_path, tiny_base
+):
+    shutil.copytree(tiny_base, tmp_path / "twin")
+    study = place(
+        "seeds = [0, 1]\nhard_prompts = ['好']",
+        GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
+    )
+    loads, trained = Counted(monkeypatch, cells_module, "read_base"), Counted(monkeypatch, cells_module, "train")
+    tokenised = Counted(monkeypatch, study_plan, "tokenize_rows")
+    run_study(study)
+    assert (loads.calls, tokenised.calls, trained.calls) == (2, 1, 16)
+    first = capsys.readouterr()
+    assert "18 cells, 0 of them finished before" in first.out
+    made = sorted((place.folder / "out" / "cells").iterdir())
+    assert len(made) == 18
+    run_study(study)
+    assert (loads.calls, trained.calls) == (2, 16)
+    again = capsys.readouterr().out
+    assert "18 of them finished before" in again
+    assert again.split("\n", 1)[1] == first.out.split("\n", 1)[1].split("\n", 1)[1]  # all but the counts and seconds
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "cell.json", "checksums.json"])
+def test_a_half_written_cell_is_repeated_and_comes_out_the_same(file, place, monkeypatch):
+    study = place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]")
+    run_study(study)
+    one = planned(study)[1].folder
+    before = (one / "adapter_model.safetensors").read_bytes()
+    whole = (one / file).read_bytes()
+    (one / file).write_bytes(whole[: len(whole) // 2])
+    assert finished(one) is None
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)
+    assert trained.calls == 1 and finished(one)
+    assert (one / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, monkeypatch, tmp_path, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    study = place(grid=f'[[grid]]\nmodel_name_or_path = "{tmp_path / "base"}"')
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)
+    (place.folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[1:]), encoding="utf-8")
+    run_study(study)
+    other = BloomForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.transformer.h[0].mlp.dense_h_to_4h.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "base")
+    run_study(study)
+    assert trained.calls == 3
+
+
+def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
+    (folder,) = (place.folder / "out" / "cells").iterdir()
+    run = softprompt.train(
+        model_name_or_path=str(tiny_base),
+        dataset=str(tmp_path / "rows.jsonl"),
+        eval_rows=5,
+        max_steps=2,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=1,
+        num_virtual_tokens=3,
+        output_dir=str(tmp_path / "run"),
+    )
+    assert torch.equal(load_adapter(folder).prompt, load_adapter(run.output_dir).prompt)
+    metrics = finished(folder)["metrics"]
+    for name in ("eval_loss", "eval_loss_base", "eval_exact_match"):
+        assert metrics[name] == run.metrics[name]
+
+
+def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
+    run_study(place("hard_prompts = ['这家好']", "[[grid]]\nnum_virtual_tokens = 1"))
+    (hard,) = [r for f in (place.folder / "out" / "cells").iterdir() if not (r := finished(f))["settings"]["trained"]]
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny_base), BloomForCausalLM.from_pretrained(tiny_base).eval()
+    total, targets = 0.0, 0
+    for row in ROWS[-5:]:
+        asked = tokenizer("这家好")["input_ids"] + tokenizer(Template().render(row, tokenizer))["input_ids"]
+        answer = tokenizer(row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = base(torch.tensor([asked + answer])).logits[0].log_softmax(-1)
+        total -= sum(scores[len(asked) + i - 1, token].item() for i, token in enumerate(answer))
+        targets += len(answer)
+    assert hard["metrics"]["eval_loss"] == pytest.approx(total / targets, abs=1e-5)
+    assert hard["steps"] == 0
+
+
+def test_few_shot_rows_are_drawn_by_the_seed_and_are_among_those_of_a_larger_number():
+    rows = list(range(50))
+    assert set(few(rows, 4, 0)) < set(few(rows, 9, 0)) and few(rows, None, 0) == rows
+    assert set(few(rows, 9, 0)) != set(few(rows, 9, 1)) and len(set(few(rows, 9, 0))) == 9
+
+
+def test_a_cell_trains_on_its_rows_alone(place, monkeypatch):
+    study, seen, real = place("seeds = [0, 1]", "[[grid]]\nrows = [4, 'all']"), [], cells_module.train
+
+    def train(engine, prompt, feed, *args):
+        seen.append(feed.examples)
+        return real(engine, prompt, feed, *args)
+
+    monkeypatch.setattr(cells_module, "train", train)
+    run_study(study)
+    every = planned(study)[0].material.examples
+    assert seen == [few(every, 4, 0), few(every, 4, 1), every, every]
+
+
+def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, monkeypatch):
+    study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 2")
+    real, calls = cells_module.train, []
+
+    def train(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cells_module, "train", train)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        run_study(study)
+    assert stopped.value.exit_code == 130
+    assert sum(bool(finished(one.folder)) for one in planned(study)) == 1
+    run_study(study)
+    assert len(calls) == 4 and all(finished(one.folder) for one in planned(study))
+
+
+def test_what_is_left_to_read(place, capsys):
+    head = """title = 'Of hm'\nabout = 'More.'\nseeds = [0, 1]\nhard_prompts = ["好|坏\\n"]"""
+    study = place(head, GRID + "\nlearning_rate = [0.01, 0.1]")
+    found = run_study(study)
+    out = place.folder / "out"
+    printed = capsys.readouterr().out
+    page = (out / "study.md").read_text(encoding="utf-8")
+    for finding in found:
+        assert finding.sentence in page and finding.sentence in printed
+    pictures = {"study-virtual_tokens.svg", "study-learning_rate.svg", "study-rows.svg"}
+    assert {p.name for p in out.glob("*.svg")} == pictures
+    for name in pictures:
+        assert f"({name})" in page and b"<svg" in (out / name).read_bytes()
+    assert "好\\|坏\\n" in page and page.startswith("# Of hm\n\nMore.\n\n`python -m softprompt.study")
+    with open(out / "study.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 17
+    four = [
+        float(r["loss"]) for r in lines if (r["virtual_tokens"], r["rows"], r["learning_rate"]) == ("3", "4", "0.1")
+    ]
+    mean, spread = sum(four) / 2, abs(four[0] - four[1]) / 2**0.5
+    assert f"| RANDOM |  | 3 | 0.1 | 4 | 2 | {mean:.4f} ± {spread:.4f} |" in page
+    assert "no prompt" in printed
+
+
+def test_without_matplotlib_there_is_a_line_and_no_picture(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
+    assert "matplotlib is not installed; pip install" in capsys.readouterr().out
+    assert not list((place.folder / "out").glob("*.svg")) and (place.folder / "out" / "study.md").exists()
+
+
+def test_a_run_without_finite_numbers_is_a_result(place, capsys):
+    run_study(place(grid="[[grid]]\nlearning_rate = [0.01, 1e38]", more=["max_grad_norm = 0.0"]))
+    assert "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "grid, error, message",
+    [
+        ("[[grid]]\nrows = [4, 99]", ConfigError, "rows 99 seed 42: rows 99 is more than the 13 rows of"),
+        ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows to compare by; give eval_dataset or eval_rows"),
+        ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, "no such folder"),
+        ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
+    ],
+)
+def test_cells_that_cannot_work_are_told_before_the_first_one_runs(grid, error, message, place, monkeypatch):
+    trained = Counted(monkeypatch, cells_module, "train")
+    with pytest.raises(error, match=message):
+        run_study(place(grid="[[grid]]\nnum_virtual_tokens = 1\n" + grid))
+    assert trained.calls == 0 and not (place.folder / "out").exists()
+
+
+def test_a_base_without_weights(place, tmp_path, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="holds no weights"):
+        run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
+
+
+def test_two_studies_in_one_folder(place):
+    study = place()
+    (place.folder / "out").mkdir()
+    with FolderLock(place.folder / "out").take(), pytest.raises(OutputError, match="is writing"):
+        run_study(study)
+
+
+def test_the_command(place, monkeypatch, capsys):
+    (place.folder / "s.toml").write_text("sed = 1", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
+    with pytest.raises(SystemExit) as ended:
+        command(study_module.main)
+    captured = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and captured.count("\n") == 0 and "unknown key 'sed'" in captured
+
+
+def test_the_learned_prompt_of_a_cell_loads_as_an_adapter(place):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
+    (folder,) = (place.folder / "out" / "cells").iterdir()
+    assert load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 32)
