@@ -3,11 +3,14 @@
     python benchmarks/distributed.py --size 49m --processes 1 2 3 --rounds 3
 
 Every process has `--threads` threads. A step has 48 rows whatever the number of processes, so the run is the same run;
-Trainer gets micro-batches of 4 rows, as many as make 48 together. In every round each side runs with each number of
-processes, every other round backwards. Figures are medians: real tokens a second of the whole run; efficiency, that
-over as many times a single process's in the same round; bytes that went over the loopback device in the last step,
-other programs' included; milliseconds of one reduction of the prompt's gradient by itself; the largest resident memory
-of a rank.
+Trainer gets micro-batches of 4 rows, as many as make 48 together. `packed` and `padded` are this project's engines,
+`sharded` and `sharded-padded` the same with --shard_base. The base has random weights and is read from files. In every
+round each side runs with each number of processes, every other round backwards.
+
+Figures are medians over rounds: real tokens a second of the whole run; efficiency, that over as many times what one
+process of the same engine, with the whole base, did in the same round; bytes a step that went over the loopback device,
+other programs' included; milliseconds of one reduction of the prompt's gradient by itself; the most anonymous resident
+memory of any rank, from the start on, looked at every 5 ms; and the mean loss of all steps.
 """
 
 import argparse
@@ -18,28 +21,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import SIZES, Base, synthetic
-from contestants import LEARNING_RATE, SEED, Contestant, Ours, contestants, engine_of, quiet, run_trainer
-from measure import resident
+from contestants import LEARNING_RATE, SEED, Ours, contestants, quiet, run_trainer
+from stream import watched_memory, write_base
 from torch import Tensor
 
 from softprompt import mini
 from softprompt.batching import windows
-from softprompt.config import TrainingArguments
+from softprompt.config import TrainConfig, TrainingArguments, train_config
 from softprompt.data import Example
 from softprompt.distributed import World, joined
-from softprompt.model import load_tokenizer
+from softprompt.engines import make_engine
+from softprompt.hollow import read_hollow
+from softprompt.model import Engine, freeze, load_base, load_tokenizer, place
 from softprompt.prompt import PromptEmbedding, random_init
+from softprompt.sharded import shard
 from softprompt.shared import SharedEngine
 from softprompt.trainer import train
 
 ROWS, ROWS_PER_MICROBATCH = 48, 4
+OURS = ("packed", "padded", "sharded", "sharded-padded")
 HEAD = ("contestant", "processes", "tokens/s", "efficiency", "bytes a step", "reduction, ms", "MiB a rank", "loss")
+Records = dict[tuple[str, int], list[dict[str, Any]]]
 
 
 def main() -> None:
@@ -47,50 +56,73 @@ def main() -> None:
     if args.rank_of:
         with joined() as world, quiet():
             return work(args, world)
-    records: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    cases = [(name, n) for n in args.processes for name in args.contestants]
-    for number in range(args.rounds):
-        for name, n in cases if number % 2 == 0 else reversed(cases):
-            records.setdefault((name, n), []).append(launched(args, name, n))
-    print(
-        f"{args.size}, P = {args.num_virtual_tokens}, {ROWS} rows a step, {args.steps} steps × {args.rounds} rounds, "
-    )
+    records: Records = {}
+    cases = [(c, n) for n in args.processes for c in args.contestants if n > 1 or not c.startswith("sharded")]
+    with tempfile.TemporaryDirectory() as folder:
+        base, load = folder_of(args.size, Path(folder)), os.getloadavg()[0]
+        for number in range(args.rounds):
+            for name, n in cases if number % 2 == 0 else reversed(cases):
+                records.setdefault((name, n), []).append(launched(args, base, name, n))
+    lengths = f"rows of {args.row_lengths} tokens in the mean, {args.threads} threads a process"
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load average {load:.1f} before")
+    print(f"{args.size}, P = {args.num_virtual_tokens}, {ROWS} rows a step, {lengths}, on {args.device}")
+    print(f"{args.steps} steps × {args.rounds} rounds")
     print(f"\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for (name, n), rounds in records.items():
-        alone = [one["tokens_per_second"] for one in records[name, args.processes[0]]]
-        speeds = [one["tokens_per_second"] for one in rounds]
-        share = statistics.median(s / (n / args.processes[0] * a) for s, a in zip(speeds, alone, strict=True))
-        bytes_a_step, seconds, memory = (
-            statistics.median(one[key] for one in rounds) for key in ("bytes_a_step", "reduction_seconds", "resident")
-        )
-        cells = [name, n, f"{statistics.median(speeds):,.0f}", f"{share:.0%}", f"{bytes_a_step:,.0f}"]
-        cells += [f"{1e3 * seconds:.2f}" if seconds else "–", f"{memory / 2**20:,.0f}", f"{rounds[0]['loss']:.6f}"]
-        print(f"| {' | '.join(map(str, cells))} |")
+    for name, n in sorted(records, key=lambda case: (args.contestants.index(case[0]), case[1])):
+        print(f"| {' | '.join(cells(records, name, n))} |")
+
+
+def cells(records: Records, name: str, n: int) -> list[str]:
+    """A line of the table."""
+    rounds, whole = records[name, n], {"sharded": "packed", "sharded-padded": "padded"}.get(name, name)
+    speeds = [one["tokens_per_second"] for one in rounds]
+    alone = [one["tokens_per_second"] for one in records.get((whole, 1), [])]
+    shares = [speed / (n * one) for speed, one in zip(speeds, alone, strict=False)]
+    wire, seconds, memory = (
+        statistics.median(one[key] for one in rounds) for key in ("bytes_a_step", "reduction_seconds", "resident")
+    )
+    share = f"{statistics.median(shares):.0%}" if shares else "–"
+    reduction = f"{1e3 * seconds:.2f}" if seconds else "–"
+    numbers = [f"{statistics.median(speeds):,.0f}", share, f"{wire:,.0f}", reduction, f"{memory / 2**20:,.0f}"]
+    return [name, str(n), *numbers, f"{rounds[0]['loss']:.6f}"]
+
+
+def folder_of(size: str, folder: Path) -> Path:
+    """Where the base is read from: `folder`, into which it is written, or the package's own."""
+    if size == "mini":
+        return mini.BASE_DIR
+    c = SIZES[size]
+    write_base(folder, c["hidden_size"], c["n_layer"], c["n_head"], c["vocab_size"])
+    return folder
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=["mini", *SIZES], default="49m")
-    add("--processes", type=int, nargs="+", default=[1, 2, 3], help="efficiency is against the first")
-    add("--contestants", nargs="+", choices=["packed", "padded", "peft"], default=["packed", "peft"])
+    add("--processes", type=int, nargs="+", default=[1, 2, 3], help="efficiency is against 1, if that is among them")
+    add("--contestants", nargs="+", choices=[*OURS, "peft"], default=["packed", "sharded", "peft"])
     add("--num_virtual_tokens", type=int, default=10)
     add("--row_lengths", type=int, default=60, help="mean length of synthetic rows, in tokens")
     add("--steps", type=int, default=3, help="steps that count, after one that does not")
     add("--rounds", type=int, default=3)
     add("--threads", type=int, default=1)
+    add("--device", default="cpu", help="cpu, or cuda: one card for each process, or one that all share")
+    add("--base", help=argparse.SUPPRESS)
     add("--rank_of", help=argparse.SUPPRESS)  # this process is a rank; the file for what it measures
     return parser.parse_args()
 
 
-def launched(args: argparse.Namespace, name: str, n: int) -> dict[str, Any]:
+def launched(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[str, Any]:
     """One run of one contestant in n processes."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-        mine = [__file__, *sys.argv[1:], "--contestants", name, "--rank_of", str(found)]
+        mine = [__file__, *sys.argv[1:], "--contestants", name, "--base", str(base), "--rank_of", str(found)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        subprocess.run([*torchrun, *mine], env=environment, check=True, stderr=subprocess.DEVNULL)
+        ended = subprocess.run([*torchrun, *mine], env=environment, stderr=subprocess.PIPE, text=True)
+        if ended.returncode:
+            raise SystemExit(f"{name}, {n} processes: {ended.stderr[-3000:]}")
         result = json.loads(found.read_text())
     print(f"{name}, {n} processes: {result['tokens_per_second']:,.0f} tokens/s", file=sys.stderr, flush=True)
     return result
@@ -99,39 +131,61 @@ def launched(args: argparse.Namespace, name: str, n: int) -> dict[str, Any]:
 def work(args: argparse.Namespace, world: World) -> None:
     """What a rank does: the run, and its measures together with the other ranks'."""
     torch.set_num_threads(args.threads)
-    c, base, device = contestants()[args.contestants[0]], Base(args.size), torch.device("cpu")
-    model, tokenizer = base.load(device, c.weights_dtype), load_tokenizer(str(mini.BASE_DIR))
-    rows = synthetic(args.row_lengths, base.config().vocab_size).choose(args.steps + 1, ROWS).plain
+    name, tokenizer, size = args.contestants[0], load_tokenizer(str(mini.BASE_DIR)), Base(args.size).config()
+    rows = synthetic(args.row_lengths, size.vocab_size).choose(args.steps + 1, ROWS).plain
     torch.manual_seed(SEED)
-    start = random_init(args.num_virtual_tokens)(torch.empty(1, base.config().hidden_size))
-    if c.is_peer:
-        accumulation = ROWS // ROWS_PER_MICROBATCH // world.size
-        times, loss = run_trainer(c, model, tokenizer, start, rows, args.steps + 1, accumulation)
-    else:
-        times, loss = run_ours(c, model, tokenizer, start, rows, args.steps + 1, world)
-    counted = list(islice(windows(len(rows), ROWS, SEED), 1, args.steps + 1))
+    start, steps = random_init(args.num_virtual_tokens)(torch.empty(1, size.hidden_size)), args.steps + 1
+    with watched_memory() as memory:
+        times, loss = run(name, args, tokenizer, start, rows, steps, world)
+        most = max(world.gather(memory()))
+    counted = list(islice(windows(len(rows), ROWS, SEED), 1, steps))
     tokens = sum(len(rows[row].input_ids) for step in counted for row in step)
-    memory = max(world.gather(resident("VmHWM")))
     found = {
         "tokens_per_second": tokens / (times.stamps[-1] - times.stamps[1]),
-        "bytes_a_step": times.wire[-1] - times.wire[-2],
-        "reduction_seconds": 0.0 if c.is_peer or world.size == 1 else reduction_seconds(start, world),
-        "resident": memory,
+        "bytes_a_step": (times.wire[-1] - times.wire[0]) / args.steps,
+        "reduction_seconds": reduction_seconds(start, world) if name in OURS and world.size > 1 else 0.0,
+        "resident": most,
         "loss": loss,
     }
     if world.is_main:
         Path(args.rank_of).write_text(json.dumps(found))
 
 
-def run_ours(
-    c: Contestant, model: Any, tokenizer: Any, start: Tensor, rows: list[Example], steps: int, world: World
-) -> tuple[Ours, float]:
-    engine = engine_of(c, model, tokenizer, len(start))
-    shared = SharedEngine(engine, world) if world.size > 1 else engine
+def run(
+    name: str,
+    args: argparse.Namespace,
+    tokenizer: Any,
+    start: Tensor,
+    rows: Sequence[Example],
+    steps: int,
+    world: World,
+) -> tuple[Any, float]:
+    """When each step ended, and the mean loss."""
+    device = torch.device(args.device)
+    if name == "peft":
+        c, accumulation = contestants()[name], ROWS // ROWS_PER_MICROBATCH // world.size
+        base = load_base(args.base, device, c.weights_dtype)
+        return run_trainer(c, base, tokenizer, start, rows, steps, accumulation)
+    engine, times = engine_of(name, args, tokenizer, len(start), device, world), Ours(device)
     settings = TrainingArguments(max_steps=steps, seed=SEED)
-    times = Ours(engine.device)
-    train(shared, PromptEmbedding(start), rows, settings, LEARNING_RATE, times, rows_per_step=ROWS)
+    prompt = PromptEmbedding(start).to(device)
+    train(engine, prompt, rows, settings, LEARNING_RATE, times, rows_per_step=ROWS)
     return times, sum(times.losses) / steps
+
+
+def engine_of(
+    name: str, args: argparse.Namespace, tokenizer: Any, P: int, device: torch.device, world: World
+) -> Engine:
+    kind = "padded" if name.endswith("padded") else "packed"
+    settings = {"engine": kind, "per_device_train_batch_size": ROWS_PER_MICROBATCH}
+    config: TrainConfig = train_config(model_name_or_path=args.base, dataset="synthetic", **settings)
+    if not name.startswith("sharded"):
+        engine = make_engine(config, load_base(args.base, device, torch.float32), tokenizer, torch.float32, P)
+        return SharedEngine(engine, world) if world.size > 1 else engine
+    base, stored = read_hollow(args.base, "sharded")
+    base = place(freeze(base, torch.float32), device)
+    shards = shard(base, stored, world)
+    return SharedEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.rest)
 
 
 def reduction_seconds(start: Tensor, world: World) -> float:

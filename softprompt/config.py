@@ -45,11 +45,18 @@ class ModelArguments:
         "Read the blocks of a BLOOM from its safetensors files as they are computed with, and hold two of them at a "
         "time: for a base larger than memory. Larger steps are read for less often. No answers to held-out rows.",
     )
+    shard_base: bool = option(
+        False,
+        "Under torchrun: share the blocks of a BLOOM out among the processes (torch's fully_shard), each reading its "
+        "own slices from the safetensors files: for a base larger than a device.",
+    )
     max_activation_gib: float = option(
-        1.0, "--stream_base: memory for what a step has at the borders of blocks; what is beyond goes to a file."
+        1.0,
+        "--stream_base and --shard_base, packed engine: memory for what a step has at the borders of blocks; what is "
+        "beyond goes to a file.",
     )
     offload_folder: str | None = option(
-        None, "--stream_base: where that file is made, on a real disk. (default: the system's folder for such files)"
+        None, "Where that file is made, on a real disk. (default: the system's folder for such files)"
     )
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 
@@ -294,8 +301,10 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
-    if not model.stream_base and model.offload_folder:
-        yield "--offload_folder is only used with --stream_base; add that flag"
+    if model.stream_base and model.shard_base:
+        yield "--stream_base and --shard_base exclude each other: a block comes from the disk or from the other ranks"
+    if not (model.stream_base or model.shard_base) and model.offload_folder:
+        yield "--offload_folder is only used with --stream_base or --shard_base; add one of them"
     if not model.max_activation_gib >= 0:
         yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
     if model.engine == "padded":

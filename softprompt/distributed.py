@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softprompt.errors import Elsewhere, SoftpromptError, TrainingError
+from softprompt.memory import is_out_of_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for a rank that is alive and late: it may load a base, or write a checkpoint
@@ -67,11 +68,11 @@ class World:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._together(lambda: dist.all_gather(sizes, torch.tensor([len(content)])))
+        self.together(lambda: dist.all_gather(sizes, torch.tensor([len(content)])))
         longest = int(max(sizes))
         found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         mine = torch.cat([content, content.new_zeros(longest - len(content))])
-        self._together(lambda: dist.all_gather(found, mine))
+        self.together(lambda: dist.all_gather(found, mine))
         return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
 
     def add_up(self, numbers: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class World:
         if self.size == 1:
             return numbers
         total = numbers.to(self.reduces_on)
-        self._together(lambda: dist.all_reduce(total))
+        self.together(lambda: dist.all_reduce(total))
         return total.to(numbers.device)
 
     def from_main(self, value: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class World:
         if self.size == 1:
             return value
         told = value.to(self.reduces_on, copy=True)
-        self._together(lambda: dist.broadcast(told, src=0))
+        self.together(lambda: dist.broadcast(told, src=0))
         return told.to(value.device)
 
     def agree(self, do: Callable[[], T]) -> T:
@@ -107,10 +108,20 @@ class World:
         message, code = told[first]
         raise Elsewhere(f"rank {first}: {message}", code)
 
-    def _together(self, communicate: Callable[[], object]) -> None:
+    def together(self, communicate: Callable[[], T]) -> T:
+        """What the ranks' communication returns.
+
+        Raises:
+            TrainingError: it broke off; the message names the rank that died.
+        """
         try:
-            communicate()
+            return communicate()
         except RuntimeError as error:  # DistBackendError is one
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"rank {self.rank}: out of memory for what the ranks exchange; give a smaller "
+                    "--tokens_per_microbatch, or share the work out among more of them"
+                ) from None
             raise TrainingError(f"rank {self.rank}: {self._missing()} ({str(error).splitlines()[0][:160]})") from None
 
     def _missing(self) -> str:
@@ -156,6 +167,11 @@ def joined() -> Iterator[World]:
         yield world
     if world.size > 1:
         dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, be it the only one."""
+    return "RANK" in os.environ
 
 
 def restarts() -> int:

@@ -10,7 +10,7 @@ from softprompt.batching import steps_per_epoch, windows
 from softprompt.config import TrainConfig
 from softprompt.determinism import deterministic
 from softprompt.distributed import World, join
-from softprompt.memory import GIB
+from softprompt.memory import GIB, held_bytes
 from softprompt.prepare import Prepared, prepare
 from softprompt.trainer import make_optimizer, optimizer_step
 
@@ -33,7 +33,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     in_all = round(tokens / len(examples) * (epochs * len(examples) + min(steps * rows, len(examples))))
     with deterministic(args.deterministic):
         speed = measured_speed(run, rows)
-    base = sum(p.numel() * p.element_size() for p in run.base.parameters() if not p.is_meta)
+    base = held_bytes(run.base)
     heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
     more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)
     lines = [

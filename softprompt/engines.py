@@ -1,5 +1,6 @@
 """Which engine a run takes. Nothing else in the project needs to know."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import gettempdir
@@ -16,9 +17,10 @@ from softprompt.layerwise import LayerMajor
 from softprompt.memory import GIB, MOST_TOKENS, auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
 from softprompt.packed import PackedEngine
+from softprompt.sharded import ShardedWeights, Shards
 from softprompt.stored import Stored
 from softprompt.streamed import StreamedWeights
-from softprompt.weights import ResidentWeights, bloom_shape, is_bloom
+from softprompt.weights import ResidentWeights, Weights, bloom_shape, is_bloom
 
 
 def make_engine(
@@ -27,23 +29,17 @@ def make_engine(
     tokenizer: Any,
     dtype: torch.dtype,
     P: int,
-    blocks: Mapping[str, Stored] | None = None,
+    blocks: Mapping[str, Stored] | Shards | None = None,
 ) -> Engine:
-    """The engine that `--engine` names over a loaded base, for a prompt of P tokens; over a hollow base and the files
-    of its `blocks` the packed one, layer by layer.
+    """The engine that `--engine` names over a loaded base, for a prompt of P tokens. Where the base's `blocks` are in
+    files, or are shards, the packed one goes layer by layer, and files are for no other.
 
     Raises:
         ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
     """
     args, device = config.training, word_embeddings(base).weight.device
-    memory = total_memory(device)
-    if blocks is not None:
-        in_memory = bloom_shape(base.config)._replace(L=2)  # of the base's blocks
-        tokens = args.tokens_per_microbatch or auto_tokens(in_memory, dtype, P, device, memory, True)
-        streamed = StreamedWeights(base, blocks, dtype)
-        most_bytes = int(config.model.max_activation_gib * GIB)
-        schedule = LayerMajor(streamed, most_bytes, Path(config.model.offload_folder or gettempdir()))
-        return PackedEngine(streamed, tokens, gradient_checkpointing=True, schedule=schedule)
+    if isinstance(blocks, Mapping):
+        return _layer_by_layer(config, StreamedWeights(base, blocks, dtype), 2, P)
     if not takes_packed(config.model.engine, base, str(config.model.model_name_or_path)):
         if args.tokens_per_microbatch or args.gradient_checkpointing:
             raise ConfigError(
@@ -51,9 +47,22 @@ def make_engine(
                 "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base.config) else "")
             )
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
-    shape = bloom_shape(base.config)
+    if isinstance(blocks, Shards):
+        held = 2 + math.ceil(len(blocks.blocks) / blocks.world.size)
+        return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
+    shape, memory = bloom_shape(base.config), total_memory(device)
     tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
+
+
+def _layer_by_layer(config: TrainConfig, weights: Weights, held: int, P: int) -> PackedEngine:
+    """The packed engine over weights of which about `held` blocks are in memory."""
+    device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)
+    auto = auto_tokens(shape, dtype, P, device, total_memory(device), True)
+    most_bytes, folder = int(config.model.max_activation_gib * GIB), config.model.offload_folder or gettempdir()
+    schedule = LayerMajor(weights, most_bytes, Path(folder))
+    tokens = config.training.tokens_per_microbatch or auto
+    return PackedEngine(weights, tokens, gradient_checkpointing=True, schedule=schedule)
 
 
 def engine_for_inference(

@@ -26,8 +26,9 @@ class Hollow(NamedTuple):
     blocks: dict[str, Stored]
 
 
-def read_hollow(name_or_path: str) -> Hollow:
-    """A BLOOM from a local folder or the hub, on the CPU, all but its blocks as `model.read_base` loads it.
+def read_hollow(name_or_path: str, flag: str = "--stream_base") -> Hollow:
+    """A BLOOM from a local folder or the hub, on the CPU, all but its blocks as `model.read_base` loads it; `flag` is
+    what asked for it.
 
     Raises:
         ModelError: not there, not BLOOM, without safetensors, or with files that are not what its configuration says.
@@ -37,11 +38,11 @@ def read_hollow(name_or_path: str) -> Hollow:
     config = from_hub_or_folder(AutoConfig, name_or_path, "base model")
     if not is_bloom(config):
         raise ModelError(
-            f"--stream_base is for BLOOM, and {name_or_path} is of type {config.model_type}"
+            f"{flag} is for BLOOM, and {name_or_path} is of type {config.model_type}"
             + (" with slow_but_exact" if config.model_type == "bloom" else "")
             + "; leave it out"
         )
-    files = stored_tensors(_folder(name_or_path))
+    files = stored_tensors(_folder(name_or_path), flag)
     dtype = _dtype(config, files.values())
     with torch.device("meta"):
         base = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype).eval())

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import nn
 
 from softprompt.weights import Shape
 
@@ -24,6 +25,12 @@ def base_bytes(shape: Shape, dtype: torch.dtype) -> int:
     linear = 12 * shape.L * shape.H**2
     words = shape.V * shape.H
     return dtype.itemsize * (linear + (words if dtype.itemsize < 4 else 0)) + 4 * words
+
+
+def held_bytes(base: nn.Module) -> int:
+    """Of a loaded base in this process's memory: without what lies on the meta device or with other ranks."""
+    mine = (p.to_local() if hasattr(p, "to_local") else p for p in base.parameters())  # a DTensor's slice
+    return sum(p.nbytes for p in mine if not p.is_meta)
 
 
 def bytes_per_token(shape: Shape, dtype: torch.dtype, gradient_checkpointing: bool = False) -> int:

@@ -11,11 +11,12 @@ from softprompt.build import base_path, choose_output_dir, initial_prompt, read_
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
-from softprompt.distributed import World
+from softprompt.distributed import World, launched
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.generate import Generator
 from softprompt.hollow import read_hollow
 from softprompt.model import (
     Engine,
@@ -32,7 +33,9 @@ from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
 from softprompt.resume import check_fingerprints, find_checkpoint, kept_rows_per_step, load_state, merged
 from softprompt.rows import Row
+from softprompt.sharded import Shards, shard
 from softprompt.shared import SharedEngine, SharedGenerator
+from softprompt.stored import Stored
 from softprompt.template import Template
 from softprompt.trainer import Metrics, TrainingState, rows_of_a_step, total_steps
 
@@ -79,6 +82,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         best = Best(**saved["best"])
         rows_per_step = kept_rows_per_step(config, saved)
     rows_per_step = rows_per_step or rows_of_a_step(config.training, world.size)
+    sharded = _is_sharded(config, world)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
@@ -92,21 +96,21 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tokenizer = load_tokenizer(path)
     data, held_out_data = tokenize_rows(config, template, tokenizer, rows, held_out)
     tell_data(data, held_out_data)
-    base, blocks = read_hollow(path) if config.model.stream_base else (read_base(path), None)
-    fingerprints = {
-        "dataset": fingerprint_of_rows(rows),
-        "tokenizer": fingerprint_of_tokenizer(tokenizer),
-        "base": fingerprint_of_base(base, weight_files(path), keep=not config.training.dry_run, blocks=blocks),
-    }
+    base, stored = _read_base(config, path, sharded)
+    fingerprints = {"dataset": fingerprint_of_rows(rows), "tokenizer": fingerprint_of_tokenizer(tokenizer)}
+    if world.is_main or not sharded:  # else every rank would read the whole base
+        keep = not config.training.dry_run
+        fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
     if checkpoint and saved and not config.training.ignore_data_skip:
         check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
     prompt = PromptEmbedding(values).to(device)
-    engine = make_engine(config, base, tokenizer, dtype, len(values), blocks)
+    shards = shard(base, stored, world) if sharded and stored else None
+    engine = make_engine(config, base, tokenizer, dtype, len(values), shards or stored)
     generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
     if world.size > 1:
-        engine, generator = SharedEngine(engine, world), generator and SharedGenerator(generator, world)
+        engine, generator = _shared(engine, generator, world, shards)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     tell_steps(config, len(data.examples), rows_per_step, world.size, output_dir)
     evaluator = None
@@ -119,6 +123,33 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
     history = saved["history"] if saved else []
     return Prepared(*made, checkpoint, start, totals, history, best, rows_per_step, world)
+
+
+def _is_sharded(config: TrainConfig, world: World) -> bool:
+    """Whether the base is shared out; a single process that torchrun started has a share of one."""
+    if config.model.shard_base and not launched():
+        raise ConfigError(
+            "--shard_base shares a base out among processes, and this is one alone; start several with "
+            "torchrun --nproc_per_node=N train.py …, or give --shard_base false"
+        )
+    if config.model.shard_base and world.size == 1:
+        print("--shard_base: there is one process, which holds the whole base")
+    return config.model.shard_base and world.size > 1
+
+
+def _read_base(config: TrainConfig, path: str, sharded: bool) -> tuple[PreTrainedModel, dict[str, Stored] | None]:
+    """A base, and where its blocks are stored if they are yet to be read."""
+    if config.model.stream_base or sharded:
+        return read_hollow(path, "--shard_base" if sharded else "--stream_base")
+    return read_base(path), None
+
+
+def _shared(
+    engine: Engine, generator: Generator | None, world: World, shards: Shards | None
+) -> tuple[Engine, Generator | None]:
+    """What shares out the rows among the ranks."""
+    rest = [shards.rest] if shards else []
+    return SharedEngine(engine, world, *rest), generator and SharedGenerator(generator, world, *rest)
 
 
 def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:

@@ -33,13 +33,13 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_into(self, target: Tensor) -> None:
-        """All values, in order, into a contiguous tensor of as many on the CPU, in its dtype.
+    def read_into(self, target: Tensor, first: int = 0) -> None:
+        """Values from number `first` on, in order, into a contiguous tensor of as many on the CPU, in its dtype.
 
         Raises:
             TrainingError: the file ends early by now, or cannot be read.
         """
-        self._fill(target.view(-1), 0)
+        self._fill(target.view(-1), first)
 
     def bytes(self, start: int, stop: int) -> Tensor:
         """Bytes [start, stop) of the values, uint8."""
@@ -72,8 +72,9 @@ class Stored:
             view, offset = view[count:], offset + count
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files by its name: model.safetensors, else those that the index names.
+    `flag` is what asked for them.
 
     Raises:
         ModelError: no such files, one that the index names is missing, or one that is no whole safetensors file.
@@ -86,7 +87,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         raise ModelError(
             f"{folder}: holds neither {FILE} nor {INDEX_FILE}"
             + (f", only {others[0]}; load it once with transformers and save_pretrained it" if others else "")
-            + "; --stream_base reads safetensors"
+            + f"; {flag} reads safetensors"
         )
     tensors: dict[str, Stored] = {}
     for name in sorted(set(_weight_map(index).values())):

@@ -82,10 +82,15 @@ class ResidentWeights(Frame):
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
         super().__init__(base, compute_dtype)
-        self._layers = [Layer(*(_affine(block.get_submodule(m)) for m in MODULES)) for block in base.transformer.h]
+        self._layers = [layer_of(block) for block in base.transformer.h]
 
     def through(self, order: Sequence[int]) -> Iterator[Layer]:
         return (self._layers[i] for i in order)
+
+
+def layer_of(block: Any) -> Layer:
+    """The weights of a block of transformers' BLOOM, not copies of them."""
+    return Layer(*(_affine(block.get_submodule(module)) for module in MODULES))
 
 
 def is_bloom(config: Any) -> bool:

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 tests/ranks.py FOLDER
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from transformers import AutoTokenizer
 
 from softprompt.config import TrainingArguments
 from softprompt.distributed import joined
+from softprompt.engines import generator_beside
+from softprompt.generate import in_order
+from softprompt.hollow import read_hollow
+from softprompt.layerwise import LayerMajor
 from softprompt.mini import BASE_DIR
 from softprompt.model import PaddedEngine, freeze
 from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding, random_init
-from softprompt.shared import SharedEngine
+from softprompt.requests import GenerationSettings, Request
+from softprompt.sharded import ShardedWeights, shard
+from softprompt.shared import SharedEngine, SharedGenerator
 from softprompt.trainer import train
 from softprompt.weights import ResidentWeights
 
@@ -33,6 +40,13 @@ CASES = {
     "one row at the end, padded": ("padded", FP32, 2, 13, 6),
     "long prompt": ("packed", FP32, 100, 9, 9),
     "bf16": ("packed", BF16, 3, 21, 8),
+    "sharded": ("packed", FP32, 3, 21, 8),
+    "sharded, padded": ("padded", FP32, 3, 21, 8),
+    "sharded, one row at the end": ("packed", FP32, 1, 13, 6),
+    "sharded, one row at the end, padded": ("padded", FP32, 2, 13, 6),
+    "sharded, one rank out of memory": ("packed", FP32, 3, 21, 8),
+    "sharded, bf16": ("packed", BF16, 3, 9, 9),
+    "sharded, bf16, padded": ("padded", BF16, 3, 9, 9),
 }
 STEPS = 14
 
@@ -52,38 +66,83 @@ class Losses:
     def on_save(self, step, state): ...
 
 
-def engine_of(kind, base, dtype):
-    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
-    return (
-        PackedEngine(ResidentWeights(base, dtype), 60) if kind == "packed" else PaddedEngine(base, tokenizer, 2, dtype)
-    )
+def base_of(name):
+    """Odd sizes, so that no rank's slice is as large as another's."""
+    return make_bloom(33, 3, 3) if "sharded" in name else make_bloom(n_layer=2)
 
 
-def run(name, share=lambda engine: engine):
-    """Steps, the prompt [P, H] after them, and of held-out rows the losses and their sum."""
-    kind, dtype, P, n, rows_per_step = CASES[name]
-    base = freeze(make_bloom(n_layer=2), dtype)
+def shared_out(name, world, folder):
+    """The base of a case in files, and this rank's share of it."""
+    if world.is_main:
+        base_of(name).save_pretrained(folder, max_shard_size="60KB")
+    world.gather("it is written")
+    base, stored = read_hollow(str(folder))
+    base = freeze(base, CASES[name][1])
+    shards = shard(base, stored, world)
+    whole = sum(p.numel() for p in base.transformer.h.parameters())
+    held = sum(p.to_local().numel() for p in base.transformer.h.parameters())
+    assert held < 0.6 * whole, "this rank holds too much"
+    return base, shards
+
+
+def short_of_memory(weights):
+    """There is no memory for more than 25 tokens, from the first micro-batch on that has more."""
+    plenty = weights.embed
+
+    def embed(ids):
+        if len(ids) > 25:
+            raise torch.OutOfMemoryError("CUDA out of memory (as a test has it)")
+        return plenty(ids)
+
+    weights.embed = embed
+
+
+def engine_of(name, base, shards, world):
+    kind, dtype = CASES[name][:2]
+    if kind == "padded":
+        return PaddedEngine(base, AutoTokenizer.from_pretrained(BASE_DIR), 2, dtype)
+    if shards is None:
+        return PackedEngine(ResidentWeights(base, dtype), 60)
+    weights = ShardedWeights(base, shards, dtype)
+    if "out of memory" in name and world.rank == world.size - 1:
+        short_of_memory(weights)
+    return PackedEngine(weights, 60, True, LayerMajor(weights, 4000, Path(tempfile.gettempdir())))
+
+
+def run(name, world=None, folder=None):
+    """Steps, the prompt [P, H] after them, and of held-out rows the losses, their sum, and answers; of a rank of the
+    `world`, else of one process that has everything."""
+    _, dtype, P, n, rows_per_step = CASES[name]
+    shared = world and "sharded" in name
+    base, shards = shared_out(name, world, folder) if shared else (freeze(base_of(name), dtype), None)
     rows, held_out = random_examples(n, 17, seed=5), random_examples(7, 30, seed=6)
     torch.manual_seed(0)
     prompt = PromptEmbedding(random_init(P)(base.get_input_embeddings().weight))
-    engine, seen = share(engine_of(kind, base, dtype)), Losses()
+    engine, seen = engine_of(name, base, shards, world), Losses()
+    generator = generator_beside(engine, base, AutoTokenizer.from_pretrained(BASE_DIR))
+    if world:
+        rest = [shards.rest] if shards else []
+        engine, generator = SharedEngine(engine, world, *rest), SharedGenerator(generator, world, *rest)
+    (bare, _) = engine.evaluate(None, held_out)  # before training, as in a run
     args = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=rows_per_step, gradient_accumulation_steps=1)
     train(engine, prompt, rows, args, 1e-2, seen)
     values = prompt.weight.detach()
-    (loss, targets), (bare, _) = engine.evaluate(values, held_out), engine.evaluate(None, held_out)
-    each = engine.losses(values, held_out)
-    return seen.steps, values, {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": each}
+    loss, targets = engine.evaluate(values, held_out)
+    found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.losses(values, held_out)}
+    asked = [Request(row.input_ids, GenerationSettings(max_new_tokens=4, do_sample=False), values) for row in held_out]
+    found["answers"] = [list(in_order(generator.generate(some, 2))) for some in (asked[:1], asked[:5])]
+    return seen.steps, values, found
 
 
 def main(folder):
     with joined() as world:
         for name in CASES:
-            steps, values, held_out = run(name, lambda engine: SharedEngine(engine, world))
+            steps, values, found = run(name, world, folder / "base")
             alike = world.gather(values.tolist())
             assert all(one == alike[0] for one in alike), "the ranks' prompts differ"
             if world.is_main:
                 save_file({"prompt": values}, folder / f"{name}.safetensors")
-                (folder / f"{name}.json").write_text(json.dumps({"steps": steps, **held_out}))
+                (folder / f"{name}.json").write_text(json.dumps({"steps": steps, **found}))
 
 
 if __name__ == "__main__":

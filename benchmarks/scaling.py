@@ -1,0 +1,188 @@
+"""The tables of docs/scaling.md: what a step costs on many devices, by the arithmetic that stands there.
+
+    python benchmarks/scaling.py
+
+prints them all with the page's assumptions; every assumption is a flag. `--check` prints what the same arithmetic says
+of benchmarks/distributed.py's runs, to be held against what that measures:
+
+    python benchmarks/scaling.py --check --reduction_ms MS --cores 2
+"""
+
+import argparse
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from cases import SIZES, TARGETS, synthetic
+from contestants import SEED
+
+from softprompt.batching import windows
+from softprompt.distributed import deal
+from softprompt.memory import GIB, base_bytes
+from softprompt.weights import Shape
+
+BASES = {  # layers, heads, hidden size, words
+    "bloom-1b4-zh": (24, 16, 2048, 46145),
+    "bloom-7b1": (30, 32, 4096, 250880),
+    "bloom (176B)": (70, 112, 14336, 250880),
+}
+RANKS = (1, 2, 8, 32, 128, 1024)
+SCALARS = 5  # of a reduction beside the gradient: the loss and the wishes to stop
+DRAWS = 20  # windows over which straggling is averaged
+BF16 = torch.bfloat16
+
+
+class Machine(NamedTuple):
+    """What the page assumes of a rank: operations a second of the matrix products, bytes a second to the other ranks,
+    seconds of the smallest message, bytes a second from the disk."""
+
+    rate: float
+    bandwidth: float
+    latency: float
+    disk: float
+
+
+def operations(shape: Shape, recomputed: bool) -> float:
+    """Of the matrix products for a token: forward, gradient of the input, and where a block is run twice, that."""
+    return (72 if recomputed else 48) * shape.L * shape.H**2 + 4 * shape.H * shape.V * TARGETS
+
+
+def largest_load(lengths: Sequence[int], ranks: int) -> int:
+    """Tokens of the rank that has most, as this project deals them out."""
+    return max(sum(lengths[row] for row in hand) for hand in deal(lengths, ranks))
+
+
+def loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, float]:
+    """Tokens of a step of so many rows drawn from these, and of the rank that has most: means over draws."""
+    drawn = [torch.randperm(len(lengths), generator=torch.Generator().manual_seed(n))[:rows] for n in range(DRAWS)]
+    each = [[lengths[row] for row in order.tolist()] for order in drawn]
+    return statistics.mean(map(sum, each)), statistics.mean(largest_load(some, ranks) for some in each)
+
+
+def reduction(shape: Shape, P: int, ranks: int, machine: Machine) -> float:
+    """Seconds of adding up the gradient of the prompt in fp64: a tree's messages, and a ring's bytes."""
+    numbers = P * shape.H + SCALARS
+    sent = 2 * (ranks - 1) / ranks * 8 * numbers
+    return 2 * math.ceil(math.log2(ranks)) * machine.latency + sent / machine.bandwidth
+
+
+def gathering(shape: Shape, ranks: int, machine: Machine) -> float:
+    """Seconds in which a rank receives every block twice, there and back."""
+    return 2 * (ranks - 1) / ranks * 12 * shape.L * shape.H**2 * BF16.itemsize / machine.bandwidth
+
+
+def step_of(
+    shape: Shape, lengths: Sequence[int], rows: int, P: int, ranks: int, machine: Machine, sharded: bool
+) -> tuple[float, float]:
+    """Seconds of a step, and the share of the ranks' time that one rank alone would need."""
+    tokens, most = loads(lengths, rows, ranks)
+    token = operations(shape, sharded) / machine.rate
+    computing = (most + P) * token
+    travelling = gathering(shape, ranks, machine) if sharded else 0.0
+    seconds = max(computing, travelling) + reduction(shape, P, ranks, machine)
+    return seconds, (tokens + P) * token / (ranks * seconds)
+
+
+def held(shape: Shape, ranks: int) -> int:
+    """Bytes of a sharded base on a rank: its share of the blocks, two blocks on their way, and all that is no block."""
+    block = 12 * shape.H**2 * BF16.itemsize
+    return base_bytes(shape._replace(L=0), BF16) + shape.L * block // ranks + (2 * block if ranks > 1 else 0)
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
+    head = list(head)
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for line in lines:
+        print(f"| {' | '.join(map(str, line))} |")
+
+
+def shape_of(name: str) -> Shape:
+    L, N, H, V = BASES[name]
+    return Shape(L, N, H // N, H, V, 1e-5, False)
+
+
+def print_steps(machine: Machine, lengths: Sequence[int], args: argparse.Namespace, sharded: bool) -> None:
+    bases = args.sharded if sharded else args.whole
+    lines = []
+    for name in bases:
+        for rows in args.rows:
+            cells = []
+            for ranks in RANKS:
+                seconds, share = step_of(shape_of(name), lengths, rows, args.P, ranks, machine, sharded)
+                cells.append("–" if ranks > rows else f"{seconds:.2g} s, {share:.0%}")
+            lines.append([name, rows, *cells])
+    table(["base", "rows a step", *(f"{n:,} ranks" if n > 1 else "1 rank" for n in RANKS)], lines)
+
+
+def print_memory(machine: Machine) -> None:
+    lines = []
+    for name in BASES:
+        shape = shape_of(name)
+        whole = base_bytes(shape, BF16)
+        parts = [f"{held(shape, n) / GIB:.1f}" for n in RANKS[1:]]
+        lines.append([name, f"{whole / GIB:.1f}", f"{whole / machine.disk:.0f} s", *parts])
+    table(["base", "whole, GiB", "read by one", *(f"{n:,} ranks" for n in RANKS[1:])], lines)
+
+
+def print_hiding(machine: Machine, args: argparse.Namespace) -> None:
+    lines = []
+    for bandwidth in args.bandwidths:
+        tokens = BF16.itemsize * machine.rate / (3 * bandwidth)
+        lines.append([f"{bandwidth:.1e}", f"{tokens:,.0f}", f"{tokens / args.mean:,.0f}"])
+    table(["bytes/s to a rank", "tokens a rank", "rows a rank"], lines)
+
+
+def print_check(args: argparse.Namespace) -> None:
+    """The benchmark's windows: the compute of the rank that has most, on so many cores, and the reduction."""
+    size, steps, P = SIZES[args.size], 3, args.P
+    rows = synthetic(60, size["vocab_size"]).choose(steps + 1, 48).plain
+    drawn = [[len(rows[row].input_ids) for row in step] for step in islice(windows(len(rows), 48, SEED), 1, steps + 1)]
+    alone = sum(sum(some) + P for some in drawn)
+    lines = []
+    for ranks in (1, 2, 3):
+        most = sum(largest_load(some, ranks) + P for some in drawn)
+        slower = max(1, ranks / args.cores)
+        lost = 0 if ranks == 1 else steps * args.reduction_ms / 1e3 * args.tokens_per_second  # in tokens
+        lines.append([ranks, f"{most / (alone / ranks):.3f}", f"{alone / (ranks * (most * slower + lost)):.1%}"])
+    table(["processes", "largest share × processes", "efficiency"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--P", type=int, default=10, help="virtual tokens")
+    add("--mean", type=int, default=57, help="tokens of a row")
+    add("--rows", type=int, nargs="+", default=[32, 512, 8192], help="of a step")
+    add("--rate", type=float, default=2e14, help="operations/s that a rank reaches in matrix products")
+    add("--bandwidth", type=float, default=5e10, help="bytes/s to a rank from the others")
+    add("--bandwidths", type=float, nargs="+", default=[3e11, 5e10, 1.25e9])
+    add("--latency", type=float, default=2e-5, help="seconds of the smallest message")
+    add("--disk", type=float, default=2e9, help="bytes/s")
+    add("--whole", nargs="+", choices=BASES, default=["bloom-1b4-zh", "bloom-7b1"])
+    add("--sharded", nargs="+", choices=BASES, default=["bloom-7b1", "bloom (176B)"])
+    add("--check", action="store_true", help="benchmarks/distributed.py's runs instead")
+    add("--size", choices=SIZES, default="49m", help="--check: the base")
+    add("--reduction_ms", type=float, default=0.0, help="--check: of one reduction, as measured")
+    add("--tokens_per_second", type=float, default=0.0, help="--check: of one process, as measured")
+    add("--cores", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if args.check:
+        return print_check(args)
+    machine = Machine(args.rate, args.bandwidth, args.latency, args.disk)
+    lengths = synthetic(args.mean, 1000).lengths * math.ceil(max(args.rows) / 6400)
+    print("The whole base on every rank: seconds of a step, and efficiency")
+    print_steps(machine, lengths, args, sharded=False)
+    print("\n--shard_base: the same")
+    print_steps(machine, lengths, args, sharded=True)
+    print("\n--shard_base: what a rank must have in a step for its compute to take as long as its blocks travel")
+    print_hiding(machine, args)
+    print("\nGiB of the base in bf16 on a rank, whole and with --shard_base")
+    print_memory(machine)
+
+
+if __name__ == "__main__":
+    main()

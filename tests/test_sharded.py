@@ -1,0 +1,198 @@
+"""`--shard_base`: the same run, by ranks of which none holds the base, and of which one may die on the way; that the
+ranks' results are one process's is in tests/test_distributed.py. Here is what is read, held, and refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_bloom
+from safetensors.torch import load_file, save_file
+from test_bad_input import refused
+from test_distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
+from test_resume import outcome, settings  # noqa: F401 (a fixture)
+from test_stream_base import make_large
+
+import softprompt
+import train
+from softprompt.config import train_config
+from softprompt.distributed import World
+from softprompt.errors import ModelError
+from softprompt.prepare import prepare
+from softprompt.stored import stored_tensors
+
+ROW = '{"instruction": "a", "output": "b"}\n'
+
+
+def prompt_in(folder):
+    return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def relative(mine, theirs):
+    return ((mine - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with the whole base: steps of as many rows."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train.main([*RUN, "--per_device_train_batch_size", "8", "--output_dir", str(folder)])
+    return folder
+
+
+def killed(engine, folder):
+    """Two ranks, one of which is killed on the way; what was said when all had ended."""
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--engine", engine]
+    launcher = torchrun(2, "--max-restarts", 1, "--monitor-interval", 3, *command, "--output_dir", folder)
+    wait_for(folder / "checkpoint-16", launcher)
+    pid = pid_of(launcher, 1)
+    os.kill(pid, signal.SIGKILL)
+    out, err = finished(launcher)
+    assert f"error: rank 0: rank 1 (process {pid}) died" in err and "Traceback" not in err.split("resuming")[0]
+    return out
+
+
+@pytest.mark.parametrize("engine", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
+def test_the_run_of_one_process_though_a_rank_dies(engine, alone, tmp_path):
+    """Where ranks wait for each other's blocks, too."""
+    out = killed(engine, tmp_path / "run")
+    assert "resuming after step" in out and f"{engine} engine" in out
+    assert relative(prompt_in(tmp_path / "run"), prompt_in(alone)) < 1e-5
+    for mine, theirs in zip(metrics_in(tmp_path / "run"), metrics_in(alone), strict=True):
+        near = {"loss": 1e-5, "grad_norm": 1e-3, "eval_loss": 1e-5, "eval_perplexity": 1e-5, "tokens_per_second": 1e9}
+        assert mine.keys() == theirs.keys()
+        assert all(mine[name] == pytest.approx(theirs[name], rel=near.get(name, 0)) for name in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_number_of_ranks_goes_on(ranks, alone, tmp_path):
+    first, folder = tmp_path / "first", tmp_path / "second"
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", first]
+    finished(torchrun(2, *command, "--max_steps", 24, "--lr_scheduler_type", "constant"))
+    again = ["--resume_from_checkpoint", first, "--output_dir", folder, "--max_steps", 40]
+    if ranks == 1:
+        flags = [sys.executable, "train.py", *map(str, again), "--shard_base", "false"]
+        subprocess.run(flags, cwd=ROOT, check=True, capture_output=True)
+    else:
+        finished(torchrun(ranks, "train.py", *again))
+    whole = tmp_path / "whole"
+    flags = [*RUN, "--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant"]
+    train.main([*flags, "--output_dir", str(whole)])
+    assert relative(prompt_in(folder), prompt_in(whole)) < 1e-5
+
+
+@pytest.mark.slow
+def test_dry_run_counts_what_a_rank_holds(tmp_path):
+    out, _ = finished(torchrun(2, "train.py", *RUN, "--shard_base", "--dry_run", "--print_model"))
+    assert "Dry run" in out and "FSDPBloomBlock" in out and "trainable params: 1,280 || all params: 1,2" in out
+
+
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+import os, torch, train
+from softprompt.cli import command
+
+def now():
+    return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith("RssAnon"))
+
+began, peak = now(), 0
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, now())
+        time.sleep(0.003)
+
+threading.Thread(target=watch, daemon=True).start()
+try:
+    command(train.main)
+finally:
+    Path(f"peak-{os.environ.get('RANK', 'alone')}").write_text(str(peak - began))
+"""
+
+
+def test_no_rank_holds_the_base(tokenizer, tmp_path):
+    """Of 302 MB in blocks each of two ranks has half, and two or three blocks of 12.6 MB on their way."""
+    base = tmp_path / "base"
+    make_large(base, H=512, L=24, N=8)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "rows.jsonl").write_text(ROW * 8)
+    (tmp_path / "measured.py").write_text(MEASURED)
+    flags = ["--model_name_or_path=base", "--dataset=rows.jsonl", "--max_steps=1", "--overwrite_cache"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    options = {"cwd": tmp_path, "env": {**os.environ, **environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}}
+    finished(torchrun(2, "measured.py", *flags, "--output_dir=shards", "--shard_base", **options))
+    subprocess.run([sys.executable, "measured.py", *flags, "--output_dir=whole"], check=True, **options)
+    held = {name: int((tmp_path / f"peak-{name}").read_text()) for name in ("alone", "0", "1")}
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    print(f"a base of {size / 1e6:.0f} MB: anonymous memory rises by at most {held}")
+    assert max(held["0"], held["1"]) < held["alone"] - 0.3 * size
+    assert torch.equal(prompt_in(tmp_path / "shards"), prompt_in(tmp_path / "whole"))
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    return World(0, 2)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bin", "shard"])
+def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    if case == "gpt2":
+        (base / "config.json").write_text('{"model_type": "gpt2"}')
+        said = "--shard_base is for BLOOM, and .*base is of type gpt2; leave it out"
+    elif case == "bin":
+        (base / "model.safetensors").rename(base / "pytorch_model.bin")
+        said = "base: holds neither .*, only pytorch_model.bin; .*; --shard_base reads safetensors"
+    else:
+        (base / "model.safetensors").unlink()
+        make_bloom().save_pretrained(base, max_shard_size="60KB")
+        missing = sorted(base.glob("model-*"))[1]
+        missing.unlink()
+        said = f"base/{missing.name}: missing, though model.safetensors.index.json names it"
+    named = {"model_name_or_path": str(base), "dataset": str(tmp_path / "rows.jsonl")}
+    config = train_config(**named, shard_base=True, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ModelError, match=said):
+        prepare(config, first_of_two)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--shard_base"], "--shard_base shares a base out among processes, and this is one alone; start several with"),
+        (["--shard_base", "--stream_base"], "--stream_base and --shard_base exclude each other"),
+    ],
+)
+def test_refused_in_one_line(flags, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    assert said in refused(train, flags, capsys, monkeypatch, tmp_path)
+
+
+def test_one_process_holds_the_whole_base(settings, monkeypatch, capsys):  # noqa: F811
+    softprompt.train(**settings)
+    expected = outcome()
+    shutil.rmtree("run")
+    monkeypatch.setenv("RANK", "0")  # as torchrun --nproc_per_node=1 has it
+    softprompt.train(**settings, shard_base=True)
+    assert "there is one process, which holds the whole base" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_a_part_of_a_stored_tensor(tmp_path):
+    values = torch.randn(7, 3)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    stored, part = stored_tensors(tmp_path)["a"], torch.empty(2, 3)
+    stored.read_into(part, 12)
+    assert torch.equal(part, values[4:6])
+    stored.dtype, part = torch.bfloat16, torch.empty(3, 3)
+    stored.read_into(part, 6)
+    assert torch.equal(part, values[2:5].bfloat16().float())
