@@ -4,8 +4,9 @@
 
 Every process has `--threads` threads. A step has 48 rows whatever the number of processes, so the run is the same run;
 Trainer gets micro-batches of 4 rows, as many as make 48 together. `packed` and `padded` are this project's engines,
-`sharded` and `sharded-padded` the same with --shard_base. The base has random weights and is read from files. In every
-round each side runs with each number of processes, every other round backwards.
+`sharded` and `sharded-padded` the same with --shard_base. The base has random weights, in files of bf16, as the hub's
+are, and in fp32 when it is read (what is fp32 in the files could stay mapped: the page cache's, and no rank's). In
+every round each side runs with each number of processes, every other round backwards.
 
 Figures are medians over rounds: real tokens a second of the whole run; efficiency, that over as many times what one
 process of the same engine, with the whole base, did in the same round; bytes a step that went over the loopback device,
@@ -92,7 +93,7 @@ def folder_of(size: str, folder: Path) -> Path:
     if size == "mini":
         return mini.BASE_DIR
     c = SIZES[size]
-    write_base(folder, c["hidden_size"], c["n_layer"], c["n_head"], c["vocab_size"])
+    write_base(folder, c["hidden_size"], c["n_layer"], c["n_head"], c["vocab_size"], torch.bfloat16)
     return folder
 
 

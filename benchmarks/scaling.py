@@ -30,7 +30,7 @@ BASES = {  # layers, heads, hidden size, words
     "bloom-7b1": (30, 32, 4096, 250880),
     "bloom (176B)": (70, 112, 14336, 250880),
 }
-RANKS = (1, 2, 8, 32, 128, 1024)
+RANKS = (1, 2, 8, 16, 32, 128, 1024)
 SCALARS = 5  # of a reduction beside the gradient: the loss and the wishes to stop
 DRAWS = 20  # windows over which straggling is averaged
 BF16 = torch.bfloat16
@@ -113,7 +113,7 @@ def print_steps(machine: Machine, lengths: Sequence[int], args: argparse.Namespa
             cells = []
             for ranks in RANKS:
                 seconds, share = step_of(shape_of(name), lengths, rows, args.P, ranks, machine, sharded)
-                cells.append("–" if ranks > rows else f"{seconds:.2g} s, {share:.0%}")
+                cells.append("–" if ranks > rows else f"{seconds:,.{0 if seconds >= 10 else 3}f} s, {share:.0%}")
             lines.append([name, rows, *cells])
     table(["base", "rows a step", *(f"{n:,} ranks" if n > 1 else "1 rank" for n in RANKS)], lines)
 
@@ -122,10 +122,10 @@ def print_memory(machine: Machine) -> None:
     lines = []
     for name in BASES:
         shape = shape_of(name)
-        whole = base_bytes(shape, BF16)
+        whole, stored = base_bytes(shape, BF16), BF16.itemsize * (12 * shape.L * shape.H**2 + shape.V * shape.H)
         parts = [f"{held(shape, n) / GIB:.1f}" for n in RANKS[1:]]
-        lines.append([name, f"{whole / GIB:.1f}", f"{whole / machine.disk:.0f} s", *parts])
-    table(["base", "whole, GiB", "read by one", *(f"{n:,} ranks" for n in RANKS[1:])], lines)
+        lines.append([name, f"{whole / GIB:.1f}", f"{stored / machine.disk:.0f} s", *parts])
+    table(["base", "whole, GiB", "its files read", *(f"{n:,} ranks" for n in RANKS[1:])], lines)
 
 
 def print_hiding(machine: Machine, args: argparse.Namespace) -> None:
@@ -156,7 +156,7 @@ def main() -> None:
     add = parser.add_argument
     add("--P", type=int, default=10, help="virtual tokens")
     add("--mean", type=int, default=57, help="tokens of a row")
-    add("--rows", type=int, nargs="+", default=[32, 512, 8192], help="of a step")
+    add("--rows", type=int, nargs="+", default=[32, 134, 512, 8192], help="of a step")
     add("--rate", type=float, default=2e14, help="operations/s that a rank reaches in matrix products")
     add("--bandwidth", type=float, default=5e10, help="bytes/s to a rank from the others")
     add("--bandwidths", type=float, nargs="+", default=[3e11, 5e10, 1.25e9])

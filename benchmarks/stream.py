@@ -42,10 +42,9 @@ SIZES = {  # hidden size, layers, heads, words
 FP32, P = torch.float32, 10
 
 
-def write_base(folder: Path, H: int, L: int, N: int, V: int) -> None:
-    """A random BLOOM in fp32, a file for each block and one for the rest, of which no more than one is held at a
-    time."""
-    config = BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=N, dtype="float32")
+def write_base(folder: Path, H: int, L: int, N: int, V: int, dtype: torch.dtype = FP32) -> None:
+    """A random BLOOM, a file for each block and one for the rest, of which no more than one is held at a time."""
+    config = BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=N, dtype=dtype)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
@@ -57,7 +56,8 @@ def write_base(folder: Path, H: int, L: int, N: int, V: int) -> None:
     for seed, (file, names) in enumerate(files.items()):
         draw = torch.Generator().manual_seed(seed)
         tensors = {name: 0.02 * torch.randn(shapes[name], generator=draw) for name in names}
-        save_file({n: t + 1 if "norm" in n and "weight" in n else t for n, t in tensors.items()}, folder / file)
+        tensors = {n: (t + 1 if "norm" in n and "weight" in n else t).to(dtype) for n, t in tensors.items()}
+        save_file(tensors, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -297,12 +297,13 @@ def test_a_base_larger_than_memory(tokenizer, tmp_path):
     assert ends["false"].returncode != 0, "the limit does not hold the ordinary run back"
 
 
-def make_large(folder: Path, H: int = 1024, L: int = 13, N: int = 16) -> None:
+def make_large(folder: Path, H: int = 1024, L: int = 13, N: int = 16, dtype: torch.dtype = torch.float32) -> None:
     """Many blocks and few words, file by file: the values of one block for all of them."""
     from transformers import BloomConfig
 
-    block = {n: t for n, t in make_bloom(H, 1, N, initializer_range=0.02).state_dict().items() if n != "lm_head.weight"}
-    BloomConfig(hidden_size=H, n_layer=L, n_head=N, vocab_size=300, dtype="float32").save_pretrained(folder)
+    one = make_bloom(H, 1, N, initializer_range=0.02).to(dtype)
+    block = {n: t for n, t in one.state_dict().items() if n != "lm_head.weight"}
+    BloomConfig(hidden_size=H, n_layer=L, n_head=N, vocab_size=300, dtype=dtype).save_pretrained(folder)
     names = {}
     for i in range(L):
         renamed = {n.replace(".h.0.", f".h.{i}."): t for n, t in block.items() if ".h.0." in n or i == 0}
