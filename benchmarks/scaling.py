@@ -23,6 +23,7 @@ from contestants import SEED
 from softprompt.batching import windows
 from softprompt.distributed import deal
 from softprompt.memory import GIB, base_bytes
+from softprompt.stopping import EXIT_CODES
 from softprompt.weights import Shape
 
 BASES = {  # layers, heads, hidden size, words
@@ -31,7 +32,7 @@ BASES = {  # layers, heads, hidden size, words
     "bloom (176B)": (70, 112, 14336, 250880),
 }
 RANKS = (1, 2, 8, 16, 32, 128, 1024)
-SCALARS = 5  # of a reduction beside the gradient: the loss and the wishes to stop
+SCALARS = 1 + len(EXIT_CODES)  # of a reduction beside the gradient: the loss and the wishes to stop
 DRAWS = 20  # windows over which straggling is averaged
 BF16 = torch.bfloat16
 

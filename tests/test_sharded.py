@@ -138,7 +138,8 @@ def test_no_rank_holds_the_base(tokenizer, tmp_path):
     size = 2 * sum(path.stat().st_size for path in base.glob("*.safetensors"))
     print(f"a base of {size / 1e6:.0f} MB: anonymous memory rises by at most {held}")
     assert max(held["0"], held["1"]) < held["alone"] - 0.3 * size
-    assert torch.equal(prompt_in(tmp_path / "shards"), prompt_in(tmp_path / "whole"))
+    mine, theirs = (metrics_in(tmp_path / name)[0] for name in ("shards", "whole"))
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
 @pytest.fixture
