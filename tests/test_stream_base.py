@@ -218,7 +218,7 @@ def test_refused_in_one_line(case, tiny_base, tmp_path, capsys, monkeypatch):
         said = "--stream_base is for the packed engine; leave --engine padded out"
     elif case == "folder":
         flags = ["--offload_folder", "x"]
-        said = "--offload_folder is only used with --stream_base; add that flag"
+        said = "--offload_folder is only used with --stream_base or --shard_base; add one of them"
     else:
         flags += ["--max_activation_gib", "-1"]
         said = "--max_activation_gib -1.0 must not be negative"
