@@ -11,7 +11,8 @@ every round each side runs with each number of processes, every other round back
 Figures are medians over rounds: real tokens a second of the whole run; efficiency, that over as many times what one
 process of the same engine, with the whole base, did in the same round; bytes a step that went over the loopback device,
 other programs' included; milliseconds of one reduction of the prompt's gradient by itself; the most anonymous resident
-memory of any rank, from the start on, looked at every 5 ms; and the mean loss of all steps.
+memory of any rank, from the start on, looked at every 5 ms; and the mean loss of all steps (for `peft` of rank 0's rows
+alone, as Trainer reports it).
 """
 
 import argparse
