@@ -123,14 +123,16 @@ def run(name, world=None, folder=None):
     if world:
         rest = [shards.rest] if shards else []
         engine, generator = SharedEngine(engine, world, *rest), SharedGenerator(generator, world, *rest)
-    (bare, _) = engine.evaluate(None, held_out)  # before training, as in a run
+    settings = GenerationSettings(max_new_tokens=4, do_sample=False)
+    asked = [Request(row.input_ids, settings, prompt.weight.detach().clone()) for row in held_out]
+    first = list(in_order(generator.generate(asked[:1], 2)))  # one rank alone passes through the base before training
     args = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=rows_per_step, gradient_accumulation_steps=1)
     train(engine, prompt, rows, args, 1e-2, seen)
     values = prompt.weight.detach()
-    loss, targets = engine.evaluate(values, held_out)
+    (loss, targets), (bare, _) = engine.evaluate(values, held_out), engine.evaluate(None, held_out)
     found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.losses(values, held_out)}
-    asked = [Request(row.input_ids, GenerationSettings(max_new_tokens=4, do_sample=False), values) for row in held_out]
-    found["answers"] = [list(in_order(generator.generate(some, 2))) for some in (asked[:1], asked[:5])]
+    asked = [Request(row.input_ids, settings, values) for row in held_out]
+    found["answers"] = [first, *(list(in_order(generator.generate(some, 2))) for some in (asked[:1], asked[:5]))]
     return seen.steps, values, found
 
 
