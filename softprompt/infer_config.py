@@ -30,9 +30,21 @@ class QuestionArguments:
         None, "Answers joined by commas, such as 正面,负面: give the likeliest and its probability."
     )
     eval_dataset: str | None = option(
-        None, "Evaluate every --adapter on a file of rows with answers, side by side (a dataset as train.py takes it)."
+        None,
+        "Evaluate every --adapter, side by side, on a file of rows with answers (a dataset as train.py takes it), or "
+        "on the plain text of a .txt: its perplexity in passages of --max_length tokens.",
+    )
+    ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
+    voting: Literal["majority_vote", "mean_likelihood"] | None = option(
+        None,
+        "How an ensemble finds it: what most adapters answer (of several the likeliest), or what is the likeliest to "
+        "all. (default: majority_vote, with --choices mean_likelihood)",
     )
     stream: bool | None = option(None, "Show the answer as it is written. (default: on a terminal)")
+
+    @property
+    def choice_list(self) -> list[str] | None:
+        return None if self.choices is None else [choice.strip() for choice in self.choices.split(",")]
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,12 @@ def infer_config(**given: Any) -> InferConfig:
         faults.append("--output_file goes with --prompts_file")
     if question.choices is not None and not asked:
         faults.append("--choices goes with --prompt, --prompts_file or --eval_dataset")
+    if question.ensemble and len(model.adapter or ()) < 2:
+        faults.append("--ensemble needs two or more --adapter, prompts of one task")
+    if question.ensemble and not asked:
+        faults.append("--ensemble goes with --prompt, --prompts_file or --eval_dataset")
+    if question.voting is not None and not question.ensemble:
+        faults.append("--voting goes with --ensemble")
     if faults:
         raise ConfigError("; ".join(faults))
     return config
