@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
 from softprompt.answering import answered
 from softprompt.build import base_path
-from softprompt.config import precision_faults, train_config
+from softprompt.config import bits_faults, precision_faults, train_config
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble, Voting
 from softprompt.errors import ConfigError
@@ -20,6 +20,7 @@ from softprompt.fields import AUTO
 from softprompt.generate import search_beams
 from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
+from softprompt.quantised import Quantised, load_quantised
 from softprompt.questions import Question, merged_settings, told_of
 from softprompt.recorder import Run
 from softprompt.requests import GenerationSettings, Request, seed_of
@@ -50,14 +51,15 @@ class SoftPromptModel:
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
         engine: str = AUTO,
+        quantised: Quantised | None = None,
     ):
         """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
-        settings. `engine` is as --engine of infer.py."""
+        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base."""
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}
-        self.active_adapter = "default"
-        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype)
+        self.active_adapter, self.quantised = "default", quantised is not None
+        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
         self.generator = generator_beside(self.engine, base, tokenizer)
 
     @classmethod
@@ -69,6 +71,8 @@ class SoftPromptModel:
         device: str = AUTO,
         bf16: bool | None = None,
         fp16: bool | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
         engine: str = AUTO,
     ) -> "SoftPromptModel":
         """Load a base and an adapter folder, ours or PEFT's, or several by name: {"name": folder} or ["name=FOLDER"];
@@ -80,7 +84,7 @@ class SoftPromptModel:
             ModelError: the base cannot be loaded.
             ConfigError: a device, precision or engine that is not there.
         """
-        if faults := precision_faults(bf16, fp16, device):
+        if faults := precision_faults(bf16, fp16, device) + bits_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
@@ -91,7 +95,9 @@ class SoftPromptModel:
         adapters, first, name = shelf(folders, base)
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        model = cls(load_base(path, where, dtype), tokenizer, None, compute_dtype=dtype, engine=engine)
+        bits = 8 if load_in_8bit else 4 if load_in_4bit else None
+        loaded, quantised = load_quantised(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
+        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
             model._add(each, tuned)
@@ -180,6 +186,8 @@ class SoftPromptModel:
         for number, one in enumerate(self._posed(prompts, adapter, where)):
             chosen = merged_settings(one.tuned.generation, settings)
             told_of(one.where, chosen.new_tokens, len(one.ids))
+            if chosen.num_beams > 1 and self.quantised:
+                raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
             samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
             seeds = [seed_of(seed, number, sample) for sample in samples]
             asked.append([Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds])

@@ -1,10 +1,11 @@
 """Settings of infer.py, each default in one place; validation as in config.py."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from softprompt.config import precision_faults, seed_faults
+from softprompt.config import bits_faults, precision_faults, seed_faults
 from softprompt.errors import ConfigError
 from softprompt.fields import build, hints, option, type_faults
 
@@ -44,7 +45,7 @@ class QuestionArguments:
 
     @property
     def choice_list(self) -> list[str] | None:
-        return None if self.choices is None else [choice.strip() for choice in self.choices.split(",")]
+        return None if self.choices is None else [choice.strip() for choice in re.split("[,，]", self.choices)]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class AdapterArguments:
     device: str = option("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.")
     bf16: bool | None = option(None, "bf16 autocast. (default: on CUDA where the card has it)")
     fp16: bool | None = option(None, "fp16 autocast. (default: on CUDA where the card has no bf16)")
+    load_in_8bit: bool = option(
+        False, "Hold the linear layers of a BLOOM's blocks in 8 bit (bitsandbytes' int8 rows); on the packed engine."
+    )
+    load_in_4bit: bool = option(False, "The same in 4 bit (NF4 in blocks of 64).")
     engine: Literal["auto", "packed", "padded"] = option(
         "auto", "packed is the fast one for BLOOM, padded is transformers' generate; auto: packed on the CPU."
     )
@@ -112,6 +117,7 @@ def infer_config(**given: Any) -> InferConfig:
     config = InferConfig(*build(INFER_GROUPS, given))
     question, model, generation = config.question, config.model, config.generation
     faults = precision_faults(model.bf16, model.fp16, model.device) + generation_faults(dataclasses.asdict(generation))
+    faults += bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
     if len(asked) > 1:
         faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE')

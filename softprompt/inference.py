@@ -75,6 +75,8 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         device=where.device,
         bf16=where.bf16,
         fp16=where.fp16,
+        load_in_8bit=where.load_in_8bit,
+        load_in_4bit=where.load_in_4bit,
         engine=where.engine,
     )
     for name in wanted:

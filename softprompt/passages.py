@@ -5,7 +5,7 @@ from typing import Any
 
 from softprompt.data import IGNORE, Example
 from softprompt.errors import ConfigError, DataError
-from softprompt.rows import read_text
+from softprompt.readers import text_of
 
 
 def passages(source: str, tokenizer: Any, max_length: int) -> list[Example]:
@@ -21,7 +21,7 @@ def passages(source: str, tokenizer: Any, max_length: int) -> list[Example]:
         raise ConfigError(f"--max_length {max_length} leaves a passage of {source} nothing to predict; give 2 or more")
     if not Path(source).is_file():
         raise DataError(f"--eval_dataset {source}: no such file")
-    ids = tokenizer(read_text(Path(source)), verbose=False)["input_ids"]
+    ids = tokenizer(text_of(Path(source)), verbose=False)["input_ids"]
     if len(ids) < 2:
         raise DataError(f"--eval_dataset {source}: its text has {len(ids)} tokens; expected at least 2")
     cut = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]

@@ -324,7 +324,7 @@ def test_choices(place, capsys, monkeypatch):
         )
     ask = ["--adapter", "a", "--choices", "正面,负面,ok"]
     label, probability = called([*ask, "--prompt", "这部电影"], capsys, monkeypatch).split()
-    spaced = ["--adapter", "a", "--choices", "正面, 负面 ,ok", "--prompt", "这部电影"]
+    spaced = ["--adapter", "a", "--choices", "正面, 负面 ，ok", "--prompt", "这部电影"]
     assert called(spaced, capsys, monkeypatch).split() == [label, probability]
     (place / "p.jsonl").write_bytes(jsonl({"prompt": "这部电影"}, {"prompt": "这部电影", "adapter": "b"}))
     lines = [json.loads(x) for x in called([*ask, "--prompts_file", "p.jsonl"], capsys, monkeypatch).splitlines()]
@@ -431,12 +431,12 @@ def test_earlier_turns_stand_before_a_question(place):
         return generate(prompts, **given)
 
     model.generate = noted
-    shown, _ = talk(model, "一", "/history", "/history 1", "二", "/history 2", "/adapter b", "三", "/history 0", "四")
+    shown, _ = talk(model, "一", "/history", "/history 1", "二", "/adapter b", "三", "/history 0", "四")
     one, told, two, three, four = shown.split("\n")[1:6]
     assert told == "/history N, a number of earlier turns; it is 0" and asked[0] == "一" and asked[3] == "四"
     texts = [
         f"Human: 一\n\nAssistant: {one}</s>Human: 二\n\nAssistant: ",
-        f"问：一\n答：{one}</s>问：二\n答：{two}</s>问：三\n答：",
+        f"问：二\n答：{two}</s>问：三\n答：",
     ]
     for row, name, text in zip(asked[1:3], "ab", texts, strict=True):
         assert model.adapters[name].template.render(row, model.tokenizer) == text
