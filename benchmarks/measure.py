@@ -118,7 +118,7 @@ def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         return run(), torch.cuda.max_memory_allocated(device) - before
-    _give_back()
+    give_back()
     before = resident("VmRSS")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to now
@@ -141,7 +141,7 @@ def _fields(path: Path) -> dict[str, int]:
     return {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Freed memory that the allocator still holds would hide what is allocated next."""
     with contextlib.suppress(OSError, AttributeError):  # without glibc the figure is a lower bound
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,10 +1,10 @@
 """Adapters by name: what a question may be put behind."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,10 +12,11 @@ from softprompt.build import RUNS, check_fits
 from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
-from softprompt.questions import merged_settings
+from softprompt.questions import Question, merged_settings, token_ids
 from softprompt.template import Template
 
 NONE = "none"  # the bare base
+Names = str | Sequence[str] | None  # one for all questions, one for each, or the one that is active
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,16 @@ class Tuned:
     base: str | None = None
 
 
+class Posed(NamedTuple):
+    """A question as it is put to the base: how messages name it, its adapter's name, that adapter, and its token ids in
+    the adapter's template."""
+
+    where: str
+    name: str
+    tuned: Tuned
+    ids: list[int]
+
+
 def load(folder: str | Path) -> Tuned:
     """Read an adapter folder, ours or PEFT's.
 
@@ -38,12 +49,15 @@ def load(folder: str | Path) -> Tuned:
     adapter, place = load_adapter(folder), Path(folder) / SETTINGS_FILE
     generation = adapter.settings.get("generation", {})
     if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
-        raise AdapterError(f"{place}: generation must be an object of settings with values, not {generation!r}")
+        raise AdapterError(
+            f"{place}: generation must be an object of settings with values, not {generation!r:.200}; mend it, or take "
+            "it out"
+        )
     try:
         merged_settings(generation, {})
         template = Template(adapter.settings.get("template", "default"))
     except ConfigError as error:
-        raise AdapterError(f"{place}: {error}") from None
+        raise AdapterError(f"{place}: {error}; mend it there, or take it out") from None
     return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
 
 
@@ -81,7 +95,7 @@ def shelf(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str
             named_bases.setdefault(tuned.base, name)
     if base is None and len(named_bases) > 1:
         told = ", ".join(f"{name} for {other}" for other, name in named_bases.items())
-        raise AdapterError(f"the adapters are for several bases: {told}; one batch has one base")
+        raise AdapterError(f"the adapters are for several bases: {told}; ask those of one base at a time")
     if base is None and set(folders.values()) == {NONE}:
         newest_one = load(newest_adapter(RUNS))
         base, loaded = newest_one.base, dict.fromkeys(loaded, replace(newest_one, prompt=None))
@@ -96,7 +110,7 @@ def check(name: str, tuned: Tuned, hidden_size: int, base: str) -> None:
     if tuned.prompt is not None:
         check_fits(name, tuned.prompt, hidden_size, base)
         if tuned.base not in (None, base):
-            print(f"warning: the adapter was trained on {tuned.base}, not on {base}", file=sys.stderr)
+            print(f"warning: adapter {name} was trained on {tuned.base}, not on {base}", file=sys.stderr)
 
 
 def find(adapters: Mapping[str, Tuned], name: str, where: str) -> Tuned:
@@ -105,3 +119,30 @@ def find(adapters: Mapping[str, Tuned], name: str, where: str) -> Tuned:
         known = ", ".join(dict.fromkeys([*adapters, NONE]))
         raise AdapterError(f"{where}: unknown adapter {name!r}; known are {known}, and folders")
     return adapters[name]
+
+
+def posed(
+    prompts: Sequence[Question],
+    adapters: Mapping[str, Tuned],
+    active: str,
+    names: Names,
+    where: Sequence[str] | None,
+    tokenizer: Any,
+) -> list[Posed]:
+    """Questions behind the adapters of these names, all of them checked; `where` names the questions in messages.
+
+    Raises:
+        ConfigError: names for another number of questions, or a question without a token.
+        AdapterError: a name that is neither known nor `none`.
+        DataError: a row without the template's columns.
+    """
+    places = where or [f"question {number}" for number in range(1, len(prompts) + 1)]
+    each = [names] * len(places) if isinstance(names, str) or names is None else names
+    chosen = [name or active for name in each]
+    if len(chosen) != len(places):
+        raise ConfigError(f"adapter names {len(chosen)} for {len(places)} questions; give one, or one for each")
+    found = []
+    for place, prompt, name in zip(places, prompts, chosen, strict=True):
+        tuned = adapters.get(name, Tuned()) if name == NONE else find(adapters, name, place)
+        found.append(Posed(place, name, tuned, token_ids(place, prompt, tuned.template, tokenizer)))
+    return found

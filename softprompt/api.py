@@ -1,6 +1,7 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -8,24 +9,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.adapters import NONE, Tuned, check, find, load, named, shelf
+from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
+from softprompt.answering import answered
 from softprompt.build import base_path
-from softprompt.config import precision_faults, train_config
+from softprompt.config import bits_faults, precision_faults, train_config
 from softprompt.engines import engine_for_inference, generator_beside
+from softprompt.ensemble import Ensemble, Voting
 from softprompt.errors import ConfigError
 from softprompt.fields import AUTO
-from softprompt.generate import in_order, search_beams
+from softprompt.generate import search_beams
 from softprompt.infer_config import generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
-from softprompt.questions import Question, merged_settings, token_ids, told_of
+from softprompt.quantised import Quantised, load_quantised
+from softprompt.questions import Question, merged_settings, told_of
 from softprompt.recorder import Run
 from softprompt.requests import GenerationSettings, Request, seed_of
 from softprompt.run import run_training
-from softprompt.scores import Verdict, answer_examples, verdicts
-from softprompt.streaming import Pieces
+from softprompt.scores import Verdict, answer_examples, check_choices, log_likelihoods, verdict
 from softprompt.template import Template
-
-Adapters = str | Sequence[str] | None  # one for all questions, one for each, or the one that is active
 
 
 def train(preset: str | None = None, **settings: Any) -> Run:
@@ -50,14 +51,15 @@ class SoftPromptModel:
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
         engine: str = AUTO,
+        quantised: Quantised | None = None,
     ):
         """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
-        settings. `engine` is as --engine of infer.py."""
+        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base."""
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}
-        self.active_adapter = "default"
-        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype)
+        self.active_adapter, self.quantised = "default", quantised is not None
+        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
         self.generator = generator_beside(self.engine, base, tokenizer)
 
     @classmethod
@@ -69,6 +71,8 @@ class SoftPromptModel:
         device: str = AUTO,
         bf16: bool | None = None,
         fp16: bool | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
         engine: str = AUTO,
     ) -> "SoftPromptModel":
         """Load a base and an adapter folder, ours or PEFT's, or several by name: {"name": folder} or ["name=FOLDER"];
@@ -80,7 +84,7 @@ class SoftPromptModel:
             ModelError: the base cannot be loaded.
             ConfigError: a device, precision or engine that is not there.
         """
-        if faults := precision_faults(bf16, fp16, device):
+        if faults := precision_faults(bf16, fp16, device) + bits_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
@@ -91,7 +95,9 @@ class SoftPromptModel:
         adapters, first, name = shelf(folders, base)
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        model = cls(load_base(path, where, dtype), tokenizer, None, compute_dtype=dtype, engine=engine)
+        bits = 8 if load_in_8bit else 4 if load_in_4bit else None
+        loaded, quantised = load_quantised(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
+        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
             model._add(each, tuned)
@@ -111,6 +117,16 @@ class SoftPromptModel:
         """The adapter of questions that name none."""
         find(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
+
+    def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
+        """These adapters (by default all) as one, whose `generate`, `stream` and `classify` are as those here. `voting`
+        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `ensemble.elected`.
+
+        Raises:
+            ConfigError: fewer than two adapters, or another voting.
+            AdapterError: an unknown adapter.
+        """
+        return Ensemble(self, list(self.adapters) if adapters is None else adapters, voting)
 
     @property
     def template(self) -> Template:
@@ -141,7 +157,7 @@ class SoftPromptModel:
         self,
         prompts: Sequence[Question],
         *,
-        adapter: Adapters = None,
+        adapter: Names = None,
         seed: int | None = None,
         batch_size: int = 8,
         skip: int = 0,
@@ -166,47 +182,24 @@ class SoftPromptModel:
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed  # follows torch.manual_seed
-        places = where or [f"question {number}" for number in range(1, len(prompts) + 1)]
-        names = self._names(places, adapter)
-        chosen = [self.settings(name, **settings) for name in names]
         asked = []
-        for number, ids in enumerate(self._texts(prompts, names, places)):
-            one, prompt = chosen[number], self._tuned(names[number]).prompt
-            told_of(places[number], one.new_tokens, len(ids))
-            samples = range(1 if one.num_beams > 1 else one.num_return_sequences)
-            asked.append([Request(ids, one, prompt, seed_of(seed, number, sample)) for sample in samples])
-        return self._answered(asked[skip:], batch_size, on_text)
-
-    def _answered(
-        self, asked: Sequence[Sequence[Request]], batch_size: int, on_text: Callable[[str], None] | None
-    ) -> Iterator[Any]:
-        """The answers to each question's requests: one a sample, or one for a whole search."""
-        pieces = Pieces(self.tokenizer, on_text) if on_text else None
-        on_token = (lambda _, token: pieces.add(token)) if pieces else None
-        drawn = [request for requests in asked for request in requests if request.settings.num_beams == 1]
-        answers = in_order(self.generator.generate(drawn, batch_size, on_token))
-        for requests in asked:
-            settings = requests[0].settings
-            if settings.num_beams > 1:
-                found = search_beams(self.base, self.tokenizer, requests[0], self.compute_dtype)
-            else:
-                found = [next(answers) for _ in requests]
-            if pieces:
-                for token in found[0] if settings.num_beams > 1 else ():  # a search has no pieces before its end
-                    pieces.add(token)
-                pieces.finish()
-            yield self._shown(found, settings)
-
-    def _shown(self, found: Sequence[Sequence[int]], settings: GenerationSettings) -> Any:
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
-        return texts if settings.num_return_sequences > 1 else texts[0]
+        for number, one in enumerate(self._posed(prompts, adapter, where)):
+            chosen = merged_settings(one.tuned.generation, settings)
+            told_of(one.where, chosen.new_tokens, len(one.ids))
+            if chosen.num_beams > 1 and self.quantised:
+                raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
+            samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
+            seeds = [seed_of(seed, number, sample) for sample in samples]
+            asked.append([Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds])
+        search = partial(search_beams, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
+        return answered(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
     def classify(
         self,
         prompts: Sequence[Question],
         choices: Sequence[str],
         *,
-        adapter: Adapters = None,
+        adapter: Names = None,
         where: Sequence[str] | None = None,
     ) -> list[Verdict]:
         """The likeliest of some answers to each question, with the probability of each among them.
@@ -215,19 +208,23 @@ class SoftPromptModel:
             ConfigError: fewer than two choices, or one that is there twice.
             DataError, AdapterError: as of `stream`.
         """
-        places = where or [f"question {number}" for number in range(1, len(prompts) + 1)]
-        names = self._names(places, adapter)
-        texts = self._texts(prompts, names, places)
-        by_name: dict[str, list[int]] = {}
-        for number, name in enumerate(names):
-            by_name.setdefault(name, []).append(number)
-        found: dict[int, Verdict] = {}
-        for name, numbers in by_name.items():
-            tuned = self._tuned(name)
-            of_choices = answer_examples([texts[n] for n in numbers], choices, tuned.template, self.tokenizer)
-            judged = verdicts(self.engine, tuned.prompt, of_choices, choices)
-            found |= dict(zip(numbers, judged, strict=True))
-        return [found[number] for number in range(len(names))]
+        check_choices(choices)
+        return [verdict(scores, choices) for scores in self._scores(self._posed(prompts, adapter, where), choices)]
+
+    def log_likelihoods(
+        self,
+        prompts: Sequence[Question],
+        answers: Sequence[str],
+        *,
+        adapter: Names = None,
+        where: Sequence[str] | None = None,
+    ) -> list[list[float]]:
+        """log p(answer and its end | question) of each of the answers, a list for each question.
+
+        Raises:
+            ConfigError, DataError, AdapterError: as of `stream`.
+        """
+        return self._scores(self._posed(prompts, adapter, where), answers)
 
     def settings(self, adapter: str | None = None, /, **given: Any) -> GenerationSettings:
         """What is given (not None), over what is saved beside the adapter, over the article's.
@@ -245,20 +242,10 @@ class SoftPromptModel:
         """The adapter of a checked name; the bare base is always there."""
         return self.adapters.get(name) or Tuned()
 
-    def _names(self, places: Sequence[str], adapter: Adapters) -> list[str]:
-        """Each question's adapter, known or the bare base."""
-        if isinstance(adapter, str) or adapter is None:
-            names = [adapter or self.active_adapter] * len(places)
-        else:
-            names = [name or self.active_adapter for name in adapter]
-        if len(names) != len(places):
-            raise ConfigError(f"adapter names {len(names)} for {len(places)} questions; give one, or one for each")
-        for place, name in zip(places, names, strict=True):
-            if name != NONE:
-                find(self.adapters, name, place)
-        return names
+    def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[Posed]:
+        return posed(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
 
-    def _texts(self, prompts: Sequence[Question], names: Sequence[str], places: Sequence[str]) -> list[list[int]]:
-        """Token ids of each question in its adapter's template."""
-        each = zip(places, prompts, names, strict=True)
-        return [token_ids(place, one, self._tuned(name).template, self.tokenizer) for place, one, name in each]
+    def _scores(self, asked: Sequence[Posed], answers: Sequence[str]) -> list[list[float]]:
+        templates = [one.tuned.template for one in asked]
+        examples = answer_examples([one.ids for one in asked], answers, templates, self.tokenizer)
+        return log_likelihoods(self.engine, [one.tuned.prompt for one in asked], examples)

@@ -1,4 +1,5 @@
-"""A small conversation on a terminal: each line a question by itself, answered as the adapter has learned."""
+"""A small conversation on a terminal: each line a question by itself, answered as the adapter has learned, or behind
+earlier turns where that is wished."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from softprompt.errors import SoftpromptError
 
 HELP = """/adapter NAME    answer with another adapter: a name given with --adapter, or a folder
 /base            answer with the bare base
+/history N       put N earlier turns before a question; 0 at first, since prompts learn single questions
 /set NAME VALUE  such as /set temperature 0.7, /set do_sample false; /set alone shows what is set
-/help            this; Ctrl-C stops an answer
+/help            this; Ctrl-C stops an answer, arrow keys bring lines back
 /quit            as Ctrl-D does"""
 
 
@@ -37,6 +39,8 @@ class Chat:
     write: Callable[[str], None]
     stream: bool = True
     adapter: str = field(init=False)
+    history: int = 0
+    turns: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.adapter = self.model.active_adapter
@@ -66,9 +70,10 @@ class Chat:
             return
         single = self.model.settings(self.adapter, **self._settings()).num_return_sequences == 1
         streamed = self.write if self.stream and single else None
-        answer = self.model.generate(line, adapter=self.adapter, on_text=streamed, **self.given)
+        answer = self.model.generate(self._behind_turns(line), adapter=self.adapter, on_text=streamed, **self.given)
         texts = [answer] if isinstance(answer, str) else answer
         self.write("\n" if streamed else "".join(f"{text}\n" for text in texts))
+        self.turns.append((line, texts[0]))
 
     def obey(self, line: str) -> None:
         name, *rest = line.split(maxsplit=2)
@@ -82,6 +87,10 @@ class Chat:
             self.adapter = rest[0]
         elif name == "/adapter":
             self.write(f"/adapter NAME, one of {', '.join(dict.fromkeys([*self.model.adapters, NONE]))}, or a folder\n")
+        elif name == "/history" and len(rest) == 1 and rest[0].isdecimal():
+            self.history = int(rest[0])
+        elif name == "/history":
+            self.write(f"/history N, a number of earlier turns; it is {self.history}\n")
         elif name == "/set" and len(rest) == 2:
             changed = {**self.given, **self.parse(rest[0], rest[1])}
             self.model.settings(self.adapter, **self._settings(changed))  # what is wrong is not kept
@@ -90,6 +99,14 @@ class Chat:
             self.write(f"{self.model.settings(self.adapter, **self._settings())}\n")
         else:
             self.write(f"no such command: {line}\n{HELP}\n")
+
+    def _behind_turns(self, line: str) -> Any:
+        """The question, behind the last turns."""
+        earlier = self.turns[-self.history :] if self.history else []
+        if not earlier:
+            return line
+        said = [(role, text) for turn in earlier for role, text in zip(("user", "assistant"), turn, strict=True)]
+        return {"messages": [{"role": role, "content": text} for role, text in [*said, ("user", line)]]}
 
     def _settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
         given = self.given if given is None else given

@@ -33,6 +33,7 @@ MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
 MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # P and H of a prompt
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AGAIN = "copy the whole folder again, or take another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ def load_adapter(folder: str | Path) -> Adapter:
     config = _read_json(folder, CONFIG_FILE)
     if config.get("peft_type") != "PROMPT_TUNING":
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r:.80}, expected 'PROMPT_TUNING'"
+            f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r:.80}, expected 'PROMPT_TUNING'; "
+            "adapters of other kinds are for PEFT itself"
         )
     base = config.get("base_model_name_or_path")
     if base is not None and not (is_text(base) and 0 < len(base) < 4096 and base.isprintable()):
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, no name or path of a base"
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, no name or path of a base; write it "
+            "there, or null and give --model_name_or_path"
         )
     settings = _read_json(folder, SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
     return Adapter(_read_prompt(folder, config), config, settings)
@@ -178,10 +181,10 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
         return read_inside(folder, name, limit)
     except FileNotFoundError:
         more = _way_out_of_pickle(folder) if name == WEIGHTS_FILE else ""
-        more = more or f"; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+        more = more or f"; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}: {AGAIN}"
         raise AdapterError(f"{folder}: {name} is missing{more}") from None
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / name}: {getattr(error, 'strerror', None) or error}") from None
+        raise AdapterError(f"{folder / name}: {getattr(error, 'strerror', None) or error}; {AGAIN}") from None
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -189,9 +192,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / name}: cannot be read as JSON: {error}") from None
+        raise AdapterError(f"{folder / name}: cannot be read as JSON: {error}; {AGAIN}") from None
     if not isinstance(value, dict):
-        raise AdapterError(f"{folder / name}: expected an object of settings")
+        raise AdapterError(f"{folder / name}: expected an object of settings; {AGAIN}")
     return value
 
 
@@ -200,21 +203,26 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
     path, expected = folder / WEIGHTS_FILE, (config.get("num_virtual_tokens"), config.get("token_dim"))
     for name, size, most in zip(("num_virtual_tokens", "token_dim"), expected, (MAX_TOKENS, MAX_SIZE), strict=True):
         if type(size) is not int or not 1 <= size <= most:
-            raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected a number from 1 to {most:,}")
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected a number from 1 to {most:,}; {AGAIN}"
+            )
     P, H = expected
     content = _read(folder, WEIGHTS_FILE, MAX_HEADER_BYTES + 8 * P * H)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{path}: not a whole safetensors file ({what}); copy it again") from None
+        raise AdapterError(f"{path}: not a whole safetensors file ({what}); {AGAIN}") from None
     if PROMPT_KEY not in tensors:
         found = ", ".join(repr(name)[1:-1][:80] for name in list(tensors)[:3]) or "nothing"
-        raise AdapterError(f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}")
+        raise AdapterError(
+            f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}; give a folder that PEFT or train.py wrote for "
+            "prompt tuning"
+        )
     prompt = tensors[PROMPT_KEY]
     if tuple(prompt.shape) != expected or prompt.dtype not in FLOATS:
         found = f"{str(prompt.dtype).removeprefix('torch.')} {tuple(prompt.shape)}"
-        raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected} of floats")
+        raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected} of floats; {AGAIN}")
     prompt = prompt.float()
     if not prompt.isfinite().all():
         raise AdapterError(f"{path}: holds values that are not finite; train it anew or use an earlier checkpoint")

@@ -1,19 +1,24 @@
 """Adapters side by side on a file of rows with answers: loss, perplexity, exact match, and for labels accuracy, macro
-F1 and which label was taken for which."""
+F1 and which label was taken for which; on a plain text loss and perplexity."""
 
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from softprompt import mini
 from softprompt.adapters import Tuned
-from softprompt.data import tokenize
+from softprompt.confusion import Confusion
+from softprompt.data import Example, count_targets, tokenize
+from softprompt.ensemble import Voting, elected, joint_verdict
+from softprompt.errors import ConfigError, DataError
 from softprompt.evaluate import SHORT_ANSWER, Evaluation, Evaluator, answer_ids, question_ids
 from softprompt.generate import Generator
 from softprompt.model import Engine
+from softprompt.passages import passages
 from softprompt.rows import Row, load_rows
-from softprompt.scores import answer_examples, verdicts
+from softprompt.scores import Verdict, answer_examples, check_choices, log_likelihoods, verdict
 from softprompt.tables import table
 from softprompt.template import Template
 
@@ -21,36 +26,27 @@ MOST_LABELS = 20  # among the answers; a file with more is no classification
 
 
 @dataclass(frozen=True)
-class Confusion:
-    """How often a row of one label (first) was taken for another (second)."""
+class Judged:
+    """What was found of an adapter: its examples with the answers they expect, and a verdict on each where the answers
+    are labels."""
 
-    labels: Sequence[str]
-    counts: Mapping[tuple[str, str], int]
+    tuned: Tuned
+    template: Template
+    examples: Sequence[Example]
+    expected: Sequence[str]
+    evaluation: Evaluation
+    verdicts: Sequence[Verdict] | None = None
 
     @property
-    def accuracy(self) -> float:
-        return sum(self.counts.get((label, label), 0) for label in self.labels) / sum(self.counts.values())
-
-    @property
-    def macro_f1(self) -> float:
-        """Mean of the labels' F1, 2·right / (rows of the label + rows taken for it); 0 for a label that is neither."""
-        scores = []
-        for label in self.labels:
-            of, taken = (sum(n for pair, n in self.counts.items() if pair[side] == label) for side in (0, 1))
-            scores.append(2 * self.counts.get((label, label), 0) / (of + taken) if of + taken else 0.0)
-        return sum(scores) / len(scores)
-
-    def __str__(self) -> str:
-        head = ["row \\ taken for", *self.labels]
-        rows = [[a, *(str(self.counts.get((a, b), 0)) for b in self.labels)] for a in self.labels]
-        return table([head, *rows])
+    def confusion(self) -> Confusion | None:
+        return None if self.verdicts is None else Confusion.of(self.expected, self.verdicts)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What evaluates any adapter on the rows of `dataset`, a dataset as train.py takes it or mini:TASK; labels are the
-    `choices`, else the answers that occur, where they are short and at most 20. The bare base (whose prompt is None) is
-    asked in the template of `like`."""
+    """What evaluates any adapter on the rows of `dataset`: a dataset as train.py takes it, mini:TASK, or a .txt, whose
+    text stands behind the prompt as it is. Labels are the `choices`, else the answers that occur, where they are short
+    and at most 20. The bare base (whose prompt is None) is asked in the template of `like`."""
 
     engine: Engine
     generator: Generator
@@ -61,31 +57,88 @@ class Judge:
     choices: Sequence[str] | None
     like: Template
 
-    def __call__(self, tuned: Tuned) -> tuple[Evaluation, Confusion | None]:
-        """Raises DataError as of `rows.load_rows` and `data.tokenize`."""
+    def __call__(self, tuned: Tuned) -> Judged:
+        """Raises DataError as of `rows.load_rows` and `data.tokenize`, or where no row's answer is among the choices;
+        ConfigError for choices that are none, or that stand beside a plain text."""
         template = self.like if tuned.prompt is None else tuned.template
+        if self.dataset.lower().endswith(".txt"):
+            if self.choices is not None:
+                raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
+            examples = passages(self.dataset, self.tokenizer, self.max_length)
+            evaluator = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size)
+            return Judged(tuned, template, examples, [], evaluator(tuned.prompt))
         examples = tokenize(self._rows(template), self.tokenizer, template, self.max_length).examples
         evaluator = Evaluator(self.engine, self.generator, self.tokenizer, examples, self.batch_size)
-        evaluation = evaluator(tuned.prompt)
         expected = [evaluator.text(answer_ids(e)) for e in examples]
-        labels = list(self.choices or dict.fromkeys(expected))
+        labels = self._labels(examples, expected)
+        evaluation = evaluator(tuned.prompt)
+        if not labels:
+            return Judged(tuned, template, examples, expected, evaluation)
+        scores = self._scores(tuned, template, examples, labels)
+        return Judged(tuned, template, examples, expected, evaluation, [verdict(each, labels) for each in scores])
+
+    def together(self, members: Sequence[Judged], voting: Voting | None) -> Judged:
+        """The members' ensemble. Its loss is that of the mean of their likelihoods, row by row.
+
+        Raises:
+            ConfigError: members whose templates leave different rows.
+        """
+        first = members[0]
+        if any(one.expected != first.expected for one in members):
+            raise ConfigError(
+                f"--ensemble: at --max_length {self.max_length} the adapters' templates keep different answers of "
+                f"{self.dataset}; give a larger one"
+            )
+        of_rows = [self.engine.losses(one.tuned.prompt, one.examples) for one in members]  # [k][rows]
+        total = sum(-_log_mean([-loss for loss in losses]) for losses in zip(*of_rows, strict=True))
+        loss, given = total / sum(map(count_targets, first.examples)), [one.evaluation.answers for one in members]
+        answers = [
+            elected(texts, voting or "majority_vote", partial(self._of_members, members, row))
+            for row, texts in enumerate(zip(*(a for a in given if a is not None), strict=True))
+        ]
+        right = [a == b for a, b in zip(answers, first.expected, strict=False)]
+        evaluation = Evaluation(loss, answers or None, sum(right) / len(right) if right else None)
+        verdicts = None
+        if first.verdicts is not None:
+            each = zip(*(one.verdicts or () for one in members), strict=True)
+            verdicts = [joint_verdict(some, voting or "mean_likelihood") for some in each]
+        return Judged(first.tuned, first.template, first.examples, first.expected, evaluation, verdicts)
+
+    def _of_members(self, members: Sequence[Judged], row: int, answers: Sequence[str]) -> list[list[float]]:
+        each = [self._scores(one.tuned, one.template, [one.examples[row]], answers) for one in members]
+        return [scores for (scores,) in each]
+
+    def _scores(
+        self, tuned: Tuned, template: Template, examples: Sequence[Example], answers: Sequence[str]
+    ) -> list[list[float]]:
+        texts, n = [question_ids(e) for e in examples], len(examples)
+        behind = answer_examples(texts, answers, [template] * n, self.tokenizer)
+        return log_likelihoods(self.engine, [tuned.prompt] * n, behind)
+
+    def _labels(self, examples: Sequence[Example], expected: Sequence[str]) -> list[str]:
+        """None of them where the rows are no classification."""
+        if self.choices is not None:
+            check_choices(self.choices)
+            if not set(expected) & set(self.choices):
+                raise DataError(
+                    f"--choices {','.join(self.choices)}: no row of {self.dataset} has one of them for its answer; the "
+                    f"first has {expected[0]!r:.80}"
+                )
+            return list(self.choices)
+        labels = list(dict.fromkeys(expected))
         short = max(len(answer_ids(e)) for e in examples) <= SHORT_ANSWER
-        if not short or not 2 <= len(labels) <= MOST_LABELS or not all(labels):
-            return evaluation, None
-        of_labels = answer_examples([question_ids(e) for e in examples], labels, template, self.tokenizer)
-        taken = [verdict.label for verdict in verdicts(self.engine, tuned.prompt, of_labels, labels)]
-        counts = Counter(zip(expected, taken, strict=True))
-        return evaluation, Confusion(list(dict.fromkeys([*labels, *expected])), counts)
+        return labels if short and 2 <= len(labels) <= MOST_LABELS and all(labels) else []
 
     def _rows(self, template: Template) -> list[Row]:
         task = self.dataset.removeprefix("mini:")
         return mini.rows(task, "eval") if task != self.dataset else load_rows(self.dataset, template, {})
 
 
-def report(found: Mapping[str, tuple[Evaluation, Confusion | None]]) -> str:
-    """Adapters as columns, figures as rows, then each adapter's confusion."""
+def report(found: Mapping[str, Judged]) -> str:
+    """Adapters as columns, figures that some have as rows, then each adapter's confusion."""
     figures: dict[str, list[str]] = {}
-    for evaluation, confusion in found.values():
+    for one in found.values():
+        evaluation, confusion = one.evaluation, one.confusion
         perplexity, match = evaluation.perplexity, evaluation.exact_match
         values = {
             "loss": f"{evaluation.loss:.4f}",
@@ -96,6 +149,22 @@ def report(found: Mapping[str, tuple[Evaluation, Confusion | None]]) -> str:
         }
         for name, value in values.items():
             figures.setdefault(name, []).append(value)
-    shown = [table([["", *found], *([name, *values] for name, values in figures.items())])]
-    shown += [f"{name}:\n{confusion}" for name, (_, confusion) in found.items() if confusion]
-    return "\n\n".join(shown)
+    kept = {name: values for name, values in figures.items() if set(values) != {"–"}}
+    shown = [table([["", *found], *([name, *values] for name, values in kept.items())])]
+    shown += [f"{name}:\n{one.confusion}" for name, one in found.items() if one.confusion]
+    return "\n\n".join([*shown, *_told_of_others(next(iter(found.values())))])
+
+
+def _told_of_others(one: Judged) -> list[str]:
+    """Rows with an answer that is none of the choices."""
+    if not one.verdicts:
+        return []
+    others = [answer for answer in one.expected if answer not in one.verdicts[0].probabilities]
+    told = f"{len(others):,} of {len(one.expected):,} rows have an answer that is none of the choices"
+    return [f"{told}, the first {others[0]!r:.80}; they count as wrong"] if others else []
+
+
+def _log_mean(values: Sequence[float]) -> float:
+    """log of the mean of numbers whose logs these are."""
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values) / len(values))

@@ -60,6 +60,10 @@ class ModelArguments:
     offload_folder: str | None = option(
         None, "Where that file is made, on a real disk. (default: the system's folder for such files)"
     )
+    load_in_8bit: bool = option(
+        False, "Hold the linear layers of a BLOOM's blocks in 8 bit (bitsandbytes' int8 rows); on the packed engine."
+    )
+    load_in_4bit: bool = option(False, "The same in 4 bit (NF4 in blocks of 64).")
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 
 
@@ -296,6 +300,15 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     return faults
 
 
+def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
+    """What is wrong with a base in 8 or 4 bit."""
+    if load_in_8bit and load_in_4bit:
+        return ["--load_in_8bit and --load_in_4bit exclude each other"]
+    if engine == "padded" and (load_in_8bit or load_in_4bit):
+        return ["--load_in_8bit and --load_in_4bit are for the packed engine; leave --engine padded out"]
+    return []
+
+
 def seed_faults(seed: int) -> list[str]:
     return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
 
@@ -359,6 +372,9 @@ def _faults(config: TrainConfig) -> Iterator[str]:
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
     if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
+    yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
+    if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
+        yield "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base"
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
     if model.stream_base and model.shard_base:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.bloom import Prefix, norm, run_blocks, run_prompt
-from softprompt.memory import MOST_TOKENS
+from softprompt.memory import MOST_TOKENS, fewer_at_once
 from softprompt.places import Memory, Place, Step, StepAttention
 from softprompt.products import project
 from softprompt.requests import Request
@@ -51,7 +51,8 @@ class PackedGenerator:
 
     Memory for keys and values is that of `batch_size` places, or of as many as there are requests, each as wide as the
     longest of them may become with its virtual tokens: 2 · L · H numbers a position (fp32 on the CPU). At most
-    `tokens_per_step` tokens of texts come in with a step, or one text that has more.
+    `tokens_per_step` tokens of texts come in with a step, or one text that has more. Where memory runs out, there are
+    half as many places, and answers that were begun go on from what is written of them.
     """
 
     def __init__(self, weights: Weights, tokenizer: Any, tokens_per_step: int | None = None):
@@ -74,10 +75,23 @@ class PackedGenerator:
     ) -> Iterator[tuple[int, list[int]]]:
         prefixes = {id(w.prompt): self.prefixes(w.prompt) for w in writers}
         waiting = deque(Place(w, prefixes[id(w.prompt)]) for w in writers)
-        width = max((place.P + place.writer.most for place in waiting), default=0)
-        memory = self._memory(min(batch_size, len(waiting)), width)
-        places: list[Place] = []
-        while self._let_in_and_out(memory, places, waiting, batch_size):
+        most = min(batch_size, len(waiting))
+        while waiting:
+            places: list[Place] = []
+            try:
+                yield from self._write(places, waiting, most, on_token)
+                return
+            except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
+                most = fewer_at_once(error, most)
+            waiting.extendleft(place.again() for place in reversed(places) if not place.writer.done)
+            torch.cuda.empty_cache()
+
+    def _write(
+        self, places: list[Place], waiting: deque[Place], most: int, on_token: OnToken | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Until no one waits, or memory runs out: then `places` holds whose answers are not finished."""
+        memory = self._memory(most, max(place.P + place.writer.most for place in waiting))
+        while self._let_in_and_out(memory, places, waiting, most):
             tokens = choose(self._run(memory, places), [place.writer for place in places])
             for place, token in zip(places, tokens, strict=True):
                 if place.writer.take(token) and on_token:

@@ -17,6 +17,7 @@ from softprompt.layerwise import LayerMajor
 from softprompt.memory import GIB, MOST_TOKENS, auto_tokens, total_memory
 from softprompt.model import Engine, PaddedEngine, word_embeddings
 from softprompt.packed import PackedEngine
+from softprompt.quantised import Quantised, QuantisedWeights
 from softprompt.sharded import ShardedWeights, Shards
 from softprompt.stored import Stored
 from softprompt.streamed import StreamedWeights
@@ -29,10 +30,10 @@ def make_engine(
     tokenizer: Any,
     dtype: torch.dtype,
     P: int,
-    blocks: Mapping[str, Stored] | Shards | None = None,
+    blocks: Mapping[str, Stored] | Shards | Quantised | None = None,
 ) -> Engine:
     """The engine that `--engine` names over a loaded base, for a prompt of P tokens. Where the base's `blocks` are in
-    files, or are shards, the packed one goes layer by layer, and files are for no other.
+    files, quantised or shards, the packed one goes layer by layer, and only shards are for another, too.
 
     Raises:
         ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
@@ -40,6 +41,9 @@ def make_engine(
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
         return _layer_by_layer(config, StreamedWeights(base, blocks, dtype), 2, P)
+    if isinstance(blocks, Quantised):
+        held = 2 + math.ceil(bloom_shape(base.config).L * blocks.bits / (8 * dtype.itemsize))
+        return _layer_by_layer(config, QuantisedWeights(base, blocks, dtype), held, P)
     if not takes_packed(config.model.engine, base, str(config.model.model_name_or_path)):
         if args.tokens_per_microbatch or args.gradient_checkpointing:
             raise ConfigError(
@@ -66,16 +70,22 @@ def _layer_by_layer(config: TrainConfig, weights: Weights, held: int, P: int) ->
 
 
 def engine_for_inference(
-    kind: str, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, batch_size: int = 8
+    kind: str,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    batch_size: int = 8,
+    quantised: Quantised | None = None,
 ) -> Engine:
-    """The engine that `--engine` names, for scores; `generator_beside` makes the one for answers.
+    """The engine that `--engine` names, for scores; `generator_beside` makes the one for answers. Over a base whose
+    blocks are `quantised` it is the packed one.
 
     Raises:
         ConfigError: as of `takes_packed`.
     """
-    if takes_packed(kind, base, str(getattr(base, "name_or_path", "this base"))):
-        device = word_embeddings(base).weight.device
-        return PackedEngine(ResidentWeights(base, dtype), MOST_TOKENS[device.type])
+    if quantised or takes_packed(kind, base, str(getattr(base, "name_or_path", "this base"))):
+        weights = QuantisedWeights(base, quantised, dtype) if quantised else ResidentWeights(base, dtype)
+        return PackedEngine(weights, MOST_TOKENS[weights.head.device.type])
     return PaddedEngine(base, tokenizer, batch_size, dtype)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ConfigError
 
@@ -67,7 +67,7 @@ def takes_list(hint: Any) -> bool:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is the former
 
 
 def _coerced(value: Any, hint: Any) -> Any:

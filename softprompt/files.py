@@ -50,7 +50,7 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
     path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.is_relative_to(place) for place in homes):
-        raise ValueError("a link that leads out of the folder; copy the file itself")
+        raise ValueError("a link that leads out of the folder")
     if not path.is_file():
         raise ValueError("not a plain file")
     with open(path, "rb") as file:

@@ -1,6 +1,7 @@
 """Answers from a frozen base: what a generator is, and the one for any causal language model, transformers' own
 `generate` with the prompt before the text."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Protocol, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from softprompt.memory import fewer_at_once
 from softprompt.model import autocast, word_embeddings
 from softprompt.requests import Request
 from softprompt.sampling import OnToken, Writer, Writers, choose
@@ -61,11 +63,18 @@ class TransformersGenerator:
         self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
         for ends, alike in groupby(writers, lambda w: self.writers.ends(w.settings)):
-            rows = list(alike)
-            for start in range(0, len(rows), batch_size):
-                some = rows[start : start + batch_size]
-                self._write(some, ends, on_token)
-                yield from ((w.number, w.answer) for w in some)
+            rows = deque(alike)
+            while rows:
+                some = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
+                try:
+                    self._write(some, ends, on_token)
+                except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
+                    batch_size = fewer_at_once(error, len(some))
+                    torch.cuda.empty_cache()
+                for writer in reversed([w for w in some if not w.done]):
+                    writer.rewind()
+                    rows.appendleft(writer)
+                yield from ((w.number, w.answer) for w in some if w.done)
 
     @torch.no_grad()
     def _write(self, writers: Sequence[Writer], ends: Sequence[int], on_token: OnToken | None) -> None:
@@ -75,7 +84,7 @@ class TransformersGenerator:
             cast(Any, self.base).generate(
                 inputs_embeds=embeddings,
                 attention_mask=mask,
-                max_new_tokens=max(w.most - w.text for w in writers),
+                max_new_tokens=max(w.most - len(w.ids) for w in writers),
                 eos_token_id=list(ends),
                 pad_token_id=self.pad_token_id,
                 logits_processor=LogitsProcessorList([pen]),

@@ -1,10 +1,11 @@
 """Settings of infer.py, each default in one place; validation as in config.py."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from softprompt.config import precision_faults, seed_faults
+from softprompt.config import bits_faults, precision_faults, seed_faults
 from softprompt.errors import ConfigError
 from softprompt.fields import build, hints, option, type_faults
 
@@ -30,9 +31,21 @@ class QuestionArguments:
         None, "Answers joined by commas, such as 正面,负面: give the likeliest and its probability."
     )
     eval_dataset: str | None = option(
-        None, "Evaluate every --adapter on a file of rows with answers, side by side (a dataset as train.py takes it)."
+        None,
+        "Evaluate every --adapter, side by side, on a file of rows with answers (a dataset as train.py takes it), or "
+        "on the plain text of a .txt: its perplexity in passages of --max_length tokens.",
+    )
+    ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
+    voting: Literal["majority_vote", "mean_likelihood"] | None = option(
+        None,
+        "How an ensemble finds it: what most adapters answer (of several the likeliest), or what is the likeliest to "
+        "all. (default: majority_vote, with --choices mean_likelihood)",
     )
     stream: bool | None = option(None, "Show the answer as it is written. (default: on a terminal)")
+
+    @property
+    def choice_list(self) -> list[str] | None:
+        return None if self.choices is None else [choice.strip() for choice in re.split("[,，]", self.choices)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,10 @@ class AdapterArguments:
     device: str = option("auto", "auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.")
     bf16: bool | None = option(None, "bf16 autocast. (default: on CUDA where the card has it)")
     fp16: bool | None = option(None, "fp16 autocast. (default: on CUDA where the card has no bf16)")
+    load_in_8bit: bool = option(
+        False, "Hold the linear layers of a BLOOM's blocks in 8 bit (bitsandbytes' int8 rows); on the packed engine."
+    )
+    load_in_4bit: bool = option(False, "The same in 4 bit (NF4 in blocks of 64).")
     engine: Literal["auto", "packed", "padded"] = option(
         "auto", "packed is the fast one for BLOOM, padded is transformers' generate; auto: packed on the CPU."
     )
@@ -100,6 +117,7 @@ def infer_config(**given: Any) -> InferConfig:
     config = InferConfig(*build(INFER_GROUPS, given))
     question, model, generation = config.question, config.model, config.generation
     faults = precision_faults(model.bf16, model.fp16, model.device) + generation_faults(dataclasses.asdict(generation))
+    faults += bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
     if len(asked) > 1:
         faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE')
@@ -111,6 +129,12 @@ def infer_config(**given: Any) -> InferConfig:
         faults.append("--output_file goes with --prompts_file")
     if question.choices is not None and not asked:
         faults.append("--choices goes with --prompt, --prompts_file or --eval_dataset")
+    if question.ensemble and len(model.adapter or ()) < 2:
+        faults.append("--ensemble needs two or more --adapter, prompts of one task")
+    if question.ensemble and not asked:
+        faults.append("--ensemble goes with --prompt, --prompts_file or --eval_dataset")
+    if question.voting is not None and not question.ensemble:
+        faults.append("--voting goes with --ensemble")
     if faults:
         raise ConfigError("; ".join(faults))
     return config

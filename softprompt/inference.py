@@ -39,6 +39,8 @@ def infer(config: InferConfig) -> None:
     if to_chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError('give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat')
     asked = list(_asked(question.prompts_file)) if question.prompts_file is not None else []
+    if question.ensemble and (named_one := next((line for line in asked if line.adapter is not None), None)):
+        raise DataError(f"{named_one.where}: names an adapter, and --ensemble asks all of them; leave one of both out")
     model = load(config, asked)
     if question.eval_dataset is not None:
         table = evaluate(config, model)
@@ -73,6 +75,8 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         device=where.device,
         bf16=where.bf16,
         fp16=where.fp16,
+        load_in_8bit=where.load_in_8bit,
+        load_in_4bit=where.load_in_4bit,
         engine=where.engine,
     )
     for name in wanted:
@@ -81,18 +85,25 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
     return model
 
 
+def answerer(config: InferConfig, model: SoftPromptModel) -> Any:
+    """What answers: the model, or all of its adapters as one."""
+    return model.ensemble(voting=config.question.voting) if config.question.ensemble else model
+
+
 def answer_one(config: InferConfig, model: SoftPromptModel) -> None:
     question = config.question
-    row = model.template.row(question.prompt or "", question.input or "")
-    if question.choices is not None:
-        (verdict,) = model.classify([row], question.choices.split(","), where=["--prompt"])
+    prompt, about = question.prompt or "", question.input or ""
+    row = {"prompt": prompt, "input": about} if question.ensemble else model.template.row(prompt, about)
+    asked = answerer(config, model)
+    if question.choice_list is not None:
+        (verdict,) = asked.classify([row], question.choice_list, where=["--prompt"])
         _tell(model.description)
         print(f"{verdict.label}\t{verdict.probability:.4f}")
         return
     given = _settings(config)
-    single = model.settings(**_without(given, "seed", "batch_size")).num_return_sequences == 1
-    write = _write if single and _streams(config) else None
-    answers = model.stream([row], where=["--prompt"], on_text=write, **given)
+    single = question.ensemble or model.settings(**_without(given, "seed", "batch_size")).num_return_sequences == 1
+    write = _write if single and _streams(config) and not question.ensemble else None
+    answers = asked.stream([row], where=["--prompt"], **({"on_text": write} if write else {}), **given)
     _tell(model.description)
     for answer in answers:
         print("" if write else answer if single else "\n".join(answer))
@@ -102,11 +113,12 @@ def answer_file(config: InferConfig, model: SoftPromptModel, asked: Sequence[Ask
     """One line for each prompt, in the file's order: its columns, its adapter, and `text` (`texts` where several are
     asked for; the label and its `probability` with --choices)."""
     question, given = config.question, _settings(config)
-    lines = [{**line.row, "adapter": line.adapter or model.active_adapter} for line in asked]
-    names = [line["adapter"] for line in lines]
+    names = [line.adapter or model.active_adapter for line in asked]
+    all_of_them = list(model.adapters) if question.ensemble else None
+    lines = [{**line.row, "adapter": all_of_them or name} for line, name in zip(asked, names, strict=True)]
     file, done = None, 0
     if question.output_file is not None:
-        depends_on = {**_depends_on(config, model, set(names)), "seed": given["seed"]}
+        depends_on = {**_depends_on(config, model, set(all_of_them or names)), "seed": given["seed"]}
         file = AnswersFile(question.output_file, lines, depends_on, question.overwrite_output_file)
         done = file.done
     found = _found(config, model, asked, names, given, done)
@@ -132,16 +144,16 @@ def _found(
     done: int,
 ) -> Iterator[dict[str, Any]]:
     """What answers add to the lines that are not done; all questions are checked before the first answer."""
-    rows, places = [line.row for line in asked], [line.where for line in asked]
-    if config.question.choices is not None:
-        verdicts = model.classify(rows, config.question.choices.split(","), adapter=names, where=places)
+    rows, places, choices = [line.row for line in asked], [line.where for line in asked], config.question.choice_list
+    of_each: dict[str, Any] = {} if config.question.ensemble else {"adapter": names}
+    if choices is not None:
+        verdicts = answerer(config, model).classify(rows, choices, where=places, **of_each)
         return ({"text": v.label, "probability": v.probability} for v in verdicts[done:])
-    answers = model.stream(rows, adapter=names, where=places, skip=done, **given)
+    answers = answerer(config, model).stream(rows, where=places, skip=done, **of_each, **given)
     return ({"text" if isinstance(answer, str) else "texts": answer} for answer in answers)
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
-    choices = config.question.choices
     tuned = model.adapters.values()
     judge = Judge(
         model.engine,
@@ -150,10 +162,13 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
         str(config.question.eval_dataset),
         config.generation.max_length or 256,
         config.generation.batch_size,
-        choices.split(",") if choices is not None else None,
+        config.question.choice_list,
         next((each.template for each in tuned if each.prompt is not None), model.template),
     )
-    return report({name: judge(each) for name, each in model.adapters.items()})
+    found = {name: judge(each) for name, each in model.adapters.items()}
+    if config.question.ensemble:
+        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), config.question.voting)
+    return report(found)
 
 
 def chat(config: InferConfig, model: SoftPromptModel) -> None:
@@ -184,6 +199,8 @@ def _settings(config: InferConfig) -> dict[str, Any]:
 def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
     """What answers depend on beside the prompts and the seed, JSON-able; adapters by content."""
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
+    if config.question.ensemble:
+        settings["ensemble"] = config.question.voting or "default"
     adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
     return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
 

@@ -1,10 +1,13 @@
 """How much memory the packed engine needs: arithmetic on sizes, so that the same run is cut the same way everywhere."""
 
 import os
+import sys
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from softprompt.errors import TrainingError
 from softprompt.weights import Shape
 
 SHARE = 0.6  # of a device's memory that is planned for; the rest is the allocator's, the context's and other programs'
@@ -54,3 +57,20 @@ def auto_tokens(
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no room."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def fewer_at_once(error: RuntimeError, at_once: int) -> int:
+    """How many answers to write together after `error`: half as many, which is told, where memory has run out.
+
+    Raises:
+        RuntimeError: the error itself, where it is another one.
+        TrainingError: there is no room for a single answer.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if at_once == 1:
+        raise TrainingError(
+            "out of memory with one answer at a time; give a smaller --max_length or --max_new_tokens"
+        ) from None
+    tqdm.write(f"out of memory: {at_once // 2} answers at a time instead of {at_once}, the same ones", file=sys.stderr)
+    return at_once // 2

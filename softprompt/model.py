@@ -83,11 +83,15 @@ def load_tokenizer(name_or_path: str) -> Any:
     """The base's tokenizer; a missing pad token is the end token, whose labels are masked anyway.
 
     Raises:
-        ModelError: not there, not loadable, or without an end-of-sequence token.
+        ModelError: the base or its tokenizer is not there or not loadable, or has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
+    try:
+        tokenizer = from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
+    except ModelError:
+        from_hub_or_folder(AutoConfig, name_or_path, "base model")  # where there is none, that is what to say
+        raise
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
     if tokenizer.pad_token_id is None:
@@ -164,16 +168,22 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
     """
     from transformers.utils import logging
 
+    looked = ""
     if not os.path.isdir(name_or_path):
-        if name_or_path.startswith((".", "/", "~")):
-            raise ModelError(f"{what} {name_or_path!r}: no such folder; give --model_name_or_path a folder or a hub id")
+        place = os.path.abspath(name_or_path)
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or os.path.exists(place):
+            raise ModelError(
+                f"{what} {name_or_path!r}: no such folder (looked for {place}); give --model_name_or_path a folder or "
+                "a hub id"
+            )
+        looked = f", neither from the folder {place}, which is not there, nor from the hub"
         hub.prepare()
     logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason} ({hub.HELP})") from None
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.HELP})") from None
     finally:
         logging.enable_progress_bar()
 

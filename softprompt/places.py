@@ -25,6 +25,12 @@ class Place:
     def P(self) -> int:
         return len(self.prefix.layers[0])
 
+    def again(self) -> "Place":
+        """As it comes in anew: with its text and what is written of the answer."""
+        self.writer.rewind()
+        self.held = 0
+        return self
+
 
 class Part(NamedTuple):
     """Texts that come in behind the same prompt, longest first: the places they take, the groups of attention, and

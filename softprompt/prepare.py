@@ -33,6 +33,7 @@ from softprompt.model import (
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
+from softprompt.quantised import quantise
 from softprompt.resume import (
     check_fingerprints,
     check_streaming,
@@ -118,11 +119,13 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
     if checkpoint and saved and not config.training.ignore_data_skip:
         check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
+    bits = 8 if config.model.load_in_8bit else 4 if config.model.load_in_4bit else None
+    quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
     prompt = PromptEmbedding(values).to(device)
     shards = shard(base, stored, world) if sharded and stored else None
-    engine = make_engine(config, base, tokenizer, dtype, len(values), shards or stored)
+    engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
     generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)

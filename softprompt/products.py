@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 64  # rows; from about there on the plain product is as fast
+# Rows. From about FEW on the plain product was as fast, and from TRANSPOSED on a transposed argument was faster, in
+# benchmarks/products.py on one machine (two AVX2 cores, MKL). Elsewhere others may be better; the product is the same
+# whichever they are, but for rounding, and only its speed is not.
+FEW = 64
 TRANSPOSED = 16
 
 

@@ -56,15 +56,22 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     which are not looked into here.
 
     Raises:
-        DataError: not there, not readable, no question in it, a line that is no object.
+        DataError: not there, not readable, no question in it, an empty line of a .txt before its last question (the
+            answers would not stand beside the lines), a line of a .jsonl that is no object.
     """
     path = Path(source)
+    if path.is_dir():
+        raise DataError(f"--prompts_file {source} is a folder; name a .txt or a .jsonl in it")
     if not path.is_file():
         raise DataError(f"--prompts_file {source}: no such file")
     if path.suffix.lower() == ".txt":
-        lines = io.StringIO(text_of(path), newline=None)  # \r\n is read as \n; U+2028 and its kin end no line
-        texts = ((f"line {number}", line.rstrip("\n")) for number, line in enumerate(lines, start=1))
-        return [(f"{source}, {where}", {"prompt": text}) for where, text in texts if text.strip()]
+        # \r\n is read as \n; U+2028 and its kin end no line
+        lines = [line.rstrip("\n") for line in io.StringIO(text_of(path), newline=None)]
+        while not lines[-1].strip():  # what follows the last question is no question
+            lines.pop()
+        if blank := next((number for number, line in enumerate(lines, start=1) if not line.strip()), None):
+            raise DataError(f"{source}, line {blank}: prompt is empty; write a question, or take the line out")
+        return [(f"{source}, line {number}", {"prompt": line}) for number, line in enumerate(lines, start=1)]
     if path.suffix.lower() != ".jsonl":
         raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
     rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
@@ -75,13 +82,22 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
 
 
 def question(where: str, row: Any, template: Template) -> Row:
-    """A question's row, checked: `prompt` stands for the template's first column, beside an optional `input`.
+    """A question's row, checked: `prompt` stands for the template's first column, beside an optional `input`;
+    `messages` are a conversation whose last message is the question.
 
     Raises:
-        DataError: it is no row, or lacks a column, or one is not a text.
+        DataError: it is no row, or lacks a column, or one is not a text; messages that are none, or that a template of
+            single questions has no place for.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+    if "messages" in row and "messages" not in template.fields:
+        messages = _messages(where, "messages", row["messages"], least=1, ends_with_answer=False)
+        roles = [message["role"] for message in messages]
+        if template.spec != CHAT and roles != (["user", "assistant"] * len(roles))[: len(roles) // 2 * 2 + 1]:
+            found = ", ".join(roles)
+            raise DataError(f"{where}: messages must be user, assistant, … and end with the user's, not {found:.80}")
+        return {"messages": messages}
     if "prompt" not in row or "prompt" in template.fields:
         return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
     given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))

@@ -32,8 +32,9 @@ class Writer:
         self.ids = list(request.ids)
         self.text = len(self.ids)  # tokens of the text alone
         self.most = self.text + request.settings.new_tokens(self.text)
-        self.generator = torch.Generator().manual_seed(request.seed)
+        self.seed, self.generator = request.seed, torch.Generator()
         self.done = False
+        self.rewind()
         self._ends, self._stop = ends, stop
 
     def take(self, token: int) -> bool:
@@ -47,6 +48,12 @@ class Writer:
         if self._stop is not None:
             self.done |= bool(self._stop(torch.tensor([self.ids]), None))
         return True
+
+    def rewind(self) -> None:
+        """Random numbers go on as they would behind the answer's tokens so far, whatever was drawn since."""
+        self.generator.manual_seed(self.seed)
+        for _ in self.answer if self.settings.do_sample else ():
+            drawn_number(self.generator)
 
     @property
     def answer(self) -> list[int]:
@@ -120,11 +127,16 @@ def processors(settings: GenerationSettings, device: torch.device) -> tuple[Logi
     return of_history, of_scores
 
 
+def drawn_number(generator: torch.Generator) -> Tensor:
+    """fp64 scalar from 0 up to 1."""
+    return torch.rand((), generator=generator, dtype=torch.float64)
+
+
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
     """One word of each row [n, V] by one number of the row's own generator: the first whose cumulated probability
     exceeds it."""
     edges = probabilities.double().cumsum(-1)  # [n, V]
-    numbers = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    numbers = torch.stack([drawn_number(g) for g in generators])
     thrown = numbers.to(edges.device)[:, None] * edges[:, -1:]  # [n, 1]
     return torch.searchsorted(edges, thrown, right=True).clamp_(max=edges.shape[1] - 1)[:, 0].tolist()
 

@@ -1,4 +1,4 @@
-"""How likely given answers are: the likelier of several, by the sum of their tokens' log-probabilities."""
+"""How likely given answers are: the sum of their tokens' log-probabilities, and the likelier of several."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,35 +23,57 @@ class Verdict(NamedTuple):
         return self.probabilities[self.label]
 
 
+def check_choices(choices: Sequence[str]) -> None:
+    """Raises ConfigError for fewer than two answers, an empty one, or one that is there twice."""
+    if len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices)):
+        raise ConfigError(f"--choices {','.join(choices)}: expected two or more different answers, joined by commas")
+
+
 def answer_examples(
-    texts: Sequence[Sequence[int]], answers: Sequence[str], template: Template, tokenizer: Any
+    texts: Sequence[Sequence[int]], answers: Sequence[str], templates: Sequence[Template], tokenizer: Any
 ) -> list[list[Example]]:
-    """Every text with every answer behind it, as training joins them: the answer's tokens and its end are targets.
-
-    Raises:
-        ConfigError: fewer than two answers, an empty one, or one that is there twice.
-    """
-    if len(answers) < 2 or len(set(answers)) < len(answers) or not all(map(str.strip, answers)):
-        raise ConfigError(f"--choices {','.join(answers)}: expected two or more different answers, joined by commas")
+    """Every text, which has a template of its own, with every answer behind it, as training joins them: the answer's
+    tokens and its end are targets."""
+    if not answers:
+        return [[] for _ in texts]
     row = {"instruction": "", "input": ""}
-    ends = [template.answer({**row, "output": answer}, tokenizer) for answer in answers]
-    ids = tokenizer(ends, add_special_tokens=False, verbose=False)["input_ids"]
-    return [[Example([*text, *end], [IGNORE] * len(text) + list(end)) for end in ids] for text in texts]
+    ends = {
+        template: tokenizer(
+            [template.answer({**row, "output": answer}, tokenizer) for answer in answers],
+            add_special_tokens=False,
+            verbose=False,
+        )["input_ids"]
+        for template in dict.fromkeys(templates)
+    }
+    return [
+        [Example([*text, *end], [IGNORE] * len(text) + list(end)) for end in ends[template]]
+        for text, template in zip(texts, templates, strict=True)
+    ]
 
 
-def log_likelihoods(engine: Engine, prompt: Tensor | None, examples: Sequence[Example]) -> list[float]:
-    """log p(targets | what stands before them) of each example behind a prompt [P, H] (None: the bare base)."""
-    return [-loss for loss in engine.losses(prompt, examples)] if examples else []
-
-
-def verdicts(
-    engine: Engine, prompt: Tensor | None, of_choices: Sequence[Sequence[Example]], choices: Sequence[str]
-) -> list[Verdict]:
-    """Of each question, whose examples stand in the order of the choices."""
-    flat = log_likelihoods(engine, prompt, [example for examples in of_choices for example in examples])
-    found = []
-    for start in range(0, len(flat), len(choices)):
-        shares = torch.tensor(flat[start : start + len(choices)], dtype=torch.float64).softmax(0).tolist()
-        probabilities = dict(zip(choices, shares, strict=True))
-        found.append(Verdict(max(probabilities, key=lambda choice: probabilities[choice]), probabilities))
+def log_likelihoods(
+    engine: Engine, prompts: Sequence[Tensor | None], examples: Sequence[Sequence[Example]]
+) -> list[list[float]]:
+    """log p(targets | what stands before them) of each question's examples behind the question's prompt [P, H] (None:
+    the bare base); what stands behind the same prompt is run together."""
+    found: list[list[float]] = [[]] * len(examples)
+    together: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        together.setdefault(id(prompt), []).append(number)
+    for numbers in together.values():
+        some = [example for n in numbers for example in examples[n]]
+        each = iter(engine.losses(prompts[numbers[0]], some) if some else [])
+        for number in numbers:
+            found[number] = [-next(each) for _ in examples[number]]
     return found
+
+
+def shares(scores: Sequence[float], answers: Sequence[str]) -> dict[str, float]:
+    """Each answer's probability among the answers, from their log-likelihoods; they add up to 1."""
+    return dict(zip(answers, torch.tensor(scores, dtype=torch.float64).softmax(0).tolist(), strict=True))
+
+
+def verdict(scores: Sequence[float], choices: Sequence[str]) -> Verdict:
+    """From the log-likelihoods of the choices."""
+    probabilities = shares(scores, choices)
+    return Verdict(max(probabilities, key=lambda choice: probabilities[choice]), probabilities)

@@ -76,7 +76,15 @@ class Template:
         return {names[0]: prompt, **({second: input} if second else {})}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Prompt text of a row; `tokenizer` is asked only by the chat template."""
+        """Prompt text of a row; `tokenizer` is asked only by the chat template, and for the end of earlier answers. A
+        conversation (`messages`) is one row with its answer after the other, as in an exported model."""
+        if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
+            return "".join(
+                message["content"] + tokenizer.eos_token
+                if message["role"] == "assistant"
+                else self.render(self.row(message["content"]), tokenizer)
+                for message in row["messages"]
+            )
         if self.spec == DEFAULT:
             return "\n".join(["Human: " + row["instruction"], row.get("input") or ""]).strip() + "\n\nAssistant: "
         if self.spec == CHAT:

@@ -221,7 +221,25 @@ def test_bases_that_cannot_be_loaded(spoil, tiny_base, tmp_path, capsys, monkeyp
     spoil(base)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD))
     line = refused(train, ["--model_name_or_path", base, "--dataset", "rows.jsonl"], capsys, monkeypatch, tmp_path)
-    assert str(base) in line
+    told = {no_folder: f"base model '{base}': no such folder .looked for {base}.", no_tokenizer: f"tokenizer '{base}'"}
+    assert_line(line, told.get(spoil, f"base model '{base}' cannot be loaded: "))
+
+
+@pytest.mark.parametrize("program, more", [(train, ["--dataset", "rows.jsonl"]), (infer, ["--adapter", "adapter"])])
+@pytest.mark.parametrize("name", ["some/base", "./base", "a/b/c"])
+def test_a_base_that_is_not_there_is_said_and_where_it_was_looked_for(
+    name, program, more, tmp_path, capsys, monkeypatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD))
+    write_adapter(tmp_path / "adapter", base=name)
+    more = [*more, "--model_name_or_path", name] if program is train else [*more, "--prompt", "a"]
+    line = refused(program, more, capsys, monkeypatch, tmp_path)
+    place = (tmp_path / name).resolve()
+    hub = f"base model 'some/base' cannot be loaded, neither from the folder {place}, which is not there, nor from the hub: "
+    assert_line(line, hub if name == "some/base" else f"base model '{name}': no such folder .looked for {place}.")
 
 
 def test_no_hub(tmp_path, capsys, monkeypatch):
@@ -263,20 +281,52 @@ ADAPTERS = {
     "missing": (shutil.rmtree, "no such folder"),
     "without its weights": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
-        "adapter_model.safetensors is missing",
+        "adapter_model.safetensors is missing; an adapter folder holds .*: copy the whole folder again",
     ),
     "without its config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
-    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12"), "not a whole safetensors file"),
+    "truncated": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"12"),
+        "not a whole safetensors file .*; copy the whole",
+    ),
     "foreign": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(2)})),
-        "holds w, expected one tensor 'prompt_embeddings'",
+        "holds w, expected one tensor 'prompt_embeddings'; give a folder that PEFT or train.py wrote",
     ),
     "of another hidden size": (lambda f: write_adapter(f, 16), "have size 16, but .* has hidden size 32"),
+    "of another kind": (
+        lambda f: spoil_json(f / "adapter_config.json", peft_type="LORA"),
+        "peft_type is 'LORA', expected 'PROMPT_TUNING'; adapters of other kinds are for PEFT itself",
+    ),
+    "with a base that is no name": (
+        lambda f: spoil_json(f / "adapter_config.json", base_model_name_or_path=3),
+        "base_model_name_or_path is 3, no name or path of a base; write it there, or null and give --model_name",
+    ),
+    "with a size that is none": (
+        lambda f: spoil_json(f / "adapter_config.json", token_dim="many"),
+        "token_dim is 'many', expected a number from 1 to .*; copy the whole folder again",
+    ),
+    "of another size than it says": (
+        lambda f: spoil_json(f / "adapter_config.json", num_virtual_tokens=7),
+        r"float32 \(3, 32\), but adapter_config.json says \(7, 32\) of floats; copy the whole folder again",
+    ),
+    "not JSON": (
+        lambda f: (f / "softprompt.json").write_text("{"),
+        "cannot be read as JSON: .*; copy the whole folder",
+    ),
+    "a list": (lambda f: (f / "softprompt.json").write_text("[]"), "expected an object of settings; copy the whole"),
+    "with generation settings that are none": (
+        lambda f: spoil_json(f / "softprompt.json", generation=[1]),
+        r"generation must be an object of settings with values, not \[1\]; mend it, or take it out",
+    ),
     "with a bad template": (
         lambda f: (f / "softprompt.json").write_text('{"template": "{a.b}"}'),
-        "must be `chat` or hold columns as plain names",
+        "must be `chat` or hold columns as plain names.*; mend it there, or take it out",
     ),
 }
+
+
+def spoil_json(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize("fault", ADAPTERS)

@@ -97,7 +97,7 @@ TRAINING = {
     "--dataset half.jsonl": "half.jsonl, line 1: column 'instruction' must be a text, found half a character",
     "--dataset mini:sentimental": "unknown mini task 'sentimental'",
     "--model_name_or_path endless": "endless: its tokenizer has no eos_token",
-    "--model_name_or_path rows.jsonl": "tokenizer 'rows.jsonl' cannot be loaded",
+    "--model_name_or_path rows.jsonl": "base model 'rows.jsonl': no such folder (looked for ",
     "--device cuda:7": "--device cuda:7: ",
     "--output_dir deep/rows.jsonl/run": "rows.jsonl is not a folder; name a folder",
     "--output_dir link": "link is not a folder; name a folder",

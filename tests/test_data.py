@@ -297,7 +297,7 @@ def questions_of(file):
 
 
 def test_files_of_questions(tmp_path):
-    (tmp_path / "q.txt").write_text("你好\n\n再见\n", encoding="utf-8")
+    (tmp_path / "q.txt").write_text("你好\n再见\n\n", encoding="utf-8")
     assert questions_of(tmp_path / "q.txt") == [Template().row("你好"), Template().row("再见")]
     lines = [{"prompt": "a"}, {"prompt": "a", "input": "b"}, {"instruction": "a", "input": "b"}, {"instruction": "a"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

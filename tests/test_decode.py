@@ -1,6 +1,7 @@
 """The generator over frozen BLOOM: each answer is the one that it would be alone, and a step is one forward for all."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from conftest import make_bloom
 from peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from softprompt import decode
+from softprompt import decode, products
 from softprompt.bloom import run_prompt
 from softprompt.decode import PackedGenerator
+from softprompt.errors import TrainingError
 from softprompt.model import freeze
 from softprompt.products import project
 from softprompt.requests import GenerationSettings, Request, seed_of
+from softprompt.sampling import choose
 from softprompt.weights import ResidentWeights
 
 FP32 = torch.float32
@@ -132,6 +135,91 @@ def test_samples_do_not_depend_on_neighbours(kind, places, tokenizer):
     assert [together[7 - i] for i in range(8)] == alone
 
 
+class Cramped(PackedGenerator):
+    """Runs out of memory in steps of more than `room` places, and in step number `once`: before anything is computed,
+    or `late`, when keys and values are written and random numbers drawn."""
+
+    def __init__(self, base, tokenizer, room, once=None, late=False):
+        super().__init__(ResidentWeights(base, FP32), tokenizer)
+        self.room, self.once, self.late, self.steps = room, once, late, 0
+
+    def _run(self, memory, places):
+        self.steps += 1
+        if len(places) > self.room or self.steps == self.once:
+            if self.late:
+                choose(super()._run(memory, places), [place.writer for place in places])
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super()._run(memory, places)
+
+
+SAMPLED = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("room, once, halvings", [(3, None, [4, 2]), (1, None, [4, 2, 1]), (1000, 5, [4])])
+def test_where_memory_runs_out_fewer_answers_are_written_at_a_time(
+    room, once, halvings, late, settings, tokenizer, capsys
+):
+    """The answers stay the same, those that were begun among them, and none of their tokens is told twice."""
+    base = freeze(make_bloom(seed=2), FP32)
+    requests = [Request(text, settings, prompt, seed_of(7, i)) for i, (text, prompt) in enumerate(drawn(9, 9))]
+    expected = dict(PackedGenerator(ResidentWeights(base, FP32), tokenizer).generate(requests, 8))
+    told: dict[int, list[int]] = {number: [] for number in expected}
+    cramped = Cramped(base, tokenizer, room, once, late)
+    assert dict(cramped.generate(requests, 8, lambda number, token: told[number].append(token))) == expected == told
+    assert [line for line in capsys.readouterr().err.splitlines() if line] == [
+        f"out of memory: {n} answers at a time instead of {2 * n}, the same ones" for n in halvings
+    ]
+
+
+def test_keys_and_values_that_do_not_fit_are_fewer(tokenizer, monkeypatch, capsys):
+    base = freeze(make_bloom(seed=2), FP32)
+    requests = [Request(text, GREEDY, prompt) for text, prompt in drawn(9, 9)]
+    generator = PackedGenerator(ResidentWeights(base, FP32), tokenizer)
+    expected, memory = dict(generator.generate(requests, 8)), decode.Memory
+
+    def small(shape, places, width, like):
+        if places > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return memory(shape, places, width, like)
+
+    monkeypatch.setattr(decode, "Memory", small)
+    assert dict(generator.generate(requests, 8)) == expected
+    assert capsys.readouterr().err.count("out of memory") == 2
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_of_transformers_that_does_not_fit_is_halved(settings, tokenizer, monkeypatch, capsys):
+    base = freeze(make_bloom(seed=2), FP32)
+    requests = [Request(text, settings, prompt, seed_of(7, i)) for i, (text, prompt) in enumerate(drawn(9, 9))]
+    expected = dict(generator_of("padded", base, tokenizer).generate(requests, 8))
+    forward, calls = base.forward, []
+
+    @functools.wraps(forward)  # transformers reads its signature
+    def cramped(*args, **kwargs):
+        calls.append(next(len(value) for value in kwargs.values() if isinstance(value, torch.Tensor)))
+        if calls[-1] > 3 and len(calls) > 4:  # behind the first tokens
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", cramped)
+    assert dict(generator_of("padded", base, tokenizer).generate(requests, 8)) == expected
+    assert calls[0] == 8 and calls[-1] <= 3 and capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_no_room_for_a_single_answer_is_said_and_other_errors_stay(tokenizer):
+    base = freeze(make_bloom(), FP32)
+    with pytest.raises(TrainingError, match="out of memory with one answer at a time; give a smaller --max_length"):
+        list(Cramped(base, tokenizer, 0).generate([Request([5], GREEDY)] * 3, 2))
+
+    def broken(number, token):
+        raise RuntimeError("another one")
+
+    with pytest.raises(RuntimeError, match="another one"):
+        list(generator_of("packed", base, tokenizer).generate([Request([5], GREEDY)] * 3, 2, broken))
+
+
 def test_tokens_are_told_as_they_come(tokenizer):
     base = freeze(make_bloom(seed=2), FP32)
     for kind in ("packed", "padded"):
@@ -163,6 +251,16 @@ def test_products_of_few_rows(S, words):
     for shift in (None, bias):
         expected = x.double() @ weight.double().T + (0 if shift is None else shift.double())
         assert torch.allclose(project(x, weight, shift).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("few, transposed", [(0, 0), (10**6, 0), (10**6, 10**6)])
+@torch.no_grad()
+def test_other_thresholds_give_the_same_products(few, transposed, monkeypatch):
+    """They were chosen for speed, on one machine."""
+    monkeypatch.setattr(products, "FEW", few)
+    monkeypatch.setattr(products, "TRANSPOSED", transposed)
+    for S in (1, 15, 64, 200):
+        test_products_of_few_rows(S, 7)
 
 
 @pytest.fixture(scope="module")

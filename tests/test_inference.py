@@ -1,6 +1,10 @@
 """infer.py: mixed adapters, files that go on where they stopped, the conversation, choices, and side by side."""
 
+import contextlib
+import copy
 import json
+import os
+import pty
 import sys
 from pathlib import Path
 
@@ -14,11 +18,13 @@ import infer
 import softprompt
 from softprompt.answers_file import AnswersFile
 from softprompt.chat import Chat
+from softprompt.chat_template import teach
 from softprompt.checkpoint import Adapter, adapter_files, peft_config
 from softprompt.cli import command, parse_inference, parse_setting
-from softprompt.compare import Confusion
+from softprompt.confusion import Confusion
 from softprompt.errors import ConfigError, OutputError, SoftpromptError
 from softprompt.files import write_folder
+from softprompt.rows import question
 from softprompt.scores import answer_examples, log_likelihoods
 from softprompt.streaming import Pieces
 from softprompt.template import Template
@@ -181,7 +187,7 @@ REFUSED = {
     "--adapter a --prompts_file number.jsonl": "number.jsonl, line 1: adapter must be a folder, a name .* not 3",
     "--adapter a --prompts_file list.jsonl": r"list.jsonl, line 1: expected an object of columns, found a list",
     "--adapter a --prompts_file long.jsonl --max_length 40": r"long.jsonl, line 2: --max_length 40 .* prompt of \d+ tokens",
-    "--adapter a --adapter other --prompt 好": "adapters are for several bases: a for .*, other for some/base; one batch",
+    "--adapter a --adapter other --prompt 好": "adapters are for several bases: a for .*, other for some/base; ask those of one base",
     "--adapter a --adapter wide --prompt 好": "virtual tokens have size 16, but .* has hidden size 32",
     "--adapter a --adapter a --prompt 好": "--adapter a is there twice",
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
@@ -190,6 +196,12 @@ REFUSED = {
     "--adapter a": 'give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat',
     "--adapter a --prompt 好 --output_file o.jsonl": "--output_file goes with --prompts_file",
     "--adapter a --prompts_file one.txt --output_file a": "--output_file a is a folder",
+    "--adapter a --prompts_file a": "--prompts_file a is a folder; name a .txt or a .jsonl in it",
+    "--adapter a --prompts_file gap.txt": "gap.txt, line 2: prompt is empty; write a question, or take the line out",
+    "--adapter a --prompts_file said.jsonl": "said.jsonl, line 2: messages must be user, assistant, … and end with the user's, not user, assistant",
+    "--adapter b --prompts_file said.jsonl": "said.jsonl, line 2: messages must be user, assistant",
+    "--adapter a --prompts_file mute.jsonl": "mute.jsonl, line 1: 'messages' must be a list of 1 or more",
+    "--adapter gone --prompt 好": "base model '/nowhere/base': no such folder .looked for /nowhere/base.; give --model_name_or_path",
     "--adapter a --prompts_file one.txt --output_file one.txt/o": "one.txt is not a folder",
     "--adapter a --prompt 好 --choices 正面": "--choices 正面: expected two or more different answers",
     "--adapter a --prompt 好 --choices 正面,正面": "expected two or more different",
@@ -217,6 +229,11 @@ def test_what_is_refused(flags, place, tiny_base, capsys, monkeypatch):
     (place / "list.jsonl").write_bytes(b"[1]")
     (place / "long.jsonl").write_bytes(jsonl({"prompt": "a"}, {"prompt": "很长" * 30}))
     (place / "one.txt").write_text("好")
+    (place / "gap.txt").write_text("好\n \n好\n\n")
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (place / "said.jsonl").write_bytes(jsonl({"messages": said[:1]}, {"messages": said}))
+    (place / "mute.jsonl").write_bytes(jsonl({"messages": []}))
+    write_adapter(place / "gone", Path("/nowhere/base"), 3)
     assert_line(refused(infer, flags.split(), capsys, monkeypatch, place), REFUSED[flags])
 
 
@@ -280,8 +297,9 @@ def test_likelihoods_are_those_of_rows_run_alone(adapter, engine, place):
     prompt = model.prompt if adapter == "a" else None
     front = torch.zeros(0, 32) if prompt is None else prompt
     expected = [-naive_loss(model.base, front, [r]).item() * sum(x != -100 for x in r.labels) for r in rows]
-    assert log_likelihoods(model.engine, prompt, rows) == pytest.approx(expected, abs=1e-5)
-    assert log_likelihoods(model.engine, prompt, []) == []
+    found = log_likelihoods(model.engine, [prompt, None, prompt], [rows[:4], [], rows[4:]])
+    assert [score for scores in found for score in scores] == pytest.approx(expected, abs=1e-5)
+    assert log_likelihoods(model.engine, [], []) == []
 
 
 def test_choices(place, capsys, monkeypatch):
@@ -306,6 +324,8 @@ def test_choices(place, capsys, monkeypatch):
         )
     ask = ["--adapter", "a", "--choices", "正面,负面,ok"]
     label, probability = called([*ask, "--prompt", "这部电影"], capsys, monkeypatch).split()
+    spaced = ["--adapter", "a", "--choices", "正面, 负面 ，ok", "--prompt", "这部电影"]
+    assert called(spaced, capsys, monkeypatch).split() == [label, probability]
     (place / "p.jsonl").write_bytes(jsonl({"prompt": "这部电影"}, {"prompt": "这部电影", "adapter": "b"}))
     lines = [json.loads(x) for x in called([*ask, "--prompts_file", "p.jsonl"], capsys, monkeypatch).splitlines()]
     assert lines[0]["text"] == label and float(probability) == pytest.approx(lines[0]["probability"], abs=1e-4)
@@ -314,7 +334,7 @@ def test_choices(place, capsys, monkeypatch):
 
 def test_an_answer_that_is_scored_has_its_end(tokenizer):
     """As in training; else a label would be at least as likely as any longer one that begins with it."""
-    ((one, two),) = answer_examples([[9, 8]], ["ok", "正面"], Template(), tokenizer)
+    ((one, two),) = answer_examples([[9, 8]], ["ok", "正面"], [Template()], tokenizer)
     assert one.input_ids == [9, 8, *tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
     assert two.labels == [-100, -100, *tokenizer("正面")["input_ids"], tokenizer.eos_token_id]
 
@@ -399,6 +419,51 @@ def test_what_is_set_in_a_conversation(place):
     assert lines[4].startswith("error: unknown flag --beams")
 
 
+def test_earlier_turns_stand_before_a_question(place):
+    """As many as are asked for, in each adapter's template as training joined them; an answer that was stopped is none
+    of them."""
+    model = softprompt.SoftPromptModel.from_pretrained(adapter=["a", "b"])
+    greedy, asked = {"do_sample": False, "max_new_tokens": 5}, []
+    generate = model.generate
+
+    def noted(prompts, **given):
+        asked.append(prompts)
+        return generate(prompts, **given)
+
+    model.generate = noted
+    shown, _ = talk(model, "一", "/history", "/history 1", "二", "/adapter b", "三", "/history 0", "四")
+    one, told, two, three, four = shown.split("\n")[1:6]
+    assert told == "/history N, a number of earlier turns; it is 0" and asked[0] == "一" and asked[3] == "四"
+    texts = [
+        f"Human: 一\n\nAssistant: {one}</s>Human: 二\n\nAssistant: ",
+        f"问：二\n答：{two}</s>问：三\n答：",
+    ]
+    for row, name, text in zip(asked[1:3], "ab", texts, strict=True):
+        assert model.adapters[name].template.render(row, model.tokenizer) == text
+    assert two == generate(asked[1], adapter="a", **greedy) and three == generate(asked[2], adapter="b", **greedy)
+    assert four == generate("四", adapter="b", **greedy)
+
+
+def test_a_conversation_is_rendered_as_an_exported_model_does(tokenizer):
+    messages = [{"role": r, "content": c} for r, c in (("user", " a\n"), ("assistant", "b"), ("user", "你好"))]
+    for spec in ("default", "Q: {x}\nA: "):
+        template, taught = Template(spec), copy.deepcopy(tokenizer)
+        teach(taught, template, 1)
+        exported = taught.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        row = question("line 1", {"messages": messages}, template)
+        assert exported == "<|softprompt_0|>" + template.render(row, tokenizer)
+
+
+def test_messages_are_a_question_for_a_chat_template_too(tokenizer):
+    taught = copy.deepcopy(tokenizer)
+    taught.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    messages = [
+        {"role": r, "content": c} for r, c in (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    ]
+    row = question("line 1", {"messages": messages}, Template("chat"))
+    assert Template("chat").render(row, taught) == "<system>s</s><user>a</s><assistant>b</s><user>c</s><bot>"
+
+
 def test_a_conversation_survives_mistakes_and_ctrl_c(place, monkeypatch):
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     generate = model.generate
@@ -427,6 +492,35 @@ def test_a_terminal_without_a_prompt_is_for_chat(place, capsys, monkeypatch):
     out = called(["--adapter", "a", *GREEDY], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     assert out.splitlines()[1] == model.generate("今天", do_sample=False, max_new_tokens=5)
+
+
+@pytest.mark.slow
+def test_on_a_real_terminal_arrow_keys_bring_lines_back(place):
+    """In a process of its own, behind a pseudo-terminal."""
+    argv = [sys.executable, infer.__file__, "--adapter", "a", *GREEDY]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(TERM="dumb", PYTHONPATH=str(Path(infer.__file__).parent))
+        os.execv(argv[0], argv)
+    shown = ""
+
+    def until(number):
+        nonlocal shown
+        while shown.count("a> ") < number:
+            shown += os.read(terminal, 1000).decode(errors="replace")
+
+    until(1)
+    for number, typed in ((2, b"hello\n"), (3, b"\x1b[A\n")):
+        os.write(terminal, typed)
+        until(number)
+    os.write(terminal, b"/quit\n")
+    with contextlib.suppress(OSError):  # the terminal is gone with the program
+        while text := os.read(terminal, 1000):
+            shown += text.decode(errors="replace")
+    answer = softprompt.SoftPromptModel.from_pretrained(adapter="a").generate(
+        "hello", do_sample=False, max_new_tokens=5
+    )
+    assert os.waitpid(child, 0)[1] == 0 and shown.count(answer) == 2, shown
 
 
 def test_adapters_from_python(place, tiny_base):

@@ -227,8 +227,8 @@ def questions_of(file, spec):
 
 
 def test_a_text_file_has_a_question_a_line(tmp_path):
-    (tmp_path / "q.TXT").write_bytes("\ufeff你好\u2028吗\r\n\r\n  a b\n".encode())
-    assert [where[-6:] for where, _ in load_prompts(str(tmp_path / "q.TXT"))] == ["line 1", "line 3"]
+    (tmp_path / "q.TXT").write_bytes("\ufeff你好\u2028吗\r\n  a b\n \r\n\n".encode())
+    assert [where[-6:] for where, _ in load_prompts(str(tmp_path / "q.TXT"))] == ["line 1", "line 2"]
     assert questions_of(tmp_path / "q.TXT", "Q: {text}") == [{"text": "你好\u2028吗"}, {"text": "  a b"}]
 
 
@@ -251,7 +251,7 @@ def test_a_question_as_a_row(spec, row, expected, tmp_path):
 
 QUESTIONS = {
     "missing": ("q.txt", None, "default", "--prompts_file .*q.txt: no such file"),
-    "a folder": (".", None, "default", "no such file"),
+    "a folder": (".", None, "default", "is a folder; name a .txt or a .jsonl in it"),
     "another kind": ("q.csv", b"a", "default", "--prompts_file .*q.csv: expected a .txt or a .jsonl"),
     "empty": ("q.txt", b"\n", "default", "q.txt is empty"),
     "not UTF-8": ("q.txt", "问\n".encode("gbk"), "default", "q.txt, line 1: not UTF-8"),
