@@ -1,5 +1,6 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -34,7 +35,10 @@ def train(preset: str | None = None, **settings: Any) -> Run:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    return run_training(train_config(preset, **settings))
+    run = run_training(train_config(preset, **settings))
+    if run.not_pushed:
+        print(f"warning: {run.not_pushed}", file=sys.stderr)
+    return run
 
 
 class SoftPromptModel:

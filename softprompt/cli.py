@@ -19,6 +19,7 @@ from softprompt.export_config import ExportArguments, ExportConfig, export_confi
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
+from softprompt.report_config import ReportArguments, ReportConfig, report_config
 
 
 class _Extend(argparse.Action):
@@ -85,6 +86,19 @@ def parse_export(argv: Sequence[str]) -> ExportConfig:
     parser.usage = f"{program} ADAPTER --output DIR [--flag value …]"
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
     return export_config(**_parse(parser, argv))
+
+
+def parse_report(argv: Sequence[str]) -> ReportConfig:
+    """Settings of `python -m softprompt.report`: folders of runs, then flags.
+
+    Raises:
+        ConfigError: arguments that are wrong in whatever way.
+    """
+    program = "python -m softprompt.report"
+    parser = _parser([ReportArguments], program, "Write one page about one run, or several side by side.")
+    parser.usage = f"{program} RUN [RUN …] [--flag value …]"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a run of train.py.")
+    return report_config(**_parse(parser, argv))
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
+from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt, read_rows, tokenize_rows
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
@@ -30,6 +32,7 @@ from softprompt.model import (
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
+from softprompt.push import check_hub
 from softprompt.resume import check_fingerprints, find_checkpoint, kept_rows_per_step, load_state, merged
 from softprompt.rows import Row
 from softprompt.shared import SharedEngine, SharedGenerator
@@ -47,6 +50,8 @@ class Prepared:
     output_dir: Path
     rows: list[Row]
     data: Tokenized
+    held_out: Tokenized | None
+    tokenizer: Any
     base: PreTrainedModel
     prompt: PromptEmbedding
     engine: Engine
@@ -82,6 +87,10 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
+    if config.sharing.report_to == "tensorboard":
+        check_installed()
+    if config.sharing.push_to_hub and world.is_main:
+        check_hub(config.sharing, output_dir, print)
     offload = Path(config.model.offload_folder or ".")
     if offload.exists() and not offload.is_dir():
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
@@ -116,7 +125,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         batch_size = config.training.per_device_eval_batch_size
         evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
         _check_metric(config, evaluator)
-    made = (config, output_dir, rows, data, base, prompt, engine, evaluator, fingerprints)
+    made = (config, output_dir, rows, data, held_out_data, tokenizer, base, prompt, engine, evaluator, fingerprints)
     history = saved["history"] if saved else []
     return Prepared(*made, checkpoint, start, totals, history, best, rows_per_step, world)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from softprompt.best import metric_name, noted, patience_is_over
+from softprompt.board import Board, remove_events
 from softprompt.card import model_card
 from softprompt.checkpoint import (
     CARD_FILE,
@@ -29,11 +30,14 @@ from softprompt.config import TrainConfig
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
+from softprompt.facts import facts_of, start_of
 from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
+from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE, Facts
+from softprompt.report_config import REPORT_FILE
 from softprompt.resume import (
     METRICS_FILE,
     OF_A_CHECKPOINT,
@@ -47,8 +51,8 @@ from softprompt.resume import (
 from softprompt.rows import Row
 from softprompt.trainer import Metrics, Step, TrainingState
 
-RESULTS_FILE, PICTURE_FILE = "all_results.json", "loss.png"
-OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE)
+PICTURE_FILE = "loss.png"
+OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +68,7 @@ class Run:
     evaluator: Evaluator | None
     before: Evaluation | None
     after: Evaluation | None
+    not_pushed: str | None = None  # why it is not on the hub, where --push_to_hub failed
 
     def __repr__(self) -> str:
         return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
@@ -77,11 +82,15 @@ class Recorder:
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
         self.evaluator = run.evaluator
+        board = Board(run.output_dir, self._arguments()) if run.config.sharing.report_to == "tensorboard" else None
         self.progress = (
-            Progress(run.total_steps, run.output_dir / METRICS_FILE) if self.world.is_main else Unseen(run.total_steps)
+            Progress(run.total_steps, run.output_dir / METRICS_FILE, board=board)
+            if self.world.is_main
+            else Unseen(run.total_steps)
         )
         self.before: Evaluation | None = None
         self.latest: Evaluation | None = None  # of the prompt as it is after the last step
+        self.facts: Facts = {}
         self.best = run.best
         self.began = time.perf_counter()
         self.state = _state_of(run.checkpoint) if run.checkpoint else {}
@@ -106,12 +115,18 @@ class Recorder:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
             self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
+        if self.world.is_main:
+            self.facts = facts_of(self.run, self._arguments(), self.before)
+            with self._writing("the run"):
+                files = {FACTS_FILE: json_bytes(self.facts), **start_of(self.run, self.output_dir)}
+                write_files(self.output_dir, files)
         self.began = time.perf_counter()
 
     def _clear(self) -> None:
         with self._writing("the run"):
             if self.args.overwrite_output_dir and not self.run.checkpoint:
                 remove_run(self.output_dir, OF_A_RUN)
+                remove_events(self.output_dir)
             remove_leftovers(self.output_dir, "checkpoint")
 
     def wants_to_stop(self) -> bool:
@@ -173,8 +188,10 @@ class Recorder:
         if self._kept_best() not in (None, self.progress.totals.steps):
             after = self._take_best() or after
         metrics = self._results(after, seconds)
+        self.progress.on_end(metrics)
         files = self._adapter_files(metrics)
-        results = {RESULTS_FILE: json_bytes(metrics)}
+        self.facts["end"] = {"step": self.progress.totals.steps}
+        results = {RESULTS_FILE: json_bytes(metrics), FACTS_FILE: json_bytes(self.facts)}
         if self.world.is_main:
             if picture := loss_picture(self.progress.history, self.before.loss if self.before else None):
                 results[PICTURE_FILE] = picture

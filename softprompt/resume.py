@@ -37,6 +37,7 @@ OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OF_THE_PROMPT = ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter")
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
+    "hub_token",
 )
 
 
