@@ -1,6 +1,8 @@
 """What follows a run that is whole: its report, and its upload. Neither can lose it."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,28 +17,38 @@ from softprompt.generate import Generator
 from softprompt.nearest import space_of
 from softprompt.page import page
 from softprompt.pictures import INSTALL, installed
+from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.push import push
 from softprompt.record import FACTS_FILE, START_FILE, Facts, read_run
-from softprompt.report_config import REPORT_FILE
+from softprompt.report_config import PICTURE_FILE, REPORT_FILE
 from softprompt.shared import SharedEngine
 
 Say = Callable[[str], object]
 
 
 def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: Evaluation | None, say: Say) -> None:
-    """Complete report.json and write report.html, from the base that is in memory; what cannot be found out is left out
-    and told there. A fault is one line, and nothing else of the run is touched."""
+    """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
+    out is left out and told there. A fault is one line, and nothing else of the run is touched."""
     folder = run.output_dir
-    try:
+    with _at_most_a_warning(PICTURE_FILE, say):
+        if picture := loss_picture(read_run(folder).history, before.loss if before else None):
+            write_files(folder, {PICTURE_FILE: picture})
+    with _at_most_a_warning(REPORT_FILE, say, f"; try: python -m softprompt.report {shlex.quote(str(folder))}"):
         facts = {**facts, "end": {**facts["end"], **_found(run, before, after)}}
         write_files(folder, {FACTS_FILE: json_bytes(facts)})
         write_files(folder, {REPORT_FILE: page([read_run(folder)]).encode()})
-    except Exception as error:  # whatever it is, the run has ended well
-        say(f"warning: no report: {_line(error)}; the run is whole, try: python -m softprompt.report {folder}")
-        return
-    more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
-    say(f"report: {folder / REPORT_FILE}{more}")
+        more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
+        say(f"report: {folder / REPORT_FILE}{more}")
+
+
+@contextmanager
+def _at_most_a_warning(what: str, say: Say, more: str = "") -> Iterator[None]:
+    """Whatever goes wrong here, the run has ended well."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: no {what}: {_line(error)}; the run is whole{more}")
 
 
 def pushed(run: Prepared, say: Say) -> str | None:

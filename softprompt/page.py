@@ -1,6 +1,7 @@
 """A report's page: what it says of each run, and of several side by side. The words are in report.html.jinja, which
 escapes whatever it is given."""
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ def _curves(record: Record, painter: Painter) -> Iterable[Picture]:
 
 
 def _pictures(painter: Painter, title: str, curves: Sequence[Curve], legend: Sequence[Any]) -> Iterable[Picture]:
-    if svg := painter.curves(curves, title):
+    if svg := painter.curves(curves, title, logarithmic="oss" in title):
         yield Picture(title, Markup(svg), legend)
 
 
@@ -237,7 +238,8 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 def _shown(text: Any) -> str:
     """A text of a row or an answer: not endless, and without control characters, which no page shows."""
-    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    text = re.sub(r"\n\s*\n", "\n", str(text).strip("\n"))  # a template's empty lines say nothing here
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
 WIDTH, HEIGHT = 4.4, 2.7  # inches of 72 units: one fits a phone, two a screen
 MOST_POINTS = 600  # of a curve; longer ones are averaged
+SCALES = 20
 COLOURS = 8  # --c0 … of the page
 INK, FAINT = "#000101", "#000202"
 
@@ -50,12 +51,17 @@ class Painter:
         self.style, self.figure, self.canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
         self.numbers = count()
 
-    def curves(self, curves: Sequence[Curve], label: str) -> str:
-        """Over optimizer steps; "" where there is nothing to draw."""
+    def curves(self, curves: Sequence[Curve], label: str, logarithmic: bool = False) -> str:
+        """Over optimizer steps, on a logarithmic scale where small values would lie flat; "" where there is nothing to
+        draw."""
         drawn = [curve for curve in curves if curve.points or curve.level is not None]
         if not any(curve.points for curve in drawn):
             return ""
         figure, axes = self._axes(label)
+        if logarithmic and spans_scales(drawn):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         for curve in drawn:
             if curve.level is not None:
                 axes.axhline(curve.level, color=_stand_in(curve.colour), linestyle=(0, (4, 3)), linewidth=1.2)
@@ -110,6 +116,13 @@ class Painter:
         return _of_the_page(picture.getvalue(), f"p{next(self.numbers)}-", label)
 
 
+def spans_scales(curves: Sequence[Curve]) -> bool:
+    """Whether the values are above 0 and the largest is SCALES times the smallest or more."""
+    values = [value for curve in curves for _, value in curve.points]
+    values += [curve.level for curve in curves if curve.level is not None]
+    return 0 < SCALES * min(values) <= max(values)
+
+
 def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """At most so many points: each the mean of as many neighbours, at the step of the last of them."""
     each = -(-len(points) // most)
@@ -142,6 +155,7 @@ def _of_the_page(svg: str, prefix: str, label: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg).replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     for colour in range(COLOURS):
         svg = svg.replace(_stand_in(colour), f"var(--c{colour})")
     return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")

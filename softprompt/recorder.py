@@ -33,11 +33,10 @@ from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.facts import facts_of, start_of
 from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
-from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
 from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE, Facts
-from softprompt.report_config import REPORT_FILE
+from softprompt.report_config import PICTURE_FILE, REPORT_FILE
 from softprompt.resume import (
     METRICS_FILE,
     OF_A_CHECKPOINT,
@@ -51,7 +50,6 @@ from softprompt.resume import (
 from softprompt.rows import Row
 from softprompt.trainer import Metrics, Step, TrainingState
 
-PICTURE_FILE = "loss.png"
 OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 
 
@@ -193,8 +191,6 @@ class Recorder:
         self.facts["end"] = {"step": self.progress.totals.steps}
         results = {RESULTS_FILE: json_bytes(metrics), FACTS_FILE: json_bytes(self.facts)}
         if self.world.is_main:
-            if picture := loss_picture(self.progress.history, self.before.loss if self.before else None):
-                results[PICTURE_FILE] = picture
             with self._writing("the run's results"):
                 write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from softprompt.errors import ConfigError
 from softprompt.fields import build, option
 
-REPORT_FILE = "report.html"
+REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
 
 
 @dataclass(frozen=True)

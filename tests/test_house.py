@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
     "ending": {
         *("checkpoint", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page", "pictures"),
-        *("prepare", "push", "record", "report_config", "shared"),
+        *("plot", "prepare", "push", "record", "report_config", "shared"),
     },
     "build": {
         "checkpoint",

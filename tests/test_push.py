@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 from test_bad_input import refused
@@ -52,13 +54,21 @@ class Hub(BaseHTTPRequestHandler):
             told = json.loads(asked)
             name = f"{told.get('organization') or 'me'}/{told['name']}"
             new = name not in self.server.repos
-            self.server.repos.setdefault(name, {"private": told.get("private"), "files": {}})
+            private = (
+                told.get("visibility") == "private" or told.get("private") is True
+            )  # as newer and older versions ask
+            self.server.repos.setdefault(name, {"private": private, "files": {}})
             return self.answer(200 if new else 409, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
         name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
         if "/preupload/" in self.path:
             files = [f["path"] for f in json.loads(asked)["files"]]
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
             return self.answer(200, {"files": modes})
+        if self.path == "/api/validate-yaml":  # of the card's front matter
+            base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
+            good = not base or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base[1])
+            faults = [] if good else [{"message": '"base_model" is not valid. Use a model id'}]
+            return self.answer(400 if faults else 200, {"errors": faults, "warnings": []})
         for line in map(json.loads, asked.decode().splitlines()):
             if line["key"] == "file":
                 value = line["value"]
@@ -90,7 +100,8 @@ def server(monkeypatch):
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)  # what HF_ENDPOINT is read into
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for offline in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
     hub.prepare.cache_clear()
     yield served
@@ -124,7 +135,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     repo = server.repos["org/soft"]
     assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
     assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
-    assert b"base_model" in repo["files"]["README.md"]
+    assert b'library_name: "peft"' in repo["files"]["README.md"]
     told_nowhere(tmp_path, out, err)
     code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
     assert code == 0 and server.commits == 2
@@ -134,7 +145,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
 def test_the_repository_has_the_runs_name_and_the_token_comes_from_the_environment(server, settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     softprompt.train(**{**settings, "hub_model_id": None, "hub_token": None})
-    assert set(server.repos) == {"me/run"} and server.repos["me/run"]["private"] is None
+    assert set(server.repos) == {"me/run"} and not server.repos["me/run"]["private"]
 
 
 @pytest.mark.parametrize("down", [500, 403])

@@ -30,7 +30,7 @@ def pages(tiny_base, tmp_path_factory):
     long = [{"instruction": "w" * 300 + "没有空格的很长的一句话" * 20, "output": "x" * 200} for _ in range(12)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
     longer = {"output_dir": str(folder / ("a_run_with_a_very_long_name" * 3)), "num_virtual_tokens": 30}
-    other = softprompt.train(**{**settings, **longer, "max_length": 512}).output_dir
+    other = softprompt.train(**{**settings, **longer, "max_length": 1024}).output_dir
     both = report.report(folder / "run", other, output_file=folder / "both.html")
     return {"one": folder / "run/report.html", "long": other / "report.html", "both": both}
 
