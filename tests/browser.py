@@ -82,7 +82,7 @@ class Browser:
         line, _, self.left = self.left.partition(b"\0")
         told = json.loads(line)
         method, params = told.get("method"), told.get("params", {})
-        if method == "Network.requestWillBeSent":
+        if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith("data:"):
             self.requests.append(params["request"]["url"][:200])
         elif method == "Log.entryAdded":
             self.complaints.append(params["entry"]["text"])
