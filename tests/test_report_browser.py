@@ -44,9 +44,9 @@ def tab():
 
 @pytest.mark.parametrize("name", ["one", "long", "both"])
 def test_pages_are_shown_whole_and_ask_for_nothing(name, pages, tab):
-    for width in (320, 360, 820, 1400):
+    for width, medium in ((320, ""), (360, ""), (650, ""), (650, "print"), (820, ""), (1400, "")):
         tab.requests.clear()
-        tab.open(pages[name], width)
+        tab.open(pages[name], width, media=medium)
         assert tab.ask(WIDE) == 0, (width, tab.ask(BEYOND))
         assert tab.ask(BEYOND) == [], width
         assert tab.ask(BLANK) == [] and tab.ask(SMALLEST) >= 9, width
