@@ -1,8 +1,9 @@
-"""What follows a run that is whole: its report, and its upload. Neither can lose it."""
+"""What goes beside a run: its report, and its upload when it is whole. Neither can lose it."""
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -11,7 +12,7 @@ from softprompt.checkpoint import PROMPT_KEY, json_bytes
 from softprompt.engines import generator_beside
 from softprompt.errors import PushError
 from softprompt.evaluate import Evaluation
-from softprompt.facts import examples_of, likeness
+from softprompt.facts import examples_of, facts_of, likeness, start_of
 from softprompt.files import write_files
 from softprompt.generate import Generator
 from softprompt.nearest import space_of
@@ -27,16 +28,27 @@ from softprompt.shared import SharedEngine
 Say = Callable[[str], object]
 
 
+def begin_report(run: Prepared, arguments: Mapping[str, Any], before: Evaluation | None, say: Say) -> Facts:
+    """Write down what is known of a run when its loop starts; `before` is the bare base's evaluation."""
+    facts: Facts = {}
+    if run.world.is_main:
+        with _at_most_a_warning(FACTS_FILE, say):
+            facts |= facts_of(run, arguments, before)
+            write_files(run.output_dir, {FACTS_FILE: json_bytes(facts), **start_of(run, run.output_dir)})
+    return facts
+
+
 def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: Evaluation | None, say: Say) -> None:
     """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
     out is left out and told there. A fault is one line, and nothing else of the run is touched."""
-    folder = run.output_dir
+    folder, ended = run.output_dir, {**facts, "end": {}}
+    with _at_most_a_warning(FACTS_FILE, say):
+        write_files(folder, {FACTS_FILE: json_bytes(ended)})
     with _at_most_a_warning(PICTURE_FILE, say):
         if picture := loss_picture(read_run(folder).history, before.loss if before else None):
             write_files(folder, {PICTURE_FILE: picture})
     with _at_most_a_warning(REPORT_FILE, say, f"; try: python -m softprompt.report {shlex.quote(str(folder))}"):
-        facts = {**facts, "end": {**facts["end"], **_found(run, before, after)}}
-        write_files(folder, {FACTS_FILE: json_bytes(facts)})
+        write_files(folder, {FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
         write_files(folder, {REPORT_FILE: page([read_run(folder)]).encode()})
         more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
         say(f"report: {folder / REPORT_FILE}{more}")
@@ -44,11 +56,11 @@ def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: 
 
 @contextmanager
 def _at_most_a_warning(what: str, say: Say, more: str = "") -> Iterator[None]:
-    """Whatever goes wrong here, the run has ended well."""
+    """Whatever goes wrong here, the run goes on, or has ended well."""
     try:
         yield
     except Exception as error:
-        say(f"warning: no {what}: {_line(error)}; the run is whole{more}")
+        say(f"warning: no {what}: {_line(error)}; the run itself is not concerned{more}")
 
 
 def pushed(run: Prepared, say: Say) -> str | None:

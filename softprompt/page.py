@@ -157,16 +157,19 @@ def _curves(record: Record, painter: Painter) -> Iterable[Picture]:
         drawn.append(Curve(2, level=base))
         legend.append((2, True, f"held out, base alone ({base:.4f})"))
     title = "Loss, nats per target token"
-    yield from _pictures(painter, title, drawn, legend)
+    yield from _pictures(painter, "loss", title, drawn, legend)
     for name, title in CURVES.items():
         drawn, legend = [Curve(0, record.series(name))], []
         if (level := record.of_base(name)) is not None:
             drawn, legend = [*drawn, Curve(2, level=level)], [(0, False, "with the prompt"), (2, True, "base alone")]
-        yield from _pictures(painter, title, drawn, legend)
+        yield from _pictures(painter, name, title, drawn, legend)
 
 
-def _pictures(painter: Painter, title: str, curves: Sequence[Curve], legend: Sequence[Any]) -> Iterable[Picture]:
-    if svg := painter.curves(curves, title, logarithmic="oss" in title):
+def _pictures(
+    painter: Painter, name: str, title: str, curves: Sequence[Curve], legend: Sequence[Any]
+) -> Iterable[Picture]:
+    """The one of a metric, if there is anything of it."""
+    if svg := painter.curves(curves, title, logarithmic=name in LOSSES, share=name == "eval_exact_match"):
         yield Picture(title, Markup(svg), legend)
 
 
@@ -227,7 +230,7 @@ def _side_by_side(records: Sequence[Record], names: Sequence[str], painter: Pain
         }
         curves += [Curve(n, level=level) for level, n in levels.items()]
         legend += [(n, True, f"{names[n]}, base alone") for n in sorted(levels.values())]
-        yield from _pictures(painter, title, curves, legend)
+        yield from _pictures(painter, name, title, curves, legend)
 
 
 def _names(records: Sequence[Record]) -> list[str]:

@@ -51,7 +51,7 @@ class Painter:
         self.style, self.figure, self.canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
         self.numbers = count()
 
-    def curves(self, curves: Sequence[Curve], label: str, logarithmic: bool = False) -> str:
+    def curves(self, curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False) -> str:
         """Over optimizer steps, on a logarithmic scale where small values would lie flat; "" where there is nothing to
         draw."""
         drawn = [curve for curve in curves if curve.points or curve.level is not None]
@@ -69,6 +69,9 @@ class Painter:
             marks = {"marker": "o", "markersize": 3} if curve.marks or len(curve.points) == 1 else {}
             axes.plot(*zip(*averaged(curve.points), strict=True), color=_stand_in(curve.colour), linewidth=1.3, **marks)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if share:
+            axes.set_ylim(-0.03, 1.03)
         return self._svg(figure, label)
 
     def bars(self, bars: Sequence[tuple[float, float]], line: float, label: str) -> str:

@@ -30,12 +30,11 @@ from softprompt.config import TrainConfig
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
-from softprompt.facts import facts_of, start_of
 from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
-from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE, Facts
+from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE
 from softprompt.report_config import PICTURE_FILE, REPORT_FILE
 from softprompt.resume import (
     METRICS_FILE,
@@ -80,7 +79,7 @@ class Recorder:
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
         self.evaluator = run.evaluator
-        board = Board(run.output_dir, self._arguments()) if run.config.sharing.report_to == "tensorboard" else None
+        board = Board(run.output_dir, self.arguments()) if run.config.sharing.report_to == "tensorboard" else None
         self.progress = (
             Progress(run.total_steps, run.output_dir / METRICS_FILE, board=board)
             if self.world.is_main
@@ -88,7 +87,6 @@ class Recorder:
         )
         self.before: Evaluation | None = None
         self.latest: Evaluation | None = None  # of the prompt as it is after the last step
-        self.facts: Facts = {}
         self.best = run.best
         self.began = time.perf_counter()
         self.state = _state_of(run.checkpoint) if run.checkpoint else {}
@@ -113,11 +111,6 @@ class Recorder:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
             self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
-        if self.world.is_main:
-            self.facts = facts_of(self.run, self._arguments(), self.before)
-            with self._writing("the run"):
-                files = {FACTS_FILE: json_bytes(self.facts), **start_of(self.run, self.output_dir)}
-                write_files(self.output_dir, files)
         self.began = time.perf_counter()
 
     def _clear(self) -> None:
@@ -188,8 +181,7 @@ class Recorder:
         metrics = self._results(after, seconds)
         self.progress.on_end(metrics)
         files = self._adapter_files(metrics)
-        self.facts["end"] = {"step": self.progress.totals.steps}
-        results = {RESULTS_FILE: json_bytes(metrics), FACTS_FILE: json_bytes(self.facts)}
+        results = {RESULTS_FILE: json_bytes(metrics)}
         if self.world.is_main:
             with self._writing("the run's results"):
                 write_files(self.output_dir, {**results, **self.state, **files})
@@ -258,7 +250,7 @@ class Recorder:
             **({"best_global_step": self.best.step, "best_metric": self.best.metric} if self._kept_best() else {}),
         }
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The settings as they were used, without those that are of one call."""
         used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
         every = {**self.config.as_dict(), **used}
@@ -276,7 +268,7 @@ class Recorder:
             "generation": GENERATION_DEFAULTS.get(name, {}),
         }
         adapter = Adapter(prompt, peft, ours)
-        return {**adapter_files(adapter), CARD_FILE: model_card(adapter, self._arguments(), metrics)}
+        return {**adapter_files(adapter), CARD_FILE: model_card(adapter, self.arguments(), metrics)}
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

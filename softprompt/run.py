@@ -11,7 +11,7 @@ from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
 from softprompt.distributed import World, join, launch, may_restart, restarts
-from softprompt.ending import leave_report, pushed
+from softprompt.ending import begin_report, leave_report, pushed
 from softprompt.errors import ConfigError, TrainingError
 from softprompt.files import write_files
 from softprompt.prepare import Prepared, prepare
@@ -90,12 +90,13 @@ def _trained(run: Prepared, request: StopRequest) -> Run:
     try:
         with recorder.progress:
             recorder.begin()
+            facts = begin_report(run, recorder.arguments(), recorder.before, recorder.progress.say)
             args, peak = run.config.training, run.config.learning_rate
             train(run.engine, run.prompt, run.data.examples, args, peak, recorder, run.start, run.rows_per_step)
             recorder.stop_if_asked()
             finished = recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
             if run.world.is_main:
-                leave_report(run, recorder.facts, finished.before, finished.after, recorder.progress.say)
+                leave_report(run, facts, finished.before, finished.after, recorder.progress.say)
                 if run.config.sharing.push_to_hub:
                     return replace(finished, not_pushed=pushed(run, recorder.progress.say))
             return finished

@@ -181,7 +181,9 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, 
     assert "Try: python infer.py" in out and (tmp_path / "run/all_results.json").exists()
     if where == "page":
         (line,) = [line for line in err.splitlines() if "report" in line]
-        assert line.startswith("warning: no report.html: MemoryError: nothing left; the run is whole; try: python -m")
+        assert line.startswith(
+            "warning: no report.html: MemoryError: nothing left; the run itself is not concerned; try: python -m"
+        )
         assert not (tmp_path / "run/report.html").exists()
     elif where == "loss_picture":
         assert "warning: no loss.png: MemoryError: nothing left" in err and (tmp_path / "run/report.html").exists()
@@ -350,3 +352,11 @@ def test_a_secret_is_not_told(run, monkeypatch):
     record = read_run(run)
     record.facts["arguments"]["dataset"] = "https://u:not_to_be_told@x/y"
     assert "not_to_be_told" not in page.page([record])
+
+
+def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys):
+    (tmp_path / "run/report.json").mkdir(parents=True)
+    softprompt.train(**settings)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no report")]
+    assert "warning: no report.json" in lines[0] and "warning: no report.html" in lines[-1]
+    assert (tmp_path / "run/all_results.json").exists()
