@@ -34,7 +34,7 @@ def begin_report(run: Prepared, arguments: Mapping[str, Any], before: Evaluation
     if run.world.is_main:
         with _at_most_a_warning(FACTS_FILE, say):
             facts |= facts_of(run, arguments, before)
-            write_files(run.output_dir, {FACTS_FILE: json_bytes(facts), **start_of(run, run.output_dir)})
+            write_files(run.output_dir, {**start_of(run, run.output_dir), FACTS_FILE: json_bytes(facts)})
     return facts
 
 

@@ -18,7 +18,7 @@ from softprompt.checkpoint import PROMPT_KEY
 from softprompt.data import Example, Tokenized, count_targets
 from softprompt.evaluate import Evaluation, answer_ids, question_ids
 from softprompt.generate import Generator, in_order
-from softprompt.nearest import Space, chance, nearest, shown, similarities
+from softprompt.nearest import Space, nearest, noise, shown, similarities
 from softprompt.prepare import Prepared
 from softprompt.record import START_FILE, Facts
 from softprompt.requests import GenerationSettings, Request
@@ -112,34 +112,36 @@ def examples_of(
 
 def likeness(space: Space, tokenizer: Any, prompt: Tensor, start: Tensor | None) -> Facts:
     """For each virtual token of `prompt` [P, H] the nearest words and how far it moved from `start` [P, H], if that is
-    known; and the tokens' similarities with each other."""
-    P, words = len(prompt), len(tokenizer)
+    known; and the tokens' similarities with each other. The vocabulary is gone through once for all of it."""
+    P, known = len(prompt), start is not None and start.shape == prompt.shape
     prompt = prompt.detach().cpu().float()[:MOST_TOKENS]
-    ids, cosines = nearest(space, prompt, NEAREST, words)
-    tokens: list[Facts] = [
-        {"nearest": list(zip(shown(tokenizer, row), _rounded(near), strict=True)), "norm": size}
-        for row, near, size in zip(ids.tolist(), cosines.tolist(), _rounded(prompt.norm(dim=1).tolist()), strict=True)
-    ]
-    if start is not None and start.shape == (P, prompt.shape[1]):
-        for token, moved in zip(tokens, _moves(space, tokenizer, prompt, start[: len(prompt)].float()), strict=True):
-            token |= moved
+    began = start[:MOST_TOKENS].float() if start is not None and known else prompt[:0]
+    ids, cosines = nearest(space, torch.cat([prompt, began, noise(space)]), NEAREST, len(tokenizer))
+    words = [list(zip(shown(tokenizer, row), _rounded(near), strict=True)) for row, near in _rows(ids, cosines)]
+    sizes = [len(prompt), len(began)]
+    tokens: list[Facts] = [{"nearest": near} for near in words[: sizes[0]]]
+    moves = zip(tokens, _moves(space, prompt, began), words[sizes[0] : sum(sizes)], strict=True) if known else ()
+    for token, moved, near in moves:
+        token |= {**moved, "start": near[0]}
     return {
         "P": P,
         "layernorm": space.layernorm is not None,
-        "chance": round(chance(space, among=words), 4),
+        "chance": round(cosines[sum(sizes) :, 0].mean().item(), 4),
         "tokens": tokens,
         "similarities": [_rounded(row) for row in similarities(space, prompt).tolist()],
     }
 
 
-def _moves(space: Space, tokenizer: Any, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
-    """Euclidean distances from the start, beside the start's own length, and what it was nearest to then."""
-    ids, cosines = nearest(space, start, 1, len(tokenizer))
-    began = zip(shown(tokenizer, ids[:, 0].tolist()), _rounded(cosines[:, 0].tolist()), strict=True)
-    moved, sizes = (prompt - start).norm(dim=1).tolist(), start.norm(dim=1).tolist()
-    kept = (space.directions(prompt) * space.directions(start)).sum(dim=1).tolist()
-    for far, size, cosine, word in zip(moved, sizes, kept, began, strict=True):
-        yield {"moved": round(far, 4), "of": round(size, 4), "cosine": round(cosine, 4), "start": word}
+def _rows(*values: Tensor) -> Iterator[tuple[list[Any], ...]]:
+    return zip(*(value.tolist() for value in values), strict=True)
+
+
+def _moves(space: Space, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
+    """Euclidean distances from the start, beside the start's own length, and the cosine with it."""
+    moved, sizes = (prompt - start).norm(dim=1), start.norm(dim=1)
+    kept = (space.directions(prompt) * space.directions(start)).sum(dim=1)
+    for far, size, cosine in _rows(moved, sizes, kept):
+        yield {"moved": round(far, 4), "of": round(size, 4), "cosine": round(cosine, 4)}
 
 
 @torch.no_grad()

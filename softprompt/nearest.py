@@ -56,11 +56,10 @@ def nearest(space: Space, vectors: Tensor, k: int, among: int | None = None) -> 
     return ids.cpu(), cosines.cpu()
 
 
-def chance(space: Space, k: int = 16, among: int | None = None) -> float:
-    """The cosine that the nearest word of a random direction has, the mean of k such. What a virtual token has beyond
-    it says something."""
-    noise = torch.randn(k, space.words.shape[1], generator=torch.Generator().manual_seed(0))
-    return nearest(space, noise, 1, among)[1].mean().item()
+def noise(space: Space, n: int = 16) -> Tensor:
+    """Random vectors [n, H] fp32, the same ones each time: what a virtual token is nearer to its nearest word than
+    they to theirs says something."""
+    return torch.randn(n, space.words.shape[1], generator=torch.Generator().manual_seed(0))
 
 
 def similarities(space: Space, vectors: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from softprompt.cli import command
 from softprompt.config import train_config
 from softprompt.push import PUSHED
 
+pytestmark = pytest.mark.reports
 TOKEN = "not_to_be_told_anywhere"
-ADAPTER = set(PUSHED) - {"report.html"}
 
 
 class Hub(BaseHTTPRequestHandler):

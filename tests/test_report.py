@@ -21,6 +21,7 @@ from softprompt.cli import parse_report
 from softprompt.errors import ReportError
 from softprompt.nearest import Space
 
+pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
 ROWS = [{"instruction": f"第{i}题 {EVIL}", "output": "<b>好</b>" if i % 2 else "坏"} for i in range(24)]
 

@@ -9,7 +9,10 @@ from test_report import settings_in
 import softprompt
 from softprompt import report
 
-pytestmark = pytest.mark.skipif(browser.FOUND is None, reason=f"no browser here: none of {', '.join(browser.NAMES)}")
+pytestmark = [
+    pytest.mark.reports,
+    pytest.mark.skipif(browser.FOUND is None, reason=f"no browser here: none of {', '.join(browser.NAMES)}"),
+]
 WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 BEYOND = """[...document.querySelectorAll('body *')].filter(e => !e.closest('svg, thead') &&
     e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 90))"""

@@ -48,6 +48,7 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"
 STATE = {"optimizer.safetensors", "rng_state.safetensors", "trainer_state.json"}
 
 
+@pytest.mark.reports
 def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     out, err = called(train, [*flags, "--print_model", "--eval_steps", "4"], capsys, monkeypatch)
     (run,) = (tmp_path / "runs").iterdir()
