@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from softprompt.cli import command, parse_training
+from softprompt.errors import PushError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -14,7 +15,13 @@ def main(argv: Sequence[str]) -> None:
     from softprompt.summary import summary
 
     with joined() as world:
-        print(dry_run(config, world) if config.training.dry_run else summary(run_training(config, world)))
+        if config.training.dry_run:
+            print(dry_run(config, world))
+            return
+        run = run_training(config, world)
+        print(summary(run))
+    if run.not_pushed:
+        raise PushError(run.not_pushed)
 
 
 if __name__ == "__main__":

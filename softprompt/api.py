@@ -1,5 +1,6 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
 from softprompt.answering import answered
 from softprompt.build import base_path
-from softprompt.config import bits_faults, precision_faults, train_config
+from softprompt.config import bits_faults, bits_of, precision_faults, train_config
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble, Voting
 from softprompt.errors import ConfigError
@@ -35,7 +36,10 @@ def train(preset: str | None = None, **settings: Any) -> Run:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    return run_training(train_config(preset, **settings))
+    run = run_training(train_config(preset, **settings))
+    if run.not_pushed:
+        print(f"warning: {run.not_pushed}", file=sys.stderr)
+    return run
 
 
 class SoftPromptModel:
@@ -95,7 +99,7 @@ class SoftPromptModel:
         adapters, first, name = shelf(folders, base)
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        bits = 8 if load_in_8bit else 4 if load_in_4bit else None
+        bits = bits_of(load_in_8bit, load_in_4bit)
         loaded, quantised = load_quantised(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
         model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
         model.name, model.adapters, model.active_adapter = name, {}, first

@@ -1,6 +1,8 @@
 """Model cards, of an adapter and of an exported model, in the hub's form (YAML front matter, then Markdown)."""
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +74,9 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
 
 
 def _front(base: str, library: str, tags: Sequence[str]) -> list[str]:
-    front = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.isdir(base)
+    front = {"base_model": base} if on_hub else {}  # the hub takes no card that names a folder of someone's disk
+    front |= {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     return ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()), "---", ""]
 
 

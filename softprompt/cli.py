@@ -20,6 +20,7 @@ from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
 from softprompt.grid import Study, read_study, relocated
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
+from softprompt.report_config import ReportArguments, ReportConfig, report_config
 
 
 class _Extend(argparse.Action):
@@ -101,6 +102,19 @@ def parse_study(argv: Sequence[str]) -> Study:
     parser.add_argument("--output_dir", metavar="DIR", help="Where to write. (default: the file's, or runs/study-NAME)")
     given = _parse(parser, argv)
     return relocated(read_study(Path(given["study"])), given.get("output_dir"))
+
+
+def parse_report(argv: Sequence[str]) -> ReportConfig:
+    """Settings of `python -m softprompt.report`: folders of runs, then flags.
+
+    Raises:
+        ConfigError: arguments that are wrong in whatever way.
+    """
+    program = "python -m softprompt.report"
+    parser = _parser([ReportArguments], program, "Write one page about one run, or several side by side.")
+    parser.usage = f"{program} RUN [RUN …] [--flag value …]"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a run of train.py.")
+    return report_config(**_parse(parser, argv))
 
 
 def command(main: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
 from softprompt.fields import AUTO, build, nearest, option
+from softprompt.redact import hide
+from softprompt.sharing_config import SECRETS, SharingArguments, sharing_faults
 from softprompt.stopping import seconds_of
 
 # Chosen by the sweeps that README.md quotes ("The learning rate"). A RANDOM prompt has unit variance and needs steps
@@ -208,7 +210,7 @@ class TrainingArguments:
     early_stopping_threshold: float = option(0.0, "Gains of no more than this are none to that patience.")
 
 
-GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments)
+GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments, SharingArguments)
 
 _BLOOM = {"model_name_or_path": "Langboat/bloom-1b4-zh", "dataset": "alpaca_data_zh"}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -233,8 +235,9 @@ class TrainConfig:
     data: DataArguments
     prompt: PromptTuningArguments
     training: TrainingArguments
+    sharing: SharingArguments = dataclasses.field(default_factory=SharingArguments)
     given: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict, compare=False
+        default_factory=dict, compare=False, repr=False
     )  # what was set by hand, under its flag's name
 
     @property
@@ -248,11 +251,11 @@ class TrainConfig:
         return parse_columns(self.data.columns)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every setting under its flag's name, JSON-able."""
+        """Every setting under its flag's name but for secrets, JSON-able."""
         flat = {"preset": self.preset}
-        for part in (self.model, self.data, self.prompt, self.training):
+        for part in (self.model, self.data, self.prompt, self.training, self.sharing):
             flat |= dataclasses.asdict(part)
-        return flat
+        return {name: value for name, value in flat.items() if name not in SECRETS}
 
 
 def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
@@ -270,6 +273,9 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
         ConfigError: an unknown preset or field, a value of a wrong type or out of range, settings that contradict
             each other; every fault is in the one message.
     """
+    for name in SECRETS:
+        if given.get(name):
+            hide(str(given[name]))
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):
@@ -298,6 +304,11 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", device):
         faults.append(f"--device {device!r} is not auto, cpu, cuda or cuda:N")
     return faults
+
+
+def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
+    """Of a weight of a quantised base."""
+    return 8 if load_in_8bit else 4 if load_in_4bit else None
 
 
 def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
@@ -398,6 +409,7 @@ def _faults(config: TrainConfig) -> Iterator[str]:
         if not getattr(training, name) >= 0:
             yield f"--{name} {getattr(training, name)} must not be negative"
     yield from seed_faults(training.seed)
+    yield from sharing_faults(config.sharing, bool(training.resume_from_checkpoint))
     limits = {"num_virtual_tokens": prompt.num_virtual_tokens, "num_train_epochs": training.num_train_epochs}
     for name, value in {**limits, "max_steps": training.max_steps}.items():
         most = 1_000_000_000 if name == "max_steps" else 100_000

@@ -54,6 +54,16 @@ class OutputError(SoftpromptError):
     """A place to write to that cannot be written to."""
 
 
+class ReportError(SoftpromptError):
+    """A run that cannot be reported: not there, no run, without metrics, or with broken files."""
+
+
+class PushError(SoftpromptError):
+    """An upload to the hub that failed; the run that was to be uploaded is whole."""
+
+    exit_code = 1
+
+
 class TrainingError(SoftpromptError):
     """A run that cannot go on, such as a loss that is not finite."""
 

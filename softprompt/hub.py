@@ -1,6 +1,7 @@
 """The hub, where there may be none: one quick question instead of a minute of retries for every file."""
 
 import logging
+import os
 from functools import cache
 
 from softprompt.redact import Redacting
@@ -29,3 +30,10 @@ def prepare() -> None:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception:  # of httpx, of a proxy, of name resolution: in each case there is no way through
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def wake() -> None:
+    """Hours later the hub may be there: ask it again, unless the user wants none of it."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -8,6 +8,7 @@ from softprompt.config import TrainConfig
 from softprompt.data import Encoded, Tokenized, encode, tokenize
 from softprompt.errors import ConfigError, DataError
 from softprompt.feed import Feed, Listed
+from softprompt.fingerprints import fingerprint_of_rows
 from softprompt.mini import rows as mini_rows
 from softprompt.row_stream import RowStream
 from softprompt.rows import Row, checked, checked_row, checked_rows, load_rows
@@ -29,6 +30,10 @@ class Rows(NamedTuple):
     train: list[Row]
     held_out: list[Row]
     source: Source | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
 
 
 def read_rows(config: TrainConfig, template: Template) -> Rows:

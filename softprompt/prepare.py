@@ -2,21 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
+from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
 from softprompt.checkpoint import load_adapter
-from softprompt.config import TrainConfig
+from softprompt.config import TrainConfig, bits_of
 from softprompt.data import Tokenized
 from softprompt.distributed import World, launched
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.feed import Feed, rows_of_a_step
-from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_tokenizer
 from softprompt.generate import Generator
 from softprompt.hollow import read_hollow
 from softprompt.intake import make_feed, read_rows, template_of, tokenize_rows
@@ -33,6 +35,7 @@ from softprompt.model import (
 )
 from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
+from softprompt.push import check_hub
 from softprompt.quantised import quantise
 from softprompt.resume import (
     check_fingerprints,
@@ -60,6 +63,8 @@ class Prepared:
     output_dir: Path
     rows: list[Row]
     data: Tokenized
+    held_out: Tokenized | None
+    tokenizer: Any
     feed: Feed
     base: PreTrainedModel
     prompt: PromptEmbedding
@@ -98,9 +103,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, checkpoint)
-    offload = Path(config.model.offload_folder or ".")
-    if offload.exists() and not offload.is_dir():
-        raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
+    _check_places(config, output_dir, world)
     template = template_of(config)
     rows = read_rows(config, template)
     tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train))
@@ -110,16 +113,13 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tell_data(data, held_out_data, config.data.buffer_size if rows.source else None)
     feed = make_feed(config, rows, data, tokenizer, rows_per_step)
     base, stored = _read_base(config, path, sharded)
-    fingerprints = {
-        "dataset": rows.source.fingerprint if rows.source else fingerprint_of_rows(rows.train),
-        "tokenizer": fingerprint_of_tokenizer(tokenizer),
-    }
+    fingerprints = {"dataset": rows.fingerprint, "tokenizer": fingerprint_of_tokenizer(tokenizer)}
     if world.is_main or not sharded:  # else every rank would read the whole base
         keep = not config.training.dry_run
         fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
     if checkpoint and saved and not config.training.ignore_data_skip:
         check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
-    bits = 8 if config.model.load_in_8bit else 4 if config.model.load_in_4bit else None
+    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
     quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
@@ -132,16 +132,33 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tell_model(config, SoftPromptedModel(prompt, base), engine)
     searches = config.training.find_learning_rate and checkpoint is None
     tell_steps(config, feed, world.size, output_dir, searches)
-    evaluator = None
-    if held_out_data:
-        if config.model.stream_base:
-            print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
-        batch_size = config.training.per_device_eval_batch_size
-        evaluator = Evaluator(engine, generator, tokenizer, held_out_data.examples, batch_size)
-        _check_metric(config, evaluator)
-    made = (config, output_dir, rows.train, data, feed, base, prompt, engine, evaluator, fingerprints)
+    evaluator = _evaluator(config, engine, generator, tokenizer, held_out_data) if held_out_data else None
+    made = (config, output_dir, rows.train, data, held_out_data, tokenizer, feed, base, prompt, engine)
+    made = (*made, evaluator, fingerprints)
     history = saved["history"] if saved else []
     return Prepared(*made, checkpoint, start, totals, history, best, world)
+
+
+def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
+    """What would only fail late: where else than to `output_dir` the run writes."""
+    if config.sharing.report_to == "tensorboard":
+        check_installed()
+    if config.sharing.push_to_hub and world.is_main:
+        check_hub(config.sharing, output_dir, print)
+    offload = Path(config.model.offload_folder or ".")
+    if offload.exists() and not offload.is_dir():
+        raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
+
+
+def _evaluator(
+    config: TrainConfig, engine: Engine, generator: Generator | None, tokenizer: Any, held_out: Tokenized
+) -> Evaluator:
+    if config.model.stream_base:
+        print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
+    batch_size = config.training.per_device_eval_batch_size
+    evaluator = Evaluator(engine, generator, tokenizer, held_out.examples, batch_size)
+    _check_metric(config, evaluator)
+    return evaluator
 
 
 def _is_sharded(config: TrainConfig, world: World) -> bool:

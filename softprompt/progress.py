@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from softprompt.board import Board
 from softprompt.files import write_files
 from softprompt.redact import redacted
 from softprompt.resume import metrics_file
@@ -51,12 +52,12 @@ class Totals:
 class Progress:
     """A bar on a terminal; plain lines, one per log record, where there is none."""
 
-    def __init__(self, total: int, metrics_file: Path, stream: TextIO | None = None):
+    def __init__(self, total: int, metrics_file: Path, stream: TextIO | None = None, board: Board | None = None):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.total = total
         self.bar: tqdm = tqdm(disable=True)
-        self.metrics_file = metrics_file
+        self.metrics_file, self.board = metrics_file, board
         self.history: list[Metrics] = []
         self.recent: deque[Step] = deque(maxlen=10)
         self.totals = Totals()
@@ -67,6 +68,8 @@ class Progress:
         self.totals = totals or self.totals
         self.history = list(history)
         self._write(self._write_whole)
+        if self.board:
+            self.board.start(self.history, self.totals.steps, self.say)
         self.bar = tqdm(
             total=self.total,
             initial=self.totals.steps,
@@ -87,9 +90,17 @@ class Progress:
     def on_log(self, record: Metrics) -> None:
         """Append one record to metrics.jsonl, and show it."""
         self.history.append(record)
+        if self.board:
+            self.board.log(record)
         self._write(self._write_whole if self.behind else lambda: self._append(record))
         if not self.live or "eval_loss" in record:
             self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
+
+    def on_end(self, results: Metrics) -> None:
+        """What is known only at the end: nothing of it is a record."""
+        known = {name: v for name, v in results.items() if name.startswith("train_") or name.endswith("_base")}
+        if self.board:
+            self.board.log({"step": self.totals.steps, **known})
 
     def say(self, text: str) -> None:
         """One line that does not disturb the bar."""
@@ -129,6 +140,8 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._show(self.bar.close)
+        if self.board:
+            self.board.close()
 
 
 class Unseen(Progress):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softprompt.best import metric_name, noted, patience_is_over
+from softprompt.board import Board, remove_events
 from softprompt.card import model_card
 from softprompt.checkpoint import (
     CARD_FILE,
@@ -32,9 +33,10 @@ from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import remove_leftovers, write_files, write_folder
 from softprompt.infer_config import GENERATION_DEFAULTS
-from softprompt.plot import loss_picture
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
+from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE
+from softprompt.report_config import PICTURE_FILE, REPORT_FILE
 from softprompt.resume import (
     METRICS_FILE,
     OF_A_CHECKPOINT,
@@ -48,8 +50,7 @@ from softprompt.resume import (
 from softprompt.rows import Row
 from softprompt.trainer import Metrics, Step, TrainingState
 
-RESULTS_FILE, PICTURE_FILE = "all_results.json", "loss.png"
-OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE)
+OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +66,7 @@ class Run:
     evaluator: Evaluator | None
     before: Evaluation | None
     after: Evaluation | None
+    not_pushed: str | None = None  # why it is not on the hub, where --push_to_hub failed
 
     def __repr__(self) -> str:
         return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
@@ -78,8 +80,9 @@ class Recorder:
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
         self.evaluator = run.evaluator
+        board = Board(run.output_dir, self.arguments()) if run.config.sharing.report_to == "tensorboard" else None
         self.progress = (
-            Progress(run.feed.total_steps, run.output_dir / METRICS_FILE)
+            Progress(run.feed.total_steps, run.output_dir / METRICS_FILE, board=board)
             if self.world.is_main
             else Unseen(run.feed.total_steps)
         )
@@ -116,6 +119,7 @@ class Recorder:
         with self._writing("the run"):
             if self.args.overwrite_output_dir and not self.run.checkpoint:
                 remove_run(self.output_dir, OF_A_RUN)
+                remove_events(self.output_dir)
             remove_leftovers(self.output_dir, "checkpoint")
 
     def wants_to_stop(self) -> bool:
@@ -180,11 +184,10 @@ class Recorder:
         if self._kept_best() not in (None, self.progress.totals.steps):
             after = self._take_best() or after
         metrics = self._results(after, seconds)
+        self.progress.on_end(metrics)
         files = self._adapter_files(metrics)
         results = {RESULTS_FILE: json_bytes(metrics)}
         if self.world.is_main:
-            if picture := loss_picture(self.progress.history, self.before.loss if self.before else None):
-                results[PICTURE_FILE] = picture
             with self._writing("the run's results"):
                 write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
@@ -261,7 +264,7 @@ class Recorder:
             **({"best_global_step": self.best.step, "best_metric": self.best.metric} if self._kept_best() else {}),
         }
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The settings as they were used, without those that are of one call."""
         used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
         every = {**self.config.as_dict(), **used}
@@ -269,7 +272,7 @@ class Recorder:
 
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
-        return adapter_folder(self.config, self.run.base.config, prompt, self._arguments(), metrics)
+        return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
 
 
 def adapter_folder(

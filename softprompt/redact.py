@@ -12,6 +12,14 @@ LEAST = 6  # characters; shorter values are words like `false`, and no secrets
 HIDDEN = "***"
 
 
+_told: set[str] = set()  # secrets that came by another way than the environment
+
+
+def hide(secret: str) -> None:
+    """From now on `secret` is one, too."""
+    _told.add(secret.strip())
+
+
 def redacted(text: str) -> str:
     """The text without hub tokens, without what stands before the @ of a URL, and without the values of environment
     variables that are secret by their name or as the password of a URL."""
@@ -30,7 +38,7 @@ class Redacting(logging.Filter):
 
 
 def _secrets() -> set[str]:
-    found = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    found = _told | {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
     for value in os.environ.values():
         if "://" in value and "@" in value:
             found |= _userinfo(value)

@@ -40,6 +40,7 @@ OF_THE_BEGINNING = (
 )
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
+    "hub_token",
 )
 
 

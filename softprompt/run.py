@@ -15,6 +15,7 @@ from softprompt.config import NEWEST, TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
 from softprompt.distributed import Wish, World, join, launch, may_restart, restarts
+from softprompt.ending import begin_report, leave_report, pushed
 from softprompt.errors import ConfigError, DataError, TrainingError
 from softprompt.files import write_files
 from softprompt.find_rate import find_learning_rate, sweep_steps
@@ -115,10 +116,16 @@ def _trained(run: Prepared, request: StopRequest) -> Run:
     try:
         with recorder.progress:
             recorder.begin()
+            facts = begin_report(run, recorder.arguments(), recorder.before, recorder.progress.say)
             args, peak = run.config.training, run.config.learning_rate
             train(run.engine, run.prompt, run.feed, args, peak, recorder, run.start)
             recorder.stop_if_asked()
-            return recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
+            finished = recorder.finish(min(run.rows[:SAMPLED], key=lambda row: len(str(row))))
+            if run.world.is_main:
+                leave_report(run, facts, finished.before, finished.after, recorder.progress.say)
+                if run.config.sharing.push_to_hub:
+                    return replace(finished, not_pushed=pushed(run, recorder.progress.say))
+            return finished
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None
     except DataError as error:  # of a stream

@@ -15,7 +15,9 @@ MAY_IMPORT = {
     "hub": {"redact"},
     "fields": {"errors"},
     "stopping": {"errors"},
-    "config": {"errors", "fields", "stopping"},
+    "config": {"errors", "fields", "redact", "sharing_config", "stopping"},
+    "sharing_config": {"fields"},
+    "report_config": {"errors", "fields"},
     "infer_config": {"config", "errors", "fields"},
     "export_config": {"errors", "fields"},
     "template": {"errors"},
@@ -90,7 +92,19 @@ MAY_IMPORT = {
     "resume": {"checkpoint", "config", "errors", "files", "trainer"},
     "card": {"checkpoint", "redact"},
     "plot": {"trainer"},
-    "progress": {"files", "redact", "resume", "trainer"},
+    "board": {"errors", "redact", "trainer"},
+    "progress": {"board", "files", "redact", "resume", "trainer"},
+    "nearest": set(),
+    "record": {"checkpoint", "errors", "files", "lock", "resume", "trainer"},
+    "facts": {"checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
+    "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
+    "pictures": set(),
+    "page": {"config", "errors", "pictures", "record", "redact"},
+    "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
+    "ending": {
+        *("checkpoint", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page", "pictures"),
+        *("plot", "prepare", "push", "record", "report_config", "shared"),
+    },
     "build": {"checkpoint", "config", "errors", "files", "lock", "mini", "model", "prompt", "vocabulary"},
 }
 MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
@@ -121,7 +135,7 @@ MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of trai
     "requests",
     "template",
 }
-ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "study"}
+ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "study"}
 NO_TORCH = {
     "token_cache",
     "vocabulary",
@@ -130,6 +144,8 @@ NO_TORCH = {
     "config",
     "infer_config",
     "export_config",
+    "report_config",
+    "sharing_config",
     "template",
     "chat_template",
     "readers",

@@ -48,12 +48,14 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"
 STATE = {"optimizer.safetensors", "rng_state.safetensors", "trainer_state.json"}
 
 
+@pytest.mark.reports
 def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     out, err = called(train, [*flags, "--print_model", "--eval_steps", "4"], capsys, monkeypatch)
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("tiny-")
     names = {p.name for p in run.iterdir()}
     expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
+    expected |= {"report.html", "report.json", "prompt_start.safetensors"}
     expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert names == expected
     assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE | {"checksums.json", "metrics.jsonl"}

@@ -1,0 +1,85 @@
+"""The metrics for TensorBoard, under Trainer's names: train/loss, train/learning_rate, train/grad_norm, eval/loss, …"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import ConfigError
+from softprompt.redact import redacted
+from softprompt.trainer import Metrics
+
+FOLDER = "runs"  # in OUTPUT_DIR, as Trainer's
+EVENTS = "events.out.tfevents.*"
+
+
+def check_installed() -> None:
+    """Raises ConfigError where there is no TensorBoard."""
+    if find_spec("tensorboard") is None:
+        raise ConfigError(
+            "--report_to tensorboard needs the package tensorboard: pip install tensorboard "
+            '(or pip install -e ".[tensorboard]")'
+        )
+
+
+def remove_events(output_dir: Path) -> None:
+    """Take an earlier run's away."""
+    for path in (output_dir / FOLDER).glob(EVENTS):
+        path.unlink()
+
+
+class Board:
+    """Event files in one folder, so that a resumed run's curves are one with those before. A board that cannot be
+    written is told once, and no reason to end a run."""
+
+    def __init__(self, output_dir: Path, arguments: Mapping[str, Any]):
+        self.folder, self.arguments = output_dir / FOLDER, arguments
+        self.say: Callable[[str], object] = print
+        self.writer: Any = None
+
+    def start(self, history: Sequence[Metrics], step: int, say: Callable[[str], object]) -> None:
+        """Go on after `step`: what event files have beyond it is of a course that was left, and where there are none,
+        the `history` up to it is written anew. `say` is told what goes wrong."""
+        self.say = say
+        from torch.utils.tensorboard import SummaryWriter
+
+        def begin() -> None:
+            known = any(self.folder.glob(EVENTS))
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if known and step else None)
+            if not known:
+                rows = "\n".join(f"| {name} | {value} |" for name, value in self.arguments.items())
+                self.writer.add_text("args", redacted(f"| argument | value |\n|---|---|\n{rows}"), 0)
+                for record in history:
+                    self._add(record)
+            self.writer.flush()
+
+        self._try(begin)
+
+    def log(self, record: Metrics) -> None:
+        def write() -> None:
+            self._add(record)
+            self.writer.flush()
+
+        if self.writer:
+            self._try(write)
+
+    def close(self) -> None:
+        if self.writer:
+            self._try(self.writer.close)
+
+    def _add(self, record: Metrics) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(tag(name), value, record["step"])
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:  # of the disk, in a thread of the writer's
+            self.writer = None
+            self.say(f"warning: {self.folder} cannot be written ({error}); training goes on without TensorBoard")
+
+
+def tag(name: str) -> str:
+    """As transformers' TensorBoardCallback names a metric."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

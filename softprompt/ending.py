@@ -1,0 +1,105 @@
+"""What goes beside a run: its report, and its upload when it is whole. Neither can lose it."""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.checkpoint import PROMPT_KEY, json_bytes
+from softprompt.engines import generator_beside
+from softprompt.errors import PushError
+from softprompt.evaluate import Evaluation
+from softprompt.facts import examples_of, facts_of, likeness, start_of
+from softprompt.files import write_files
+from softprompt.generate import Generator
+from softprompt.nearest import space_of
+from softprompt.page import page
+from softprompt.pictures import INSTALL, installed
+from softprompt.plot import loss_picture
+from softprompt.prepare import Prepared
+from softprompt.push import push
+from softprompt.record import FACTS_FILE, START_FILE, Facts, read_run
+from softprompt.report_config import PICTURE_FILE, REPORT_FILE
+from softprompt.shared import SharedEngine
+
+Say = Callable[[str], object]
+
+
+def begin_report(run: Prepared, arguments: Mapping[str, Any], before: Evaluation | None, say: Say) -> Facts:
+    """Write down what is known of a run when its loop starts; `before` is the bare base's evaluation."""
+    facts: Facts = {}
+    if run.world.is_main:
+        with _at_most_a_warning(FACTS_FILE, say):
+            facts |= facts_of(run, arguments, before)
+            write_files(run.output_dir, {**start_of(run, run.output_dir), FACTS_FILE: json_bytes(facts)})
+    return facts
+
+
+def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: Evaluation | None, say: Say) -> None:
+    """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
+    out is left out and told there. A fault is one line, and nothing else of the run is touched."""
+    folder, ended = run.output_dir, {**facts, "end": {}}
+    with _at_most_a_warning(FACTS_FILE, say):
+        write_files(folder, {FACTS_FILE: json_bytes(ended)})
+    with _at_most_a_warning(PICTURE_FILE, say):
+        if picture := loss_picture(read_run(folder).history, before.loss if before else None):
+            write_files(folder, {PICTURE_FILE: picture})
+    with _at_most_a_warning(REPORT_FILE, say, f"; try: python -m softprompt.report {shlex.quote(str(folder))}"):
+        write_files(folder, {FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
+        write_files(folder, {REPORT_FILE: page([read_run(folder)]).encode()})
+        more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
+        say(f"report: {folder / REPORT_FILE}{more}")
+
+
+@contextmanager
+def _at_most_a_warning(what: str, say: Say, more: str = "") -> Iterator[None]:
+    """Whatever goes wrong here, the run goes on, or has ended well."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: no {what}: {_line(error)}; the run itself is not concerned{more}")
+
+
+def pushed(run: Prepared, say: Say) -> str | None:
+    """Upload the run; why it is not there, where that failed."""
+    try:
+        say(f"on the hub: {push(run.output_dir, run.config.sharing)}")
+    except PushError as error:
+        return str(error)
+    return None
+
+
+def _found(run: Prepared, before: Evaluation | None, after: Evaluation | None) -> Facts:
+    """Examples and likenesses, each of them or why it is left out."""
+    finders = {
+        "examples": lambda: examples_of(run, _generator(run), before, after),
+        "likeness": lambda: likeness(space_of(run.base), run.tokenizer, run.prompt.weight, _start(run)),
+    }
+    found: Facts = {"left_out": []}
+    for name, find in finders.items():
+        try:
+            found[name] = find()
+        except Exception as error:  # memory, for one, may be short for it
+            found["left_out"].append(f"No {name}: {_line(error)}")
+    return found
+
+
+def _generator(run: Prepared) -> Generator | None:
+    """That of this process alone, as the other ranks have ended; none where the base is not in its memory."""
+    if run.config.model.stream_base or (run.config.model.shard_base and run.world.size > 1):
+        return None
+    engine = run.engine.engine if isinstance(run.engine, SharedEngine) else run.engine
+    return generator_beside(engine, run.base, run.tokenizer)
+
+
+def _start(run: Prepared) -> Tensor | None:
+    file = run.output_dir / START_FILE
+    return load_file(file)[PROMPT_KEY] if file.is_file() else None
+
+
+def _line(error: Exception) -> str:
+    what = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}{': ' if what else ''}{what}"

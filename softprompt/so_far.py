@@ -1,0 +1,59 @@
+"""What the prompt of a run resembles whose report.json does not say so: one that has not ended, or an older one. Only
+the word embeddings are read from the base's files, where those are at hand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.build import base_path
+from softprompt.checkpoint import PROMPT_KEY, Adapter, load_adapter
+from softprompt.errors import SoftpromptError
+from softprompt.facts import likeness
+from softprompt.model import load_tokenizer, weight_files
+from softprompt.nearest import Space
+from softprompt.record import START_FILE, Record
+from softprompt.stored import stored_tensors
+
+WORDS, NORM = "word_embeddings.weight", "word_embeddings_layernorm"
+EPSILON = 1e-5  # BloomConfig's layer_norm_epsilon, which no BLOOM has another of
+
+
+def with_likeness(record: Record) -> Record:
+    """The record, with likenesses of the prompt that there is, or why there are none."""
+    end = record.facts.get("end") or {}
+    folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
+    if not folder or "likeness" in end:
+        return record
+    try:
+        found = {"likeness": _likeness(load_adapter(folder), record.folder)}
+    except (SoftpromptError, OSError, ValueError) as error:
+        found = {"left_out": [f"No likenesses: {error}"]}
+    return replace(record, facts={**record.facts, "so_far": {**end, **found}})
+
+
+def _likeness(adapter: Adapter, folder: Path) -> dict[str, object]:
+    name = base_path(str(adapter.base_model_name_or_path))
+    space = _space(name)
+    start = folder / START_FILE
+    known = load_file(start)[PROMPT_KEY] if start.is_file() else None
+    return likeness(space, load_tokenizer(name), adapter.prompt, known)
+
+
+def _space(name_or_path: str) -> Space:
+    """Raises ValueError where the base's files are not here, or hold no BLOOM."""
+    files = weight_files(name_or_path)
+    if not files:
+        raise ValueError(f"the base {name_or_path} is not here")
+    stored = stored_tensors(files[0].parent)
+
+    def read(name: str) -> Tensor:
+        found = stored.get(f"transformer.{name}") or stored.get(name)
+        if found is None:
+            raise ValueError(f"the base {name_or_path} has no tensor {name}")
+        found.read_into(values := torch.empty(found.shape, dtype=found.dtype))
+        return values
+
+    return Space(read(WORDS), (read(f"{NORM}.weight"), read(f"{NORM}.bias"), EPSILON))
