@@ -41,7 +41,8 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
         print(model)
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
-    print(f"Base {config.model.model_name_or_path} on {engine.device}, {name}, {engine}; {_start(config)}")
+    bits = " in 8 bit" if config.model.load_in_8bit else " in 4 bit" if config.model.load_in_4bit else ""
+    print(f"Base {config.model.model_name_or_path}{bits} on {engine.device}, {name}, {engine}; {_start(config)}")
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
         if slower > LEAST_SLOWER:
