@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from softprompt.arguments import TrainingArguments
 from softprompt.batching import windows
-from softprompt.config import TrainingArguments
 from softprompt.data import Example
 from softprompt.feed import Listed
 from softprompt.memory import auto_tokens, total_memory

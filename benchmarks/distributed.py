@@ -35,8 +35,9 @@ from stream import watched_memory, write_base
 from torch import Tensor
 
 from softprompt import mini
+from softprompt.arguments import TrainingArguments
 from softprompt.batching import windows
-from softprompt.config import TrainConfig, TrainingArguments, train_config
+from softprompt.config import TrainConfig, train_config
 from softprompt.data import Example
 from softprompt.distributed import World, joined
 from softprompt.engines import make_engine

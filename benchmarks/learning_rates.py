@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import softprompt
-from softprompt.config import DEFAULT_LEARNING_RATES
+from softprompt.arguments import DEFAULT_LEARNING_RATES
 from softprompt.find_rate import RATES as SWEPT
 from softprompt.mini import TASKS
 

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
 from softprompt.answering import answered
 from softprompt.build import base_path
-from softprompt.config import bits_faults, bits_of, precision_faults, train_config
+from softprompt.config import train_config
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble, Voting
 from softprompt.errors import ConfigError
+from softprompt.faults import bits_faults, bits_of, precision_faults
 from softprompt.fields import AUTO
 from softprompt.generate import search_beams
 from softprompt.infer_config import generation_faults

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 
 
 @dataclass(frozen=True)

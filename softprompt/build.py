@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION
 from softprompt.checkpoint import load_adapter, refuse_other_run
-from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION, TrainConfig, parse_labels
+from softprompt.config import TrainConfig
 from softprompt.errors import AdapterError, ConfigError, OutputError
+from softprompt.faults import parse_labels
 from softprompt.files import check_writable
 from softprompt.lock import FolderLock, refuse_locked
 from softprompt.mini import BASE_DIR

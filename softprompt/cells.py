@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from softprompt.arguments import ModelArguments
 from softprompt.build import base_path, initial_prompt
 from softprompt.checkpoint import json_bytes
-from softprompt.config import ModelArguments
 from softprompt.data import Example, count_targets
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine

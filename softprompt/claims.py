@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from softprompt.config import DEFAULT_LEARNING_RATES
+from softprompt.arguments import DEFAULT_LEARNING_RATES
 
 LEAST = 0.01  # a gain: one percent of the loss
 ARTICLE_RATE = 5e-5

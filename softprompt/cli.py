@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from softprompt.config import GROUPS, NEWEST, PRESETS, TrainConfig, train_config
+from softprompt.arguments import NEWEST
+from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
 from softprompt.errors import ConfigError, Elsewhere, SoftpromptError, Stopped
 from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list

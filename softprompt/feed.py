@@ -5,8 +5,8 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from softprompt.arguments import TrainingArguments
 from softprompt.batching import steps_per_epoch, windows
-from softprompt.config import TrainingArguments
 from softprompt.data import Example
 
 Position = Mapping[str, Any]  # JSON-able

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 from softprompt.data import Example
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError

@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.config import DEFAULT_NUM_VIRTUAL_TOKENS, TrainConfig, seed_faults, train_config
+from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS
+from softprompt.config import TrainConfig, train_config
 from softprompt.errors import ConfigError
+from softprompt.faults import seed_faults
 from softprompt.fields import is_text, nearest
 
 ALL = "all"

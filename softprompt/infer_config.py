@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from softprompt.config import bits_faults, precision_faults, seed_faults
 from softprompt.errors import ConfigError
+from softprompt.faults import bits_faults, precision_faults, seed_faults
 from softprompt.fields import build, hints, option, type_faults
 
 

@@ -11,12 +11,13 @@ from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
 from softprompt.checkpoint import load_adapter
-from softprompt.config import TrainConfig, bits_of
+from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
 from softprompt.distributed import World, launched
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
+from softprompt.faults import bits_of
 from softprompt.feed import Feed, rows_of_a_step
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_tokenizer
 from softprompt.generate import Generator

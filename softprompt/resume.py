@@ -18,8 +18,9 @@ from typing import Any
 
 from safetensors.torch import load, save
 
+from softprompt.arguments import NEWEST
 from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, checkpoints, json_bytes
-from softprompt.config import NEWEST, TrainConfig, train_config
+from softprompt.config import TrainConfig, train_config
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.files import Files, read_inside
 from softprompt.trainer import Metrics, Step, TrainingState

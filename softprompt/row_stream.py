@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 from softprompt.data import CHUNK, Encoded, count_targets, found_on_the_way
 from softprompt.errors import DataError
 from softprompt.feed import BEGINNING, Position, Window, total_steps

@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from softprompt.announce import tell_sweep
+from softprompt.arguments import NEWEST
 from softprompt.build import claim_output_dir
-from softprompt.config import NEWEST, TrainConfig
+from softprompt.config import TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
 from softprompt.distributed import Wish, World, join, launch, may_restart, restarts

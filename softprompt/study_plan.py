@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt.arguments import DataArguments
 from softprompt.build import base_path, initialiser
-from softprompt.config import DataArguments
 from softprompt.data import Example
 from softprompt.errors import ConfigError, ModelError
 from softprompt.feed import total_steps

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 from softprompt.data import Example, count_targets
 from softprompt.errors import DataError, TrainingError
 from softprompt.feed import Feed, Position, Window

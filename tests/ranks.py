@@ -15,7 +15,7 @@ from peers import random_examples
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 from softprompt.distributed import joined
 from softprompt.engines import generator_beside
 from softprompt.feed import Listed

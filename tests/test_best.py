@@ -12,9 +12,10 @@ from test_resume import interrupted, outcome, settings  # noqa: F401 (a fixture)
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
 import softprompt
+from softprompt.arguments import TrainingArguments
 from softprompt.best import Best, greater_is_better, metric_name, noted, patience_is_over
 from softprompt.checkpoint import checkpoints
-from softprompt.config import TrainingArguments, train_config
+from softprompt.config import train_config
 from softprompt.errors import ConfigError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.resume import fault_of

@@ -7,8 +7,9 @@ from dataclasses import fields
 import pytest
 
 from softprompt.cli import parse_inference, parse_training
-from softprompt.config import GROUPS, PRESETS, parse_columns, train_config
+from softprompt.config import GROUPS, PRESETS, train_config
 from softprompt.errors import ConfigError
+from softprompt.faults import parse_columns
 from softprompt.infer_config import INFER_GROUPS, generation_faults, infer_config
 
 OWN = {"model_name_or_path": "some/base", "dataset": "rows.jsonl"}

@@ -14,7 +14,8 @@ from peers import naive_loss, random_examples
 
 import softprompt
 from softprompt import find_rate, run
-from softprompt.config import TrainingArguments, train_config
+from softprompt.arguments import TrainingArguments
+from softprompt.config import train_config
 from softprompt.data import Example
 from softprompt.errors import ConfigError, Stopped
 from softprompt.feed import Listed, total_steps

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.config import DEFAULT_LEARNING_RATES
+from softprompt.arguments import DEFAULT_LEARNING_RATES
 from softprompt.errors import ConfigError
 from softprompt.grid import read_study
 

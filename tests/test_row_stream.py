@@ -19,8 +19,8 @@ from test_resume import interrupted, outcome
 import softprompt
 import train
 from softprompt import batching, intake, sources
+from softprompt.arguments import TrainingArguments
 from softprompt.cli import command
-from softprompt.config import TrainingArguments
 from softprompt.data import Encoded, Example
 from softprompt.errors import CheckpointError, ConfigError, DataError
 from softprompt.fingerprints import fingerprint_of_rows

@@ -12,7 +12,7 @@ from peers import peft_model, peft_prompt, random_examples
 from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer
 from transformers import TrainingArguments as TheirArguments
 
-from softprompt.config import TrainingArguments
+from softprompt.arguments import TrainingArguments
 from softprompt.data import Example
 from softprompt.engines import generator_beside
 from softprompt.errors import TrainingError

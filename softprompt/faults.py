@@ -1,0 +1,204 @@
+"""What is wrong with settings: every fault is a line that names the flag and says what to do."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from softprompt.arguments import (
+    DEFAULT_BUFFER_SIZE,
+    DEFAULT_NUM_VIRTUAL_TOKENS,
+    MOST_BUFFERED,
+    DataArguments,
+    ModelArguments,
+    PromptTuningArguments,
+    TrainingArguments,
+)
+from softprompt.errors import ConfigError
+from softprompt.sharing_config import SECRETS, SharingArguments, sharing_faults
+from softprompt.stopping import seconds_of
+
+MOST_TOKENS = 100_000  # virtual ones
+ABOVE_0 = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "learning_rate"),
+    *("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps", "num_train_epochs"),
+    "early_stopping_patience",
+)
+NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "early_stopping_threshold")
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`instruction=question,output=answer` → {"instruction": "question", "output": "answer"}."""
+    pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
+    if any(len(pair) != 2 or not all(side.strip() for side in pair) for pair in pairs):
+        raise ConfigError(
+            f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer"
+        )
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[str]:
+    faults = []
+    if bf16 and fp16:
+        faults.append("--bf16 and --fp16 exclude each other; give one of them")
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", device):
+        faults.append(f"--device {device!r} is not auto, cpu, cuda or cuda:N")
+    return faults
+
+
+def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
+    """Of a weight of a quantised base."""
+    return 8 if load_in_8bit else 4 if load_in_4bit else None
+
+
+def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
+    """What is wrong with a base in 8 or 4 bit."""
+    if load_in_8bit and load_in_4bit:
+        return ["--load_in_8bit and --load_in_4bit exclude each other"]
+    if engine == "padded" and (load_in_8bit or load_in_4bit):
+        return ["--load_in_8bit and --load_in_4bit are for the packed engine; leave --engine padded out"]
+    return []
+
+
+def seed_faults(seed: int) -> list[str]:
+    return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
+
+
+def parse_labels(text: str) -> list[str]:
+    """`正面,负面` → ["正面", "负面"]."""
+    return [label.strip() for label in text.split(",")]
+
+
+def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
+    init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
+    if wanted is not None and wanted < 1:
+        yield f"--num_virtual_tokens {wanted} is below 1; a soft prompt needs at least one token"
+    if wanted is not None and wanted > MOST_TOKENS:
+        yield f"--num_virtual_tokens {wanted} is above {MOST_TOKENS:,}, more than anything could learn from"
+    if init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
+        yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
+    if prompt.prompt_tuning_init_text and init != "TEXT":
+        yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
+    if init == "CLASS_LABELS" and not prompt.class_labels and not prompt.init_adapter:
+        yield "--prompt_tuning_init CLASS_LABELS needs --class_labels 'one,another'"
+    if prompt.class_labels:
+        labels, tokens = parse_labels(prompt.class_labels), wanted or DEFAULT_NUM_VIRTUAL_TOKENS
+        if init != "CLASS_LABELS":
+            yield "--class_labels is only used with --prompt_tuning_init CLASS_LABELS; add that flag"
+        if not all(labels) or len(set(labels)) < len(labels):
+            yield f"--class_labels {prompt.class_labels!r} holds an empty label, or one twice; give each once"
+        elif len(labels) > tokens:
+            yield f"--class_labels has {len(labels)} labels for {tokens} virtual tokens; raise --num_virtual_tokens"
+    if prompt.vocab_population is not None:
+        if prompt.vocab_population < 1:
+            yield f"--vocab_population {prompt.vocab_population} must be above 0"
+        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS"):
+            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"
+
+
+def faults(
+    model: ModelArguments,
+    data: DataArguments,
+    prompt: PromptTuningArguments,
+    training: TrainingArguments,
+    sharing: SharingArguments,
+    given: Mapping[str, Any],
+) -> Iterator[str]:
+    """Of a run's settings; `given` are those that were set by hand, under their flags' names."""
+    for part in (model, data, prompt, training, sharing):
+        yield from _text_faults(dataclasses.asdict(part))
+    yield from _model_faults(model)
+    yield from _data_faults(data)
+    yield from _prompt_faults(prompt)
+    yield from _training_faults(training)
+    yield from _evaluation_faults(data, training, given)
+    yield from sharing_faults(sharing, bool(training.resume_from_checkpoint))
+    if model.engine == "padded":
+        for name in ("tokens_per_microbatch", "gradient_checkpointing"):
+            if getattr(training, name):
+                yield f"--{name} is a setting of the packed engine; leave it out, or leave --engine padded out"
+    if training.find_learning_rate and "learning_rate" in given:
+        yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
+
+
+def _text_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, text in settings.items():
+        if name in SECRETS:
+            continue
+        if text == "":
+            yield f"--{name} is empty; give it a value or leave it out"
+        elif isinstance(text, str) and "\0" in text:
+            yield f"--{name} {text!r} holds a null character; leave that out"
+
+
+def _model_faults(model: ModelArguments) -> Iterator[str]:
+    yield from precision_faults(model.bf16, model.fp16, model.device)
+    yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
+    if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
+        yield "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base"
+    if model.engine == "padded" and model.stream_base:
+        yield "--stream_base is for the packed engine; leave --engine padded out"
+    if model.stream_base and model.shard_base:
+        yield "--stream_base and --shard_base exclude each other: a block comes from the disk or from the other ranks"
+    if not (model.stream_base or model.shard_base) and model.offload_folder:
+        yield "--offload_folder is only used with --stream_base or --shard_base; add one of them"
+    if not model.max_activation_gib >= 0:
+        yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
+
+
+def _data_faults(data: DataArguments) -> Iterator[str]:
+    if data.dataset is None:
+        yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
+    if data.eval_dataset and data.eval_rows:
+        yield "--eval_dataset and --eval_rows exclude each other; give one of them"
+    if data.eval_rows < 0:
+        yield f"--eval_rows {data.eval_rows} must not be negative"
+    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
+        yield "--buffer_size is only used with --streaming; add that flag"
+    if not 0 < data.buffer_size <= MOST_BUFFERED:
+        yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
+    if data.streaming and is_made(data.dataset):
+        yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
+    if data.max_length < 2:
+        yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
+    try:
+        parse_columns(data.columns)
+    except ConfigError as error:
+        yield str(error)
+
+
+def is_made(dataset: str | None) -> bool:
+    return str(dataset).startswith("mini:")
+
+
+def _training_faults(training: TrainingArguments) -> Iterator[str]:
+    for name in ABOVE_0:
+        value = getattr(training, name)
+        if value is not None and not value > 0:
+            yield f"--{name} {value} must be above 0"
+    for name in NOT_NEGATIVE:
+        if not getattr(training, name) >= 0:
+            yield f"--{name} {getattr(training, name)} must not be negative"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
+    for name, most in (("num_train_epochs", 100_000), ("max_steps", 1_000_000_000)):
+        if getattr(training, name) > most:
+            yield f"--{name} {getattr(training, name)} is above {most:,}, more than anything could learn from"
+    yield from seed_faults(training.seed)
+    if training.max_time:
+        try:
+            seconds_of(training.max_time)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> Iterator[str]:
+    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_rows or is_made(data.dataset)):
+        yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+    unknown = training.resume_from_checkpoint and "eval_strategy" not in given  # the checkpoint says it
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(training, name) and training.eval_strategy == "no" and not unknown:
+            yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
+    if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
+        yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
