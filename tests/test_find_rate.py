@@ -29,6 +29,10 @@ from softprompt.weights import ResidentWeights
 ARGS = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=24)
 
 
+# Rows that are learned the sooner the larger the rate is.
+QUICKER = [Example([5, 6, 7, 8], [-100, -100, 9, 9])] * 70
+
+
 class Never:
     exit_code = None
 
@@ -55,8 +59,9 @@ def sweep(base, rows, args=ARGS, values=None, request=Never):
     return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
 
 
-def test_it_is_halving_over_runs_of_their_own(base):
+def test_it_is_halving_over_runs_of_their_own(base, monkeypatch):
     """Beside the definition: each rate trained anew on the rows that are not set aside, judged by a naive loss."""
+    monkeypatch.setattr(find_rate, "RATES", RATES[::-1])  # the last ones are the better ones here
     rows = random_examples(70, 9)
     found = sweep(base, rows)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
@@ -81,11 +86,10 @@ def test_it_is_halving_over_runs_of_their_own(base):
 
 
 def test_of_rates_that_are_close_the_smallest_is_taken(base, monkeypatch):
-    """On rows that are learned the sooner the larger the rate is."""
-    rows, chosen = [Example([5, 6, 7, 8], [-100, -100, 9, 9])] * 70, []
+    chosen = []
     for tie in (0.0, 1e9):
         monkeypatch.setattr(find_rate, "TIE", tie)
-        found = sweep(base, rows)
+        found = sweep(base, QUICKER)
         chosen.append(found.learning_rate)
     at_last = sorted(RATES, key=found.losses.get)[: RUNGS[-1][1]]
     assert chosen == [at_last[0], min(at_last)] and chosen[1] < chosen[0]
