@@ -10,6 +10,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TEXTS = [
     "Human: 我爱这部电影\n\nAssistant: 正面",
     "Human: 这家酒店太差了\n\nAssistant: 负面",

@@ -1,4 +1,4 @@
-"""The reference base at its full size, with random weights: slow, so run it with `pytest -m slow -s`."""
+"""The reference base at its full size, with random weights: slow, so run it with `pytest -m slow -s -n 0`."""
 
 import json
 import os

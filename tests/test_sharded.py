@@ -134,6 +134,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_no_rank_holds_the_base(tokenizer, tmp_path):
     """Of 302 MB in blocks each of two ranks has half, and two or three blocks of 12.6 MB on their way. The files have
     bf16, half of that: fp32 could stay mapped, and the ranks of a machine share what is mapped."""

@@ -275,11 +275,11 @@ finally:
 
 
 def test_a_base_larger_than_memory(tokenizer, tmp_path):
-    """A base of 655 MB under a limit of 550 MB for all data of the process; the ordinary run does not fit."""
+    """A base of 756 MB under a limit of 630 MB for all data of the process; the ordinary run does not fit."""
     base = tmp_path / "base"
     make_large(base)
     tokenizer.save_pretrained(base)
-    size, limit = sum(path.stat().st_size for path in base.glob("*.safetensors")), 550_000_000
+    size, limit = sum(path.stat().st_size for path in base.glob("*.safetensors")), 630_000_000
     assert size > 1.15 * limit
     (tmp_path / "rows.jsonl").write_text('{"instruction": "你好", "output": "好"}\n' * 6)
     flags = ["--model_name_or_path=base", "--dataset=rows.jsonl", "--max_steps=1", "--overwrite_cache"]
@@ -297,7 +297,7 @@ def test_a_base_larger_than_memory(tokenizer, tmp_path):
     assert ends["false"].returncode != 0, "the limit does not hold the ordinary run back"
 
 
-def make_large(folder: Path, H: int = 1024, L: int = 13, N: int = 16, dtype: torch.dtype = torch.float32) -> None:
+def make_large(folder: Path, H: int = 1024, L: int = 15, N: int = 16, dtype: torch.dtype = torch.float32) -> None:
     """Many blocks and few words, file by file: the values of one block for all of them."""
     from transformers import BloomConfig
 
