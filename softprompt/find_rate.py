@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt.arguments import TrainingArguments
 from softprompt.data import Example
 from softprompt.distributed import Wish
-from softprompt.errors import Stopped, TrainingError
+from softprompt.errors import NotFinite, Stopped
 from softprompt.feed import Listed
 from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
@@ -78,7 +78,7 @@ def find_learning_rate(
         try:
             short = squeezed(args, steps, total)
             train(engine, prompt, Listed(rest, short, rows_per_step), short, rate, watch)
-        except TrainingError:
+        except NotFinite:
             return math.inf
         if watch.stopped:
             raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)
