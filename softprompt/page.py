@@ -131,8 +131,11 @@ def _status(record: Record) -> str:
         return f"{'running now' if record.runs_now else 'not finished'}: {steps} is the last in its metrics"
     best = record.results.get("best_global_step")
     kept = f"; the prompt is the best one, of step {best:,}" if best is not None else ""
-    early = total and record.steps < total
-    return (f"ended early at {steps}, as nothing was gained any more" if early else f"finished after {steps}") + kept
+    if not total or record.steps >= total:
+        return f"finished after {steps}{kept}"
+    patient = record.arguments.get("early_stopping_patience") is not None
+    why = "nothing was gained any more" if patient else "its rows were fewer than counted"  # of a stream
+    return f"ended early at {steps}, as {why}{kept}"
 
 
 def _go_on(record: Record) -> str | None:
@@ -176,7 +179,8 @@ def _pictures(
 def _lengths(record: Record, rows: Sequence[tuple[str, Any]], painter: Painter | None) -> Picture | None:
     if not painter or not rows:
         return None
-    title, limit = "Lengths of the training rows", record.arguments.get("max_length", 0)
+    kind = "the training" if rows[0][0] == "training" else rows[0][0]  # the stream's first, or held-out ones
+    title, limit = f"Lengths of {kind} rows", record.arguments.get("max_length", 0)
     svg = painter.bars(rows[0][1]["histogram"], limit, title)
     return Picture(title, Markup(svg), [(0, False, "rows"), (-1, True, f"--max_length {limit}")])
 

@@ -20,6 +20,7 @@ from softprompt import ending, facts, page, report
 from softprompt.cli import parse_report
 from softprompt.errors import ReportError
 from softprompt.nearest import Space
+from softprompt.record import Record
 
 pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
@@ -233,6 +234,15 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
     assert "finished after step 6 of 6" in seen(tmp_path / "run").text
+
+
+@pytest.mark.parametrize(
+    "patience, why", [(None, "its rows were fewer than counted"), (3, "nothing was gained any more")]
+)
+def test_why_a_run_ended_before_its_last_step(patience, why):
+    facts = {"prompt": [1, 8], "end": {}, "total_steps": 10, "arguments": {"early_stopping_patience": patience}}
+    assert page._status(Record(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
+    assert page._status(Record(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
 
 
 def test_a_run_goes_on_after_its_end(settings, tmp_path):
