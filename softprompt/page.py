@@ -141,7 +141,8 @@ def _status(record: Record) -> str:
 def _go_on(record: Record) -> str | None:
     if record.runs_now or not record.checkpoint:
         return None
-    return f"python train.py --resume_from_checkpoint {shlex.quote(str(record.folder))}"
+    program = "torchrun --nproc_per_node=N" if record.arguments.get("shard_base") else "python"
+    return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(record.folder))}"
 
 
 def _figures(record: Record) -> Iterable[tuple[str, str | None, str]]:
