@@ -142,7 +142,9 @@ class TrainingArguments:
     )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(
-        4, "Rows of a micro-batch; times --gradient_accumulation_steps, the rows of an optimizer step."
+        4,
+        "Rows of a micro-batch on each device; times --gradient_accumulation_steps and the number of devices, the rows "
+        "of an optimizer step.",
     )
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
     tokens_per_microbatch: int | None = option(

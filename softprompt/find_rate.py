@@ -61,6 +61,7 @@ def find_learning_rate(
 
     Raises:
         Stopped: `request` came true.
+        TrainingError: what would end the run at any rate, too: memory that runs out, a rank that dies.
     """
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
     if aside < FEWEST_ASIDE:
