@@ -23,7 +23,7 @@ from softprompt.prompt import PromptEmbedding
 from softprompt.requests import GenerationSettings, Request
 from softprompt.weights import MODULES
 
-functional = pytest.importorskip("bitsandbytes.functional", reason='needs pip install "softprompt[quantized]"')
+functional = pytest.importorskip("bitsandbytes.functional", reason="needs pip install bitsandbytes")
 from softprompt.quantised import QuantisedWeights, quantise  # noqa: E402
 
 FP32, CPU = torch.float32, torch.device("cpu")
@@ -135,7 +135,7 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
 
 
 BOTH = {
-    "--load_in_8bit --load_in_4bit": "--load_in_8bit and --load_in_4bit exclude each other",
+    "--load_in_8bit --load_in_4bit": "--load_in_8bit and --load_in_4bit exclude each other; give one of them",
     "--load_in_4bit --engine padded": "are for the packed engine; leave --engine padded out",
 }
 
@@ -149,7 +149,7 @@ def test_what_is_refused(flags, program, place, capsys, monkeypatch):  # noqa: F
 
 def test_what_else_is_refused(place, capsys, monkeypatch):  # noqa: F811
     line = refused(train, ["--load_in_4bit", "--stream_base"], capsys, monkeypatch, place)
-    assert_line(line, "are for a base held whole, not for --stream_base")
+    assert_line(line, "are for a base held whole, not for --stream_base or --shard_base; give one of the two")
     base = make_bloom()
     base.config.model_type = "llama"
     with pytest.raises(ConfigError, match=r"--load_in_8bit is for BLOOM, and .* is of type llama"):
