@@ -65,8 +65,8 @@ def seed_faults(seed: int) -> list[str]:
 
 
 def parse_labels(text: str) -> list[str]:
-    """`正面,负面` → ["正面", "负面"]."""
-    return [label.strip() for label in text.split(",")]
+    """`正面,负面` → ["正面", "负面"]; the comma of Chinese text is one, too."""
+    return [label.strip() for label in re.split("[,，]", text)]
 
 
 def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
