@@ -19,6 +19,7 @@ from softprompt.chat import Chat
 from softprompt.cli import parse_setting
 from softprompt.compare import Judge, report
 from softprompt.errors import ConfigError, DataError
+from softprompt.faults import bits_of
 from softprompt.fields import is_text
 from softprompt.infer_config import InferConfig
 from softprompt.rows import load_prompts
@@ -201,6 +202,8 @@ def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) ->
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
+    if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
+        settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
     return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
 

@@ -129,6 +129,11 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     out = called([*ask, "--load_in_4bit"], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run", load_in_4bit=True)
     assert out == model.generate("1", do_sample=False, max_new_tokens=4) + "\n"
+    (place / "p.txt").write_text("1", encoding="utf-8")
+    many = [*ask[:2], *ask[4:], "--prompts_file", "p.txt", "--output_file", "o.jsonl"]
+    called([*many, "--load_in_4bit"], capsys, monkeypatch)
+    line = refused(infer, many, capsys, monkeypatch, place)  # not by the weights that it was begun with
+    assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0
     with pytest.raises(ConfigError, match="--num_beams searches with the base's own weights"):
         model.generate("1", num_beams=2)
