@@ -113,7 +113,7 @@ MAY_IMPORT = {
     "facts": {"checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
     "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
     "pictures": set(),
-    "page": {"config", "errors", "pictures", "record", "redact"},
+    "page": {"arguments", "config", "errors", "pictures", "record", "redact"},
     "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
     "ending": {
         *("checkpoint", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page", "pictures"),
