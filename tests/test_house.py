@@ -129,7 +129,9 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "claims": {"arguments"},
     "charts": {"claims"},
     "study_page": {"claims"},
-    "study_plan": {"arguments", "build", "data", "errors", "feed", "fingerprints", "grid", "intake", "model"},
+    "study_plan": {
+        *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+    },
     "cells": {
         *("arguments", "build", "checkpoint", "data", "determinism", "engines", "errors", "evaluate"),
         *("feed", "files", "model", "prompt", "recorder", "resume", "stopping", "study_plan", "trainer"),
