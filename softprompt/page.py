@@ -91,13 +91,14 @@ def _view(record: Record, name: str, painter: Painter | None) -> dict[str, Any]:
     facts = record.facts
     rows = [(kind, of) for kind, of in facts.get("rows", {}).items() if of]
     end = facts.get("so_far") or facts.get("end", {})
+    bits = "".join(f" --{name}" for name in ("load_in_8bit", "load_in_4bit") if record.arguments.get(name))
     return {
         "name": name,
         "headline": _headline(record),
         "ended": record.ended,
         "status": _status(record),
         "go_on": None if record.ended else _go_on(record),
-        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))} --prompt …",
+        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))}{bits} --prompt …",
         "figures": list(_figures(record)),
         "curves": list(_curves(record, painter)) if painter else [],
         "sweep": facts.get("sweep"),

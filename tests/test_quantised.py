@@ -124,7 +124,9 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     flags = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", "--eval_rows", "2", "--output_dir", "run"]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--load_in_4bit", "--max_steps", "2"])
     train.main([*map(str, flags), "--load_in_4bit", "--max_steps", "2"])
-    assert f"Base {tiny_base} in 4 bit on cpu, float32, packed engine" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Base {tiny_base} in 4 bit on cpu, float32, packed engine" in out
+    assert "Try: python infer.py --adapter run --load_in_4bit --prompt " in out
     ask = ["--adapter", "run", "--prompt", "1", "--do_sample", "false", "--max_new_tokens", "4"]
     out = called([*ask, "--load_in_4bit"], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run", load_in_4bit=True)
