@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from softprompt.adapters import NONE, Tuned, find, named
+from softprompt.adapters import load as read_adapter
 from softprompt.answers_file import AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
 from softprompt.compare import Judge, report
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import AdapterError, ConfigError, DataError
 from softprompt.faults import bits_of
 from softprompt.fields import is_text
 from softprompt.infer_config import InferConfig
@@ -61,7 +62,8 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
     looked for.
 
     Raises:
-        AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder.
+        AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder,
+            or is for another base than the one that is taken.
     """
     where, folders = config.model, named(config.model.adapter or ())
     wanted = {line.adapter: line.where for line in asked if line.adapter not in (None, NONE, *folders)}
@@ -80,9 +82,16 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         load_in_4bit=where.load_in_4bit,
         engine=where.engine,
     )
-    for name in wanted:
-        if name not in model.adapters:
-            model.load_adapter(str(name))
+    for name, at in wanted.items():
+        if name in model.adapters:
+            continue
+        base = read_adapter(str(name)).base
+        if where.model_name_or_path is None and base not in (None, model.name):
+            raise AdapterError(
+                f"{at}: adapter {name} is for {base}, and this is {model.name}; ask those of one base at a time, or "
+                "give --model_name_or_path"
+            )
+        model.load_adapter(str(name))
     return model
 
 
