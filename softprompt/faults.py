@@ -54,7 +54,7 @@ def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
 def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
     """What is wrong with a base in 8 or 4 bit."""
     if load_in_8bit and load_in_4bit:
-        return ["--load_in_8bit and --load_in_4bit exclude each other"]
+        return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"]
     if engine == "padded" and (load_in_8bit or load_in_4bit):
         return ["--load_in_8bit and --load_in_4bit are for the packed engine; leave --engine padded out"]
     return []
@@ -65,8 +65,8 @@ def seed_faults(seed: int) -> list[str]:
 
 
 def parse_labels(text: str) -> list[str]:
-    """`正面,负面` → ["正面", "负面"]."""
-    return [label.strip() for label in text.split(",")]
+    """`正面,负面` → ["正面", "负面"]; the comma of Chinese text is one, too."""
+    return [label.strip() for label in re.split("[,，]", text)]
 
 
 def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
@@ -137,7 +137,10 @@ def _model_faults(model: ModelArguments, resumed: bool) -> Iterator[str]:
     yield from precision_faults(model.bf16, model.fp16, model.device)
     yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
-        yield "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base"
+        yield (
+            "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base; "
+            "give one of the two"
+        )
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
     if model.stream_base and model.shard_base:

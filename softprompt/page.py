@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
+from softprompt.arguments import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.config import GROUPS, PRESETS
 from softprompt.errors import ReportError
 from softprompt.pictures import INSTALL, Curve, Painter
@@ -90,15 +91,17 @@ def _view(record: Record, name: str, painter: Painter | None) -> dict[str, Any]:
     facts = record.facts
     rows = [(kind, of) for kind, of in facts.get("rows", {}).items() if of]
     end = facts.get("so_far") or facts.get("end", {})
+    bits = "".join(f" --{name}" for name in ("load_in_8bit", "load_in_4bit") if record.arguments.get(name))
     return {
         "name": name,
         "headline": _headline(record),
         "ended": record.ended,
         "status": _status(record),
         "go_on": None if record.ended else _go_on(record),
-        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))} --prompt …",
+        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))}{bits} --prompt …",
         "figures": list(_figures(record)),
         "curves": list(_curves(record, painter)) if painter else [],
+        "sweep": facts.get("sweep"),
         "rows": rows,
         "row_facts": [fact for fact in rows[0][1] if fact != "histogram"] if rows else [],
         "lengths": _lengths(record, rows, painter),
@@ -201,6 +204,8 @@ def _settings(record: Record) -> Iterable[tuple[str, Any, bool]]:
     """(flag, value, whether it is another than its default)."""
     defaults = {f.name: f.default for group in GROUPS for f in fields(group)}
     arguments = record.arguments
+    rate = DEFAULT_LEARNING_RATES.get(arguments.get("prompt_tuning_init", ""))
+    defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
     defaults |= PRESETS.get(arguments.get("preset") or "", {})
     for name, value in arguments.items():
         if value is not None:
