@@ -148,7 +148,7 @@ class PackedEngine:
             try:
                 return run()
             except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                longest = max(len(row.input_ids) for row in rows)
+                longest = max((len(row.input_ids) for row in rows), default=0)
                 if not is_out_of_memory(error):
                     raise
                 if self.tokens_per_microbatch <= longest:

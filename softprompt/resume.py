@@ -202,6 +202,12 @@ def check_streaming(config: TrainConfig, saved: Mapping[str, Any], checkpoint: P
             f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
             "begin at the first row again"
         )
+    buffered = saved["arguments"].get("buffer_size")
+    if was and buffered != config.data.buffer_size and not config.training.ignore_data_skip:
+        raise CheckpointError(
+            f"{checkpoint}: its rows were shuffled with --buffer_size {buffered}, and {config.data.buffer_size} draws "
+            "them in another order; leave the flag out, or add --ignore_data_skip to begin at the first row again"
+        )
 
 
 def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
