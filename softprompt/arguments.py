@@ -46,8 +46,8 @@ class ModelArguments:
     )
     max_activation_gib: float = option(
         1.0,
-        "--stream_base and --shard_base, packed engine: memory for what a step has at the borders of blocks; what is "
-        "beyond goes to a file.",
+        "--stream_base, --shard_base, --load_in_8bit and --load_in_4bit, packed engine: memory for what a step has at "
+        "the borders of blocks; what is beyond goes to a file.",
     )
     offload_folder: str | None = option(
         None, "Where that file is made, on a real disk. (default: the system's folder for such files)"
@@ -142,7 +142,9 @@ class TrainingArguments:
     )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(
-        4, "Rows of a micro-batch; times --gradient_accumulation_steps, the rows of an optimizer step."
+        4,
+        "Rows of a micro-batch on each device; times --gradient_accumulation_steps and the number of devices, the rows "
+        "of an optimizer step.",
     )
     gradient_accumulation_steps: int = option(8, "Micro-batches of an optimizer step.")
     tokens_per_microbatch: int | None = option(
@@ -165,8 +167,8 @@ class TrainingArguments:
     )
     find_learning_rate: bool = option(
         False,
-        "Take the peak learning rate that a short sweep on training rows finds before the first step; where it finds "
-        "none, it says so and the default is taken.",
+        "Take the peak learning rate that a short sweep on training rows (--streaming: the first of them) finds before "
+        "the first step; where it finds none, it says so and the default is taken.",
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"

@@ -22,7 +22,7 @@ from softprompt.checkpoint import json_bytes
 from softprompt.data import Example, count_targets
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine
-from softprompt.errors import Stopped, TrainingError
+from softprompt.errors import NotFinite, Stopped
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.feed import Listed
 from softprompt.files import write_folder
@@ -106,7 +106,7 @@ class _Bench:
                     feed = Listed(examples, config.training)
                     train(evaluator.engine, prompt, feed, config.training, config.learning_rate, watch)
             metrics |= {} if watch.stopped else evaluator(prompt.weight.detach()).metrics()
-        except TrainingError as error:
+        except NotFinite as error:
             metrics["error"] = str(error)
         result = {
             **self._described(one, prompt),

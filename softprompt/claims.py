@@ -81,7 +81,7 @@ def point(result: Mapping[str, Any]) -> Point:
         s["trained"],
         metrics.get("eval_loss", math.inf),
         metrics.get("eval_exact_match"),
-        metrics["eval_loss_base"],
+        metrics.get("eval_loss_base", math.inf),
         metrics.get("eval_exact_match_base"),
         result["held_out_targets"],
         start,

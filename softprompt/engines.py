@@ -36,7 +36,7 @@ def make_engine(
     files, quantised or shards, the packed one goes layer by layer, and only shards are for another, too.
 
     Raises:
-        ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
+        ConfigError: as of `trains_packed`.
     """
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
@@ -44,12 +44,7 @@ def make_engine(
     if isinstance(blocks, Quantised):
         held = 2 + math.ceil(bloom_shape(base.config).L * blocks.bits / (8 * dtype.itemsize))
         return _layer_by_layer(config, QuantisedWeights(base, blocks, dtype), held, P)
-    if not takes_packed(config.model.engine, base, str(config.model.model_name_or_path)):
-        if args.tokens_per_microbatch or args.gradient_checkpointing:
-            raise ConfigError(
-                "--tokens_per_microbatch and --gradient_checkpointing are settings of the packed engine, and this run "
-                "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base.config) else "")
-            )
+    if not trains_packed(config, base.config, device):
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
     if isinstance(blocks, Shards):
         held = 2 + math.ceil(len(blocks.blocks) / blocks.world.size)
@@ -57,6 +52,22 @@ def make_engine(
     shape, memory = bloom_shape(base.config), total_memory(device)
     tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
     return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
+
+
+def trains_packed(config: TrainConfig, base_config: Any, device: torch.device) -> bool:
+    """Whether a run over a base of this configuration takes the packed engine.
+
+    Raises:
+        ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
+    """
+    args = config.training
+    packed = takes_packed(config.model.engine, base_config, device, str(config.model.model_name_or_path))
+    if not packed and (args.tokens_per_microbatch or args.gradient_checkpointing):
+        raise ConfigError(
+            "--tokens_per_microbatch and --gradient_checkpointing are settings of the packed engine, and this run "
+            "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base_config) else "")
+        )
+    return packed
 
 
 def _layer_by_layer(config: TrainConfig, weights: Weights, held: int, P: int) -> PackedEngine:
@@ -83,7 +94,8 @@ def engine_for_inference(
     Raises:
         ConfigError: as of `takes_packed`.
     """
-    if quantised or takes_packed(kind, base, str(getattr(base, "name_or_path", "this base"))):
+    device, name = word_embeddings(base).weight.device, str(getattr(base, "name_or_path", "this base"))
+    if quantised or takes_packed(kind, base.config, device, name):
         weights = QuantisedWeights(base, quantised, dtype) if quantised else ResidentWeights(base, dtype)
         return PackedEngine(weights, MOST_TOKENS[weights.head.device.type])
     return PaddedEngine(base, tokenizer, batch_size, dtype)
@@ -96,17 +108,16 @@ def generator_beside(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> G
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)
 
 
-def takes_packed(kind: str, base: PreTrainedModel, name: str) -> bool:
-    """Whether `--engine` means the packed engine for this base: `auto` does for BLOOM on the CPU, and not elsewhere, as
+def takes_packed(kind: str, base_config: Any, device: torch.device, name: str) -> bool:
+    """Whether `--engine` means the packed engine for a base: `auto` does for BLOOM on the CPU, and not elsewhere, as
     no GPU has run it yet.
 
     Raises:
         ConfigError: the packed engine asked for a base that is no BLOOM.
     """
-    if kind == "packed" and not is_bloom(base.config):
-        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
+    if kind == "packed" and not is_bloom(base_config):
+        sliced = " with slow_but_exact" if base_config.model_type == "bloom" else ""
         raise ConfigError(
-            f"--engine packed is for BLOOM, and {name} is of type {base.config.model_type}{sliced}; leave it out"
+            f"--engine packed is for BLOOM, and {name} is of type {base_config.model_type}{sliced}; leave it out"
         )
-    on_cpu = word_embeddings(base).weight.device.type == "cpu"
-    return kind == "packed" or (kind == "auto" and is_bloom(base.config) and on_cpu)
+    return kind == "packed" or (kind == "auto" and is_bloom(base_config) and device.type == "cpu")

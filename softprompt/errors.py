@@ -65,6 +65,10 @@ class PushError(SoftpromptError):
 
 
 class TrainingError(SoftpromptError):
-    """A run that cannot go on, such as a loss that is not finite."""
+    """A run that cannot go on."""
 
     exit_code = 1
+
+
+class NotFinite(TrainingError):
+    """A loss, a gradient or a prompt that is not finite: of all ranks of a run, as they have the same numbers."""

@@ -47,6 +47,7 @@ def facts_of(run: Prepared, arguments: Mapping[str, Any], before: Evaluation | N
         "rows": {training: rows_of(run.data), "held out": rows_of(run.held_out) if run.held_out else None},
         "rows_per_step": run.feed.rows_per_step,
         "total_steps": run.feed.total_steps,
+        "sweep": next((record["sweep"] for record in run.history if "sweep" in record), None),
         "base_alone": before.metrics("_base") if before else {},
     }
 

@@ -54,7 +54,7 @@ def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
 def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
     """What is wrong with a base in 8 or 4 bit."""
     if load_in_8bit and load_in_4bit:
-        return ["--load_in_8bit and --load_in_4bit exclude each other"]
+        return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"]
     if engine == "padded" and (load_in_8bit or load_in_4bit):
         return ["--load_in_8bit and --load_in_4bit are for the packed engine; leave --engine padded out"]
     return []
@@ -65,8 +65,8 @@ def seed_faults(seed: int) -> list[str]:
 
 
 def parse_labels(text: str) -> list[str]:
-    """`正面,负面` → ["正面", "负面"]."""
-    return [label.strip() for label in text.split(",")]
+    """`正面,负面` → ["正面", "负面"]; the comma of Chinese text is one, too."""
+    return [label.strip() for label in re.split("[,，]", text)]
 
 
 def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
@@ -104,15 +104,17 @@ def faults(
     sharing: SharingArguments,
     given: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Of a run's settings; `given` are those that were set by hand, under their flags' names."""
+    """Of a run's settings; `given` are those that were set by hand, under their flags' names. Of a resumed run the
+    checkpoint says what is not given."""
+    resumed = bool(training.resume_from_checkpoint)
     for part in (model, data, prompt, training, sharing):
         yield from _text_faults(dataclasses.asdict(part))
-    yield from _model_faults(model)
-    yield from _data_faults(data)
+    yield from _model_faults(model, resumed)
+    yield from _data_faults(data, resumed and "dataset" not in given)
     yield from _prompt_faults(prompt)
     yield from _training_faults(training)
     yield from _evaluation_faults(data, training, given)
-    yield from sharing_faults(sharing, bool(training.resume_from_checkpoint))
+    yield from sharing_faults(sharing, resumed)
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):
             if getattr(training, name):
@@ -131,33 +133,41 @@ def _text_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} {text!r} holds a null character; leave that out"
 
 
-def _model_faults(model: ModelArguments) -> Iterator[str]:
+def _model_faults(model: ModelArguments, resumed: bool) -> Iterator[str]:
     yield from precision_faults(model.bf16, model.fp16, model.device)
     yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
-        yield "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base"
+        yield (
+            "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base; "
+            "give one of the two"
+        )
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
     if model.stream_base and model.shard_base:
         yield "--stream_base and --shard_base exclude each other: a block comes from the disk or from the other ranks"
-    if not (model.stream_base or model.shard_base) and model.offload_folder:
-        yield "--offload_folder is only used with --stream_base or --shard_base; add one of them"
+    by_layers = model.stream_base or model.shard_base or model.load_in_8bit or model.load_in_4bit
+    if model.offload_folder and not by_layers and not resumed:
+        yield (
+            "--offload_folder is only used with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit; "
+            "add one of them"
+        )
     if not model.max_activation_gib >= 0:
         yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
 
 
-def _data_faults(data: DataArguments) -> Iterator[str]:
+def _data_faults(data: DataArguments, unknown: bool) -> Iterator[str]:
+    """`unknown`: which dataset it is, and whether it streams."""
     if data.dataset is None:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
     if data.eval_rows < 0:
         yield f"--eval_rows {data.eval_rows} must not be negative"
-    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
+    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming and not unknown:
         yield "--buffer_size is only used with --streaming; add that flag"
     if not 0 < data.buffer_size <= MOST_BUFFERED:
         yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
-    if data.streaming and is_made(data.dataset):
+    if data.streaming and is_made(data.dataset) and not unknown:
         yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; at least 2"

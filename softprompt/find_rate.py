@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt.arguments import TrainingArguments
 from softprompt.data import Example
 from softprompt.distributed import Wish
-from softprompt.errors import Stopped, TrainingError
+from softprompt.errors import NotFinite, Stopped
 from softprompt.feed import Listed
 from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
@@ -61,13 +61,12 @@ def find_learning_rate(
 
     Raises:
         Stopped: `request` came true.
+        TrainingError: what would end the run at any rate, too: memory that runs out, a rank that dies.
     """
-    aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
-    if aside < FEWEST_ASIDE:
+    held, rest = set_aside(examples, args.seed)
+    if len(held) < FEWEST_ASIDE:
         why = f"{len(examples):,} rows are too few to set some aside and compare by them"
         return Sweep(None, why, math.nan, {})
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    held, rest = ([examples[i] for i in some] for some in (order[:aside], order[aside:]))
 
     def loss_of(prompt: Tensor) -> float:
         loss, targets = engine.evaluate(prompt, held)
@@ -78,7 +77,7 @@ def find_learning_rate(
         try:
             short = squeezed(args, steps, total)
             train(engine, prompt, Listed(rest, short, rows_per_step), short, rate, watch)
-        except TrainingError:
+        except NotFinite:
             return math.inf
         if watch.stopped:
             raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)
@@ -93,6 +92,13 @@ def find_learning_rate(
     if not lowest < start * (1 - LEAST_GAIN):
         return Sweep(None, "no rate lowered the loss within the sweep", start, losses)
     return Sweep(min(rate for rate in left if losses[rate] <= lowest * (1 + TIE)), "", start, losses)
+
+
+def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Those to compare by, drawn by the seed, and the rest to train on."""
+    aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in order[:aside]], [examples[i] for i in order[aside:]]
 
 
 def squeezed(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:

@@ -15,13 +15,13 @@ rows = [8, 32, 128, "all"]       # few-shot: so many rows, drawn by the seed
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS
-from softprompt.config import TrainConfig, train_config
+from softprompt.config import GROUPS, TrainConfig, train_config
 from softprompt.errors import ConfigError
 from softprompt.faults import seed_faults
 from softprompt.fields import is_text, nearest
@@ -139,13 +139,24 @@ def _faults(found: Mapping[str, Any]) -> Iterator[str]:
     ]:
         for key, value in table.items():
             if key not in known:
-                yield f"{where}: unknown key {key!r}{nearest(key, known)}"
+                yield f"{where}: unknown key {key!r}{_instead(where, key, known)}"
             elif where == "settings" and isinstance(value, list):
                 yield f"settings: {key} has several values; a list belongs under [[grid]]"
             elif value == []:
                 yield f"{where}: {key} has no values"
             elif key == "rows" and not all(_is_count(n) for n in _listed(value)):
                 yield f"{where}: rows {value!r} are not whole numbers from 1 up, or {ALL!r}"
+
+
+def _instead(where: str, key: str, known: Sequence[str]) -> str:
+    """What to do about an unknown key."""
+    if key in ("rows", *KEYS):
+        return f"; it belongs {'under [[grid]]' if key == 'rows' else 'above [settings]'}"
+    if key == "seed":
+        return "; give a list of seeds above [settings]"
+    if key in {field.name for group in GROUPS for field in fields(group)}:
+        return ", which train.py takes and a study does not; leave it out"
+    return nearest(key, known)
 
 
 def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:

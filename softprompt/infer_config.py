@@ -1,12 +1,11 @@
 """Settings of infer.py, each default in one place; validation as in config.py."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
-from softprompt.faults import bits_faults, precision_faults, seed_faults
+from softprompt.faults import bits_faults, parse_labels, precision_faults, seed_faults
 from softprompt.fields import build, hints, option, type_faults
 
 
@@ -45,7 +44,7 @@ class QuestionArguments:
 
     @property
     def choice_list(self) -> list[str] | None:
-        return None if self.choices is None else [choice.strip() for choice in re.split("[,，]", self.choices)]
+        return None if self.choices is None else parse_labels(self.choices)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from softprompt.adapters import NONE, Tuned, find, named
+from softprompt.adapters import load as read_adapter
 from softprompt.answers_file import AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
 from softprompt.compare import Judge, report
-from softprompt.errors import ConfigError, DataError
+from softprompt.errors import AdapterError, ConfigError, DataError
+from softprompt.faults import bits_of
 from softprompt.fields import is_text
 from softprompt.infer_config import InferConfig
 from softprompt.rows import load_prompts
@@ -60,7 +62,8 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
     looked for.
 
     Raises:
-        AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder.
+        AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder,
+            or is for another base than the one that is taken.
     """
     where, folders = config.model, named(config.model.adapter or ())
     wanted = {line.adapter: line.where for line in asked if line.adapter not in (None, NONE, *folders)}
@@ -79,9 +82,16 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         load_in_4bit=where.load_in_4bit,
         engine=where.engine,
     )
-    for name in wanted:
-        if name not in model.adapters:
-            model.load_adapter(str(name))
+    for name, at in wanted.items():
+        if name in model.adapters:
+            continue
+        base = read_adapter(str(name)).base
+        if where.model_name_or_path is None and base not in (None, model.name):
+            raise AdapterError(
+                f"{at}: adapter {name} is for {base}, and this is {model.name}; ask those of one base at a time, or "
+                "give --model_name_or_path"
+            )
+        model.load_adapter(str(name))
     return model
 
 
@@ -201,6 +211,8 @@ def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) ->
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
+    if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
+        settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
     return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
 

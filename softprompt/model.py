@@ -298,7 +298,8 @@ class PaddedEngine:
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
         c, size, words = self.base.config, self.compute_dtype.itemsize, word_embeddings(self.base)
-        H, V, width = words.embedding_dim, words.num_embeddings, P + max(len(e.input_ids) for e in window)
+        H, V = words.embedding_dim, words.num_embeddings
+        width = P + max((len(e.input_ids) for e in window), default=0)
         layer = 4 * 6 * H + size * 16 * H + (4 + size) * c.num_attention_heads * width  # eager attention's scores
         return min(self.rows_per_microbatch, len(window)) * width * (c.num_hidden_layers * layer + 3 * 4 * V)
 

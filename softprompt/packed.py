@@ -101,7 +101,8 @@ class PackedEngine:
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
         shape = self.weights.shape
-        longest, tokens = max(len(e.input_ids) for e in window), sum(len(e.input_ids) for e in window)
+        lengths = [len(e.input_ids) for e in window]  # none on a rank without rows
+        longest, tokens = max(lengths, default=0), sum(lengths)
         taken = max(longest, min(tokens, self.tokens_per_microbatch))
         bias = 4 * shape.N * longest * (P + longest)
         blocks = 3 * 4 * min(BLOCK_ELEMENTS[self.device.type], taken * shape.V)
@@ -147,7 +148,7 @@ class PackedEngine:
             try:
                 return run()
             except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                longest = max(len(row.input_ids) for row in rows)
+                longest = max((len(row.input_ids) for row in rows), default=0)
                 if not is_out_of_memory(error):
                     raise
                 if self.tokens_per_microbatch <= longest:

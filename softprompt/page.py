@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
+from softprompt.arguments import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.config import GROUPS, PRESETS
 from softprompt.errors import ReportError
 from softprompt.pictures import INSTALL, Curve, Painter
@@ -90,15 +91,17 @@ def _view(record: Record, name: str, painter: Painter | None) -> dict[str, Any]:
     facts = record.facts
     rows = [(kind, of) for kind, of in facts.get("rows", {}).items() if of]
     end = facts.get("so_far") or facts.get("end", {})
+    bits = "".join(f" --{name}" for name in ("load_in_8bit", "load_in_4bit") if record.arguments.get(name))
     return {
         "name": name,
         "headline": _headline(record),
         "ended": record.ended,
         "status": _status(record),
         "go_on": None if record.ended else _go_on(record),
-        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))} --prompt …",
+        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))}{bits} --prompt …",
         "figures": list(_figures(record)),
         "curves": list(_curves(record, painter)) if painter else [],
+        "sweep": facts.get("sweep"),
         "rows": rows,
         "row_facts": [fact for fact in rows[0][1] if fact != "histogram"] if rows else [],
         "lengths": _lengths(record, rows, painter),
@@ -131,14 +134,18 @@ def _status(record: Record) -> str:
         return f"{'running now' if record.runs_now else 'not finished'}: {steps} is the last in its metrics"
     best = record.results.get("best_global_step")
     kept = f"; the prompt is the best one, of step {best:,}" if best is not None else ""
-    early = total and record.steps < total
-    return (f"ended early at {steps}, as nothing was gained any more" if early else f"finished after {steps}") + kept
+    if not total or record.steps >= total:
+        return f"finished after {steps}{kept}"
+    patient = record.arguments.get("early_stopping_patience") is not None
+    why = "nothing was gained any more" if patient else "its rows were fewer than counted"  # of a stream
+    return f"ended early at {steps}, as {why}{kept}"
 
 
 def _go_on(record: Record) -> str | None:
     if record.runs_now or not record.checkpoint:
         return None
-    return f"python train.py --resume_from_checkpoint {shlex.quote(str(record.folder))}"
+    program = "torchrun --nproc_per_node=N" if record.arguments.get("shard_base") else "python"
+    return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(record.folder))}"
 
 
 def _figures(record: Record) -> Iterable[tuple[str, str | None, str]]:
@@ -176,7 +183,8 @@ def _pictures(
 def _lengths(record: Record, rows: Sequence[tuple[str, Any]], painter: Painter | None) -> Picture | None:
     if not painter or not rows:
         return None
-    title, limit = "Lengths of the training rows", record.arguments.get("max_length", 0)
+    kind = "the training" if rows[0][0] == "training" else rows[0][0]  # the stream's first, or held-out ones
+    title, limit = f"Lengths of {kind} rows", record.arguments.get("max_length", 0)
     svg = painter.bars(rows[0][1]["histogram"], limit, title)
     return Picture(title, Markup(svg), [(0, False, "rows"), (-1, True, f"--max_length {limit}")])
 
@@ -196,6 +204,8 @@ def _settings(record: Record) -> Iterable[tuple[str, Any, bool]]:
     """(flag, value, whether it is another than its default)."""
     defaults = {f.name: f.default for group in GROUPS for f in fields(group)}
     arguments = record.arguments
+    rate = DEFAULT_LEARNING_RATES.get(arguments.get("prompt_tuning_init", ""))
+    defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
     defaults |= PRESETS.get(arguments.get("preset") or "", {})
     for name, value in arguments.items():
         if value is not None:

@@ -61,8 +61,9 @@ def quantise(base: PreTrainedModel, bits: int, device: torch.device) -> Quantise
         ConfigError: no BLOOM, or bitsandbytes is not installed.
     """
     if not is_bloom(base.config):
+        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
         raise ConfigError(
-            f"--load_in_{bits}bit is for BLOOM, and {base.name_or_path} is of type {base.config.model_type}; "
+            f"--load_in_{bits}bit is for BLOOM, and {base.name_or_path} is of type {base.config.model_type}{sliced}; "
             "leave it out"
         )
     functional, rounded = _functional(), {}
@@ -117,6 +118,7 @@ def _functional() -> Any:
         from bitsandbytes import functional
     except ImportError:
         raise ConfigError(
-            '--load_in_8bit and --load_in_4bit need bitsandbytes: pip install "softprompt[quantized]"'
+            "--load_in_8bit and --load_in_4bit need bitsandbytes: pip install bitsandbytes (or pip install -e "
+            '".[quantized]")'
         ) from None
     return functional

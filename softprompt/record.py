@@ -49,8 +49,8 @@ class Record:
         return self.facts.get("arguments", {})
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """The (step, value) points of a metric."""
-        return [(record["step"], record[name]) for record in self.history if name in record]
+        """The (step, value) points of a metric; what a sweep left before the first step is none."""
+        return [(record["step"], record[name]) for record in self.history if name in record and record["step"]]
 
     def of_base(self, name: str) -> float | None:
         """A metric of the bare base, such as eval_loss."""

@@ -1,7 +1,6 @@
 """What a run shows, keeps and leaves: the loop's callbacks, and the finished run."""
 
 import errno
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from softprompt.resume import (
     STATE_FILES,
     fault_of,
     metrics_file,
+    resume_command,
     state_files,
     with_checksums,
 )
@@ -131,8 +131,8 @@ class Recorder:
         code = self.request.exit_code
         if code is not None and not self._is_over(done) and not self._patience_is_over():
             raise Stopped(
-                f"stopped after step {done:,} of {total:,}, which is saved; go on with: python train.py "
-                f"--resume_from_checkpoint {shlex.quote(str(self.output_dir))}",
+                f"stopped after step {done:,} of {total:,}, which is saved; go on with: "
+                f"{resume_command(self.output_dir)}",
                 code,
             )
 

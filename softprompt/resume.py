@@ -10,6 +10,7 @@ checksums.json          sha256 of every other file of the checkpoint
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -103,9 +104,14 @@ def way_on(output_dir: Path, more: str = "") -> str:
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
-    return (
-        f"{found} is whole; go on with: python train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}{more}"
-    )
+    return f"{found} is whole; go on with: {resume_command(output_dir)}{more}"
+
+
+def resume_command(output_dir: Path) -> str:
+    """What goes on with a run, started as this process was: alone, or as one of several that share a base out."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    program = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 'N')}" if several else "python"
+    return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}"
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
@@ -195,6 +201,12 @@ def check_streaming(config: TrainConfig, saved: Mapping[str, Any], checkpoint: P
             f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
             f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
             "begin at the first row again"
+        )
+    buffered = saved["arguments"].get("buffer_size")
+    if was and buffered != config.data.buffer_size and not config.training.ignore_data_skip:
+        raise CheckpointError(
+            f"{checkpoint}: its rows were shuffled with --buffer_size {buffered}, and {config.data.buffer_size} draws "
+            "them in another order; leave the flag out, or add --ignore_data_skip to begin at the first row again"
         )
 
 

@@ -45,7 +45,8 @@ def run_training(config: TrainConfig, world: World | None = None) -> Run:
     args = run.config.training
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
-        folder = world.agree(lambda: _claimed(run, stack))
+        claimed = world.agree(lambda: _claimed(run, stack))
+        folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
         stack.enter_context(crashes_in(folder))
         stack.enter_context(deterministic(args.deterministic))
         return _trained(replace(run, output_dir=folder), request)

@@ -210,7 +210,8 @@ class _OnTheHub:
 
 @dataclass(frozen=True)
 class Behind:
-    """A source without its first rows."""
+    """A source without its first rows. Without others it is another source: rows that were trained on would become
+    held-out ones."""
 
     source: Source
     skipped: int
@@ -225,7 +226,7 @@ class Behind:
 
     @property
     def fingerprint(self) -> str:
-        return self.source.fingerprint
+        return _hash([self.source.fingerprint, self.skipped])
 
     def read(self, first: int = 0) -> Iterator[Raw]:
         return self.source.read(first + self.skipped)

@@ -15,6 +15,7 @@ from softprompt.errors import OutputError
 from softprompt.files import check_writable, remove_leftovers, write_files
 from softprompt.grid import Study
 from softprompt.lock import FolderLock
+from softprompt.pictures import INSTALL
 from softprompt.study_page import csv_of, page, table_of
 from softprompt.study_plan import Planned, planned
 from softprompt.tables import table
@@ -64,7 +65,7 @@ def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
     for finding in found:
         print(f"- {finding.sentence}")
     if drawn is None:
-        print('no pictures: matplotlib is not installed; pip install "softprompt[plot]" or matplotlib')
+        print(f"no pictures: matplotlib is not installed; {INSTALL}")
     head = (f"# {study.title}", study.about, _origin(study, results))
     files = {CSV_FILE: csv_of(points), PAGE_FILE: page(head, lines, found, drawn or ()), **(drawn or {})}
     write_files(study.output_dir, files)

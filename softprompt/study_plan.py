@@ -10,21 +10,23 @@ from typing import Any
 from softprompt.arguments import DataArguments
 from softprompt.build import base_path, initialiser
 from softprompt.data import Example
+from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError
 from softprompt.feed import total_steps
 from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
-from softprompt.model import load_tokenizer, weight_files
+from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
 
 MOST_LETTERS = 100  # of a folder's name, before its hash
 
 
 @dataclass(frozen=True)
 class Material:
-    """What cells over the same base and rows share: the tokenizer, examples to train on and held-out ones, and the
-    fingerprints of all that is in files."""
+    """What cells over the same base and rows share: the base's configuration and tokenizer, examples to train on and
+    held-out ones, and the fingerprints of all that is in files."""
 
+    base_config: Any
     tokenizer: Any
     examples: list[Example]
     held_out: list[Example]
@@ -65,15 +67,15 @@ class _Shelf:
     """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
 
     def __init__(self) -> None:
-        self.tokenizers: dict[str, tuple[Any, dict[str, str]]] = {}
+        self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
         self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
 
     def material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
-        if name not in self.tokenizers:
-            self.tokenizers[name] = _tokenizer(name)
-        tokenizer, prints = self.tokenizers[name]
+        if name not in self.bases:
+            self.bases[name] = _base(name)
+        base_config, tokenizer, prints = self.bases[name]
         template = template_of(config)
         if config.data not in self.rows:
             self.rows[config.data] = read_rows(config, template)
@@ -84,21 +86,25 @@ class _Shelf:
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
             self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
         examples, held_out_examples, of_rows = self.tokenized[key]
-        return Material(tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+        return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
 
 
-def _tokenizer(name: str) -> tuple[Any, dict[str, str]]:
-    """A base's tokenizer, and the fingerprints of it and of the base's files."""
+def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
+    """A base's configuration and tokenizer, and the fingerprints of the tokenizer and of the base's files."""
+    from transformers import AutoConfig
+
     path = base_path(name)
     tokenizer = load_tokenizer(path)
     files = weight_files(path)
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
-    return tokenizer, {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
+    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
+    return from_hub_or_folder(AutoConfig, path, "base model"), tokenizer, prints
 
 
 def _check(cell: Cell, material: Material) -> None:
     """Raises ConfigError where a cell cannot work."""
+    trains_packed(cell.config, material.base_config, resolve_device(cell.config.model.device))
     if not material.held_out:
         raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
     initialiser(cell.config, material.tokenizer, len(material.tokenizer))

@@ -5,6 +5,7 @@ from typing import Any
 
 from softprompt.build import RUNS
 from softprompt.evaluate import question_ids
+from softprompt.faults import bits_of
 from softprompt.recorder import Run
 from softprompt.tables import columns, table
 
@@ -19,10 +20,13 @@ def summary(run: Run) -> str:
 
 
 def infer_command(run: Run) -> str:
-    """The command that asks this run's prompt; its folder is named where infer.py would not find it by itself."""
+    """The command that asks this run's prompt, over the base as it was held; its folder is named where infer.py would
+    not find it by itself."""
     question = "我爱这部电影" if run.config.data.dataset == "mini:sentiment" else _question(run)
     folder = "" if run.output_dir.parent == RUNS else f" --adapter {shlex.quote(str(run.output_dir))}"
     extra = run.sample.get("input")
+    bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
+    folder += f" --load_in_{bits}bit" if bits else ""
     return f"python infer.py{folder} --prompt {_quoted(question)}" + (f" --input {_quoted(extra)}" if extra else "")
 
 

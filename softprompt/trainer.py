@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softprompt.arguments import TrainingArguments
 from softprompt.data import Example, count_targets
-from softprompt.errors import DataError, TrainingError
+from softprompt.errors import DataError, NotFinite
 from softprompt.feed import Feed, Position, Window
 from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
@@ -110,7 +110,7 @@ def train(
     Between steps the callbacks may want to stop; what was done is saved first.
 
     Raises:
-        TrainingError: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
+        NotFinite: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
             long as its scale does not fall to nothing).
         DataError: of the feed; what was done before is saved.
     """
@@ -254,9 +254,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> TrainingError:
+def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NotFinite:
     some = ", ".join(places[:NAMED]) + (" …" if len(places) > NAMED else "")
-    return TrainingError(
+    return NotFinite(
         f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it "
         f"({named.format(some)}); lower --learning_rate"
     )

@@ -276,3 +276,11 @@ def test_a_question_without_faults():
 def test_saved_settings_of_another_type_are_faults(saved):
     (name,) = saved
     assert [fault.split()[0] for fault in generation_faults(saved)] == [f"--{name}"]
+
+
+@pytest.mark.parametrize("flags", [["--buffer_size", "9"], ["--streaming"], ["--offload_folder", "x"]], ids=" ".join)
+def test_what_a_checkpoint_may_say_is_not_asked_of_flags(flags):
+    """Whether it streams its rows or its base, and which rows these are."""
+    parse_training(["--resume_from_checkpoint", "run", *flags])
+    with pytest.raises(ConfigError):
+        parse_training(flags)

@@ -17,7 +17,7 @@ from softprompt import find_rate, run
 from softprompt.arguments import TrainingArguments
 from softprompt.config import train_config
 from softprompt.data import Example
-from softprompt.errors import ConfigError, Stopped
+from softprompt.errors import ConfigError, Stopped, TrainingError
 from softprompt.feed import Listed, total_steps
 from softprompt.find_rate import RATES, RUNGS, find_learning_rate, squeezed, sweep_steps
 from softprompt.model import freeze
@@ -125,6 +125,17 @@ def test_a_rate_that_ends_in_no_finite_numbers_loses(base, monkeypatch):
     monkeypatch.setattr(find_rate, "RATES", (1e-2, 1e38, 1e-1))
     found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0))
     assert found.losses[1e38] == math.inf and found.learning_rate in (1e-2, 1e-1)
+
+
+def test_what_is_no_matter_of_the_rate_ends_the_sweep(base, monkeypatch):
+    """A rank that died, memory that ran out on one of several: no rate is to blame, and who went on would wait."""
+
+    def died(*args):
+        raise TrainingError("rank 0: rank 1 died")
+
+    monkeypatch.setattr(PackedEngine, "accumulate", died)
+    with pytest.raises(TrainingError, match="rank 1 died"):
+        sweep(base, random_examples(70, 5))
 
 
 @pytest.mark.parametrize("given, meant", [(0, 0), (0.25, 0.25), (6, 0.25), (24, 0.99)])

@@ -113,7 +113,7 @@ MAY_IMPORT = {
     "facts": {"checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
     "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
     "pictures": set(),
-    "page": {"config", "errors", "pictures", "record", "redact"},
+    "page": {"arguments", "config", "errors", "pictures", "record", "redact"},
     "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
     "ending": {
         *("checkpoint", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page", "pictures"),
@@ -129,7 +129,9 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "claims": {"arguments"},
     "charts": {"claims"},
     "study_page": {"claims"},
-    "study_plan": {"arguments", "build", "data", "errors", "feed", "fingerprints", "grid", "intake", "model"},
+    "study_plan": {
+        *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+    },
     "cells": {
         *("arguments", "build", "checkpoint", "data", "determinism", "engines", "errors", "evaluate"),
         *("feed", "files", "model", "prompt", "recorder", "resume", "stopping", "study_plan", "trainer"),

@@ -188,6 +188,7 @@ REFUSED = {
     "--adapter a --prompts_file list.jsonl": r"list.jsonl, line 1: expected an object of columns, found a list",
     "--adapter a --prompts_file long.jsonl --max_length 40": r"long.jsonl, line 2: --max_length 40 .* prompt of \d+ tokens",
     "--adapter a --adapter other --prompt 好": "adapters are for several bases: a for .*, other for some/base; ask those of one base",
+    "--adapter a --prompts_file far.jsonl": "far.jsonl, line 2: adapter other is for some/base, and this is .*; ask those of one base",
     "--adapter a --adapter wide --prompt 好": "virtual tokens have size 16, but .* has hidden size 32",
     "--adapter a --adapter a --prompt 好": "--adapter a is there twice",
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
@@ -224,6 +225,7 @@ def test_what_is_refused(flags, place, tiny_base, capsys, monkeypatch):
     (place / "unknown.jsonl").write_bytes(
         jsonl({"prompt": "a", "adapter": "a"}, {"prompt": "b", "adapter": "sentiment"})
     )
+    (place / "far.jsonl").write_bytes(jsonl({"prompt": "a"}, {"prompt": "b", "adapter": "other"}))
     (place / "broken.jsonl").write_bytes(jsonl({"prompt": "a"}, '{"prompt": '))
     (place / "number.jsonl").write_bytes(jsonl({"prompt": "a", "adapter": 3}))
     (place / "list.jsonl").write_bytes(b"[1]")

@@ -15,6 +15,7 @@ from softprompt.build import initial_prompt
 from softprompt.checkpoint import load_adapter
 from softprompt.config import train_config
 from softprompt.errors import ConfigError
+from softprompt.faults import parse_labels
 from softprompt.vocabulary import frequent_tokens, label_tokens
 
 
@@ -157,3 +158,7 @@ def test_a_run_from_class_labels_is_a_run_of_pefts(tmp_path: Path, tiny_base: Pa
     assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, written.prompt)
     card = (run.output_dir / "README.md").read_text(encoding="utf-8")
     assert "| class_labels | 正面,负面 |" in card and "| prompt_tuning_init | CLASS_LABELS |" in card
+
+
+def test_labels_may_be_joined_by_the_comma_of_chinese_text():
+    assert parse_labels("正面， 负面,中性") == ["正面", "负面", "中性"]

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_bloom
+from conftest import make_bloom, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peers import naive_loss, peft_model, peft_prompt, random_examples
@@ -17,7 +17,7 @@ from softprompt.attention import causal_alibi, group_rows
 from softprompt.batching import collate_packed, collate_padded, cut_by_tokens
 from softprompt.data import Example, count_targets
 from softprompt.errors import TrainingError
-from softprompt.model import freeze
+from softprompt.model import PaddedEngine, freeze
 from softprompt.packed import PackedEngine
 from softprompt.prompt import PromptEmbedding
 from softprompt.weights import ResidentWeights
@@ -48,6 +48,14 @@ def prompt_like(base, P, seed=0):
 
 def labelled(ids, keep):
     return Example(ids, [token if kept else -100 for token, kept in zip(ids, keep, strict=True)])
+
+
+def test_a_rank_without_rows_needs_memory_too():
+    """As many ranks as rows and one more: a dry run asks each of them."""
+    base = freeze(make_bloom(), FP32)
+    engines = packed(base), PaddedEngine(base, make_tokenizer(), 2, FP32)
+    for engine in engines:
+        assert 0 <= engine.activation_bytes(3, []) < engine.activation_bytes(3, random_examples(2, 9))
 
 
 # Rows with targets anywhere, the first token included, and rows with none at all.

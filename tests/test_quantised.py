@@ -23,7 +23,7 @@ from softprompt.prompt import PromptEmbedding
 from softprompt.requests import GenerationSettings, Request
 from softprompt.weights import MODULES
 
-functional = pytest.importorskip("bitsandbytes.functional", reason='needs pip install "softprompt[quantized]"')
+functional = pytest.importorskip("bitsandbytes.functional", reason="needs pip install bitsandbytes")
 from softprompt.quantised import QuantisedWeights, quantise  # noqa: E402
 
 FP32, CPU = torch.float32, torch.device("cpu")
@@ -124,18 +124,25 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     flags = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", "--eval_rows", "2", "--output_dir", "run"]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--load_in_4bit", "--max_steps", "2"])
     train.main([*map(str, flags), "--load_in_4bit", "--max_steps", "2"])
-    assert f"Base {tiny_base} in 4 bit on cpu, float32, packed engine" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Base {tiny_base} in 4 bit on cpu, float32, packed engine" in out
+    assert "Try: python infer.py --adapter run --load_in_4bit --prompt " in out
     ask = ["--adapter", "run", "--prompt", "1", "--do_sample", "false", "--max_new_tokens", "4"]
     out = called([*ask, "--load_in_4bit"], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run", load_in_4bit=True)
     assert out == model.generate("1", do_sample=False, max_new_tokens=4) + "\n"
+    (place / "p.txt").write_text("1", encoding="utf-8")
+    many = [*ask[:2], *ask[4:], "--prompts_file", "p.txt", "--output_file", "o.jsonl"]
+    called([*many, "--load_in_4bit"], capsys, monkeypatch)
+    line = refused(infer, many, capsys, monkeypatch, place)  # not by the weights that it was begun with
+    assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0
     with pytest.raises(ConfigError, match="--num_beams searches with the base's own weights"):
         model.generate("1", num_beams=2)
 
 
 BOTH = {
-    "--load_in_8bit --load_in_4bit": "--load_in_8bit and --load_in_4bit exclude each other",
+    "--load_in_8bit --load_in_4bit": "--load_in_8bit and --load_in_4bit exclude each other; give one of them",
     "--load_in_4bit --engine padded": "are for the packed engine; leave --engine padded out",
 }
 
@@ -149,7 +156,7 @@ def test_what_is_refused(flags, program, place, capsys, monkeypatch):  # noqa: F
 
 def test_what_else_is_refused(place, capsys, monkeypatch):  # noqa: F811
     line = refused(train, ["--load_in_4bit", "--stream_base"], capsys, monkeypatch, place)
-    assert_line(line, "are for a base held whole, not for --stream_base")
+    assert_line(line, "are for a base held whole, not for --stream_base or --shard_base; give one of the two")
     base = make_bloom()
     base.config.model_type = "llama"
     with pytest.raises(ConfigError, match=r"--load_in_8bit is for BLOOM, and .* is of type llama"):

@@ -13,7 +13,6 @@ from softprompt.infer_config import INFER_GROUPS
 OTHERS = {"check", "nproc_per_node", "max_restarts"}  # ruff's and torchrun's
 ROOT = Path(__file__).parent.parent
 NAMES = ["README.md", "README.zh-CN.md"]
-OTHER_PROGRAMS = {"--nproc_per_node"}
 
 
 def text_of(name: str) -> str:

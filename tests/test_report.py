@@ -20,6 +20,7 @@ from softprompt import ending, facts, page, report
 from softprompt.cli import parse_report
 from softprompt.errors import ReportError
 from softprompt.nearest import Space
+from softprompt.record import Record, read_run
 
 pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
@@ -76,6 +77,27 @@ def test_a_run_leaves_a_report_of_itself(run):
     assert "held out, base alone" in told.text and "Real tokens per second" in told.text
     assert html.count("<svg ") == 7  # loss, exact match, rate, norm, speed, lengths, similarities
     assert "Ask it: python infer.py --adapter" in told.text
+
+
+def test_settings_that_are_the_defaults_are_not_marked_as_others(run):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert '<li class="set"><span>learning_rate</span>' in html  # 0.1
+    assert "<li><span>num_virtual_tokens</span><bdi>10</bdi>" in html  # not given
+
+
+def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path):
+    shutil.copytree(run, folder := tmp_path / "swept")
+    noted = {"learning_rate": 0.7, "sweep": {"0.001": 3.25, "0.7": 1.5}}
+    metrics, facts_file = folder / "metrics.jsonl", folder / "report.json"
+    old = metrics.read_text(encoding="utf-8")
+    metrics.write_text(json.dumps({"step": 0, "epoch": 0.0, **noted}) + "\n" + old, encoding="utf-8")
+    told = {**json.loads(facts_file.read_text(encoding="utf-8")), "sweep": noted["sweep"]}
+    facts_file.write_text(json.dumps(told), encoding="utf-8")
+    before = read_run(run).series("learning_rate")
+    assert read_run(folder).series("learning_rate") == before and before
+    report.report(folder)
+    assert "0.001: 3.2500, 0.7: 1.5000." in seen(folder).text
+    assert "--find_learning_rate compared" not in seen(run).text
 
 
 def test_it_asks_for_nothing_and_runs_nothing(run):
@@ -233,6 +255,15 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
     assert "finished after step 6 of 6" in seen(tmp_path / "run").text
+
+
+@pytest.mark.parametrize(
+    "patience, why", [(None, "its rows were fewer than counted"), (3, "nothing was gained any more")]
+)
+def test_why_a_run_ended_before_its_last_step(patience, why):
+    facts = {"prompt": [1, 8], "end": {}, "total_steps": 10, "arguments": {"early_stopping_patience": patience}}
+    assert page._status(Record(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
+    assert page._status(Record(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
 
 
 def test_a_run_goes_on_after_its_end(settings, tmp_path):

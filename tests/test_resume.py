@@ -17,7 +17,7 @@ from softprompt import recorder
 from softprompt.checkpoint import json_bytes
 from softprompt.errors import CheckpointError, ConfigError, OutputError
 from softprompt.files import write_folder
-from softprompt.resume import fault_of, with_checksums
+from softprompt.resume import fault_of, resume_command, with_checksums
 from softprompt.stopping import seconds_of
 
 ROWS = [{"instruction": f"第{i}题" * (1 + i % 3), "output": "好" if i % 2 else "坏"} for i in range(23)]
@@ -259,6 +259,14 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
     found = re.fullmatch(rf"stopped after step (\d+) of 1,800, which is saved; {way_on}", last)
     assert found, told
     assert fault_of(tmp_path / "run" / f"checkpoint-{found[1]}") is None
+
+
+def test_ranks_go_on_as_ranks(monkeypatch):
+    """One process alone could not, where they shared a base out."""
+    assert resume_command(Path("a b")) == "python train.py --resume_from_checkpoint 'a b'"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert resume_command(Path("run")) == "torchrun --nproc_per_node=2 train.py --resume_from_checkpoint run"
 
 
 def test_time_runs_out(tmp_path):

@@ -378,6 +378,10 @@ def test_another_content_or_kind_of_order_is_refused(settings):
     softprompt.train(resume_from_checkpoint="run", max_steps=5)
     with pytest.raises(CheckpointError, match=r"was trained with --streaming, .*leave --streaming false out"):
         softprompt.train(**settings | {"streaming": False, "buffer_size": 10_000}, resume_from_checkpoint="newest")
+    with pytest.raises(CheckpointError, match=r"shuffled with --buffer_size .*add --ignore_data_skip"):
+        softprompt.train(**settings | {"buffer_size": settings["buffer_size"] + 1}, resume_from_checkpoint="newest")
+    with pytest.raises(CheckpointError, match="the dataset named now differs in content"):  # other rows are held out
+        softprompt.train(**settings | {"eval_rows": settings["eval_rows"] + 1}, resume_from_checkpoint="newest")
     Path("rows.jsonl").write_text(lines(ROWS[:-1]))
     with pytest.raises(CheckpointError, match="the dataset named now differs in content"):
         softprompt.train(**settings, resume_from_checkpoint="newest")

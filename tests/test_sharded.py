@@ -104,6 +104,20 @@ def test_another_number_of_ranks_goes_on(ranks, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_look_for_a_learning_rate_together(tmp_path):
+    """Over a base that they share out, and find what one process finds."""
+    flags, one, two = [*RUN, "--find_learning_rate", "--max_steps", "8"], tmp_path / "one", tmp_path / "two"
+    train.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(one)])
+    shared = [*flags, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", two]
+    out, _ = finished(torchrun(2, "train.py", *shared))
+    assert "learning rate to be found" in out
+    found, alone = metrics_in(two)[0], metrics_in(one)[0]
+    assert found["learning_rate"] == alone["learning_rate"]
+    assert found["sweep"] == pytest.approx(alone["sweep"], rel=1e-3)
+    assert relative(prompt_in(two), prompt_in(one)) < 1e-4
+
+
+@pytest.mark.slow
 def test_dry_run_counts_what_a_rank_holds(tmp_path):
     out, _ = finished(torchrun(2, "train.py", *RUN, "--shard_base", "--dry_run", "--print_model"))
     assert "Dry run" in out and "FSDPBloomBlock" in out and "trainable params: 1,280 || all params: 1,2" in out

@@ -218,7 +218,9 @@ def test_refused_in_one_line(case, tiny_base, tmp_path, capsys, monkeypatch):
         said = "--stream_base is for the packed engine; leave --engine padded out"
     elif case == "folder":
         flags = ["--offload_folder", "x"]
-        said = "--offload_folder is only used with --stream_base or --shard_base; add one of them"
+        said = (
+            "--offload_folder is only used with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit; add one"
+        )
     else:
         flags += ["--max_activation_gib", "-1"]
         said = "--max_activation_gib -1.0 must not be negative"

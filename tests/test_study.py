@@ -235,6 +235,7 @@ def test_a_run_without_finite_numbers_is_a_result(place, capsys):
     "grid, error, message",
     [
         ("[[grid]]\nrows = [4, 99]", ConfigError, "rows 99 seed 42: rows 99 is more than the 13 rows of"),
+        ("[[grid]]\ndevice = ['cpu', 'cuda:97']", ConfigError, "the cell .*--device cuda:97"),
         ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows to compare by; give eval_dataset or eval_rows"),
         ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, "no such folder"),
         ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
@@ -251,6 +252,18 @@ def test_a_base_without_weights(place, tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ModelError, match="holds no weights"):
         run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
+
+
+def test_a_setting_of_an_engine_that_a_cell_does_not_take(place, tmp_path, tiny_base, monkeypatch):
+    shutil.copytree(tiny_base, tmp_path / "sliced")
+    config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
+    config |= {"slow_but_exact": True, "pretraining_tp": 2}
+    (tmp_path / "sliced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trained = Counted(monkeypatch, cells_module, "train")
+    grid = f"[[grid]]\ngradient_checkpointing = true\nmodel_name_or_path = ['{tiny_base}', '{tmp_path / 'sliced'}']"
+    with pytest.raises(ConfigError, match=r"the cell .*sliced.*--gradient_checkpointing are settings of the packed"):
+        run_study(place(grid=grid))
+    assert trained.calls == 0 and not (place.folder / "out").exists()
 
 
 def test_two_studies_in_one_folder(place):
