@@ -7,6 +7,7 @@ import torch
 
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
+from softprompt.faults import bits_of
 from softprompt.feed import Feed, rows_of_a_step
 from softprompt.find_rate import Sweep
 from softprompt.model import Engine, SoftPromptedModel
@@ -41,8 +42,9 @@ def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) ->
         print(model)
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
-    bits = " in 8 bit" if config.model.load_in_8bit else " in 4 bit" if config.model.load_in_4bit else ""
-    print(f"Base {config.model.model_name_or_path}{bits} on {engine.device}, {name}, {engine}; {_start(config)}")
+    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    held = f" in {bits} bit" if bits else ""
+    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
         if slower > LEAST_SLOWER:

@@ -8,17 +8,19 @@ checksums.json                                                               sha
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from softprompt.adapter_folder import adapter_folder
 from softprompt.arguments import ModelArguments
 from softprompt.build import base_path, initial_prompt
 from softprompt.checkpoint import json_bytes
+from softprompt.claims import grouped
 from softprompt.data import Example, count_targets
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine
@@ -28,11 +30,11 @@ from softprompt.feed import Listed
 from softprompt.files import write_folder
 from softprompt.model import freeze, place, read_base, resolve_device, resolve_dtype, word_embeddings
 from softprompt.prompt import PromptEmbedding
-from softprompt.recorder import adapter_folder
 from softprompt.resume import CHECKSUMS_FILE, with_checksums
 from softprompt.stopping import StopRequest
 from softprompt.study_plan import Planned
-from softprompt.trainer import Metrics, Step, TrainingState, train
+from softprompt.trainer import Metrics, train
+from softprompt.unwatched import Unwatched
 
 CELL_FILE = "cell.json"
 
@@ -58,15 +60,15 @@ def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Cal
         SoftpromptError: a base that cannot be loaded.
     """
     with StopRequest() as request:
-        for of_base in _grouped(plan, lambda one: one.cell.config.model):
+        for of_base in grouped(plan, lambda one: one.cell.config.model).values():
             bench = _Bench.of(of_base[0].cell.config.model)
-            for of_rows in _grouped(of_base, lambda one: one.cell.config.data):
+            for of_rows in grouped(of_base, lambda one: one.cell.config.data).values():
                 before: Evaluation | None = None
                 for one in of_rows:
-                    watch = _Watch(request, on_step)
+                    watch = Unwatched(request, on_step)
                     before = before or bench.evaluator(one)(None)
                     result = bench.run(one, before, watch)
-                    if not watch.stopped:
+                    if watch.code is None:
                         on_cell(one, result)
                     if (code := request.exit_code) is not None:
                         raise Stopped("stopped; the same command goes on with the cells that are left", code)
@@ -91,7 +93,7 @@ class _Bench:
         batch_size = one.cell.config.training.per_device_eval_batch_size
         return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
 
-    def run(self, one: Planned, before: Evaluation, watch: "_Watch") -> Result:
+    def run(self, one: Planned, before: Evaluation, watch: Unwatched) -> Result:
         """Train and evaluate one cell and write its folder, unless it was stopped. A run that ends without finite
         numbers is a result, too."""
         config, began = one.cell.config, time.perf_counter()
@@ -105,7 +107,7 @@ class _Bench:
                 with deterministic(config.training.deterministic):
                     feed = Listed(examples, config.training)
                     train(evaluator.engine, prompt, feed, config.training, config.learning_rate, watch)
-            metrics |= {} if watch.stopped else evaluator(prompt.weight.detach()).metrics()
+            metrics |= {} if watch.code is not None else evaluator(prompt.weight.detach()).metrics()
         except NotFinite as error:
             metrics["error"] = str(error)
         result = {
@@ -113,7 +115,7 @@ class _Bench:
             "metrics": {**metrics, **before.metrics("_base")},
             "seconds": round(time.perf_counter() - began, 2),
         }
-        if not watch.stopped:
+        if watch.code is None:
             files = adapter_folder(config, self.base.config, prompt.weight.detach(), one.cell.settings(), metrics)
             write_folder(one.folder, with_checksums({**files, CELL_FILE: json_bytes(result)}))
         return result
@@ -133,40 +135,9 @@ class _Bench:
         }
 
 
-@dataclass
-class _Watch:
-    """The loop's callbacks: nothing is logged or saved on the way, a cell is short."""
-
-    request: StopRequest
-    tell: Callable[[], None]
-    stopped: bool = field(default=False, init=False)
-
-    def on_step(self, step: Step) -> None:
-        self.tell()
-
-    def on_log(self, metrics: Metrics) -> None: ...
-
-    def on_evaluate(self, step: Step) -> bool:
-        return False
-
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
-
-    def wants_to_stop(self) -> bool:
-        self.stopped = self.request.exit_code is not None
-        return self.stopped
-
-
 def few(examples: Sequence[Example], rows: int | None, seed: int) -> list[Example]:
     """`rows` of the examples, drawn by the seed; a smaller number's are among those of a larger one. None: all."""
     if rows is None:
         return list(examples)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:rows].tolist()]
-
-
-def _grouped(plan: Iterable[Planned], key: Callable[[Planned], Any]) -> Iterator[list[Planned]]:
-    """Those with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[Planned]] = {}
-    for one in plan:
-        groups.setdefault(key(one), []).append(one)
-    return iter(groups.values())

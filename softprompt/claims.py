@@ -9,16 +9,16 @@ A claim holds if the whole interval is above 0; it does not hold if the whole in
 gain is none or too small to matter; all else is not decided by this data.
 """
 
-import functools
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, TypeVar
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES
+from softprompt.intervals import interval
 
 LEAST = 0.01  # a gain: one percent of the loss
 ARTICLE_RATE = 5e-5
@@ -59,6 +59,7 @@ class Finding:
     gains: tuple[float, ...] = ()
 
 
+T = TypeVar("T")
 Key = Callable[[Point], Any]
 NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
 
@@ -118,45 +119,18 @@ def without(*names: str) -> Key:
     return lambda p: tuple(getattr(p, name) for name in left)
 
 
-def grouped(points: Iterable[Point], key: Key) -> dict[Any, list[Point]]:
-    groups: dict[Any, list[Point]] = {}
-    for p in points:
-        groups.setdefault(key(p), []).append(p)
+def grouped(things: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Those with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[T]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
     return groups
-
-
-def interval(gains: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % interval; all of the line for fewer than two gains or where one is not finite."""
-    if len(gains) < 2 or not all(map(math.isfinite, gains)):
-        return (mean(gains) if gains and all(map(math.isfinite, gains)) else math.nan), -math.inf, math.inf
-    half = student_t(len(gains) - 1) * stdev(gains) / math.sqrt(len(gains))
-    return mean(gains), mean(gains) - half, mean(gains) + half
 
 
 def verdict(gains: Sequence[float]) -> str:
     """The rule that this module's docstring states."""
     _, low, high = interval(gains)
     return HOLDS if low > 0 else HOLDS_NOT if high < LEAST else UNDECIDED
-
-
-@functools.cache
-def student_t(degrees: int, share: float = 0.975) -> float:
-    """The value below which a Student-t variable lies with probability `share`: its density summed by Simpson's rule,
-    and the value found by halving."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-
-    def density(x: float) -> float:
-        return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
-
-    def below(x: float, steps: int = 2000) -> float:
-        width = x / steps
-        inner = sum((4 if i % 2 else 2) * density(i * width) for i in range(1, steps))
-        return 0.5 + width / 3 * (density(0) + inner + density(x))
-
-    low, high = 0.0, 100.0
-    for _ in range(50):
-        low, high = ((low + high) / 2, high) if below((low + high) / 2) < share else (low, (low + high) / 2)
-    return low
 
 
 def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Point], int]) -> Finding:

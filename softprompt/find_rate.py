@@ -20,7 +20,8 @@ from softprompt.errors import NotFinite, Stopped
 from softprompt.feed import Listed
 from softprompt.model import Engine
 from softprompt.prompt import PromptEmbedding
-from softprompt.trainer import Metrics, Step, TrainingState, train
+from softprompt.trainer import train
+from softprompt.unwatched import Unwatched
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
@@ -73,13 +74,13 @@ def find_learning_rate(
         return loss.item() / targets
 
     def loss_after(rate: float, steps: int) -> float:
-        prompt, watch = PromptEmbedding(values).to(engine.device), _Watch(request, on_step)
+        prompt, watch = PromptEmbedding(values).to(engine.device), Unwatched(request, on_step)
         try:
             short = squeezed(args, steps, total)
             train(engine, prompt, Listed(rest, short, rows_per_step), short, rate, watch)
         except NotFinite:
             return math.inf
-        if watch.stopped:
+        if watch.code is not None:
             raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)
         loss = loss_of(prompt.weight.detach())
         return loss if math.isfinite(loss) else math.inf
@@ -105,28 +106,6 @@ def squeezed(args: TrainingArguments, steps: int, total: int) -> TrainingArgumen
     """A run of `steps` under the schedule of one of `total`: a warm-up that is given in steps keeps its share."""
     warmup = args.warmup_steps if args.warmup_steps < 1 else min(0.99, args.warmup_steps / total)
     return replace(args, max_steps=steps, warmup_steps=warmup)
-
-
-class _Watch:
-    """The loop's callbacks; all ranks' wishes are read once a step."""
-
-    def __init__(self, request: Wish, tell: Callable[[], object]):
-        self.request, self.tell, self.stopped, self.code = request, tell, False, 0
-
-    def on_step(self, step: Step) -> None:
-        self.tell()
-
-    def on_log(self, metrics: Metrics) -> None: ...
-
-    def on_evaluate(self, step: Step) -> bool:
-        return False
-
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
-
-    def wants_to_stop(self) -> bool:
-        code = self.request.exit_code
-        self.stopped, self.code = code is not None, code or 0
-        return self.stopped
 
 
 def _steps(total: int, share: float) -> int:

@@ -37,7 +37,13 @@ class Rows(NamedTuple):
 
 
 def read_rows(config: TrainConfig, template: Template) -> Rows:
-    """Held-out rows are from --eval_dataset, from the dataset's end (a stream's beginning), or a mini task's own."""
+    """Held-out rows are from --eval_dataset, from the dataset's end (a stream's beginning), or a mini task's own.
+
+    Raises:
+        DataError: a dataset that cannot be read, holds no rows, or none beside --eval_rows; a row without what the
+            template needs (of a stream, among the first).
+        ConfigError: a stream of a length that nobody knows, without --max_steps.
+    """
     data, dataset = config.data, str(config.data.dataset)
     if data.streaming:
         return _open(config, template, dataset)
@@ -68,7 +74,7 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
 
 
 def make_feed(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any, rows_per_step: int) -> Feed:
-    """Of all examples, or of a stream's rows, which become examples in time."""
+    """Of all examples, or of a stream's rows, which become examples in time; those then raise DataError."""
     if rows.source is None:
         return Listed(data.examples, config.training, rows_per_step)
     template, cut = template_of(config), (config.data.max_length, config.data.truncation_side)
@@ -84,7 +90,11 @@ def make_feed(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any, 
 def tokenize_rows(
     config: TrainConfig, template: Template, tokenizer: Any, rows: Rows
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Examples of training and held-out rows (of a stream, of its first rows); a bar shows on a terminal."""
+    """Examples of training and held-out rows (of a stream, of its first rows); a bar shows on a terminal.
+
+    Raises:
+        DataError: as of `data.tokenize`.
+    """
     progress = sys.stderr.isatty()
     cut = (config.data.max_length, config.data.truncation_side)
 

@@ -1,9 +1,11 @@
 """From settings to all that a run is made of, loaded, checked and told; nothing is written."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
@@ -22,7 +24,7 @@ from softprompt.feed import Feed, rows_of_a_step
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_tokenizer
 from softprompt.generate import Generator
 from softprompt.hollow import read_hollow
-from softprompt.intake import make_feed, read_rows, template_of, tokenize_rows
+from softprompt.intake import Rows, make_feed, read_rows, template_of, tokenize_rows
 from softprompt.model import (
     Engine,
     SoftPromptedModel,
@@ -55,10 +57,10 @@ from softprompt.trainer import Metrics, TrainingState
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run is made of, loaded and checked; nothing has been written. A resumed run has
-    its `checkpoint`, where its loop goes on, and what it had added up until there; `fingerprints` say what it must not
-    be resumed without. Of a stream, `rows` and `data` are the beginning. `feed` counts the rows of all ranks of the
-    `world` together."""
+    """All that a run is made of, loaded and checked; nothing has been written. A resumed run has its `checkpoint`,
+    where its loop goes on, and what it had added up until there; `fingerprints` say what it must not be resumed
+    without. Of a stream, `rows` and `data` are the beginning. `feed` counts the rows of all ranks of the `world`
+    together."""
 
     config: TrainConfig
     output_dir: Path
@@ -78,11 +80,31 @@ class Prepared:
     history: list[Metrics]
     best: Best
     world: World
+    searches: bool  # whether the learning rate is yet to be found; a resumed run has it
 
-    @property
-    def searches(self) -> bool:
-        """Whether the learning rate is yet to be found; a resumed run has it."""
-        return self.config.training.find_learning_rate and self.checkpoint is None
+
+@dataclass(frozen=True)
+class _Begun:
+    """The settings under which a run begins, or goes on from its checkpoint, and what that holds."""
+
+    config: TrainConfig
+    rows_per_step: int
+    checkpoint: Path | None = None
+    start: TrainingState = field(default_factory=TrainingState)
+    totals: Totals = field(default_factory=Totals)
+    history: list[Metrics] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Loaded(NamedTuple):
+    """What computes, and by which content of the files it is known."""
+
+    base: PreTrainedModel
+    prompt: PromptEmbedding
+    engine: Engine
+    generator: Generator | None
+    fingerprints: dict[str, str]
 
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
@@ -91,36 +113,79 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    start, totals, best, saved, rows_per_step = TrainingState(), Totals(), Best(), None, None
-    checkpoint = find_checkpoint(config, print)
-    if checkpoint:
-        start, saved = load_state(checkpoint)
-        config, totals = merged(config, checkpoint, saved, print), Totals(**saved["totals"])
-        best = Best(**saved["best"])
-        rows_per_step = kept_rows_per_step(config, saved)
-        check_streaming(config, saved, checkpoint)
-    rows_per_step = rows_per_step or rows_of_a_step(config.training, world.size)
+    begun = _begun(config, world)
+    config = begun.config
     sharded = _is_sharded(config, world)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    output_dir = choose_output_dir(config, checkpoint)
+    output_dir = choose_output_dir(config, begun.checkpoint)
     _check_places(config, output_dir, world)
     template = template_of(config)
     rows = read_rows(config, template)
     tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train))
+    tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
+    data, held_out = tokenize_rows(config, template, tokenizer, rows)
+    tell_data(data, held_out, config.data.buffer_size if rows.source else None)
+    feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
+    loaded = _loaded(begun, rows, tokenizer, device, dtype, world, sharded)
+    searches = config.training.find_learning_rate and begun.checkpoint is None
+    tell_steps(config, feed, world.size, output_dir, searches)
+    return Prepared(
+        config=config,
+        output_dir=output_dir,
+        rows=rows.train,
+        data=data,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        feed=feed,
+        base=loaded.base,
+        prompt=loaded.prompt,
+        engine=loaded.engine,
+        evaluator=_evaluator(config, loaded, tokenizer, held_out) if held_out else None,
+        fingerprints=loaded.fingerprints,
+        checkpoint=begun.checkpoint,
+        start=begun.start,
+        totals=begun.totals,
+        history=begun.history,
+        best=begun.best,
+        world=world,
+        searches=searches,
+    )
+
+
+def _begun(config: TrainConfig, world: World) -> _Begun:
+    checkpoint = find_checkpoint(config, print)
+    if not checkpoint:
+        return _Begun(config, rows_of_a_step(config.training, world.size))
+    start, saved = load_state(checkpoint)
+    config = merged(config, checkpoint, saved, print)
+    rows_per_step = kept_rows_per_step(config, saved) or rows_of_a_step(config.training, world.size)
+    check_streaming(config, saved, checkpoint)
+    totals, best = Totals(**saved["totals"]), Best(**saved["best"])
+    return _Begun(config, rows_per_step, checkpoint, start, totals, saved["history"], best, saved["fingerprints"])
+
+
+def _loaded(
+    begun: _Begun,
+    rows: Rows,
+    tokenizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+    sharded: bool,
+) -> _Loaded:
+    """The base, whole, in files, quantised or shared out, and the prompt before it; files that are not those of the
+    checkpoint are refused before the base is placed."""
+    config, checkpoint = begun.config, begun.checkpoint
     path = base_path(str(config.model.model_name_or_path))
-    tokenizer = load_tokenizer(path)
-    data, held_out_data = tokenize_rows(config, template, tokenizer, rows)
-    tell_data(data, held_out_data, config.data.buffer_size if rows.source else None)
-    feed = make_feed(config, rows, data, tokenizer, rows_per_step)
+    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
     base, stored = _read_base(config, path, sharded)
     fingerprints = {"dataset": rows.fingerprint, "tokenizer": fingerprint_of_tokenizer(tokenizer)}
     if world.is_main or not sharded:  # else every rank would read the whole base
         keep = not config.training.dry_run
         fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
-    if checkpoint and saved and not config.training.ignore_data_skip:
-        check_fingerprints(saved["fingerprints"], fingerprints, checkpoint)
-    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    if checkpoint and not config.training.ignore_data_skip:
+        check_fingerprints(begun.fingerprints, fingerprints, checkpoint)
     quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
@@ -131,13 +196,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
-    searches = config.training.find_learning_rate and checkpoint is None
-    tell_steps(config, feed, world.size, output_dir, searches)
-    evaluator = _evaluator(config, engine, generator, tokenizer, held_out_data) if held_out_data else None
-    made = (config, output_dir, rows.train, data, held_out_data, tokenizer, feed, base, prompt, engine)
-    made = (*made, evaluator, fingerprints)
-    history = saved["history"] if saved else []
-    return Prepared(*made, checkpoint, start, totals, history, best, world)
+    return _Loaded(base, prompt, engine, generator, fingerprints)
 
 
 def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
@@ -151,13 +210,11 @@ def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
 
 
-def _evaluator(
-    config: TrainConfig, engine: Engine, generator: Generator | None, tokenizer: Any, held_out: Tokenized
-) -> Evaluator:
+def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: Tokenized) -> Evaluator:
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
     batch_size = config.training.per_device_eval_batch_size
-    evaluator = Evaluator(engine, generator, tokenizer, held_out.examples, batch_size)
+    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size)
     _check_metric(config, evaluator)
     return evaluator
 

@@ -2,26 +2,21 @@
 
 import errno
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from softprompt.adapter_folder import adapter_folder
 from softprompt.best import metric_name, noted, patience_is_over
 from softprompt.board import Board, remove_events
-from softprompt.card import model_card
 from softprompt.checkpoint import (
-    CARD_FILE,
-    Adapter,
-    adapter_files,
     checkpoints,
     json_bytes,
     load_adapter,
-    peft_config,
     remove_old_checkpoints,
     remove_run,
     step_of,
@@ -31,7 +26,6 @@ from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import remove_leftovers, write_files, write_folder
-from softprompt.infer_config import GENERATION_DEFAULTS
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
 from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE
@@ -273,17 +267,6 @@ class Recorder:
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
         return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
-
-
-def adapter_folder(
-    config: TrainConfig, base_config: Any, prompt: Tensor, arguments: Mapping[str, Any], metrics: Metrics
-) -> dict[str, bytes]:
-    """The files of a learned prompt [P, H], with a card that shows `arguments` and `metrics`."""
-    name, settings = str(config.model.model_name_or_path), config.prompt
-    peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
-    ours = {"template": config.data.template or "default", "generation": GENERATION_DEFAULTS.get(name, {})}
-    adapter = Adapter(prompt, peft, ours)
-    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

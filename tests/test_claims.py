@@ -12,10 +12,9 @@ from softprompt.claims import (
     Point,
     at_best_rate,
     findings,
-    interval,
-    student_t,
     verdict,
 )
+from softprompt.intervals import interval, student_t
 
 ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, 1.0, None, 4.0, None, 50, "", "{}")
 LENGTHS, TEXTS, STARTS, BASES, ROWS, DEFAULT, ARTICLE = range(7)  # of the findings

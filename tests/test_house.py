@@ -16,6 +16,9 @@ MAY_IMPORT = {
     "fields": {"errors"},
     "stopping": {"errors"},
     "arguments": {"fields"},
+    "intervals": set(),
+    "unwatched": {"distributed", "trainer"},
+    "adapter_folder": {"card", "checkpoint", "config", "infer_config"},
     "faults": {"arguments", "errors", "sharing_config", "stopping"},
     "config": {"arguments", "errors", "faults", "fields", "redact", "sharing_config"},
     "sharing_config": {"fields"},
@@ -101,8 +104,8 @@ MAY_IMPORT = {
     "trainer": {"arguments", "data", "errors", "feed", "model", "prompt"},
     "distributed": {"errors", "memory"},
     "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
-    "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer"},
-    "announce": {"config", "data", "feed", "find_rate", "model", "rows", "trainer"},
+    "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
+    "announce": {"config", "data", "faults", "feed", "find_rate", "model", "rows", "trainer"},
     "resume": {"arguments", "checkpoint", "config", "errors", "files", "trainer"},
     "card": {"checkpoint", "redact"},
     "plot": {"trainer"},
@@ -126,15 +129,16 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "grid": {"arguments", "config", "errors", "faults", "fields"},
-    "claims": {"arguments"},
+    "claims": {"arguments", "intervals"},
     "charts": {"claims"},
     "study_page": {"claims"},
     "study_plan": {
         *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
     },
     "cells": {
-        *("arguments", "build", "checkpoint", "data", "determinism", "engines", "errors", "evaluate"),
-        *("feed", "files", "model", "prompt", "recorder", "resume", "stopping", "study_plan", "trainer"),
+        *("adapter_folder", "arguments", "build", "checkpoint", "claims", "data", "determinism", "engines"),
+        *("errors", "evaluate", "feed", "files", "model", "prompt", "resume", "stopping", "study_plan"),
+        *("trainer", "unwatched"),
     },
 }
 MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
@@ -156,6 +160,7 @@ ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "s
 NO_TORCH = {
     "arguments",
     "faults",
+    "intervals",
     "token_cache",
     "vocabulary",
     "errors",
