@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from softprompt.build import RUNS, check_fits
+from softprompt.build import RUNS, base_path, check_fits
 from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
@@ -89,27 +89,33 @@ def shelf(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str
     """
     folders = folders or {str(newest := newest_adapter(RUNS)): str(newest)}
     loaded = {name: Tuned() if folder == NONE else load(folder) for name, folder in folders.items()}
-    named_bases: dict[str, str] = {}
+    named_bases: dict[str, tuple[str, str]] = {}
     for name, tuned in loaded.items():
         if tuned.base:
-            named_bases.setdefault(tuned.base, name)
+            named_bases.setdefault(place_of(tuned.base), (name, tuned.base))
     if base is None and len(named_bases) > 1:
-        told = ", ".join(f"{name} for {other}" for other, name in named_bases.items())
+        told = ", ".join(f"{name} for {other}" for name, other in named_bases.values())
         raise AdapterError(f"the adapters are for several bases: {told}; ask those of one base at a time")
     if base is None and set(folders.values()) == {NONE}:
         newest_one = load(newest_adapter(RUNS))
         base, loaded = newest_one.base, dict.fromkeys(loaded, replace(newest_one, prompt=None))
-    found = base or next(iter(named_bases), None)
+    found = base or next((other for _, other in named_bases.values()), None)
     if found is None:
         raise AdapterError(f"adapter {next(iter(folders.values()))}: names no base; give --model_name_or_path")
     return loaded, next(iter(folders)), found
+
+
+def place_of(base: str) -> str:
+    """What tells a base from another: where its folder is, however that is spelt, or its hub id."""
+    path = Path(base_path(base))
+    return str(path.resolve()) if path.is_dir() else base
 
 
 def check(name: str, tuned: Tuned, hidden_size: int, base: str) -> None:
     """Raises AdapterError where a prompt is of another hidden size than the base; another base only warns."""
     if tuned.prompt is not None:
         check_fits(name, tuned.prompt, hidden_size, base)
-        if tuned.base not in (None, base):
+        if tuned.base and place_of(tuned.base) != place_of(base):
             print(f"warning: adapter {name} was trained on {tuned.base}, not on {base}", file=sys.stderr)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from softprompt.adapters import NONE, Tuned, find, named
+from softprompt.adapters import NONE, Tuned, find, named, place_of
 from softprompt.adapters import load as read_adapter
 from softprompt.answers_file import AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
@@ -86,7 +86,7 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         if name in model.adapters:
             continue
         base = read_adapter(str(name)).base
-        if where.model_name_or_path is None and base not in (None, model.name):
+        if where.model_name_or_path is None and base and place_of(base) != place_of(model.name):
             raise AdapterError(
                 f"{at}: adapter {name} is for {base}, and this is {model.name}; ask those of one base at a time, or "
                 "give --model_name_or_path"

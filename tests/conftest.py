@@ -10,6 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
+from softprompt.checkpoint import Adapter, adapter_files, peft_config
+from softprompt.files import write_folder
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another one
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,6 +63,12 @@ def make_bloom(
     return model
 
 
+def write_adapter(folder: Path, base: Path, P: int, template: str = "default", seed: int = 0, size: int = 32) -> None:
+    values = torch.randn(P, size, generator=torch.Generator().manual_seed(seed))
+    config = peft_config(str(base), make_bloom(hidden_size=size).config, values, "RANDOM")
+    write_folder(folder, adapter_files(Adapter(values, config, {"template": template})))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Token ids of test runs are kept apart from those of the user who runs the tests."""
@@ -95,3 +104,12 @@ def shared() -> Path:
     if "SOFTPROMPT_SHARED" not in os.environ:
         pytest.skip("needs the folder of real data that SOFTPROMPT_SHARED names")
     return Path(os.environ["SOFTPROMPT_SHARED"])
+
+
+@pytest.fixture
+def place(tiny_base, tmp_path, monkeypatch) -> Path:
+    """A folder with two adapters of different lengths and templates, which the programs run in."""
+    write_adapter(tmp_path / "a", tiny_base, 3, seed=1)
+    write_adapter(tmp_path / "b", tiny_base, 7, "问：{q}\\n答：", seed=2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from asking import called
 from test_bad_input import assert_line, jsonl, refused
-from test_inference import called, place  # noqa: F401 (a fixture)
 
 import infer
 import softprompt
@@ -30,7 +30,7 @@ def naive_perplexity(model, prompt, ids, max_length):
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 @pytest.mark.parametrize("max_length", [2, 7, 31, 1000])
-def test_perplexity_of_a_plain_text(max_length, engine, place, capsys, monkeypatch):  # noqa: F811
+def test_perplexity_of_a_plain_text(max_length, engine, place, capsys, monkeypatch):
     (place / "t.TXT").write_bytes(TEXT.encode())
     flags = ["--adapter", "x=a", "--adapter", "b", "--adapter", "none", "--eval_dataset", "t.TXT", "--engine", engine]
     out = called([*flags, "--max_length", max_length], capsys, monkeypatch)
@@ -74,7 +74,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.parametrize("flags", EVALUATIONS)
-def test_evaluations_that_are_refused(flags, place, capsys, monkeypatch):  # noqa: F811
+def test_evaluations_that_are_refused(flags, place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*ROWS))
     (place / "t.txt").write_text("一段话", encoding="utf-8")
     (place / "blank.txt").write_text(" \n")
@@ -83,7 +83,7 @@ def test_evaluations_that_are_refused(flags, place, capsys, monkeypatch):  # noq
     assert_line(line, EVALUATIONS[flags])
 
 
-def test_an_answer_that_is_no_choice_is_told_and_counts_as_wrong(place, capsys, monkeypatch):  # noqa: F811
+def test_an_answer_that_is_no_choice_is_told_and_counts_as_wrong(place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*ROWS))
     out = called(["--adapter", "a", "--choices", "负面, 正面", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert (

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from asking import GREEDY, called, lines_of
+from conftest import write_adapter
 from peers import naive_loss
 from test_bad_input import assert_line, jsonl, refused
-from test_inference import GREEDY, called, lines_of, write_adapter
 
 import infer
 import softprompt

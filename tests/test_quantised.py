@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
+from asking import called
 from conftest import make_bloom
 from peers import greedy_alone, naive_loss, random_examples
 from test_bad_input import assert_line, jsonl, refused
-from test_inference import called, place, write_adapter  # noqa: F401 (a fixture)
 
 import infer
 import softprompt
@@ -119,7 +119,7 @@ def test_answers_are_those_of_the_rounded_weights(bits, tokenizer):
     assert [found[n] for n in range(3)] == [greedy_alone(naive, ids, prompt, 6) for ids, prompt in asked]
 
 
-def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monkeypatch):  # noqa: F811
+def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*[{"instruction": str(n), "output": "ok"} for n in range(6)]))
     flags = ["--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", "--eval_rows", "2", "--output_dir", "run"]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags), "--load_in_4bit", "--max_steps", "2"])
@@ -149,12 +149,12 @@ BOTH = {
 
 @pytest.mark.parametrize("program", [train, infer])
 @pytest.mark.parametrize("flags", BOTH)
-def test_what_is_refused(flags, program, place, capsys, monkeypatch):  # noqa: F811
+def test_what_is_refused(flags, program, place, capsys, monkeypatch):
     more = [] if program is train else ["--adapter", "a", "--prompt", "好"]
     assert_line(refused(program, [*more, *flags.split()], capsys, monkeypatch, place), BOTH[flags])
 
 
-def test_what_else_is_refused(place, capsys, monkeypatch):  # noqa: F811
+def test_what_else_is_refused(place, capsys, monkeypatch):
     line = refused(train, ["--load_in_4bit", "--stream_base"], capsys, monkeypatch, place)
     assert_line(line, "are for a base held whole, not for --stream_base or --shard_base; give one of the two")
     base = make_bloom()
