@@ -15,12 +15,12 @@ from softprompt.answering import answered
 from softprompt.build import base_path
 from softprompt.config import train_config
 from softprompt.engines import engine_for_inference, generator_beside
-from softprompt.ensemble import Ensemble, Voting
+from softprompt.ensemble import Ensemble
 from softprompt.errors import ConfigError
 from softprompt.faults import bits_faults, bits_of, precision_faults
 from softprompt.fields import AUTO
 from softprompt.generate import search_beams
-from softprompt.infer_config import generation_faults
+from softprompt.infer_config import Voting, generation_faults
 from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
 from softprompt.quantised import Quantised, load_quantised
 from softprompt.questions import Question, merged_settings, told_of

@@ -2,16 +2,19 @@
 folder that appears as a whole and is never run again.
 
 adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, as any run leaves it
-cell.json                                                                    settings, fingerprints, metrics
+cell.json                                                                    settings, fingerprints, metrics, answers
 checksums.json                                                               sha256 of each of these files
+
+An ensemble's folder has the last two alone: its prompts are in its members' folders.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +22,7 @@ from transformers import PreTrainedModel
 from softprompt.adapter_folder import adapter_folder
 from softprompt.arguments import ModelArguments
 from softprompt.build import base_path, initial_prompt
-from softprompt.checkpoint import json_bytes
-from softprompt.claims import grouped
+from softprompt.checkpoint import json_bytes, load_adapter
 from softprompt.data import Example, count_targets
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine
@@ -28,7 +30,10 @@ from softprompt.errors import NotFinite, Stopped
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.feed import Listed
 from softprompt.files import write_folder
+from softprompt.intake import template_of
+from softprompt.joint import Member, joint_evaluation
 from softprompt.model import freeze, place, read_base, resolve_device, resolve_dtype, word_embeddings
+from softprompt.points import grouped
 from softprompt.prompt import PromptEmbedding
 from softprompt.resume import CHECKSUMS_FILE, with_checksums
 from softprompt.stopping import StopRequest
@@ -74,6 +79,15 @@ def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Cal
                         raise Stopped("stopped; the same command goes on with the cells that are left", code)
 
 
+class _Made(NamedTuple):
+    """What a cell comes to: what was found of it, and the files of its prompt."""
+
+    virtual_tokens: int
+    metrics: Metrics
+    answers: list[str] | None = None
+    files: Mapping[str, bytes] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class _Bench:
     """A base on its device, ready for any number of cells."""
@@ -94,12 +108,27 @@ class _Bench:
         return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
 
     def run(self, one: Planned, before: Evaluation, watch: Unwatched) -> Result:
-        """Train and evaluate one cell and write its folder, unless it was stopped. A run that ends without finite
-        numbers is a result, too."""
-        config, began = one.cell.config, time.perf_counter()
+        """Make one cell and write its folder, unless it was stopped. A run that ends without finite numbers is a
+        result, too."""
+        began = time.perf_counter()
+        made = self._together(one) if one.members else self._alone(one, watch)
+        result = {
+            **self._described(one),
+            "virtual_tokens": made.virtual_tokens,
+            "metrics": {**made.metrics, **before.metrics("_base")},
+            "answers": made.answers,
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        if watch.code is None:
+            write_folder(one.folder, with_checksums({**made.files, CELL_FILE: json_bytes(result)}))
+        return result
+
+    def _alone(self, one: Planned, watch: Unwatched) -> _Made:
+        """A prompt that is trained, or the vectors of a text."""
+        config = one.cell.config
         values = initial_prompt(config, one.material.tokenizer, self.base)
         prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
-        evaluator = self.evaluator(one, len(values))
+        evaluator, answers = self.evaluator(one, len(values)), None
         metrics: Metrics = {}
         try:
             if one.cell.trained:
@@ -107,29 +136,39 @@ class _Bench:
                 with deterministic(config.training.deterministic):
                     feed = Listed(examples, config.training)
                     train(evaluator.engine, prompt, feed, config.training, config.learning_rate, watch)
-            metrics |= {} if watch.code is not None else evaluator(prompt.weight.detach()).metrics()
+            if watch.code is None:
+                found = evaluator(prompt.weight.detach())
+                metrics, answers = found.metrics(), found.answers
         except NotFinite as error:
-            metrics["error"] = str(error)
-        result = {
-            **self._described(one, prompt),
-            "metrics": {**metrics, **before.metrics("_base")},
-            "seconds": round(time.perf_counter() - began, 2),
-        }
-        if watch.code is None:
-            files = adapter_folder(config, self.base.config, prompt.weight.detach(), one.cell.settings(), metrics)
-            write_folder(one.folder, with_checksums({**files, CELL_FILE: json_bytes(result)}))
-        return result
+            metrics = {"error": str(error)}
+        files = adapter_folder(config, self.base.config, prompt.weight.detach(), one.cell.settings(), metrics)
+        return _Made(len(values), metrics, answers, files)
 
-    def _described(self, one: Planned, prompt: PromptEmbedding) -> Result:
+    def _together(self, one: Planned) -> _Made:
+        """The ensemble of prompts that were learned before."""
+        results = [result for folder in one.members if (result := finished(folder))]
+        assert len(results) == len(one.members), "an ensemble stands behind its members"
+        P = results[0]["virtual_tokens"]
+        if any("error" in result["metrics"] for result in results):
+            return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
+        device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
+        members = [
+            Member(load_adapter(folder).prompt.to(device), template, one.material.held_out, result["answers"])
+            for folder, result in zip(one.members, results, strict=True)
+        ]
+        voting = one.cell.voting or "majority_vote"
+        found = joint_evaluation(self.evaluator(one, P).engine, one.material.tokenizer, members, voting)
+        return _Made(P, found.metrics(), found.answers)
+
+    def _described(self, one: Planned) -> Result:
         return {
             "settings": one.cell.settings(),
-            "virtual_tokens": len(prompt.weight),
             "rows": one.cell.rows or len(one.material.examples),
             "steps": one.steps,
             "parameters": sum(p.numel() for p in self.base.parameters()),
             "held_out_targets": sum(map(count_targets, one.material.held_out)),
             "fingerprints": one.material.fingerprints,
-            "device": str(prompt.weight.device),
+            "device": str(word_embeddings(self.base).weight.device),
             "threads": torch.get_num_threads(),
             "date": time.strftime("%Y-%m-%d"),
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from softprompt.claims import Point, at_best_rate, grouped, without
+from softprompt.points import Point, at_best_rate, grouped, without
 
 MOST_LINES = 8  # in a picture; more cannot be told apart
 

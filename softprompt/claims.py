@@ -10,43 +10,18 @@ gain is none or too small to matter; all else is not decided by this data.
 """
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any, TypeVar
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES
 from softprompt.intervals import interval
+from softprompt.points import Point, at_best_rate, grouped, without
 
 LEAST = 0.01  # a gain: one percent of the loss
 ARTICLE_RATE = 5e-5
 HOLDS, HOLDS_NOT, UNDECIDED = "holds", "does not hold", "not decided by this data"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
-    whose number shows whether losses per target can be compared. `start` is the text or the labels that the prompt
-    starts from, and `context` all that no claim is about."""
-
-    base: str
-    parameters: int
-    dataset: str
-    init: str
-    virtual_tokens: int
-    learning_rate: float
-    rows: int
-    seed: int
-    trained: bool
-    loss: float
-    exact_match: float | None
-    base_loss: float
-    base_exact_match: float | None
-    targets: int
-    start: str
-    context: str
 
 
 @dataclass(frozen=True)
@@ -59,37 +34,6 @@ class Finding:
     gains: tuple[float, ...] = ()
 
 
-T = TypeVar("T")
-Key = Callable[[Point], Any]
-NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
-
-
-def point(result: Mapping[str, Any]) -> Point:
-    """From the content of a cell.json."""
-    s, metrics = result["settings"], result["metrics"]
-    texts = ("prompt_tuning_init_text", "class_labels", "vocab_population")
-    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, "trained", "deterministic")}
-    start = ", ".join(str(s[name]) for name in texts if s[name] is not None)
-    return Point(
-        s["model_name_or_path"],
-        result["parameters"],
-        s["dataset"],
-        s["prompt_tuning_init"],
-        result["virtual_tokens"],
-        s["learning_rate"],
-        result["rows"],
-        s["seed"],
-        s["trained"],
-        metrics.get("eval_loss", math.inf),
-        metrics.get("eval_exact_match"),
-        metrics.get("eval_loss_base", math.inf),
-        metrics.get("eval_exact_match_base"),
-        result["held_out_targets"],
-        start,
-        json.dumps(context, sort_keys=True),
-    )
-
-
 def findings(points: Sequence[Point]) -> list[Finding]:
     """A sentence on each claim that the cells say anything about."""
     best = at_best_rate(points)
@@ -100,31 +44,8 @@ def findings(points: Sequence[Point]) -> list[Finding]:
         _larger_bases(best),
         _along(best, "More rows train better", "rows", lambda p: p.rows),
         *_learning_rates(points),
+        *_together(points, best),
     ]
-
-
-def at_best_rate(points: Iterable[Point]) -> list[Point]:
-    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest."""
-    kept = []
-    for same in grouped([p for p in points if p.trained], without("learning_rate", "seed")).values():
-        of_rates = grouped(same, lambda p: p.learning_rate)
-        kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
-    return kept
-
-
-def without(*names: str) -> Key:
-    """All that tells a cell from another, but for the fields named."""
-    told = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
-    left = [name for name in told if name not in names]
-    return lambda p: tuple(getattr(p, name) for name in left)
-
-
-def grouped(things: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Those with the same key together, in the order in which the keys first come."""
-    groups: dict[Any, list[T]] = {}
-    for thing in things:
-        groups.setdefault(key(thing), []).append(thing)
-    return groups
 
 
 def verdict(gains: Sequence[float]) -> str:
@@ -168,7 +89,7 @@ def _text_against_random(points: Sequence[Point]) -> Finding:
 def _hard_against_soft(points: Sequence[Point], best: Sequence[Point]) -> Finding:
     """The best of the texts beside every seed of the trained setting that is best, for each base, dataset and rows."""
     claim = "A hard prompt (a text put before the input, not trained) is better than a trained soft one"
-    texts = grouped([p for p in points if not p.trained], lambda p: (p.base, p.dataset))
+    texts = grouped([p for p in points if not (p.trained or p.voting)], lambda p: (p.base, p.dataset))
     gains: list[float] = []
     for (base, dataset, _), soft in grouped(best, lambda p: (p.base, p.dataset, p.rows)).items():
         if (base, dataset) in texts:
@@ -208,6 +129,26 @@ def _learning_rates(points: Sequence[Point]) -> list[Finding]:
     ]
 
 
+def _together(points: Sequence[Point], best: Sequence[Point]) -> Iterator[Finding]:
+    """Each ensemble beside its members, which are all at the rate that was best for them."""
+    members = grouped(best, without("seed"))
+    pairs = [(p, members[key]) for p in points if p.voting and (key := without("seed")(p)) in members]
+    for voting, some in grouped(pairs, lambda pair: pair[0].voting).items():
+        claim = f"Prompts of several seeds are better together ({voting}) than one of them"
+        lower = [_log(mean(p.loss for p in alone)) - _log(one.loss) for one, alone in some]
+        yield _finding(f"{claim}, by their loss", lower, "the mean of their likelihoods in place of the average prompt")
+        right = [
+            (one.exact_match, [p.exact_match for p in alone if p.exact_match is not None])
+            for one, alone in some
+            if one.exact_match is not None
+        ]
+        for name, of in (("average", mean), ("best", max)):
+            gains = [share - of(shares) for share, shares in right]
+            if gains:
+                measured = f"the elected answer in place of the {name} prompt's"
+                yield _finding(f"{claim}, by the {name} one's exact match", gains, measured, "exact match", _points)
+
+
 def _log(loss: float) -> float:
     return math.log(max(loss, 1e-12))  # a loss may round to nothing
 
@@ -216,7 +157,15 @@ def _rate(p: Point) -> float:
     return p.learning_rate
 
 
-def _finding(claim: str, gains: Sequence[float], measured: str) -> Finding:
+def _finding(
+    claim: str,
+    gains: Sequence[float],
+    measured: str,
+    figure: str = "held-out loss",
+    change: Callable[[float], str] | None = None,
+) -> Finding:
+    """`change` says what a gain means for the figure."""
+    change = change or _percent
     found = verdict(gains)
     if not gains:
         return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} (no cells of the study can be compared).")
@@ -224,16 +173,20 @@ def _finding(claim: str, gains: Sequence[float], measured: str) -> Finding:
     if not all(map(math.isfinite, gains)):
         why = "some of its runs did not end in finite numbers"
     elif len(gains) < 2:
-        why = f"{measured} changed the held-out loss by {_percent(average)}, in a single comparison"
+        why = f"{measured} changed the {figure} by {change(average)}, in a single comparison"
     else:
-        ends = f"{_percent(high)} to {_percent(low)}"
-        why = f"{measured} changed the held-out loss by {_percent(average)} (95 % interval {ends}; n = {len(gains)})"
+        ends = f"{change(low)} to {change(high)}"
+        why = f"{measured} changed the {figure} by {change(average)} (95 % interval {ends}; n = {len(gains)})"
     return Finding(claim, found, f"{claim}: {found}; {why}.", tuple(gains))
 
 
 def _percent(gain: float) -> str:
     """The change of a loss that a gain means."""
     return f"{math.expm1(-gain):+.1%}".replace("%", " %") if gain > -20 else "more than a millionfold"
+
+
+def _points(gain: float) -> str:
+    return f"{100 * gain:+.1f} points"
 
 
 def _number(value: float) -> str:

@@ -1,24 +1,24 @@
 """Adapters side by side on a file of rows with answers: loss, perplexity, exact match, and for labels accuracy, macro
 F1 and which label was taken for which; on a plain text loss and perplexity."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from softprompt import mini
 from softprompt.adapters import Tuned
 from softprompt.confusion import Confusion
-from softprompt.data import Example, count_targets, tokenize
-from softprompt.ensemble import Voting, elected, joint_verdict
+from softprompt.data import Example, tokenize
+from softprompt.ensemble import joint_verdict
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluate import SHORT_ANSWER, Evaluation, Evaluator, answer_ids, question_ids
+from softprompt.evaluate import SHORT_ANSWER, Evaluation, Evaluator, answer_ids, expected_answer
 from softprompt.generate import Generator
+from softprompt.infer_config import Voting
+from softprompt.joint import Member, joint_evaluation, scores
 from softprompt.model import Engine
 from softprompt.passages import passages
 from softprompt.rows import Row, load_rows
-from softprompt.scores import Verdict, answer_examples, check_choices, log_likelihoods, verdict
+from softprompt.scores import Verdict, check_choices, verdict
 from softprompt.tables import table
 from softprompt.template import Template
 
@@ -36,6 +36,10 @@ class Judged:
     expected: Sequence[str]
     evaluation: Evaluation
     verdicts: Sequence[Verdict] | None = None
+
+    @property
+    def member(self) -> Member:
+        return Member(self.tuned.prompt, self.template, self.examples, self.evaluation.answers)
 
     @property
     def confusion(self) -> Confusion | None:
@@ -69,13 +73,13 @@ class Judge:
             return Judged(tuned, template, examples, [], evaluator(tuned.prompt))
         examples = tokenize(self._rows(template), self.tokenizer, template, self.max_length).examples
         evaluator = Evaluator(self.engine, self.generator, self.tokenizer, examples, self.batch_size)
-        expected = [evaluator.text(answer_ids(e)) for e in examples]
+        expected = [expected_answer(self.tokenizer, e) for e in examples]
         labels = self._labels(examples, expected)
-        evaluation = evaluator(tuned.prompt)
+        judged = Judged(tuned, template, examples, expected, evaluator(tuned.prompt))
         if not labels:
-            return Judged(tuned, template, examples, expected, evaluation)
-        scores = self._scores(tuned, template, examples, labels)
-        return Judged(tuned, template, examples, expected, evaluation, [verdict(each, labels) for each in scores])
+            return judged
+        each = scores(self.engine, self.tokenizer, judged.member, labels)
+        return replace(judged, verdicts=[verdict(one, labels) for one in each])
 
     def together(self, members: Sequence[Judged], voting: Voting | None) -> Judged:
         """The members' ensemble. Its loss is that of the mean of their likelihoods, row by row.
@@ -89,31 +93,14 @@ class Judge:
                 f"--ensemble: at --max_length {self.max_length} the adapters' templates keep different answers of "
                 f"{self.dataset}; give a larger one"
             )
-        of_rows = [self.engine.losses(one.tuned.prompt, one.examples) for one in members]  # [k][rows]
-        total = sum(-_log_mean([-loss for loss in losses]) for losses in zip(*of_rows, strict=True))
-        loss, given = total / sum(map(count_targets, first.examples)), [one.evaluation.answers for one in members]
-        answers = [
-            elected(texts, voting or "majority_vote", partial(self._of_members, members, row))
-            for row, texts in enumerate(zip(*(a for a in given if a is not None), strict=True))
-        ]
-        right = [a == b for a, b in zip(answers, first.expected, strict=False)]
-        evaluation = Evaluation(loss, answers or None, sum(right) / len(right) if right else None)
+        evaluation = joint_evaluation(
+            self.engine, self.tokenizer, [one.member for one in members], voting or "majority_vote"
+        )
         verdicts = None
         if first.verdicts is not None:
             each = zip(*(one.verdicts or () for one in members), strict=True)
             verdicts = [joint_verdict(some, voting or "mean_likelihood") for some in each]
         return Judged(first.tuned, first.template, first.examples, first.expected, evaluation, verdicts)
-
-    def _of_members(self, members: Sequence[Judged], row: int, answers: Sequence[str]) -> list[list[float]]:
-        each = [self._scores(one.tuned, one.template, [one.examples[row]], answers) for one in members]
-        return [scores for (scores,) in each]
-
-    def _scores(
-        self, tuned: Tuned, template: Template, examples: Sequence[Example], answers: Sequence[str]
-    ) -> list[list[float]]:
-        texts, n = [question_ids(e) for e in examples], len(examples)
-        behind = answer_examples(texts, answers, [template] * n, self.tokenizer)
-        return log_likelihoods(self.engine, [tuned.prompt] * n, behind)
 
     def _labels(self, examples: Sequence[Example], expected: Sequence[str]) -> list[str]:
         """None of them where the rows are no classification."""
@@ -162,9 +149,3 @@ def _told_of_others(one: Judged) -> list[str]:
     others = [answer for answer in one.expected if answer not in one.verdicts[0].probabilities]
     told = f"{len(others):,} of {len(one.expected):,} rows have an answer that is none of the choices"
     return [f"{told}, the first {others[0]!r:.80}; they count as wrong"] if others else []
-
-
-def _log_mean(values: Sequence[float]) -> float:
-    """log of the mean of numbers whose logs these are."""
-    most = max(values)
-    return most + math.log(sum(math.exp(value - most) for value in values) / len(values))

@@ -3,14 +3,14 @@ al. 2021, arXiv:2104.08691, section 6: an ensemble of prompts over one frozen mo
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from softprompt.adapters import NONE, find
 from softprompt.errors import ConfigError
+from softprompt.infer_config import Voting
 from softprompt.questions import Question
 from softprompt.scores import Verdict, shares
 
-Voting = Literal["majority_vote", "mean_likelihood"]
 Scores = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # answers [c] → each member's log-likelihoods [k][c]
 
 

@@ -58,17 +58,14 @@ class Evaluator:
         if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
         answers = self._answers(self.generator, prompt)
-        expected = [self.text(answer_ids(e)) for e in self.examples]
+        expected = [expected_answer(self.tokenizer, e) for e in self.examples]
         right = sum(a == b for a, b in zip(answers, expected, strict=True))
         return Evaluation(loss, answers, right / len(expected))
 
     def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
         requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
-        return [self.text(ids) for ids in in_order(generator.generate(requests, self.batch_size))]
-
-    def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return [text_of(self.tokenizer, ids) for ids in in_order(generator.generate(requests, self.batch_size))]
 
 
 def question_ids(example: Example) -> list[int]:
@@ -77,6 +74,14 @@ def question_ids(example: Example) -> list[int]:
     return example.input_ids[:first]
 
 
+def expected_answer(tokenizer: Any, example: Example) -> str:
+    return text_of(tokenizer, answer_ids(example))
+
+
 def answer_ids(example: Example) -> list[int]:
     """Ids of a row's targets."""
     return [label for label in example.labels if label != IGNORE]
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -4,6 +4,7 @@ title = "…"                      # of the page; `about` is Markdown under it
 output_dir = "runs/my-study"     # default: runs/study-<the file's name>
 seeds = [42, 0, 1]               # every cell is run with each
 hard_prompts = ["…"]             # texts put before the input as they are, beside the learned prompts
+voting = ["majority_vote"]       # the prompts that a setting's seeds learn answer together, too
 
 [settings]                       # what train.py takes, the same in every cell
 dataset = "rows.jsonl"
@@ -18,16 +19,17 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.config import GROUPS, TrainConfig, train_config
 from softprompt.errors import ConfigError
 from softprompt.faults import seed_faults
 from softprompt.fields import is_text, nearest
+from softprompt.infer_config import Voting
 
 ALL = "all"
-KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "settings", "grid")
+KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
 OF_THE_BASE = ("model_name_or_path", "device", "bf16", "fp16", "engine")
 OF_THE_ROWS = (
     *("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length", "truncation_side"),
@@ -48,33 +50,45 @@ OF_AN_INIT = {
     "class_labels": ("CLASS_LABELS",),
     "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS"),
 }
+VOTINGS = set(get_args(Voting))
 MOST_NAMED = 5  # faults in one message
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of a grid: its settings with the seed, how many rows it sees (None: all), and whether it trains its
-    prompt or takes a text as it is."""
+    prompt or takes a text as it is. With a `voting` it takes the prompts that its settings learn with each of `seeds`,
+    as an ensemble."""
 
     config: TrainConfig
     rows: int | None = None
     trained: bool = True
+    voting: Voting | None = None
+    seeds: tuple[int, ...] = ()
+
+    def members(self) -> list["Cell"]:
+        """The cells whose prompts an ensemble takes."""
+        return [Cell(with_seed(self.config, seed), self.rows) for seed in self.seeds]
 
     def settings(self) -> dict[str, Any]:
         """All that its result depends on, but for what is in the files it names. JSON-able."""
         every = {**self.config.as_dict(), "learning_rate": self.config.learning_rate}
         kept = {name: every[name] for name in (*SETTINGS, "seed")}
-        return {**kept, "rows": self.rows, "trained": self.trained}
+        together = {"voting": self.voting, "seeds": list(self.seeds)} if self.voting else {}
+        return {**kept, "rows": self.rows, "trained": self.trained, **together}
 
     def __str__(self) -> str:
         c = self.config
-        if not self.trained:
+        if not (self.trained or self.voting):
             return f"{c.model.model_name_or_path} {c.data.dataset} hard prompt {c.prompt.prompt_tuning_init_text!r}"
         tokens = c.prompt.num_virtual_tokens
         length = tokens or ("of its text" if c.prompt.prompt_tuning_init == "TEXT" else DEFAULT_NUM_VIRTUAL_TOKENS)
+        seeds = (
+            f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
+        )
         return (
             f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} num_virtual_tokens {length} "
-            f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} seed {c.training.seed}"
+            f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} {seeds}"
         )
 
 
@@ -127,6 +141,10 @@ def _faults(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"seeds {seeds!r} is not a list of whole numbers from 0 up"
     if not (isinstance(texts, list) and all(is_text(text) and text.strip() for text in texts)):
         yield f"hard_prompts {texts!r} is not a list of texts"
+    if (votings := found.get("voting", [])) and not (isinstance(votings, list) and set(map(str, votings)) <= VOTINGS):
+        yield f"voting {votings!r} is not a list of {', '.join(sorted(VOTINGS))}"
+    elif votings and isinstance(seeds, list) and len(seeds) < 2:
+        yield "voting needs several seeds, whose prompts vote"
     settings, grids = found.get("settings", {}), found.get("grid", [{}])
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
         yield "grid is not a list of tables; write [[grid]] above each"
@@ -160,7 +178,6 @@ def _instead(where: str, key: str, known: Sequence[str]) -> str:
 
 
 def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:
-    seeds, texts = found.get("seeds", [42]), found.get("hard_prompts", [])
     seen: set[str] = set()
     faults: dict[str, list[str]] = {}
     for grid in found.get("grid", [{}]):
@@ -168,7 +185,7 @@ def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:
             given = {**found.get("settings", {}), **dict(zip(grid, values, strict=True))}
             rows = given.pop("rows", ALL)
             try:
-                made = list(_of_one_setting(_fitting(given), None if rows == ALL else rows, seeds, texts))
+                made = list(_of_one_setting(_fitting(given), None if rows == ALL else rows, found))
             except ConfigError as error:
                 named = " ".join(f"{name} {value}" for name, value in zip(grid, values, strict=True))
                 faults.setdefault(str(error), []).append(named or "of [settings]")
@@ -180,10 +197,13 @@ def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:
     refuse(path, faults)
 
 
-def _of_one_setting(given: Mapping[str, Any], rows: int | None, seeds: list[int], texts: list[str]) -> Iterator[Cell]:
-    for seed in seeds:
-        yield Cell(train_config(**given, seed=seed), rows)
-    for text in texts:
+def _of_one_setting(given: Mapping[str, Any], rows: int | None, found: Mapping[str, Any]) -> Iterator[Cell]:
+    seeds = list(dict.fromkeys(found.get("seeds", [42])))
+    cells = [Cell(train_config(**given, seed=seed), rows) for seed in seeds]
+    yield from cells
+    for voting in found.get("voting", []):
+        yield replace(cells[0], trained=False, voting=voting, seeds=tuple(seeds))
+    for text in found.get("hard_prompts", []):
         config = train_config(
             **{name: value for name, value in given.items() if name not in (*OF_THE_PROMPT, "learning_rate")},
             prompt_tuning_init="TEXT",
@@ -203,6 +223,10 @@ def _listed(value: Any) -> list[Any]:
 
 def _is_count(value: Any) -> bool:
     return value == ALL or (type(value) is int and value > 0)
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    return replace(config, training=replace(config.training, seed=seed))
 
 
 def relocated(study: Study, output_dir: str | None) -> Study:

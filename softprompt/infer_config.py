@@ -8,6 +8,8 @@ from softprompt.errors import ConfigError
 from softprompt.faults import bits_faults, parse_labels, precision_faults, seed_faults
 from softprompt.fields import build, hints, option, type_faults
 
+Voting = Literal["majority_vote", "mean_likelihood"]
+
 
 @dataclass(frozen=True)
 class QuestionArguments:
@@ -35,7 +37,7 @@ class QuestionArguments:
         "on the plain text of a .txt: its perplexity in passages of --max_length tokens.",
     )
     ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
-    voting: Literal["majority_vote", "mean_likelihood"] | None = option(
+    voting: Voting | None = option(
         None,
         "How an ensemble finds it: what most adapters answer (of several the likeliest), or what is the likeliest to "
         "all. (default: majority_vote, with --choices mean_likelihood)",

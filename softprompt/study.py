@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from softprompt.cells import Result, finished, run_cells
 from softprompt.charts import pictures
-from softprompt.claims import Finding, findings, point
+from softprompt.claims import Finding, findings
 from softprompt.cli import command, parse_study
 from softprompt.errors import OutputError
 from softprompt.files import check_writable, remove_leftovers, write_files
 from softprompt.grid import Study
 from softprompt.lock import FolderLock
 from softprompt.pictures import INSTALL
+from softprompt.points import point
 from softprompt.study_page import csv_of, page, table_of
 from softprompt.study_plan import Planned, planned
 from softprompt.tables import table

@@ -5,22 +5,24 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 
-from softprompt.claims import HOLDS, HOLDS_NOT, LEAST, UNDECIDED, Finding, Point, grouped, without
+from softprompt.claims import HOLDS, HOLDS_NOT, LEAST, UNDECIDED, Finding
+from softprompt.points import Point, grouped, without
 
 RULE = (
     "Compared are cells that differ in nothing but what a claim is about, the seed included, each at the learning rate "
     "that was best for it. A comparison's gain is the logarithm of the ratio of the two held-out losses. A claim "
     f"*{HOLDS}* if the 95 % interval of the mean gain (Student's t) lies above 0; it *{HOLDS_NOT}* if the interval "
-    f"lies below {100 * LEAST:g} % of the loss; all else is *{UNDECIDED}*."
+    f"lies below {100 * LEAST:g} % of the loss; all else is *{UNDECIDED}*. For exact match the gain is the difference, "
+    "and one point is what matters."
 )
 COLUMNS: dict[str, Callable[[Point], str]] = {
     "base": lambda p: p.base,
     "dataset": lambda p: p.dataset,
-    "start": lambda p: p.init if p.trained else "hard prompt",
+    "start": lambda p: f"{p.init}, {p.voting}" if p.voting else p.init if p.trained else "hard prompt",
     "text or labels": lambda p: p.start.replace("\n", "\\n"),
     "virtual tokens": lambda p: str(p.virtual_tokens),
-    "learning rate": lambda p: f"{p.learning_rate:g}" if p.trained else "",
-    "rows": lambda p: f"{p.rows:,}" if p.trained else "",
+    "learning rate": lambda p: f"{p.learning_rate:g}" if p.trained or p.voting else "",
+    "rows": lambda p: f"{p.rows:,}" if p.trained or p.voting else "",
     "other settings": lambda p: p.context,
 }
 ALWAYS = ("start", "virtual tokens")
@@ -35,9 +37,10 @@ def table_of(points: Sequence[Point]) -> list[list[str]]:
     lines = [[*shown, "seeds", "held-out loss", "exact match"]]
     for here in grouped(points, lambda p: (p.base, p.dataset)).values():
         lines.append(_bare(here[0], shown))
-        for same in grouped(sorted(here, key=lambda p: p.trained), lambda p: (p.trained, without("seed")(p))).values():
-            losses = _spread([p.loss for p in same], "{:.4f}")
-            lines.append([*(cells[name](same[0]) for name in shown), str(len(same)), losses, _exact(same)])
+        in_order = sorted(here, key=lambda p: bool(p.trained or p.voting))
+        for same in grouped(in_order, lambda p: (p.trained, p.voting, without("seed")(p))).values():
+            losses, seeds = _spread([p.loss for p in same], "{:.4f}"), max(len(same), same[0].members)
+            lines.append([*(cells[name](same[0]) for name in shown), str(seeds), losses, _exact(same)])
     return lines
 
 

@@ -35,12 +35,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell with its material and its folder; `steps` are 0 for a text that is not trained."""
+    """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
+    `members`, whose folders these are."""
 
     cell: Cell
     material: Material
     folder: Path
     steps: int
+    members: tuple[Path, ...] = ()
 
 
 def planned(study: Study) -> list[Planned]:
@@ -49,7 +51,7 @@ def planned(study: Study) -> list[Planned]:
     Raises:
         SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
     """
-    shelf, found = _Shelf(), []
+    shelf, found, cells = _Shelf(), [], study.output_dir / "cells"
     faults: dict[str, list[str]] = {}
     for cell in study.cells:
         material = shelf.material(cell)
@@ -58,7 +60,8 @@ def planned(study: Study) -> list[Planned]:
         except ConfigError as error:
             faults.setdefault(str(error), []).append(str(cell))
         steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
-        found.append(Planned(cell, material, study.output_dir / "cells" / _name(cell, material), steps))
+        members = tuple(cells / _name(one, material) for one in cell.members())
+        found.append(Planned(cell, material, cells / _name(cell, material), steps, members))
     refuse(study.path, faults)
     return found
 

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from softprompt.build import RUNS
-from softprompt.evaluate import question_ids
+from softprompt.evaluate import question_ids, text_of
 from softprompt.faults import bits_of
 from softprompt.recorder import Run
 from softprompt.tables import columns, table
@@ -51,7 +51,7 @@ def _examples(run: Run) -> str:
     rows = [("held-out row", "base alone", "with prompt")]
     shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
     for example, before, after in shown:
-        question = run.evaluator.text(question_ids(example))
+        question = text_of(run.tokenizer, question_ids(example))
         rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
     return table(rows)
 

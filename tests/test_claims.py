@@ -5,18 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from softprompt.claims import (
-    HOLDS,
-    HOLDS_NOT,
-    UNDECIDED,
-    Point,
-    at_best_rate,
-    findings,
-    verdict,
-)
+from softprompt.claims import HOLDS, HOLDS_NOT, UNDECIDED, findings, verdict
 from softprompt.intervals import interval, student_t
+from softprompt.points import Point, at_best_rate
 
-ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, 1.0, None, 4.0, None, 50, "", "{}")
+ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
 LENGTHS, TEXTS, STARTS, BASES, ROWS, DEFAULT, ARTICLE = range(7)  # of the findings
 
 
@@ -133,3 +126,22 @@ def test_a_loss_that_is_not_finite_decides_nothing():
     cells = seeds(1.0) + points({"loss": math.inf, "virtual_tokens": 20}) + seeds(0.5, virtual_tokens=40)
     found = findings(cells)[LENGTHS]
     assert found.verdict == UNDECIDED and "finite" in found.sentence
+
+
+def test_an_ensemble_is_compared_with_the_prompts_that_are_in_it():
+    """By the mean of their losses, and by the exact match of the average one and of the best one."""
+    alone = points(
+        {"seed": 0, "loss": 2.0, "exact_match": 0.5},
+        {"seed": 1, "loss": 4.0, "exact_match": 0.7},
+        {"seed": 0, "loss": 9.0, "exact_match": 0.1, "learning_rate": 1e-4},  # another rate, and not the best
+    )
+    together = points({"loss": 1.5, "exact_match": 0.8}, trained=False, voting="majority_vote", members=2)
+    worse = points({"loss": 0.1, "learning_rate": 1e-4}, trained=False, voting="majority_vote", members=1)
+    by_loss, by_average, by_best = findings([*alone, *together, *worse])[ARTICLE + 1 :]
+    assert by_loss.gains == pytest.approx([math.log(2)]) and by_average.gains == pytest.approx([0.2])
+    assert by_best.gains == pytest.approx([0.1]) and "exact match by +10.0 points" in by_best.sentence
+    assert [f.gains for f in findings([*alone, *together])[: ARTICLE + 1]] == [
+        f.gains for f in findings(alone)[: ARTICLE + 1]
+    ]
+    unmatched = points({"loss": 1.5}, trained=False, voting="mean_likelihood", members=2)
+    assert len(findings([*alone, *unmatched])) == ARTICLE + 2  # long answers have no exact match

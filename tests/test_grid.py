@@ -81,6 +81,11 @@ def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
         ("seeds = [true]\n" + HEAD, "seeds [True] is not a list"),
         ('hard_prompts = [""]\n' + HEAD, "hard_prompts [''] is not a list of texts"),
         ("output_dir = 3\n" + HEAD, "output_dir 3 is not a text"),
+        (
+            'voting = ["mean"]\nseeds = [1, 2]\n' + HEAD,
+            "voting ['mean'] is not a list of majority_vote, mean_likelihood",
+        ),
+        ('voting = ["majority_vote"]\n' + HEAD, "voting needs several seeds, whose prompts vote"),
         ("seeds = [1\n", "not TOML"),
         (
             HEAD + "[[grid]]\nlearning_rate = [0.1, -1.0]\nrows = [8, 32]\n",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -154,6 +155,33 @@ def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
         targets += len(answer)
     assert hard["metrics"]["eval_loss"] == pytest.approx(total / targets, abs=1e-5)
     assert hard["steps"] == 0
+
+
+@pytest.mark.parametrize("voting", ["majority_vote", "mean_likelihood"])
+def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_path, tiny_base):
+    """Its loss is that of the mean of their likelihoods, and its answers are those of infer.py's."""
+    run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", "[[grid]]\nnum_virtual_tokens = 3"))
+    found = {f: finished(f) for f in (place.folder / "out" / "cells").iterdir()}
+    (together,) = [r for r in found.values() if r["settings"].get("voting")]
+    folders = [f for f, r in found.items() if r["settings"]["trained"]]
+    model = softprompt.SoftPromptModel.from_pretrained(adapter=[str(f) for f in folders])
+    rows = [{"prompt": row["instruction"], "input": ""} for row in ROWS[-5:]]
+    ensemble = model.ensemble(voting=voting)
+    answers = ensemble.generate(rows, do_sample=False, max_new_tokens=32)
+    assert together["answers"] == [answer.strip() for answer in answers]
+    total = 0.0
+    for row, asked in zip(ROWS[-5:], rows, strict=True):
+        (each,) = zip(*model.log_likelihoods([asked] * 3, [row["output"]], adapter=list(model.adapters)), strict=True)
+        total -= math.log(sum(map(math.exp, each)) / 3)
+    assert together["metrics"]["eval_loss"] == pytest.approx(total / together["held_out_targets"], abs=1e-5)
+    right = sum(a == row["output"] for a, row in zip(together["answers"], ROWS[-5:], strict=True))
+    assert together["metrics"]["eval_exact_match"] == right / 5 and together["steps"] == 0
+
+
+def test_an_ensemble_with_a_prompt_that_is_not_finite(place, capsys):
+    head = "seeds = [0, 1]\nvoting = ['majority_vote']"
+    run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
+    assert "a prompt of the ensemble did not end in finite numbers" in capsys.readouterr().err
 
 
 def test_few_shot_rows_are_drawn_by_the_seed_and_are_among_those_of_a_larger_number():

@@ -1,0 +1,94 @@
+"""A study's finished cells as points, and how they are put together to be compared."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
+OF_A_KIND = ("trained", "voting", "seeds")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
+    whose number shows whether losses per target can be compared. An ensemble has a `voting` and several `members`, and
+    is not `trained`. `start` is the text or the labels that the prompt starts from, and `context` all that no claim is
+    about."""
+
+    base: str
+    parameters: int
+    dataset: str
+    init: str
+    virtual_tokens: int
+    learning_rate: float
+    rows: int
+    seed: int
+    trained: bool
+    voting: str
+    members: int
+    loss: float
+    exact_match: float | None
+    base_loss: float
+    base_exact_match: float | None
+    targets: int
+    start: str
+    context: str
+
+
+Key = Callable[[Point], Any]
+
+
+def point(result: Mapping[str, Any]) -> Point:
+    """From the content of a cell.json."""
+    s, metrics = result["settings"], result["metrics"]
+    texts = ("prompt_tuning_init_text", "class_labels", "vocab_population")
+    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, *OF_A_KIND, "deterministic")}
+    start = ", ".join(str(s[name]) for name in texts if s[name] is not None)
+    return Point(
+        s["model_name_or_path"],
+        result["parameters"],
+        s["dataset"],
+        s["prompt_tuning_init"],
+        result["virtual_tokens"],
+        s["learning_rate"],
+        result["rows"],
+        s["seed"],
+        s["trained"],
+        s.get("voting", ""),
+        len(s.get("seeds", (1,))),
+        metrics.get("eval_loss", math.inf),
+        metrics.get("eval_exact_match"),
+        metrics.get("eval_loss_base", math.inf),
+        metrics.get("eval_exact_match_base"),
+        result["held_out_targets"],
+        start,
+        json.dumps(context, sort_keys=True),
+    )
+
+
+def at_best_rate(points: Iterable[Point]) -> list[Point]:
+    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest."""
+    kept = []
+    for same in grouped([p for p in points if p.trained], without("learning_rate", "seed")).values():
+        of_rates = grouped(same, lambda p: p.learning_rate)
+        kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
+    return kept
+
+
+def without(*names: str) -> Key:
+    """All that tells a cell from another, but for the fields named."""
+    told = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
+    left = [name for name in told if name not in names]
+    return lambda p: tuple(getattr(p, name) for name in left)
+
+
+def grouped(things: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Those with the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[T]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
