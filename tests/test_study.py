@@ -160,11 +160,14 @@ def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
 @pytest.mark.parametrize("voting", ["majority_vote", "mean_likelihood"])
 def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_path, tiny_base):
     """Its loss is that of the mean of their likelihoods, and its answers are those of infer.py's."""
-    run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", "[[grid]]\nnum_virtual_tokens = 3"))
+    grid = "[[grid]]\nnum_virtual_tokens = 3\nlearning_rate = 1.0"
+    run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", grid))
     found = {f: finished(f) for f in (place.folder / "out" / "cells").iterdir()}
     (together,) = [r for r in found.values() if r["settings"].get("voting")]
     folders = [f for f, r in found.items() if r["settings"]["trained"]]
     model = softprompt.SoftPromptModel.from_pretrained(adapter=[str(f) for f in folders])
+    given = list(zip(*(found[f]["answers"] for f in folders), strict=True))
+    assert any(len(set(some)) == 3 for some in given[1:])
     rows = [{"prompt": row["instruction"], "input": ""} for row in ROWS[-5:]]
     ensemble = model.ensemble(voting=voting)
     answers = ensemble.generate(rows, do_sample=False, max_new_tokens=32)
