@@ -51,7 +51,7 @@ def _examples(run: Run) -> str:
     rows = [("held-out row", "base alone", "with prompt")]
     shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
     for example, before, after in shown:
-        question = text_of(run.tokenizer, question_ids(example))
+        question = text_of(run.evaluator.tokenizer, question_ids(example))
         rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
     return table(rows)
 

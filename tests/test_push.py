@@ -1,6 +1,7 @@
 """Uploads with huggingface_hub itself, to a stand-in for the hub that listens on this machine alone."""
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,8 @@ TOKEN = "not_to_be_told_anywhere"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few questions that creating a repository and uploading small files ask."""
+    """The few questions that creating a repository and uploading files ask. Like the hub it wants safetensors in its
+    large-file storage (git LFS's batch interface), and the others in the commit."""
 
     def do_HEAD(self):
         self.answer(200, {})
@@ -62,8 +64,12 @@ class Hub(BaseHTTPRequestHandler):
         name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
         if "/preupload/" in self.path:
             files = [f["path"] for f in json.loads(asked)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
+            modes = [{"path": path, "uploadMode": mode_of(path), "shouldIgnore": False} for path in files]
             return self.answer(200, {"files": modes})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self.answer(
+                200, {"transfer": "basic", "objects": [self.place_of(o) for o in json.loads(asked)["objects"]]}
+            )
         if self.path == "/api/validate-yaml":  # of the card's front matter
             base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
             good = not base or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base[1])
@@ -73,10 +79,22 @@ class Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 value = line["value"]
                 self.server.repos[name]["files"][value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                value = line["value"]
+                self.server.repos[name]["files"][value["path"]] = self.server.stored[value["oid"]]
             self.server.commits += line["key"] == "header"
         return self.answer(
             200, {"commitUrl": f"{self.server.url}/{name}/commit/1", "commitOid": "1" * 40, "success": 1}
         )
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.stored[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200, {})
+
+    def place_of(self, wanted):
+        upload = {"href": f"{self.server.url}/storage/{wanted['oid']}", "header": {}}
+        return {**wanted, "actions": {} if wanted["oid"] in self.server.stored else {"upload": upload}}
 
     def answer(self, status, value):
         content = json.dumps(value).encode()
@@ -91,17 +109,23 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+def mode_of(path):
+    return "lfs" if path.endswith(".safetensors") else "regular"
+
+
 @pytest.fixture
 def server(monkeypatch):
     served = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     served.url = f"http://127.0.0.1:{served.server_port}"
-    served.repos, served.commits, served.down = {}, 0, None
+    served.repos, served.stored, served.commits, served.down = {}, {}, 0, None
     threading.Thread(target=served.serve_forever, daemon=True).start()
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)  # what HF_ENDPOINT is read into
     for offline in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, not git LFS's
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # of processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
     hub.prepare.cache_clear()
     yield served
