@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError  # comes with torch, and markupsafe too
 from markupsafe import Markup
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
