@@ -1,13 +1,15 @@
 """Pictures of a study: the held-out loss along each thing that it varies, with the spread over the seeds."""
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from softprompt.points import Point, at_best_rate, grouped, without
+from softprompt.points import Point, at_best_rate, grouped, other_settings, without
 
 MOST_LINES = 8  # in a picture; more cannot be told apart
+MOST_LETTERS = 30  # of a text or a setting in a line's name
 
 
 class Axis(NamedTuple):
@@ -50,13 +52,13 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
     return files
 
 
-def _lines(points: Sequence[Point], axis: Axis) -> dict[str, list[Point]]:
-    """By their names, the lines that have several places along the axis; the fullest, if there are too many."""
+def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]:
+    """The lines that have several places along the axis, with their names; the fullest, if there are too many."""
     apart = without(axis.field, "learning_rate", "seed", *(["start"] if axis.field == "init" else []))
     groups = [same for same in grouped(points, apart).values() if len({axis.value(p) for p in same}) > 1]
     groups = sorted(groups, key=len, reverse=True)[:MOST_LINES]
     flat = [p for same in groups for p in same]
-    return {_named(same[0], flat, axis): same for same in groups}
+    return [(_named(same[0], flat, axis), same) for same in groups]
 
 
 def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
@@ -67,26 +69,34 @@ def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
         "init": p.init,
         "virtual_tokens": f"{p.virtual_tokens} tokens",
         "rows": f"{p.rows:,} rows",
-        "context": f"settings {sorted({q.context for q in among}).index(p.context) + 1}",
+        "start": p.start,
+        "context": other_settings(among)(p),
     }
-    varied = [f for f in told if f != axis.field and len({getattr(q, f) for q in among}) > 1]
-    return ", ".join(told[f] for f in varied) or "held-out loss"
+    along = ("init", "start") if axis.field == "init" else (axis.field,)
+    varied = [f for f in told if f not in along and len({getattr(q, f) for q in among}) > 1]
+    return ", ".join(_short(told[f]) for f in varied) or "held-out loss"
 
 
-def _drawn(lines: dict[str, list[Point]], axis: Axis) -> bytes:
+def _short(text: str) -> str:
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
+
+
+def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    places = sorted({axis.value(p) for same in lines.values() for p in same})
-    for name, same in lines.items():
+    axes, handles = figure.subplots(), []
+    places = sorted({axis.value(p) for _, same in lines for p in same})
+    for _, same in lines:
         of_places = grouped(same, axis.value)
         here = sorted(of_places)
         losses = [[p.loss for p in of_places[place]] for place in here]
         spread = [stdev(some) if len(some) > 1 else 0.0 for some in losses]
         at = [places.index(place) for place in here] if axis.texts else here
         line = {"linestyle": "none"} if axis.texts else {}
-        axes.errorbar(at, [mean(some) for some in losses], spread, marker="o", capsize=3, label=name, **line)
+        means = [mean(some) for some in losses]
+        handles.append(axes.errorbar(at, means, spread, marker="o", capsize=3, **line))
     if axis.texts:
         axes.set_xticks(range(len(places)), places)
     else:
@@ -96,7 +106,11 @@ def _drawn(lines: dict[str, list[Point]], axis: Axis) -> bytes:
             axes.minorticks_off()
     axes.set_yscale("log")
     axes.set(xlabel=axis.label, ylabel="held-out loss (nats per target)")
-    axes.legend(fontsize="small")
+    legend = axes.legend(handles, [name for name, _ in lines], fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a path or a text may hold $
     picture = io.BytesIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": "softprompt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font lacks: they stay text here
+        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": "softprompt"})
     return picture.getvalue()

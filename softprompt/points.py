@@ -46,7 +46,7 @@ def point(result: Mapping[str, Any]) -> Point:
     """From the content of a cell.json."""
     s, metrics = result["settings"], result["metrics"]
     texts = ("prompt_tuning_init_text", "class_labels", "vocab_population")
-    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, *OF_A_KIND, "deterministic")}
+    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, *OF_A_KIND)}
     start = ", ".join(str(s[name]) for name in texts if s[name] is not None)
     return Point(
         s["model_name_or_path"],
@@ -84,6 +84,14 @@ def without(*names: str) -> Key:
     told = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
     left = [name for name in told if name not in names]
     return lambda p: tuple(getattr(p, name) for name in left)
+
+
+def other_settings(points: Iterable[Point]) -> Key:
+    """Of a point, the settings of its context that are not the same in all contexts."""
+    contexts = {p.context: json.loads(p.context) for p in points}
+    every = list(contexts.values())
+    varied = [name for name in (every[0] if every else ()) if any(one.get(name) != every[0][name] for one in every)]
+    return lambda p: ", ".join(f"{name} {contexts[p.context].get(name)}" for name in varied)
 
 
 def grouped(things: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:

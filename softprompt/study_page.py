@@ -2,11 +2,13 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
+from string import punctuation
 
 from softprompt.claims import HOLDS, HOLDS_NOT, LEAST, UNDECIDED, Finding
-from softprompt.points import Point, grouped, without
+from softprompt.points import Point, grouped, other_settings, without
 
 RULE = (
     "Compared are cells that differ in nothing but what a claim is about, the seed included, each at the learning rate "
@@ -19,23 +21,24 @@ COLUMNS: dict[str, Callable[[Point], str]] = {
     "base": lambda p: p.base,
     "dataset": lambda p: p.dataset,
     "start": lambda p: f"{p.init}, {p.voting}" if p.voting else p.init if p.trained else "hard prompt",
-    "text or labels": lambda p: p.start.replace("\n", "\\n"),
+    "text or labels": lambda p: _line(p.start),
     "virtual tokens": lambda p: str(p.virtual_tokens),
     "learning rate": lambda p: f"{p.learning_rate:g}" if p.trained or p.voting else "",
     "rows": lambda p: f"{p.rows:,}" if p.trained or p.voting else "",
-    "other settings": lambda p: p.context,
 }
+MARKS = rf"[|<&*`\[]|\\(?=[{re.escape(punctuation)}])"  # of Markdown, in a line of a table
 ALWAYS = ("start", "virtual tokens")
 
 
 def table_of(points: Sequence[Point]) -> list[list[str]]:
     """A head and a line for each setting: what varies, the number of seeds, mean ± standard deviation over them. For
-    every base and dataset the line without a prompt comes first, then texts that are not trained."""
-    contexts = sorted({p.context for p in points})
-    cells = {**COLUMNS, "other settings": lambda p: str(contexts.index(p.context) + 1)}
+    every base and dataset (and template or held-out rows, where these vary) the line without a prompt comes first, then
+    texts that are not trained."""
+    others = other_settings(points)
+    cells = {**COLUMNS, "other settings": lambda p: _line(others(p))}
     shown = [name for name, cell in cells.items() if name in ALWAYS or len(set(map(cell, points))) > 1]
     lines = [[*shown, "seeds", "held-out loss", "exact match"]]
-    for here in grouped(points, lambda p: (p.base, p.dataset)).values():
+    for here in grouped(points, lambda p: (p.base, p.dataset, f"{p.base_loss:.4f}")).values():
         lines.append(_bare(here[0], shown))
         in_order = sorted(here, key=lambda p: bool(p.trained or p.voting))
         for same in grouped(in_order, lambda p: (p.trained, p.voting, without("seed")(p))).values():
@@ -87,5 +90,11 @@ def _spread(values: Sequence[float], form: str) -> str:
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
+def _line(text: str) -> str:
+    """A text without line breaks and other control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """Of a Markdown table, in which a cell's marks are letters like others."""
+    return "| " + " | ".join(re.sub(MARKS, r"\\\g<0>", cell) for cell in cells) + " |"
