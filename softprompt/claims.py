@@ -70,7 +70,7 @@ def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Poin
 
 def _larger_bases(points: Sequence[Point]) -> Finding:
     claim = "Larger bases train better"
-    if any(len({p.targets for p in same}) > 1 for same in grouped(points, lambda p: p.dataset).values()):
+    if any(len({p.targets for p in same}) > 1 for same in grouped(points, lambda p: (p.dataset, p.context)).values()):
         said = "the bases cut the held-out answers into different tokens, so their losses cannot be compared"
         return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} ({said}).")
     return _along(points, claim, "parameters", lambda p: p.parameters)
@@ -87,13 +87,14 @@ def _text_against_random(points: Sequence[Point]) -> Finding:
 
 
 def _hard_against_soft(points: Sequence[Point], best: Sequence[Point]) -> Finding:
-    """The best of the texts beside every seed of the trained setting that is best, for each base, dataset and rows."""
+    """The best of the texts beside every seed of the trained setting that is best, for each base, dataset (with as many
+    held-out targets) and rows."""
     claim = "A hard prompt (a text put before the input, not trained) is better than a trained soft one"
-    texts = grouped([p for p in points if not (p.trained or p.voting)], lambda p: (p.base, p.dataset))
+    texts = grouped([p for p in points if not (p.trained or p.voting)], lambda p: (p.base, p.dataset, p.targets))
     gains: list[float] = []
-    for (base, dataset, _), soft in grouped(best, lambda p: (p.base, p.dataset, p.rows)).items():
-        if (base, dataset) in texts:
-            hard = min(p.loss for p in texts[base, dataset])
+    for (*asked, _), soft in grouped(best, lambda p: (p.base, p.dataset, p.targets, p.rows)).items():
+        if tuple(asked) in texts:
+            hard = min(p.loss for p in texts[tuple(asked)])
             settings = grouped(soft, without("seed", "learning_rate")).values()
             chosen = min(settings, key=lambda cells: mean(p.loss for p in cells))
             gains += [_log(p.loss) - _log(hard) for p in chosen]

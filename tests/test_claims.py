@@ -98,6 +98,16 @@ def test_bases_whose_answers_are_cut_otherwise_are_not_compared():
     assert found.verdict == UNDECIDED and "different tokens" in found.sentence
 
 
+def test_more_held_out_rows_are_no_other_cut():
+    cells = [replace(p, context=c, targets=t) for p in seeds(1.0) for c, t in (("{1}", 50), ("{2}", 90))]
+    assert "no cells of the study can be compared" in findings(cells)[BASES].sentence
+
+
+def test_a_text_is_not_compared_on_other_held_out_rows():
+    texts = points({"loss": 0.1, "targets": 9}, {"loss": 3.0}, trained=False, init="TEXT")
+    assert findings(texts + seeds(1.0, wobble=0.0))[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
+
+
 def test_more_rows():
     assert findings(seeds(2.0, rows=8) + seeds(1.0, rows=32))[ROWS].gains == pytest.approx([math.log(2) / 2] * 3)
 
