@@ -134,16 +134,17 @@ def _faults(found: Mapping[str, Any]) -> Iterator[str]:
         if key not in KEYS:
             yield f"unknown key {key!r}{nearest(key, KEYS)}"
     for key in ("title", "about", "output_dir"):
-        if key in found and not (is_text(found[key]) and found[key]):
+        if key in found and not (is_text(found[key]) and found[key] and "\0" not in found[key]):
             yield f"{key} {found[key]!r} is not a text"
     seeds, texts = found.get("seeds", [42]), found.get("hard_prompts", [])
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and not seed_faults(s) for s in seeds)):
         yield f"seeds {seeds!r} is not a list of whole numbers from 0 up"
     if not (isinstance(texts, list) and all(is_text(text) and text.strip() for text in texts)):
         yield f"hard_prompts {texts!r} is not a list of texts"
-    if (votings := found.get("voting", [])) and not (isinstance(votings, list) and set(map(str, votings)) <= VOTINGS):
+    votings = found.get("voting", [])
+    if not (isinstance(votings, list) and set(map(str, votings)) <= VOTINGS):
         yield f"voting {votings!r} is not a list of {', '.join(sorted(VOTINGS))}"
-    elif votings and isinstance(seeds, list) and len(seeds) < 2:
+    elif votings and isinstance(seeds, list) and len(set(map(str, seeds))) < 2:
         yield "voting needs several seeds, whose prompts vote"
     settings, grids = found.get("settings", {}), found.get("grid", [{}])
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
@@ -230,5 +231,7 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def relocated(study: Study, output_dir: str | None) -> Study:
-    """The same study, written elsewhere."""
+    """The same study, written elsewhere. Raises ConfigError for an empty name."""
+    if output_dir == "":
+        raise ConfigError("--output_dir is empty; name a folder, or leave it out")
     return study if output_dir is None else replace(study, output_dir=Path(output_dir))

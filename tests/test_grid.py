@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES
 from softprompt.errors import ConfigError
-from softprompt.grid import read_study
+from softprompt.grid import read_study, relocated
 
 HEAD = '[settings]\ndataset = "mini:sentiment"\nmax_steps = 2\n'
 
@@ -86,6 +86,9 @@ def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
             "voting ['mean'] is not a list of majority_vote, mean_likelihood",
         ),
         ('voting = ["majority_vote"]\n' + HEAD, "voting needs several seeds, whose prompts vote"),
+        ('voting = ["majority_vote"]\nseeds = [1, 1]\n' + HEAD, "voting needs several seeds, whose prompts vote"),
+        ("voting = false\nseeds = [1, 2]\n" + HEAD, "voting False is not a list of majority_vote, mean_likelihood"),
+        ('output_dir = "a\\u0000b"\n' + HEAD, "output_dir 'a\\x00b' is not a text"),
         ("seeds = [1\n", "not TOML"),
         (
             HEAD + "[[grid]]\nlearning_rate = [0.1, -1.0]\nrows = [8, 32]\n",
@@ -128,3 +131,8 @@ def test_the_shipped_study_asks_all_questions_and_its_page_begins_as_it_says():
 def test_a_study_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: No such file.*; name a study file"):
         read_study(tmp_path / "none.toml")
+
+
+def test_an_empty_output_dir_is_not_the_current_folder(tmp_path):
+    with pytest.raises(ConfigError, match="--output_dir is empty; name a folder"):
+        relocated(study(tmp_path, HEAD), "")
