@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.arguments import DataArguments
+from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
 from softprompt.data import Example
 from softprompt.engines import trains_packed
@@ -46,12 +46,14 @@ class Planned:
 
 
 def planned(study: Study) -> list[Planned]:
-    """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them.
+    """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them. Of
+    cells that come to the same (10 virtual tokens by default and by name, all rows and as many) the first is kept.
 
     Raises:
         SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
     """
-    shelf, found, cells = _Shelf(), [], study.output_dir / "cells"
+    shelf, cells = _Shelf(), study.output_dir / "cells"
+    found: dict[str, Planned] = {}
     faults: dict[str, list[str]] = {}
     for cell in study.cells:
         material = shelf.material(cell)
@@ -61,9 +63,10 @@ def planned(study: Study) -> list[Planned]:
             faults.setdefault(str(error), []).append(str(cell))
         steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
         members = tuple(cells / _name(one, material) for one in cell.members())
-        found.append(Planned(cell, material, cells / _name(cell, material), steps, members))
+        one = Planned(cell, material, cells / _name(cell, material), steps, members)
+        found.setdefault(_identity(cell, material), one)
     refuse(study.path, faults)
-    return found
+    return list(found.values())
 
 
 class _Shelf:
@@ -114,6 +117,16 @@ def _check(cell: Cell, material: Material) -> None:
     if cell.rows and cell.rows > len(material.examples):
         there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
+
+
+def _identity(cell: Cell, material: Material) -> str:
+    """What its settings come to with its rows and its tokenizer."""
+    prompt, rows = cell.config.prompt, cell.rows
+    length = prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
+    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
+        length = len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
+    resolved = {"num_virtual_tokens": length, "rows": None if rows == len(material.examples) else rows}
+    return repr({**cell.settings(), **resolved})
 
 
 def _name(cell: Cell, material: Material) -> str:

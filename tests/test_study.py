@@ -21,7 +21,9 @@ from softprompt.cells import few, finished
 from softprompt.checkpoint import load_adapter
 from softprompt.cli import command, parse_study
 from softprompt.errors import ConfigError, DataError, ModelError, OutputError, Stopped
+from softprompt.files import write_folder
 from softprompt.lock import FolderLock
+from softprompt.resume import with_checksums
 from softprompt.study import run_study
 from softprompt.study_plan import planned
 from softprompt.template import Template
@@ -179,6 +181,34 @@ def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_pat
     assert together["metrics"]["eval_loss"] == pytest.approx(total / together["held_out_targets"], abs=1e-5)
     right = sum(a == row["output"] for a, row in zip(together["answers"], ROWS[-5:], strict=True))
     assert together["metrics"]["eval_exact_match"] == right / 5 and together["steps"] == 0
+
+
+def test_an_ensemble_of_prompts_that_a_version_before_it_learned(place):
+    run_study(place("seeds = [0, 1]"))
+    study = place("seeds = [0, 1]\nvoting = ['majority_vote']")
+    *alone, together = [one.folder for one in planned(study)]
+    kept = [finished(folder)["answers"] for folder in alone]
+    for folder in alone:
+        content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"}
+        result = json.loads(content["cell.json"])
+        del result["answers"]
+        write_folder(folder, with_checksums({**content, "cell.json": json.dumps(result).encode()}))
+    run_study(study)
+    given = zip(*kept, strict=True)
+    assert all(answer in some for answer, some in zip(finished(together)["answers"], given, strict=True))
+    assert "eval_exact_match" in finished(together)["metrics"]
+
+
+def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
+    head, text = (
+        "seeds = [0, 1]\nvoting = ['majority_vote']",
+        "prompt_tuning_init = 'TEXT'\nprompt_tuning_init_text = '好'",
+    )
+    length = len(AutoTokenizer.from_pretrained(tiny_base)("好")["input_ids"])
+    grids = ["rows = ['all', 13, 4]", "num_virtual_tokens = 10", text, f"{text}\nnum_virtual_tokens = {length}"]
+    every = planned(place(head, "\n[[grid]]\n".join(["", *grids])))
+    some = planned(place(head, "\n[[grid]]\n".join(["", "rows = ['all', 4]", text])))
+    assert [one.folder for one in every] == [one.folder for one in some] and len(some) == 9
 
 
 def test_an_ensemble_with_a_prompt_that_is_not_finite(place, capsys):
