@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from softprompt.errors import ConfigError
-from softprompt.fields import build, option
+from softprompt.fields import build, is_text, option
 
 REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
 
@@ -36,6 +36,8 @@ def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
     (arguments,) = build([ReportArguments], given)
     if not runs or not all(runs):
         raise ConfigError("no run is named; give the OUTPUT_DIR of one or several")
+    if unfit := [run for run in runs if not is_text(run)]:
+        raise ConfigError(f"{unfit[0]!r} is not UTF-8; rename that folder")
     if twice := [run for run in dict.fromkeys(runs) if list(runs).count(run) > 1]:
         raise ConfigError(f"{twice[0]} is named twice; name each run once")
     if arguments.output_file == "":

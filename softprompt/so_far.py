@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def with_likeness(record: Record) -> Record:
     """The record, with likenesses of the prompt that there is, or why there are none."""
     end = record.facts.get("end") or {}
     folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
-    if not folder or "likeness" in end:
+    if not folder or not isinstance(end, dict) or "likeness" in end:
         return record
     try:
         found = {"likeness": _likeness(load_adapter(folder), record.folder)}
@@ -37,9 +38,15 @@ def with_likeness(record: Record) -> Record:
 def _likeness(adapter: Adapter, folder: Path) -> dict[str, object]:
     name = base_path(str(adapter.base_model_name_or_path))
     space = _space(name)
-    start = folder / START_FILE
-    known = load_file(start)[PROMPT_KEY] if start.is_file() else None
-    return likeness(space, load_tokenizer(name), adapter.prompt, known)
+    return likeness(space, load_tokenizer(name), adapter.prompt, _start(folder / START_FILE))
+
+
+def _start(file: Path) -> Tensor | None:
+    """None where it was not recorded, or what was is damaged."""
+    try:
+        return load_file(file)[PROMPT_KEY]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def _space(name_or_path: str) -> Space:

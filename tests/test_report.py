@@ -18,9 +18,9 @@ import softprompt
 import train
 from softprompt import ending, facts, page, report
 from softprompt.cli import parse_report
-from softprompt.errors import ReportError
+from softprompt.errors import ConfigError, ReportError
 from softprompt.nearest import Space
-from softprompt.record import Record, read_run
+from softprompt.record import START_FILE, Record, read_run
 
 pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
@@ -253,6 +253,12 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     assert "What the virtual tokens resemble" in told  # of its newest checkpoint
     before = json.loads((tmp_path / "run/report.json").read_text())
     assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0
+    start = tmp_path / "run" / START_FILE
+    whole = start.read_bytes()
+    start.write_bytes(whole[:-5])
+    called(report, [tmp_path / "run"], capsys, monkeypatch)
+    assert "Where the prompt started was not recorded." in seen(tmp_path / "run").text
+    start.write_bytes(whole)
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
     assert "finished after step 6 of 6" in seen(tmp_path / "run").text
 
@@ -324,6 +330,7 @@ def spoiled(run, tmp_path, name, content) -> Path:
         ("report.json", "[]", "expected an object"),
         ("report.json", "{", "report.json: cannot be read"),
         ("report.json", '{"prompt": 3, "end": {}}', "report.json: not as this version writes it"),
+        ("report.json", '{"prompt": 3, "end": 5}', "report.json: not as this version writes it"),
         (
             "report.json",
             '{"prompt": [1, 2], "base": {"type": 1, "parameters": 2}, "end": {"examples": 3}}',
@@ -341,6 +348,11 @@ def test_the_last_line_of_a_killed_run_may_be_half(run, tmp_path):
     folder = spoiled(run, tmp_path, "metrics.jsonl", '{"step": 1, "loss": 2.5, "grad_norm": null}\n{"step": 2, "lo')
     report.report(folder)
     assert "held-out loss" in seen(folder).text
+
+
+def test_a_name_that_is_not_utf_8():
+    with pytest.raises(ConfigError, match="is not UTF-8; rename that folder"):
+        report.report("caf\udce9")
 
 
 def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
