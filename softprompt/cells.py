@@ -152,14 +152,12 @@ class _Bench:
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
         device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
-        evaluator, members = self.evaluator(one, P), []
-        for folder, result in zip(one.members, results, strict=True):
-            prompt = load_adapter(folder).prompt.to(device)
-            # a version before ensembles kept no answers
-            answers = result["answers"] if "answers" in result else evaluator(prompt).answers
-            members.append(Member(prompt, template, one.material.held_out, answers))
+        members = [
+            Member(load_adapter(folder).prompt.to(device), template, one.material.held_out, result["answers"])
+            for folder, result in zip(one.members, results, strict=True)
+        ]
         voting = one.cell.voting or "majority_vote"
-        found = joint_evaluation(evaluator.engine, one.material.tokenizer, members, voting)
+        found = joint_evaluation(self.evaluator(one, P).engine, one.material.tokenizer, members, voting)
         return _Made(P, found.metrics(), found.answers)
 
     def _described(self, one: Planned) -> Result:

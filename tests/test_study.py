@@ -183,22 +183,6 @@ def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_pat
     assert together["metrics"]["eval_exact_match"] == right / 5 and together["steps"] == 0
 
 
-def test_an_ensemble_of_prompts_that_a_version_before_it_learned(place):
-    run_study(place("seeds = [0, 1]"))
-    study = place("seeds = [0, 1]\nvoting = ['majority_vote']")
-    *alone, together = [one.folder for one in planned(study)]
-    kept = [finished(folder)["answers"] for folder in alone]
-    for folder in alone:
-        content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checksums.json"}
-        result = json.loads(content["cell.json"])
-        del result["answers"]
-        write_folder(folder, with_checksums({**content, "cell.json": json.dumps(result).encode()}))
-    run_study(study)
-    given = zip(*kept, strict=True)
-    assert all(answer in some for answer, some in zip(finished(together)["answers"], given, strict=True))
-    assert "eval_exact_match" in finished(together)["metrics"]
-
-
 def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
     head, text = (
         "seeds = [0, 1]\nvoting = ['majority_vote']",
