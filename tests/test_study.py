@@ -21,9 +21,7 @@ from softprompt.cells import few, finished
 from softprompt.checkpoint import load_adapter
 from softprompt.cli import command, parse_study
 from softprompt.errors import ConfigError, DataError, ModelError, OutputError, Stopped
-from softprompt.files import write_folder
 from softprompt.lock import FolderLock
-from softprompt.resume import with_checksums
 from softprompt.study import run_study
 from softprompt.study_plan import planned
 from softprompt.template import Template
