@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from softprompt.arguments import NEWEST
 from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
-from softprompt.errors import ConfigError, Elsewhere, SoftpromptError, Stopped
+from softprompt.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
 from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
 from softprompt.grid import Study, read_study, relocated
@@ -127,7 +127,9 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
             print(stop, file=sys.stderr)
         sys.exit(0 if _may_be_restarted() else stop.exit_code)
     except SoftpromptError as error:
-        _exit(str(error), error.exit_code, everywhere=error.exit_code == 2 or isinstance(error, Elsewhere))
+        ended = isinstance(error, PushError) and _may_be_restarted()  # the run itself
+        everywhere = error.exit_code == 2 or isinstance(error, Elsewhere)
+        _exit(str(error), 0 if ended else error.exit_code, everywhere)
     except KeyboardInterrupt:
         _exit("stopped", 130)
     except BrokenPipeError:  # `… | head` has read enough
@@ -150,7 +152,7 @@ def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
 
 
 def _may_be_restarted() -> bool:
-    """torchrun takes every code but 0 for a fault, and would start what was asked to stop again."""
+    """torchrun takes every code but 0 for a fault, and would start again what was asked to stop, or has ended."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softprompt.errors import Elsewhere, SoftpromptError, TrainingError
+from softprompt.heartbeat import SILENCE, Heartbeat
 from softprompt.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class World:
         self.wish: Callable[[], int | None] = lambda: None  # this rank's, to stop with an exit code
         self.agreed: int | None = None
         self.roll: list[Any] = []  # host and process of every rank
+        self.store: dist.Store | None = None
+        self.heartbeat: Heartbeat | None = None
         self.reduces_on = torch.device("cpu")
 
     @property
@@ -113,6 +116,7 @@ class World:
 
         Raises:
             TrainingError: it broke off; the message names the rank that died.
+            Elsewhere: it broke off because a rank ended with a fault.
         """
         try:
             return communicate()
@@ -122,18 +126,25 @@ class World:
                     f"rank {self.rank}: out of memory for what the ranks exchange; give a smaller "
                     "--tokens_per_microbatch, or share the work out among more of them"
                 ) from None
-            raise TrainingError(f"rank {self.rank}: {self._missing()} ({str(error).splitlines()[0][:160]})") from None
+            raise self._missing(str(error).splitlines()[0][:160]) from None
 
-    def _missing(self) -> str:
-        """Who does not answer. Of ranks on this machine the system knows it within moments."""
-        ends = time.monotonic() + GRACE
+    def _missing(self, why: str) -> SoftpromptError:
+        """Who does not answer. What a rank said at its end is known at once, of ranks on this machine the system knows
+        it within moments, and of the others the heartbeat, which then ends this process."""
         here = [(rank, pid) for rank, (host, pid) in enumerate(self.roll) if host == platform.node()]
-        while time.monotonic() < ends:
-            if gone := [f"rank {rank} (process {pid})" for rank, pid in here if not _runs(pid)]:
-                return f"{', '.join(gone)} died"
-            time.sleep(0.1)
         others = sorted({host for host, _ in self.roll} - {platform.node()})
-        return f"a rank on {', '.join(others) or 'this machine'} does not answer"
+        if self.heartbeat:
+            with suppress(RuntimeError):
+                self.heartbeat.look()
+        ends = time.monotonic() + (2 * SILENCE if self.heartbeat and others else GRACE)
+        while time.monotonic() < ends:
+            if self.heartbeat and self.heartbeat.words:
+                return Elsewhere(*next(iter(self.heartbeat.words.values())))
+            if gone := [f"rank {rank} (process {pid})" for rank, pid in here if not _runs(pid)]:
+                return TrainingError(f"rank {self.rank}: {', '.join(gone)} died ({why})")
+            time.sleep(0.1)
+        where = ", ".join(others) or "this machine"
+        return TrainingError(f"rank {self.rank}: a rank on {where} does not answer ({why})")
 
 
 def join() -> World:
@@ -153,15 +164,21 @@ def join() -> World:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if own_cards:
         world.reduces_on = torch.device("cuda", local)
-    world.roll = world.gather([platform.node(), os.getpid()])
+    world.roll, world.store = world.gather([platform.node(), os.getpid()]), store
     return world
 
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world, in which only rank 0 prints. Who ends well parts from the others in good order."""
+    """The world, in which only rank 0 prints, and a rank that is lost ends the others. Who ends well parts from the
+    others in good order."""
     world = join()
     with ExitStack() as stack:
+        if world.store:
+            names = [f"rank {rank} (host {host}, process {pid})" for rank, (host, pid) in enumerate(world.roll)]
+            heartbeat = Heartbeat(world.store, world.rank, names)
+            world.gather("all have theirs")
+            world.heartbeat = stack.enter_context(heartbeat)
         if not world.is_main:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield world

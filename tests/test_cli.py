@@ -19,7 +19,7 @@ from test_bad_input import GOOD, assert_line, jsonl, refused, write_adapter
 import infer
 import train
 from softprompt.cli import command
-from softprompt.errors import ConfigError, DataError, SoftpromptError, TrainingError
+from softprompt.errors import ConfigError, DataError, PushError, SoftpromptError, TrainingError
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,20 @@ def test_a_fault_in_the_program_itself_leaves_its_traceback_in_a_file(fault, cap
     line = f"error: unexpected {what}; the traceback is in {file}\n"
     assert (ended.value.code, capsys.readouterr().err) == (1, line)
     assert "raise fault" in file.read_text() and "command: " in file.read_text()
+
+
+@pytest.mark.parametrize("restarts, code", [("0", 1), ("3", 0)])
+def test_an_ended_run_that_was_not_uploaded_is_not_started_again(restarts, code, capsys, monkeypatch):
+    """torchrun starts again whatever ends with another code than 0, where it may."""
+
+    def main(argv):
+        raise PushError("the run is whole in run, but not on the hub")
+
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    line = "error: the run is whole in run, but not on the hub\n"
+    assert (ended.value.code, capsys.readouterr().err) == (code, line)
 
 
 @pytest.mark.parametrize("name", ["train.py", "infer.py"])
