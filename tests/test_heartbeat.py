@@ -64,7 +64,7 @@ def ended(*processes):
     """Their exit codes, and after how many seconds the last was there."""
     began = time.monotonic()
     for process in processes:
-        process.join(60)
+        process.join(30)
     return [process.exitcode for process in processes], time.monotonic() - began
 
 
