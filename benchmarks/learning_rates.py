@@ -4,22 +4,31 @@ python benchmarks/learning_rates.py [--tasks sentiment] [--seeds 42 0 1]     eve
 python benchmarks/learning_rates.py --find [--tasks …] [--seeds 42]          beside the rate that a sweep finds
 
 All else is at the preset's defaults. --find sets the best of a full sweep (the rate with the lowest held-out loss,
-which no run may look at) beside the rate found on the training rows alone, for every task, start and seed.
+which no run may look at) beside the rate found on the training rows alone, for every task, start and seed. The full
+sweep begins with the default rate and those beside it, and goes on to where the loss rises on both sides of the best.
+--json FILE keeps what is done, and the same command goes on from there.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import math
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import softprompt
 from softprompt.arguments import DEFAULT_LEARNING_RATES
+from softprompt.config import train_config
+from softprompt.distributed import join
 from softprompt.find_rate import RATES as SWEPT
+from softprompt.find_rate import sweep_steps
 from softprompt.mini import TASKS
+from softprompt.prepare import prepare
+from softprompt.run import with_found_rate
+from softprompt.stopping import StopRequest
 
 STARTS = {
     "RANDOM": {},
@@ -27,6 +36,51 @@ STARTS = {
     "TEXT": {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "下面是一段人与智能助手的对话。"},
 }
 RATES = (5e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+CLOSE = math.log(1.01)
+
+
+class Case(NamedTuple):
+    task: str
+    start: str
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**STARTS[self.start], "dataset": f"mini:{self.task}", "seed": self.seed}
+
+
+class Result(NamedTuple):
+    loss: float
+    exact_match: float
+
+    def __str__(self) -> str:
+        return f"{self.exact_match:.1%} | {self.loss:.4f}"
+
+
+class Work:
+    """Runs, and sweeps before runs, each done once: `file`, where there is one, keeps them. What a sweep found is not
+    looked for again, so a change of the sweep needs a new file."""
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        self.done: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
+
+    def run(self, case: Case, rate: float) -> Result:
+        key = f"{' '.join(map(str, case))} {rate:g}"
+        if key not in self.done:
+            self._keep(key, trained(case, rate))
+        return Result(*self.done[key])
+
+    def find(self, case: Case) -> dict[str, Any]:
+        key = f"{' '.join(map(str, case))} found"
+        if key not in self.done:
+            self._keep(key, found(case))
+        return self.done[key]
+
+    def _keep(self, key: str, result: Any) -> None:
+        self.done[key] = result
+        if self.file:
+            self.file.write_text(json.dumps(self.done, indent=0))
 
 
 def main() -> None:
@@ -35,55 +89,89 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     args = parser.parse_args()
+    tasks = args.tasks or (list(TASKS) if args.find else ["sentiment"])
+    seeds = args.seeds or ([42] if args.find else [42, 0, 1])
+    work = Work(args.json)
     if args.find:
-        find(args.tasks or list(TASKS), args.starts, args.seeds or [42])
+        find(work, [Case(task, start, seed) for task in tasks for start in args.starts for seed in seeds])
     else:
-        sweep(args.tasks or ["sentiment"], args.starts, args.seeds or [42, 0, 1])
+        sweep(work, tasks, args.starts, seeds)
 
 
-def sweep(tasks: list[str], starts: list[str], seeds: list[int]) -> None:
+def sweep(work: Work, tasks: list[str], starts: list[str], seeds: list[int]) -> None:
     print("| task | start | learning rate | exact match | held-out loss |\n|---|---|---|---|---|")
     for task in tasks:
         for start in starts:
             for rate in RATES:
-                results = [run(task, seed, start, learning_rate=rate) for seed in seeds]
-                exact = statistics.mean(r["eval_exact_match"] for r in results)
-                loss = statistics.mean(r["eval_loss"] for r in results)
+                results = [work.run(Case(task, start, seed), rate) for seed in seeds]
+                exact = statistics.mean(r.exact_match for r in results)
+                loss = statistics.mean(r.loss for r in results)
                 print(f"| {task} | {start} | {rate:g} | {exact:.1%} | {loss:.3f} |", flush=True)
 
 
-def find(tasks: list[str], starts: list[str], seeds: list[int]) -> None:
+def find(work: Work, cases: list[Case]) -> None:
     print("| task | start | seed | best rate | exact match | held-out loss | found | exact match | held-out loss |")
     print("|" + "---|" * 9)
-    exact, loss, default = [], [], []
-    for task in tasks:
-        for start in starts:
-            for seed in seeds:
-                full = {rate: run(task, seed, start, learning_rate=rate) for rate in SWEPT}
-                best = min(full, key=lambda rate: full[rate]["eval_loss"])
-                found = run(task, seed, start, find_learning_rate=True)
-                usual = full[DEFAULT_LEARNING_RATES[start]]
-                exact.append(full[best]["eval_exact_match"] - found["eval_exact_match"])
-                loss.append(math.log(found["eval_loss"] / full[best]["eval_loss"]))
-                default.append(math.log(usual["eval_loss"] / full[best]["eval_loss"]))
-                shown = [f"{r['eval_exact_match']:.1%} | {r['eval_loss']:.4f}" for r in (full[best], found)]
-                print(
-                    f"| {task} | {start} | {seed} | {best:g} | {shown[0]} | {found['rate']:g} | {shown[1]} |",
-                    flush=True,
-                )
-    print(f"\n{len(exact)} runs; the rate found, beside the best of a full sweep, on average:")
-    print(f"exact match {100 * statistics.mean(exact):.2f} points lower")
+    exact, loss, default, none, share = [], [], [], 0, 0.0
+    for case in cases:
+        full = full_sweep(work, case)
+        best = min(full, key=lambda rate: full[rate].loss)
+        swept = work.find(case)
+        taken = work.run(case, swept["rate"])  # a run that looks for its rate is the run at that rate
+        usual = full[DEFAULT_LEARNING_RATES[case.start]]
+        exact.append(full[best].exact_match - taken.exact_match)
+        loss.append(math.log(taken.loss / full[best].loss))
+        default.append(math.log(usual.loss / full[best].loss))
+        none += not swept["found"]
+        share = swept["share"]
+        rate = f"{swept['rate']:.3g}" + ("" if swept["found"] else " (none found)")
+        print(f"| {' | '.join(map(str, case))} | {best:g} | {full[best]} | {rate} | {taken} |", flush=True)
     found_loss, usual_loss = (math.expm1(statistics.mean(some)) for some in (loss, default))
+    close, usually = (sum(one <= CLOSE for one in some) for some in (loss, default))
+    print(f"\n{len(cases)} runs; the rate found, beside the best of a full sweep, on average:")
+    print(f"exact match {100 * statistics.mean(exact):.2f} points lower")
     print(f"held-out loss {found_loss:+.1%} (the default rate: {usual_loss:+.1%})")
+    print(f"within 1 % of the best loss: {close} of {len(cases)} (the default rate: {usually})")
+    print(f"none found: {none}; steps of a sweep: {share:.2f} of the run's")
 
 
-def run(task: str, seed: int, start: str, **settings: Any) -> dict[str, float]:
-    settings = {**STARTS[start], **settings, "dataset": f"mini:{task}", "seed": seed}
-    quiet = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        ended = softprompt.train(output_dir=str(Path(folder) / "run"), **settings)
-        return {**ended.metrics, "rate": ended.config.learning_rate}
+def full_sweep(work: Work, case: Case) -> dict[float, Result]:
+    """By rate, to where the best has a worse one on either side or `SWEPT` ends."""
+    middle, results = SWEPT.index(DEFAULT_LEARNING_RATES[case.start]), {}
+    low, high = middle - 1, middle + 1
+    while True:
+        results |= {rate: work.run(case, rate) for rate in SWEPT[low : high + 1] if rate not in results}
+        best = SWEPT.index(min(results, key=lambda rate: results[rate].loss))
+        wider = max(0, min(low, best - 1)), min(len(SWEPT) - 1, max(high, best + 1))
+        if wider == (low, high):
+            return results
+        low, high = wider
+
+
+def trained(case: Case, rate: float) -> Result:
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        metrics = softprompt.train(output_dir=str(Path(folder) / "run"), learning_rate=rate, **case.settings).metrics
+    return Result(metrics["eval_loss"], metrics["eval_exact_match"])
+
+
+def found(case: Case) -> dict[str, Any]:
+    """The rate that a run with --find_learning_rate takes, whether it was found, and the sweep's steps beside the
+    run's."""
+    with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
+        config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
+        run = with_found_rate(prepare(config, join()), request)
+    total = run.feed.total_steps
+    is_found = "found none" not in told.getvalue()
+    return {"rate": run.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}
+
+
+@contextlib.contextmanager
+def quiet():
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        yield told
 
 
 if __name__ == "__main__":

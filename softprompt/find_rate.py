@@ -2,8 +2,9 @@
 
 The prompt is trained from its first values at each of `RATES`, for a share of the run's steps and under the run's own
 schedule squeezed into them; the better ones go on to a rung of more steps, and so on (successive halving, Jamieson and
-Talwalkar 2016, arXiv:1502.07943). What is compared is the mean loss over training rows that were set aside. Everything
-follows from the seed: the same run finds the same rate.
+Talwalkar 2016, arXiv:1502.07943). What is compared is the mean loss over training rows that were set aside. Rungs
+that favour rates far apart say nothing of a run that is longer still, and then none is found. Everything follows from
+the seed: the same run finds the same rate.
 """
 
 import math
@@ -29,6 +30,7 @@ LEAST_STEPS = 10  # of a rung
 SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # training rows to compare by
 LEAST_GAIN = 0.01  # of the loss before training; less is nothing found
 TIE = 0.03  # of the lowest loss: a short run favours large rates, so of rates that are so close the smallest is taken
+APART = 5  # times; neighbours among RATES are closer
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,17 @@ def find_learning_rate(
 
     start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
     for share, most in RUNGS:
-        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]
+        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the rung before is the first
         losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
     lowest = min(losses[rate] for rate in left)
     if not lowest < start * (1 - LEAST_GAIN):
         return Sweep(None, "no rate lowered the loss within the sweep", start, losses)
-    return Sweep(min(rate for rate in left if losses[rate] <= lowest * (1 + TIE)), "", start, losses)
+    close = [rate for rate in left if losses[rate] <= lowest * (1 + TIE)]
+    found, before = min(close), left[0]
+    if before not in close and not 1 / APART < found / before < APART:
+        why = f"its trials contradict each other: {before:g} was best in the shorter ones, {found:g} in the longer"
+        return Sweep(None, why, start, losses)
+    return Sweep(found, "", start, losses)
 
 
 def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

@@ -121,6 +121,28 @@ def test_no_rate_that_helps(base, monkeypatch):
     assert found.learning_rate is None and found.why == "no rate lowered the loss within the sweep"
 
 
+@pytest.mark.parametrize(
+    "longer, slope, found", [(0.3, 1.0, 0.3), (0.1, 1.0, 0.1), (0.03, 1.0, None), (0.03, 0.001, 0.03)]
+)
+def test_rungs_that_contradict_each_other(longer, slope, found, base, monkeypatch):
+    """0.3 is the best of the shorter rung. A best rate that moves to a neighbour is found; one that leaps is not, but
+    where the loss hardly depends on the rate."""
+    trained = []
+
+    def loss(*args):
+        if not trained:
+            return torch.tensor(9.0), 1
+        best = 0.3 if trained[-1][0] == 20 else longer
+        return torch.tensor(1 + slope * abs(math.log(trained[-1][1] / best))), 1
+
+    monkeypatch.setattr(find_rate, "train", lambda *args: trained.append((args[3].max_steps, args[4])))
+    monkeypatch.setattr(PackedEngine, "evaluate", loss)
+    swept = sweep(base, random_examples(70, 5), replace(ARGS, max_steps=400))
+    assert swept.learning_rate == found and {steps for steps, _ in trained} == {20, 40}
+    told = "contradict each other: 0.3 was best in the shorter ones, 0.03 in the longer"
+    assert (told in swept.why) == (found is None)
+
+
 def test_a_rate_that_ends_in_no_finite_numbers_loses(base, monkeypatch):
     monkeypatch.setattr(find_rate, "RATES", (1e-2, 1e38, 1e-1))
     found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0))
