@@ -176,18 +176,22 @@ def _finding(
     elif len(gains) < 2:
         why = f"{measured} changed the {figure} by {change(average)}, in a single comparison"
     else:
-        ends = f"{change(low)} to {change(high)}"
+        ends = " to ".join(map(change, (high, low) if change is _percent else (low, high)))
         why = f"{measured} changed the {figure} by {change(average)} (95 % interval {ends}; n = {len(gains)})"
     return Finding(claim, found, f"{claim}: {found}; {why}.", tuple(gains))
 
 
 def _percent(gain: float) -> str:
     """The change of a loss that a gain means."""
-    return f"{math.expm1(-gain):+.1%}".replace("%", " %") if gain > -20 else "more than a millionfold"
+    return f"{_tenths(100 * math.expm1(-gain))} %" if gain > -20 else "more than a millionfold"
 
 
 def _points(gain: float) -> str:
-    return f"{100 * gain:+.1f} points"
+    return f"{_tenths(100 * gain)} points"
+
+
+def _tenths(value: float) -> str:
+    return f"{round(value, 1) + 0:+.1f}"  # no -0.0
 
 
 def _number(value: float) -> str:
