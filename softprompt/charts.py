@@ -67,13 +67,14 @@ def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
         "base": p.base.rsplit("/", 1)[-1],
         "dataset": p.dataset,
         "init": p.init,
-        "virtual_tokens": f"{p.virtual_tokens} tokens",
-        "rows": f"{p.rows:,} rows",
+        "virtual_tokens": f"{p.virtual_tokens} virtual token" + "s" * (p.virtual_tokens > 1),
+        "rows": f"{p.rows:,} row" + "s" * (p.rows > 1),
         "start": p.start,
         "context": other_settings(among)(p),
     }
     along = ("init", "start") if axis.field == "init" else (axis.field,)
-    varied = [f for f in told if f not in along and len({getattr(q, f) for q in among}) > 1]
+    rivals = {"start": [q for q in among if q.init == p.init]}  # another start's text or labels tell nothing more
+    varied = [f for f in told if f not in along and len({getattr(q, f) for q in rivals.get(f, among)}) > 1]
     return ", ".join(_short(told[f]) for f in varied) or "held-out loss"
 
 
