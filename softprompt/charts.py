@@ -91,7 +91,8 @@ def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes, handles = figure.subplots(), []
+    axes = figure.subplots()
+    handles: list[Any] = []
     places = sorted({axis.value(p) for _, same in lines for p in same})
     for _, same in lines:
         of_places = grouped(same, axis.value)
