@@ -47,7 +47,7 @@ class Board:
             known = any(self.folder.glob(EVENTS))
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if known and step else None)
             if not known:
-                rows = "\n".join(f"| {name} | {value} |" for name, value in self.arguments.items())
+                rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.arguments.items())
                 self.writer.add_text("args", redacted(f"| argument | value |\n|---|---|\n{rows}"), 0)
                 for record in history:
                     self._add(record)
@@ -78,6 +78,11 @@ class Board:
         except Exception as error:  # of the disk, in a thread of the writer's
             self.writer = None
             self.say(f"warning: {self.folder} cannot be written ({error}); training goes on without TensorBoard")
+
+
+def _cell(value: object) -> str:
+    """Of a Markdown table."""
+    return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def tag(name: str) -> str:

@@ -41,15 +41,20 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
         import matplotlib
     except ImportError:
         return None
-    trained, best = [p for p in points if p.trained and p.loss < float("inf")], at_best_rate(points)
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "softprompt", "svg.fonttype": "none", "axes.grid": True}):
         for axis in AXES:
-            shown = trained if axis.field == "learning_rate" else [p for p in best if p.loss < float("inf")]
-            lines = _lines(shown, axis)
+            lines = _lines([p for p in _shown(points, axis) if p.loss < float("inf")], axis)
             if lines:
                 files[f"study-{axis.field}.svg"] = _drawn(lines, axis)
     return files
+
+
+def _shown(points: Sequence[Point], axis: Axis) -> list[Point]:
+    """Trained ones at their rates; starts differ in their defaults, so each is at the best of its own."""
+    if axis.field == "learning_rate":
+        return [p for p in points if p.trained]
+    return at_best_rate(points, *([] if axis.texts else [axis.field]))
 
 
 def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]:
@@ -87,7 +92,8 @@ def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes, handles = figure.subplots(), []
+    axes = figure.subplots()
+    handles: list[Any] = []
     places = sorted({axis.value(p) for _, same in lines for p in same})
     for _, same in lines:
         of_places = grouped(same, axis.value)

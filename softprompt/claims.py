@@ -2,8 +2,9 @@
 
 The figure is the held-out loss, on a logarithmic scale, so that tasks of different difficulty can be put together: a
 gain of g means a loss of e^-g times the other. Cells are compared that differ in nothing but what the claim is about,
-the seed included, each at the learning rate that was best for it (the mean over seeds decides). Every comparison is one
-observation; from n of them come the mean gain and its 95 % interval (Student's t with n - 1 degrees of freedom).
+the seed included, each at the learning rate that was best for it (the mean over seeds decides) of those that all of
+them were run at, if there is any, else of its own. Every comparison is one observation; from n of them come the mean
+gain and its 95 % interval (Student's t with n - 1 degrees of freedom).
 
 A claim holds if the whole interval is above 0; it does not hold if the whole interval is below `LEAST`, so that the
 gain is none or too small to matter; all else is not decided by this data.
@@ -38,11 +39,11 @@ def findings(points: Sequence[Point]) -> list[Finding]:
     """A sentence on each claim that the cells say anything about."""
     best = at_best_rate(points)
     return [
-        _along(best, "Longer prompts train better", "virtual tokens", lambda p: p.virtual_tokens),
+        _along(points, "Longer prompts train better", "virtual tokens", lambda p: p.virtual_tokens),
         _hard_against_soft(points, best),
-        _text_against_random(best),
-        _larger_bases(best),
-        _along(best, "More rows train better", "rows", lambda p: p.rows),
+        _text_against_random(points),
+        _larger_bases(points),
+        _along(points, "More rows train better", "rows", lambda p: p.rows),
         *_learning_rates(points),
         *_together(points, best),
     ]
@@ -58,6 +59,7 @@ def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Poin
     """Of a number: the gain with each doubling, the slope of the least-squares line over its logarithm."""
     field = {"virtual tokens": "virtual_tokens", "parameters": "base"}.get(what, what)
     slopes: list[float] = []
+    points = at_best_rate(points, field)
     for same in grouped(points, without(field, "learning_rate")).values():
         xs, ys = [math.log2(value(p)) for p in same], [-_log(p.loss) for p in same]
         spread = sum((x - mean(xs)) ** 2 for x in xs)
@@ -70,7 +72,8 @@ def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Poin
 
 def _larger_bases(points: Sequence[Point]) -> Finding:
     claim = "Larger bases train better"
-    if any(len({p.targets for p in same}) > 1 for same in grouped(points, lambda p: (p.dataset, p.context)).values()):
+    trained = [p for p in points if p.trained]
+    if any(len({p.targets for p in same}) > 1 for same in grouped(trained, lambda p: (p.dataset, p.context)).values()):
         said = "the bases cut the held-out answers into different tokens, so their losses cannot be compared"
         return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} ({said}).")
     return _along(points, claim, "parameters", lambda p: p.parameters)
@@ -78,6 +81,7 @@ def _larger_bases(points: Sequence[Point]) -> Finding:
 
 def _text_against_random(points: Sequence[Point]) -> Finding:
     gains: list[float] = []
+    points = at_best_rate([p for p in points if p.init in ("TEXT", "RANDOM")], "init", "start")
     for same in grouped(points, without("init", "start", "learning_rate")).values():
         of = grouped(same, lambda p: p.init)
         pairs = itertools.product(of.get("TEXT", []), of.get("RANDOM", []))

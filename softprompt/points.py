@@ -70,12 +70,17 @@ def point(result: Mapping[str, Any]) -> Point:
     )
 
 
-def at_best_rate(points: Iterable[Point]) -> list[Point]:
-    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest."""
+def at_best_rate(points: Iterable[Point], *varied: str) -> list[Point]:
+    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest. Cells
+    that differ in the fields `varied`, too, are to be compared: it is the best of the rates that all of them were run
+    at, if there is any, so that none gains by a rate that another one was not given."""
     kept = []
-    for same in grouped([p for p in points if p.trained], without("learning_rate", "seed")).values():
-        of_rates = grouped(same, lambda p: p.learning_rate)
-        kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
+    for compared in grouped([p for p in points if p.trained], without("learning_rate", "seed", *varied)).values():
+        settings = grouped(compared, without("learning_rate", "seed")).values()
+        shared = set.intersection(*({p.learning_rate for p in same} for same in settings))
+        for same in settings:
+            of_rates = grouped([p for p in same if p.learning_rate in shared or not shared], lambda p: p.learning_rate)
+            kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
     return kept
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.build import base_path
+from softprompt.build import base_path, check_fits
 from softprompt.checkpoint import PROMPT_KEY, Adapter, load_adapter
 from softprompt.errors import SoftpromptError
 from softprompt.facts import likeness
@@ -38,6 +38,7 @@ def with_likeness(record: Record) -> Record:
 def _likeness(adapter: Adapter, folder: Path) -> dict[str, object]:
     name = base_path(str(adapter.base_model_name_or_path))
     space = _space(name)
+    check_fits(folder, adapter.prompt, space.words.shape[1], name)
     return likeness(space, load_tokenizer(name), adapter.prompt, _start(folder / START_FILE))
 
 

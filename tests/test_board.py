@@ -52,6 +52,14 @@ def test_scalars_are_the_metrics_under_trainers_names(settings, tmp_path):
 
 
 @needs_tensorboard
+def test_an_argument_is_one_line_of_their_table(settings, tmp_path):
+    softprompt.train(**settings, template="A|{instruction}\nB: ")
+    events = EventAccumulator(str(tmp_path / "run" / "runs")).Reload()
+    (told,) = events.Tensors("args/text_summary")
+    assert r"| template | A\|{instruction}\nB:  |" in told.tensor_proto.string_val[0].decode().splitlines()
+
+
+@needs_tensorboard
 def test_the_names_are_those_of_transformers():
     from transformers.integrations import rewrite_logs
 

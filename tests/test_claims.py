@@ -73,6 +73,15 @@ def test_lengths_are_compared_each_at_its_best_rate():
     assert findings(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
 
 
+def test_no_length_gains_by_a_rate_that_the_other_was_not_given():
+    short = seeds(2.0, learning_rate=1e-2)
+    long = [*seeds(2.0, learning_rate=1e-2, virtual_tokens=20), *seeds(1.0, learning_rate=1e-1, virtual_tokens=20)]
+    assert findings(short + long)[LENGTHS].gains == pytest.approx([0.0] * 3)
+    text = seeds(2.0, init="TEXT", learning_rate=1e-2) + seeds(1.0, init="TEXT", learning_rate=1e-1)
+    others = seeds(3.0, init="SAMPLE_VOCAB", learning_rate=1e-3)
+    assert findings(short + text + others)[STARTS].gains == pytest.approx([0.0] * 3)
+
+
 def test_a_hard_prompt_is_the_best_text_and_a_soft_one_the_best_setting():
     texts = points({"loss": 0.5, "start": "a"}, {"loss": 3.0, "start": "b"}, trained=False, init="TEXT")
     soft = [*seeds(1.0, wobble=0.0), *seeds(2.0, virtual_tokens=1), *seeds(4.0, rows=8, wobble=0.0)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from test_bad_input import refused
 from test_resume import interrupted
 from test_runs import called
@@ -308,6 +308,16 @@ def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
     told = seen(old).text
     assert "its rows and settings are not known" in told and "Loss" in told
     assert "Where the prompt started was not recorded" in told
+
+
+def test_a_base_of_another_size_by_now(run, tmp_path):
+    folder = spoiled(run, tmp_path, "report.json", None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    prompt = torch.zeros(config["num_virtual_tokens"], 8)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "token_dim": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": prompt}))
+    report.report(folder)
+    assert "No likenesses: adapter" in seen(folder).text and "virtual tokens have size 8" in seen(folder).text
 
 
 def spoiled(run, tmp_path, name, content) -> Path:
