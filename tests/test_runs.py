@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -112,7 +113,7 @@ def test_samples_are_repeated_by_a_seed_only(flags, capsys, monkeypatch):
 
 def test_a_base_of_another_name_only_warns(flags, tiny_base, tmp_path, capsys, monkeypatch):
     called(train, flags, capsys, monkeypatch)
-    (tmp_path / "copy").symlink_to(tiny_base)
+    shutil.copytree(tiny_base, tmp_path / "copy")
     _, err = called(
         infer, ["--model_name_or_path", "./copy", "--prompt", "a", "--max_new_tokens", "2"], capsys, monkeypatch
     )
