@@ -114,7 +114,7 @@ def sweep(work: Work, tasks: list[str], starts: list[str], seeds: list[int]) -> 
 def find(work: Work, cases: list[Case]) -> None:
     print("| task | start | seed | best rate | exact match | held-out loss | found | exact match | held-out loss |")
     print("|" + "---|" * 9)
-    exact, loss, default, none, share = [], [], [], 0, 0.0
+    exact, loss, default, found_ones, share = [], [], [], [], 0.0
     for case in cases:
         full = full_sweep(work, case)
         best = min(full, key=lambda rate: full[rate].loss)
@@ -124,17 +124,17 @@ def find(work: Work, cases: list[Case]) -> None:
         exact.append(full[best].exact_match - taken.exact_match)
         loss.append(math.log(taken.loss / full[best].loss))
         default.append(math.log(usual.loss / full[best].loss))
-        none += not swept["found"]
+        found_ones += loss[-1:] if swept["found"] else []
         share = swept["share"]
         rate = f"{swept['rate']:.3g}" + ("" if swept["found"] else " (none found)")
         print(f"| {' | '.join(map(str, case))} | {best:g} | {full[best]} | {rate} | {taken} |", flush=True)
-    found_loss, usual_loss = (math.expm1(statistics.mean(some)) for some in (loss, default))
+    found_loss, usual_loss, only = (math.expm1(statistics.mean(some or [0.0])) for some in (loss, default, found_ones))
     close, usually = (sum(one <= CLOSE for one in some) for some in (loss, default))
     print(f"\n{len(cases)} runs; the rate found, beside the best of a full sweep, on average:")
     print(f"exact match {100 * statistics.mean(exact):.2f} points lower")
-    print(f"held-out loss {found_loss:+.1%} (the default rate: {usual_loss:+.1%})")
+    print(f"held-out loss {found_loss:+.1%}, and {only:+.1%} where one was found (the default rate: {usual_loss:+.1%})")
     print(f"within 1 % of the best loss: {close} of {len(cases)} (the default rate: {usually})")
-    print(f"none found: {none}; steps of a sweep: {share:.2f} of the run's")
+    print(f"none found: {len(cases) - len(found_ones)}; steps of a sweep: {share:.2f} of the run's")
 
 
 def full_sweep(work: Work, case: Case) -> dict[float, Result]:
