@@ -132,7 +132,7 @@ def refuse(path: Path, faults: Mapping[str, list[str]]) -> None:
 def _faults(found: Mapping[str, Any]) -> Iterator[str]:
     for key in found:
         if key not in KEYS:
-            yield f"unknown key {key!r}{nearest(key, KEYS)}"
+            yield f"unknown key {key!r}{nearest(key, KEYS) or '; there are ' + ', '.join(KEYS)}"
     for key in ("title", "about", "output_dir"):
         if key in found and not (is_text(found[key]) and found[key] and "\0" not in found[key]):
             yield f"{key} {found[key]!r} is not a text"
@@ -175,7 +175,7 @@ def _instead(where: str, key: str, known: Sequence[str]) -> str:
         return "; give a list of seeds above [settings]"
     if key in {field.name for group in GROUPS for field in fields(group)}:
         return ", which train.py takes and a study does not; leave it out"
-    return nearest(key, known)
+    return nearest(key, known) or "; settings have train.py's names: python train.py --help"
 
 
 def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:

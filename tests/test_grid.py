@@ -62,6 +62,8 @@ def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
         ("seed = [1]\n" + HEAD, "unknown key 'seed'; did you mean seeds?"),
         (HEAD + "learning_rat = 1\n", "settings: unknown key 'learning_rat'; did you mean learning_rate?"),
         (HEAD + "[[grid]]\nlearning_rats = [1]\n", "grid: unknown key 'learning_rats'; did you mean learning_rate?"),
+        (HEAD + "[[grid]]\nxyzzy = [1]\n", "grid: unknown key 'xyzzy'; settings have train.py's names"),
+        ("xyzzy = 1\n" + HEAD, "unknown key 'xyzzy'; there are title, about, output_dir, seeds"),
         (HEAD + 'output_dir = "x"\n', "settings: unknown key 'output_dir'; it belongs above [settings]"),
         (HEAD + "seed = 8\n", "settings: unknown key 'seed'; give a list of seeds above [settings]"),
         (HEAD + "rows = 8\n", "settings: unknown key 'rows'; it belongs under [[grid]]"),
