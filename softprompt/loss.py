@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of the logits that exist at a time; on the CPU they stay in cache
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of the logits that exist at a time; on the CPU they stay in cache
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
