@@ -6,13 +6,17 @@ prints them all with the page's assumptions; every assumption is a flag. `--chec
 of benchmarks/distributed.py's runs, to be held against what that measures:
 
     python benchmarks/scaling.py --check --reduction_ms MS --cores 2
+
+`--dealing` measures here what every rank does in Python for a step, which the tables leave out.
 """
 
 import argparse
 import math
 import os
 import statistics
+import timeit
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ from cases import SIZES, TARGETS, synthetic
 from contestants import SEED
 
 from softprompt.batching import windows
+from softprompt.data import Example, count_targets
 from softprompt.distributed import deal
 from softprompt.memory import GIB, base_bytes
 from softprompt.stopping import EXIT_CODES
@@ -139,7 +144,7 @@ def print_hiding(machine: Machine, args: argparse.Namespace) -> None:
 
 def print_check(args: argparse.Namespace) -> None:
     """The benchmark's windows: the compute of the rank that has most, on so many cores, and the reduction."""
-    size, steps, P = SIZES[args.size], 3, args.P
+    size, steps, P = SIZES[args.size], args.steps, args.P
     rows = synthetic(60, size["vocab_size"]).choose(steps + 1, 48).plain
     drawn = [[len(rows[row].input_ids) for row in step] for step in islice(windows(len(rows), 48, SEED), 1, steps + 1)]
     alone = sum(sum(some) + P for some in drawn)
@@ -150,6 +155,27 @@ def print_check(args: argparse.Namespace) -> None:
         lost = 0 if ranks == 1 else steps * args.reduction_ms / 1e3 * args.tokens_per_second  # in tokens
         lines.append([ranks, f"{most / (alone / ranks):.3f}", f"{alone / (ranks * (most * slower + lost)):.1%}"])
     table(["processes", "largest share × processes", "efficiency"], lines)
+
+
+def print_dealing(lengths: Sequence[int], args: argparse.Namespace) -> None:
+    """What every rank does in Python for a step's rows: deal them out, and count their targets, twice."""
+    lines = []
+    for rows in args.rows:
+        counted, cells = [Example([0] * n, [0] * n) for n in lengths[:rows]], []
+        for ranks in RANKS[1:]:
+            if ranks > rows:
+                cells.append("–")
+                continue
+            work = partial(_dealt, lengths[:rows], ranks, counted)
+            cells.append(f"{1e3 * min(timeit.repeat(work, number=1, repeat=5)):.1f} ms")
+        lines.append([rows, *cells])
+    table(["rows a step", *(f"{n:,} ranks" for n in RANKS[1:])], lines)
+
+
+def _dealt(lengths: Sequence[int], ranks: int, rows: Sequence[Example]) -> None:
+    deal(lengths, ranks)
+    for _ in range(2):
+        sum(map(count_targets, rows))
 
 
 def main() -> None:
@@ -166,6 +192,8 @@ def main() -> None:
     add("--whole", nargs="+", choices=BASES, default=["bloom-1b4-zh", "bloom-7b1"])
     add("--sharded", nargs="+", choices=BASES, default=["bloom-7b1", "bloom (176B)"])
     add("--check", action="store_true", help="benchmarks/distributed.py's runs instead")
+    add("--dealing", action="store_true", help="what dealing out a step's rows takes here instead")
+    add("--steps", type=int, default=3, help="--check: as many as --steps of benchmarks/distributed.py")
     add("--size", choices=SIZES, default="49m", help="--check: the base")
     add("--reduction_ms", type=float, default=0.0, help="--check: of one reduction, as measured")
     add("--tokens_per_second", type=float, default=0.0, help="--check: of one process, as measured")
@@ -175,6 +203,8 @@ def main() -> None:
         return print_check(args)
     machine = Machine(args.rate, args.bandwidth, args.latency, args.disk)
     lengths = synthetic(args.mean, 1000).lengths * math.ceil(max(args.rows) / 6400)
+    if args.dealing:
+        return print_dealing(lengths, args)
     print("The whole base on every rank: seconds of a step, and efficiency")
     print_steps(machine, lengths, args, sharded=False)
     print("\n--shard_base: the same")

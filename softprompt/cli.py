@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import errno
-import os
 import re
 import sys
 import tomllib
@@ -22,6 +21,7 @@ from softprompt.grid import Study, read_study, relocated
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
 from softprompt.report_config import ReportArguments, ReportConfig, report_config
+from softprompt.torchrun import is_main, may_restart
 
 
 class _Extend(argparse.Action):
@@ -123,11 +123,11 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except Stopped as stop:
-        if _is_main():
+        if is_main():
             print(stop, file=sys.stderr)
-        sys.exit(0 if _may_be_restarted() else stop.exit_code)
+        sys.exit(0 if may_restart() else stop.exit_code)  # torchrun would start again what was asked to stop
     except SoftpromptError as error:
-        ended = isinstance(error, PushError) and _may_be_restarted()  # the run itself
+        ended = isinstance(error, PushError) and may_restart()  # the run itself
         everywhere = error.exit_code == 2 or isinstance(error, Elsewhere)
         _exit(str(error), 0 if ended else error.exit_code, everywhere)
     except KeyboardInterrupt:
@@ -146,18 +146,9 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
     """What all of torchrun's ranks meet or have told each other, rank 0 tells; what befell one alone, that one."""
-    if _is_main() or not everywhere:
+    if is_main() or not everywhere:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
-
-
-def _may_be_restarted() -> bool:
-    """torchrun takes every code but 0 for a fault, and would start again what was asked to stop, or has ended."""
-    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:

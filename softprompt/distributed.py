@@ -3,6 +3,7 @@
 There is no launcher here and no other way to start: what torchrun puts into the environment is all that is read.
 """
 
+import heapq
 import json
 import os
 import platform
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from softprompt.errors import Elsewhere, SoftpromptError, TrainingError
 from softprompt.heartbeat import SILENCE, Heartbeat
+from softprompt.meeting import meet
 from softprompt.memory import is_out_of_memory
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # for a rank that is alive and late: it may load a base, or write a checkpoint
+PATIENCE = timedelta(minutes=30)  # for a rank that has yet to come
+WORK = timedelta(hours=6)  # for one that is late, and may read hundreds of GB; who is lost, the heartbeat tells sooner
 GRACE = 5.0  # seconds in which the system tells that a process is dead
 
 
@@ -159,9 +162,9 @@ def join() -> World:
     own_cards = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
     world = World(rank, size)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(f"start {restarts()}", store)  # torchrun's may still know the ranks that died
+    store = dist.PrefixStore(meet(store, rank, size, PATIENCE), store)
     backend = "cpu:gloo,cuda:nccl" if own_cards else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     if own_cards:
         world.reduces_on = torch.device("cuda", local)
     world.roll, world.store = world.gather([platform.node(), os.getpid()]), store
@@ -182,42 +185,19 @@ def joined() -> Iterator[World]:
         if not world.is_main:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield world
-    if world.size > 1:
+    if world.store:
         dist.destroy_process_group()
-
-
-def launched() -> bool:
-    """Whether torchrun started this process, be it the only one."""
-    return "RANK" in os.environ
-
-
-def restarts() -> int:
-    """How often torchrun has started this run again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def launch() -> str:
-    """What names this torchrun: to its first node the same at each start, and another one's never. Its own id is
-    "none" unless it was given one, so its process and when that began stand beside it."""
-    parent, began = os.getppid(), ""
-    with suppress(OSError):
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the boot
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {platform.node()} {parent} {began}"
-
-
-def may_restart() -> bool:
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def deal(costs: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of the rows of each of `size` ranks, so that their costs are about equal: the most costly first, each to
     the rank that has least (Graham 1969, doi:10.1137/0117039). The same on every rank."""
     hands: list[list[int]] = [[] for _ in range(size)]
-    loads = [0] * size
+    loads = [(0, rank) for rank in range(size)]  # a heap: the least first, of equal ones the lowest rank
     for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
-        least = loads.index(min(loads))
-        hands[least].append(row)
-        loads[least] += costs[row]
+        load, rank = loads[0]
+        hands[rank].append(row)
+        heapq.heapreplace(loads, (load + costs[row], rank))
     return hands
 
 

@@ -10,7 +10,7 @@ import torch
 from softprompt.batching import steps_per_epoch
 from softprompt.config import TrainConfig
 from softprompt.determinism import deterministic
-from softprompt.distributed import World, join
+from softprompt.distributed import World, joined
 from softprompt.find_rate import sweep_steps
 from softprompt.memory import GIB, held_bytes
 from softprompt.prepare import Prepared, prepare
@@ -26,7 +26,9 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     Raises:
         SoftpromptError: as of `prepare`.
     """
-    world = world or join()
+    if world is None:
+        with joined() as world:
+            return dry_run(config, world)
     run = world.agree(lambda: prepare(config, world))
     feed, examples = run.feed, run.data.examples
     rows, n = feed.rows_per_step, feed.rows

@@ -94,13 +94,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file: its path, what its page begins with, where it writes, and its cells, none twice."""
+    """A study file: its path, what its page begins with, where it writes, and its cells, none twice. `arguments` are
+    those of the command that runs it."""
 
     path: Path
     title: str
     about: str
     output_dir: Path
     cells: list[Cell]
+    arguments: tuple[str, ...]
 
 
 def read_study(path: Path) -> Study:
@@ -115,7 +117,7 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: {'; '.join(faults)}")
     output_dir = Path(found.get("output_dir", Path("runs") / f"study-{path.stem}"))
     title, about = found.get("title", f"Study {path.stem}"), found.get("about", "")
-    return Study(path, title, about, output_dir, list(_cells(path, found)))
+    return Study(path, title, about, output_dir, list(_cells(path, found)), (path.as_posix(),))
 
 
 def refuse(path: Path, faults: Mapping[str, list[str]]) -> None:
@@ -160,7 +162,8 @@ def _faults(found: Mapping[str, Any]) -> Iterator[str]:
             if key not in known:
                 yield f"{where}: unknown key {key!r}{_instead(where, key, known)}"
             elif where == "settings" and isinstance(value, list):
-                yield f"settings: {key} has several values; a list belongs under [[grid]]"
+                labels = "; the labels of one run are one text, 'one,another'" if key == "class_labels" else ""
+                yield f"settings: {key} has several values; a list belongs under [[grid]]{labels}"
             elif value == []:
                 yield f"{where}: {key} has no values"
             elif key == "rows" and not all(_is_count(n) for n in _listed(value)):
@@ -234,4 +237,6 @@ def relocated(study: Study, output_dir: str | None) -> Study:
     """The same study, written elsewhere. Raises ConfigError for an empty name."""
     if output_dir == "":
         raise ConfigError("--output_dir is empty; name a folder, or leave it out")
-    return study if output_dir is None else replace(study, output_dir=Path(output_dir))
+    if output_dir is None:
+        return study
+    return replace(study, output_dir=Path(output_dir), arguments=(*study.arguments, "--output_dir", output_dir))

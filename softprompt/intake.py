@@ -15,6 +15,7 @@ from softprompt.rows import Row, checked, checked_row, checked_rows, load_rows
 from softprompt.sources import Behind, Raw, Source, head, open_source, placed
 from softprompt.template import CHAT, Template
 from softprompt.token_cache import cached
+from softprompt.torchrun import is_main
 
 HEAD = 1000  # rows at the beginning of a stream that are looked at before the run
 
@@ -95,7 +96,7 @@ def tokenize_rows(
     Raises:
         DataError: as of `data.tokenize`.
     """
-    progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)
 
     def examples(rows: list[Row]) -> Tokenized:

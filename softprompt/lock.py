@@ -58,20 +58,20 @@ def refuse_locked(folder: Path) -> None:
     except OSError:  # no folder, or no run in it
         return
     try:
-        if not _flock(descriptor):
+        if not _flock(descriptor, shared=True):  # ranks may look at the same time
             raise _held(folder)
     finally:
         os.close(descriptor)
 
 
-def _flock(descriptor: int) -> bool:
-    """Whether the file is ours now. Where there are no such locks, everything is."""
+def _flock(descriptor: int, shared: bool = False) -> bool:
+    """Whether the file is ours now, or that of several who share it. Where there are no such locks, everything is."""
     try:
         import fcntl
     except ImportError:  # Windows
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -15,7 +15,7 @@ from softprompt.build import base_path, choose_output_dir, initial_prompt
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
-from softprompt.distributed import World, launched
+from softprompt.distributed import World
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
@@ -44,6 +44,7 @@ from softprompt.resume import (
     check_fingerprints,
     check_streaming,
     find_checkpoint,
+    in_its_order,
     kept_rows_per_step,
     load_state,
     merged,
@@ -52,6 +53,7 @@ from softprompt.rows import Row
 from softprompt.sharded import Shards, shard
 from softprompt.shared import SharedEngine, SharedGenerator
 from softprompt.stored import Stored
+from softprompt.torchrun import launched
 from softprompt.trainer import Metrics, TrainingState
 
 
@@ -161,7 +163,7 @@ def _begun(config: TrainConfig, world: World) -> _Begun:
     config = merged(config, checkpoint, saved, print)
     rows_per_step = kept_rows_per_step(config, saved) or rows_of_a_step(config.training, world.size)
     check_streaming(config, saved, checkpoint)
-    totals, best = Totals(**saved["totals"]), Best(**saved["best"])
+    start, totals, best = in_its_order(start, config, saved), Totals(**saved["totals"]), Best(**saved["best"])
     return _Begun(config, rows_per_step, checkpoint, start, totals, saved["history"], best, saved["fingerprints"])
 
 

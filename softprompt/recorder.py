@@ -99,22 +99,13 @@ class Recorder:
             print(f"{', '.join(later)} in {self.output_dir}: replaced from the next checkpoint on")
 
     def begin(self) -> None:
-        """Take away what is to be overwritten, start the log, and evaluate the bare base, for comparison."""
-        if self.world.is_main:
-            self._clear()
+        """Start the log, and evaluate the bare base, for comparison."""
         self.progress.start(self.run.totals, self.run.history)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")
             self.before = self.evaluator(None)
             self.progress.say(f"base without a prompt: {_listed(self.before.metrics())}")
         self.began = time.perf_counter()
-
-    def _clear(self) -> None:
-        with self._writing("the run"):
-            if self.args.overwrite_output_dir and not self.run.checkpoint:
-                remove_run(self.output_dir, OF_A_RUN)
-                remove_events(self.output_dir)
-            remove_leftovers(self.output_dir, "checkpoint")
 
     def wants_to_stop(self) -> bool:
         return self.request.exit_code is not None or self._patience_is_over()
@@ -267,6 +258,14 @@ class Recorder:
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
         return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
+
+
+def clear(output_dir: Path, overwrite: bool) -> None:
+    """Take away what a broken-off write has left and, to `overwrite` it, the run that is there."""
+    if overwrite:
+        remove_run(output_dir, OF_A_RUN)
+        remove_events(output_dir)
+    remove_leftovers(output_dir, "checkpoint")
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

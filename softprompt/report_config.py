@@ -1,5 +1,6 @@
 """Settings of `python -m softprompt.report`; validation as in config.py."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -38,8 +39,9 @@ def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
         raise ConfigError("no run is named; give the OUTPUT_DIR of one or several")
     if unfit := [run for run in runs if not is_text(run)]:
         raise ConfigError(f"{unfit[0]!r} is not UTF-8; rename that folder")
-    if twice := [run for run in dict.fromkeys(runs) if list(runs).count(run) > 1]:
-        raise ConfigError(f"{twice[0]} is named twice; name each run once")
+    places = [os.path.realpath(run) for run in runs]
+    if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+        raise ConfigError(f"{twice[-1]} is named twice; name each run once")
     if arguments.output_file == "":
         raise ConfigError("--output_file is empty; name the file to write, or leave it out")
     return ReportConfig(list(runs), arguments.output_file)

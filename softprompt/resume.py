@@ -24,6 +24,7 @@ from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS
 from softprompt.config import TrainConfig, train_config
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.files import Files, read_inside
+from softprompt.torchrun import launched
 from softprompt.trainer import Metrics, Step, TrainingState
 
 STATE_FILE = "trainer_state.json"
@@ -108,9 +109,10 @@ def way_on(output_dir: Path, more: str = "") -> str:
 
 
 def resume_command(output_dir: Path) -> str:
-    """What goes on with a run, started as this process was: alone, or as one of several that share a base out."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    program = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 'N')}" if several else "python"
+    """What goes on with a run, started as this process was: alone, or by torchrun, on as many nodes."""
+    local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
+    program = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
     return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}"
 
 
@@ -200,14 +202,21 @@ def check_streaming(config: TrainConfig, saved: Mapping[str, Any], checkpoint: P
         raise CheckpointError(
             f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
             f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
-            "begin at the first row again"
+            f"{'go on in the other order' if was else 'begin at the first row again'}"
         )
     buffered = saved["arguments"].get("buffer_size")
     if was and buffered != config.data.buffer_size and not config.training.ignore_data_skip:
         raise CheckpointError(
             f"{checkpoint}: its rows were shuffled with --buffer_size {buffered}, and {config.data.buffer_size} draws "
-            "them in another order; leave the flag out, or add --ignore_data_skip to begin at the first row again"
+            "them in another order; leave the flag out, or add --ignore_data_skip to begin this pass again"
         )
+
+
+def in_its_order(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
+    """Where to go on; where another --buffer_size draws a stream's rows in another order, its pass begins again."""
+    if start.position and saved["arguments"].get("buffer_size") != config.data.buffer_size:
+        return replace(start, position={**start.position, "taken": 0})
+    return start
 
 
 def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:

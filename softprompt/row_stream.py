@@ -71,8 +71,13 @@ class RowStream:
         return total_steps(self.rows or 0, self.args, self.rows_per_step)
 
     def is_over(self, step: int, position: Position) -> bool:
-        by_epochs = self.args.max_steps <= 0 and Mark(**position).epoch >= self.args.num_train_epochs
-        return by_epochs or step >= self.total_steps
+        return step >= self.total_steps or (
+            self.args.max_steps <= 0 and self._passes(Mark(**position)) >= self.args.num_train_epochs
+        )
+
+    def _passes(self, at: Mark) -> float:
+        """Passes done; a part of one only counts where rows fell out, else the number of steps says it exactly."""
+        return at.epoch + (at.taken / self.rows if at.without_target and self.rows else 0)
 
     def told(self, position: Position) -> str:
         at = Mark(**position)

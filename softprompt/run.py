@@ -1,32 +1,33 @@
 """One training run: what is prepared is trained, evaluated before and after, and written."""
 
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from softprompt.announce import tell_sweep
-from softprompt.arguments import NEWEST
 from softprompt.build import claim_output_dir
 from softprompt.config import TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
-from softprompt.distributed import Wish, World, join, launch, may_restart, restarts
+from softprompt.distributed import Wish, World, joined
 from softprompt.ending import begin_report, leave_report, pushed
-from softprompt.errors import ConfigError, DataError, TrainingError
-from softprompt.files import write_files
+from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.find_rate import find_learning_rate, sweep_steps
 from softprompt.prepare import Prepared, prepare
-from softprompt.recorder import Recorder, Run
-from softprompt.resume import newest_whole, way_on
+from softprompt.recorder import Recorder, Run, clear
+from softprompt.restart import has_saved, note, restarted
+from softprompt.resume import way_on
 from softprompt.stopping import StopRequest, seconds_of
+from softprompt.torchrun import launch, launched
 from softprompt.trainer import train
 
-LAUNCH_FILE = ".torchrun"
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
@@ -39,53 +40,59 @@ def run_training(config: TrainConfig, world: World | None = None) -> Run:
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.dry_run.dry_run(config)")
-    world = world or join()
-    goes_on = world.gather(is_begun_here(config))[0]
+    if world is None:
+        with joined() as world:
+            return run_training(config, world)
+    launches = world.gather(launch())
+    goes_on = world.gather(has_saved(config, launches))[0]
     run = world.agree(lambda: prepare(restarted(config, goes_on), world))
+    world.agree(lambda: _refuse_unlike(world.gather(_known_by(run))))
     args = run.config.training
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
-        claimed = world.agree(lambda: _claimed(run, stack))
+        claimed = world.agree(lambda: _claimed(run, stack, launches))
         folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
         stack.enter_context(crashes_in(folder))
         stack.enter_context(deterministic(args.deterministic))
         return _trained(replace(run, output_dir=folder), request)
 
 
-def is_begun_here(config: TrainConfig) -> bool:
-    """Whether an earlier start of this same torchrun made what is in the run's folder. torchrun starts again after a
-    refusal, too, and then the folder is another run's."""
-    with suppress(OSError):
-        noted = (Path(str(config.training.output_dir)) / LAUNCH_FILE).read_text(encoding="utf-8")
-        return bool(restarts()) and noted == launch()
-    return False
+def _known_by(run: Prepared) -> dict[str, Any]:
+    """In what no two ranks may differ."""
+    args = run.config.training
+    return {
+        "step to go on after": run.start.step,
+        "number of steps": run.feed.total_steps,
+        "number of rows in a step": run.feed.rows_per_step,
+        "learning rate": run.config.learning_rate,
+        "seed": args.seed,
+        **run.fingerprints,
+    }
 
 
-def restarted(config: TrainConfig, goes_on: bool) -> TrainConfig:
-    """The command that torchrun repeats after a rank died means: go on. Its restart count says so, not a flag.
-
-    Raises:
-        ConfigError: torchrun may restart a run whose folder has no name of its own.
-    """
-    args = config.training
-    if args.output_dir is None and may_restart():
-        raise ConfigError("torchrun --max-restarts finds a run again by its folder; name it with --output_dir")
-    if not goes_on:
-        return config
-    if newest_whole(Path(str(args.output_dir))):
-        again = replace(args, resume_from_checkpoint=NEWEST, overwrite_output_dir=False)
-    else:
-        again = replace(args, overwrite_output_dir=True)  # what stands there is this run's own beginning
-    return replace(config, training=again)
+def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError where a rank has begun with something else than rank 0: nodes may have disks of their own."""
+    for rank, known in enumerate(ranks):
+        if unlike := [what for what in known if known[what] != ranks[0].get(what)]:
+            raise ConfigError(
+                f"rank {rank} has another {' and another '.join(unlike)} than rank 0; give all nodes the same command, "
+                "and folders that all of them see, or equal copies"
+            )
 
 
-def _claimed(run: Prepared, stack: ExitStack) -> Path:
-    """The run's folder, which rank 0 makes and keeps from others."""
+def _claimed(run: Prepared, stack: ExitStack, launches: Sequence[str]) -> Path:
+    """The run's folder, which rank 0 makes, keeps from others, and clears of what is to be overwritten."""
     if not run.world.is_main:
         return run.output_dir
     folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
-    if may_restart():
-        write_files(folder, {LAUNCH_FILE: launch().encode()})
+    try:
+        clear(folder, run.config.training.overwrite_output_dir and not run.checkpoint)
+        if launched():
+            note(folder, launches)
+    except OSError as error:
+        raise OutputError(
+            f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
     return folder
 
 

@@ -1,5 +1,6 @@
 """A grid of training runs, and what it says: `python -m softprompt.study STUDY.toml` (see grid.py for the file)."""
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ def _origin(study: Study, results: Sequence[Result]) -> str:
     minutes = sum(result["seconds"] for result in results) / 60
     places = sorted({f"{result['device']} with {result['threads']} threads" for result in results})
     date = max(result["date"] for result in results)
+    command = shlex.join(["python", "-m", "softprompt.study", *study.arguments])
     return (
-        f"`python -m softprompt.study {study.path.as_posix()}`: {len(results):,} cells in {minutes:.1f} minutes of "
+        f"`{command}`: {len(results):,} cells in {minutes:.1f} minutes of "
         f"training and evaluation on {', '.join(places)}; {date}."
     )
 

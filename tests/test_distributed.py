@@ -15,10 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from softprompt.arguments import NEWEST
 from softprompt.config import train_config
-from softprompt.distributed import World, deal, launch
+from softprompt.distributed import World, deal
 from softprompt.errors import ConfigError
-from softprompt.run import is_begun_here, restarted
+from softprompt.files import write_folder
+from softprompt.restart import has_saved, note, restarted
+from softprompt.resume import OF_A_CHECKPOINT, STATE_FILE, with_checksums
+from softprompt.run import _refuse_unlike
+from softprompt.torchrun import launch
 
 ROOT = Path(__file__).parent.parent
 HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
@@ -162,19 +167,73 @@ def test_what_may_be_restarted_has_a_folder(monkeypatch):
         restarted(train_config("mini"), False)
 
 
-def test_only_what_this_torchrun_began_goes_on(tmp_path, monkeypatch):
-    """It starts again after a refusal as well: the folder of another run is neither gone on with nor overwritten."""
+def saved(folder, step, date):
+    checkpoint = folder / f"checkpoint-{step}"
+    files = {name: b"" for name in OF_A_CHECKPOINT} | {STATE_FILE: json.dumps({"step": step}).encode()}
+    write_folder(checkpoint, with_checksums(files))
+    os.utime(checkpoint, (date, date))
+
+
+def test_only_what_this_launch_has_saved_is_gone_on_with(tmp_path):
+    """torchrun starts again after a refusal as well, and older checkpoints may lie in a run's folder."""
+    config = train_config("mini", output_dir=str(tmp_path), overwrite_output_dir=True)
+    assert not has_saved(config, [launch()])
+    saved(tmp_path, 16, date=1000)
+    note(tmp_path, ["another node's", launch()])
+    assert not has_saved(config, [launch()])  # it is older
+    saved(tmp_path, 24, date=time.time() + 60)
+    assert has_saved(config, ["a new node's", launch()]) and not has_saved(config, ["a new node's"])
+    (tmp_path / ".torchrun").write_bytes(b"\xff")
+    assert not has_saved(config, [launch()])
+    again = restarted(config, True).training
+    assert again.resume_from_checkpoint == NEWEST and not again.overwrite_output_dir
+    assert restarted(config, False) is config
+
+
+def test_a_launch_keeps_its_date_and_gains_nodes(tmp_path):
     config = train_config("mini", output_dir=str(tmp_path))
-    (tmp_path / ".torchrun").write_text(launch())
-    assert not is_begun_here(config)  # the first start
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert is_begun_here(config)
-    again = restarted(config, True).training  # nothing was saved yet
-    assert again.overwrite_output_dir and again.resume_from_checkpoint is None
-    (tmp_path / ".torchrun").write_text(launch() + "1")
-    assert not is_begun_here(config) and restarted(config, False) is config
-    (tmp_path / ".torchrun").unlink()
-    assert not is_begun_here(config)
+    note(tmp_path, ["a", "b"])
+    os.utime(tmp_path / ".torchrun", (1000, 1000))
+    saved(tmp_path, 8, date=2000)
+    note(tmp_path, ["b", "c"])  # at its second start
+    assert has_saved(config, ["c", "d"])
+    note(tmp_path, ["e"])  # another launch
+    assert not has_saved(config, ["e"])
+
+
+def test_ranks_that_have_prepared_something_else_are_named():
+    mine = {"step to go on after": 24, "dataset": "one", "base": "x"}
+    _refuse_unlike([mine, {"step to go on after": 24, "dataset": "one"}])  # of a sharded base rank 0 alone knows it
+    other = {"step to go on after": 16, "dataset": "two"}
+    with pytest.raises(ConfigError, match="rank 2 has another step to go on after and another dataset than rank 0"):
+        _refuse_unlike([mine, mine, other])
+
+
+NODES = """
+import os, sys
+rank = int(os.environ["RANK"])
+sys.argv += ["--output_dir", "run" if rank == 0 else "elsewhere"]
+if rank == 1 and os.environ["OTHER"] == "rows":
+    sys.argv += ["--dataset", "mini:reply"]
+import softprompt, train
+from softprompt.cli import command
+command(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own(tmp_path):
+    """Rank 1 does not see rank 0's folder, or reads other rows."""
+    (tmp_path / "node.py").write_text(NODES)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    short = ["--dataset", "mini:sentiment", "--max_steps", 4, "--save_steps", 2]
+    first = torchrun(2, "node.py", *short, cwd=tmp_path, env=env | {"OTHER": ""})
+    finished(first)
+    assert (tmp_path / "run" / "checkpoint-4").is_dir() and not (tmp_path / "elsewhere").exists()
+    again = torchrun(2, "node.py", "--resume_from_checkpoint", cwd=tmp_path, env=env | {"OTHER": ""})
+    assert "rank 1 has another step to go on after" in finished(again, 1)[1]
+    other = torchrun(2, "node.py", *short, "--overwrite_output_dir", cwd=tmp_path, env=env | {"OTHER": "rows"})
+    assert "rank 1 has another number of steps" in (err := finished(other, 1)[1]) or "another dataset" in err
 
 
 @pytest.mark.slow
@@ -192,3 +251,21 @@ def test_what_time_ended_is_not_started_again(tmp_path):
     command = ["train.py", *RUN, "--max_steps", 4000, "--max_time", "1s", "--output_dir", folder]
     _, err = finished(torchrun(2, "--max-restarts", 1, *command))
     assert err.count("which is saved") == 1
+
+
+FROM_PYTHON = """
+import softprompt
+for name in "ab":
+    run = softprompt.train(dataset="mini:sentiment", max_steps=3, output_dir=name)
+    print(name, run.metrics["epoch"])
+"""
+
+
+@pytest.mark.slow
+def test_runs_from_python_are_runs_too(tmp_path):
+    """Each joins the ranks anew and parts from them; rank 0 alone tells."""
+    (tmp_path / "two.py").write_text(FROM_PYTHON)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out, _ = finished(torchrun(2, "two.py", cwd=tmp_path, env=env))
+    assert out.count("2 processes") == 2 and out.count("\na ") + out.startswith("a ") == 2  # one line from each script
+    assert prompt_in(tmp_path / "a") == prompt_in(tmp_path / "b")

@@ -91,6 +91,7 @@ def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
         ('voting = ["majority_vote"]\nseeds = [1, 1]\n' + HEAD, "voting needs several seeds, whose prompts vote"),
         ("voting = false\nseeds = [1, 2]\n" + HEAD, "voting False is not a list of majority_vote, mean_likelihood"),
         ('output_dir = "a\\u0000b"\n' + HEAD, "output_dir 'a\\x00b' is not a text"),
+        (HEAD + 'class_labels = ["a", "b"]\n', "the labels of one run are one text, 'one,another'"),
         ("seeds = [1\n", "not TOML"),
         (
             HEAD + "[[grid]]\nlearning_rate = [0.1, -1.0]\nrows = [8, 32]\n",
@@ -138,3 +139,9 @@ def test_a_study_file_that_is_not_there(tmp_path):
 def test_an_empty_output_dir_is_not_the_current_folder(tmp_path):
     with pytest.raises(ConfigError, match="--output_dir is empty; name a folder"):
         relocated(study(tmp_path, HEAD), "")
+
+
+def test_the_command_of_a_relocated_study_says_where_it_writes(tmp_path):
+    here = study(tmp_path, HEAD)
+    assert here.arguments == (here.path.as_posix(),)
+    assert relocated(here, "else where").arguments == (here.path.as_posix(), "--output_dir", "else where")

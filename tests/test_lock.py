@@ -51,6 +51,15 @@ def test_a_lock_file_that_was_removed_holds_nobody(tmp_path):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_ranks_look_at_the_same_time(tmp_path):
+    """None of them takes another for a process that writes there."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / LOCK_FILE).touch()
+    with open(tmp_path / LOCK_FILE) as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        refuse_locked(tmp_path)
+
+
 def test_train_refuses_in_one_line(holder, tmp_path):
     began = time.monotonic()
     argv = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path)]

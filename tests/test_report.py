@@ -380,7 +380,12 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
     for folder, told in cases.items():
         line = refused(report, [tmp_path / folder], capsys, monkeypatch, tmp_path)
         assert told in line and str(folder) in line
-    for argv, told in {(): "RUN", (run, run): "named twice", (run, "--output_file="): "--output_file is empty"}.items():
+    for argv, told in {
+        (): "RUN",
+        (run, run): "named twice",
+        (run, f"{run}/"): "named twice",
+        (run, "--output_file="): "--output_file is empty",
+    }.items():
         assert told in refused(report, argv, capsys, monkeypatch, tmp_path)
     line = refused(report, [run, "--output_file", tmp_path], capsys, monkeypatch, tmp_path)
     assert "is no file" in line

@@ -264,9 +264,12 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
 def test_ranks_go_on_as_ranks(monkeypatch):
     """One process alone could not, where they shared a base out."""
     assert resume_command(Path("a b")) == "python train.py --resume_from_checkpoint 'a b'"
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert resume_command(Path("run")) == "torchrun --nproc_per_node=2 train.py --resume_from_checkpoint run"
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert resume_command(Path("run")).startswith("torchrun --nproc_per_node=2 --nnodes=3 … train.py ")
 
 
 def test_time_runs_out(tmp_path):
