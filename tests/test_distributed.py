@@ -209,33 +209,6 @@ def test_ranks_that_have_prepared_something_else_are_named():
         _refuse_unlike([mine, mine, other])
 
 
-NODES = """
-import os, sys
-rank = int(os.environ["RANK"])
-sys.argv += ["--output_dir", "run" if rank == 0 else "elsewhere"]
-if rank == 1 and os.environ["OTHER"] == "rows":
-    sys.argv += ["--dataset", "mini:reply"]
-import softprompt, train
-from softprompt.cli import command
-command(train.main)
-"""
-
-
-@pytest.mark.slow
-def test_nodes_with_disks_of_their_own(tmp_path):
-    """Rank 1 does not see rank 0's folder, or reads other rows."""
-    (tmp_path / "node.py").write_text(NODES)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    short = ["--dataset", "mini:sentiment", "--max_steps", 4, "--save_steps", 2]
-    first = torchrun(2, "node.py", *short, cwd=tmp_path, env=env | {"OTHER": ""})
-    finished(first)
-    assert (tmp_path / "run" / "checkpoint-4").is_dir() and not (tmp_path / "elsewhere").exists()
-    again = torchrun(2, "node.py", "--resume_from_checkpoint", cwd=tmp_path, env=env | {"OTHER": ""})
-    assert "rank 1 has another step to go on after" in finished(again, 1)[1]
-    other = torchrun(2, "node.py", *short, "--overwrite_output_dir", cwd=tmp_path, env=env | {"OTHER": "rows"})
-    assert "rank 1 has another number of steps" in (err := finished(other, 1)[1]) or "another dataset" in err
-
-
 @pytest.mark.slow
 def test_another_run_survives_a_torchrun_that_may_restart(tmp_path):
     folder = tmp_path / "run"
