@@ -9,7 +9,8 @@ are, and in fp32 when it is read (what is fp32 in the files could stay mapped: t
 every round each side runs with each number of processes, every other round backwards.
 
 Figures are medians over rounds: real tokens a second of the whole run; efficiency, that over as many times what one
-process of the same engine, with the whole base, did in the same round; bytes a step that went over the loopback device,
+process of the same engine, with the whole base, did in the same round; that of square matrix products which all ranks
+compute at the same time and without each other, right after; bytes a step that went over the loopback device,
 other programs' included; milliseconds of one reduction of the prompt's gradient by itself; the most anonymous resident
 memory of any rank, from the start on, looked at every 5 ms; and the mean loss of all steps (for `peft` of rank 0's rows
 alone, as Trainer reports it).
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from cases import SIZES, Base, synthetic
 from contestants import LEARNING_RATE, SEED, Ours, contestants, quiet, run_trainer
+from measure import matmul_rate
 from stream import watched_memory, write_base
 from torch import Tensor
 
@@ -51,7 +53,17 @@ from softprompt.trainer import train
 
 ROWS, ROWS_PER_MICROBATCH = 48, 4
 OURS = ("packed", "padded", "sharded", "sharded-padded")
-HEAD = ("contestant", "processes", "tokens/s", "efficiency", "bytes a step", "reduction, ms", "MiB a rank", "loss")
+HEAD = (
+    "contestant",
+    "processes",
+    "tokens/s",
+    "efficiency",
+    "that of products",
+    "bytes a step",
+    "reduction, ms",
+    "MiB a rank",
+    "loss",
+)
 Records = dict[tuple[str, int], list[dict[str, Any]]]
 
 
@@ -85,9 +97,11 @@ def cells(records: Records, name: str, n: int) -> list[str]:
     wire, seconds, memory = (
         statistics.median(one[key] for one in rounds) for key in ("bytes_a_step", "reduction_seconds", "resident")
     )
-    share = f"{statistics.median(shares):.0%}" if shares else "–"
+    rates, products_alone = ([one["products"] for one in records.get(key, [])] for key in ((name, n), (whole, 1)))
+    products = [rate / (n * one) for rate, one in zip(rates, products_alone, strict=False)]
+    share, limit = (f"{statistics.median(some):.0%}" if some else "–" for some in (shares, products))
     reduction = f"{1e3 * seconds:.2f}" if seconds else "–"
-    numbers = [f"{statistics.median(speeds):,.0f}", share, f"{wire:,.0f}", reduction, f"{memory / 2**20:,.0f}"]
+    numbers = [f"{statistics.median(speeds):,.0f}", share, limit, f"{wire:,.0f}", reduction, f"{memory / 2**20:,.0f}"]
     return [name, str(n), *numbers, f"{rounds[0]['loss']:.6f}"]
 
 
@@ -142,11 +156,13 @@ def work(args: argparse.Namespace, world: World) -> None:
     with watched_memory() as memory:
         times, loss = run(name, args, tokenizer, start, rows, steps, world)
         most = max(world.gather(memory()))
+    products = sum(world.gather(matmul_rate(torch.float32, torch.device(args.device))))
     counted = list(islice(windows(len(rows), ROWS, SEED), 1, steps))
     tokens = sum(len(rows[row].input_ids) for step in counted for row in step)
     found = {
         "tokens_per_second": tokens / (times.stamps[-1] - times.stamps[1]),
         "bytes_a_step": (times.wire[-1] - times.wire[0]) / args.steps,
+        "products": products,
         "reduction_seconds": reduction_seconds(start, world) if name in OURS and world.size > 1 else 0.0,
         "resident": most,
         "loss": loss,
