@@ -148,13 +148,15 @@ def print_check(args: argparse.Namespace) -> None:
     rows = synthetic(60, size["vocab_size"]).choose(steps + 1, 48).plain
     drawn = [[len(rows[row].input_ids) for row in step] for step in islice(windows(len(rows), 48, SEED), 1, steps + 1)]
     alone = sum(sum(some) + P for some in drawn)
-    lines = []
+    shape = Shape(size["n_layer"], size["n_head"], 0, size["hidden_size"], size["vocab_size"], 1e-5, False)
+    recomputing, lines = operations(shape, True) / operations(shape, False), []
     for ranks in (1, 2, 3):
         most = sum(largest_load(some, ranks) + P for some in drawn)
         slower = max(1, ranks / args.cores)
         lost = 0 if ranks == 1 else steps * args.reduction_ms / 1e3 * args.tokens_per_second  # in tokens
-        lines.append([ranks, f"{most / (alone / ranks):.3f}", f"{alone / (ranks * (most * slower + lost)):.1%}"])
-    table(["processes", "largest share × processes", "efficiency"], lines)
+        share, again = alone / (ranks * (most * slower + lost)), alone / (ranks * (most * slower * recomputing + lost))
+        lines.append([ranks, f"{most / (alone / ranks):.3f}", f"{share:.0%}", f"{again:.0%}" if ranks > 1 else "–"])
+    table(["processes", "largest share × processes", "efficiency", "with --shard_base, before transport"], lines)
 
 
 def print_dealing(lengths: Sequence[int], args: argparse.Namespace) -> None:
