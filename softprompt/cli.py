@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import os
 import re
 import sys
 import tomllib
@@ -21,7 +22,7 @@ from softprompt.grid import Study, read_study, relocated
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
 from softprompt.report_config import ReportArguments, ReportConfig, report_config
-from softprompt.torchrun import is_main, may_restart
+from softprompt.torchrun import is_main, may_restart, several
 
 
 class _Extend(argparse.Action):
@@ -148,6 +149,10 @@ def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
     """What all of torchrun's ranks meet or have told each other, rank 0 tells; what befell one alone, that one."""
     if is_main() or not everywhere:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
+    if several():  # the ranks' connections have threads, and an interpreter that ends beneath them may abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -129,7 +130,7 @@ class World:
                     f"rank {self.rank}: out of memory for what the ranks exchange; give a smaller "
                     "--tokens_per_microbatch, or share the work out among more of them"
                 ) from None
-            raise self._missing(str(error).splitlines()[0][:160]) from None
+            raise self._missing(shorten(str(error).splitlines()[0], 160, placeholder=" …")) from None
 
     def _missing(self, why: str) -> SoftpromptError:
         """Who does not answer. What a rank said at its end is known at once, of ranks on this machine the system knows

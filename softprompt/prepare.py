@@ -83,6 +83,7 @@ class Prepared:
     best: Best
     world: World
     searches: bool  # whether the learning rate is yet to be found; a resumed run has it
+    starts: list[list[str]] = field(default_factory=list)  # every rank's of torchrun
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class Recorder:
                 "arguments": self.config.as_dict(),
                 "fingerprints": self.run.fingerprints,
                 "rows_per_step": self.run.feed.rows_per_step,
+                "starts": self.run.starts,
             },
         )
         if self.world.is_main:

@@ -22,12 +22,16 @@ from softprompt.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.find_rate import find_learning_rate, sweep_steps
 from softprompt.prepare import Prepared, prepare
 from softprompt.recorder import Recorder, Run, clear
-from softprompt.restart import has_saved, note, restarted
+from softprompt.restart import has_saved, restarted
 from softprompt.resume import way_on
 from softprompt.stopping import StopRequest, seconds_of
-from softprompt.torchrun import launch, launched
+from softprompt.torchrun import launched, start
 from softprompt.trainer import train
 
+PLACES = {
+    *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache"),
+}
 SAMPLED = 100  # rows among which the shortest becomes the question to try
 
 
@@ -43,31 +47,25 @@ def run_training(config: TrainConfig, world: World | None = None) -> Run:
     if world is None:
         with joined() as world:
             return run_training(config, world)
-    launches = world.gather(launch())
-    goes_on = world.gather(has_saved(config, launches))[0]
+    starts = world.gather(start()) if launched() else []
+    goes_on = world.gather(has_saved(config, starts))[0]
     run = world.agree(lambda: prepare(restarted(config, goes_on), world))
     world.agree(lambda: _refuse_unlike(world.gather(_known_by(run))))
     args = run.config.training
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
-        claimed = world.agree(lambda: _claimed(run, stack, launches))
+        claimed = world.agree(lambda: _claimed(run, stack))
         folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
         stack.enter_context(crashes_in(folder))
         stack.enter_context(deterministic(args.deterministic))
-        return _trained(replace(run, output_dir=folder), request)
+        return _trained(replace(run, output_dir=folder, starts=starts), request)
 
 
 def _known_by(run: Prepared) -> dict[str, Any]:
-    """In what no two ranks may differ."""
-    args = run.config.training
-    return {
-        "step to go on after": run.start.step,
-        "number of steps": run.feed.total_steps,
-        "number of rows in a step": run.feed.rows_per_step,
-        "learning rate": run.config.learning_rate,
-        "seed": args.seed,
-        **run.fingerprints,
-    }
+    """In what no two ranks may differ: all but where things are, which each node may have elsewhere."""
+    flags = {f"--{name}": value for name, value in run.config.as_dict().items() if name not in PLACES}
+    begun = {"step to go on after": run.start.step, "number of steps": run.feed.total_steps}
+    return {**begun, "number of rows in a step": run.feed.rows_per_step, **flags, **run.fingerprints}
 
 
 def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
@@ -80,15 +78,13 @@ def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _claimed(run: Prepared, stack: ExitStack, launches: Sequence[str]) -> Path:
+def _claimed(run: Prepared, stack: ExitStack) -> Path:
     """The run's folder, which rank 0 makes, keeps from others, and clears of what is to be overwritten."""
     if not run.world.is_main:
         return run.output_dir
     folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
     try:
         clear(folder, run.config.training.overwrite_output_dir and not run.checkpoint)
-        if launched():
-            note(folder, launches)
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

@@ -20,10 +20,10 @@ from softprompt.config import train_config
 from softprompt.distributed import World, deal
 from softprompt.errors import ConfigError
 from softprompt.files import write_folder
-from softprompt.restart import has_saved, note, restarted
+from softprompt.restart import has_saved, restarted
 from softprompt.resume import OF_A_CHECKPOINT, STATE_FILE, with_checksums
 from softprompt.run import _refuse_unlike
-from softprompt.torchrun import launch
+from softprompt.torchrun import start
 
 ROOT = Path(__file__).parent.parent
 HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
@@ -167,38 +167,38 @@ def test_what_may_be_restarted_has_a_folder(monkeypatch):
         restarted(train_config("mini"), False)
 
 
-def saved(folder, step, date):
-    checkpoint = folder / f"checkpoint-{step}"
-    files = {name: b"" for name in OF_A_CHECKPOINT} | {STATE_FILE: json.dumps({"step": step}).encode()}
-    write_folder(checkpoint, with_checksums(files))
-    os.utime(checkpoint, (date, date))
+def saved(folder, step, *starts):
+    state = {STATE_FILE: json.dumps({"step": step, "starts": starts}).encode()}
+    write_folder(folder / f"checkpoint-{step}", with_checksums({name: b"" for name in OF_A_CHECKPOINT} | state))
 
 
-def test_only_what_this_launch_has_saved_is_gone_on_with(tmp_path):
-    """torchrun starts again after a refusal as well, and older checkpoints may lie in a run's folder."""
+def test_only_what_an_earlier_start_of_this_launch_has_saved_is_gone_on_with(tmp_path):
+    """A refusal is followed by a start as well, older checkpoints may lie in a run's folder, nodes come and go, and a
+    script may train there twice."""
     config = train_config("mini", output_dir=str(tmp_path), overwrite_output_dir=True)
-    assert not has_saved(config, [launch()])
-    saved(tmp_path, 16, date=1000)
-    note(tmp_path, ["another node's", launch()])
-    assert not has_saved(config, [launch()])  # it is older
-    saved(tmp_path, 24, date=time.time() + 60)
-    assert has_saved(config, ["a new node's", launch()]) and not has_saved(config, ["a new node's"])
-    (tmp_path / ".torchrun").write_bytes(b"\xff")
-    assert not has_saved(config, [launch()])
+    assert not has_saved(config, [["a", "1"]])
+    saved(tmp_path, 16, ["another", "1"])
+    assert not has_saved(config, [["a", "2"]])
+    saved(tmp_path, 24, ["a", "3"], ["b", "4"])
+    assert has_saved(config, [["a", "5"], ["c", "6"]])
+    assert not has_saved(config, [["c", "5"]]) and not has_saved(config, [["a", "5"], ["b", "4"]])
+    assert not has_saved(config, [])
+    saved(tmp_path, 32)  # by a process alone
+    assert not has_saved(config, [["a", "5"]])
     again = restarted(config, True).training
     assert again.resume_from_checkpoint == NEWEST and not again.overwrite_output_dir
     assert restarted(config, False) is config
 
 
-def test_a_launch_keeps_its_date_and_gains_nodes(tmp_path):
-    config = train_config("mini", output_dir=str(tmp_path))
-    note(tmp_path, ["a", "b"])
-    os.utime(tmp_path / ".torchrun", (1000, 1000))
-    saved(tmp_path, 8, date=2000)
-    note(tmp_path, ["b", "c"])  # at its second start
-    assert has_saved(config, ["c", "d"])
-    note(tmp_path, ["e"])  # another launch
-    assert not has_saved(config, ["e"])
+def test_a_launch_is_known_at_each_of_its_starts(monkeypatch):
+    """Also through a shell script between torchrun and Python."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/1/error.json")
+    launch, process = start()
+    assert launch.endswith("/tmp/torchelastic_x/none_y") and str(os.getpid()) in process
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_1/0/error.json")
+    assert start()[0] == launch
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert start()[0] != launch and str(os.getppid()) in start()[0]
 
 
 def test_ranks_that_have_prepared_something_else_are_named():
@@ -228,8 +228,8 @@ def test_what_time_ended_is_not_started_again(tmp_path):
 
 FROM_PYTHON = """
 import softprompt
-for name in "ab":
-    run = softprompt.train(dataset="mini:sentiment", max_steps=3, output_dir=name)
+for name in "aba":
+    run = softprompt.train(dataset="mini:sentiment", max_steps=3, output_dir=name, overwrite_output_dir=True)
     print(name, run.metrics["epoch"])
 """
 
@@ -240,5 +240,6 @@ def test_runs_from_python_are_runs_too(tmp_path):
     (tmp_path / "two.py").write_text(FROM_PYTHON)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     out, _ = finished(torchrun(2, "two.py", cwd=tmp_path, env=env))
-    assert out.count("2 processes") == 2 and out.count("\na ") + out.startswith("a ") == 2  # one line from each script
+    assert "resuming" not in out
+    assert out.count("2 processes") == 3 and out.count("\na ") == 4  # one line from each script
     assert prompt_in(tmp_path / "a") == prompt_in(tmp_path / "b")

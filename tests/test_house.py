@@ -107,7 +107,7 @@ MAY_IMPORT = {
     "heartbeat": {"errors", "redact"},
     "torchrun": set(),
     "meeting": set(),
-    "restart": {"arguments", "config", "errors", "files", "resume", "torchrun"},
+    "restart": {"arguments", "config", "errors", "resume", "torchrun"},
     "distributed": {"errors", "heartbeat", "meeting", "memory"},
     "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
     "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
