@@ -67,9 +67,12 @@ def fails(folder, fault):
 
 
 def trains(folder, *argv):
-    """In a folder of its own, with its own copy of the rows."""
+    """In a folder of its own, with its own copy of the rows, which only differ once they have been hashed."""
     import train
+    from softprompt import sources
 
+    hashed = sources._hashed
+    sources._hashed = lambda path: ("0" * 64, hashed(path)[1])
     os.chdir(folder / os.environ["RANK"])
     train.main([*argv])
 
