@@ -22,8 +22,10 @@ def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
     """Whether an earlier start of this same launch has saved the newest checkpoint in the run's folder; `starts` are
     all ranks' `torchrun.start`, none without torchrun."""
     newest = newest_whole(Path(str(config.training.output_dir))) if starts else None
-    with suppress(OSError, ValueError, AttributeError, TypeError):
-        saved = json.loads((Path(newest or "") / STATE_FILE).read_text(encoding="utf-8")).get("starts", [])
+    if newest is None:
+        return False
+    with suppress(OSError, LookupError, TypeError):  # what stands there may be anything
+        saved = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))["starts"]
         launches, processes = ([{start[what] for start in some} for some in (starts, saved)] for what in (0, 1))
         return not launches[0].isdisjoint(launches[1]) and processes[0].isdisjoint(processes[1])
     return False
