@@ -126,7 +126,7 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Stopped as stop:
         if is_main():
             print(stop, file=sys.stderr)
-        sys.exit(0 if may_restart() else stop.exit_code)  # torchrun would start again what was asked to stop
+        _leave(0 if may_restart() else stop.exit_code)  # torchrun would start again what was asked to stop
     except SoftpromptError as error:
         ended = isinstance(error, PushError) and may_restart()  # the run itself
         everywhere = error.exit_code == 2 or isinstance(error, Elsewhere)
@@ -149,7 +149,12 @@ def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
     """What all of torchrun's ranks meet or have told each other, rank 0 tells; what befell one alone, that one."""
     if is_main() or not everywhere:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
-    if several():  # the ranks' connections have threads, and an interpreter that ends beneath them may abort
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """The connections of several ranks have threads, and an interpreter that ends beneath them may abort."""
+    if several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
