@@ -172,7 +172,9 @@ def adding(single: str):
     return tokenizer
 
 
-@pytest.mark.parametrize("single, front", [("$A </s>", []), ("<s> $A </s>", [1]), ("<s> $A", [1]), ("<pad> $A </s> <s>", [3])])
+@pytest.mark.parametrize(
+    "single, front", [("$A </s>", []), ("<s> $A </s>", [1]), ("<s> $A", [1]), ("<pad> $A </s> <s>", [3])]
+)
 def test_what_a_tokenizer_adds_behind_a_text_stands_nowhere(single, front, tmp_path):
     """Only what stands in front is kept: in training, in questions, in plain texts, and where the input is cut."""
     tokenizer, template = adding(single), Template()
