@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from softprompt.errors import DataError
-from softprompt.template import CHAT, Template
+from softprompt.template import CHAT, Template, answer_message
 
 IGNORE = -100
 CHUNK = 512
@@ -119,11 +119,11 @@ def encode(
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], template)
     answers = _ids(tokenizer, [answer for _, answer in texts])
     encoded = []
-    for row, prompt, answer, (_, text) in zip(rows, prompts, answers, texts, strict=True):
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         asked, cut = len(prompt), len(prompt) + len(answer) > max_length
         if cut and truncation_side == "input":
             prompt = _shortened(row, tokenizer, template, max_length - len(answer))
-        empty = text == tokenizer.eos_token
+        empty = is_empty(row, template)
         encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
     return encoded
 
@@ -147,6 +147,12 @@ def begin_ids(tokenizer: Any) -> list[int]:
     whole = tokenizer("a", verbose=False)["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return list(whole[:start])
+
+
+def is_empty(row: Mapping[str, Any], template: Template) -> bool:
+    """Whether the answer of a row says nothing and calls nothing."""
+    answer = answer_message(row) if template.spec == CHAT else {"content": row["output"]}
+    return not answer["content"] and "tool_calls" not in answer
 
 
 def no_targets(shortest_prompt: int, max_length: int) -> DataError:
@@ -195,7 +201,8 @@ def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str
     """The longest text of a row's prompt, and a function that gives the row with another one in its place."""
     name = next((n for n in ("messages", "prompt") if isinstance(row.get(n), list)), None)
     if name is None:
-        column = max((n for n in row if n not in ("output", "completion")), key=lambda n: len(row[n]))
+        answer = "output" if "output" in row else "completion"
+        column = max((n for n in row if n != answer and isinstance(row[n], str)), key=lambda n: len(row[n]))
         return row[column], lambda text: {**row, column: text}
     messages = row[name]
     asked = messages[:-1] if name == "messages" else messages
