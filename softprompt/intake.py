@@ -16,7 +16,7 @@ from softprompt.readers import path_of
 from softprompt.row_stream import RowStream
 from softprompt.rows import Row, checked, checked_row, checked_rows, rows_of
 from softprompt.sources import Behind, Raw, Source, head, open_source, placed
-from softprompt.splits import Extent, find
+from softprompt.splits import Extent, splits_of
 from softprompt.template import CHAT, Template
 from softprompt.token_cache import cached
 from softprompt.torchrun import is_main
@@ -96,7 +96,7 @@ def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
     if is_made(dataset):
         return _Part(_made_rows(dataset, "train", template))
     data = config.data
-    splits = find(dataset, data.dataset_config_name)
+    splits = splits_of(dataset, data.dataset_config_name)
     taken = splits.take(data.dataset_split, "--dataset_split")
     rows = rows_of(dataset, taken.rows, template, config.columns)
     return _Part(rows, taken.extent, [*splits.notes, *splits.told("training", taken.split)])
@@ -114,7 +114,7 @@ def _held_out(config: TrainConfig, template: Template, training: Extent | None) 
         source = open_source(dataset, name, data.eval_split, flag=flag)
         _refuse_training_rows(dataset, source.extent, training)
         return _Part(checked_rows(dataset, map(placed, source.read()), template, config.columns), source.extent)
-    splits = find(dataset, name)
+    splits = splits_of(dataset, name)
     taken = splits.take(data.eval_split, flag)
     _refuse_training_rows(dataset, taken.extent, training)
     notes = [] if dataset == data.dataset else splits.notes

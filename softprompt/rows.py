@@ -10,7 +10,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.fields import is_text
 from softprompt.messages import CONVERSATIONS, messages, tools
 from softprompt.readers import Located, read_jsonl, text_of
-from softprompt.splits import TRAIN, find
+from softprompt.splits import TRAIN, splits_of
 from softprompt.template import CHAT, Template
 
 Row = dict[str, Any]
@@ -19,15 +19,21 @@ MOST_NAMED = 20  # columns in a message
 
 
 def load_rows(
-    source: str, template: Template, columns: Mapping[str, str], *, config_name: str | None = None, split: str = TRAIN
+    source: str,
+    template: Template,
+    columns: Mapping[str, str],
+    *,
+    config_name: str | None = None,
+    split: str | None = TRAIN,
+    flag: str = "--dataset_split",
 ) -> list[Row]:
-    """Read and check every row of a split of `source` (see `--dataset`), its columns renamed by `columns` (ours →
-    theirs).
+    """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
+    it; `flag` names it), its columns renamed by `columns` (ours → theirs).
 
     Raises:
         DataError: nothing there, no such split, or as of `rows_of`.
     """
-    return rows_of(source, find(source, config_name).take(split, "--dataset_split").rows, template, columns)
+    return rows_of(source, splits_of(source, config_name).take(split, flag).rows, template, columns)
 
 
 def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> list[Row]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from softprompt.errors import ConfigError, DataError
 from softprompt.fingerprints import CACHED_FROM, SAMPLE, place_of, remembered
 from softprompt.readers import first_line, from_hub, is_blank, jsonl_lines, parquet_rows, parsed_line, path_of
-from softprompt.splits import TRAIN, Extent, choose, find, hub_home
+from softprompt.splits import TRAIN, Extent, choose, hub_home, splits_of
 
 Raw = tuple[str, Any]  # the place of a row, and the row, or the line of a file that it is still to be made of
 READ = (".jsonl", ".parquet")  # files that can be read from any row on
@@ -68,7 +68,7 @@ def open_source(
     """
     if path_of(source) is None:
         return _OnTheHub(source, config_name, split, flag)
-    there = find(source, config_name)
+    there = splits_of(source, config_name)
     name = _whole(there.choose(split, flag), there.parts, flag)
     part, extent = there.parts[name], there.extent(name)
     if not isinstance(part, list):

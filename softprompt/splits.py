@@ -141,7 +141,7 @@ def names_in(spec: str) -> list[str]:
     return list(dict.fromkeys(part.split("[")[0].strip() for part in spec.split("+")))
 
 
-def find(source: str, config_name: str | None) -> Splits:
+def splits_of(source: str, config_name: str | None) -> Splits:
     """The splits of a dataset (see `--dataset`); files are not opened yet.
 
     Raises:
