@@ -90,7 +90,7 @@ def _text(where: str, content: Any) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if _is_text_part(part) else part for part in parts]
     if wrong := [part for part, text in zip(parts, texts, strict=True) if not is_text(text)]:
-        found = wrong[0].get("type", "object") if isinstance(wrong[0], dict) else _kind(wrong[0])
+        found = wrong[0].get("type", "object") if isinstance(wrong[0], dict) else kind_of(wrong[0])
         what = f"a part of type {found!r:.40}" if isinstance(wrong[0], dict) else found
         raise DataError(f"{where}: its content must be a text, or a list of text parts, found {what}")
     return "".join(texts)
@@ -131,5 +131,16 @@ def _json_able(value: Any) -> Any:
     return value
 
 
-def _kind(value: Any) -> str:
-    return "null or nothing" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What a value of a row is, for messages."""
+    names = {
+        type(None): "null",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    if isinstance(value, str):
+        return "a text" if is_text(value) else "half a character (one surrogate of a pair)"
+    return names.get(type(value), type(value).__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.fields import is_text
-from softprompt.messages import CONVERSATIONS, messages, tools
+from softprompt.messages import CONVERSATIONS, kind_of, messages, tools
 from softprompt.readers import Located, read_jsonl, text_of
 from softprompt.splits import TRAIN, splits_of
 from softprompt.template import CHAT, Template
@@ -67,7 +67,7 @@ def checked_row(place: str, row: Any, template: Template, columns: Mapping[str, 
         DataError: it is no row, or lacks a text that template or answer need.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object of columns, found {_kind(row)}")
+        raise DataError(f"{place}: expected an object of columns, found {kind_of(row)}")
     return checked(place, _renamed(row, columns), template, columns)
 
 
@@ -97,7 +97,7 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
     for where, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+            raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
     return rows
 
 
@@ -110,7 +110,7 @@ def question(where: str, row: Any, template: Template) -> Row:
             single questions has no place for.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+        raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
     if "messages" in row and "messages" not in template.fields:
         return _asked(where, row, template)
     if "prompt" not in row or "prompt" in template.fields:
@@ -176,7 +176,7 @@ def checked(where: str, row: Row, template: Template, columns: Mapping[str, str]
     names = template.fields or ("instruction", "input")
     hint = " (--columns {}=THEIRS names another column)"
     if template.spec != CHAT and (_conversation_in(row) or {"prompt", "completion"} <= row.keys()):
-        hint = " (the row holds a conversation, which --template chat takes)"
+        hint = " (the row holds a conversation; train with --template chat on such rows)"
     return _texts(where, row, (*names, "output"), template.optional_fields, hint)
 
 
@@ -206,7 +206,7 @@ def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str
         if value is None and name in optional:
             value = ""
         if not is_text(value):
-            found = "there is none" if name not in row else f"found {_kind(value)}"
+            found = "there is none" if name not in row else f"found {kind_of(value)}"
             there = "" if name in row else f"; {_columns_of(row)}"
             raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
         checked[name] = value
@@ -216,17 +216,3 @@ def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str
 def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = False) -> Any:
     value = row.get(name)
     return value if is_text(value) else messages(where, name, value, 1, ends_with_answer)
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    if isinstance(value, str):
-        return "a text" if is_text(value) else "half a character (one surrogate of a pair)"
-    return names.get(type(value), type(value).__name__)

@@ -74,7 +74,8 @@ class Splits:
 
     def told(self, rows: str, split: str) -> list[str]:
         """Which split the training or held-out rows are, where there are several."""
-        return [f"{rows} rows: split {split} of {self.source}, of {_listed(list(self.parts))}"] if self.named else []
+        names = _listed(list(self.parts))
+        return [f"{rows} rows: split {split} of {self.source}, which has {names}"] if len(self.parts) > 1 else []
 
     def extent(self, name: str) -> Extent:
         """Of a whole split."""
