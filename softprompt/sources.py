@@ -70,15 +70,15 @@ def open_source(
         return _OnTheHub(source, config_name, split, flag)
     there = splits_of(source, config_name)
     name = _whole(there.choose(split, flag), there.parts, flag)
-    part, extent = there.parts[name], there.extent(name)
+    part, extent, notes = there.parts[name], there.extent(name), [*there.notes, *there.told("training", name)]
     if not isinstance(part, list):
-        return _Saved(source, part, extent, keep)
+        return _Saved(source, part, extent, notes, keep)
     if other := next((file for file in part if file.suffix.lower() not in READ), None):
         raise ConfigError(
             f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
             f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
         )
-    return Files(part, [survey(file, keep) for file in part], extent, there.notes)
+    return Files(part, [survey(file, keep) for file in part], extent, notes)
 
 
 def _whole(name: str, names: Iterable[str], flag: str) -> str:
@@ -177,10 +177,10 @@ def _numbered(name: str, rows: Any, first: int) -> Iterator[Raw]:
 class _Saved:
     """What Dataset.save_to_disk wrote: memory-mapped by datasets."""
 
-    counted, notes = True, ()
+    counted = True
 
-    def __init__(self, name: str, dataset: Any, extent: Extent, keep: bool):
-        self.name, self.dataset, self.extent = name, dataset, extent
+    def __init__(self, name: str, dataset: Any, extent: Extent, notes: Sequence[str], keep: bool):
+        self.name, self.dataset, self.extent, self.notes = name, dataset, extent, notes
         self.rows = len(self.dataset)
         files = [Path(each["filename"]) for each in self.dataset.cache_files]
         hashes = [_remembered(file, lambda file=file: _hashed(file)[0], r"[0-9a-f]{64}", keep) for file in files]
