@@ -1,6 +1,7 @@
 """What a run says before it starts: its rows, its model, its steps, and whether its learning rate can do anything."""
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,22 +20,28 @@ LEAST_MOVE = 0.1
 LEAST_SLOWER = 2  # times fp32's time: a CPU without bf16 instructions takes some hundred times as long
 
 
-def tell_rows(config: TrainConfig, first: Row, count: int | None) -> None:
-    """Count, columns and first row, as the article shows them."""
+def tell_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
+    """Count, columns and first row, as the article shows them, and what else is to be said of the rows."""
     rows = "rows" if count is None else f"{count:,} rows"
     print(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}")
     for name, value in first.items():
         print(f"  {name}: {_shortened(str(value))}")
+    for note in notes:
+        print(note)
 
 
-def tell_data(data: Tokenized, held_out: Tokenized | None, buffer_size: int | None) -> None:
-    """`buffer_size` is that of a stream, whose first rows `data` is of."""
+def tell_data(data: Tokenized, held_out: Tokenized | None, buffer_size: int | None, ignored: Mapping[str, int]) -> None:
+    """`buffer_size` is that of a stream, whose first rows `data` is of; `ignored` are the keys of messages that are not
+    read, and how many rows have them."""
     if buffer_size:
         print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; its beginning: {data}")
     else:
         print(f"Training: {data}")
     if held_out:
         print(f"Held out: {held_out}")
+    if ignored:
+        told = ", ".join(f"{key} (of {rows:,} rows)" for key, rows in ignored.items())
+        print(f"keys of messages that the chat template does not read: {told}")
 
 
 def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:

@@ -65,13 +65,19 @@ class DataArguments:
 
     dataset: str | None = option(
         None,
-        "A .json, .jsonl, .csv or .parquet file, a folder of .jsonl or .parquet files or for Dataset.load_from_disk, a "
-        "hub id, or mini:TASK for a task of the package's own base.",
+        "A .json, .jsonl, .csv or .parquet file, a folder of such files or for Dataset.load_from_disk, a hub id, or "
+        "mini:TASK for a task of the package's own base.",
     )
     dataset_config_name: str | None = option(None, "Configuration of a hub dataset that has several.")
-    dataset_split: str = option("train", "Split of a hub dataset or a DatasetDict folder.")
+    dataset_split: str = option(
+        "train",
+        "Split of a hub dataset, of a DatasetDict folder, or of a folder of files that are named for splits "
+        "(train-00000-of-00002.parquet, data/test.jsonl), or slices of splits: train[:1000], train[:90%].",
+    )
     columns: str | None = option(
-        None, "Other column names, as OURS=THEIRS pairs: instruction=question,output=answer. (default: the same names)"
+        None,
+        "Other column names, as OURS=THEIRS pairs: instruction=question,output=answer, or as a JSON object, for names "
+        "with a comma. (default: the same names)",
     )
     template: str | None = option(
         None,
@@ -91,8 +97,20 @@ class DataArguments:
     buffer_size: int = option(
         DEFAULT_BUFFER_SIZE, "--streaming: rows among which the next is drawn at random; 1 keeps the dataset's order."
     )
-    eval_dataset: str | None = option(None, "Held-out rows, in any form that --dataset takes.")
+    eval_dataset: str | None = option(
+        None, "Held-out rows, in any form that --dataset takes. (default with --eval_split: --dataset)"
+    )
+    eval_split: str | None = option(
+        None,
+        "Split of --eval_dataset, as for --dataset_split. (default, where it has several: validation, else test)",
+    )
     eval_rows: int = option(0, "Hold out this many rows from the end of --dataset (--streaming: its beginning).")
+
+    @property
+    def held_out(self) -> str | None:
+        """The dataset that held-out rows are read from, unless they are of --eval_rows."""
+        made = str(self.dataset).startswith("mini:")  # its tasks have held-out rows of their own
+        return self.eval_dataset or (self.dataset if self.eval_split or made else None)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from softprompt.data import begin_ids, prompt_ids
 from softprompt.errors import ConfigError, ModelError
 from softprompt.template import CHAT, DEFAULT, Template
 
@@ -79,7 +80,7 @@ def teach(tokenizer: Any, template: Template, P: int) -> list[int]:
 def _training_ids(tokenizer: Any, template: Template, text: str) -> list[int]:
     names = template.fields or ("instruction",)
     rendered = template.render(dict.fromkeys(names, text), tokenizer)
-    return tokenizer(rendered, add_special_tokens=template.spec != CHAT)["input_ids"]
+    return prompt_ids(tokenizer, [rendered], template)[0]
 
 
 def _behind(front: str, tokenizer: Any, template: Template) -> Any:
@@ -89,18 +90,8 @@ def _behind(front: str, tokenizer: Any, template: Template) -> Any:
         head = "{{- " + _quoted(front) + " -}}{% set softprompt = true %}\n"
         own = tokenizer.chat_template
         return {name: head + text for name, text in own.items()} if isinstance(own, dict) else head + own
-    before, after = _always_added(tokenizer)
-    turn = MESSAGE % _user_message(template)
-    return "{{- " + _quoted(front + before) + " -}}\n" + turn + ("{{- " + _quoted(after) + " -}}\n" if after else "")
-
-
-def _always_added(tokenizer: Any) -> tuple[str, str]:
-    """What the tokenizer puts before and after every text by itself, such as a begin token; nothing for BLOOM's."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    before, after = whole[:start], whole[start + len(bare) :]
-    return "".join(tokenizer.convert_ids_to_tokens(before)), "".join(tokenizer.convert_ids_to_tokens(after))
+    before = "".join(tokenizer.convert_ids_to_tokens(begin_ids(tokenizer)))
+    return "{{- " + _quoted(front + before) + " -}}\n" + MESSAGE % _user_message(template)
 
 
 def _user_message(template: Template) -> str:

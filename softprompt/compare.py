@@ -60,6 +60,7 @@ class Judge:
     batch_size: int
     choices: Sequence[str] | None
     like: Template
+    split: str | None = None  # of the dataset, as --eval_split names it
 
     def __call__(self, tuned: Tuned) -> Judged:
         """Raises DataError as of `rows.load_rows` and `data.tokenize`, or where no row's answer is among the choices;
@@ -118,7 +119,9 @@ class Judge:
 
     def _rows(self, template: Template) -> list[Row]:
         task = self.dataset.removeprefix("mini:")
-        return mini.rows(task, "eval") if task != self.dataset else load_rows(self.dataset, template, {})
+        if task != self.dataset:
+            return mini.rows(task, "eval")
+        return load_rows(self.dataset, template, {}, split=self.split, flag="--eval_split")
 
 
 def report(found: Mapping[str, Judged]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from softprompt.errors import DataError
-from softprompt.template import Template
+from softprompt.template import CHAT, Template, answer_message
 
 IGNORE = -100
 CHUNK = 512
@@ -115,19 +115,44 @@ def encode(
     Raises:
         DataError: the chat template refuses a row.
     """
-    # A chat template writes its own special tokens; elsewhere the tokenizer adds to the prompt what it always adds.
-    special = template.spec != "chat"
     texts = [_rendered(place, row, tokenizer, template) for place, row in zip(places, rows, strict=True)]
-    prompts = _ids(tokenizer, [prompt for prompt, _ in texts], special)
-    answers = _ids(tokenizer, [answer for _, answer in texts], False)
+    prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], template)
+    answers = _ids(tokenizer, [answer for _, answer in texts])
     encoded = []
-    for row, prompt, answer, (_, text) in zip(rows, prompts, answers, texts, strict=True):
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         asked, cut = len(prompt), len(prompt) + len(answer) > max_length
         if cut and truncation_side == "input":
-            prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
-        empty = text == tokenizer.eos_token
+            prompt = _shortened(row, tokenizer, template, max_length - len(answer))
+        empty = is_empty(row, template)
         encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
     return encoded
+
+
+def prompt_ids(tokenizer: Any, texts: Sequence[str], template: Template) -> list[list[int]]:
+    """Token ids of prompt texts. A chat template writes its own special tokens; elsewhere the tokenizer's are kept as
+    of `text_ids`."""
+    return _ids(tokenizer, texts) if template.spec == CHAT else text_ids(tokenizer, texts)
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that something follows: what the tokenizer always puts in front of a text (a begin token) is
+    kept, what it puts behind one (an end token, BERT's [SEP]) is not."""
+    front = begin_ids(tokenizer)
+    return [[*front, *ids] for ids in _ids(tokenizer, texts)]
+
+
+def begin_ids(tokenizer: Any) -> list[int]:
+    """Token ids that the tokenizer puts in front of every text by itself; none for BLOOM's."""
+    (bare,) = _ids(tokenizer, ["a"])
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:start])
+
+
+def is_empty(row: Mapping[str, Any], template: Template) -> bool:
+    """Whether the answer of a row says nothing and calls nothing."""
+    answer = answer_message(row) if template.spec == CHAT else {"content": row["output"]}
+    return not answer["content"] and "tool_calls" not in answer
 
 
 def no_targets(shortest_prompt: int, max_length: int) -> DataError:
@@ -142,13 +167,13 @@ def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
     return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]])
 
 
-def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, special: bool, room: int) -> list[int]:
+def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, room: int) -> list[int]:
     """The prompt with its longest text cut to the largest number of characters that leaves it within `room` tokens;
     where none does, the same with the next text."""
     text, replaced = _longest_text(row)
 
     def prompt(characters: int) -> list[int]:
-        return _ids(tokenizer, template.render(replaced(text[:characters]), tokenizer), special)
+        return prompt_ids(tokenizer, [template.render(replaced(text[:characters]), tokenizer)], template)[0]
 
     fits, too_many = 0, len(text)
     while too_many - fits > 1:
@@ -157,7 +182,7 @@ def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, speci
     shortest = prompt(fits)
     if len(shortest) <= room or not text:
         return shortest
-    return _shortened(replaced(""), tokenizer, template, special, room)
+    return _shortened(replaced(""), tokenizer, template, room)
 
 
 def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Template) -> tuple[str, str]:
@@ -167,16 +192,17 @@ def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Temp
         raise DataError(f"{place}: {error}") from None
 
 
-def _ids(tokenizer: Any, texts: Any, special: bool) -> Any:
-    """Token ids of a text or of several; not `verbose`, lest the tokenizer warn of rows that are about to be cut."""
-    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts alone; not `verbose`, lest the tokenizer warn of rows that are about to be cut."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:
     """The longest text of a row's prompt, and a function that gives the row with another one in its place."""
     name = next((n for n in ("messages", "prompt") if isinstance(row.get(n), list)), None)
     if name is None:
-        column = max((n for n in row if n not in ("output", "completion")), key=lambda n: len(row[n]))
+        answer = "output" if "output" in row else "completion"
+        column = max((n for n in row if n != answer and isinstance(row[n], str)), key=lambda n: len(row[n]))
         return row[column], lambda text: {**row, column: text}
     messages = row[name]
     asked = messages[:-1] if name == "messages" else messages

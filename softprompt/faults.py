@@ -1,6 +1,7 @@
 """What is wrong with settings: every fault is a line that names the flag and says what to do."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from softprompt.arguments import (
     TrainingArguments,
 )
 from softprompt.errors import ConfigError
+from softprompt.fields import is_text
 from softprompt.sharing_config import SECRETS, SharingArguments, sharing_faults
 from softprompt.stopping import seconds_of
 
@@ -28,13 +30,32 @@ NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon",
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`instruction=question,output=answer` → {"instruction": "question", "output": "answer"}."""
-    pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
-    if any(len(pair) != 2 or not all(side.strip() for side in pair) for pair in pairs):
+    """`instruction=question,output=answer`, or that as a JSON object → {"instruction": "question", …}."""
+    pairs = _json_pairs(text) if str(text).lstrip().startswith("{") else _plain_pairs(text)
+    if pairs is None or not all(ours and is_text(theirs) for ours, theirs in pairs):
         raise ConfigError(
-            f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer"
+            f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer, nor a "
+            """JSON object such as {"instruction": "question"}"""
         )
-    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+    if len({ours for ours, _ in pairs}) < len(pairs):
+        raise ConfigError(f"--columns {text!r} names a column of ours twice; give each once")
+    return dict(pairs)
+
+
+def _plain_pairs(text: str | None) -> list[tuple[str, str]] | None:
+    """What is wrong is None."""
+    pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
+    if any(len(pair) != 2 or not pair[1].strip() for pair in pairs):
+        return None
+    return [(ours.strip(), theirs.strip()) for ours, theirs in pairs]
+
+
+def _json_pairs(text: str | None) -> list[tuple[str, str]] | None:
+    """The same of a JSON object, whose names may hold anything."""
+    try:
+        return json.loads(str(text), object_pairs_hook=list)
+    except ValueError:
+        return None
 
 
 def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[str]:
@@ -161,6 +182,12 @@ def _data_faults(data: DataArguments, unknown: bool) -> Iterator[str]:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
+    if data.eval_split and data.eval_rows:
+        yield "--eval_split and --eval_rows exclude each other; give one of them"
+    if is_made(data.dataset) and data.dataset_split != "train":
+        yield f"--dataset_split {data.dataset_split}: {data.dataset} has no splits; leave that out"
+    if data.eval_split and is_made(data.held_out):
+        yield f"--eval_split {data.eval_split}: {data.held_out} has held-out rows of its own; leave that out"
     if data.eval_rows < 0:
         yield f"--eval_rows {data.eval_rows} must not be negative"
     if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming and not unknown:
@@ -204,7 +231,7 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
 
 
 def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> Iterator[str]:
-    if training.eval_strategy != "no" and not (data.eval_dataset or data.eval_rows or is_made(data.dataset)):
+    if training.eval_strategy != "no" and not (data.held_out or data.eval_rows):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
     unknown = training.resume_from_checkpoint and "eval_strategy" not in given  # the checkpoint says it
     for name in ("load_best_model_at_end", "early_stopping_patience"):

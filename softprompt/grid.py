@@ -33,7 +33,7 @@ KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "sett
 OF_THE_BASE = ("model_name_or_path", "device", "bf16", "fp16", "engine")
 OF_THE_ROWS = (
     *("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length", "truncation_side"),
-    *("eval_dataset", "eval_rows"),
+    *("eval_dataset", "eval_split", "eval_rows"),
 )
 OF_THE_PROMPT = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),

@@ -36,6 +36,9 @@ class QuestionArguments:
         "Evaluate every --adapter, side by side, on a file of rows with answers (a dataset as train.py takes it), or "
         "on the plain text of a .txt: its perplexity in passages of --max_length tokens.",
     )
+    eval_split: str | None = option(
+        None, "Split of --eval_dataset. (default, where it has several: validation, else test)"
+    )
     ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
     voting: Voting | None = option(
         None,
@@ -130,6 +133,8 @@ def infer_config(**given: Any) -> InferConfig:
         faults.append("--output_file goes with --prompts_file")
     if question.choices is not None and not asked:
         faults.append("--choices goes with --prompt, --prompts_file or --eval_dataset")
+    if question.eval_split is not None and not has_splits(question.eval_dataset):
+        faults.append("--eval_split goes with an --eval_dataset that has splits, which a .txt and mini:TASK have not")
     if question.ensemble and len(model.adapter or ()) < 2:
         faults.append("--ensemble needs two or more --adapter, prompts of one task")
     if question.ensemble and not asked:
@@ -139,6 +144,11 @@ def infer_config(**given: Any) -> InferConfig:
     if faults:
         raise ConfigError("; ".join(faults))
     return config
+
+
+def has_splits(dataset: str | None) -> bool:
+    """Whether what is named can have splits: a plain text and a mini task have none."""
+    return dataset is not None and not dataset.lower().endswith(".txt") and not dataset.startswith("mini:")
 
 
 def generation_faults(values: dict[str, Any]) -> list[str]:

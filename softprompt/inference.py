@@ -22,8 +22,9 @@ from softprompt.compare import Judge, report
 from softprompt.errors import AdapterError, ConfigError, DataError
 from softprompt.faults import bits_of
 from softprompt.fields import is_text
-from softprompt.infer_config import InferConfig
+from softprompt.infer_config import InferConfig, has_splits
 from softprompt.rows import load_prompts
+from softprompt.splits import splits_of
 
 
 class Asked(NamedTuple):
@@ -164,16 +165,22 @@ def _found(
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
+    dataset, split = str(config.question.eval_dataset), config.question.eval_split
+    if has_splits(dataset):
+        splits = splits_of(dataset, None)
+        for line in splits.told("held-out", splits.choose(split, "--eval_split")):
+            _tell(line)
     tuned = model.adapters.values()
     judge = Judge(
         model.engine,
         model.generator,
         model.tokenizer,
-        str(config.question.eval_dataset),
+        dataset,
         config.generation.max_length or 256,
         config.generation.batch_size,
         config.question.choice_list,
         next((each.template for each in tuned if each.prompt is not None), model.template),
+        split,
     )
     found = {name: judge(each) for name, each in model.adapters.items()}
     if config.question.ensemble:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from softprompt.data import IGNORE, Example
+from softprompt.data import IGNORE, Example, text_ids
 from softprompt.errors import ConfigError, DataError
 from softprompt.readers import text_of
 
@@ -21,7 +21,7 @@ def passages(source: str, tokenizer: Any, max_length: int) -> list[Example]:
         raise ConfigError(f"--max_length {max_length} leaves a passage of {source} nothing to predict; give 2 or more")
     if not Path(source).is_file():
         raise DataError(f"--eval_dataset {source}: no such file")
-    ids = tokenizer(text_of(Path(source)), verbose=False)["input_ids"]
+    (ids,) = text_ids(tokenizer, [text_of(Path(source))])
     if len(ids) < 2:
         raise DataError(f"--eval_dataset {source}: its text has {len(ids)} tokens; expected at least 2")
     cut = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]

@@ -53,16 +53,19 @@ from softprompt.rows import Row
 from softprompt.sharded import Shards, shard
 from softprompt.shared import SharedEngine, SharedGenerator
 from softprompt.stored import Stored
+from softprompt.template import ignored_keys
 from softprompt.torchrun import launched
 from softprompt.trainer import Metrics, TrainingState
+
+SAMPLED = 100  # rows that are kept as texts, to show one of them
 
 
 @dataclass(frozen=True)
 class Prepared:
     """All that a run is made of, loaded and checked; nothing has been written. A resumed run has its `checkpoint`,
     where its loop goes on, and what it had added up until there; `fingerprints` say what it must not be resumed
-    without. Of a stream, `rows` and `data` are the beginning. `feed` counts the rows of all ranks of the `world`
-    together."""
+    without. `rows` are the first of the training rows; of a stream, `data` is the beginning. `feed` counts the rows of
+    all ranks of the `world` together."""
 
     config: TrainConfig
     output_dir: Path
@@ -125,10 +128,11 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     _check_places(config, output_dir, world)
     template = template_of(config)
     rows = read_rows(config, template)
-    tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train))
+    tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
     tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
-    tell_data(data, held_out, config.data.buffer_size if rows.source else None)
+    ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
+    tell_data(data, held_out, config.data.buffer_size if rows.source else None, ignored)
     feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
     loaded = _loaded(begun, rows, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None
@@ -136,7 +140,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     return Prepared(
         config=config,
         output_dir=output_dir,
-        rows=rows.train,
+        rows=rows.train[:SAMPLED],
         data=data,
         held_out=held_out,
         tokenizer=tokenizer,

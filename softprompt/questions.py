@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from softprompt.data import prompt_ids
 from softprompt.errors import ConfigError, DataError
 from softprompt.fields import AUTO, is_text
 from softprompt.infer_config import generation_faults
@@ -45,7 +46,7 @@ def token_ids(place: str, asked: Question, template: Template, tokenizer: Any) -
     is_row = isinstance(asked, Mapping)
     row = question(place, dict(asked), template) if is_row else told_of(place, template.row, asked)
     text = template.render(row, tokenizer)
-    ids = tokenizer(text, add_special_tokens=template.spec != "chat", verbose=False)["input_ids"]
+    (ids,) = prompt_ids(tokenizer, [text], template)
     if not ids:
         raise ConfigError(f"{place} is empty: the template makes no token of it; write something")
     return ids

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,7 @@ from softprompt import hub
 from softprompt.errors import DataError
 
 Located = Iterator[tuple[str, Any]]  # ("line 7", row)
-SHARDS = (".jsonl", ".parquet")  # what a folder of several files may hold
-OF_SAVE_TO_DISK = ("dataset_info.json", "state.json", "dataset_dict.json")
 BATCH = 1024  # rows of a parquet file that become Python objects at a time
-
-
-def read(source: str, config_name: str | None, split: str) -> Located:
-    """Every row of a dataset (see `--dataset`).
-
-    Raises:
-        DataError: nothing there, an unreadable format, a line that is none of it.
-    """
-    path = path_of(source)
-    if path is None:
-        return _numbered(load_hub(source, config_name, split))
-    if not path.is_dir():
-        return READERS[path.suffix.lower()](path)
-    if not (files := shards(path)):
-        return _numbered(load_folder(path, split))
-    return ((f"{file.name}, {where}", row) for file in files for where, row in READERS[file.suffix.lower()](file))
 
 
 def path_of(source: str) -> Path | None:
@@ -55,18 +37,12 @@ def path_of(source: str) -> Path | None:
         return path
     if path.exists():
         raise DataError(
-            f"{source}: expected a file ending in {', '.join(READERS)}, or a folder of Dataset.save_to_disk"
+            f"{source}: expected a file ending in {', '.join(READERS)}, a folder of such files, or one of "
+            "Dataset.save_to_disk"
         )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source}: no such file or folder")
     return None
-
-
-def shards(folder: Path) -> list[Path]:
-    """The .jsonl and .parquet files of a folder, by name; none of one that Dataset.save_to_disk made."""
-    if any((folder / name).exists() for name in OF_SAVE_TO_DISK):
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SHARDS and path.is_file())
 
 
 def text_of(path: Path) -> str:
@@ -128,13 +104,30 @@ def _not_utf8(place: str) -> DataError:
 def _parsed(text: str, place: Callable[[int], str], expected: str) -> Any:
     """JSON; `place` names a line of it, from 1."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _Twice as error:
+        raise DataError(f"{place(1)}: an object has the key {error} twice; rename one of them") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place(error.lineno)}: not JSON: {error.msg}; expected {expected}") from None
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"{place(1)}: {error}") from None
     except RecursionError:
         raise DataError(f"{place(1)}: nested too deeply to be a row") from None
+
+
+class _Twice(Exception):
+    """A name, of which the second would take the place of the first."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _Twice(repr(_first_twice([name for name, _ in pairs])))
+    return made
+
+
+def _first_twice(names: Sequence[str]) -> str | None:
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)
 
 
 def read_jsonl(path: Path, expected: str = "one object a line") -> Located:
@@ -162,9 +155,16 @@ def _read_csv(path: Path) -> Located:
                 if len(fields) != len(header):
                     raise DataError(f"{path}, line {line}: {len(fields)} fields where the header names {len(header)}")
                 yield f"line {line}", dict(zip(header, fields, strict=True))
-            header = header or fields
+            header = header or _header(path, line, fields)
     except csv.Error as error:
         raise DataError(f"{path}, line {begins}: not CSV: {error}") from None
+
+
+def _header(path: Path, line: int, names: list[str]) -> list[str]:
+    """Columns without a name, as a comma at a line's end makes them, may be several."""
+    if (twice := _first_twice([name for name in names if name])) is not None:
+        raise DataError(f"{path}, line {line}: the header names {twice!r} twice; rename one of these columns")
+    return names
 
 
 def _numbered(rows: Any) -> Located:
@@ -183,6 +183,8 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
     row = 0
     try:
         with ParquetFile(path) as file:
+            if (twice := _first_twice(file.schema_arrow.names)) is not None:
+                raise DataError(f"{path}: two columns are named {twice!r}; rename one of them")
             for group in range(file.num_row_groups):
                 n = file.metadata.row_group(group).num_rows
                 if row + n <= first:
@@ -191,6 +193,8 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
                 for batch in file.iter_batches(BATCH, row_groups=[group]):
                     yield from batch.slice(max(0, first - row)).to_pylist()
                     row += len(batch)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
 
@@ -199,37 +203,32 @@ def _read_parquet(path: Path) -> Located:
     return _numbered(parquet_rows(path))
 
 
-def load_folder(path: Path, split: str) -> Any:
-    """The Dataset that Dataset.save_to_disk wrote; its rows stay on the disk until they are asked for.
+def load_folder(path: Path) -> Any:
+    """The Dataset or DatasetDict that save_to_disk wrote; its rows stay on the disk until they are asked for.
 
     Raises:
-        DataError: there is none, or not this split of it.
+        DataError: there is none.
     """
     from datasets import load_from_disk
 
     try:
-        dataset = load_from_disk(str(path))
+        return load_from_disk(str(path))
     except Exception as error:
         raise DataError(
-            f"{path}: expected a folder of Dataset.save_to_disk that holds rows, or of .jsonl or .parquet files: "
+            f"{path}: expected a folder of Dataset.save_to_disk that holds rows, or of {', '.join(READERS)} files: "
             f"{first_line(error)}"
         ) from None
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise DataError(f"{path} has no split {split!r}; --dataset_split takes one of {', '.join(dataset)}")
-        dataset = dataset[split]
-    return dataset
 
 
-def load_hub(source: str, config_name: str | None, split: str) -> Any:
-    """The Dataset of a hub id.
+def load_hub(source: str, config_name: str | None) -> Any:
+    """The DatasetDict of a hub id.
 
     Raises:
         DataError: it is not there, or the hub is not.
     """
     from datasets import load_dataset
 
-    return from_hub(source, lambda: load_dataset(source, config_name, split=split))
+    return from_hub(source, lambda: load_dataset(source, config_name))
 
 
 def from_hub(source: str, load: Callable[[], Any]) -> Any:

@@ -3,26 +3,46 @@
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.fields import is_text
-from softprompt.readers import read, read_jsonl, text_of
+from softprompt.messages import CONVERSATIONS, kind_of, messages, tools
+from softprompt.readers import Located, read_jsonl, text_of
+from softprompt.splits import TRAIN, splits_of
 from softprompt.template import CHAT, Template
 
 Row = dict[str, Any]
+OF_CHAT = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")  # columns of a chat's rows
+MOST_NAMED = 20  # columns in a message
 
 
 def load_rows(
-    source: str, template: Template, columns: dict[str, str], *, config_name: str | None = None, split: str = "train"
+    source: str,
+    template: Template,
+    columns: Mapping[str, str],
+    *,
+    config_name: str | None = None,
+    split: str | None = TRAIN,
+    flag: str = "--dataset_split",
 ) -> list[Row]:
-    """Read and check every row of `source` (see `--dataset`), its columns renamed by `columns` (ours → theirs).
+    """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
+    it; `flag` names it), its columns renamed by `columns` (ours → theirs).
 
     Raises:
-        DataError: nothing there, an unreadable format, no rows, a row without a text that template or answer need.
+        DataError: nothing there, no such split, or as of `rows_of`.
     """
-    placed = ((f"{source}, {where}", row) for where, row in read(source, config_name, split))
-    rows = checked_rows(source, placed, template, columns)
+    return rows_of(source, splits_of(source, config_name).take(split, flag).rows, template, columns)
+
+
+def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> list[Row]:
+    """Rows of a dataset, checked.
+
+    Raises:
+        DataError: an unreadable format, no rows, a row without a text that template or answer need.
+    """
+    rows = checked_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one with instruction and output")
     return rows
@@ -35,7 +55,7 @@ def checked_rows(
     rows: list[Row] = []
     for place, row in placed:
         if not rows and isinstance(row, dict):
-            _check_mapping(source, row, columns)
+            _check_mapping(source, row, template, columns)
         rows.append(checked_row(place, row, template, columns))
     return rows
 
@@ -47,8 +67,8 @@ def checked_row(place: str, row: Any, template: Template, columns: Mapping[str, 
         DataError: it is no row, or lacks a text that template or answer need.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object of columns, found {_kind(row)}")
-    return checked(place, _renamed(row, columns), template)
+        raise DataError(f"{place}: expected an object of columns, found {kind_of(row)}")
+    return checked(place, _renamed(row, columns), template, columns)
 
 
 def load_prompts(source: str) -> list[tuple[str, Row]]:
@@ -77,7 +97,7 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
     for where, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+            raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
     return rows
 
 
@@ -90,14 +110,9 @@ def question(where: str, row: Any, template: Template) -> Row:
             single questions has no place for.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object of columns, found {_kind(row)}")
+        raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
     if "messages" in row and "messages" not in template.fields:
-        messages = _messages(where, "messages", row["messages"], least=1, ends_with_answer=False)
-        roles = [message["role"] for message in messages]
-        if template.spec != CHAT and roles != (["user", "assistant"] * len(roles))[: len(roles) // 2 * 2 + 1]:
-            found = ", ".join(roles)
-            raise DataError(f"{where}: messages must be user, assistant, … and end with the user's, not {found:.80}")
-        return {"messages": messages}
+        return _asked(where, row, template)
     if "prompt" not in row or "prompt" in template.fields:
         return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
     given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))
@@ -109,31 +124,79 @@ def question(where: str, row: Any, template: Template) -> Row:
         raise DataError(f"{where}: {error}") from None
 
 
-def _check_mapping(source: str, row: Row, columns: Mapping[str, str]) -> None:
+def _asked(where: str, row: Row, template: Template) -> Row:
+    """A conversation whose last message is the question."""
+    asked = _conversation(where, "messages", row, least=1, ends_with_answer=False)
+    roles = [message["role"] for message in asked["messages"]]
+    if template.spec == CHAT and roles[-1] == "assistant":
+        raise DataError(f"{where}: messages must end with the question, not with an answer of the assistant")
+    if template.spec != CHAT and roles != (["user", "assistant"] * len(roles))[: len(roles) // 2 * 2 + 1]:
+        found = ", ".join(roles)
+        raise DataError(f"{where}: messages must be user, assistant, … and end with the user's, not {found:.80}")
+    if template.spec != CHAT and ("tools" in asked or any("tool_calls" in each for each in asked["messages"])):
+        raise DataError(f"{where}: the adapter's template has no place for tools; leave tools and tool_calls out")
+    return asked
+
+
+def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[str, str]) -> None:
+    ours_known = (*template.fields, "output") if template.spec != CHAT else OF_CHAT
     for ours, theirs in columns.items():
-        if theirs not in row:
+        if ours not in ours_known:
             raise DataError(
-                f"{source}: --columns maps {ours} to {theirs!r}, but the columns are {', '.join(map(str, row))}"
+                f"{source}: --columns names {ours!r}, which the template does not use; it uses {', '.join(ours_known)}"
             )
+        if theirs not in row:
+            raise DataError(f"{source}: --columns maps {ours} to {theirs!r}, but {_columns_of(row)}")
+
+
+def _columns_of(row: Row) -> str:
+    """Quoted, since a name may be anything."""
+    more = f" and {len(row) - MOST_NAMED:,} more" if len(row) > MOST_NAMED else ""
+    return f"the columns are {', '.join(map(repr, list(row)[:MOST_NAMED]))}{more}" if row else "there are no columns"
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+    """Under our names, and no longer under theirs."""
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
-def checked(where: str, row: Row, template: Template) -> Row:
-    """Only the columns that are used, each of the type that is asked for."""
-    if template.spec == CHAT and "messages" in row:
-        return {"messages": _messages(where, "messages", row["messages"], least=2, ends_with_answer=True)}
-    if template.spec == CHAT and "prompt" in row:
-        return {
-            "prompt": _text_or_messages(where, row, "prompt"),
-            "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
-        }
+def checked(where: str, row: Row, template: Template, columns: Mapping[str, str] = MappingProxyType({})) -> Row:
+    """Only the columns that are used, each of the type that is asked for. Of the forms of a row for a chat template it
+    has that which `columns` name, else the first that is there."""
+    if template.spec == CHAT and not {"instruction", "input", "output"} & columns.keys():
+        if "prompt" not in columns and (name := _conversation_in(row)):
+            return _conversation(where, name, row, least=2, ends_with_answer=True)
+        if "prompt" in row:
+            return {
+                "prompt": _text_or_messages(where, row, "prompt"),
+                "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
+                **_tools(where, row),
+            }
     names = template.fields or ("instruction", "input")
-    return _texts(
-        where, row, (*names, "output"), template.optional_fields, " (--columns {}=THEIRS names another column)"
+    hint = " (--columns {}=THEIRS names another column)"
+    if template.spec != CHAT and (_conversation_in(row) or {"prompt", "completion"} <= row.keys()):
+        hint = " (the row holds a conversation; train with --template chat on such rows)"
+    return _texts(where, row, (*names, "output"), template.optional_fields, hint)
+
+
+def _conversation_in(row: Row) -> str | None:
+    """The column that holds a conversation; only `messages` are none whatever they are."""
+    return next(
+        (name for name in CONVERSATIONS if name in row and (name == "messages" or isinstance(row[name], list | dict))),
+        None,
     )
+
+
+def _conversation(where: str, name: str, row: Row, least: int, ends_with_answer: bool) -> Row:
+    said = messages(where, name, row[name], least, ends_with_answer)
+    if name != "messages" and is_text(row.get("system")) and row["system"].strip() and said[0]["role"] != "system":
+        said = [{"role": "system", "content": row["system"]}, *said]  # beside ShareGPT's conversations
+    return {"messages": said, **_tools(where, row)}
+
+
+def _tools(where: str, row: Row) -> Row:
+    return {"tools": found} if (found := tools(where, row.get("tools"))) else {}
 
 
 def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str], hint: str = "") -> Row:
@@ -143,38 +206,13 @@ def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str
         if value is None and name in optional:
             value = ""
         if not is_text(value):
-            found = "there is none" if name not in row else f"found {_kind(value)}"
-            raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}")
+            found = "there is none" if name not in row else f"found {kind_of(value)}"
+            there = "" if name in row else f"; {_columns_of(row)}"
+            raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
         checked[name] = value
     return checked
 
 
 def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = False) -> Any:
     value = row.get(name)
-    return value if is_text(value) else _messages(where, name, value, 1, ends_with_answer)
-
-
-def _messages(where: str, name: str, value: Any, least: int, ends_with_answer: bool) -> list[dict[str, str]]:
-    good = (
-        isinstance(value, list)
-        and len(value) >= least
-        and all(isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in value)
-    )
-    if not good or (ends_with_answer and value[-1]["role"] != "assistant"):
-        number, end = f"{least} or more ", " that ends with the assistant's" if ends_with_answer else ""
-        raise DataError(f"{where}: {name!r} must be a list of {number}{{role, content}} messages{end}")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    if isinstance(value, str):
-        return "a text" if is_text(value) else "half a character (one surrogate of a pair)"
-    return names.get(type(value), type(value).__name__)
+    return value if is_text(value) else messages(where, name, value, 1, ends_with_answer)

@@ -5,7 +5,8 @@ Each says how many rows it has (None where nobody knows before the end) and has 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,26 +14,22 @@ from typing import Any, NamedTuple, Protocol
 
 from softprompt.errors import ConfigError, DataError
 from softprompt.fingerprints import CACHED_FROM, SAMPLE, place_of, remembered
-from softprompt.readers import (
-    SHARDS,
-    first_line,
-    from_hub,
-    is_blank,
-    jsonl_lines,
-    load_folder,
-    parquet_rows,
-    parsed_line,
-    path_of,
-    shards,
-)
+from softprompt.readers import first_line, from_hub, is_blank, jsonl_lines, parquet_rows, parsed_line, path_of
+from softprompt.splits import TRAIN, Extent, choose, hub_home, splits_of
 
 Raw = tuple[str, Any]  # the place of a row, and the row, or the line of a file that it is still to be made of
+READ = (".jsonl", ".parquet")  # files that can be read from any row on
 PIECE = 1 << 22  # bytes of a file that are looked at together
 
 
 class Source(Protocol):
-    """`rows` were `counted`, or are what a hub says."""
+    """`rows` were `counted`, or are what a hub says. `extent` says which rows of which dataset they are, `notes` what
+    of the dataset is not among them."""
 
+    @property
+    def extent(self) -> Extent: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
     @property
     def counted(self) -> bool: ...
     @property
@@ -59,27 +56,36 @@ def placed(raw: Raw) -> tuple[str, Any]:
     return place, parsed_line(place, value) if isinstance(value, bytes) else value
 
 
-def open_source(source: str, config_name: str | None, split: str, keep: bool = True) -> Source:
-    """What `--dataset` names, for `--streaming`. Local files are gone through once, to count and to hash them; what was
-    found of large ones is remembered (if `keep`) for as long as they stay as they are.
+def open_source(
+    source: str, config_name: str | None, split: str | None, keep: bool = True, flag: str = "--dataset_split"
+) -> Source:
+    """A split of what `--dataset` names, for `--streaming`. Local files are gone through once, to count and to hash
+    them; what was found of large ones is remembered (if `keep`) for as long as they stay as they are.
 
     Raises:
-        DataError: it is not there, or holds no rows that can be read.
-        ConfigError: it is of a kind that is only read as a whole.
+        DataError: it is not there, has no such split, or holds no rows that can be read.
+        ConfigError: it is of a kind that is only read as a whole, or slices of splits are asked for.
     """
-    path = path_of(source)
-    if path is None:
-        return _OnTheHub(source, config_name, split)
-    if path.is_dir() and not (files := shards(path)):
-        return _Saved(path, split, keep)
-    if path.is_file():
-        files = [path]
-        if path.suffix.lower() not in SHARDS:
-            raise ConfigError(
-                f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
-                f"hub ids; {source} is none of these: write it as .jsonl, or leave --streaming out"
-            )
-    return Files(files, [survey(file, keep) for file in files])
+    if path_of(source) is None:
+        return _OnTheHub(source, config_name, split, flag)
+    there = splits_of(source, config_name)
+    name = _whole(there.choose(split, flag), there.parts, flag)
+    part, extent, notes = there.parts[name], there.extent(name), [*there.notes, *there.told("training", name)]
+    if not isinstance(part, list):
+        return _Saved(source, part, extent, notes, keep)
+    if other := next((file for file in part if file.suffix.lower() not in READ), None):
+        raise ConfigError(
+            f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
+            f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
+        )
+    return Files(part, [survey(file, keep) for file in part], extent, notes)
+
+
+def _whole(name: str, names: Iterable[str], flag: str) -> str:
+    """The name of a split, which slices of splits are not."""
+    if name not in names:
+        raise ConfigError(f"{flag} {name}: --streaming reads whole splits; name one, or leave --streaming out")
+    return name
 
 
 class Survey(NamedTuple):
@@ -90,7 +96,7 @@ class Survey(NamedTuple):
 
 
 def survey(path: Path, keep: bool = True) -> Survey:
-    """How many rows a file of SHARDS has, and the hash of its bytes.
+    """How many rows a file of READ has, and the hash of its bytes.
 
     Raises:
         DataError: it cannot be read, or is empty.
@@ -137,6 +143,8 @@ class Files:
 
     files: Sequence[Path]
     surveys: Sequence[Survey]
+    extent: Extent
+    notes: Sequence[str] = ()
     counted = True
 
     @property
@@ -171,8 +179,8 @@ class _Saved:
 
     counted = True
 
-    def __init__(self, path: Path, split: str, keep: bool):
-        self.path, self.dataset = path, load_folder(path, split)
+    def __init__(self, name: str, dataset: Any, extent: Extent, notes: Sequence[str], keep: bool):
+        self.name, self.dataset, self.extent, self.notes = name, dataset, extent, notes
         self.rows = len(self.dataset)
         files = [Path(each["filename"]) for each in self.dataset.cache_files]
         hashes = [_remembered(file, lambda file=file: _hashed(file)[0], r"[0-9a-f]{64}", keep) for file in files]
@@ -180,24 +188,27 @@ class _Saved:
 
     def read(self, first: int = 0) -> Iterator[Raw]:
         rows = self.dataset.skip(first) if first < self.rows else ()
-        return _numbered(str(self.path), rows, first)
+        return _numbered(self.name, rows, first)
 
 
 class _OnTheHub:
     """A hub id, read by datasets while it arrives. Its content cannot be hashed beforehand: the fingerprint is of the
     revision that the hub has, as datasets knows it."""
 
-    counted = False
+    counted, notes = False, ()
 
-    def __init__(self, source: str, config_name: str | None, split: str):
+    def __init__(self, source: str, config_name: str | None, split: str | None, flag: str):
         from datasets import load_dataset_builder
 
         self.source = source
         builder = from_hub(source, lambda: load_dataset_builder(source, config_name))
+        files = getattr(builder.config, "data_files", None) or {}
+        names = [str(name) for name in builder.info.splits or files]
+        split = _whole(choose(source, names, split, flag), names or (TRAIN,), flag)
+        self.extent = Extent(hub_home(source, config_name), {split: [(0, sys.maxsize)]})
         self.dataset = from_hub(source, lambda: builder.as_streaming_dataset(split=split))
         known = (builder.info.splits or {}).get(split)
         self.rows = known.num_examples if known and known.num_examples else None
-        files = getattr(builder.config, "data_files", None) or {}
         revisions = [list(map(str, f)) for f in getattr(files.get(split), "origin_metadata", None) or ()]
         self.fingerprint = _hash([builder.hash, builder.config_id, split, self.rows, revisions])
 
@@ -219,6 +230,14 @@ class Behind:
     @property
     def counted(self) -> bool:
         return self.source.counted
+
+    @property
+    def extent(self) -> Extent:
+        return self.source.extent
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.source.notes
 
     @property
     def rows(self) -> int | None:

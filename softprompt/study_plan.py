@@ -9,7 +9,7 @@ from typing import Any
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
-from softprompt.data import Example
+from softprompt.data import Example, Tokenized
 from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError
 from softprompt.feed import total_steps
@@ -89,10 +89,17 @@ class _Shelf:
         key = (config.data, prints["tokenizer"])
         if key not in self.tokenized:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
+            _tell(config.data.dataset, rows, data, of_held_out)
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
             self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
         examples, held_out_examples, of_rows = self.tokenized[key]
         return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+
+
+def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized | None) -> None:
+    """What was found in the rows, as a run says it."""
+    for line in (*rows.notes, f"{dataset}, training: {data}", *([f"held out: {held_out}"] if held_out else [])):
+        print(line)
 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:

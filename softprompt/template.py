@@ -1,7 +1,8 @@
 """How a row becomes prompt text. The same object renders training rows and, saved beside the adapter, new prompts."""
 
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ class Template:
         if self.spec == DEFAULT:
             return "\n".join(["Human: " + row["instruction"], row.get("input") or ""]).strip() + "\n\nAssistant: "
         if self.spec == CHAT:
-            return _apply_chat(tokenizer, prompt_messages(row), add_generation_prompt=True)
+            return _apply_chat(tokenizer, prompt_messages(row), row.get("tools"), add_generation_prompt=True)
         text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
         return text.format_map({name: row[name] for name in self.fields})
 
@@ -97,7 +98,7 @@ class Template:
         if self.spec != CHAT:
             return row["output"] + tokenizer.eos_token
         prompt = self.render(row, tokenizer)
-        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)])
+        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)], row.get("tools"))
         if not whole.startswith(prompt):
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
@@ -106,7 +107,7 @@ class Template:
         return whole[len(prompt) :].rstrip("\n")
 
 
-def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Messages before the answer, from `messages`, from `prompt`, or from `instruction` and `input`."""
     if "messages" in row:
         messages = list(row["messages"])
@@ -118,7 +119,7 @@ def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": "\n".join([row["instruction"], row.get("input") or ""]).strip()}]
 
 
-def answer_message(row: Mapping[str, Any]) -> dict[str, str]:
+def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
     """The message to be learned, from `messages`, `completion` or `output`."""
     if "messages" in row:
         return row["messages"][-1]
@@ -126,10 +127,44 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, str]:
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
 
 
-def _apply_chat(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
+def _apply_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **kwargs: Any
+) -> str:
     if not tokenizer.chat_template:
         raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
     except Exception as error:  # templates raise whatever they like, TemplateError for a forbidden role for one
         raise DataError(f"the tokenizer's chat template refuses a row: {error}") from None
+    if tools:
+        _check_written("tools", text, lambda: tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    if any("tool_calls" in message for message in messages):
+        bare = [{key: value for key, value in each.items() if key != "tool_calls"} for each in messages]
+        _check_written(
+            "tool_calls", text, lambda: tokenizer.apply_chat_template(bare, tools=tools, tokenize=False, **kwargs)
+        )
+    return text
+
+
+def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
+    """Raises DataError where a row's tools or calls leave no trace in its text, which would teach something else."""
+    try:
+        written = without() != text
+    except Exception:  # a template may not do without
+        written = True
+    if not written:
+        raise DataError(
+            f"the tokenizer's chat template writes no {what}; take them out of the row, or a base whose template does"
+        )
+
+
+def ignored_keys(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, int]:
+    """Keys of messages that the chat template does not read, each with the number of rows that have it."""
+    own = tokenizer.chat_template or ""
+    known = set(re.findall(r"\w+", own if isinstance(own, str) else " ".join(own.values()))) | {"role", "content"}
+    found: dict[str, int] = {}
+    for row in rows:
+        said = [each for value in row.values() if isinstance(value, list) for each in value if isinstance(each, dict)]
+        for key in {key for each in said if "role" in each for key in each} - known:
+            found[key] = found.get(key, 0) + 1
+    return found

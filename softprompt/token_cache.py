@@ -21,7 +21,7 @@ from softprompt.files import cache_dir, write_files
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
-VERSION = "2"  # of the format, and of what `tokenize` does
+VERSION = "3"  # of the format, and of what `tokenize` does
 ARRAYS = ("ids", "lengths", "asked")
 COUNTS = ("rows", "cut", "without_target", "empty_answers")
 

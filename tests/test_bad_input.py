@@ -124,7 +124,7 @@ LONG = {**GOOD, "instruction": "很长的问题" * 10}
 FLAGS = {
     "--max_length 20": "no row keeps a target at --max_length 20.*give --max_length",
     "--max_length 1": "--max_length 1 is too small to hold any target",
-    "--columns output=answer": "--columns maps output to 'answer', but the columns are instruction, input, output",
+    "--columns output=answer": "--columns maps output to 'answer', but the columns are 'instruction', 'input', 'output'",
     "--columns nonsense": "is not a list of OURS=THEIRS pairs",
     "--num_virtual_tokens 0": "--num_virtual_tokens 0 is below 1",
     "--num_virtual_tokens -1": "--num_virtual_tokens -1 is below 1",

@@ -15,6 +15,8 @@ from transformers import DataCollatorForSeq2Seq
 from softprompt.batching import collate_padded, steps_per_epoch, windows
 from softprompt.data import count_targets, tokenize
 from softprompt.errors import ConfigError, DataError
+from softprompt.passages import passages
+from softprompt.questions import token_ids
 from softprompt.rows import load_prompts, load_rows, question
 from softprompt.template import Template, answer_message, prompt_messages
 
@@ -156,6 +158,41 @@ def test_cutting_the_input_goes_on_with_the_next_text(tokenizer):
     text = tokenizer.decode(found.input_ids)
     assert text.endswith("\n\nAssistant: 很好看</s>") and text.startswith("Human: abcdefgh") and "hgf" not in text
     assert 64 - 3 <= len(found.input_ids) <= 64
+
+
+def adding(single: str):
+    """A tokenizer that puts its begin or end token around every text by itself."""
+    from conftest import make_tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2), ("<pad>", 3)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "single, front", [("$A </s>", []), ("<s> $A </s>", [1]), ("<s> $A", [1]), ("<pad> $A </s> <s>", [3])]
+)
+def test_what_a_tokenizer_adds_behind_a_text_stands_nowhere(single, front, tmp_path):
+    """Only what stands in front is kept: in training, in questions, in plain texts, and where the input is cut."""
+    tokenizer, template = adding(single), Template()
+    bare = dict(add_special_tokens=False)
+    row = {"instruction": "</s>好" * 30, "input": "", "output": "正面"}
+    question, answer = template.render(row, tokenizer), tokenizer("正面</s>", **bare)["input_ids"]
+    expected = front + tokenizer(question, **bare)["input_ids"]
+    assert tokenizer(question)["input_ids"] != tokenizer(question, **bare)["input_ids"]
+    (found,) = tokenize([row], tokenizer, template, 400).examples
+    assert found.input_ids == expected + answer and found.labels == [-100] * len(expected) + answer
+    assert token_ids("a question", row["instruction"], template, tokenizer) == expected
+    (cut,) = tokenize([row], tokenizer, template, 64, "input").examples
+    assert cut.input_ids[: len(front)] == front and cut.input_ids[-len(answer) :] == answer
+    assert cut.labels.count(-100) == len(cut.input_ids) - len(answer)
+    assert tokenizer.decode(cut.input_ids[: -len(answer)]).endswith("\n\nAssistant: ")
+    (tmp_path / "t.txt").write_text("好好", encoding="utf-8")
+    (passage,) = passages(str(tmp_path / "t.txt"), tokenizer, 99)
+    assert passage.input_ids == front + tokenizer("好好", **bare)["input_ids"]
 
 
 def test_what_is_cut_anyway_is_not_warned_of(caplog):

@@ -317,7 +317,7 @@ def test_a_chat_template_of_the_base_stands_behind_the_words(own):
         assert found == "<|softprompt_0|><|softprompt_1|>" + expected
 
 
-def test_what_a_tokenizer_always_adds_stands_where_training_had_it():
+def test_what_a_tokenizer_adds_in_front_stands_where_training_had_it_and_what_it_adds_behind_nowhere():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -326,8 +326,9 @@ def test_what_a_tokenizer_always_adds_stands_where_training_had_it():
     )
     ids = teach(tokenizer, Template(), 2)
     found = tokenizer.apply_chat_template([{"role": "user", "content": SAMPLES[0]}], return_dict=False)
-    assert found == ids + tokenizer(Template().render({"instruction": SAMPLES[0]}, None))["input_ids"]
-    assert found[2] == 1 and found[-1] == 2
+    whole = tokenizer(Template().render({"instruction": SAMPLES[0]}, None))["input_ids"]
+    assert whole[0] == 1 and whole[-1] == 2
+    assert found == ids + whole[:-1]
 
 
 def test_a_prompt_upon_an_exported_model_gets_words_of_its_own(cases, tmp_path):

@@ -88,7 +88,7 @@ FAULTY = {
     "csv with an open quote in its header": ("r.csv", csv('"instruction,output', "a,b"), "r.csv, line 1: not CSV"),
     "csv without a column": ("r.csv", csv("question,output", "a,b"), "r.csv, line 2: column 'instruction' must be a text, there is none"),
     "csv with an open quote": ("r.csv", csv("instruction,output", '"a,b', "c,d"), "r.csv, line 2: not CSV: unexpected end of data"),
-    "another suffix": ("r.txt", b"a", "r.txt: expected a file ending in .json, .jsonl, .csv, .parquet, or a folder of Dataset.save_to_disk"),
+    "another suffix": ("r.txt", b"a", "r.txt: expected a file ending in .json, .jsonl, .csv, .parquet, a folder of such files, or one of Dataset.save_to_disk"),
     "no suffix": ("r", b"a", "r: expected a file ending in .json"),
     "not parquet": ("r.parquet", lines(GOOD), "r.parquet: not a parquet file: "),
     "an empty .parquet": ("r.parquet", b"", "r.parquet: not a parquet file: "),
@@ -190,7 +190,9 @@ def test_columns_take_other_names(tmp_path):
     swapped = load_rows(source, DEFAULT, {"instruction": "output", "output": "instruction"})
     assert swapped == [{"instruction": "b", "input": "", "output": "not this"}]
     found = fault(load_rows, source, DEFAULT, {"output": "answer"})
-    assert found == (f"{source}: --columns maps output to 'answer', but the columns are q, instruction, output, about")
+    assert found == (
+        f"{source}: --columns maps output to 'answer', but the columns are 'q', 'instruction', 'output', 'about'"
+    )
 
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -218,7 +220,7 @@ def test_faulty_chat_rows(row, tmp_path):
     (tmp_path / "r.jsonl").write_bytes(lines({"messages": MESSAGES}, row))
     found = fault(load_rows, str(tmp_path / "r.jsonl"), CHAT, {})
     assert found.startswith(f"{tmp_path}/r.jsonl, line 2: ")
-    assert any(f"'{name}' must be" in found for name in ("messages", "prompt", "completion", "instruction"))
+    assert any(f"'{name}'" in found for name in ("messages", "prompt", "completion", "instruction"))
 
 
 def questions_of(file, spec):
@@ -257,7 +259,7 @@ QUESTIONS = {
     "not UTF-8": ("q.txt", "问\n".encode("gbk"), "default", "q.txt, line 1: not UTF-8"),
     "not JSON": ("q.jsonl", lines({"prompt": "a"}) + b"\n{", "default", "q.jsonl, line 2: not JSON"),
     "no object": ("q.jsonl", b'"a"', "default", "q.jsonl, line 1: expected an object of columns, found a text"),
-    "no question": ("q.jsonl", lines({"text": "a"}), "default", "line 1: column 'instruction' must be a text, there is none$"),
+    "no question": ("q.jsonl", lines({"text": "a"}), "default", "line 1: column 'instruction' must be a text, there is none; the columns are 'text'$"),
     "prompt a number": ("q.jsonl", lines({"prompt": 3}), "default", "line 1: column 'prompt' must be a text, found a number$"),
     "input a list": ("q.jsonl", lines({"prompt": "a", "input": []}), "default", "line 1: column 'input' .* a list$"),
     "no place for input": ("q.jsonl", lines({"prompt": "a", "input": "b"}), "{x}", "line 1: --input: the adapter's template has no column for it, only x"),
