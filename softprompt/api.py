@@ -21,7 +21,14 @@ from softprompt.faults import bits_faults, bits_of, precision_faults
 from softprompt.fields import AUTO
 from softprompt.generate import search_beams
 from softprompt.infer_config import Voting, generation_faults
-from softprompt.model import load_base, load_tokenizer, resolve_device, resolve_dtype, word_embeddings
+from softprompt.model import (
+    load_base,
+    load_tokenizer,
+    refuse_quantised,
+    resolve_device,
+    resolve_dtype,
+    word_embeddings,
+)
 from softprompt.quantised import Quantised, load_quantised
 from softprompt.questions import Question, merged_settings, told_of
 from softprompt.recorder import Run
@@ -59,7 +66,12 @@ class SoftPromptModel:
         quantised: Quantised | None = None,
     ):
         """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
-        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base."""
+        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base.
+
+        Raises:
+            ModelError: a base that transformers loaded quantised.
+        """
+        refuse_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}

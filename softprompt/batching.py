@@ -10,7 +10,7 @@ from softprompt.data import IGNORE, Example
 
 
 class Batch(NamedTuple):
-    """A padded micro-batch: three times [B, T] int64; pads have mask 0 and label -100."""
+    """A padded micro-batch: three times [B, T] int64; pads stand on the right, with mask 0 and label -100."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -50,14 +50,18 @@ def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]
         yield examples[start : start + size]
 
 
-def collate_padded(examples: Sequence[Example], pad_token_id: int, padding_side: str) -> Batch:
-    """Pad B examples to the longest of them (T tokens) on `padding_side` ("left" or "right"), as Trainer's
-    DataCollatorForSeq2Seq does."""
+def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
+    tokenizer that pads on the right.
+
+    The side is not the tokenizer's to choose: the prompt is put in front of the batch, so padding on the left would
+    stand between prompt and text, and whatever counts places instead of positions (a sliding window, MPT's ALiBi)
+    would see the text farther from the prompt than it is.
+    """
     width = max(len(e.input_ids) for e in examples)
 
     def padded(values: Sequence[int], fill: int) -> list[int]:
-        pad = [fill] * (width - len(values))
-        return pad + list(values) if padding_side == "left" else list(values) + pad
+        return [*values, *[fill] * (width - len(values))]
 
     return Batch(
         torch.tensor([padded(e.input_ids, pad_token_id) for e in examples], dtype=torch.int64),

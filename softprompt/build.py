@@ -18,7 +18,7 @@ from softprompt.faults import parse_labels
 from softprompt.files import check_writable
 from softprompt.lock import FolderLock, refuse_locked
 from softprompt.mini import BASE_DIR
-from softprompt.model import word_embeddings
+from softprompt.model import EmbeddedWords
 from softprompt.prompt import (
     Initialiser,
     class_label_init,
@@ -87,11 +87,11 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
         ConfigError: as of `initialiser`, or --num_virtual_tokens beside --init_adapter and another than its number.
         AdapterError: --init_adapter does not hold a prompt for a base of this hidden size.
     """
-    embeddings = word_embeddings(base).weight.detach()  # [V, H]
+    words = EmbeddedWords(base)  # [V, H]
     if config.prompt.init_adapter:
-        return _from_adapter(config, embeddings.shape[1])
+        return _from_adapter(config, words.shape[1])
     torch.manual_seed(config.training.seed)
-    return initialiser(config, tokenizer, len(embeddings))(embeddings)
+    return initialiser(config, tokenizer, len(words))(words)
 
 
 def initialiser(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Initialiser:

@@ -15,7 +15,7 @@ CHUNK = 512
 
 class Example(NamedTuple):
     """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken, always at a row's
-    first token: in a padded batch what stands before it may be padding."""
+    first token: the bare base has nothing to predict it from."""
 
     input_ids: list[int]
     labels: list[int]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from softprompt import hub
 from softprompt.errors import ModelError
-from softprompt.model import from_hub_or_folder, word_embeddings
+from softprompt.model import base_config, word_embeddings
 from softprompt.stored import Stored, stored_tensors
 from softprompt.weights import is_bloom
 
@@ -33,9 +33,9 @@ def read_hollow(name_or_path: str, flag: str = "--stream_base") -> Hollow:
     Raises:
         ModelError: not there, not BLOOM, without safetensors, or with files that are not what its configuration says.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = from_hub_or_folder(AutoConfig, name_or_path, "base model")
+    config = base_config(name_or_path)
     if not is_bloom(config):
         raise ModelError(
             f"{flag} is for BLOOM, and {name_or_path} is of type {config.model_type}"

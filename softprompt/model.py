@@ -2,13 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from softprompt import hub
 from softprompt.batching import Batch, chunks, collate_padded
@@ -85,18 +86,61 @@ def load_tokenizer(name_or_path: str) -> Any:
     Raises:
         ModelError: the base or its tokenizer is not there or not loadable, or has no end-of-sequence token.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
     except ModelError:
-        from_hub_or_folder(AutoConfig, name_or_path, "base model")  # where there is none, that is what to say
+        base_config(name_or_path)  # where there is no base, or none that fits, that is what to say
         raise
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def base_config(name_or_path: str) -> Any:
+    """The configuration of a base, which is all that it takes to see that it cannot be one.
+
+    Raises:
+        ModelError: not there, not loadable, quantised, or no causal language model of transformers.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    config = from_hub_or_folder(AutoConfig, name_or_path, "base model")
+    named, wanted = (
+        f"{name_or_path}: a model of type {config.model_type}",
+        "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)",
+    )
+    text = config.get_text_config()
+    for one in (config, text):
+        if quantization := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
+            raise _quantised(name_or_path, config.model_type, quantization)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{named} has an encoder and a decoder, and prompts are learned for a decoder alone; {wanted}")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{named} is an encoder, whose words see the words after them; {wanted}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{named} is no causal language model of transformers; {wanted}")
+    return config
+
+
+def _quantised(name: str, model_type: str, quantization: Any) -> ModelError:
+    given = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = getattr(given.get("quant_method"), "value", given.get("quant_method")) or "by an unknown method"
+    instead = ", which --load_in_4bit of train.py and infer.py quantises as it loads it"
+    return ModelError(
+        f"{name}: its weights are stored quantised ({method}), and prompts are learned over weights that are not; give "
+        f"--model_name_or_path the unquantised base{instead if model_type == 'bloom' else ''}"
+    )
+
+
+def refuse_quantised(base: PreTrainedModel) -> None:
+    """Raises ModelError where transformers loaded a base's weights quantised: to cast them leaves their scales out."""
+    if getattr(base, "hf_quantizer", None) is not None:
+        name, method = str(base.name_or_path), getattr(base.hf_quantizer, "quantization_config", None)
+        raise _quantised(name, base.config.model_type, method or {})
 
 
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
@@ -108,10 +152,11 @@ def read_base(name_or_path: str) -> PreTrainedModel:
     """A causal language model on the CPU, its weights as they are in its files.
 
     Raises:
-        ModelError: not there, not loadable, or not a model that takes `inputs_embeds`.
+        ModelError: as of `base_config`, or not a model that takes `inputs_embeds`.
     """
     from transformers import AutoModelForCausalLM
 
+    base_config(name_or_path)
     base = from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
         raise ModelError(
@@ -137,19 +182,48 @@ def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, base.get_input_embeddings())
 
 
+class EmbeddedWords:
+    """What the base makes of its words before its first block, [V, H] in the dtype of its embeddings: indexing by token
+    ids [n] int64 calls the embedding module, which may do more than look up rows of its table (Gemma's scales them)."""
+
+    def __init__(self, base: PreTrainedModel):
+        self._embed = word_embeddings(base)
+        self.shape, self.device = self._embed.weight.shape, self._embed.weight.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.no_grad()
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self._embed(ids))
+
+
 def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Freeze `base` in place and put it in eval mode.
 
-    Weights of linear layers are kept in `compute_dtype`: autocast would cast them to it at every use, with the same
-    result. All else (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+    Matrices are kept in `compute_dtype`: autocast would cast them to it at every use, with the same result. All else
+    (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+
+    Raises:
+        ModelError: a base that transformers loaded quantised.
     """
+    refuse_quantised(base)
     base.requires_grad_(False).eval()
-    embeddings = word_embeddings(base).weight
-    in_compute_dtype = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear) and m.weight is not embeddings}
+    matrices = {id(matrix) for module in base.modules() for matrix in _matrices(module)}
+    matrices.discard(id(word_embeddings(base).weight))
     for parameter in base.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(compute_dtype if id(parameter) in in_compute_dtype else torch.float32)
+            parameter.data = parameter.data.to(compute_dtype if id(parameter) in matrices else torch.float32)
     return base
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's own parameters that only enter matrix products: the weights [out, in] of linear layers, [in, out] of
+    GPT-2's Conv1D, and experts' in one tensor [experts, …, …]. Routers are small, and some are to stay in fp32."""
+    if isinstance(module, nn.Linear | Conv1D):
+        yield module.weight
+    elif not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        yield from (p for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1)
 
 
 def place(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -183,7 +257,8 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.HELP})") from None
+        help = f" ({hub.HELP})" if looked and isinstance(error, OSError) else ""  # what was found needs no hub
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked if help else ''}: {reason}{help}") from None
     finally:
         logging.enable_progress_bar()
 
@@ -211,17 +286,15 @@ def prepend(
 def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The base's own forward over padded rows with the prompt [P, H] before each; P = 0 is the bare base.
 
-    Bases with explicit positions get them from the mask, so that padding between prompt and text is not counted
-    (transformers' default would count it; BLOOM's ALiBi reads the mask by itself).
+    Padding stands behind the text, so a token's place in its row is its position, which is what transformers assumes
+    where it is not told otherwise.
 
     Returns:
         logits [B, P+T, V] in the dtype of the base's head, labels [B, P+T] int64.
     """
     words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
     embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
-    explicit = "position_ids" in inspect.signature(base.forward).parameters
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if explicit else {}
-    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits, labels
+    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits, labels
 
 
 class SoftPromptedModel(nn.Module):
@@ -261,7 +334,7 @@ class PaddedEngine:
         self.device = word_embeddings(base).weight.device
         self.rows_per_microbatch = rows_per_microbatch
         self.rows_per_eval_batch = rows_per_eval_batch or rows_per_microbatch
-        self.pad_token_id, self.padding_side = tokenizer.pad_token_id, tokenizer.padding_side
+        self.pad_token_id = tokenizer.pad_token_id
 
     def accumulate(
         self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
@@ -286,7 +359,7 @@ class PaddedEngine:
         front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
         sums: list[float] = []
         for some in chunks(rows, self.rows_per_eval_batch):
-            batch = collate_padded(some, self.pad_token_id, self.padding_side).to(self.device)
+            batch = collate_padded(some, self.pad_token_id).to(self.device)
             with autocast(self.device, self.compute_dtype):
                 logits, labels = padded_forward(self.base, front, batch)
             each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
@@ -307,7 +380,7 @@ class PaddedEngine:
         return "padded engine"
 
     def _loss(self, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
-        batch = collate_padded(rows, self.pad_token_id, self.padding_side).to(self.device)
+        batch = collate_padded(rows, self.pad_token_id).to(self.device)
         with autocast(self.device, self.compute_dtype):
             return cross_entropy_sum(*padded_forward(self.base, prompt, batch))
 

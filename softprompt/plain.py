@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from softprompt.batching import Batch
 from softprompt.errors import ModelError
-from softprompt.model import padded_forward, word_embeddings
+from softprompt.model import EmbeddedWords, padded_forward, refuse_quantised, word_embeddings
 
 HOPELESS = -1e4  # exp(-1e4 / temperature) is 0 in every dtype, and fp16 holds it
 DEVIATIONS = 8  # of rounding errors, that a constant logit must survive
@@ -43,7 +43,7 @@ def to_plain(base: PreTrainedModel, prompt: Tensor, ids: list[int], dtype: torch
     _resize(base, max(word_embeddings(base).num_embeddings, ids[-1] + 1))
     words, head = word_embeddings(base).weight, _head(base)
     words[V : ids[0]] = 0  # ids that neither the base nor anyone's text has
-    words[ids] = prompt.to(words)
+    words[ids] = prompt.to(words) / _embedded_ones(base, ids)
     constant, row = _silent_row(base, dtype)
     if head.bias is not None:
         constant, row = HOPELESS, torch.zeros_like(words[0])
@@ -83,11 +83,17 @@ def _silent_row(base: PreTrainedModel, dtype: torch.dtype) -> tuple[float | None
 
 
 def _check_kind(base: PreTrainedModel) -> None:
+    refuse_quantised(base)
     name, head = type(base).__name__, base.get_output_embeddings()
-    if getattr(base, "hf_quantizer", None) is not None:
-        raise ModelError(f"{base.name_or_path}: its weights are quantised; export from the base that is not")
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{base.name_or_path}: {name} has no linear head of its own; no words can be added to it")
+
+
+def _embedded_ones(base: PreTrainedModel, ids: list[int]) -> Tensor:
+    """What the embedding module makes of rows of ones, [P, H]: 1, or a factor such as Gemma's √H, by which a prompt's
+    rows are divided so that the module gives the prompt back. `_check_same` refuses a module that does not scale."""
+    word_embeddings(base).weight[ids] = 1
+    return EmbeddedWords(base)[torch.tensor(ids)]
 
 
 def _head(base: PreTrainedModel) -> nn.Linear:

@@ -28,6 +28,7 @@ from softprompt.intake import Rows, make_feed, read_rows, template_of, tokenize_
 from softprompt.model import (
     Engine,
     SoftPromptedModel,
+    base_config,
     freeze,
     load_tokenizer,
     place,
@@ -126,6 +127,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     output_dir = choose_output_dir(config, begun.checkpoint)
     _check_places(config, output_dir, world)
+    base_config(base_path(str(config.model.model_name_or_path)))  # what cannot be a base is said before rows are read
     template = template_of(config)
     rows = read_rows(config, template)
     tell_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)

@@ -1,17 +1,31 @@
 """The soft prompt: P learnable vectors in the space of the word embeddings, and the ways to start them.
 
-An initialiser is a function `word_embeddings [V, H] -> [P, H] fp32`. For BLOOM the vectors stand before
+An initialiser is a function `word_embeddings [V, H] -> [P, H] fp32`. Word embeddings are what the base's embedding
+module returns, as in PEFT: Gemma's multiplies its table's rows by √H. For BLOOM the vectors stand before
 `word_embeddings_layernorm`, which the base applies to whatever embeddings it is given.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from softprompt.errors import ConfigError
 
-Initialiser = Callable[[Tensor], Tensor]
+
+class WordVectors(Protocol):
+    """Word embeddings [V, H] that are indexed by token ids [n] int64; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, ids: Tensor) -> Tensor: ...
+
+
+Initialiser = Callable[[WordVectors], Tensor]
 
 
 class PromptEmbedding(nn.Module):
@@ -35,7 +49,7 @@ class PromptEmbedding(nn.Module):
 def random_init(num_virtual_tokens: int) -> Initialiser:
     """Unit-variance normal noise: with the same torch seed, the numbers that PEFT's RANDOM draws."""
 
-    def init(word_embeddings: Tensor) -> Tensor:
+    def init(word_embeddings: WordVectors) -> Tensor:
         return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
 
     return init
@@ -58,7 +72,7 @@ def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
     """Embeddings of words drawn evenly from the whole vocabulary, each as often as it comes: with the same torch seed,
     the words that PEFT draws."""
 
-    def init(word_embeddings: Tensor) -> Tensor:
+    def init(word_embeddings: WordVectors) -> Tensor:
         random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
         return word_embeddings[torch.randint(0, len(word_embeddings), (num_virtual_tokens,)).to(word_embeddings.device)]
 
@@ -75,7 +89,7 @@ def sample_of_init(population: Sequence[int], num_virtual_tokens: int) -> Initia
     if not population:
         raise ConfigError("--vocab_population: this tokenizer has no words but special tokens and bytes; leave it out")
 
-    def init(word_embeddings: Tensor) -> Tensor:
+    def init(word_embeddings: WordVectors) -> Tensor:
         n = len(population)
         again = num_virtual_tokens > n
         drawn = torch.randint(n, (num_virtual_tokens,)) if again else torch.randperm(n)[:num_virtual_tokens]
@@ -88,7 +102,7 @@ def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Init
     """A prompt from `rest` whose first tokens are replaced, one for each label, by the mean of the embeddings of the
     label's token ids (Lester et al. 2021, section 3.2; google-research/prompt-tuning, `from_embedded_list`)."""
 
-    def init(word_embeddings: Tensor) -> Tensor:
+    def init(word_embeddings: WordVectors) -> Tensor:
         values = rest(word_embeddings).to(torch.float32).clone()
         for place, ids in enumerate(labels):
             values[place] = word_embeddings[torch.tensor(ids, device=word_embeddings.device)].float().mean(0)

@@ -16,7 +16,7 @@ from softprompt.feed import total_steps
 from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
-from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
+from softprompt.model import base_config, load_tokenizer, resolve_device, weight_files
 
 MOST_LETTERS = 100  # of a folder's name, before its hash
 
@@ -104,15 +104,14 @@ def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
     """A base's configuration and tokenizer, and the fingerprints of the tokenizer and of the base's files."""
-    from transformers import AutoConfig
-
     path = base_path(name)
+    config = base_config(path)
     tokenizer = load_tokenizer(path)
     files = weight_files(path)
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
     prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
-    return from_hub_or_folder(AutoConfig, path, "base model"), tokenizer, prints
+    return config, tokenizer, prints
 
 
 def _check(cell: Cell, material: Material) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.batching import Batch, collate_padded
 from softprompt.data import Example
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.generate import Generator, in_order
@@ -27,6 +28,16 @@ def peft_model(base: PreTrainedModel, prompt: Tensor) -> peft.PeftModel:
 def peft_prompt(model: peft.PeftModel) -> torch.nn.Parameter:
     """The one parameter that PEFT trains, [P, H]."""
     return model.prompt_encoder["default"].embedding.weight
+
+
+def collated(rows: Sequence[Example], pad_token_id: int = 3, padding_side: str = "left") -> Batch:
+    """A padded batch as Trainer's collator makes it for PEFT, on the tokenizer's side; ours is always padded on the
+    right."""
+    batch = collate_padded(rows, pad_token_id)
+    if padding_side == "right":
+        return batch
+    pads = [batch.input_ids.shape[1] - len(row.input_ids) for row in rows]
+    return Batch(*(torch.stack([r.roll(n) for r, n in zip(t, pads, strict=True)]) for t in batch))
 
 
 def random_examples(n: int, longest: int, vocab_size: int = 300, seed: int = 0) -> list[Example]:

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import random_examples
+from peers import collated, random_examples
 from transformers import DataCollatorForSeq2Seq
 
-from softprompt.batching import collate_padded, steps_per_epoch, windows
+from softprompt.batching import steps_per_epoch, windows
 from softprompt.data import count_targets, tokenize
 from softprompt.errors import ConfigError, DataError
 from softprompt.passages import passages
@@ -361,6 +361,6 @@ def test_padding_is_trainers(padding_side):
     rows = random_examples(5, 9)
     features = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
     theirs = DataCollatorForSeq2Seq(make_tokenizer(padding_side), padding=True)(features)
-    ours = collate_padded(rows, 3, padding_side)
+    ours = collated(rows, 3, padding_side)
     assert all(torch.equal(getattr(ours, name), theirs[name]) for name in ours._fields)
     assert {t.dtype for t in ours} == {torch.int64}

@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 from conftest import make_bloom
+from peers import peft_prompt
+from small_bases import small_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +18,7 @@ from softprompt.checkpoint import load_adapter
 from softprompt.config import train_config
 from softprompt.errors import ConfigError
 from softprompt.faults import parse_labels
+from softprompt.nearest import nearest, space_of
 from softprompt.vocabulary import frequent_tokens, label_tokens
 
 
@@ -96,6 +99,40 @@ def test_labels_are_the_means_of_their_sub_words(dtype, tokenizer):
     assert len(lengths) > 1
     rest = rows_of(prompt[3:], words.float())
     assert len(set(rest)) == 4 and set(rest) <= set(frequent_tokens(tokenizer, 5000, 300))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3_text", "llama"])
+@pytest.mark.parametrize("init", ["TEXT", "SAMPLE_VOCAB"])
+def test_starts_are_pefts_where_the_embedding_module_scales(kind, init, tokenizer, tmp_path):
+    base, text = small_base(kind), "下面是一段对话" if init == "TEXT" else None
+    tokenizer.save_pretrained(tmp_path)
+    mine = start(base, tokenizer, prompt_tuning_init=init, prompt_tuning_init_text=text, num_virtual_tokens=7, seed=7)
+    torch.manual_seed(7)
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=7,
+        prompt_tuning_init=init,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(tmp_path) if text else None,
+    )
+    assert torch.equal(mine, peft_prompt(peft.get_peft_model(base, config)))
+    ratio = mine.norm() / base.get_input_embeddings().weight[tokenizer(text or "好")["input_ids"][:7]].norm()
+    assert text is None or ratio == pytest.approx(1 if kind == "llama" else 32**0.5)
+
+
+@pytest.mark.parametrize("given", [{"vocab_population": 40}, labelled("正面,很差")], ids=["words", "labels"])
+def test_other_starts_are_what_the_embedding_module_returns(given, tokenizer):
+    base = small_base("gemma")
+    settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 6, **given}
+    vectors = base.get_input_embeddings()(torch.arange(300))
+    prompt = start(base, tokenizer, **settings)
+    if "class_labels" in given:
+        for vector, label in zip(prompt, ["正面", "很差"], strict=False):
+            torch.testing.assert_close(vector, vectors[tokenizer(label)["input_ids"]].mean(0))
+        prompt = prompt[2:]
+    assert set(rows_of(prompt, vectors)) <= set(frequent_tokens(tokenizer, 5000, 300))
+    ids, cosines = nearest(space_of(base), prompt, 1, len(tokenizer))
+    assert ids[:, 0].tolist() == rows_of(prompt, vectors) and cosines.min() > 0.9999
 
 
 def test_labels_may_fill_the_whole_prompt(tokenizer):

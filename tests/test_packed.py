@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from conftest import make_bloom, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import naive_loss, peft_model, peft_prompt, random_examples
+from peers import collated, naive_loss, peft_model, peft_prompt, random_examples
 
 from softprompt import attention, bloom, loss
 from softprompt.attention import causal_alibi, group_rows
-from softprompt.batching import collate_packed, collate_padded, cut_by_tokens
+from softprompt.batching import collate_packed, cut_by_tokens
 from softprompt.data import Example, count_targets
 from softprompt.errors import TrainingError
 from softprompt.model import PaddedEngine, freeze
@@ -148,7 +148,7 @@ def test_in_double_precision(base, rows, P, tokens):
 def autocast_peft(base, values, rows):
     """PEFT's gradient [P, H] under bf16 autocast, as Trainer's bf16 runs it."""
     model = peft_model(base, values)
-    batch = collate_padded(rows, 3, "left")
+    batch = collated(rows)
     with torch.autocast("cpu", BF16):
         targets = (batch.labels[:, 1:] != -100).sum()
         out = model(**batch._asdict(), num_items_in_batch=targets)
@@ -355,6 +355,52 @@ def test_a_target_that_is_almost_certain_keeps_its_gradient():
     others = 3 * math.exp(-40)
     assert value.item() == pytest.approx(others, rel=1e-5)
     assert x.grad[0].tolist() == pytest.approx([-others, others / 3, others / 3, others / 3], rel=1e-5)
+
+
+HEADS = {  # n rows, V words, size, what all rows of the head share, scale of the hidden states
+    "plain": (33, 5_000, 64, 0, 1.0),
+    "much in common": (33, 5_000, 64, 3, 0.05),
+    "many words": (3, 100_000, 32, 4, 0.02),
+    "flat": (3, 100_000, 32, 0, 0.001),
+    "almost certain": (7, 5_000, 64, 0, 0.1),
+    "a twin of the target": (9, 500, 64, 0, 0.1),
+}
+
+
+ERRORS = {torch.float16: 4e-3, BF16: 2e-2, FP32: 1e-3, FP64: 1e-9}  # of gradients; some are hard for the reference, too
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_the_fused_gradient_is_as_exact_as_its_dtype(name, dtype):
+    """Against the same numbers in fp64. What is left is the rounding of logits and of the gradient itself."""
+    (n, words, size, common, scale), draw = HEADS[name], torch.Generator().manual_seed(1)
+    head = common + (0.05 if common else 0.3) * torch.randn(words, size, generator=draw)
+    targets, hidden = torch.arange(n) * (words // n), scale * torch.randn(n, size, generator=draw)
+    if name == "almost certain":
+        hidden += 4 * head[targets]
+    if name == "a twin of the target":
+        head[targets + 1] = 1.01 * head[targets]
+        hidden += 3 * head[targets]
+    head, hidden = head.to(dtype), hidden.to(dtype)
+    x, y = hidden.clone().requires_grad_(), hidden.double().clone().requires_grad_()
+    value, expected = (
+        loss.projected_cross_entropy(x, head, targets),
+        F.cross_entropy(y @ head.double().T, targets, reduction="sum"),
+    )
+    (value * 2**12).backward()  # as a GradScaler does: fp16 has no smaller gradients
+    (expected * 2**12).backward()
+    assert value.item() == pytest.approx(expected.item(), rel=ERRORS[dtype])
+    assert relative(x.grad.double(), y.grad) < ERRORS[dtype]
+    each = loss.projected_losses(hidden, head, targets)
+    assert each.sum().item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_in_fp16_the_sum_over_a_large_vocabulary_does_not_overflow():
+    x = torch.zeros(1, 8, dtype=torch.float16, requires_grad=True)
+    value = loss.projected_cross_entropy(x, torch.ones(100_000, 8, dtype=torch.float16), torch.tensor([7]))
+    value.backward()
+    assert value.item() == pytest.approx(math.log(100_000), rel=1e-6) and x.grad.abs().max() == 0
 
 
 def test_other_bases_take_the_padded_engine(tokenizer):

@@ -7,10 +7,9 @@ import peft
 import pytest
 import torch
 from conftest import make_bloom
-from peers import answers_of, naive_loss, peft_model, peft_prompt, random_examples
+from peers import answers_of, collated, naive_loss, peft_model, peft_prompt, random_examples
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from softprompt.batching import collate_padded
 from softprompt.build import initial_prompt
 from softprompt.checkpoint import Adapter, adapter_files, load_adapter, peft_config
 from softprompt.config import train_config
@@ -26,9 +25,7 @@ FP32 = torch.float32
 KINDS = pytest.mark.parametrize("kind", ["packed", "padded"])
 
 
-def engine_of(base, tokenizer, rows_per_microbatch=4, padding_side="left", dtype=FP32):
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = padding_side
+def engine_of(base, tokenizer, rows_per_microbatch=4, dtype=FP32):
     return PaddedEngine(freeze(base, dtype), tokenizer, rows_per_microbatch, dtype)
 
 
@@ -44,7 +41,7 @@ def ours(engine, values, rows):
 def theirs(base, values, rows, padding_side="left", autocast=None):
     """PEFT's mean loss over all targets and its gradient [P, H], the rows in one padded batch."""
     model = peft_model(base, values)
-    batch = collate_padded(rows, 3, padding_side)
+    batch = collated(rows, 3, padding_side)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         targets = (batch.labels[:, 1:] != -100).sum()
         out = model(
@@ -113,17 +110,16 @@ def test_first_values_are_pefts(init, length, tiny_base, tokenizer):
 def test_logits_loss_and_gradient_are_pefts(rows, longest, virtual, padding_side, tokenizer):
     base, values = make_bloom(), random_init(virtual)(torch.empty(1, 32))
     examples = random_examples(rows, max(longest, 2))
-    loss, gradient = ours(engine_of(base, tokenizer, 2, padding_side), values, examples)
+    loss, gradient = ours(engine_of(base, tokenizer, 2), values, examples)
     peer_loss, peer_gradient, peer_logits = theirs(base, values, examples, padding_side)
-    logits, _ = padded_forward(base, values, collate_padded(examples, 3, padding_side))
+    logits, _ = padded_forward(base, values, collated(examples, 3, padding_side))
     assert torch.equal(logits, peer_logits)
     assert loss == pytest.approx(peer_loss, rel=1e-6)
     assert relative(gradient, peer_gradient) < 1e-5
 
 
 @pytest.mark.parametrize("virtual", [1, 5, 100])
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_loss_and_gradient_are_those_of_rows_run_alone(virtual, padding_side, tokenizer):
+def test_loss_and_gradient_are_those_of_rows_run_alone(virtual, tokenizer):
     base, rows = make_bloom(seed=1), random_examples(7, 11, seed=3)
     rows += [Example([9, 8, 7], [-100, -100, -100])]  # a row without a target
     start = random_init(virtual)(torch.empty(1, 32))
@@ -131,7 +127,7 @@ def test_loss_and_gradient_are_those_of_rows_run_alone(virtual, padding_side, to
     expected = naive_loss(base, values, rows)
     expected.backward()
     for rows_per_microbatch in (1, 4, 100):
-        loss, gradient = ours(engine_of(base, tokenizer, rows_per_microbatch, padding_side), start, rows)
+        loss, gradient = ours(engine_of(base, tokenizer, rows_per_microbatch), start, rows)
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert relative(gradient, values.grad) < 1e-5
 
@@ -145,7 +141,7 @@ def test_bf16_is_as_near_to_the_truth_as_peft(padding_side, tokenizer):
     rows = random_examples(9, 21)
     true_loss, truth, _ = theirs(base, values, rows, padding_side)
     peer_loss, peer, _ = theirs(base, values, rows, padding_side, torch.bfloat16)
-    loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 9, padding_side, torch.bfloat16), values, rows)
+    loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 9, torch.bfloat16), values, rows)
     assert loss == pytest.approx(peer_loss, rel=1e-4)
     assert loss == pytest.approx(true_loss, rel=2**-7)
     assert relative(gradient, truth) < max(1.5 * relative(peer, truth), 2**-8)
@@ -154,7 +150,7 @@ def test_bf16_is_as_near_to_the_truth_as_peft(padding_side, tokenizer):
 def test_bare_base_is_evaluated_without_a_prompt(tokenizer):
     base, rows = make_bloom(), random_examples(6, 9)
     total, count = engine_of(base, tokenizer).evaluate(None, rows)
-    batch = collate_padded(rows, 3, "left")
+    batch = collated(rows)
     out = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     assert count == (batch.labels != -100).sum()
     assert total.item() / count == pytest.approx(out.loss.item(), rel=1e-5)
@@ -190,7 +186,7 @@ def test_greedy_answers_are_pefts(virtual, penalty, kind, tokenizer):
 def test_batched_greedy_answers_are_pefts(kind, tokenizer):
     base, values = make_bloom(seed=3).requires_grad_(False), random_init(4)(torch.empty(1, 32))
     examples = [Example(row.input_ids, row.input_ids) for row in random_examples(5, 9)]
-    batch = collate_padded(examples, 3, "left")
+    batch = collated(examples)
     peer = peft_model(base, values).generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -211,7 +207,7 @@ def test_our_adapter_in_peft(tmp_path):
     adapter = Adapter(values, peft_config("some/base", base.config, values, "RANDOM"), {"template": "default"})
     write_folder(tmp_path / "adapter", adapter_files(adapter))
     rows = random_examples(4, 9)
-    batch = collate_padded(rows, 3, "left")
+    batch = collated(rows)
     expected, _ = padded_forward(base, values, batch)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
     logits = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -254,13 +250,13 @@ def test_the_mini_base_is_pefts_too(mini_base, padding_side):
     examples = tokenize(rows, tokenizer, Template(), 256).examples
     values = random_init(10)(torch.empty(1, base.config.hidden_size))
     true_loss, truth, true_logits = theirs(base, values, examples, padding_side)
-    loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 4, padding_side), values, examples)
-    logits, _ = padded_forward(base, values, collate_padded(examples, tokenizer.pad_token_id, padding_side))
+    loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 4), values, examples)
+    logits, _ = padded_forward(base, values, collated(examples, tokenizer.pad_token_id, padding_side))
     assert torch.equal(logits, true_logits)
     assert loss == pytest.approx(true_loss, rel=1e-5)
     assert relative(gradient, truth) < 1e-5
     _, peer, _ = theirs(base, values, examples, padding_side, torch.bfloat16)
-    engine = engine_of(copy.deepcopy(base), tokenizer, 9, padding_side, torch.bfloat16)
+    engine = engine_of(copy.deepcopy(base), tokenizer, 9, torch.bfloat16)
     loss, gradient = ours(engine, values, examples)
     assert loss == pytest.approx(true_loss, rel=2**-6)
     assert relative(gradient, truth) < max(1.5 * relative(peer, truth), 2**-8)

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from peers import peft_model, peft_prompt
+from peers import collated, peft_model, peft_prompt
 
-from softprompt.batching import collate_padded
 from softprompt.data import count_targets, tokenize
 from softprompt.model import PaddedEngine, load_base, load_tokenizer
 from softprompt.prompt import PromptEmbedding, random_init
@@ -29,7 +28,7 @@ def test_a_step_of_real_rows_is_pefts(shared):
 
     peer, peer_loss = peft_model(base, values), 0.0
     for start in range(0, 32, 4):
-        batch = collate_padded(window[start : start + 4], tokenizer.pad_token_id, "left")
+        batch = collated(window[start : start + 4], tokenizer.pad_token_id)
         out = peer(**batch._asdict(), num_items_in_batch=torch.tensor(targets))
         out.loss.backward()
         peer_loss += out.loss.item()
