@@ -76,21 +76,20 @@ def why_no_answers(base: PreTrainedModel) -> str | None:
 
 
 def check_vocabulary(tokenizer: Any, base: PreTrainedModel, name: str) -> None:
-    """Refuse a tokenizer whose words the base does not have. Special tokens beyond the embeddings are left alone
-    (Gemma 3's text models have one for images), as long as no row has one: see `check_ids`. A pad token beyond them
-    becomes the end token, since pads are masked anyway.
+    """Refuse a tokenizer whose words the base does not have. Tokens that were added to it are left alone (Gemma 3's
+    text models have one for images, beyond the embeddings), as long as no text has one: see `check_ids`. A pad token
+    beyond the embeddings becomes the end token, since pads are masked anyway.
 
     Raises:
         ModelError: a word or the end token has an id beyond the word embeddings.
     """
-    V, special = base.get_input_embeddings().num_embeddings, set(tokenizer.all_special_ids)
-    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    words = [id for id in tokenizer.get_vocab().values() if id not in special]
-    largest = max(words, default=0)
-    if largest >= V or tokenizer.eos_token_id >= V:
+    V, added = base.get_input_embeddings().num_embeddings, tokenizer.added_tokens_decoder.keys()
+    largest = max((id for id in tokenizer.get_vocab().values() if id not in added), default=0)
+    largest = max(largest, tokenizer.eos_token_id)
+    if largest >= V:
         raise ModelError(
-            f"{name}: its tokenizer has {max(largest, tokenizer.eos_token_id) + 1:,} words, but its embeddings have "
-            f"{V:,} rows; take the tokenizer that belongs to the base, or resize the base's embeddings"
+            f"{name}: its tokenizer has {largest + 1:,} words, but its embeddings have {V:,} rows; take the tokenizer "
+            "that belongs to the base, or resize the base's embeddings"
         )
     if tokenizer.pad_token_id >= V:
         tokenizer.pad_token = tokenizer.eos_token
@@ -101,9 +100,15 @@ def check_ids(ids: Iterable[int], base: PreTrainedModel, where: str) -> None:
     V = base.get_input_embeddings().num_embeddings
     if (largest := max(ids, default=0)) >= V:
         raise ConfigError(
-            f"{where}: token id {largest:,} is beyond the {V:,} rows of the base's word embeddings; take that special "
-            "token out of the text"
+            f"{where}: token id {largest:,}, which was added to the tokenizer, is beyond the {V:,} rows of the base's "
+            "word embeddings; take that token out of the text, or resize the base's embeddings"
         )
+
+
+def check_start(text: str | None, tokenizer: Any, base: PreTrainedModel) -> None:
+    """Raises ConfigError, as of `check_ids`, for the text that a prompt starts from."""
+    if text:
+        check_ids(tokenizer(text)["input_ids"], base, "--prompt_tuning_init_text")
 
 
 def check_positions(positions: int | None, P: int, tokens: int, where: str, way: str = "") -> None:

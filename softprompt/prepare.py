@@ -12,7 +12,7 @@ from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
-from softprompt.capabilities import Extent, check_rows, check_vocabulary, why_no_answers
+from softprompt.capabilities import Extent, check_rows, check_start, check_vocabulary, why_no_answers
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
@@ -193,6 +193,7 @@ def _loaded(
     if checkpoint and not config.training.ignore_data_skip:
         check_fingerprints(begun.fingerprints, fingerprints, checkpoint)
     check_vocabulary(tokenizer, base, path)
+    check_start(config.prompt.prompt_tuning_init_text, tokenizer, base)
     quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)

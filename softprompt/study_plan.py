@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
-from softprompt.capabilities import Extent, check_rows, check_takes_prompt, check_vocabulary, on_meta_device
+from softprompt.capabilities import (
+    Extent,
+    check_rows,
+    check_start,
+    check_takes_prompt,
+    check_vocabulary,
+    on_meta_device,
+)
 from softprompt.data import Example
 from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError
@@ -123,6 +130,7 @@ def _check(cell: Cell, material: Material) -> None:
     if not material.held_out:
         raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
     initialiser(cell.config, material.tokenizer, len(material.tokenizer))
+    check_start(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
     check_rows(material.base, _length(cell, material), cell.config.data.max_length, material.extent)
     if cell.rows and cell.rows > len(material.examples):
         there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"

@@ -332,6 +332,9 @@ def test_a_special_token_beyond_the_base_is_refused_where_a_text_has_it(engine, 
     strange = [*ROWS, {"instruction": "<image>", "input": "", "output": "ok"}]
     code, _, err = called(train, training(tmp_path / "base", tmp_path / "r", *given, rows=strange), capsys, monkeypatch)
     assert code == 2 and "300" in err and not (tmp_path / "r").exists()
+    start = ["--prompt_tuning_init", "TEXT", "--prompt_tuning_init_text", "a <image>"]
+    code, _, err = called(train, training(tmp_path / "base", tmp_path / "r", *given, *start), capsys, monkeypatch)
+    assert code == 2 and "--prompt_tuning_init_text" in err and not (tmp_path / "r").exists()
     code, _, err = called(train, training(tmp_path / "base", tmp_path / "r", *given), capsys, monkeypatch)
     assert code == 0, err
     asked = ["--adapter", tmp_path / "r", *given, "--max_new_tokens", "2", "--prompt"]
