@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
 from softprompt.answering import answered
 from softprompt.build import base_path
+from softprompt.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
 from softprompt.config import train_config
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble
-from softprompt.errors import ConfigError
+from softprompt.errors import ConfigError, ModelError
 from softprompt.faults import bits_faults, bits_of, precision_faults
 from softprompt.fields import AUTO
 from softprompt.generate import search_beams
@@ -69,13 +70,16 @@ class SoftPromptModel:
         settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base.
 
         Raises:
-            ModelError: a base that transformers loaded quantised.
+            ModelError: a base that transformers loaded quantised, a tokenizer with words that the base does not have, or as
+                of `model.check_forward`.
+            ConfigError: as of `engines.engine_for_inference`.
         """
         refuse_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}
         self.active_adapter, self.quantised = "default", quantised is not None
+        check_vocabulary(tokenizer, base, self.name)
         self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
         self.generator = generator_beside(self.engine, base, tokenizer)
 
@@ -193,21 +197,25 @@ class SoftPromptModel:
 
         Raises:
             ConfigError: an unknown or impossible setting, or a question that leaves no room for an answer.
+            ModelError: a base that cannot answer behind a prompt.
             DataError: a row without the template's columns.
             AdapterError: an unknown adapter.
         """
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed  # follows torch.manual_seed
-        asked = []
+        if self.generator is None:
+            raise ModelError(f"{self.name}: {why_no_answers(self.base)}; --choices and --eval_dataset work without it")
+        asked, positions = [], max_positions(self.base)
         for number, one in enumerate(self._posed(prompts, adapter, where)):
             chosen = merged_settings(one.tuned.generation, settings)
-            told_of(one.where, chosen.new_tokens, len(one.ids))
             if chosen.num_beams > 1 and self.quantised:
                 raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
             samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
             seeds = [seed_of(seed, number, sample) for sample in samples]
-            asked.append([Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds])
+            requests = [Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds]
+            told_of(one.where, requests[0].new_tokens, positions)
+            asked.append(requests)
         search = partial(search_beams, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
         return answered(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
@@ -260,9 +268,17 @@ class SoftPromptModel:
         return self.adapters.get(name) or Tuned()
 
     def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[Posed]:
-        return posed(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
+        asked = posed(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
+        for one in asked:
+            check_ids(one.ids, self.base, one.where)
+        return asked
 
     def _scores(self, asked: Sequence[Posed], answers: Sequence[str]) -> list[list[float]]:
         templates = [one.tuned.template for one in asked]
         examples = answer_examples([one.ids for one in asked], answers, templates, self.tokenizer)
+        positions = max_positions(self.base)
+        for one, behind in zip(asked, examples, strict=True):
+            P = 0 if one.tuned.prompt is None else len(one.tuned.prompt)
+            for example in behind:
+                check_positions(positions, P, len(example.input_ids), one.where, "shorten it or the choices")
         return log_likelihoods(self.engine, [one.tuned.prompt for one in asked], examples)

@@ -10,6 +10,7 @@ from softprompt.fields import option
 # that are visible beside 1; the others start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
+DEFAULT_MAX_LENGTH = 256
 DEFAULT_VOCAB_POPULATION = 5000  # of the words beside class labels, as in google-research/prompt-tuning
 DEFAULT_BUFFER_SIZE, MOST_BUFFERED = 10_000, 1_000_000_000
 NEWEST = "newest"  # what --resume_from_checkpoint means without a value
@@ -84,7 +85,7 @@ class DataArguments:
         "Prompt text: a format string over the columns ('Q: {instruction}\\nA: '), or `chat` for the tokenizer's chat "
         "template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', stripped as the article does)",
     )
-    max_length: int = option(256, "Tokens of a row, prompt and answer together; what is longer is cut.")
+    max_length: int = option(DEFAULT_MAX_LENGTH, "Tokens of a row, prompt and answer together; what is longer is cut.")
     truncation_side: Literal["output", "input"] = option(
         "output", "Where a row that is too long is cut: at its end (output), or in its input, so the answer is kept."
     )

@@ -2,6 +2,7 @@
 what an exported model needs of us is in its tokenizer's own files."""
 
 import json
+import re
 import string
 from typing import Any
 
@@ -43,6 +44,11 @@ def new_words(tokenizer: Any, P: int) -> list[str]:
         if not taken.keys() & set(words):
             return words
     raise AssertionError("a thousand prompts in one vocabulary")
+
+
+def prompt_words(tokenizer: Any) -> list[int]:
+    """Ids of the words that exports have added to a tokenizer."""
+    return [id for word, id in tokenizer.get_vocab().items() if re.fullmatch(r"<\|softprompt\d*_\d+\|>", word)]
 
 
 def teach(tokenizer: Any, template: Template, P: int) -> list[int]:

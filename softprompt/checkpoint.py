@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from softprompt.capabilities import layers_and_heads
 from softprompt.errors import AdapterError, OutputError
 from softprompt.fields import is_text
 from softprompt.files import read_inside, remove_folder
@@ -61,13 +62,14 @@ def peft_config(
     PEFT knows no CLASS_LABELS. It takes the name unchecked, but a reader that makes its PromptTuningInit of it fails,
     so what is written is the nearest that it knows; the card and the checkpoint have the labels.
     """
+    num_layers, num_attention_heads = layers_and_heads(base_config)
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "modules_to_save": None,
-        "num_attention_heads": base_config.num_attention_heads,
-        "num_layers": base_config.num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_layers": num_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": prompt.shape[0],
         "peft_type": "PROMPT_TUNING",

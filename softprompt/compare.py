@@ -53,7 +53,7 @@ class Judge:
     and at most 20. The bare base (whose prompt is None) is asked in the template of `like`."""
 
     engine: Engine
-    generator: Generator
+    generator: Generator | None
     tokenizer: Any
     dataset: str
     max_length: int

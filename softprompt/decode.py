@@ -7,9 +7,10 @@ as one stream through the blocks. An answer that ends leaves its place to one th
 """
 
 import hashlib
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,28 +23,43 @@ from softprompt.requests import Request
 from softprompt.sampling import OnToken, Writer, Writers, choose
 from softprompt.weights import Weights
 
-KEPT_PROMPTS = 64  # whose keys and values stay in memory
+KEPT_BYTES = 256 * 2**20  # of the prompts' keys and values that stay in memory
+
+
+class _Kept(NamedTuple):
+    """A prompt's keys and values, and a reference to the prompt that asked for them last; it takes them out of the
+    cache when that prompt is deleted."""
+
+    prefix: Prefix
+    prompt: weakref.ref[Tensor] | None
 
 
 class Prefixes:
-    """The prompts' keys and values, each computed once. They are found by the prompt's content, so a prompt that was
-    trained further, or replaced, is never served from before; the one that was not asked for longest goes first."""
+    """Least-recently-used cache of the prompts' keys and values, of at most `KEPT_BYTES`. They are found by the
+    prompt's content, so one that was trained further, or replaced, is never served from before. They stay no longer
+    than the prompt itself: what an evaluation during training asks for once is not kept."""
 
     def __init__(self, weights: Weights):
-        self._weights, self._kept = weights, OrderedDict[bytes, Prefix]()
+        self._weights, self._kept = weights, OrderedDict[bytes, _Kept]()
 
     @torch.inference_mode()
     def __call__(self, prompt: Tensor | None) -> Prefix:
-        """prompt: [P, H], or None for none."""
+        """prompt: [P, H], or None for none. Its content is hashed at every call, so call it once for many requests."""
         device = self._weights.head.device
         values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
         digest = hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
-        if digest not in self._kept:
-            self._kept[digest] = run_prompt(self._weights, values.to(device))
-        self._kept.move_to_end(digest)
-        while len(self._kept) > KEPT_PROMPTS:
+        kept = self._kept.pop(digest, None)
+        prefix = kept.prefix if kept else run_prompt(self._weights, values.to(device))
+        owner = None if prompt is None else weakref.ref(prompt, lambda _: self._kept.pop(digest, None))
+        self._kept[digest] = _Kept(prefix, owner)
+        while self.kept_bytes > KEPT_BYTES:
             self._kept.popitem(last=False)
-        return self._kept[digest]
+        return prefix
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the cache holds."""
+        return sum(layer.nbytes for kept in self._kept.values() for layer in kept.prefix.layers)
 
 
 class PackedGenerator:
@@ -73,7 +89,8 @@ class PackedGenerator:
     def _generate(
         self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
-        prefixes = {id(w.prompt): self.prefixes(w.prompt) for w in writers}
+        prompts = {id(w.prompt): w.prompt for w in writers}
+        prefixes = {key: self.prefixes(prompt) for key, prompt in prompts.items()}
         waiting = deque(Place(w, prefixes[id(w.prompt)]) for w in writers)
         most = min(batch_size, len(waiting))
         while waiting:
@@ -90,7 +107,8 @@ class PackedGenerator:
         self, places: list[Place], waiting: deque[Place], most: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
         """Until no one waits, or memory runs out: then `places` holds whose answers are not finished."""
-        memory = self._memory(most, max(place.P + place.writer.most for place in waiting))
+        width = max(place.P + place.writer.most for place in waiting)
+        memory = self._memory(most, width, waiting[0].prefix.layers[0])  # in the dtype that attention takes
         while self._let_in_and_out(memory, places, waiting, most):
             tokens = choose(self._run(memory, places), [place.writer for place in places])
             for place, token in zip(places, tokens, strict=True):
@@ -99,8 +117,7 @@ class PackedGenerator:
             yield from [(p.writer.number, p.writer.answer) for p in places if p.writer.done]
 
     @torch.inference_mode()
-    def _memory(self, places: int, width: int) -> Memory:
-        like = self.prefixes(None).layers[0]  # in the dtype that attention takes
+    def _memory(self, places: int, width: int, like: Tensor) -> Memory:
         return Memory(self.weights.shape, places, width, like)
 
     @torch.inference_mode()

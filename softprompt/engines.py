@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from softprompt.capabilities import why_no_answers
 from softprompt.config import TrainConfig
 from softprompt.decode import PackedGenerator
 from softprompt.errors import ConfigError
@@ -101,10 +102,13 @@ def engine_for_inference(
     return PaddedEngine(base, tokenizer, batch_size, dtype)
 
 
-def generator_beside(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator:
-    """The generator that goes with an engine, over the same weights."""
+def generator_beside(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
+    """The generator that goes with an engine, over the same weights; None where the base cannot answer behind a prompt
+    (see `capabilities.why_no_answers`)."""
     if isinstance(engine, PackedEngine):
         return PackedGenerator(engine.weights, tokenizer)
+    if why_no_answers(base):
+        return None
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)
 
 

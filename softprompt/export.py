@@ -19,15 +19,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from softprompt.build import base_path, check_fits
+from softprompt.capabilities import check_vocabulary, sizes_named, text_config
 from softprompt.card import plain_model_card
-from softprompt.chat_template import teach
+from softprompt.chat_template import prompt_words, teach
 from softprompt.checkpoint import Adapter, load_adapter
 from softprompt.cli import command, parse_export
 from softprompt.errors import AdapterError, OutputError
 from softprompt.export_config import ExportConfig, export_config
 from softprompt.files import check_writable, new_folder
 from softprompt.infer_config import generation_faults
-from softprompt.model import load_tokenizer, read_base, word_embeddings
+from softprompt.model import check_forward, load_tokenizer, read_base, word_embeddings
 from softprompt.plain import to_plain
 from softprompt.requests import GenerationSettings
 from softprompt.template import Template
@@ -65,13 +66,15 @@ def _export(config: ExportConfig) -> str:
         raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
     template, settings = _saved(config.adapter, adapter)
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
+    check_vocabulary(tokenizer, base, name)
+    check_forward(base, base.dtype)
     _check_base(config.adapter, adapter, base, name)
     dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
     ids = teach(tokenizer, template, P)
     constant = to_plain(base, adapter.prompt, ids, dtype)
-    base.generation_config = generation_config(base.generation_config, tokenizer, settings, ids)
+    base.generation_config = generation_config(tokenizer, settings, ids)
     words = tokenizer.convert_ids_to_tokens(ids)
     _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))
     guard = (
@@ -80,21 +83,18 @@ def _export(config: ExportConfig) -> str:
     return f"{output}: {name} and {P} new words, {words[0]} to {words[-1]} (never generated: {guard})"
 
 
-def generation_config(
-    of_base: GenerationConfig | None, tokenizer: Any, settings: Mapping[str, Any], ids: list[int]
-) -> GenerationConfig:
-    """The adapter's `settings` over the base's, with the new words `ids` suppressed. They count in transformers'
-    max_length, which is therefore larger by their number."""
-    values = {k: v for k, v in (of_base.to_diff_dict() if of_base else {}).items() if not k.startswith("_")}
-    values.update({name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED})
+def generation_config(tokenizer: Any, settings: Mapping[str, Any], ids: list[int]) -> GenerationConfig:
+    """The adapter's `settings`, with the new words `ids` suppressed, and those of earlier exports that the tokenizer
+    has. The new words count in transformers' max_length, which is therefore larger by their number. What the base's own
+    generation_config says has no effect, as in infer.py."""
+    values = {name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED}
     if settings.get("max_new_tokens") is not None:
         values.pop("max_length", None)
     else:
         values["max_length"] = settings["max_length"] + len(ids)
     if not values["do_sample"]:
         values = {name: value for name, value in values.items() if name not in SAMPLING}
-    values.pop("transformers_version", None)
-    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or []), *ids})
+    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), *ids, *prompt_words(tokenizer)})
     ends = list(settings.get("eos_token_id") or ()) or tokenizer.eos_token_id
     values |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     return GenerationConfig(**values)
@@ -115,8 +115,8 @@ def _saved(folder: str, adapter: Adapter) -> tuple[Template, dict[str, Any]]:
 def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
     """Refuse a base of other sizes than the adapter names; warn of another name."""
     check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
-    for key, field in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
-        wanted, found = adapter.config.get(key), getattr(base.config.get_text_config(), field, None)
+    for key, found in sizes_named(base.config).items():
+        wanted = adapter.config.get(key)
         if None not in (wanted, found) and wanted != found:
             raise AdapterError(
                 f"adapter {folder}: was learned for a base with {key} {wanted}, but {name} has {found}; "
@@ -137,7 +137,7 @@ def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype)
     while not above.exists():
         above = above.parent
     V, H = word_embeddings(base).weight.shape
-    tied = bool(base.config.get_text_config().tie_word_embeddings)
+    tied = bool(text_config(base.config).tie_word_embeddings)
     values = sum(p.numel() for p in base.parameters()) + 2 * P * H + (V * H if tied else 0)
     needed, free = values * dtype.itemsize + (64 << 20), shutil.disk_usage(above).free  # tokenizer, card
     if free < needed:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from softprompt.capabilities import why_no_answers
 from softprompt.checkpoint import PROMPT_KEY
 from softprompt.data import Example, Tokenized, count_targets
 from softprompt.evaluate import Evaluation, answer_ids, question_ids
@@ -105,7 +106,8 @@ def examples_of(
         answers = _answers(run, generator, examples[:WRITTEN])
         found["new_tokens"] = NEW_TOKENS
     else:
-        return {**found, "left_out": "with this base each token of an answer would read or gather the base once more"}
+        streamed = "with this base each token of an answer would read or gather the base once more"
+        return {**found, "left_out": why_no_answers(run.base) or streamed}
     for example, (alone, tuned) in zip(examples, answers, strict=False):
         question, expected = (_text(run.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})

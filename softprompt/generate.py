@@ -8,8 +8,16 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from softprompt.capabilities import max_positions
 from softprompt.memory import fewer_at_once
 from softprompt.model import autocast, word_embeddings
 from softprompt.requests import Request
@@ -44,10 +52,13 @@ def in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
 
 
 class TransformersGenerator:
-    """Batches of texts, padded on the left, through the base's own forward and cache."""
+    """Batches of texts, padded on the left, through the base's own forward and cache. Of what the base's files say of
+    generation nothing counts, as with every generator. A batch ends where its longest row has used up the base's
+    positions; the others go on in the next one."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, compute_dtype: torch.dtype):
-        self.base, self.writers, self.compute_dtype = base, Writers(tokenizer), compute_dtype
+        self.base, self.compute_dtype, self.max_positions = base, compute_dtype, max_positions(base)
+        self.writers = Writers(tokenizer, self.max_positions)
         self.pad_token_id = tokenizer.pad_token_id
 
     def __str__(self) -> str:
@@ -80,18 +91,23 @@ class TransformersGenerator:
     def _write(self, writers: Sequence[Writer], ends: Sequence[int], on_token: OnToken | None) -> None:
         embeddings, mask = padded([behind(self.base, w.ids, w.prompt) for w in writers])
         pen = _Pen(writers, self.pad_token_id, on_token)
+        most = max(w.most - len(w.ids) for w in writers)
+        if self.max_positions is not None:
+            most = min(most, self.max_positions - mask.shape[1])
+        settings = GenerationConfig(
+            max_new_tokens=most,
+            eos_token_id=list(ends),
+            pad_token_id=self.pad_token_id,
+            do_sample=False,  # the pen has drawn already
+        )
         with autocast(embeddings.device, self.compute_dtype):
-            cast(Any, self.base).generate(
+            _generate(
+                self.base,
+                settings,
                 inputs_embeds=embeddings,
                 attention_mask=mask,
-                max_new_tokens=max(w.most - len(w.ids) for w in writers),
-                eos_token_id=list(ends),
-                pad_token_id=self.pad_token_id,
                 logits_processor=LogitsProcessorList([pen]),
                 stopping_criteria=StoppingCriteriaList([_AllWritten(writers)]),
-                do_sample=False,  # the pen has drawn already
-                num_beams=1,
-                repetition_penalty=1.0,
             )
 
 
@@ -105,28 +121,28 @@ def search_beams(
     Raises:
         ConfigError: a text that leaves no room for an answer.
     """
-    settings, device, writers = request.settings, word_embeddings(base).weight.device, Writers(tokenizer)
+    settings, device = request.settings, word_embeddings(base).weight.device
+    writers = Writers(tokenizer, max_positions(base))
     writer, text = writers(0, request), torch.tensor([list(request.ids)], device=device)
     embeddings, mask = padded([behind(base, request.ids, request.prompt)])
     shape = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    wanted = GenerationConfig(
+        max_new_tokens=writer.most - writer.text,
+        eos_token_id=list(writers.ends(settings)),
+        pad_token_id=tokenizer.pad_token_id,
+        num_beams=settings.num_beams,
+        num_return_sequences=settings.num_return_sequences,
+        do_sample=settings.do_sample,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        suppress_tokens=list(settings.suppress_tokens) or None,
+        stop_strings=list(settings.stop_strings) or None,
+        **({**shape, "min_p": settings.min_p} if settings.do_sample else {}),
+    )
     with torch.random.fork_rng(), autocast(device, compute_dtype):
         torch.manual_seed(request.seed)
-        found = cast(Any, base).generate(
-            input_ids=text,
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            tokenizer=tokenizer,
-            max_new_tokens=writer.most - writer.text,
-            eos_token_id=list(writers.ends(settings)),
-            pad_token_id=tokenizer.pad_token_id,
-            num_beams=settings.num_beams,
-            num_return_sequences=settings.num_return_sequences,
-            do_sample=settings.do_sample,
-            repetition_penalty=settings.repetition_penalty,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size,
-            suppress_tokens=list(settings.suppress_tokens) or None,
-            stop_strings=list(settings.stop_strings) or None,
-            **({**shape, "min_p": settings.min_p} if settings.do_sample else {}),
+        found = _generate(
+            base, wanted, input_ids=text, inputs_embeds=embeddings, attention_mask=mask, tokenizer=tokenizer
         )
     answers = []
     for ids in found[:, text.shape[1] :].tolist():
@@ -136,6 +152,16 @@ def search_beams(
                 again.take(token)
         answers.append(again.answer)
     return answers
+
+
+def _generate(base: PreTrainedModel, settings: GenerationConfig, **inputs: Any) -> Tensor:
+    """The base's `generate` with these settings alone: transformers fills in what they leave out from the
+    generation_config of the base's files, so that is set aside."""
+    of_files, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        return cast(Any, base).generate(generation_config=settings, **inputs)
+    finally:
+        base.generation_config = of_files
 
 
 def behind(base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None) -> Tensor:

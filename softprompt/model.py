@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompt import hub
 from softprompt.batching import Batch, chunks, collate_padded
+from softprompt.capabilities import check_positions, check_takes_prompt, layers_and_heads, max_positions
 from softprompt.data import Example, count_targets
 from softprompt.errors import ConfigError, ModelError
 from softprompt.loss import cross_entropy_sum
+from softprompt.memory import is_out_of_memory
 from softprompt.prompt import PromptEmbedding
+
+PROBED = 5  # tokens that a base is run on when it is loaded
+_checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`, which are not run again
 
 
 class Engine(Protocol):
@@ -144,25 +150,28 @@ def refuse_quantised(base: PreTrainedModel) -> None:
 
 
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model, frozen and in eval mode: `read_base`, then `freeze`."""
-    return place(freeze(read_base(name_or_path), compute_dtype), device)
+    """A causal language model, frozen and in eval mode: `read_base`, then `freeze`.
+
+    Raises:
+        ModelError: as of `read_base` and `check_forward`.
+    """
+    base = place(freeze(read_base(name_or_path), compute_dtype), device)
+    check_forward(base, compute_dtype)
+    return base
 
 
 def read_base(name_or_path: str) -> PreTrainedModel:
     """A causal language model on the CPU, its weights as they are in its files.
 
     Raises:
-        ModelError: as of `base_config`, or not a model that takes `inputs_embeds`.
+        ModelError: as of `base_config`, or as of `capabilities.check_takes_prompt`.
     """
     from transformers import AutoModelForCausalLM
 
     base_config(name_or_path)
-    base = from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto")
-    if "inputs_embeds" not in inspect.signature(base.forward).parameters:
-        raise ModelError(
-            f"{name_or_path}: {type(base).__name__} takes no inputs_embeds, so no soft prompt can precede its words"
-        )
-    return cast(PreTrainedModel, base)
+    base = cast(PreTrainedModel, from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto"))
+    check_takes_prompt(base, name_or_path)
+    return base
 
 
 def weight_files(name_or_path: str) -> list[Path]:
@@ -297,6 +306,38 @@ def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple
     return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits, labels
 
 
+@torch.no_grad()
+def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Compare `padded_forward` without a prompt with the base's own forward over the same words, at a few tokens. The
+    base sees one more word: it must not change the logits before it. BLOOM, whose forward is known, is not run.
+
+    Raises:
+        ModelError: the logits differ, so this base does more with a word than to look up its embedding, counts
+            positions from elsewhere or looks at later words; or it cannot be run.
+    """
+    if base.config.model_type == "bloom" or base in _checked:
+        return
+    kind, words = type(base).__name__, word_embeddings(base).weight
+    ids = torch.arange(max(0, min(8, len(words) - PROBED)), len(words))[:PROBED].to(words.device)[None]  # [1, T]
+    mask = torch.ones_like(ids)
+    try:
+        with autocast(words.device, compute_dtype):
+            own = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason}") from None
+    off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
+    if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
+        raise ModelError(
+            f"{base.name_or_path}: {kind} gives other logits on word embeddings than on the words (off by {off:.2g} of "
+            f"{size:.2g}): it does more with a word than to look it up, or looks at later words; take another base"
+        )
+    _checked.add(base)
+
+
 class SoftPromptedModel(nn.Module):
     """A frozen base with a prompt before it: what `--print_model` shows and what the parameter line counts."""
 
@@ -329,12 +370,15 @@ class PaddedEngine:
         compute_dtype: torch.dtype,
         rows_per_eval_batch: int | None = None,
     ):
+        """Raises ModelError as of `check_forward`."""
+        check_forward(base, compute_dtype)
         self.base = base
         self.compute_dtype = compute_dtype
         self.device = word_embeddings(base).weight.device
         self.rows_per_microbatch = rows_per_microbatch
         self.rows_per_eval_batch = rows_per_eval_batch or rows_per_microbatch
         self.pad_token_id = tokenizer.pad_token_id
+        self.max_positions = max_positions(base)
 
     def accumulate(
         self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
@@ -359,7 +403,7 @@ class PaddedEngine:
         front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
         sums: list[float] = []
         for some in chunks(rows, self.rows_per_eval_batch):
-            batch = collate_padded(some, self.pad_token_id).to(self.device)
+            batch = self._collated(len(front), some)
             with autocast(self.device, self.compute_dtype):
                 logits, labels = padded_forward(self.base, front, batch)
             each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
@@ -370,17 +414,23 @@ class PaddedEngine:
         return {}
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
-        c, size, words = self.base.config, self.compute_dtype.itemsize, word_embeddings(self.base)
+        size, words = self.compute_dtype.itemsize, word_embeddings(self.base)
+        L, N = layers_and_heads(self.base.config)
         H, V = words.embedding_dim, words.num_embeddings
         width = P + max((len(e.input_ids) for e in window), default=0)
-        layer = 4 * 6 * H + size * 16 * H + (4 + size) * c.num_attention_heads * width  # eager attention's scores
-        return min(self.rows_per_microbatch, len(window)) * width * (c.num_hidden_layers * layer + 3 * 4 * V)
+        layer = 4 * 6 * H + size * 16 * H + (4 + size) * N * width  # eager attention's scores
+        return min(self.rows_per_microbatch, len(window)) * width * (L * layer + 3 * 4 * V)
 
     def __str__(self) -> str:
         return "padded engine"
 
+    def _collated(self, P: int, rows: Sequence[Example]) -> Batch:
+        """Raises ConfigError where a row behind P virtual tokens needs more positions than the base has."""
+        check_positions(self.max_positions, P, max(len(row.input_ids) for row in rows), "a row")
+        return collate_padded(rows, self.pad_token_id).to(self.device)
+
     def _loss(self, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
-        batch = collate_padded(rows, self.pad_token_id).to(self.device)
+        batch = self._collated(len(prompt), rows)
         with autocast(self.device, self.compute_dtype):
             return cross_entropy_sum(*padded_forward(self.base, prompt, batch))
 

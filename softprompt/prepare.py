@@ -12,6 +12,7 @@ from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
+from softprompt.capabilities import Extent, check_rows, check_start, check_vocabulary, why_no_answers
 from softprompt.checkpoint import load_adapter
 from softprompt.config import TrainConfig
 from softprompt.data import Tokenized
@@ -136,7 +137,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
     tell_data(data, held_out, config.data.buffer_size if rows.source else None, ignored)
     feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
-    loaded = _loaded(begun, rows, tokenizer, device, dtype, world, sharded)
+    extent = Extent.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
+    loaded = _loaded(begun, rows, extent, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None
     tell_steps(config, feed, world.size, output_dir, searches)
     return Prepared(
@@ -177,6 +179,7 @@ def _begun(config: TrainConfig, world: World) -> _Begun:
 def _loaded(
     begun: _Begun,
     rows: Rows,
+    extent: Extent,
     tokenizer: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -195,9 +198,12 @@ def _loaded(
         fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
     if checkpoint and not config.training.ignore_data_skip:
         check_fingerprints(begun.fingerprints, fingerprints, checkpoint)
+    check_vocabulary(tokenizer, base, path)
+    check_start(config.prompt.prompt_tuning_init_text, tokenizer, base)
     quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
+    check_rows(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
     prompt = PromptEmbedding(values).to(device)
     shards = shard(base, stored, world) if sharded and stored else None
     engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
@@ -222,6 +228,8 @@ def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
 def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: Tokenized) -> Evaluator:
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
+    elif loaded.generator is None:
+        print(f"held-out rows: loss and perplexity alone; {why_no_answers(loaded.base)}")
     batch_size = config.training.per_device_eval_batch_size
     evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size)
     _check_metric(config, evaluator)
@@ -261,5 +269,6 @@ def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
             f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
-            f"ones have at most {SHORT_ANSWER} tokens, and not with --stream_base; take eval_loss"
+            f"ones have at most {SHORT_ANSWER} tokens, and neither with --stream_base nor with a base that cannot "
+            "answer behind a prompt; take eval_loss"
         )

@@ -13,6 +13,7 @@ import torch
 from softprompt.adapter_folder import adapter_folder
 from softprompt.best import metric_name, noted, patience_is_over
 from softprompt.board import Board, remove_events
+from softprompt.capabilities import why_no_answers
 from softprompt.checkpoint import (
     checkpoints,
     json_bytes,
@@ -61,6 +62,7 @@ class Run:
     before: Evaluation | None
     after: Evaluation | None
     not_pushed: str | None = None  # why it is not on the hub, where --push_to_hub failed
+    no_answers: str | None = None  # why the base cannot answer behind the prompt, where that is so
 
     def __repr__(self) -> str:
         return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
@@ -100,6 +102,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Start the log, and evaluate the bare base, for comparison."""
+        self._adapter_files({})  # what a save needs of the base is looked at now, not after the last step
         self.progress.start(self.run.totals, self.run.history)
         if self.evaluator:
             self.progress.say("evaluating the base without a prompt …")
@@ -177,7 +180,9 @@ class Recorder:
             with self._writing("the run's results"):
                 write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
+        no_answers = why_no_answers(self.run.base)
+        evaluations = (self.evaluator, self.before, after)
+        return Run(self.config, self.output_dir, metrics, size, sample, *evaluations, no_answers=no_answers)
 
     def _tell_rows(self) -> None:
         if told := self.run.feed.told(self.position):

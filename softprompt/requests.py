@@ -55,6 +55,22 @@ class Request:
     prompt: Tensor | None = None
     seed: int = 0
 
+    def new_tokens(self, max_positions: int | None = None) -> int:
+        """How many tokens the answer may have over a base of `max_positions` (None: as many as one likes).
+
+        Raises:
+            ConfigError: as of `GenerationSettings.new_tokens`, or the text fills the base's positions by itself.
+        """
+        room, P = self.settings.new_tokens(len(self.ids)), 0 if self.prompt is None else len(self.prompt)
+        if max_positions is None:
+            return room
+        if P + len(self.ids) >= max_positions:
+            raise ConfigError(
+                f"{P} virtual tokens and a prompt of {len(self.ids)} leave no room for an answer within the "
+                f"{max_positions:,} positions of this base; shorten the prompt"
+            )
+        return min(room, max_positions - P - len(self.ids))
+
 
 def seed_of(seed: int, number: int, sample: int = 0) -> int:
     """Seed of one answer: the first 8 bytes of BLAKE2b over "seed number sample" in decimal digits. It depends on

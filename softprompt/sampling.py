@@ -27,11 +27,18 @@ class Writer:
     """One answer as it grows: `ids` are the text's and the answer's tokens so far, as PEFT shows them to processors and
     criteria: no virtual ones, no padding. `number` is the request's among its fellows."""
 
-    def __init__(self, number: int, request: Request, ends: frozenset[int], stop: StopStringCriteria | None):
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        ends: frozenset[int],
+        stop: StopStringCriteria | None,
+        max_positions: int | None = None,
+    ):
         self.number, self.settings, self.prompt = number, request.settings, request.prompt
         self.ids = list(request.ids)
         self.text = len(self.ids)  # tokens of the text alone
-        self.most = self.text + request.settings.new_tokens(self.text)
+        self.most = self.text + request.new_tokens(max_positions)
         self.seed, self.generator = request.seed, torch.Generator()
         self.done = False
         self.rewind()
@@ -61,9 +68,11 @@ class Writer:
 
 
 class Writers:
-    """Makes writers: knows the tokenizer's end token, and keeps what is costly to make for its vocabulary."""
+    """Makes writers: knows the tokenizer's end token and the base's `max_positions`, and keeps what is costly to make
+    for its vocabulary."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, max_positions: int | None = None):
+        self._max_positions = max_positions
         self._tokenizer, self._stops = tokenizer, dict[tuple[str, ...], StopStringCriteria]()
 
     def __call__(self, number: int, request: Request) -> Writer:
@@ -71,7 +80,8 @@ class Writers:
         settings = request.settings
         if settings.stop_strings and settings.stop_strings not in self._stops:
             self._stops[settings.stop_strings] = StopStringCriteria(self._tokenizer, list(settings.stop_strings))
-        return Writer(number, request, frozenset(self.ends(settings)), self._stops.get(settings.stop_strings))
+        ends, stop = frozenset(self.ends(settings)), self._stops.get(settings.stop_strings)
+        return Writer(number, request, ends, stop, self._max_positions)
 
     def ends(self, settings: GenerationSettings) -> tuple[int, ...]:
         return settings.eos_token_id or (self._tokenizer.eos_token_id,)

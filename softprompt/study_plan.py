@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
+from softprompt.capabilities import (
+    Extent,
+    check_rows,
+    check_start,
+    check_takes_prompt,
+    check_vocabulary,
+    on_meta_device,
+)
 from softprompt.data import Example, Tokenized
 from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError
@@ -23,13 +33,14 @@ MOST_LETTERS = 100  # of a folder's name, before its hash
 
 @dataclass(frozen=True)
 class Material:
-    """What cells over the same base and rows share: the base's configuration and tokenizer, examples to train on and
-    held-out ones, and the fingerprints of all that is in files."""
+    """What cells over the same base and rows share: the base's modules on the meta device and its tokenizer, examples
+    to train on and held-out ones, how far these reach, and the fingerprints of all that is in files."""
 
-    base_config: Any
+    base: PreTrainedModel
     tokenizer: Any
     examples: list[Example]
     held_out: list[Example]
+    extent: Extent
     fingerprints: dict[str, str]
 
 
@@ -73,15 +84,15 @@ class _Shelf:
     """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
 
     def __init__(self) -> None:
-        self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
+        self.bases: dict[str, tuple[PreTrainedModel, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], Extent, str]] = {}
 
     def material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
         if name not in self.bases:
             self.bases[name] = _base(name)
-        base_config, tokenizer, prints = self.bases[name]
+        base, tokenizer, prints = self.bases[name]
         template = template_of(config)
         if config.data not in self.rows:
             self.rows[config.data] = read_rows(config, template)
@@ -91,9 +102,11 @@ class _Shelf:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
             _tell(config.data.dataset, rows, data, of_held_out)
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
-            self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
-        examples, held_out_examples, of_rows = self.tokenized[key]
-        return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+            held_out = of_held_out.examples if of_held_out else []
+            extent = Extent.of(e.input_ids for e in (*data.examples, *held_out))
+            self.tokenized[key] = (data.examples, held_out, extent, of_rows)
+        examples, held_out, extent, of_rows = self.tokenized[key]
+        return Material(base, tokenizer, examples, held_out, extent, {**prints, "dataset": of_rows})
 
 
 def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized | None) -> None:
@@ -102,8 +115,8 @@ def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized 
         print(line)
 
 
-def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
-    """A base's configuration and tokenizer, and the fingerprints of the tokenizer and of the base's files."""
+def _base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
+    """A base without its values, its tokenizer, and the fingerprints of the tokenizer and of the base's files."""
     path = base_path(name)
     config = base_config(path)
     tokenizer = load_tokenizer(path)
@@ -111,27 +124,37 @@ def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
     prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
-    return config, tokenizer, prints
+    base = on_meta_device(config, name)
+    check_takes_prompt(base, name)
+    check_vocabulary(tokenizer, base, name)
+    return base, tokenizer, prints
 
 
 def _check(cell: Cell, material: Material) -> None:
     """Raises ConfigError where a cell cannot work."""
-    trains_packed(cell.config, material.base_config, resolve_device(cell.config.model.device))
+    trains_packed(cell.config, material.base.config, resolve_device(cell.config.model.device))
     if not material.held_out:
         raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
     initialiser(cell.config, material.tokenizer, len(material.tokenizer))
+    check_start(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
+    check_rows(material.base, _length(cell, material), cell.config.data.max_length, material.extent)
     if cell.rows and cell.rows > len(material.examples):
         there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
 
 
+def _length(cell: Cell, material: Material) -> int:
+    """The number of its virtual tokens."""
+    prompt = cell.config.prompt
+    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
+        return len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
+    return prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
+
+
 def _identity(cell: Cell, material: Material) -> str:
     """What its settings come to with its rows and its tokenizer."""
-    prompt, rows = cell.config.prompt, cell.rows
-    length = prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
-    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
-        length = len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
-    resolved = {"num_virtual_tokens": length, "rows": None if rows == len(material.examples) else rows}
+    rows = cell.rows
+    resolved = {"num_virtual_tokens": _length(cell, material), "rows": None if rows == len(material.examples) else rows}
     return repr({**cell.settings(), **resolved})
 
 

@@ -14,8 +14,9 @@ WIDTH = 44
 
 
 def summary(run: Run) -> str:
-    """A table of figures, held-out examples before and after, and the infer.py command."""
-    parts = [_figures(run), _examples(run), f"Try: {infer_command(run)}"]
+    """A table of figures, held-out examples before and after, and the infer.py command or why there is none."""
+    instead = f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it"
+    parts = [_figures(run), _examples(run), instead if run.no_answers else f"Try: {infer_command(run)}"]
     return "\n" + "\n\n".join(part for part in parts if part)
 
 

@@ -113,14 +113,42 @@ def test_a_changed_prompt_is_never_served_from_before(tokenizer):
         assert torch.allclose(kept.last, anew.last) and torch.allclose(kept.layers[1], anew.layers[1])
 
 
-def test_prompts_are_kept_up_to_a_number(tokenizer, monkeypatch):
-    monkeypatch.setattr(decode, "KEPT_PROMPTS", 2)
+def test_prompts_are_kept_up_to_so_many_bytes(tokenizer, monkeypatch):
+    """2 layers · keys and values · 2 tokens · 32 numbers of 4 bytes = 1,024 bytes a prompt."""
+    monkeypatch.setattr(decode, "KEPT_BYTES", 2 * 1024)
     weights = Counted(freeze(make_bloom(), FP32), FP32)
     prefixes = decode.Prefixes(weights)
     a, b, c = (torch.full((2, 32), value) for value in (1.0, 2.0, 3.0))
     for prompt in (a, b, a, c, a, b):  # b goes when c comes, as a was asked for later
         prefixes(prompt)
+        assert prefixes.kept_bytes <= 2 * 1024
     assert len(weights.calls) == 2 * 4
+    large = torch.ones(5, 32)  # 2,560 bytes: served, and not kept
+    assert len(prefixes(large).layers[0]) == 5 and prefixes.kept_bytes <= 2 * 1024
+
+
+def test_what_is_kept_of_a_prompt_goes_with_it(tokenizer):
+    """Every evaluation during training asks for another prompt, once; one that stays is run once."""
+    weights = Counted(freeze(make_bloom(), FP32), FP32)
+    generator = PackedGenerator(weights, tokenizer)
+    stays, parameter = torch.ones(2, 32), torch.nn.Parameter(torch.randn(2, 32))
+    for _ in range(5):
+        for prompt in (stays, parameter.detach()):
+            dict(generator.generate([Request([5, 6], GREEDY, prompt)]))
+        del prompt
+        parameter.data.add_(1.0)
+        assert generator.prefixes.kept_bytes == 1024
+    weights.calls.clear()
+    generator.prefixes(stays)
+    assert not weights.calls
+
+
+def test_a_prompt_is_hashed_once_for_all_requests_behind_it(tokenizer, monkeypatch):
+    hashed, blake2b = [], decode.hashlib.blake2b
+    monkeypatch.setattr(decode.hashlib, "blake2b", lambda content: hashed.append(content) or blake2b(content))
+    generator, prompt = generator_of("packed", freeze(make_bloom(), FP32), tokenizer), torch.randn(2, 32)
+    dict(generator.generate([Request([5 + i], GREEDY, prompt) for i in range(20)], 4))
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded"])

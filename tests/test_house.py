@@ -11,6 +11,7 @@ PACKAGE = ROOT / "softprompt"
 # Each module and what it may import of ours; one way for data to flow, no going back.
 MAY_IMPORT = {
     "redact": set(),
+    "capabilities": {"arguments", "errors"},
     "errors": {"redact"},
     "hub": {"redact"},
     "fields": {"errors"},
@@ -84,12 +85,23 @@ MAY_IMPORT = {
     "places": {"attention", "bloom", "sampling", "weights"},
     "decode": {"bloom", "memory", "places", "products", "requests", "sampling", "weights"},
     "engines": {
-        *("config", "decode", "errors", "generate", "layerwise", "memory", "model", "packed", "quantised"),
+        *(
+            "capabilities",
+            "config",
+            "decode",
+            "errors",
+            "generate",
+            "layerwise",
+            "memory",
+            "model",
+            "packed",
+            "quantised",
+        ),
         *("sharded", "stored", "streamed", "weights"),
     },
-    "model": {"batching", "data", "errors", "hub", "loss", "prompt"},
-    "checkpoint": {"errors", "fields", "files"},
-    "generate": {"memory", "model", "requests", "sampling"},
+    "model": {"batching", "capabilities", "data", "errors", "hub", "loss", "memory", "prompt"},
+    "checkpoint": {"capabilities", "errors", "fields", "files"},
+    "generate": {"capabilities", "memory", "model", "requests", "sampling"},
     "answering": {"generate", "requests", "streaming"},
     "passages": {"data", "errors", "readers"},
     "confusion": {"scores", "tables"},
@@ -124,7 +136,7 @@ MAY_IMPORT = {
     "progress": {"board", "files", "redact", "resume", "trainer"},
     "nearest": set(),
     "record": {"checkpoint", "errors", "files", "lock", "resume", "trainer"},
-    "facts": {"checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
+    "facts": {"capabilities", "checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
     "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
     "pictures": set(),
     "page": {"arguments", "config", "errors", "pictures", "record", "redact"},
@@ -145,7 +157,8 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "charts": {"points"},
     "study_page": {"claims", "points"},
     "study_plan": {
-        *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+        *("arguments", "build", "capabilities", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake"),
+        *("model",),
     },
     "cells": {
         *("adapter_folder", "arguments", "build", "checkpoint", "data", "determinism", "engines", "points"),
@@ -167,6 +180,7 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
 }
 MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
     "build",
+    "capabilities",
     "card",
     "chat_template",
     "checkpoint",
