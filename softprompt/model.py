@@ -1,6 +1,5 @@
 """The frozen base, the prompt in front of it, and the plain engine: padded rows through the base's own forward."""
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
