@@ -243,7 +243,7 @@ class Recorder:
         totals = self.progress.totals
         return {
             "epoch": round(totals.epoch, 4),
-            "train_loss": totals.mean_loss,
+            **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
             "train_runtime": round(seconds, 2),
             "train_tokens_per_second": round(totals.tokens_per_second, 1),
             **evaluations,
