@@ -11,9 +11,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from softprompt.board import Board
-from softprompt.files import write_files
 from softprompt.redact import redacted
 from softprompt.resume import metrics_file
+from softprompt.run_files import run_files
 from softprompt.trainer import Metrics, Step
 
 
@@ -112,7 +112,7 @@ class Progress:
         self._show(self.stream.flush)
 
     def _write_whole(self) -> None:
-        write_files(self.metrics_file.parent, {self.metrics_file.name: metrics_file(self.history)})
+        run_files(self.metrics_file.parent).write({self.metrics_file.name: metrics_file(self.history)})
 
     def _append(self, record: Metrics) -> None:
         with open(self.metrics_file, "ab") as file:
