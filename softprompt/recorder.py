@@ -77,7 +77,7 @@ class Recorder:
         self.best = run.best
         self.began = time.perf_counter()
         self.state = _state_of(run.checkpoint) if run.checkpoint else {}
-        self.position = run.start.position
+        self.position, self.skipped = run.start.position, run.start.step - run.start.taken
         self.told_foreign: list[str] = []  # files in checkpoints that are kept because of these
 
     def tell_start(self) -> None:
@@ -129,7 +129,7 @@ class Recorder:
         return self.args.load_best_model_at_end and self.best.step == step.number
 
     def on_save(self, step: Step, state: TrainingState) -> None:
-        self.position = state.position
+        self.position, self.skipped = state.position, state.step - state.taken
         self.state = state_files(
             state,
             {
@@ -168,6 +168,7 @@ class Recorder:
         """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
         self._tell_rows()
+        self._tell_skipped()
         after = self._evaluate() if self.evaluator and not self.latest else self.latest
         if self._kept_best() not in (None, self.progress.totals.steps):
             after = self._take_best() or after
@@ -186,6 +187,12 @@ class Recorder:
             done, total = self.progress.totals.steps, self.run.feed.total_steps
             ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
             self.progress.say(told + ended)
+
+    def _tell_skipped(self) -> None:
+        if self.skipped:
+            steps, why = self.progress.totals.steps, "their fp16 gradients were not finite"
+            nothing = "; the prompt is as it began: train with --bf16, or in fp32" if self.skipped == steps else ""
+            self.progress.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, as {why}{nothing}")
 
     def _evaluate(self) -> Evaluation | None:
         """Of the prompt after the last step; it is logged and noted unless a run that is resumed after its end was

@@ -125,7 +125,7 @@ MAY_IMPORT = {
     "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
     "pictures": set(),
     "page": {"arguments", "config", "errors", "pictures", "record", "redact", "report_config"},
-    "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
+    "push": {"checkpoint", "errors", "hub", "redact", "report_config", "run_files", "sharing_config"},
     "ending": {
         *("checkpoint", "engines", "errors", "evaluate", "facts", "generate", "nearest", "page", "pictures"),
         *("plot", "prepare", "push", "record", "report_config", "run_files", "shared"),

@@ -140,6 +140,7 @@ def test_a_log_averages_the_steps_that_have_a_loss(without_loss, monkeypatch):
 def test_a_run_in_which_every_step_is_skipped_ends(without_loss, capsys):
     run = softprompt.train(**{**without_loss, "max_steps": 1})
     assert "train_loss" not in run.metrics and fault_of(Path("run/checkpoint-1")) is None
+    assert "1 of 1 steps" in capsys.readouterr().err
     all_finite(Path("run"))
 
 
