@@ -100,10 +100,10 @@ def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> N
     `write_files` (of `files`). A folder that was set aside, and whose place nothing took, gets its name back."""
     for path in folder.glob(".*"):
         if found := re.fullmatch(rf"\.({folders})-[a-z0-9_]{{8}}\.({NEW}|{OLD}|{GONE})", path.name):
-            if found[2] == OLD:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # what cannot be put back stays where it is
+                if found[2] == OLD and (path / found[1]).exists():
                     _put_back(path, folder / found[1])
-            shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
         elif (found := re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)) and found[1] in files:
             path.unlink(missing_ok=True)
 
@@ -130,18 +130,17 @@ def write_files(folder: Path, files: Files) -> None:
 
 def _rename_over(temporary: Path, path: Path) -> None:
     """Give `temporary` the name `path`. What had that name before gets it back where this fails."""
-    if not os.path.lexists(path):
-        temporary.rename(path)
-        return _flush_folder(path.parent)
-    aside = _set_aside(path, OLD)
+    aside = _set_aside(path, OLD) if os.path.lexists(path) else None
     try:
         temporary.rename(path)
-        _flush_folder(path.parent)
     except BaseException:
-        _put_back(aside, path)
-        aside.rmdir()
+        if aside:
+            _put_back(aside, path)
+            aside.rmdir()
         raise
-    shutil.rmtree(aside, ignore_errors=True)  # the new one is safe; remove_leftovers takes what is left of this one
+    _flush_folder(path.parent)
+    if aside:  # the new one is safe; what cannot be removed of this one is left to remove_leftovers
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _set_aside(path: Path, kind: str) -> Path:

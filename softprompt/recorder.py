@@ -35,7 +35,7 @@ from softprompt.resume import (
     with_checksums,
 )
 from softprompt.rows import Row
-from softprompt.run_files import remove_old_checkpoints, remove_run, run_files, tidy
+from softprompt.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
 from softprompt.trainer import Metrics, Step, TrainingState
 
 
@@ -149,8 +149,7 @@ class Recorder:
         history = {METRICS_FILE: metrics_file(self.progress.history)}
         files = with_checksums({**self._adapter_files({}), **self.state, **history})
         with self._writing(f"checkpoint-{step.number}"):
-            run_files(self.output_dir).add([f"checkpoint-{step.number}"])
-            write_folder(self.output_dir / f"checkpoint-{step.number}", files)
+            write_folder(own_checkpoint(self.output_dir, step.number), files)
         try:
             limit, best = self.args.save_total_limit, self._kept_best()
             foreign = remove_old_checkpoints(self.output_dir, step.number, limit, best)

@@ -1,5 +1,6 @@
 """What a run of train.py writes into its folder, and what of a folder may be replaced or removed for it."""
 
+import errno
 import json
 import re
 import struct
@@ -67,6 +68,19 @@ def remove_run(folder: Path) -> None:
     """Take away the run that is there."""
     manifest = run_files(folder)
     manifest.remove(name for name in manifest.names() if not foreign_in(folder / name))
+
+
+def own_checkpoint(folder: Path, step: int) -> Path:
+    """Where a run is to write its checkpoint of this step, which is its own from now on.
+
+    Raises:
+        FileExistsError: what stands there, or something in it, is somebody else's.
+    """
+    path = folder / f"checkpoint-{step}"
+    run_files(folder).add([path.name])
+    for name in foreign_in(path):
+        raise FileExistsError(errno.EEXIST, "is not of this run, and would be replaced", str(folder / name))
+    return path
 
 
 def tidy(folder: Path) -> None:

@@ -53,6 +53,17 @@ def test_a_folder_that_was_set_aside_by_a_killed_process_comes_back(tmp_path):
     assert names(tmp_path / "checkpoint-5") == ["mine"] and names(tmp_path / "checkpoint-6") == ["newer"]
 
 
+def test_what_cannot_be_put_back_is_not_lost(tmp_path, monkeypatch):
+    aside = tmp_path / ".checkpoint-5-abcd_123.old" / "checkpoint-5"
+    aside.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+        remove_leftovers(tmp_path, r"checkpoint-\d+")
+    assert aside.is_dir()
+    remove_leftovers(tmp_path, r"checkpoint-\d+")
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
 def test_of_a_link_to_a_folder_the_link_alone_is_replaced_or_removed(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "mine").touch()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_bad_input import refused
-from test_resume import Killed, interrupted, outcome, settings  # noqa: F401 (a fixture)
+from test_resume import interrupted, outcome, settings  # noqa: F401 (a fixture)
 
 import softprompt
 import train
@@ -185,6 +185,20 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
     Path("run/README.md").unlink()
     softprompt.train(resume_from_checkpoint="run")
     assert Path("run/all_results.json").exists()
+
+
+def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(settings, monkeypatch):  # noqa: F811
+    interrupted(settings, 7)
+    on_step = Recorder.on_step
+
+    def late(self, step):
+        Path("run/checkpoint-6/notes").write_bytes(MINE)
+        on_step(self, step)
+
+    monkeypatch.setattr(Recorder, "on_step", late)
+    with pytest.raises(TrainingError, match=r"checkpoint-6.*notes"):
+        softprompt.train(resume_from_checkpoint="run/checkpoint-4")
+    assert Path("run/checkpoint-6/notes").read_bytes() == MINE and steps() == [2, 4, 6]
 
 
 def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
