@@ -18,9 +18,9 @@ from softprompt.errors import ReportError
 from softprompt.pictures import INSTALL, Curve, Painter
 from softprompt.record import FACTS_FILE, Record
 from softprompt.redact import redacted
+from softprompt.report_config import MARK
 
 TEMPLATE = "report.html.jinja"
-MARK = '<meta name="generator" content="softprompt.report">'  # by which an older report is known
 SHOWN = 600  # characters of a text
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 CURVES = {

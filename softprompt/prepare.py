@@ -21,6 +21,7 @@ from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.faults import bits_of
 from softprompt.feed import Feed, rows_of_a_step
+from softprompt.files import check_writable
 from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_tokenizer
 from softprompt.generate import Generator
 from softprompt.hollow import read_hollow
@@ -211,6 +212,8 @@ def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
     offload = Path(config.model.offload_folder or ".")
     if offload.exists() and not offload.is_dir():
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
+    if config.model.offload_folder:
+        check_writable(offload, "--offload_folder")
 
 
 def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: Tokenized) -> Evaluator:

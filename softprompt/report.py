@@ -1,5 +1,6 @@
 """A page about runs: `python -m softprompt.report RUN [RUN …]`; train.py makes that of its own run by itself."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 from softprompt.cli import command, parse_report
 from softprompt.errors import OutputError
 from softprompt.files import write_files
-from softprompt.page import MARK, page
+from softprompt.page import page
 from softprompt.pictures import INSTALL, installed
 from softprompt.record import read_run
-from softprompt.report_config import REPORT_FILE, ReportConfig, report_config
+from softprompt.report_config import MARK, REPORT_FILE, ReportConfig, report_config
 from softprompt.so_far import with_likeness
 
 
@@ -42,7 +43,7 @@ def _report(config: ReportConfig) -> Path:
 
 def _refuse_other(path: Path) -> None:
     """Raises OutputError where `path` is there and not an older report."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     if not path.is_file():
         raise OutputError(f"{path}: is no file; name a file with --output_file")

@@ -34,7 +34,7 @@ def run_study(study: Study) -> list[Finding]:
     check_writable(study.output_dir, "--output_dir")
     plan = planned(study)
     with _claimed(study.output_dir):
-        remove_leftovers(study.output_dir / "cells", "*")
+        remove_leftovers(study.output_dir / "cells", ".+")
         results = {one.folder: result for one in plan if (result := finished(one.folder))}
         left = [one for one in plan if one.folder not in results]
         print(f"{study.path}: {len(plan):,} cells, {len(results):,} of them finished before → {study.output_dir}/")

@@ -122,6 +122,14 @@ def test_an_output_file_from_another_run_is_refused(change, place, capsys, monke
     called([*argv, "--overwrite_output_file"], capsys, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "notes.txt", "a/adapter_config.json"])
+def test_a_file_that_holds_no_answers_is_not_overwritten(name, place, capsys, monkeypatch):
+    (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
+    (place / "notes.txt").write_text("mine\n")
+    argv = [*MIXED, *GREEDY, "--output_file", name, "--overwrite_output_file"]
+    assert_line(refused(infer, argv, capsys, monkeypatch, place), f"--output_file {name}")
+
+
 def test_other_settings_are_another_run(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
     called([*MIXED, *GREEDY], capsys, monkeypatch)

@@ -21,6 +21,7 @@ from softprompt.cli import parse_report
 from softprompt.errors import ConfigError, ReportError
 from softprompt.nearest import Space
 from softprompt.record import START_FILE, Record, read_run
+from softprompt.recorder import Recorder
 
 pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
@@ -413,8 +414,9 @@ def test_a_secret_is_not_told(run, monkeypatch):
     assert "not_to_be_told" not in page.page([record])
 
 
-def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys):
-    (tmp_path / "run/report.json").mkdir(parents=True)
+def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
+    begin, folder = Recorder.begin, tmp_path / "run/report.json"
+    monkeypatch.setattr(Recorder, "begin", lambda self: (folder.mkdir(), begin(self)))
     softprompt.train(**settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no report")]
     assert "warning: no report.json" in lines[0] and "warning: no report.html" in lines[-1]
