@@ -13,8 +13,9 @@ from softprompt.points import Point, grouped, other_settings, without
 RULE = (
     "Compared are cells that differ in nothing but what a claim is about, the seed included, each at the learning rate "
     "that was best for it, of those that all of them were run at, if there is any. A comparison's gain is the "
-    "logarithm of the ratio of the two held-out losses. A claim "
-    f"*{HOLDS}* if the 95 % interval of the mean gain (Student's t) lies above 0; it *{HOLDS_NOT}* if the interval "
+    "logarithm of the ratio of the two held-out losses. Comparisons of one seed are not independent, so their gains "
+    "are averaged first; the 95 % interval (Student's t) is that of the mean of the seeds' averages, and a single seed "
+    f"has none. A claim *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval "
     f"lies below {100 * LEAST:g} % of the loss; all else is *{UNDECIDED}*. For exact match the gain is the difference, "
     "and one point is what matters."
 )

@@ -135,7 +135,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "grid": {"arguments", "config", "errors", "faults", "fields", "infer_config"},
-    "points": set(),
+    "points": {"grid"},
     "claims": {"arguments", "intervals", "points"},
     "charts": {"points"},
     "study_page": {"claims", "points"},
