@@ -1,6 +1,7 @@
 """Pictures of a study: the held-out loss along each thing that it varies, with the spread over the seeds."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
@@ -29,6 +30,7 @@ AXES = (
     Axis("rows", "training rows", lambda p: p.rows),
     Axis("base", "parameters of the base", lambda p: p.parameters),
 )
+PICTURE_FILES = {f"study-{axis.field}.svg" for axis in AXES}
 
 
 def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
@@ -44,7 +46,7 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "softprompt", "svg.fonttype": "none", "axes.grid": True}):
         for axis in AXES:
-            lines = _lines([p for p in _shown(points, axis) if p.loss < float("inf")], axis)
+            lines = _lines(_finite(_shown(points, axis)), axis)
             if lines:
                 files[f"study-{axis.field}.svg"] = _drawn(lines, axis)
     return files
@@ -53,8 +55,14 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
 def _shown(points: Sequence[Point], axis: Axis) -> list[Point]:
     """Trained ones at their rates; starts differ in their defaults, so each is at the best of its own."""
     if axis.field == "learning_rate":
-        return [p for p in points if p.trained]
+        return [p for p in points if p.trained and not p.failed]
     return at_best_rate(points, *([] if axis.texts else [axis.field]))
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    """Without settings of which a seed did not end in finite numbers: the mean of the others would flatter them."""
+    settings = grouped(points, without("seed")).values()
+    return [p for same in settings if all(p.loss < math.inf for p in same) for p in same]
 
 
 def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]:

@@ -227,7 +227,7 @@ def _finding(
     if not finite:
         why = "some of its runs did not end in finite numbers"
     elif len(by_seed) < 2:
-        better = f"{sum(gain > 0 for gain in gains):,} of {made} show a gain"
+        better = f"a gain in {sum(gain > 0 for gain in gains):,} of {made}"
         why = f"{measured} changed the {figure} by {change(average)} ({better}; one {drawn} gives no interval)"
     else:
         ends = " to ".join(map(change, (high, low) if change is _percent else (low, high)))

@@ -9,16 +9,17 @@ from typing import Any
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
+from softprompt.crash import Failure, failure
 from softprompt.data import Example
 from softprompt.engines import trains_packed
-from softprompt.errors import ConfigError, ModelError
+from softprompt.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.feed import total_steps
 from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
 
-MOST_LETTERS = 100  # of a folder's name, before its hash
+MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,21 @@ class Material:
     fingerprints: dict[str, str]
 
 
+NO_MATERIAL = Material(None, None, [], [], {})
+
+
 @dataclass(frozen=True)
 class Planned:
     """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
-    `members`, whose folders these are."""
+    `members`, whose folders these are. `failed` says why there is no material: a library failed
+    over it."""
 
     cell: Cell
     material: Material
     folder: Path
     steps: int
     members: tuple[Path, ...] = ()
+    failed: Failure | None = None
 
 
 def planned(study: Study) -> list[Planned]:
@@ -58,15 +64,23 @@ def planned(study: Study) -> list[Planned]:
     for cell in study.cells:
         material = shelf.material(cell)
         try:
-            _check(cell, material)
+            one = _planned(cell, material, cells)
         except ConfigError as error:
             faults.setdefault(str(error), []).append(str(cell))
-        steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
-        members = tuple(cells / _name(one, material) for one in cell.members())
-        one = Planned(cell, material, cells / _name(cell, material), steps, members)
-        found.setdefault(_identity(cell, material), one)
+        else:
+            found.setdefault(_identity(cell, one.material), one)
     refuse(study.path, faults)
     return list(found.values())
+
+
+def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
+    """Raises ConfigError where the cell cannot work."""
+    if isinstance(material, Failure):
+        return Planned(cell, NO_MATERIAL, cells / _name(cell, NO_MATERIAL), 0, failed=material)
+    _check(cell, material)
+    steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
+    members = tuple(cells / _name(one, material) for one in cell.members())
+    return Planned(cell, material, cells / _name(cell, material), steps, members)
 
 
 class _Shelf:
@@ -76,8 +90,22 @@ class _Shelf:
         self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
         self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+        self.failures: dict[tuple[str, DataArguments], Failure] = {}
 
-    def material(self, cell: Cell) -> Material:
+    def material(self, cell: Cell) -> Material | Failure:
+        """Raises SoftpromptError for what this project refuses; where a library fails otherwise, that is told of the
+        cells over this base and these rows, and the others can go on."""
+        key = str(cell.config.model.model_name_or_path), cell.config.data
+        if key in self.failures:
+            return self.failures[key]
+        try:
+            return self._material(cell)
+        except SoftpromptError:
+            raise
+        except Exception as error:
+            return self.failures.setdefault(key, failure(error))
+
+    def _material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
         if name not in self.bases:
             self.bases[name] = _base(name)
@@ -119,14 +147,20 @@ def _check(cell: Cell, material: Material) -> None:
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
 
 
+def virtual_tokens(cell: Cell, material: Material) -> int:
+    """How many a cell's prompt has: as many as are given, else those of its text, else the default."""
+    prompt = cell.config.prompt
+    if prompt.num_virtual_tokens:
+        return prompt.num_virtual_tokens
+    if prompt.prompt_tuning_init == "TEXT" and material.tokenizer:
+        return len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
+    return DEFAULT_NUM_VIRTUAL_TOKENS
+
+
 def _identity(cell: Cell, material: Material) -> str:
     """What its settings come to with its rows and its tokenizer."""
-    prompt, rows = cell.config.prompt, cell.rows
-    length = prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
-    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
-        length = len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
-    resolved = {"num_virtual_tokens": length, "rows": None if rows == len(material.examples) else rows}
-    return repr({**cell.settings(), **resolved})
+    rows = None if cell.rows == len(material.examples) else cell.rows
+    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, material), "rows": rows})
 
 
 def _name(cell: Cell, material: Material) -> str:
@@ -134,4 +168,5 @@ def _name(cell: Cell, material: Material) -> str:
     content = json.dumps([cell.settings(), material.fingerprints], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MOST_LETTERS]
+    readable = readable.encode()[:MOST_BYTES].decode(errors="ignore")
     return f"{readable}-{digest}"

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "best": {"arguments"},
     "determinism": set(),
     "fingerprints": {"files", "rows", "stored"},
-    "crash": {"redact", "resume"},
+    "crash": {"errors", "memory", "redact", "resume"},
     "token_cache": {"data", "files"},
     "weights": set(),
     "memory": {"errors", "weights"},
@@ -140,10 +140,22 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "charts": {"points"},
     "study_page": {"claims", "points"},
     "study_plan": {
-        *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+        *(
+            "arguments",
+            "build",
+            "crash",
+            "data",
+            "engines",
+            "errors",
+            "feed",
+            "fingerprints",
+            "grid",
+            "intake",
+            "model",
+        ),
     },
     "cells": {
-        *("adapter_folder", "arguments", "build", "checkpoint", "data", "determinism", "engines", "points"),
+        *("adapter_folder", "arguments", "build", "checkpoint", "crash", "data", "determinism", "engines", "points"),
         *(
             "errors",
             "evaluate",
