@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ NO_MATERIAL = Material(None, None, [], [], {})
 class Planned:
     """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
     `members`, whose folders these are. `failed` says why there is no material: a library failed
-    over it."""
+    over it, or it is unfit."""
 
     cell: Cell
     material: Material
@@ -55,8 +56,11 @@ def planned(study: Study) -> list[Planned]:
     """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them. Of
     cells that come to the same (10 virtual tokens by default and by name, all rows and as many) the first is kept.
 
+    A base or rows that are there and turn out to be unfit fail their own cells, and the others can go on.
+
     Raises:
-        SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
+        SoftpromptError: the study's file is wrong: a base or rows that are not there, a cell that cannot work, or no
+            cell that can; nothing has been run or written.
     """
     shelf, cells = _Shelf(), study.output_dir / "cells"
     found: dict[str, Planned] = {}
@@ -70,6 +74,8 @@ def planned(study: Study) -> list[Planned]:
         else:
             found.setdefault(_identity(cell, one.material), one)
     refuse(study.path, faults)
+    if shelf.refused and all(one.failed for one in found.values()):
+        raise shelf.refused[0]
     return list(found.values())
 
 
@@ -84,24 +90,28 @@ def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
 
 
 class _Shelf:
-    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
+    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer.
+    `refused` are this project's errors among those for which there is none."""
 
     def __init__(self) -> None:
         self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
         self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
         self.failures: dict[tuple[str, DataArguments], Failure] = {}
+        self.refused: list[SoftpromptError] = []
 
     def material(self, cell: Cell) -> Material | Failure:
-        """Raises SoftpromptError for what this project refuses; where a library fails otherwise, that is told of the
-        cells over this base and these rows, and the others can go on."""
+        """Raises SoftpromptError where the cell names a base or rows that are not there, or in a wrong way."""
         key = str(cell.config.model.model_name_or_path), cell.config.data
         if key in self.failures:
             return self.failures[key]
         try:
             return self._material(cell)
-        except SoftpromptError:
-            raise
+        except SoftpromptError as error:
+            if isinstance(error, ConfigError) or not _are_there(cell):
+                raise
+            self.refused.append(error)
+            return self.failures.setdefault(key, failure(error))
         except Exception as error:
             return self.failures.setdefault(key, failure(error))
 
@@ -121,6 +131,13 @@ class _Shelf:
             self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
         examples, held_out_examples, of_rows = self.tokenized[key]
         return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+
+
+def _are_there(cell: Cell) -> bool:
+    """Whether the base and the rows that a cell names are on this machine."""
+    data = cell.config.data
+    rows = [name for name in (data.dataset, data.eval_dataset) if name and not name.startswith("mini:")]
+    return all(map(os.path.exists, [base_path(str(cell.config.model.model_name_or_path)), *rows]))
 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:

@@ -418,6 +418,18 @@ def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, 
     run_study(study)
 
 
+def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"instruction": "a"}) + "\n", encoding="utf-8")
+    grid = f"[[grid]]\ndataset = {json.dumps([str(bad), str(tmp_path / 'rows.jsonl')])}"
+    with pytest.raises(SomeFailed, match=r"1 of 2 cells failed .*bad\.jsonl"):
+        run_study(place(grid=grid))
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "## Cells that failed" in page and f"| {tmp_path / 'rows.jsonl'} | RANDOM |" in page
+    with pytest.raises(DataError):  # and there is nothing else to run
+        run_study(place(grid=f"[[grid]]\ndataset = {json.dumps(str(bad))}"))
+
+
 def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, monkeypatch):
     study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
     with monkeypatch.context() as patch:
