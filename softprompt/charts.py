@@ -71,13 +71,16 @@ def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]
     groups = [same for same in grouped(points, apart).values() if len({axis.value(p) for p in same}) > 1]
     groups = sorted(groups, key=len, reverse=True)[:MOST_LINES]
     flat = [p for same in groups for p in same]
-    return [(_named(same[0], flat, axis), same) for same in groups]
+    names = [_named(same[0], flat, axis) for same in groups]
+    if len(set(names)) < len(names):  # long texts that begin alike, or bases of one name in several folders
+        names = [_named(same[0], flat, axis, whole=True) for same in groups]
+    return list(zip(names, groups, strict=True))
 
 
-def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
-    """What tells a line from the others."""
+def _named(p: Point, among: Sequence[Point], axis: Axis, whole: bool = False) -> str:
+    """What tells a line from the others, shortened unless it is to be `whole`."""
     told = {
-        "base": p.base.rsplit("/", 1)[-1],
+        "base": p.base if whole else p.base.rsplit("/", 1)[-1],
         "dataset": p.dataset,
         "init": p.init,
         "virtual_tokens": f"{p.virtual_tokens} virtual token" + "s" * (p.virtual_tokens > 1),
@@ -88,12 +91,12 @@ def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
     along = ("init", "start") if axis.field == "init" else (axis.field,)
     rivals = {"start": [q for q in among if q.init == p.init]}  # another start's text or labels tell nothing more
     varied = [f for f in told if f not in along and len({getattr(q, f) for q in rivals.get(f, among)}) > 1]
-    return ", ".join(_short(told[f]) for f in varied) or "held-out loss"
+    return ", ".join(_short(told[f], whole) for f in varied) or "held-out loss"
 
 
-def _short(text: str) -> str:
+def _short(text: str, whole: bool) -> str:
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
+    return text if whole or len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
 
 
 def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:
