@@ -49,9 +49,9 @@ class Picture:
     note: str = ""
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], broken: Sequence[str] = ()) -> str:
     """One HTML document without scripts that asks for no other file. Without matplotlib it has no pictures, and says
-    how to get them.
+    how to get them. `broken` says of further runs why they are not shown.
 
     Raises:
         ReportError: a run's report.json is not as this version writes it.
@@ -65,7 +65,11 @@ def page(records: Sequence[Record]) -> str:
     for record, name in zip(records, names, strict=True):
         with _as_written(record):
             views.append(_view(record, name, painter))
-    values = {"runs": views, "compared": _compared(records, names, painter) if len(records) > 1 else None}
+    values = {
+        "runs": views,
+        "broken": broken,
+        "compared": _compared(records, names, painter) if len(records) > 1 else None,
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

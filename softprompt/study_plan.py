@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
+from softprompt.crash import Failure, failure
 from softprompt.data import Example
 from softprompt.engines import trains_packed
-from softprompt.errors import ConfigError, ModelError
+from softprompt.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.feed import total_steps
 from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
 
-MOST_LETTERS = 100  # of a folder's name, before its hash
+MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,32 @@ class Material:
     fingerprints: dict[str, str]
 
 
+NO_MATERIAL = Material(None, None, [], [], {})
+
+
 @dataclass(frozen=True)
 class Planned:
     """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
-    `members`, whose folders these are."""
+    `members`, whose folders these are. `failed` says why there is no material: a library failed
+    over it, or it is unfit."""
 
     cell: Cell
     material: Material
     folder: Path
     steps: int
     members: tuple[Path, ...] = ()
+    failed: Failure | None = None
 
 
 def planned(study: Study) -> list[Planned]:
     """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them. Of
     cells that come to the same (10 virtual tokens by default and by name, all rows and as many) the first is kept.
 
+    A base or rows that are there and turn out to be unfit fail their own cells, and the others can go on.
+
     Raises:
-        SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
+        SoftpromptError: the study's file is wrong: a base or rows that are not there, a cell that cannot work, or no
+            cell that can; nothing has been run or written.
     """
     shelf, cells = _Shelf(), study.output_dir / "cells"
     found: dict[str, Planned] = {}
@@ -58,26 +68,54 @@ def planned(study: Study) -> list[Planned]:
     for cell in study.cells:
         material = shelf.material(cell)
         try:
-            _check(cell, material)
+            one = _planned(cell, material, cells)
         except ConfigError as error:
             faults.setdefault(str(error), []).append(str(cell))
-        steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
-        members = tuple(cells / _name(one, material) for one in cell.members())
-        one = Planned(cell, material, cells / _name(cell, material), steps, members)
-        found.setdefault(_identity(cell, material), one)
+        else:
+            found.setdefault(_identity(cell, one.material), one)
     refuse(study.path, faults)
+    if shelf.refused and all(one.failed for one in found.values()):
+        raise shelf.refused[0]
     return list(found.values())
 
 
+def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
+    """Raises ConfigError where the cell cannot work."""
+    if isinstance(material, Failure):
+        return Planned(cell, NO_MATERIAL, cells / _name(cell, NO_MATERIAL), 0, failed=material)
+    _check(cell, material)
+    steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
+    members = tuple(cells / _name(one, material) for one in cell.members())
+    return Planned(cell, material, cells / _name(cell, material), steps, members)
+
+
 class _Shelf:
-    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
+    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer.
+    `refused` are this project's errors among those for which there is none."""
 
     def __init__(self) -> None:
         self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
         self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+        self.failures: dict[tuple[str, DataArguments], Failure] = {}
+        self.refused: list[SoftpromptError] = []
 
-    def material(self, cell: Cell) -> Material:
+    def material(self, cell: Cell) -> Material | Failure:
+        """Raises SoftpromptError where the cell names a base or rows that are not there, or in a wrong way."""
+        key = str(cell.config.model.model_name_or_path), cell.config.data
+        if key in self.failures:
+            return self.failures[key]
+        try:
+            return self._material(cell)
+        except SoftpromptError as error:
+            if isinstance(error, ConfigError) or not _are_there(cell):
+                raise
+            self.refused.append(error)
+            return self.failures.setdefault(key, failure(error))
+        except Exception as error:
+            return self.failures.setdefault(key, failure(error))
+
+    def _material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
         if name not in self.bases:
             self.bases[name] = _base(name)
@@ -93,6 +131,13 @@ class _Shelf:
             self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
         examples, held_out_examples, of_rows = self.tokenized[key]
         return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+
+
+def _are_there(cell: Cell) -> bool:
+    """Whether the base and the rows that a cell names are on this machine."""
+    data = cell.config.data
+    rows = [name for name in (data.dataset, data.eval_dataset) if name and not name.startswith("mini:")]
+    return all(map(os.path.exists, [base_path(str(cell.config.model.model_name_or_path)), *rows]))
 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
@@ -119,14 +164,20 @@ def _check(cell: Cell, material: Material) -> None:
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
 
 
+def virtual_tokens(cell: Cell, material: Material) -> int:
+    """How many a cell's prompt has: as many as are given, else those of its text, else the default."""
+    prompt = cell.config.prompt
+    if prompt.num_virtual_tokens:
+        return prompt.num_virtual_tokens
+    if prompt.prompt_tuning_init == "TEXT" and material.tokenizer:
+        return len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
+    return DEFAULT_NUM_VIRTUAL_TOKENS
+
+
 def _identity(cell: Cell, material: Material) -> str:
     """What its settings come to with its rows and its tokenizer."""
-    prompt, rows = cell.config.prompt, cell.rows
-    length = prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
-    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
-        length = len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
-    resolved = {"num_virtual_tokens": length, "rows": None if rows == len(material.examples) else rows}
-    return repr({**cell.settings(), **resolved})
+    rows = None if cell.rows == len(material.examples) else cell.rows
+    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, material), "rows": rows})
 
 
 def _name(cell: Cell, material: Material) -> str:
@@ -134,4 +185,5 @@ def _name(cell: Cell, material: Material) -> str:
     content = json.dumps([cell.settings(), material.fingerprints], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MOST_LETTERS]
+    readable = readable.encode()[:MOST_BYTES].decode(errors="ignore")
     return f"{readable}-{digest}"

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "best": {"arguments"},
     "determinism": set(),
     "fingerprints": {"files", "rows", "stored"},
-    "crash": {"redact", "resume"},
+    "crash": {"errors", "memory", "redact", "resume"},
     "token_cache": {"data", "files"},
     "weights": set(),
     "memory": {"errors", "weights"},
@@ -137,15 +137,27 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "grid": {"arguments", "config", "errors", "faults", "fields", "infer_config"},
-    "points": set(),
+    "points": {"grid"},
     "claims": {"arguments", "intervals", "points"},
     "charts": {"points"},
     "study_page": {"claims", "points"},
     "study_plan": {
-        *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+        *(
+            "arguments",
+            "build",
+            "crash",
+            "data",
+            "engines",
+            "errors",
+            "feed",
+            "fingerprints",
+            "grid",
+            "intake",
+            "model",
+        ),
     },
     "cells": {
-        *("adapter_folder", "arguments", "build", "checkpoint", "data", "determinism", "engines", "points"),
+        *("adapter_folder", "arguments", "build", "checkpoint", "crash", "data", "determinism", "engines", "points"),
         *(
             "errors",
             "evaluate",
