@@ -59,8 +59,9 @@ MAY_IMPORT = {
     "best": {"arguments"},
     "determinism": set(),
     "fingerprints": {"files", "rows", "stored"},
+    "tokenizer_fingerprint": set(),
     "crash": {"redact", "resume"},
-    "token_cache": {"data", "files"},
+    "token_cache": {"data", "files", "tokenizer_fingerprint"},
     "weights": set(),
     "memory": {"errors", "weights"},
     "attention": set(),
@@ -113,6 +114,10 @@ MAY_IMPORT = {
     "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
     "announce": {"config", "data", "faults", "feed", "find_rate", "model", "rows", "trainer"},
     "resume": {"arguments", "checkpoint", "config", "errors", "files", "torchrun", "trainer"},
+    "resume_config": {"config", "errors", "fields", "resume"},
+    "resume_checks": {
+        *("best", "config", "errors", "feed", "fingerprints", "resume", "resume_config", "template", "trainer"),
+    },
     "card": {"checkpoint", "redact"},
     "plot": {"trainer"},
     "board": {"errors", "redact", "trainer"},
@@ -141,6 +146,7 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     "study_page": {"claims", "points"},
     "study_plan": {
         *("arguments", "build", "data", "engines", "errors", "feed", "fingerprints", "grid", "intake", "model"),
+        "tokenizer_fingerprint",
     },
     "cells": {
         *("adapter_folder", "arguments", "build", "checkpoint", "data", "determinism", "engines", "points"),
@@ -182,6 +188,7 @@ NO_TORCH = {
     "intervals",
     "torchrun",
     "token_cache",
+    "tokenizer_fingerprint",
     "vocabulary",
     "errors",
     "fields",
