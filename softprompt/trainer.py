@@ -147,7 +147,8 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
         if start.step:
             self.optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
-            self.scaler.load_state_dict(dict(start.scaler))
+            if start.scaler:  # none of a run that was not in fp16
+                self.scaler.load_state_dict(dict(start.scaler))
         self.number, self.position = start.step, start.position
         self.taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
         self.since_log = list(start.unlogged)
