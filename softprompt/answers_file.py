@@ -1,6 +1,7 @@
 """A .jsonl of answers that grows line by line: whole lines are kept whatever happens, and the same command goes on.
 
-Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, base and adapters by content.
+Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, the base's name, and tokenizer and
+adapters by content.
 """
 
 import json
@@ -14,6 +15,7 @@ from softprompt.files import check_writable, write_files
 
 Line = Mapping[str, Any]
 MOST_BYTES = 1 << 20  # of a line that is looked at
+TOKENIZER = "tokenizer"
 
 
 class AnswersFile:
@@ -72,6 +74,7 @@ class AnswersFile:
         if found is None:
             raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
         expected = json.loads(json.dumps(self.depends_on))
+        found.setdefault(TOKENIZER, expected.get(TOKENIZER))  # earlier versions did not note it
         if other := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
             told = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
             raise OutputError(f"--output_file {self.path} is from another run, with {told:.300}; {_WAY_OUT}")

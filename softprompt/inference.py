@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from softprompt.adapters import NONE, Tuned, find, named, place_of
 from softprompt.adapters import load as read_adapter
-from softprompt.answers_file import AnswersFile, noted_seed
+from softprompt.answers_file import TOKENIZER, AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
@@ -26,6 +26,7 @@ from softprompt.faults import bits_of
 from softprompt.fields import is_text
 from softprompt.infer_config import InferConfig
 from softprompt.rows import load_prompts
+from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 
 class Asked(NamedTuple):
@@ -233,14 +234,15 @@ def _settings(config: InferConfig) -> dict[str, Any]:
 
 
 def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
-    """What answers depend on beside the prompts and the seed, JSON-able; adapters by content."""
+    """What answers depend on beside the prompts and the seed, JSON-able; tokenizer and adapters by content."""
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
     if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
         settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
-    return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
+    known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}
+    return {**known, "choices": config.question.choices, **settings}
 
 
 def _fingerprint(tuned: Tuned) -> str:

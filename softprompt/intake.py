@@ -33,8 +33,9 @@ class Rows(NamedTuple):
     source: Source | None = None
 
     @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
+    def fingerprints(self) -> dict[str, str]:
+        of_training = self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
+        return {"dataset": of_training, "held-out rows": fingerprint_of_rows(self.held_out)}
 
 
 def read_rows(config: TrainConfig, template: Template) -> Rows:

@@ -15,10 +15,11 @@ from softprompt.data import Example
 from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.feed import total_steps
-from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
+from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
 
@@ -149,8 +150,9 @@ def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
     files = weight_files(path)
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
-    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
-    return from_hub_or_folder(AutoConfig, path, "base model"), tokenizer, prints
+    config = from_hub_or_folder(AutoConfig, path, "base model")
+    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_stored_base(config, files)}
+    return config, tokenizer, prints
 
 
 def _check(cell: Cell, material: Material) -> None:

@@ -123,6 +123,26 @@ def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, m
     assert trained.calls == 3
 
 
+@pytest.mark.parametrize(
+    "file, change",
+    [("tokenizer_config.json", {"eos_token": "<s>"}), ("config.json", {"layer_norm_epsilon": 0.1})],
+)
+def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
+    file, change, place, tmp_path, tiny_base
+):
+    """Base and instruct models of one family share tokenizer.json and differ in the end of an answer."""
+    shutil.copytree(tiny_base, tmp_path / "other")
+    path = tmp_path / "other" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
+    plan = planned(place(grid=grid))
+    ends = [{e.input_ids[-1] for e in one.material.examples + one.material.held_out} for one in plan]
+    assert ends == [{2}, {1 if "eos_token" in change else 2}]
+    path.write_text((tiny_base / file).read_text())
+    (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], planned(place(grid=grid))[1]))
+    assert before != after
+
+
 def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
     (folder,) = (place.folder / "out" / "cells").iterdir()
