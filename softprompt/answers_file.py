@@ -1,6 +1,7 @@
 """A .jsonl of answers that grows line by line: whole lines are kept whatever happens, and the same command goes on.
 
-Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, base and adapters by content.
+Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, the base's name, and tokenizer and
+adapters by content.
 """
 
 import json
@@ -13,6 +14,8 @@ from softprompt.errors import DataError, OutputError
 from softprompt.files import check_writable, write_files
 
 Line = Mapping[str, Any]
+MOST_BYTES = 1 << 20  # of a line that is looked at
+TOKENIZER = "tokenizer"
 
 
 class AnswersFile:
@@ -20,7 +23,8 @@ class AnswersFile:
     that was torn off is taken away.
 
     Raises:
-        OutputError: the file holds answers to other questions, with other settings, or is not one of ours.
+        OutputError: the file holds answers to other questions, with other settings, or is not one of ours. One that is
+            to be overwritten must be one of ours, too: with a note beside it, or an answer in its first line.
     """
 
     def __init__(self, path: str, asked: Sequence[Line], depends_on: Line, overwrite: bool = False):
@@ -29,9 +33,12 @@ class AnswersFile:
         if self.path.is_dir():
             raise OutputError(f"--output_file {path} is a folder; name a file")
         self.depends_on, self.done, self._whole = depends_on, 0, 0
-        if not overwrite and self.path.exists() and self.path.stat().st_size:
-            self._check_note()
-            self._read(asked)
+        if self.path.exists() and self.path.stat().st_size:
+            if overwrite:
+                self._check_is_ours(asked)
+            else:
+                self._check_note()
+                self._read(asked)
 
     def __enter__(self) -> "AnswersFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +55,26 @@ class AnswersFile:
         self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         self._file.flush()
 
+    def _check_is_ours(self, asked: Sequence[Line]) -> None:
+        if noted(self.note) is not None:
+            return
+        try:
+            with open(self.path, "rb") as file:
+                first = json.loads(file.readline(MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            first = None
+        if not isinstance(first, dict) or not first.keys() > set(asked[0] if asked else ()):
+            raise OutputError(
+                f"--output_file {self.path} holds no answers of infer.py, and is not overwritten; name another file, "
+                "or remove it"
+            )
+
     def _check_note(self) -> None:
         found = noted(self.note)
         if found is None:
             raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
         expected = json.loads(json.dumps(self.depends_on))
+        found.setdefault(TOKENIZER, expected.get(TOKENIZER))  # earlier versions did not note it
         if other := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
             told = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
             raise OutputError(f"--output_file {self.path} is from another run, with {told:.300}; {_WAY_OUT}")

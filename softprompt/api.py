@@ -70,7 +70,7 @@ class SoftPromptModel:
         settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base.
 
         Raises:
-            ModelError: a base that transformers loaded quantised, a tokenizer with words that the base does not have, or
+            ModelError: a base that transformers loaded quantised, a tokenizer with words that the base has not, or
                 as of `model.check_forward`.
             ConfigError: as of `engines.engine_for_inference`.
         """

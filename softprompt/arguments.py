@@ -154,10 +154,12 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = option(
         None,
         "Go on from this checkpoint-N, or from the newest whole one of this run; without a value, of --output_dir. All "
-        "settings are the checkpoint's unless they are given.",
+        "settings are the checkpoint's unless they are given; each that differs is told.",
     )
     ignore_data_skip: bool = option(
-        False, "Resume although the content of dataset, tokenizer or base is not what the checkpoint was trained with."
+        False,
+        "Resume although the content of dataset, held-out rows, tokenizer or base, or the order or length of the rows, "
+        "is not what the checkpoint was trained with. Some rows of the pass may then be repeated or left out.",
     )
     overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, over its files.")
     per_device_train_batch_size: int = option(

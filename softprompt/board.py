@@ -7,10 +7,8 @@ from typing import Any
 
 from softprompt.errors import ConfigError
 from softprompt.redact import redacted
+from softprompt.run_files import EVENTS_FOLDER, events_in, run_files
 from softprompt.trainer import Metrics
-
-FOLDER = "runs"  # in OUTPUT_DIR, as Trainer's
-EVENTS = "events.out.tfevents.*"
 
 
 def check_installed() -> None:
@@ -22,18 +20,12 @@ def check_installed() -> None:
         )
 
 
-def remove_events(output_dir: Path) -> None:
-    """Take an earlier run's away."""
-    for path in (output_dir / FOLDER).glob(EVENTS):
-        path.unlink()
-
-
 class Board:
     """Event files in one folder, so that a resumed run's curves are one with those before. A board that cannot be
     written is told once, and no reason to end a run."""
 
     def __init__(self, output_dir: Path, arguments: Mapping[str, Any]):
-        self.folder, self.arguments = output_dir / FOLDER, arguments
+        self.output_dir, self.folder, self.arguments = output_dir, output_dir / EVENTS_FOLDER, arguments
         self.say: Callable[[str], object] = print
         self.writer: Any = None
 
@@ -44,8 +36,9 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         def begin() -> None:
-            known = any(self.folder.glob(EVENTS))
+            known = set(events_in(self.output_dir))
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if known and step else None)
+            run_files(self.output_dir).own(set(events_in(self.output_dir)) - known)
             if not known:
                 rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.arguments.items())
                 self.writer.add_text("args", redacted(f"| argument | value |\n|---|---|\n{rows}"), 0)

@@ -53,12 +53,12 @@ class Borders:
             self._held[key] = self._spill(tensor)
 
     def look(self, key: Hashable) -> Tensor:
-        """A tensor that stays."""
+        """A tensor that stays. Raises TrainingError where its file cannot be read, or has become shorter."""
         held = self._held[key]
         return self._read(held) if isinstance(held, _Spilled) else held
 
     def take(self, key: Hashable) -> Tensor:
-        """A tensor that goes."""
+        """A tensor that goes. Raises TrainingError as `look` does."""
         tensor, held = self.look(key), self._held.pop(key)
         if isinstance(held, _Spilled):
             self._free[tensor.nbytes].append(held.offset)
@@ -79,18 +79,24 @@ class Borders:
                 count = os.pwrite(self._file.fileno(), view, at)
                 view, at = view[count:], at + count
         except OSError as error:
-            raise TrainingError(
-                f"--offload_folder {self.folder}: no place for activations ({error.strerror}); name a folder with more "
-                "room, or give a larger --max_activation_gib"
-            ) from None
+            way_out = "name a folder with more room, or give a larger --max_activation_gib"
+            raise self._fault(f"no place for activations ({error.strerror})", way_out) from None
         return _Spilled(offset, tensor.detach().to("meta"), tensor.device)
+
+    def _fault(self, what: str, way_out: str) -> TrainingError:
+        return TrainingError(f"--offload_folder {self.folder}: {what}; {way_out}")
 
     def _read(self, spilled: _Spilled) -> Tensor:
         assert self._file is not None
         tensor = torch.empty_like(spilled.like, device="cpu")
         view, at = _bytes(tensor), spilled.offset
         while len(view):
-            count = os.preadv(self._file.fileno(), [view], at)
+            try:
+                count = os.preadv(self._file.fileno(), [view], at)
+            except OSError as error:
+                raise self._fault(f"activations cannot be read ({error.strerror})", "name another folder") from None
+            if not count:
+                raise self._fault("the file of activations has become shorter", "name a folder that nothing else uses")
             view, at = view[count:], at + count
         return tensor.to(spilled.device)
 

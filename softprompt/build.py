@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION
-from softprompt.checkpoint import load_adapter, refuse_other_run
+from softprompt.checkpoint import load_adapter, step_of
 from softprompt.config import TrainConfig
 from softprompt.errors import AdapterError, ConfigError, OutputError
 from softprompt.faults import parse_labels
@@ -27,6 +27,7 @@ from softprompt.prompt import (
     sample_vocab_init,
     token_init,
 )
+from softprompt.run_files import refuse_foreign_files, refuse_other_run
 from softprompt.vocabulary import frequent_tokens, label_tokens
 
 RUNS = Path("runs")
@@ -42,7 +43,7 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
 
     Raises:
         OutputError: it is a file, cannot be written to, or holds another run than the one that `checkpoint` is of, or
-            another process is writing there.
+            files of somebody else's that the run would replace, or another process is writing there.
     """
     if config.training.output_dir is not None:
         path = Path(config.training.output_dir)
@@ -78,6 +79,12 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
         lock.release()
         raise
     return lock
+
+
+def goes_on_in(output_dir: Path, checkpoint: Path | None) -> bool:
+    """Whether the run in `output_dir` is the one that `checkpoint` is of; all else that stands there is another's."""
+    here = output_dir.resolve()
+    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
@@ -128,8 +135,11 @@ def check_fits(adapter_dir: str | Path, prompt: Tensor, hidden_size: int, base_n
 def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
     if not locked:
         refuse_locked(path)
-    if checkpoint is None or checkpoint.parent.resolve() != path.resolve():
+    goes_on = goes_on_in(path, checkpoint)
+    if not goes_on:
         refuse_other_run(path, config.training.overwrite_output_dir)
+    board = config.sharing.report_to == "tensorboard"
+    refuse_foreign_files(path, board, step_of(checkpoint) if checkpoint and goes_on else None)
 
 
 def _numbered(path: Path) -> Iterator[Path]:

@@ -136,7 +136,7 @@ class Extent(NamedTuple):
         return cls(max(length for length, _ in reach), max(largest for _, largest in reach))
 
 
-def check_rows(base: PreTrainedModel, P: int, max_length: int, rows: Extent, streamed: bool = False) -> None:
+def check_extent(base: PreTrainedModel, P: int, max_length: int, rows: Extent, streamed: bool = False) -> None:
     """Refuse rows that the base cannot take behind P virtual tokens. A --max_length that was chosen must fit by itself,
     as it must where more rows are `streamed` later; the default one only where a row is that long.
 

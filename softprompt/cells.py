@@ -1,35 +1,41 @@
-"""The cells of a study, run with the parts of a training run: every base is loaded once, and a finished cell is a
-folder that appears as a whole and is never run again.
+"""The cells of a study, run with the parts of a training run: every base is loaded once, after the one before it has
+left the memory, and a finished cell is a folder that appears as a whole and is never run again. A cell that fails, for
+whatever reason, leaves no folder: the others go on without it, and the next call tries it again.
 
 adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, as any run leaves it
 cell.json                                                                    settings, fingerprints, metrics, answers
 checksums.json                                                               sha256 of each of these files
 
-An ensemble's folder has the last two alone: its prompts are in its members' folders.
+An ensemble's folder has the last two alone: its prompts are in its members' folders. Beside the folders,
+FOLDER.error.txt holds the traceback of a cell that failed with an error that this project does not know.
 """
 
+import contextlib
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from softprompt.adapter_folder import adapter_folder
-from softprompt.arguments import ModelArguments
+from softprompt.arguments import DataArguments, ModelArguments
 from softprompt.build import base_path, initial_prompt
 from softprompt.checkpoint import json_bytes, load_adapter
+from softprompt.crash import Failure, failure
 from softprompt.data import Example, count_targets
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine
-from softprompt.errors import NotFinite, Stopped
+from softprompt.errors import NotFinite, Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.feed import Listed
-from softprompt.files import write_folder
+from softprompt.files import write_files, write_folder
 from softprompt.intake import template_of
 from softprompt.joint import Member, joint_evaluation
 from softprompt.model import freeze, place, read_base, resolve_device, resolve_dtype, word_embeddings
@@ -37,13 +43,16 @@ from softprompt.points import grouped
 from softprompt.prompt import PromptEmbedding
 from softprompt.resume import CHECKSUMS_FILE, with_checksums
 from softprompt.stopping import StopRequest
-from softprompt.study_plan import Planned
+from softprompt.study_plan import Planned, virtual_tokens
 from softprompt.trainer import Metrics, train
 from softprompt.unwatched import Unwatched
 
+T = TypeVar("T")
 CELL_FILE = "cell.json"
 
-Result = dict[str, Any]  # the content of a cell.json
+
+# The content of a cell.json. Of a cell that failed, which has none, "failed" says why, and its metrics are empty.
+Result = dict[str, Any]
 
 
 def finished(folder: Path) -> Result | None:
@@ -58,25 +67,93 @@ def finished(folder: Path) -> Result | None:
 
 
 def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Callable[[Planned, Result], None]) -> None:
-    """Run the cells of `plan`, base by base, each to its folder; `on_step` is called after every optimizer step.
+    """Run the cells of `plan`, base by base, each to its folder; `on_step` is called after every optimizer step, and
+    `on_cell` with the result of each cell, those that failed among them.
 
     Raises:
         Stopped: asked to; the cell that was at work is dropped.
-        SoftpromptError: a base that cannot be loaded.
+        OSError: a cell cannot be written.
     """
+    for one in plan:
+        if one.failed:
+            _note(one, one.failed)
+            on_cell(one, failed(one, one.failed.line))
     with StopRequest() as request:
-        for of_base in grouped(plan, lambda one: one.cell.config.model).values():
-            bench = _Bench.of(of_base[0].cell.config.model)
-            for of_rows in grouped(of_base, lambda one: one.cell.config.data).values():
-                before: Evaluation | None = None
-                for one in of_rows:
-                    watch = Unwatched(request, on_step)
-                    before = before or bench.evaluator(one)(None)
-                    result = bench.run(one, before, watch)
-                    if watch.code is None:
-                        on_cell(one, result)
-                    if (code := request.exit_code) is not None:
-                        raise Stopped("stopped; the same command goes on with the cells that are left", code)
+        can_run = [one for one in plan if not one.failed]
+        for of_base in grouped(can_run, lambda one: one.cell.config.model).values():
+            _run_over_base(of_base, request, on_step, on_cell)
+            _release_memory()  # nothing refers to the base any more, and the next one may need its room
+
+
+def _run_over_base(
+    of_base: Sequence[Planned],
+    request: StopRequest,
+    on_step: Callable[[], None],
+    on_cell: Callable[[Planned, Result], None],
+) -> None:
+    """The cells of one base, which is loaded here and held by nothing else."""
+    bench = _tried(lambda: _Bench.of(of_base[0].cell.config.model))
+    for of_rows in grouped(of_base, lambda one: one.cell.config.data).values():
+        for one in of_rows:
+            watch = Unwatched(request, on_step)
+            found = bench if isinstance(bench, Failure) else _tried(partial(bench.run, one, watch))
+            if watch.code is None:
+                on_cell(one, _kept(one, found))
+            if (code := request.exit_code) is not None:
+                raise Stopped("stopped; the same command goes on with the cells that are left", code)
+
+
+def _tried(do: Callable[[], T]) -> T | Failure:
+    """What `do` returns, or why it failed."""
+    try:
+        return do()
+    except Stopped:
+        raise
+    except Exception as error:
+        found = failure(error)
+    _release_memory()  # of the error's frames
+    return found
+
+
+def _kept(one: Planned, found: "_Found | Failure") -> Result:
+    """The result of a cell, after it was written."""
+    if isinstance(found, Failure):
+        _note(one, found)
+        return failed(one, found.line)
+    write_folder(one.folder, found.files())
+    _error_file(one).unlink(missing_ok=True)
+    return found.result
+
+
+def _note(one: Planned, why: Failure) -> None:
+    if why.report:
+        with contextlib.suppress(OSError):
+            write_files(one.folder.parent, {_error_file(one).name: why.report.encode(errors="backslashreplace")})
+
+
+def _error_file(one: Planned) -> Path:
+    return one.folder.parent / f"{one.folder.name}.error.txt"
+
+
+def _release_memory() -> None:
+    gc.collect()  # a base may be part of a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def failed(one: Planned, why: str) -> Result:
+    """The result of a cell that has none."""
+    return {
+        "settings": one.cell.settings(),
+        "rows": one.cell.rows or len(one.material.examples),
+        "steps": one.steps,
+        "parameters": 0,  # a base that cannot be loaded has none that are known
+        "held_out_targets": sum(map(count_targets, one.material.held_out)),
+        "virtual_tokens": virtual_tokens(one.cell, one.material),
+        "metrics": {},
+        "seconds": 0.0,
+        "failed": why,
+    }
 
 
 class _Made(NamedTuple):
@@ -85,15 +162,26 @@ class _Made(NamedTuple):
     virtual_tokens: int
     metrics: Metrics
     answers: list[str] | None = None
-    files: Mapping[str, bytes] = MappingProxyType({})
+    adapter: Mapping[str, bytes] = MappingProxyType({})
+
+
+class _Found(NamedTuple):
+    """The result of a cell, and the files of its prompt."""
+
+    result: Result
+    adapter: Mapping[str, bytes]
+
+    def files(self) -> dict[str, bytes]:
+        return with_checksums({**self.adapter, CELL_FILE: json_bytes(self.result)})
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """A base on its device, ready for any number of cells."""
+    """A base on its device, ready for any number of cells, and what it came to without a prompt on the rows so far."""
 
     base: PreTrainedModel
     dtype: torch.dtype
+    bare: dict[DataArguments, Evaluation] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ModelArguments) -> "_Bench":
@@ -107,21 +195,21 @@ class _Bench:
         batch_size = one.cell.config.training.per_device_eval_batch_size
         return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
 
-    def run(self, one: Planned, before: Evaluation, watch: Unwatched) -> Result:
-        """Make one cell and write its folder, unless it was stopped. A run that ends without finite numbers is a
-        result, too."""
+    def run(self, one: Planned, watch: Unwatched) -> _Found:
+        """Make one cell. A run that ends without finite numbers is a result, too."""
+        rows = one.cell.config.data
+        if rows not in self.bare:
+            self.bare[rows] = self.evaluator(one)(None)
         began = time.perf_counter()
         made = self._together(one) if one.members else self._alone(one, watch)
         result = {
             **self._described(one),
             "virtual_tokens": made.virtual_tokens,
-            "metrics": {**made.metrics, **before.metrics("_base")},
+            "metrics": {**made.metrics, **self.bare[rows].metrics("_base")},
             "answers": made.answers,
             "seconds": round(time.perf_counter() - began, 2),
         }
-        if watch.code is None:
-            write_folder(one.folder, with_checksums({**made.files, CELL_FILE: json_bytes(result)}))
-        return result
+        return _Found(result, made.adapter)
 
     def _alone(self, one: Planned, watch: Unwatched) -> _Made:
         """A prompt that is trained, or the vectors of a text."""
@@ -147,7 +235,8 @@ class _Bench:
     def _together(self, one: Planned) -> _Made:
         """The ensemble of prompts that were learned before."""
         results = [result for folder in one.members if (result := finished(folder))]
-        assert len(results) == len(one.members), "an ensemble stands behind its members"
+        if left := len(one.members) - len(results):
+            raise TrainingError(f"{left:,} of the ensemble's {len(one.members):,} prompts failed")
         P = results[0]["virtual_tokens"]
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})

@@ -1,6 +1,7 @@
 """Pictures of a study: the held-out loss along each thing that it varies, with the spread over the seeds."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
@@ -29,6 +30,7 @@ AXES = (
     Axis("rows", "training rows", lambda p: p.rows),
     Axis("base", "parameters of the base", lambda p: p.parameters),
 )
+PICTURE_FILES = {f"study-{axis.field}.svg" for axis in AXES}
 
 
 def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
@@ -44,7 +46,7 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "softprompt", "svg.fonttype": "none", "axes.grid": True}):
         for axis in AXES:
-            lines = _lines([p for p in _shown(points, axis) if p.loss < float("inf")], axis)
+            lines = _lines(_finite(_shown(points, axis)), axis)
             if lines:
                 files[f"study-{axis.field}.svg"] = _drawn(lines, axis)
     return files
@@ -53,8 +55,14 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
 def _shown(points: Sequence[Point], axis: Axis) -> list[Point]:
     """Trained ones at their rates; starts differ in their defaults, so each is at the best of its own."""
     if axis.field == "learning_rate":
-        return [p for p in points if p.trained]
+        return [p for p in points if p.trained and not p.failed]
     return at_best_rate(points, *([] if axis.texts else [axis.field]))
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    """Without settings of which a seed did not end in finite numbers: the mean of the others would flatter them."""
+    settings = grouped(points, without("seed")).values()
+    return [p for same in settings if all(p.loss < math.inf for p in same) for p in same]
 
 
 def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]:
@@ -63,13 +71,16 @@ def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]
     groups = [same for same in grouped(points, apart).values() if len({axis.value(p) for p in same}) > 1]
     groups = sorted(groups, key=len, reverse=True)[:MOST_LINES]
     flat = [p for same in groups for p in same]
-    return [(_named(same[0], flat, axis), same) for same in groups]
+    names = [_named(same[0], flat, axis) for same in groups]
+    if len(set(names)) < len(names):  # long texts that begin alike, or bases of one name in several folders
+        names = [_named(same[0], flat, axis, whole=True) for same in groups]
+    return list(zip(names, groups, strict=True))
 
 
-def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
-    """What tells a line from the others."""
+def _named(p: Point, among: Sequence[Point], axis: Axis, whole: bool = False) -> str:
+    """What tells a line from the others, shortened unless it is to be `whole`."""
     told = {
-        "base": p.base.rsplit("/", 1)[-1],
+        "base": p.base if whole else p.base.rsplit("/", 1)[-1],
         "dataset": p.dataset,
         "init": p.init,
         "virtual_tokens": f"{p.virtual_tokens} virtual token" + "s" * (p.virtual_tokens > 1),
@@ -80,12 +91,12 @@ def _named(p: Point, among: Sequence[Point], axis: Axis) -> str:
     along = ("init", "start") if axis.field == "init" else (axis.field,)
     rivals = {"start": [q for q in among if q.init == p.init]}  # another start's text or labels tell nothing more
     varied = [f for f in told if f not in along and len({getattr(q, f) for q in rivals.get(f, among)}) > 1]
-    return ", ".join(_short(told[f]) for f in varied) or "held-out loss"
+    return ", ".join(_short(told[f], whole) for f in varied) or "held-out loss"
 
 
-def _short(text: str) -> str:
+def _short(text: str, whole: bool) -> str:
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
+    return text if whole or len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
 
 
 def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:

@@ -9,7 +9,7 @@ What a later run needs to go on stands beside them: see resume.py. safetensors a
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from softprompt.capabilities import layers_and_heads
-from softprompt.errors import AdapterError, OutputError
+from softprompt.errors import AdapterError
 from softprompt.fields import is_text
-from softprompt.files import read_inside, remove_folder
+from softprompt.files import read_inside
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,6 +30,7 @@ SETTINGS_FILE = "softprompt.json"
 PROMPT_KEY = "prompt_embeddings"
 PEFT_VERSION = "0.21.2"  # whose format this is
 CARD_FILE = "README.md"
+CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # pattern of a folder's name
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
 MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # P and H of a prompt
@@ -132,17 +133,25 @@ def newest_adapter(runs: Path) -> Path:
     Raises:
         AdapterError: there is none.
     """
-    found = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
-    if not found:
-        raise AdapterError(f"no trained adapter under {runs}/; run `python train.py` first, or name one with --adapter")
+    paths = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
     # a finished run's own files are written after its last checkpoint
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
+        return max(found)[1].parent
+    raise AdapterError(f"no trained adapter under {runs}/; run `python train.py` first, or name one with --adapter")
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written, in ns; None where it is gone by now, as a run removes its old checkpoints."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)]
-    return sorted(found, key=step_of)
+    """The checkpoint-N folders of a run, oldest first; those that a run removes in the meantime may be left out."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -150,32 +159,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def remove_old_checkpoints(output_dir: Path, newest: int, limit: int | None, best: int | None = None) -> None:
-    """Once checkpoint-`newest` is safe: remove those behind it, which are of a course that was left, and the oldest
-    above `limit` (None: keep all). The newest and checkpoint-`best` stay."""
-    numbers = [step_of(path) for path in checkpoints(output_dir)]
+def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | None = None) -> list[int]:
+    """Those of a run's checkpoints, by `numbers` in order, that may go once checkpoint-`newest` is safe: those behind
+    it, which are of a course that was left, and the oldest above `limit` (None: keep all). The newest and
+    checkpoint-`best` stay."""
     old = [n for n in numbers if n <= newest]
-    surplus = len(old) - limit if limit else 0
+    above = len(old) - limit if limit else 0
     spare = [n for n in old if n not in (newest, best)]
-    for number in [n for n in numbers if n > newest] + spare[: max(0, surplus)]:
-        remove_folder(output_dir / f"checkpoint-{number}")
-
-
-def remove_run(output_dir: Path, files: Iterable[str]) -> None:
-    """Take a run's checkpoints away, and its own `files`."""
-    for path in checkpoints(output_dir):
-        remove_folder(path)
-    for name in files:
-        (output_dir / name).unlink(missing_ok=True)
-
-
-def refuse_other_run(output_dir: Path, overwrite: bool) -> None:
-    """Raises OutputError where `output_dir` holds a run already and is not to be overwritten."""
-    if not overwrite and ((output_dir / CONFIG_FILE).exists() or checkpoints(output_dir)):
-        raise OutputError(
-            f"--output_dir {output_dir} holds a run already; go on with it (--resume_from_checkpoint), start anew "
-            "over it (--overwrite_output_dir), or name another folder"
-        )
+    return [n for n in numbers if n > newest] + spare[: max(0, above)]
 
 
 def _read(folder: Path, name: str, limit: int) -> bytes:

@@ -3,8 +3,14 @@
 The figure is the held-out loss, on a logarithmic scale, so that tasks of different difficulty can be put together: a
 gain of g means a loss of e^-g times the other. Cells are compared that differ in nothing but what the claim is about,
 the seed included, each at the learning rate that was best for it (the mean over seeds decides) of those that all of
-them were run at, if there is any, else of its own. Every comparison is one observation; from n of them come the mean
-gain and its 95 % interval (Student's t with n - 1 degrees of freedom).
+them were run at, if there is any, else of its own.
+
+Comparisons are not independent of each other: several texts are compared with the same run from noise, and several
+bases are trained with the same rows in the same order. Only seeds are drawn independently. Therefore the gains of all
+comparisons with one seed are averaged first, and the 95 % interval (Student's t with n - 1 degrees of freedom) is that
+of the mean of these n averages. It says what other seeds would give with the study's own settings and held-out rows.
+All seeds are averaged over the same comparisons; where a cell failed, the largest part is taken in which that holds.
+One seed, or one set of seeds as of an ensemble, gives no interval and decides nothing.
 
 A claim holds if the whole interval is above 0; it does not hold if the whole interval is below `LEAST`, so that the
 gain is none or too small to matter; all else is not decided by this data.
@@ -15,56 +21,82 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any, NamedTuple
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES
 from softprompt.intervals import interval
-from softprompt.points import Point, at_best_rate, grouped, without
+from softprompt.points import Point, at_best_rate, grouped, lowest, without
 
 LEAST = 0.01  # a gain: one percent of the loss
 ARTICLE_RATE = 5e-5
 HOLDS, HOLDS_NOT, UNDECIDED = "holds", "does not hold", "not decided by this data"
 
 
+class Compared(NamedTuple):
+    """One comparison: `what` was compared, which is the same for every seed, the seed, and the gain."""
+
+    what: Any
+    seed: int
+    gain: float
+
+
 @dataclass(frozen=True)
 class Finding:
-    """A claim, its verdict, and the sentence that says why. Gains are logarithms of the ratio of two losses."""
+    """A claim, its verdict, and the sentence that says why. `gains` are those of all comparisons (logarithms of the
+    ratio of two losses, or differences of two shares), `by_seed` their mean for each seed."""
 
     claim: str
     verdict: str
     sentence: str
     gains: tuple[float, ...] = ()
+    by_seed: tuple[float, ...] = ()
 
 
 def findings(points: Sequence[Point]) -> list[Finding]:
-    """A sentence on each claim that the cells say anything about."""
-    best = at_best_rate(points)
+    """A sentence on each claim that the cells say anything about. Cells that failed are left out."""
+    points = [p for p in points if not p.failed]
     return [
         _along(points, "Longer prompts train better", "virtual tokens", lambda p: p.virtual_tokens),
-        _hard_against_soft(points, best),
+        _hard_against_soft(points),
         _text_against_random(points),
         _larger_bases(points),
         _along(points, "More rows train better", "rows", lambda p: p.rows),
         *_learning_rates(points),
-        *_together(points, best),
+        *_together(points),
     ]
 
 
-def verdict(gains: Sequence[float]) -> str:
-    """The rule that this module's docstring states."""
-    _, low, high = interval(gains)
+def verdict(by_seed: Sequence[float]) -> str:
+    """The rule that this module's docstring states, of the mean gain with each seed."""
+    _, low, high = interval(by_seed)
     return HOLDS if low > 0 else HOLDS_NOT if high < LEAST else UNDECIDED
+
+
+def of_every_seed(compared: Sequence[Compared]) -> list[Compared]:
+    """The largest part in which every comparison was made with every seed: else the average of one seed would be over
+    other comparisons than that of another."""
+    seeds = {what: frozenset(one.seed for one in some) for what, some in grouped(compared, lambda c: c.what).items()}
+
+    def size(some: frozenset[int]) -> tuple[int, int]:
+        return (len(some) - 1) * sum(some <= each for each in seeds.values()), len(some)  # degrees of freedom
+
+    whole = max(dict.fromkeys(seeds.values()), key=size, default=frozenset[int]())
+    return [one for one in compared if one.seed in whole and whole <= seeds[one.what]]
 
 
 def _along(points: Sequence[Point], claim: str, what: str, value: Callable[[Point], int]) -> Finding:
     """Of a number: the gain with each doubling, the slope of the least-squares line over its logarithm."""
     field = {"virtual tokens": "virtual_tokens", "parameters": "base"}.get(what, what)
-    slopes: list[float] = []
+    slopes: list[Compared] = []
     points = at_best_rate(points, field)
-    for same in grouped(points, without(field, "learning_rate")).values():
-        xs, ys = [math.log2(value(p)) for p in same], [-_log(p.loss) for p in same]
+    apart = without(field, "learning_rate", "seed")
+    for (*key, seed), same in grouped(points, lambda p: (apart(p), p.seed)).items():
+        values = [value(p) for p in same]
+        xs, ys = list(map(math.log2, values)), [-_log(p.loss) for p in same]
         spread = sum((x - mean(xs)) ** 2 for x in xs)
         if spread:
-            slopes.append(sum((x - mean(xs)) * y for x, y in zip(xs, ys, strict=True)) / spread)
+            slope = sum((x - mean(xs)) * y for x, y in zip(xs, ys, strict=True)) / spread
+            slopes.append(Compared((*key, *sorted(values)), seed, slope))
     values = sorted({value(p) for p in points})
     measured = f"doubling the {what} ({_number(values[0])} to {_number(values[-1])})" if values else what
     return _finding(claim, slopes, measured)
@@ -80,46 +112,55 @@ def _larger_bases(points: Sequence[Point]) -> Finding:
 
 
 def _text_against_random(points: Sequence[Point]) -> Finding:
-    gains: list[float] = []
+    gains: list[Compared] = []
     points = at_best_rate([p for p in points if p.init in ("TEXT", "RANDOM")], "init", "start")
-    for same in grouped(points, without("init", "start", "learning_rate")).values():
+    for key, same in grouped(points, without("init", "start", "learning_rate", "seed")).items():
         of = grouped(same, lambda p: p.init)
-        pairs = itertools.product(of.get("TEXT", []), of.get("RANDOM", []))
-        gains += [_log(random.loss) - _log(text.loss) for text, random in pairs]
+        for text, random in itertools.product(of.get("TEXT", []), of.get("RANDOM", [])):
+            if text.seed == random.seed:
+                gain = _log(random.loss) - _log(text.loss)
+                gains.append(Compared((key, text.start, random.start), text.seed, gain))
     claim = "A prompt that starts from a text (TEXT) trains better than one that starts from noise (RANDOM)"
     return _finding(claim, gains, "TEXT in place of RANDOM")
 
 
-def _hard_against_soft(points: Sequence[Point], best: Sequence[Point]) -> Finding:
-    """The best of the texts beside every seed of the trained setting that is best, for each base, dataset (with as many
-    held-out targets) and rows."""
+def _hard_against_soft(points: Sequence[Point]) -> Finding:
+    """The best of the texts beside the trained setting that is best by the other seeds, for each base, dataset and
+    number of rows, on the same held-out rows."""
     claim = "A hard prompt (a text put before the input, not trained) is better than a trained soft one"
-    texts = grouped([p for p in points if not (p.trained or p.voting)], lambda p: (p.base, p.dataset, p.targets))
-    gains: list[float] = []
-    for (*asked, _), soft in grouped(best, lambda p: (p.base, p.dataset, p.targets, p.rows)).items():
-        if tuple(asked) in texts:
-            hard = min(p.loss for p in texts[tuple(asked)])
-            settings = grouped(soft, without("seed", "learning_rate")).values()
-            chosen = min(settings, key=lambda cells: mean(p.loss for p in cells))
-            gains += [_log(p.loss) - _log(hard) for p in chosen]
+    texts = grouped([p for p in points if not (p.trained or p.voting)], _asked)
+    gains: list[Compared] = []
+    for (asked, rows), soft in grouped([p for p in points if p.trained], lambda p: (_asked(p), p.rows)).items():
+        if asked in texts:
+            hard = min(p.loss for p in texts[asked])
+            settings = list(grouped(soft, without("seed")).values())
+            for seed in dict.fromkeys(p.seed for p in soft):
+                chosen = lowest([cells for cells in settings if any(p.seed == seed for p in cells)], left_out=seed)
+                (one,) = (p for p in chosen if p.seed == seed)
+                gains.append(Compared((asked, rows), seed, _log(one.loss) - _log(hard)))
     return _finding(claim, gains, "the best text in place of the best trained prompt")
+
+
+def _asked(p: Point) -> Any:
+    """Of which base what is asked. As many targets alone may be those of other rows."""
+    return p.base, p.dataset, p.targets, p.held_out
 
 
 def _learning_rates(points: Sequence[Point]) -> list[Finding]:
     """The default of each start beside the rate that is best by the other seeds, and beside the article's."""
     trained = [p for p in points if p.trained]
-    gains, beside_article = [], []
-    for same in grouped(trained, without("learning_rate", "seed")).values():
+    gains, beside_article = list[Compared](), list[Compared]()
+    for key, same in grouped(trained, without("learning_rate", "seed")).items():
         by_rate = {rate: {p.seed: p.loss for p in cells} for rate, cells in grouped(same, _rate).items()}
         default = by_rate.get(DEFAULT_LEARNING_RATES[same[0].init], {})
         article = by_rate.get(ARTICLE_RATE, {})
         others = {rate: losses for rate, losses in by_rate.items() if losses.keys() >= default.keys()}
         for seed, loss in default.items():
             if seed in article:
-                beside_article.append(_log(article[seed]) - _log(loss))
+                beside_article.append(Compared(key, seed, _log(article[seed]) - _log(loss)))
             if len(others) > 1 and len(default) > 1:
-                chosen = min(others, key=lambda r: mean(v for s, v in others[r].items() if s != seed))
-                gains.append(_log(loss) - _log(others[chosen][seed]))
+                chosen = min(others, key=lambda r: mean(others[r][s] for s in default if s != seed))
+                gains.append(Compared(key, seed, _log(loss) - _log(others[chosen][seed])))
     return [
         _finding(
             "Another learning rate than this project's default is better",
@@ -134,24 +175,27 @@ def _learning_rates(points: Sequence[Point]) -> list[Finding]:
     ]
 
 
-def _together(points: Sequence[Point], best: Sequence[Point]) -> Iterator[Finding]:
-    """Each ensemble beside its members, which are all at the rate that was best for them."""
-    members = grouped(best, without("seed"))
-    pairs = [(p, members[key]) for p in points if p.voting and (key := without("seed")(p)) in members]
+def _together(points: Sequence[Point]) -> Iterator[Finding]:
+    """Each ensemble beside its members, which are all at the rate that was best for them. All of a study's ensembles
+    are of one set of seeds."""
+    members = grouped(at_best_rate(points), without("seed"))
+    pairs = [(p, alone) for p in points if p.voting and len(alone := members.get(without("seed")(p), [])) == p.members]
     for voting, some in grouped(pairs, lambda pair: pair[0].voting).items():
         claim = f"Prompts of several seeds are better together ({voting}) than one of them"
-        lower = [_log(mean(p.loss for p in alone)) - _log(one.loss) for one, alone in some]
-        yield _finding(f"{claim}, by their loss", lower, "the mean of their likelihoods in place of the average prompt")
+        lower = [Compared(one, one.seed, _log(mean(p.loss for p in alone)) - _log(one.loss)) for one, alone in some]
+        measured = "the mean of their likelihoods in place of the average prompt"
+        yield _finding(f"{claim}, by their loss", lower, measured, drawn="set of seeds")
         right = [
-            (one.exact_match, [p.exact_match for p in alone if p.exact_match is not None])
+            (one, one.exact_match, [p.exact_match for p in alone if p.exact_match is not None])
             for one, alone in some
             if one.exact_match is not None
         ]
         for name, of in (("average", mean), ("best", max)):
-            gains = [share - of(shares) for share, shares in right]
+            gains = [Compared(one, one.seed, share - of(shares)) for one, share, shares in right]
             if gains:
+                told = f"{claim}, by the {name} one's exact match"
                 measured = f"the elected answer in place of the {name} prompt's"
-                yield _finding(f"{claim}, by the {name} one's exact match", gains, measured, "exact match", _points)
+                yield _finding(told, gains, measured, "exact match", _points, drawn="set of seeds")
 
 
 def _log(loss: float) -> float:
@@ -164,25 +208,34 @@ def _rate(p: Point) -> float:
 
 def _finding(
     claim: str,
-    gains: Sequence[float],
+    compared: Sequence[Compared],
     measured: str,
     figure: str = "held-out loss",
     change: Callable[[float], str] | None = None,
+    drawn: str = "seed",
 ) -> Finding:
-    """`change` says what a gain means for the figure."""
+    """`change` says what a gain means for the figure; `drawn` is what each average is of."""
     change = change or _percent
-    found = verdict(gains)
-    if not gains:
+    if not compared:
         return Finding(claim, UNDECIDED, f"{claim}: {UNDECIDED} (no cells of the study can be compared).")
-    average, low, high = interval(gains)
-    if not all(map(math.isfinite, gains)):
+    kept = of_every_seed(compared)
+    gains = tuple(one.gain for one in kept)
+    by_seed = tuple(mean(one.gain for one in some) for some in grouped(kept, lambda one: one.seed).values())
+    finite = all(math.isfinite(one.gain) for one in compared)
+    found, (average, low, high) = verdict(by_seed) if finite else UNDECIDED, interval(by_seed)
+    made = f"{len(gains):,} comparison" + "s" * (len(gains) > 1)
+    if not finite:
         why = "some of its runs did not end in finite numbers"
-    elif len(gains) < 2:
-        why = f"{measured} changed the {figure} by {change(average)}, in a single comparison"
+    elif len(by_seed) < 2:
+        better = f"a gain in {sum(gain > 0 for gain in gains):,} of {made}"
+        why = f"{measured} changed the {figure} by {change(average)} ({better}; one {drawn} gives no interval)"
     else:
         ends = " to ".join(map(change, (high, low) if change is _percent else (low, high)))
-        why = f"{measured} changed the {figure} by {change(average)} (95 % interval {ends}; n = {len(gains)})"
-    return Finding(claim, found, f"{claim}: {found}; {why}.", tuple(gains))
+        n = f"n = {len(by_seed)} seeds, {made}"
+        why = f"{measured} changed the {figure} by {change(average)} (95 % interval {ends}; {n})"
+    if left := len(compared) - len(kept):
+        why += f"; {left:,} more were left out, as not every seed has them"
+    return Finding(claim, found, f"{claim}: {found}; {why}.", gains, by_seed)
 
 
 def _percent(gain: float) -> str:

@@ -70,7 +70,7 @@ class TrainConfig:
         return {name: value for name, value in flat.items() if name not in SECRETS}
 
 
-def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
+def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
     """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
     if preset is not None and str(preset) not in PRESETS:
         hint = nearest(str(preset), PRESETS)
@@ -79,21 +79,41 @@ def preset_of(preset: str | None, given: dict[str, Any]) -> str | None:
 
 
 def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
-    """Settings from keyword arguments under the flags' names, over the preset's, over the defaults.
+    """Settings from keyword arguments under the flags' names, over the preset's, over the defaults. With
+    `resume_from_checkpoint` they are only a part, which `resume_config.merged` completes and checks as a whole.
 
     Raises:
         ConfigError: an unknown preset or field, a value of a wrong type or out of range, settings that contradict
             each other; every fault is in the one message.
     """
+    config = unchecked(preset, given)
+    return config if config.training.resume_from_checkpoint else checked(config)
+
+
+def unchecked(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """Settings of known names and right types; whether they are in range and go together is yet to be `checked`.
+
+    Raises:
+        ConfigError: an unknown preset or field, or a value of a wrong type.
+    """
     for name in SECRETS:
         if given.get(name):
             hide(str(given[name]))
+    named = {} if preset is None else {"preset": preset}
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
-    parts = build(GROUPS, values)
-    config = TrainConfig(preset, *parts, given)
-    if found := list(faults(*parts, given)):
+    return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
+
+
+def checked(config: TrainConfig) -> TrainConfig:
+    """The same settings.
+
+    Raises:
+        ConfigError: a value out of range, or settings that contradict each other.
+    """
+    parts = (config.model, config.data, config.prompt, config.training, config.sharing)
+    if found := list(faults(*parts, config.given)):
         raise ConfigError("; ".join(found))
     return config

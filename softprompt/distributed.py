@@ -160,16 +160,24 @@ def join() -> World:
     cards = torch.cuda.device_count()
     if cards:
         torch.cuda.set_device(local % cards)
-    own_cards = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
+    own_card = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
     world = World(rank, size)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(meet(store, rank, size, PATIENCE), store)
+    own_cards = of_all(store, rank, size, own_card)
     backend = "cpu:gloo,cuda:nccl" if own_cards else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     if own_cards:
         world.reduces_on = torch.device("cuda", local)
     world.roll, world.store = world.gather([platform.node(), os.getpid()]), store
     return world
+
+
+def of_all(store: dist.Store, rank: int, size: int, mine: bool) -> bool:
+    """Whether it is so of every rank: nodes may differ, and ranks that exchanged their sums in different ways would
+    wait for each other for ever. Waits for all of them."""
+    store.set(f"own card {rank}", str(int(mine)))
+    return all(found == b"1" for found in store.multi_get([f"own card {other}" for other in range(size)]))
 
 
 @contextmanager

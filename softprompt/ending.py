@@ -13,7 +13,6 @@ from softprompt.engines import generator_beside
 from softprompt.errors import PushError
 from softprompt.evaluate import Evaluation
 from softprompt.facts import examples_of, facts_of, likeness, start_of
-from softprompt.files import write_files
 from softprompt.generate import Generator
 from softprompt.nearest import space_of
 from softprompt.page import page
@@ -23,6 +22,7 @@ from softprompt.prepare import Prepared
 from softprompt.push import push
 from softprompt.record import FACTS_FILE, START_FILE, Facts, read_run
 from softprompt.report_config import PICTURE_FILE, REPORT_FILE
+from softprompt.run_files import run_files
 from softprompt.shared import SharedEngine
 
 Say = Callable[[str], object]
@@ -34,22 +34,22 @@ def begin_report(run: Prepared, arguments: Mapping[str, Any], before: Evaluation
     if run.world.is_main:
         with _at_most_a_warning(FACTS_FILE, say):
             facts |= facts_of(run, arguments, before)
-            write_files(run.output_dir, {**start_of(run, run.output_dir), FACTS_FILE: json_bytes(facts)})
+            run_files(run.output_dir).write({**start_of(run, run.output_dir), FACTS_FILE: json_bytes(facts)})
     return facts
 
 
 def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: Evaluation | None, say: Say) -> None:
     """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
     out is left out and told there. A fault is one line, and nothing else of the run is touched."""
-    folder, ended = run.output_dir, {**facts, "end": {}}
+    folder, files, ended = run.output_dir, run_files(run.output_dir), {**facts, "end": {}}
     with _at_most_a_warning(FACTS_FILE, say):
-        write_files(folder, {FACTS_FILE: json_bytes(ended)})
+        files.write({FACTS_FILE: json_bytes(ended)})
     with _at_most_a_warning(PICTURE_FILE, say):
         if picture := loss_picture(read_run(folder).history, before.loss if before else None):
-            write_files(folder, {PICTURE_FILE: picture})
+            files.write({PICTURE_FILE: picture})
     with _at_most_a_warning(REPORT_FILE, say, f"; try: python -m softprompt.report {shlex.quote(str(folder))}"):
-        write_files(folder, {FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
-        write_files(folder, {REPORT_FILE: page([read_run(folder)]).encode()})
+        files.write({FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
+        files.write({REPORT_FILE: page([read_run(folder)]).encode()})
         more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
         say(f"report: {folder / REPORT_FILE}{more}")
 

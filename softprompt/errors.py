@@ -64,6 +64,13 @@ class PushError(SoftpromptError):
     exit_code = 1
 
 
+class SomeFailed(SoftpromptError):
+    """Some of many that are independent of each other, as the cells of a study; what could be done without them is
+    done."""
+
+    exit_code = 1
+
+
 class TrainingError(SoftpromptError):
     """A run that cannot go on."""
 

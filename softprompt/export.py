@@ -150,11 +150,10 @@ def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype)
 def _write(output: Path, base: PreTrainedModel, tokenizer: Any, card: bytes) -> None:
     logging.disable_progress_bar()
     try:
-        with new_folder(output) as folder:
+        with new_folder(output, replace=False) as folder:
             base.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_bytes(card)
-            _refuse_existing(output)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"--output {output}: cannot be written: {error}; nothing was kept") from None
     finally:

@@ -125,17 +125,15 @@ def faults(
     sharing: SharingArguments,
     given: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Of a run's settings; `given` are those that were set by hand, under their flags' names. Of a resumed run the
-    checkpoint says what is not given."""
-    resumed = bool(training.resume_from_checkpoint)
+    """Of a run's settings; `given` are those that were set by hand, under their flags' names."""
     for part in (model, data, prompt, training, sharing):
         yield from _text_faults(dataclasses.asdict(part))
-    yield from _model_faults(model, resumed)
-    yield from _data_faults(data, resumed and "dataset" not in given)
+    yield from _model_faults(model)
+    yield from _data_faults(data)
     yield from _prompt_faults(prompt)
     yield from _training_faults(training)
-    yield from _evaluation_faults(data, training, given)
-    yield from sharing_faults(sharing, resumed)
+    yield from _evaluation_faults(data, training)
+    yield from sharing_faults(sharing)
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):
             if getattr(training, name):
@@ -154,7 +152,7 @@ def _text_faults(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} {text!r} holds a null character; leave that out"
 
 
-def _model_faults(model: ModelArguments, resumed: bool) -> Iterator[str]:
+def _model_faults(model: ModelArguments) -> Iterator[str]:
     yield from precision_faults(model.bf16, model.fp16, model.device)
     yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
@@ -167,7 +165,7 @@ def _model_faults(model: ModelArguments, resumed: bool) -> Iterator[str]:
     if model.stream_base and model.shard_base:
         yield "--stream_base and --shard_base exclude each other: a block comes from the disk or from the other ranks"
     by_layers = model.stream_base or model.shard_base or model.load_in_8bit or model.load_in_4bit
-    if model.offload_folder and not by_layers and not resumed:
+    if model.offload_folder and not by_layers:
         yield (
             "--offload_folder is only used with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit; "
             "add one of them"
@@ -176,8 +174,7 @@ def _model_faults(model: ModelArguments, resumed: bool) -> Iterator[str]:
         yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
 
 
-def _data_faults(data: DataArguments, unknown: bool) -> Iterator[str]:
-    """`unknown`: which dataset it is, and whether it streams."""
+def _data_faults(data: DataArguments) -> Iterator[str]:
     if data.dataset is None:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if data.eval_dataset and data.eval_rows:
@@ -190,11 +187,11 @@ def _data_faults(data: DataArguments, unknown: bool) -> Iterator[str]:
         yield f"--eval_split {data.eval_split}: {data.held_out} has held-out rows of its own; leave that out"
     if data.eval_rows < 0:
         yield f"--eval_rows {data.eval_rows} must not be negative"
-    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming and not unknown:
+    if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
         yield "--buffer_size is only used with --streaming; add that flag"
     if not 0 < data.buffer_size <= MOST_BUFFERED:
         yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
-    if data.streaming and is_made(data.dataset) and not unknown:
+    if data.streaming and is_made(data.dataset):
         yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
@@ -230,12 +227,11 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
             yield str(error)
 
 
-def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation_faults(data: DataArguments, training: TrainingArguments) -> Iterator[str]:
     if training.eval_strategy != "no" and not (data.held_out or data.eval_rows):
         yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
-    unknown = training.resume_from_checkpoint and "eval_strategy" not in given  # the checkpoint says it
     for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(training, name) and training.eval_strategy == "no" and not unknown:
+        if getattr(training, name) and training.eval_strategy == "no":
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
-    if training.early_stopping_threshold and training.early_stopping_patience is None and not unknown:
+    if training.early_stopping_threshold and training.early_stopping_patience is None:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"

@@ -1,16 +1,19 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed into it."""
 
+import contextlib
+import errno
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from softprompt.errors import OutputError
 
 Files = Mapping[str, bytes]  # name → content
+NEW, OLD, GONE = "new", "old", "gone"  # hidden folders end in what is in them: written, set aside, to be removed
 
 
 def check_writable(path: Path, flag: str) -> None:
@@ -61,11 +64,15 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """A folder beside `path` to write files into. After the block they are flushed to the disk and the folder takes the
-    name `path`, in place of what stood there; where the block fails, it is gone."""
+    name `path`, in place of what stood there; where the block or the renaming fails, it is gone and all is as before.
+
+    Raises:
+        FileExistsError: something stands at `path`, and it is not to be replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(f".{NEW}", f".{path.name}-", path.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -74,27 +81,30 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _flush(file)
         _flush_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
-        replaced = _set_aside(path) if path.exists() else None
-        temporary.rename(path)
+        if os.path.lexists(path) and not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        _rename_over(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush_folder(path.parent)
-    if replaced:
-        shutil.rmtree(replaced)
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away, first from under its name: what is there by its name is whole at any time."""
-    shutil.rmtree(_set_aside(path))
+    """Take a folder away, first from under its name: what is there by its name is whole at any time. Of a link to a
+    folder, the link alone goes."""
+    shutil.rmtree(_set_aside(path, GONE))
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Take away what killed processes left of `write_folder` (folders called `name`-N) and `write_files`."""
-    for path in folder.glob(f".{name}-*-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> None:
+    """Tidy up after processes that were killed in `new_folder` (for names that match the pattern `folders`) and in
+    `write_files` (of `files`). A folder that was set aside, and whose place nothing took, gets its name back."""
+    for path in folder.glob(".*"):
+        if found := re.fullmatch(rf"\.({folders})-[a-z0-9_]{{8}}\.({NEW}|{OLD}|{GONE})", path.name):
+            with contextlib.suppress(OSError):  # what cannot be put back stays where it is
+                if found[2] == OLD and (path / found[1]).exists():
+                    _put_back(path, folder / found[1])
+                shutil.rmtree(path)
+        elif (found := re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)) and found[1] in files:
             path.unlink(missing_ok=True)
 
 
@@ -118,9 +128,36 @@ def write_files(folder: Path, files: Files) -> None:
     _flush_folder(folder)
 
 
-def _set_aside(path: Path) -> Path:
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    return path.rename(aside)  # onto an empty folder
+def _rename_over(temporary: Path, path: Path) -> None:
+    """Give `temporary` the name `path`. What had that name before gets it back where this fails."""
+    aside = _set_aside(path, OLD) if os.path.lexists(path) else None
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if aside:
+            _put_back(aside, path)
+            aside.rmdir()
+        raise
+    _flush_folder(path.parent)
+    if aside:  # the new one is safe; what cannot be removed of this one is left to remove_leftovers
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _set_aside(path: Path, kind: str) -> Path:
+    """Move a folder, or a link to one, into a new hidden folder beside it, which is returned."""
+    aside = Path(tempfile.mkdtemp(f".{kind}", f".{path.name}-", path.parent))
+    try:
+        path.rename(aside / path.name)
+    except BaseException:
+        aside.rmdir()
+        raise
+    return aside
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Give what `_set_aside` moved its name back, unless that is taken."""
+    if not os.path.lexists(path):
+        (aside / path.name).rename(path)
 
 
 def _write_and_flush(path: Path, content: bytes) -> None:

@@ -1,5 +1,5 @@
-"""What a run must not be resumed without, by content: its rows, its tokenizer, its base. Where they lie and what they
-are called do not matter."""
+"""What a run must not be resumed without, by content: its rows and its base. Where they lie and what they are called do
+not matter. See tokenizer_fingerprint.py for the tokenizer."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.files import cache_dir, write_files
 from softprompt.rows import Row
@@ -30,16 +30,11 @@ def fingerprint_of_rows(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def fingerprint_of_files(paths: Sequence[Path]) -> str:
-    """Of the files' content, in order; a few seconds for each few GiB."""
-    digest = hashlib.sha256()
-    for path in paths:
+def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path]) -> str:
+    """Of a base that is not loaded: its configuration, and the content of the files of its weights, in order; a few
+    seconds for each few GiB."""
+    digest = hashlib.sha256(_configured(config).encode())
+    for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -55,7 +50,7 @@ def fingerprint_of_base(
     same place, size, time and inode, and the same goes for its configuration, names, shapes, and 4 KiB from both ends
     and the middle of every tensor. To hash it anew is to read every byte once.
     """
-    config, tensors = base.config.to_diff_dict(), {**base.state_dict(), **(blocks or {})}
+    config, tensors = _configured(base.config), {**base.state_dict(), **(blocks or {})}
     if sum(t.nbytes for t in tensors.values()) < CACHED_FROM or not files:
         return _hash(config, tensors, sampled=False)
     places = [place_of(path) for path in sorted(files)]
@@ -83,9 +78,14 @@ def place_of(path: Path) -> list[Any]:
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored], sampled: bool) -> str:
-    config = {name: value for name, value in config.items() if name not in OF_THE_PLACE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+def _configured(config: PreTrainedConfig) -> str:
+    """A base's configuration as JSON, without what only says where it lies and who wrote it."""
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in OF_THE_PLACE}
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _hash(config: str, tensors: Mapping[str, Tensor | Stored], sampled: bool) -> str:
+    digest = hashlib.sha256(config.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for part in _samples(tensor) if sampled else _all(tensor):

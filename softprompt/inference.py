@@ -4,6 +4,7 @@ import hashlib
 import json
 import secrets
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -14,17 +15,19 @@ from tqdm import tqdm
 
 from softprompt.adapters import NONE, Tuned, find, named, place_of
 from softprompt.adapters import load as read_adapter
-from softprompt.answers_file import AnswersFile, noted_seed
+from softprompt.answers_file import TOKENIZER, AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
-from softprompt.compare import Judge, report
-from softprompt.errors import AdapterError, ConfigError, DataError
+from softprompt.compare import Judge, Judged, report
+from softprompt.crash import failure
+from softprompt.errors import AdapterError, ConfigError, DataError, SomeFailed
 from softprompt.faults import bits_of
 from softprompt.fields import is_text
 from softprompt.infer_config import InferConfig, has_splits
 from softprompt.rows import load_prompts
 from softprompt.splits import splits_of
+from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 
 class Asked(NamedTuple):
@@ -36,7 +39,8 @@ class Asked(NamedTuple):
 
 
 def infer(config: InferConfig) -> None:
-    """Raises SoftpromptError for anything in the way; answers that are finished by then stay."""
+    """Raises SoftpromptError for anything in the way; answers that are finished by then stay, and so does the table of
+    the adapters that could be evaluated."""
     question = config.question
     to_chat = question.prompt is question.prompts_file is question.eval_dataset is None
     if to_chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -46,9 +50,11 @@ def infer(config: InferConfig) -> None:
         raise DataError(f"{named_one.where}: names an adapter, and --ensemble asks all of them; leave one of both out")
     model = load(config, asked)
     if question.eval_dataset is not None:
-        table = evaluate(config, model)
+        table, fault = evaluate(config, model)
         _tell(model.description)
         print(table)
+        if fault:
+            raise SomeFailed(fault)
     elif asked:
         answer_file(config, model, asked)
     elif to_chat:
@@ -164,7 +170,8 @@ def _found(
     return ({"text" if isinstance(answer, str) else "texts": answer} for answer in answers)
 
 
-def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
+def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
+    """The table of those adapters that can be evaluated, and what is wrong with the others, if there are any."""
     dataset, split = str(config.question.eval_dataset), config.question.eval_split
     if has_splits(dataset):
         splits = splits_of(dataset, None)
@@ -182,10 +189,30 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
         next((each.template for each in tuned if each.prompt is not None), model.template),
         split,
     )
-    found = {name: judge(each) for name, each in model.adapters.items()}
-    if config.question.ensemble:
+    found, fault = _judged(judge, model.adapters)
+    if config.question.ensemble and not fault:
         found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), config.question.voting)
-    return report(found)
+    return report(found), fault
+
+
+def _judged(judge: Judge, adapters: Mapping[str, Tuned]) -> tuple[dict[str, Judged], str]:
+    """What was found of each adapter, and what is wrong with those of which nothing could be found. Raises the error of
+    the first where that is so of all of them."""
+    found: dict[str, Judged] = {}
+    errors: dict[str, Exception] = {}
+    for name, each in adapters.items():
+        try:
+            found[name] = judge(each)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which hold tensors, and memory may have run out
+            errors[name] = error
+    if not errors:
+        return found, ""
+    name, error = next(iter(errors.items()))
+    if not found:
+        raise error
+    told = f"{len(errors):,} of {len(adapters):,} adapters cannot be evaluated"
+    return found, f"{told} ({name}: {failure(error).line}); the table has the others"
 
 
 def chat(config: InferConfig, model: SoftPromptModel) -> None:
@@ -214,14 +241,15 @@ def _settings(config: InferConfig) -> dict[str, Any]:
 
 
 def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
-    """What answers depend on beside the prompts and the seed, JSON-able; adapters by content."""
+    """What answers depend on beside the prompts and the seed, JSON-able; tokenizer and adapters by content."""
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
     if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
         settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
-    return {"base": model.name, "adapters": adapters, "choices": config.question.choices, **settings}
+    known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}
+    return {**known, "choices": config.question.choices, **settings}
 
 
 def _fingerprint(tuned: Tuned) -> str:

@@ -38,8 +38,9 @@ class Rows(NamedTuple):
     notes: Sequence[str] = ()
 
     @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
+    def fingerprints(self) -> dict[str, str]:
+        of_training = self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
+        return {"dataset": of_training, "held-out rows": fingerprint_of_rows(self.held_out)}
 
 
 class _Part(NamedTuple):

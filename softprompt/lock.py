@@ -4,17 +4,19 @@ that kill -9 leaves nothing that stands in the way."""
 import contextlib
 import errno
 import os
+import time
 from pathlib import Path
 
 from softprompt.errors import OutputError
 
-LOCK_FILE = ".lock"
+LOCK_FILE = ".softprompt.lock"
+LOOKING_SECONDS, PAUSE = 5.0, 0.01  # a look takes far less than the first
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
 
 
 class FolderLock:
     """The lock of a folder that is there, held from `take` to `release`, at the latest to the end of `with`. Its file
-    holds the process's id."""
+    holds the process's id. `refuse_locked` takes the same lock shared for a moment, which is waited out."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / LOCK_FILE
@@ -22,16 +24,20 @@ class FolderLock:
 
     def take(self) -> "FolderLock":
         """Raises OutputError where another process holds it."""
+        give_up = time.monotonic() + LOOKING_SECONDS
         while self.descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
-                if not _flock(descriptor):
+                if _flock(descriptor):
+                    if _is_file_at(descriptor, self.path):  # its last holder may just have removed it
+                        self.descriptor = descriptor
+                elif not _flock(descriptor, shared=True) or time.monotonic() > give_up:
                     raise _held(self.folder)
-                if _is_file_at(descriptor, self.path):  # its last holder may just have removed it
-                    self.descriptor = descriptor
             finally:
                 if self.descriptor is None:
                     os.close(descriptor)
+            if self.descriptor is None:
+                time.sleep(PAUSE)
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, str(os.getpid()).encode())
         return self

@@ -18,9 +18,9 @@ from softprompt.errors import ReportError
 from softprompt.pictures import INSTALL, Curve, Painter
 from softprompt.record import FACTS_FILE, Record
 from softprompt.redact import redacted
+from softprompt.report_config import MARK
 
 TEMPLATE = "report.html.jinja"
-MARK = '<meta name="generator" content="softprompt.report">'  # by which an older report is known
 SHOWN = 600  # characters of a text
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 CURVES = {
@@ -49,9 +49,9 @@ class Picture:
     note: str = ""
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], broken: Sequence[str] = ()) -> str:
     """One HTML document without scripts that asks for no other file. Without matplotlib it has no pictures, and says
-    how to get them.
+    how to get them. `broken` says of further runs why they are not shown.
 
     Raises:
         ReportError: a run's report.json is not as this version writes it.
@@ -65,7 +65,11 @@ def page(records: Sequence[Record]) -> str:
     for record, name in zip(records, names, strict=True):
         with _as_written(record):
             views.append(_view(record, name, painter))
-    values = {"runs": views, "compared": _compared(records, names, painter) if len(records) > 1 else None}
+    values = {
+        "runs": views,
+        "broken": broken,
+        "compared": _compared(records, names, painter) if len(records) > 1 else None,
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -2,14 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, TypeVar
 
+from softprompt.grid import OF_THE_BASE, OF_THE_ROWS
+
 T = TypeVar("T")
 NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
 OF_A_KIND = ("trained", "voting", "seeds")
+HELD_OUT = (*OF_THE_BASE, *OF_THE_ROWS)  # what a loss on held-out rows depends on, whatever the prompt
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Point:
     """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
     whose number shows whether losses per target can be compared. An ensemble has a `voting` and several `members`, and
     is not `trained`. `start` is the text or the labels that the prompt starts from, and `context` all that no claim is
-    about."""
+    about. `held_out` names the held-out rows and how the base reads them. `failed` says why a cell has no result: it is
+    shown, and compared with nothing."""
 
     base: str
     parameters: int
@@ -37,6 +41,8 @@ class Point:
     targets: int
     start: str
     context: str
+    held_out: str = ""
+    failed: str = ""
 
 
 Key = Callable[[Point], Any]
@@ -67,21 +73,33 @@ def point(result: Mapping[str, Any]) -> Point:
         result["held_out_targets"],
         start,
         json.dumps(context, sort_keys=True),
+        json.dumps({k: v for k, v in context.items() if k in HELD_OUT}, sort_keys=True),
+        result.get("failed", ""),
     )
 
 
 def at_best_rate(points: Iterable[Point], *varied: str) -> list[Point]:
     """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest. Cells
     that differ in the fields `varied`, too, are to be compared: it is the best of the rates that all of them were run
-    at, if there is any, so that none gains by a rate that another one was not given."""
+    at, if there is any, so that none gains by a rate that another one was not given. The means are those over the
+    seeds that all rates were run with, if there is any."""
     kept = []
-    for compared in grouped([p for p in points if p.trained], without("learning_rate", "seed", *varied)).values():
+    trained = [p for p in points if p.trained and not p.failed]
+    for compared in grouped(trained, without("learning_rate", "seed", *varied)).values():
         settings = grouped(compared, without("learning_rate", "seed")).values()
         shared = set.intersection(*({p.learning_rate for p in same} for same in settings))
         for same in settings:
             of_rates = grouped([p for p in same if p.learning_rate in shared or not shared], lambda p: p.learning_rate)
-            kept += min(of_rates.values(), key=lambda cells: mean(p.loss for p in cells))
+            kept += lowest(of_rates.values())
     return kept
+
+
+def lowest(settings: Iterable[Sequence[Point]], left_out: int | None = None) -> Sequence[Point]:
+    """Of several settings, each with a cell for each seed, the one whose mean loss is lowest: over the seeds that all
+    of them have, if there is any, without the one `left_out`."""
+    every = list(settings)
+    seeds = set.intersection(*({p.seed for p in cells} for cells in every)) - {left_out}
+    return min(every, key=lambda cells: mean(p.loss for p in cells if p.seed in seeds or not seeds))
 
 
 def without(*names: str) -> Key:

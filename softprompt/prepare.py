@@ -12,9 +12,9 @@ from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
-from softprompt.capabilities import Extent, check_rows, check_start, check_vocabulary, why_no_answers
+from softprompt.capabilities import Extent, check_extent, check_start, check_vocabulary, why_no_answers
 from softprompt.checkpoint import load_adapter
-from softprompt.config import TrainConfig
+from softprompt.config import TrainConfig, checked
 from softprompt.data import Tokenized
 from softprompt.distributed import World
 from softprompt.engines import generator_beside, make_engine
@@ -22,7 +22,8 @@ from softprompt.errors import ConfigError
 from softprompt.evaluate import SHORT_ANSWER, Evaluator
 from softprompt.faults import bits_of
 from softprompt.feed import Feed, rows_of_a_step
-from softprompt.fingerprints import fingerprint_of_base, fingerprint_of_tokenizer
+from softprompt.files import check_writable
+from softprompt.fingerprints import fingerprint_of_base
 from softprompt.generate import Generator
 from softprompt.hollow import read_hollow
 from softprompt.intake import Rows, make_feed, read_rows, template_of, tokenize_rows
@@ -42,20 +43,22 @@ from softprompt.progress import Totals
 from softprompt.prompt import PromptEmbedding
 from softprompt.push import check_hub
 from softprompt.quantised import quantise
-from softprompt.resume import (
-    check_fingerprints,
-    check_streaming,
-    find_checkpoint,
+from softprompt.resume import find_checkpoint, load_state
+from softprompt.resume_checks import (
+    are_comparable,
+    best_so_far,
+    check_rows,
     in_its_order,
-    kept_rows_per_step,
-    load_state,
-    merged,
+    other_contents,
+    rows_of_steps,
 )
+from softprompt.resume_config import merged
 from softprompt.rows import Row
 from softprompt.sharded import Shards, shard
 from softprompt.shared import SharedEngine, SharedGenerator
 from softprompt.stored import Stored
 from softprompt.template import ignored_keys
+from softprompt.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.torchrun import launched
 from softprompt.trainer import Metrics, TrainingState
 
@@ -106,13 +109,15 @@ class _Begun:
 
 
 class _Loaded(NamedTuple):
-    """What computes, and by which content of the files it is known."""
+    """What computes, and by which content of the files it is known; of a resumed run `others` are those that were
+    another content before."""
 
     base: PreTrainedModel
     prompt: PromptEmbedding
     engine: Engine
     generator: Generator | None
     fingerprints: dict[str, str]
+    others: list[str]
 
 
 def prepare(config: TrainConfig, world: World) -> Prepared:
@@ -158,7 +163,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         start=begun.start,
         totals=begun.totals,
         history=begun.history,
-        best=begun.best,
+        best=begun.best if are_comparable(loaded.others) else Best(),
         world=world,
         searches=searches,
     )
@@ -167,12 +172,13 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
 def _begun(config: TrainConfig, world: World) -> _Begun:
     checkpoint = find_checkpoint(config, print)
     if not checkpoint:
-        return _Begun(config, rows_of_a_step(config.training, world.size))
+        return _Begun(checked(config), rows_of_a_step(config.training, world.size))
     start, saved = load_state(checkpoint)
     config = merged(config, checkpoint, saved, print)
-    rows_per_step = kept_rows_per_step(config, saved) or rows_of_a_step(config.training, world.size)
-    check_streaming(config, saved, checkpoint)
-    start, totals, best = in_its_order(start, config, saved), Totals(**saved["totals"]), Best(**saved["best"])
+    rows_per_step = rows_of_steps(config, saved, world.size)
+    check_rows(config, rows_per_step, saved, checkpoint, print)
+    best = best_so_far(config, saved, checkpoint, print)
+    start, totals = in_its_order(start, config, saved), Totals(**saved["totals"])
     return _Begun(config, rows_per_step, checkpoint, start, totals, saved["history"], best, saved["fingerprints"])
 
 
@@ -192,18 +198,19 @@ def _loaded(
     path = base_path(str(config.model.model_name_or_path))
     bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
     base, stored = _read_base(config, path, sharded)
-    fingerprints = {"dataset": rows.fingerprint, "tokenizer": fingerprint_of_tokenizer(tokenizer)}
+    fingerprints = {**rows.fingerprints, **tokenizer_fingerprints(tokenizer)}
     if world.is_main or not sharded:  # else every rank would read the whole base
         keep = not config.training.dry_run
         fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
-    if checkpoint and not config.training.ignore_data_skip:
-        check_fingerprints(begun.fingerprints, fingerprints, checkpoint)
+    others: list[str] = []
+    if checkpoint:
+        others = other_contents(begun.fingerprints, fingerprints, checkpoint, config.training.ignore_data_skip, print)
     check_vocabulary(tokenizer, base, path)
     check_start(config.prompt.prompt_tuning_init_text, tokenizer, base)
     quantised = quantise(base, bits, device) if bits else None
     base = place(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
-    check_rows(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
+    check_extent(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
     prompt = PromptEmbedding(values).to(device)
     shards = shard(base, stored, world) if sharded and stored else None
     engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
@@ -211,7 +218,7 @@ def _loaded(
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)
     tell_model(config, SoftPromptedModel(prompt, base), engine)
-    return _Loaded(base, prompt, engine, generator, fingerprints)
+    return _Loaded(base, prompt, engine, generator, fingerprints, others)
 
 
 def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
@@ -223,6 +230,8 @@ def _check_places(config: TrainConfig, output_dir: Path, world: World) -> None:
     offload = Path(config.model.offload_folder or ".")
     if offload.exists() and not offload.is_dir():
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
+    if config.model.offload_folder:
+        check_writable(offload, "--offload_folder")
 
 
 def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: Tokenized) -> Evaluator:

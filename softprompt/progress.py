@@ -11,16 +11,16 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from softprompt.board import Board
-from softprompt.files import write_files
 from softprompt.redact import redacted
 from softprompt.resume import metrics_file
+from softprompt.run_files import run_files
 from softprompt.trainer import Metrics, Step
 
 
 @dataclass(frozen=True)
 class Totals:
     """Sums over all steps of a run, a resumed one's earlier ones among them; `seconds` are those spent in
-    steps, `runtime` those of the whole loop up to a checkpoint."""
+    steps, `runtime` those of the whole loop up to a checkpoint. `without_loss` steps had no finite loss."""
 
     steps: int = 0
     epoch: float = 0.0
@@ -28,21 +28,24 @@ class Totals:
     tokens: int = 0
     seconds: float = 0.0
     runtime: float = 0.0
+    without_loss: int = 0
 
     def plus(self, step: Step) -> "Totals":
         return replace(
             self,
             steps=step.number,
             epoch=step.epoch,
-            loss=self.loss + step.loss,
+            loss=self.loss + (step.loss or 0.0),
+            without_loss=self.without_loss + (step.loss is None),
             tokens=self.tokens + step.tokens,
             seconds=self.seconds + step.seconds,
         )
 
     @property
-    def mean_loss(self) -> float:
-        """Mean over steps of their losses, Trainer's train_loss."""
-        return self.loss / self.steps
+    def mean_loss(self) -> float | None:
+        """Mean of the losses of all steps that have a finite one, Trainer's train_loss; None where no step has."""
+        counted = self.steps - self.without_loss
+        return self.loss / counted if counted else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,7 +86,8 @@ class Progress:
         self.totals = self.totals.plus(step)
         self.recent.append(step)
         speed = sum(s.tokens for s in self.recent) / sum(s.seconds for s in self.recent)
-        shown = {"loss": f"{step.loss:.4f}", "lr": f"{step.learning_rate:.2e}", "tok/s": f"{speed:,.0f}"}
+        loss = "not finite" if step.loss is None else f"{step.loss:.4f}"
+        shown = {"loss": loss, "lr": f"{step.learning_rate:.2e}", "tok/s": f"{speed:,.0f}"}
         self._show(lambda: self.bar.set_postfix(shown, refresh=False))
         self._show(lambda: self.bar.update(1))
 
@@ -108,7 +112,7 @@ class Progress:
         self._show(self.stream.flush)
 
     def _write_whole(self) -> None:
-        write_files(self.metrics_file.parent, {self.metrics_file.name: metrics_file(self.history)})
+        run_files(self.metrics_file.parent).write({self.metrics_file.name: metrics_file(self.history)})
 
     def _append(self, record: Metrics) -> None:
         with open(self.metrics_file, "ab") as file:

@@ -3,12 +3,14 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from softprompt import hub
 from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.errors import ConfigError, PushError
 from softprompt.redact import redacted
 from softprompt.report_config import REPORT_FILE
+from softprompt.run_files import run_files
 from softprompt.sharing_config import SharingArguments
 
 PUSHED = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FILE)
@@ -17,10 +19,11 @@ REFUSED = (401, 403)
 
 def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], object]) -> None:
     """Before a run is trained for its upload: see that the repository's name can be one, and that the hub knows the
-    token. A hub that cannot be asked now may answer when the run has ended.
+    token, and that a repository of this name holds nothing of somebody else's that would be replaced. A hub that cannot
+    be asked now may answer when the run has ended.
 
     Raises:
-        ConfigError: it cannot, or it does not, or there is no token.
+        ConfigError: it cannot, it does not, it does, or there is no token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -33,7 +36,8 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
         raise ConfigError(f"--push_to_hub: {_line(error)}; name a repository with --hub_model_id") from None
     hub.prepare()
     try:
-        HfApi(token=sharing.hub_token).whoami()
+        api = HfApi(token=sharing.hub_token)
+        user = api.whoami()["name"]
     except LocalTokenNotFoundError:
         raise ConfigError("--push_to_hub needs a token: HF_TOKEN, `hf auth login` or --hub_token") from None
     except HfHubHTTPError as error:
@@ -42,6 +46,21 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
         say(f"warning: --push_to_hub: {_line(error)}; it is tried again when the run has ended")
     except Exception as error:  # of httpx, of name resolution, offline
         say(f"warning: --push_to_hub: the hub does not answer now ({_line(error)}); it is tried when the run has ended")
+    else:
+        _refuse_foreign(api, name if "/" in name else f"{user}/{name}")
+
+
+def _refuse_foreign(api: Any, repo_id: str) -> None:
+    """Raises ConfigError where a repository has files that would be replaced, and none that says it is of a run."""
+    try:
+        there = {file.rfilename for file in api.model_info(repo_id, timeout=10).siblings or ()}
+    except Exception:  # there is none, or the hub does not tell
+        return
+    if SETTINGS_FILE not in there and (foreign := there.intersection(PUSHED)):
+        raise ConfigError(
+            f"--push_to_hub: {repo_id} would lose its {', '.join(sorted(foreign))}, which no run of train.py uploaded; "
+            "name another repository with --hub_model_id"
+        )
 
 
 def push(folder: Path, sharing: SharingArguments) -> str:
@@ -60,8 +79,8 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         api = HfApi(token=sharing.hub_token)
         made = api.create_repo(name, private=sharing.hub_private_repo, exist_ok=True)
         name = made.repo_id
-        message = "A soft prompt, learned with softprompt"
-        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(PUSHED), commit_message=message)
+        message, ours = "A soft prompt, learned with softprompt", run_files(folder).names().intersection(PUSHED)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
         return str(made)
     except Exception as error:  # whatever it is, the run has ended well
         raise PushError(

@@ -1,6 +1,7 @@
 """What a run shows, keeps and leaves: the loop's callbacks, and the finished run."""
 
 import errno
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,29 +13,21 @@ import torch
 
 from softprompt.adapter_folder import adapter_folder
 from softprompt.best import metric_name, noted, patience_is_over
-from softprompt.board import Board, remove_events
+from softprompt.board import Board
 from softprompt.capabilities import why_no_answers
-from softprompt.checkpoint import (
-    checkpoints,
-    json_bytes,
-    load_adapter,
-    remove_old_checkpoints,
-    remove_run,
-    step_of,
-)
+from softprompt.checkpoint import checkpoints, json_bytes, load_adapter, step_of
 from softprompt.config import TrainConfig
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
-from softprompt.files import remove_leftovers, write_files, write_folder
+from softprompt.files import write_folder
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
-from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE
-from softprompt.report_config import PICTURE_FILE, REPORT_FILE
+from softprompt.record import RESULTS_FILE
 from softprompt.resume import (
     METRICS_FILE,
-    OF_A_CHECKPOINT,
     OF_THIS_CALL,
+    STATE_FILE,
     STATE_FILES,
     fault_of,
     metrics_file,
@@ -43,9 +36,8 @@ from softprompt.resume import (
     with_checksums,
 )
 from softprompt.rows import Row
+from softprompt.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
 from softprompt.trainer import Metrics, Step, TrainingState
-
-OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,7 +79,8 @@ class Recorder:
         self.best = run.best
         self.began = time.perf_counter()
         self.state = _state_of(run.checkpoint) if run.checkpoint else {}
-        self.position = run.start.position
+        self.position, self.skipped = run.start.position, run.start.step - run.start.taken
+        self.told_foreign: list[str] = []  # files in checkpoints that are kept because of these
 
     def tell_start(self) -> None:
         """Where a resumed run goes on, and what of its folder it will replace."""
@@ -139,7 +132,7 @@ class Recorder:
         return self.args.load_best_model_at_end and self.best.step == step.number
 
     def on_save(self, step: Step, state: TrainingState) -> None:
-        self.position = state.position
+        self.position, self.skipped = state.position, state.step - state.taken
         self.state = state_files(
             state,
             {
@@ -159,16 +152,25 @@ class Recorder:
         history = {METRICS_FILE: metrics_file(self.progress.history)}
         files = with_checksums({**self._adapter_files({}), **self.state, **history})
         with self._writing(f"checkpoint-{step.number}"):
-            write_folder(self.output_dir / f"checkpoint-{step.number}", files)
+            write_folder(own_checkpoint(self.output_dir, step.number), files)
         try:
-            remove_old_checkpoints(self.output_dir, step.number, self.args.save_total_limit, self._kept_best())
+            limit, best = self.args.save_total_limit, self._kept_best()
+            foreign = remove_old_checkpoints(self.output_dir, step.number, limit, best)
         except OSError as error:
             self.progress.say(f"warning: an old checkpoint cannot be removed ({error.strerror})")
+        else:
+            self._tell_foreign(foreign)
+
+    def _tell_foreign(self, names: list[str]) -> None:
+        if new := [name for name in names if name not in self.told_foreign]:
+            self.told_foreign += new
+            self.progress.say(f"warning: {', '.join(new)}: not of this run; the checkpoint with it is kept")
 
     def finish(self, sample: Row) -> Run:
         """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
         self._tell_rows()
+        self._tell_skipped()
         after = self._evaluate() if self.evaluator and not self.latest else self.latest
         if self._kept_best() not in (None, self.progress.totals.steps):
             after = self._take_best() or after
@@ -178,7 +180,7 @@ class Recorder:
         results = {RESULTS_FILE: json_bytes(metrics)}
         if self.world.is_main:
             with self._writing("the run's results"):
-                write_files(self.output_dir, {**results, **self.state, **files})
+                run_files(self.output_dir).write({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         no_answers = why_no_answers(self.run.base)
         evaluations = (self.evaluator, self.before, after)
@@ -189,6 +191,12 @@ class Recorder:
             done, total = self.progress.totals.steps, self.run.feed.total_steps
             ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
             self.progress.say(told + ended)
+
+    def _tell_skipped(self) -> None:
+        if self.skipped:
+            steps, why = self.progress.totals.steps, "their fp16 gradients were not finite"
+            nothing = "; the prompt is as it began: train with --bf16, or in fp32" if self.skipped == steps else ""
+            self.progress.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, as {why}{nothing}")
 
     def _evaluate(self) -> Evaluation | None:
         """Of the prompt after the last step; it is logged and noted unless a run that is resumed after its end was
@@ -215,17 +223,26 @@ class Recorder:
         """Go back to the best prompt and evaluate it; None where its checkpoint is not whole, and nothing changes."""
         name, step = f"checkpoint-{self.best.step}", self.best.step
         places = [self.output_dir, *([self.run.checkpoint.parent] if self.run.checkpoint else [])]
-        whole = next((str(place / name) for place in places if not fault_of(place / name)), None)
+        faults = {place / name: self._fault_of_best(place / name) for place in places}
+        whole = next((str(folder) for folder, fault in faults.items() if not fault), None)
         folder = self.world.gather(whole)[0]
         if folder is None or not self.evaluator:
-            fault = fault_of(places[0] / name)
-            self.progress.say(f"warning: {name}, the best, is not whole ({fault}); the last prompt is kept")
+            told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
+            self.progress.say(f"warning: the best prompt, of step {step}, is not there ({told}); the last one is kept")
             return None
         self.progress.say(f"the best prompt is that of step {step}: {metric_name(self.args)} {self.best.metric:.4g}")
         with torch.no_grad():
             self.prompt.weight.copy_(load_adapter(folder).prompt)
         self.state = _state_of(Path(folder))
         return self.evaluator(self.prompt.weight.detach())
+
+    def _fault_of_best(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint that should hold the best prompt of this run; None where it does."""
+        if fault := fault_of(checkpoint):
+            return fault
+        saved = json.loads((checkpoint / STATE_FILE).read_bytes()).get("best") or {}
+        ours = (saved.get("step"), saved.get("metric")) == (self.best.step, self.best.metric)
+        return None if ours else "it is of another run"
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -248,7 +265,7 @@ class Recorder:
         totals = self.progress.totals
         return {
             "epoch": round(totals.epoch, 4),
-            "train_loss": totals.mean_loss,
+            **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
             "train_runtime": round(seconds, 2),
             "train_tokens_per_second": round(totals.tokens_per_second, 1),
             **evaluations,
@@ -266,12 +283,12 @@ class Recorder:
         return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
 
 
-def clear(output_dir: Path, overwrite: bool) -> None:
-    """Take away what a broken-off write has left and, to `overwrite` it, the run that is there."""
-    if overwrite:
-        remove_run(output_dir, OF_A_RUN)
-        remove_events(output_dir)
-    remove_leftovers(output_dir, "checkpoint")
+def clear(output_dir: Path, goes_on: bool) -> None:
+    """Take away what a broken-off write has left and, unless it is the run that `goes_on`, the run that is there, or
+    what one has left that ended before its first checkpoint."""
+    tidy(output_dir)
+    if not goes_on:
+        remove_run(output_dir)
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from softprompt.errors import ConfigError
 from softprompt.fields import build, is_text, option
 
 REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
+MARK = '<meta name="generator" content="softprompt.report">'  # by which a report is known
 
 
 @dataclass(frozen=True)

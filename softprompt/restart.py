@@ -9,19 +9,19 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from softprompt.arguments import NEWEST
 from softprompt.config import TrainConfig
 from softprompt.errors import ConfigError
-from softprompt.resume import STATE_FILE, newest_whole
+from softprompt.resume import STATE_FILE, newest_whole, run_folder
 from softprompt.torchrun import may_restart
 
 
 def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
     """Whether an earlier start of this same launch has saved the newest checkpoint in the run's folder; `starts` are
     all ranks' `torchrun.start`, none without torchrun."""
-    newest = newest_whole(Path(str(config.training.output_dir))) if starts else None
+    folder = run_folder(config)
+    newest = newest_whole(folder) if starts and folder else None
     if newest is None:
         return False
     with suppress(OSError, LookupError, TypeError):  # what stands there may be anything
@@ -37,9 +37,10 @@ def restarted(config: TrainConfig, goes_on: bool) -> TrainConfig:
     Raises:
         ConfigError: torchrun may restart a run whose folder has no name of its own.
     """
-    args = config.training
-    if args.output_dir is None and may_restart():
+    args, folder = config.training, run_folder(config)
+    if folder is None and may_restart():
         raise ConfigError("torchrun --max-restarts finds a run again by its folder; name it with --output_dir")
     if not goes_on:
         return config
-    return replace(config, training=replace(args, resume_from_checkpoint=NEWEST, overwrite_output_dir=False))
+    again = {"output_dir": str(folder), "resume_from_checkpoint": NEWEST, "overwrite_output_dir": False}
+    return replace(config, training=replace(args, **again))

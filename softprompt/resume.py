@@ -1,5 +1,5 @@
-"""Going on where a run stopped: the loop's state in files, checkpoints that are whole or recognised as broken, and what
-the checkpoint and the command line each have to say.
+"""Going on where a run stopped: the loop's state in files, and checkpoints that are whole or recognised as broken. What
+checkpoint and command line each have to say is in resume_config.py.
 
 optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
 rng_state.safetensors   states of torch's random generators, uint8
@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from softprompt.arguments import NEWEST
 from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, checkpoints, json_bytes
-from softprompt.config import TrainConfig, train_config
+from softprompt.config import TrainConfig
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.files import Files, read_inside
 from softprompt.torchrun import launched
@@ -36,11 +36,6 @@ STATE_FILES = (OPTIMIZER_FILE, RNG_FILE, STATE_FILE)
 OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_FILE, *STATE_FILES}
 MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
-OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
-OF_THE_BEGINNING = (
-    *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
-    *("init_adapter", "find_learning_rate"),
-)
 OF_THIS_CALL = (
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
     "hub_token",
@@ -145,6 +140,18 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
     return None
 
 
+def run_folder(config: TrainConfig) -> Path | None:
+    """The folder that a run will be written to, as far as its settings name it: --output_dir, else the folder of the
+    run that is resumed."""
+    named = config.training.resume_from_checkpoint
+    if config.training.output_dir is not None:
+        return Path(config.training.output_dir)
+    if named in (None, NEWEST):
+        return None
+    folder = Path(str(named))
+    return folder.parent if (folder / STATE_FILE).exists() and not checkpoints(folder) else folder
+
+
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     """The loop's state and all else that a whole checkpoint holds: what trainer_state.json has, and the `history`.
 
@@ -167,66 +174,6 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / STATE_FILE}: not a training state of this version ({error})") from None
     return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}
-
-
-def merged(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]) -> TrainConfig:
-    """The settings of the resumed run: the checkpoint's, and over them those given now, but for what a run begins with;
-    every difference is told with the value that wins."""
-    saved, cut = state["arguments"], state["engine"]
-    given = {name: value for name, value in config.given.items() if name not in OF_THE_BEGINNING}
-    for name, value in config.given.items():
-        if name not in OF_THIS_CALL and value != saved.get(name):
-            wins = "the checkpoint's wins" if name in OF_THE_BEGINNING else "the new one wins"
-            say(f"--{name}: {saved.get(name)} in {checkpoint.name}, {value} now: {wins}")
-    given.setdefault("output_dir", str(checkpoint.parent))
-    old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
-    if given.get("engine", saved.get("engine")) == saved.get("engine"):
-        old |= cut  # also where memory ran out and made it finer
-    else:
-        old.pop("tokens_per_microbatch", None)
-    searched = bool(old.pop("find_learning_rate", False))  # the rate that was found is among the settings
-    resumed = train_config(saved.get("preset"), **{**old, **given})
-    return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
-
-
-def kept_rows_per_step(config: TrainConfig, saved: Mapping[str, Any]) -> int | None:
-    """Rows of a step as the run began, on however many devices it goes on; None where other ones are asked for now."""
-    changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
-    return None if changed else int(saved["rows_per_step"])
-
-
-def check_streaming(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raises CheckpointError where the rows would go on in an order of another kind."""
-    was = bool(saved["arguments"].get("streaming"))
-    if was != config.data.streaming and not config.training.ignore_data_skip:
-        raise CheckpointError(
-            f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
-            f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
-            f"{'go on in the other order' if was else 'begin at the first row again'}"
-        )
-    buffered = saved["arguments"].get("buffer_size")
-    if was and buffered != config.data.buffer_size and not config.training.ignore_data_skip:
-        raise CheckpointError(
-            f"{checkpoint}: its rows were shuffled with --buffer_size {buffered}, and {config.data.buffer_size} draws "
-            "them in another order; leave the flag out, or add --ignore_data_skip to begin this pass again"
-        )
-
-
-def in_its_order(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
-    """Where to go on; where another --buffer_size draws a stream's rows in another order, its pass begins again."""
-    if start.position and saved["arguments"].get("buffer_size") != config.data.buffer_size:
-        return replace(start, position={**start.position, "taken": 0})
-    return start
-
-
-def check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path) -> None:
-    """Raises CheckpointError where the run would go on with another base, tokenizer or dataset."""
-    if others := [what for what in now if saved.get(what) != now[what]]:
-        differs = "differs" if len(others) == 1 else "differ"
-        raise CheckpointError(
-            f"{checkpoint}: the {' and the '.join(others)} named now {differs} in content from what it saw; "
-            "name the same, or add --ignore_data_skip to go on all the same"
-        )
 
 
 def _sha256(content: bytes) -> str:

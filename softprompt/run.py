@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from softprompt.announce import tell_sweep
-from softprompt.build import claim_output_dir
+from softprompt.build import claim_output_dir, goes_on_in
 from softprompt.config import TrainConfig
 from softprompt.crash import crashes_in
 from softprompt.determinism import deterministic
@@ -83,7 +83,7 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
         return run.output_dir
     folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
     try:
-        clear(folder, run.config.training.overwrite_output_dir and not run.checkpoint)
+        clear(folder, goes_on_in(folder, run.checkpoint))
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

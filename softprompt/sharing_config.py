@@ -35,10 +35,9 @@ class SharingArguments:
     )
 
 
-def sharing_faults(sharing: SharingArguments, resumed: bool) -> Iterator[str]:
-    """Of a resumed run the checkpoint says what is not given."""
+def sharing_faults(sharing: SharingArguments) -> Iterator[str]:
     for name in ("hub_model_id", "hub_private_repo", "hub_token"):
-        if getattr(sharing, name) is not None and not sharing.push_to_hub and not resumed:
+        if getattr(sharing, name) is not None and not sharing.push_to_hub:
             yield f"--{name} is only used with --push_to_hub; add that flag"
     if sharing.hub_token is not None and not sharing.hub_token.strip():
         yield "--hub_token is empty; give a token, or leave it out where HF_TOKEN has one"

@@ -9,16 +9,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from softprompt.cells import Result, finished, run_cells
-from softprompt.charts import pictures
+from softprompt.charts import PICTURE_FILES, pictures
 from softprompt.claims import Finding, findings
 from softprompt.cli import command, parse_study
-from softprompt.errors import OutputError
+from softprompt.errors import OutputError, SomeFailed
 from softprompt.files import check_writable, remove_leftovers, write_files
 from softprompt.grid import Study
 from softprompt.lock import FolderLock
 from softprompt.pictures import INSTALL
 from softprompt.points import point
-from softprompt.study_page import csv_of, page, table_of
+from softprompt.study_page import csv_of, failures, page, table_of
 from softprompt.study_plan import Planned, planned
 from softprompt.tables import table
 
@@ -30,11 +30,13 @@ def run_study(study: Study) -> list[Finding]:
 
     Raises:
         SoftpromptError: as of `planned` and `run_cells`, or an output_dir that cannot be written to.
+        SomeFailed: cells failed; everything that could be done without them is done and written.
     """
     check_writable(study.output_dir, "--output_dir")
+    _refuse_other(study.output_dir)
     plan = planned(study)
     with _claimed(study.output_dir):
-        remove_leftovers(study.output_dir / "cells", "*")
+        remove_leftovers(study.output_dir / "cells", ".+")
         results = {one.folder: result for one in plan if (result := finished(one.folder))}
         left = [one for one in plan if one.folder not in results]
         print(f"{study.path}: {len(plan):,} cells, {len(results):,} of them finished before → {study.output_dir}/")
@@ -42,7 +44,14 @@ def run_study(study: Study) -> list[Finding]:
         _run(left, results)
         if left:
             print(f"{len(left):,} cells in {time.perf_counter() - began:.0f} s")
-        return _report(study, [results[one.folder] for one in plan])
+        found = _report(study, [results[one.folder] for one in plan])
+    if broken := [(one, why) for one in plan if (why := results[one.folder].get("failed"))]:
+        one, why = broken[0]
+        raise SomeFailed(
+            f"{len(broken):,} of {len(plan):,} cells failed ({one.cell}: {why}); {study.output_dir / PAGE_FILE} has "
+            "the others, and the same command tries again those that failed"
+        )
+    return found
 
 
 def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
@@ -52,10 +61,11 @@ def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
 
         def done(one: Planned, result: Result) -> None:
             results[one.folder] = result
-            if not live:
+            why = result.get("failed")
+            if why or not live:
                 loss = result["metrics"].get("eval_loss")
                 said = f"held-out loss {loss:.4f}" if loss is not None else result["metrics"].get("error", "not finite")
-                print(f"{one.cell}: {said}", file=sys.stderr)
+                bar.write(f"{one.cell}: {f'failed: {why}' if why else said}", file=sys.stderr)
 
         run_cells(left, lambda: bar.update(), done)
 
@@ -63,14 +73,20 @@ def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
 def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
     points = [point(result) for result in results]
     lines, found, drawn = table_of(points), findings(points), pictures(points)
+    broken = failures(points)
     print("\n" + table(lines) + "\n")
+    for text in broken:
+        print(f"failed: {text}")
     for finding in found:
         print(f"- {finding.sentence}")
     if drawn is None:
         print(f"no pictures: matplotlib is not installed; {INSTALL}")
     head = (f"# {study.title}", study.about, _origin(study, results))
-    files = {CSV_FILE: csv_of(points), PAGE_FILE: page(head, lines, found, drawn or ()), **(drawn or {})}
-    write_files(study.output_dir, files)
+    written = page(head, lines, found, drawn or (), broken)
+    write_files(study.output_dir, {CSV_FILE: csv_of(points), PAGE_FILE: written, **(drawn or {})})
+    if drawn is not None:
+        for name in PICTURE_FILES - set(drawn):
+            (study.output_dir / name).unlink(missing_ok=True)  # of something that the study varies no more
     print(f"\n→ {study.output_dir / PAGE_FILE}")
     return found
 
@@ -78,13 +94,22 @@ def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
 def _origin(study: Study, results: Sequence[Result]) -> str:
     """Where the figures come from."""
     minutes = sum(result["seconds"] for result in results) / 60
-    places = sorted({f"{result['device']} with {result['threads']} threads" for result in results})
-    date = max(result["date"] for result in results)
+    done = [result for result in results if "failed" not in result]
+    places = sorted({f"{result['device']} with {result['threads']} threads" for result in done})
+    date = max((result["date"] for result in done), default=time.strftime("%Y-%m-%d"))
     command = shlex.join(["python", "-m", "softprompt.study", *study.arguments])
+    failed = f", of which {len(results) - len(done):,} failed," if len(done) < len(results) else ""
     return (
-        f"`{command}`: {len(results):,} cells in {minutes:.1f} minutes of "
-        f"training and evaluation on {', '.join(places)}; {date}."
+        f"`{command}`: {len(results):,} cells{failed} in {minutes:.1f} minutes of "
+        f"training and evaluation on {', '.join(places) or 'no device'}; {date}."
     )
+
+
+def _refuse_other(output_dir: Path) -> None:
+    """Raises OutputError where a file of the name of ours is there that no study has written."""
+    for name in (PAGE_FILE, CSV_FILE):
+        if (output_dir / name).exists() and not (output_dir / "cells").is_dir():
+            raise OutputError(f"--output_dir {output_dir}: holds a {name} that no study wrote; name another folder")
 
 
 def _claimed(output_dir: Path) -> FolderLock:

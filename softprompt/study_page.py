@@ -13,8 +13,9 @@ from softprompt.points import Point, grouped, other_settings, without
 RULE = (
     "Compared are cells that differ in nothing but what a claim is about, the seed included, each at the learning rate "
     "that was best for it, of those that all of them were run at, if there is any. A comparison's gain is the "
-    "logarithm of the ratio of the two held-out losses. A claim "
-    f"*{HOLDS}* if the 95 % interval of the mean gain (Student's t) lies above 0; it *{HOLDS_NOT}* if the interval "
+    "logarithm of the ratio of the two held-out losses. Comparisons of one seed are not independent, so their gains "
+    "are averaged first; the 95 % interval (Student's t) is that of the mean of the seeds' averages, and a single seed "
+    f"has none. A claim *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval "
     f"lies below {100 * LEAST:g} % of the loss; all else is *{UNDECIDED}*. For exact match the gain is the difference, "
     "and one point is what matters."
 )
@@ -29,23 +30,33 @@ COLUMNS: dict[str, Callable[[Point], str]] = {
 }
 MARKS = rf"[|<&*`\[]|\\(?=[{re.escape(punctuation)}])"  # of Markdown, in a line of a table
 ALWAYS = ("start", "virtual tokens")
+FAILED = "failed"
 
 
 def table_of(points: Sequence[Point]) -> list[list[str]]:
     """A head and a line for each setting: what varies, the number of seeds, mean ± standard deviation over them. For
     every base and dataset (and template or held-out rows, where these vary) the line without a prompt comes first, then
     texts that are not trained."""
-    others = other_settings(points)
+    others, bare = other_settings(points), _bare_losses(points)
     cells = {**COLUMNS, "other settings": lambda p: _line(others(p))}
     shown = [name for name, cell in cells.items() if name in ALWAYS or len(set(map(cell, points))) > 1]
     lines = [[*shown, "seeds", "held-out loss", "exact match"]]
-    for here in grouped(points, lambda p: (p.base, p.dataset, f"{p.base_loss:.4f}")).values():
-        lines.append(_bare(here[0], shown))
+    for here in grouped(points, lambda p: (*_asked(p), f"{bare[p]:.4f}")).values():
+        lines.append(_bare(min(here, key=lambda p: bool(p.failed)), shown))
         in_order = sorted(here, key=lambda p: bool(p.trained or p.voting))
         for same in grouped(in_order, lambda p: (p.trained, p.voting, without("seed")(p))).values():
-            losses, seeds = _spread([p.loss for p in same], "{:.4f}"), max(len(same), same[0].members)
-            lines.append([*(cells[name](same[0]) for name in shown), str(seeds), losses, _exact(same)])
+            seeds = max(len(same), same[0].members)
+            lines.append([*(cells[name](same[0]) for name in shown), str(seeds), _losses(same), _exact(same)])
     return lines
+
+
+def failures(points: Sequence[Point]) -> list[str]:
+    """Each reason for which cells failed, with their number."""
+    of_reasons = grouped([p for p in points if p.failed], lambda p: p.failed)
+    return [
+        f"{len(some):,} cell{'s' * (len(some) > 1)}, the first {_named(some[0])}: {_line(why)}"
+        for why, some in of_reasons.items()
+    ]
 
 
 def csv_of(points: Iterable[Point]) -> bytes:
@@ -59,10 +70,17 @@ def csv_of(points: Iterable[Point]) -> bytes:
 
 
 def page(
-    head: Sequence[str], table: Sequence[Sequence[str]], found: Iterable[Finding], pictures: Iterable[str]
+    head: Sequence[str],
+    table: Sequence[Sequence[str]],
+    found: Iterable[Finding],
+    pictures: Iterable[str],
+    failed: Sequence[str] = (),
 ) -> bytes:
-    """Markdown; `head` are its first paragraphs."""
+    """Markdown; `head` are its first paragraphs, `failed` is of `failures`."""
     lines = [line for text in head if text for line in (text.strip(), "")]
+    if failed:
+        lines += ["## Cells that failed", "", "They are left out of the findings and the pictures.", ""]
+        lines += [*(f"- {_marked(text)}" for text in failed), ""]
     lines += ["## Findings", "", *(f"- {finding.sentence}" for finding in found), "", RULE, ""]
     if names := list(pictures):
         lines += ["## Pictures", "", "Means over the seeds; the bars are a standard deviation to either side.", ""]
@@ -73,16 +91,37 @@ def page(
     return "\n".join(lines).encode()
 
 
+def _asked(p: Point) -> tuple[str, str, str]:
+    return p.base, p.dataset, p.held_out
+
+
+def _bare_losses(points: Sequence[Point]) -> dict[Point, float]:
+    """Of each point, the loss without a prompt; of one that failed, that of another on the same held-out rows."""
+    known = {_asked(p): p.base_loss for p in reversed(points) if not p.failed}
+    return {p: known.get(_asked(p), p.base_loss) if p.failed else p.base_loss for p in points}
+
+
 def _bare(p: Point, shown: Sequence[str]) -> list[str]:
     """The line of a base and a dataset without a prompt."""
     told = {"base": p.base, "dataset": p.dataset, "start": "no prompt"}
     exact = f"{p.base_exact_match:.1%}" if p.base_exact_match is not None else ""
-    return [*(told.get(name, "") for name in shown), "", f"{p.base_loss:.4f}", exact]
+    loss = FAILED if p.failed else _spread([p.base_loss], "{:.4f}")
+    return [*(told.get(name, "") for name in shown), "", loss, exact]
+
+
+def _losses(same: Sequence[Point]) -> str:
+    """Mean and spread of the cells that did not fail."""
+    left = [p.loss for p in same if not p.failed]
+    if not left:
+        return FAILED
+    failed = len(same) - len(left)
+    return _spread(left, "{:.4f}") + (f" ({failed} {FAILED})" if failed else "")
 
 
 def _exact(same: Sequence[Point]) -> str:
-    values = [p.exact_match for p in same if p.exact_match is not None]
-    return _spread(values, "{:.1%}") if len(values) == len(same) else ""
+    left = [p for p in same if not p.failed]
+    values = [p.exact_match for p in left if p.exact_match is not None]
+    return _spread(values, "{:.1%}") if values and len(values) == len(left) else ""
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -91,11 +130,22 @@ def _spread(values: Sequence[float], form: str) -> str:
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
+def _named(p: Point) -> str:
+    """A cell by what is in its line of the table, and its seed."""
+    told = [f"{name} {text}" for name, cell in COLUMNS.items() if (text := cell(p))]
+    return ", ".join([*told, *([f"seed {p.seed}"] if p.trained else [])])
+
+
 def _line(text: str) -> str:
     """A text without line breaks and other control characters."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 def _row(cells: Sequence[str]) -> str:
-    """Of a Markdown table, in which a cell's marks are letters like others."""
-    return "| " + " | ".join(re.sub(MARKS, r"\\\g<0>", cell) for cell in cells) + " |"
+    """Of a Markdown table."""
+    return "| " + " | ".join(map(_marked, cells)) + " |"
+
+
+def _marked(text: str) -> str:
+    """A text whose Markdown marks are letters like others."""
+    return re.sub(MARKS, r"\\\g<0>", text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,24 @@ from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
 from softprompt.capabilities import (
     Extent,
-    check_rows,
+    check_extent,
     check_start,
     check_takes_prompt,
     check_vocabulary,
     on_meta_device,
 )
+from softprompt.crash import Failure, failure
 from softprompt.data import Example, Tokenized
 from softprompt.engines import trains_packed
-from softprompt.errors import ConfigError, ModelError
+from softprompt.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.feed import total_steps
-from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, fingerprint_of_tokenizer
+from softprompt.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import base_config, load_tokenizer, resolve_device, weight_files
+from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
-MOST_LETTERS = 100  # of a folder's name, before its hash
+MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,32 @@ class Material:
     fingerprints: dict[str, str]
 
 
+NO_MATERIAL = Material(None, None, [], [], Extent(0, 0), {})
+
+
 @dataclass(frozen=True)
 class Planned:
     """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
-    `members`, whose folders these are."""
+    `members`, whose folders these are. `failed` says why there is no material: a library failed
+    over it, or it is unfit."""
 
     cell: Cell
     material: Material
     folder: Path
     steps: int
     members: tuple[Path, ...] = ()
+    failed: Failure | None = None
 
 
 def planned(study: Study) -> list[Planned]:
     """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them. Of
     cells that come to the same (10 virtual tokens by default and by name, all rows and as many) the first is kept.
 
+    A base or rows that are there and turn out to be unfit fail their own cells, and the others can go on.
+
     Raises:
-        SoftpromptError: a base or rows that cannot be read, a cell that cannot work; nothing has been run or written.
+        SoftpromptError: the study's file is wrong: a base or rows that are not there, a cell that cannot work, or no
+            cell that can; nothing has been run or written.
     """
     shelf, cells = _Shelf(), study.output_dir / "cells"
     found: dict[str, Planned] = {}
@@ -69,26 +80,54 @@ def planned(study: Study) -> list[Planned]:
     for cell in study.cells:
         material = shelf.material(cell)
         try:
-            _check(cell, material)
+            one = _planned(cell, material, cells)
         except ConfigError as error:
             faults.setdefault(str(error), []).append(str(cell))
-        steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
-        members = tuple(cells / _name(one, material) for one in cell.members())
-        one = Planned(cell, material, cells / _name(cell, material), steps, members)
-        found.setdefault(_identity(cell, material), one)
+        else:
+            found.setdefault(_identity(cell, one.material), one)
     refuse(study.path, faults)
+    if shelf.refused and all(one.failed for one in found.values()):
+        raise shelf.refused[0]
     return list(found.values())
 
 
+def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
+    """Raises ConfigError where the cell cannot work."""
+    if isinstance(material, Failure):
+        return Planned(cell, NO_MATERIAL, cells / _name(cell, NO_MATERIAL), 0, failed=material)
+    _check(cell, material)
+    steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
+    members = tuple(cells / _name(one, material) for one in cell.members())
+    return Planned(cell, material, cells / _name(cell, material), steps, members)
+
+
 class _Shelf:
-    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
+    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer.
+    `refused` are this project's errors among those for which there is none."""
 
     def __init__(self) -> None:
         self.bases: dict[str, tuple[PreTrainedModel, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
         self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], Extent, str]] = {}
+        self.failures: dict[tuple[str, DataArguments], Failure] = {}
+        self.refused: list[SoftpromptError] = []
 
-    def material(self, cell: Cell) -> Material:
+    def material(self, cell: Cell) -> Material | Failure:
+        """Raises SoftpromptError where the cell names a base or rows that are not there, or in a wrong way."""
+        key = str(cell.config.model.model_name_or_path), cell.config.data
+        if key in self.failures:
+            return self.failures[key]
+        try:
+            return self._material(cell)
+        except SoftpromptError as error:
+            if isinstance(error, ConfigError) or not _are_there(cell):
+                raise
+            self.refused.append(error)
+            return self.failures.setdefault(key, failure(error))
+        except Exception as error:
+            return self.failures.setdefault(key, failure(error))
+
+    def _material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
         if name not in self.bases:
             self.bases[name] = _base(name)
@@ -115,6 +154,13 @@ def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized 
         print(line)
 
 
+def _are_there(cell: Cell) -> bool:
+    """Whether the base and the rows that a cell names are on this machine."""
+    data = cell.config.data
+    rows = [name for name in (data.dataset, data.eval_dataset) if name and not name.startswith("mini:")]
+    return all(map(os.path.exists, [base_path(str(cell.config.model.model_name_or_path)), *rows]))
+
+
 def _base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
     """A base without its values, its tokenizer, and the fingerprints of the tokenizer and of the base's files."""
     path = base_path(name)
@@ -123,7 +169,7 @@ def _base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
     files = weight_files(path)
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
-    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_files(files)}
+    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_stored_base(config, files)}
     base = on_meta_device(config, name)
     check_takes_prompt(base, name)
     check_vocabulary(tokenizer, base, name)
@@ -137,25 +183,26 @@ def _check(cell: Cell, material: Material) -> None:
         raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
     initialiser(cell.config, material.tokenizer, len(material.tokenizer))
     check_start(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
-    check_rows(material.base, _length(cell, material), cell.config.data.max_length, material.extent)
+    check_extent(material.base, virtual_tokens(cell, material), cell.config.data.max_length, material.extent)
     if cell.rows and cell.rows > len(material.examples):
         there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
 
 
-def _length(cell: Cell, material: Material) -> int:
-    """The number of its virtual tokens."""
+def virtual_tokens(cell: Cell, material: Material) -> int:
+    """How many a cell's prompt has: as many as are given, else those of its text, else the default."""
     prompt = cell.config.prompt
-    if prompt.prompt_tuning_init == "TEXT" and not prompt.num_virtual_tokens:
+    if prompt.num_virtual_tokens:
+        return prompt.num_virtual_tokens
+    if prompt.prompt_tuning_init == "TEXT" and material.tokenizer:
         return len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
-    return prompt.num_virtual_tokens or DEFAULT_NUM_VIRTUAL_TOKENS
+    return DEFAULT_NUM_VIRTUAL_TOKENS
 
 
 def _identity(cell: Cell, material: Material) -> str:
     """What its settings come to with its rows and its tokenizer."""
-    rows = cell.rows
-    resolved = {"num_virtual_tokens": _length(cell, material), "rows": None if rows == len(material.examples) else rows}
-    return repr({**cell.settings(), **resolved})
+    rows = None if cell.rows == len(material.examples) else cell.rows
+    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, material), "rows": rows})
 
 
 def _name(cell: Cell, material: Material) -> str:
@@ -163,4 +210,5 @@ def _name(cell: Cell, material: Material) -> str:
     content = json.dumps([cell.settings(), material.fingerprints], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MOST_LETTERS]
+    readable = readable.encode()[:MOST_BYTES].decode(errors="ignore")
     return f"{readable}-{digest}"

@@ -38,7 +38,7 @@ def _figures(run: Run) -> str:
         rows.append(("exact match", f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
     if "eval_loss" in metrics and "eval_loss_base" in metrics:
         rows.append(("held-out loss", f"{metrics['eval_loss_base']:.4f}", f"{metrics['eval_loss']:.4f}"))
-    else:
+    elif "train_loss" in metrics:
         rows.append(("training loss (mean)", "", f"{metrics['train_loss']:.4f}"))
     rows.append(("seconds of training", "", f"{metrics['train_runtime']:.1f}"))
     rows.append(("tokens per second", "", f"{metrics['train_tokens_per_second']:,.0f}"))

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from softprompt.data import IGNORE, Example, Tokenized
 from softprompt.files import cache_dir, write_files
+from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
@@ -38,11 +39,9 @@ def cached(
 
     `settings` are all else that it depends on, JSON-able. A cache that cannot be read or written is as good as none.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if len(rows) < LEAST_ROWS or backend is None:
+    if len(rows) < LEAST_ROWS or getattr(tokenizer, "backend_tokenizer", None) is None:
         return make()
-    special = [tokenizer.eos_token, getattr(tokenizer, "split_special_tokens", False)]
-    key = _key(rows, backend.to_str(), [tokenizers.__version__, *special, *settings])
+    key = _key(rows, fingerprint_of_tokenizer(tokenizer), [tokenizers.__version__, *settings])
     path = cache_dir("tokens") / f"{key}.safetensors"
     found = _read(path) if read else None
     if found is not None:

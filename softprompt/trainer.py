@@ -29,12 +29,13 @@ NAMED = 64  # rows of a step that its error names
 @dataclass(frozen=True)
 class Step:
     """One optimizer step, counted from 1: mean loss over its targets, gradient norm before clipping, the learning rate
-    it used, its real tokens and seconds. `epoch` is the number of passes done, as a fraction."""
+    it used, its real tokens and seconds. `epoch` is the number of passes done, as a fraction. `loss` and `grad_norm`
+    are finite; None stands for a value that was not, which only a step that the GradScaler skipped has."""
 
     number: int
     epoch: float
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     learning_rate: float
     tokens: int
     seconds: float
@@ -147,7 +148,8 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
         if start.step:
             self.optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
-            self.scaler.load_state_dict(dict(start.scaler))
+            if start.scaler:  # without one the run was not trained in fp16 before
+                self.scaler.load_state_dict(dict(start.scaler))
         self.number, self.position = start.step, start.position
         self.taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
         self.since_log = list(start.unlogged)
@@ -192,7 +194,8 @@ class _Loop:
             raise _not_finite(self.number, self.feed.places, window.places, loss, grad_norm)
         self.taken += stepped
         tokens = sum(len(row.input_ids) for row in window.examples)
-        return Step(self.number, window.epoch, loss, grad_norm, learning_rate, tokens, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Step(self.number, window.epoch, _finite(loss), _finite(grad_norm), learning_rate, tokens, seconds)
 
 
 def optimizer_step(
@@ -218,13 +221,14 @@ def optimizer_step(
 
 
 def log_record(steps: Sequence[Step]) -> Metrics:
-    """One line of metrics.jsonl: losses averaged over the steps since the last line, as in Trainer."""
-    last = steps[-1]
+    """One line of metrics.jsonl: losses averaged over the steps since the last line, as in Trainer. A step without a
+    finite loss is left out of the average; where no step has one, the loss is None."""
+    last, losses = steps[-1], [step.loss for step in steps if step.loss is not None]
     return {
         "step": last.number,
         "epoch": round(last.epoch, 4),
-        "loss": _finite(sum(s.loss for s in steps) / len(steps)),
-        "grad_norm": _finite(last.grad_norm),
+        "loss": sum(losses) / len(losses) if losses else None,
+        "grad_norm": last.grad_norm,
         "learning_rate": last.learning_rate,
         "tokens_per_second": round(sum(s.tokens for s in steps) / sum(s.seconds for s in steps), 1),
     }

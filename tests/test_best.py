@@ -138,7 +138,8 @@ def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys
     interrupted(settings, 9)
     Path("run/checkpoint-5/optimizer.safetensors").write_bytes(b"")
     softprompt.train(resume_from_checkpoint="run")
-    assert "warning: checkpoint-5, the best, is not whole (optimizer.safetensors is not" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning: the best prompt, of step 5" in told and "optimizer.safetensors is not as it was written" in told
     assert prompt_of("run") == prompt_of("run/checkpoint-13")
 
 

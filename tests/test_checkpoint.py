@@ -16,12 +16,11 @@ from softprompt.checkpoint import (
     load_adapter,
     newest_adapter,
     peft_config,
-    refuse_other_run,
-    remove_old_checkpoints,
     step_of,
+    surplus,
 )
 from softprompt.errors import AdapterError, OutputError
-from softprompt.files import check_writable, remove_leftovers, write_files, write_folder
+from softprompt.files import check_writable, write_files, write_folder
 
 
 @pytest.fixture
@@ -119,13 +118,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
 
 
-def test_old_checkpoints_go_by_number(tmp_path):
+def test_old_checkpoints_go_by_number():
     def left(*arguments) -> list[int]:
-        for n in (5, 10, 100, 20):
-            write_folder(tmp_path / f"checkpoint-{n}", {})
-        remove_old_checkpoints(tmp_path, *arguments)
-        assert not list(tmp_path.glob(".*"))
-        return [step_of(path) for path in checkpoints(tmp_path)]
+        numbers = [5, 10, 20, 100]
+        return [n for n in numbers if n not in surplus(numbers, *arguments)]
 
     assert left(100, None) == [5, 10, 20, 100]
     assert left(100, 2) == [20, 100]
@@ -135,13 +131,22 @@ def test_old_checkpoints_go_by_number(tmp_path):
     assert left(20, 2) == [10, 20]  # what lies behind is of a course that was left
 
 
-def test_what_killed_processes_left_goes(tmp_path):
-    write_folder(tmp_path / "checkpoint-5", {"a": b"1"})
-    (tmp_path / ".checkpoint-6-abc").mkdir()
-    (tmp_path / ".metrics.jsonl.77.tmp").write_text("x")
-    (tmp_path / ".lock").write_text("77")
-    remove_leftovers(tmp_path, "checkpoint")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint-5"]
+def test_what_a_run_removes_meanwhile_is_looked_over(folder, tmp_path, monkeypatch):
+    """A folder of old checkpoints is looked at while a run removes them."""
+    for name in ("runs/a/checkpoint-5", "runs/a/checkpoint-6"):
+        write_folder(tmp_path / name, {p.name: p.read_bytes() for p in folder.iterdir()})
+    (tmp_path / "runs/a/checkpoint-7").write_text("a file")
+    assert [step_of(path) for path in checkpoints(tmp_path / "runs/a")] == [5, 6]
+    stat = Path.stat
+
+    def gone(path, **more):
+        if path.parts[-2:] == ("checkpoint-6", "adapter_model.safetensors") and len(seen.append(path) or seen) > 1:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return stat(path, **more)
+
+    seen = []
+    monkeypatch.setattr(Path, "stat", gone)
+    assert newest_adapter(tmp_path / "runs") == tmp_path / "runs/a/checkpoint-5" and len(seen) > 1
 
 
 def test_places_that_cannot_be_written_to(tmp_path):
@@ -151,10 +156,6 @@ def test_places_that_cannot_be_written_to(tmp_path):
             check_writable(path, "--output_dir")
     check_writable(tmp_path / "a/b/c", "--output_dir")
     assert not (tmp_path / "a").exists()
-    write_folder(tmp_path / "run/checkpoint-3", {})
-    with pytest.raises(OutputError, match=r"holds a run already.*--overwrite_output_dir"):
-        refuse_other_run(tmp_path / "run", overwrite=False)
-    refuse_other_run(tmp_path / "run", overwrite=True)
 
 
 def test_json_has_no_nan():

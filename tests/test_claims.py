@@ -1,11 +1,12 @@
 """The rule by which a study's figures decide a claim, and what is compared with what."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
 
-from softprompt.claims import HOLDS, HOLDS_NOT, UNDECIDED, findings, verdict
+from softprompt.claims import HOLDS, HOLDS_NOT, UNDECIDED, Compared, findings, of_every_seed, verdict
 from softprompt.intervals import interval, student_t
 from softprompt.points import Point, at_best_rate
 
@@ -164,3 +165,141 @@ def test_an_ensemble_is_compared_with_the_prompts_that_are_in_it():
     ]
     unmatched = points({"loss": 1.5}, trained=False, voting="mean_likelihood", members=2)
     assert len(findings([*alone, *unmatched])) == ARTICLE + 2  # long answers have no exact match
+
+
+def noise(draw, spread):
+    return math.exp(draw.gauss(0, spread))
+
+
+def texts_beside_noise(draw, seed):
+    """Six texts beside one run from noise: six gains that share a run."""
+    baseline = [replace(ONE, seed=seed, loss=noise(draw, 0.1))]
+    return baseline + [
+        replace(ONE, seed=seed, init="TEXT", start=str(n), loss=math.exp(-0.2) * noise(draw, 0.02)) for n in range(6)
+    ]
+
+
+def datasets_with_the_same_rows_drawn(draw, seed):
+    """Six datasets on which a seed's longer prompt is as lucky or unlucky."""
+    luck = noise(draw, 0.1)
+    return [
+        replace(ONE, seed=seed, dataset=str(n), virtual_tokens=P, loss=(math.exp(-0.2) * luck if P == 20 else 1.0))
+        for n in range(6)
+        for P in (10, 20)
+    ]
+
+
+def one_default_in_every_comparison(draw, seed):
+    """The article's rate beside the default, with a noise that bases share."""
+    luck = noise(draw, 0.1)
+    return [
+        replace(ONE, seed=seed, base=str(n), learning_rate=rate, loss=(math.exp(0.2) * luck if rate == 5e-5 else 1.0))
+        for n in range(6)
+        for rate in (5e-5, ONE.learning_rate)
+    ]
+
+
+@pytest.mark.parametrize(
+    "cells, claim",
+    [
+        (texts_beside_noise, STARTS),
+        (datasets_with_the_same_rows_drawn, LENGTHS),
+        (one_default_in_every_comparison, ARTICLE),
+    ],
+)
+def test_a_95_percent_interval_holds_the_truth_in_95_of_100_studies(cells, claim):
+    """The true gain is 0.2. Comparisons that share a run or a seed's luck are no independent observations: an interval
+    over all of them would hold it far less often."""
+    draw, studies, covered = random.Random(0), 300, 0
+    for _ in range(studies):
+        found = findings([p for seed in range(5) for p in cells(draw, seed)])[claim]
+        _, low, high = interval(found.by_seed)
+        covered += low <= 0.2 <= high
+    assert 0.92 <= covered / studies <= 0.98
+
+
+def test_one_seed_decides_nothing_however_many_comparisons_it_has():
+    cells = [replace(ONE, loss=2.0)]
+    cells += [replace(ONE, init="TEXT", start=str(n), loss=1.0 + n / 1e3) for n in range(9)]
+    found = findings(cells)[STARTS]
+    assert found.verdict == UNDECIDED and len(found.gains) == 9 and len(found.by_seed) == 1
+    assert "no interval" in found.sentence and "9 of 9 comparisons" in found.sentence
+
+
+def test_the_gains_of_a_seed_are_averaged_before_the_interval():
+    cells = seeds(1.0, wobble=0.1) + seeds(0.5, wobble=0.0, init="TEXT", start="a")
+    cells += seeds(0.4, wobble=0.0, init="TEXT", start="b")
+    found = findings(cells)[STARTS]
+    middle = (math.log(2) + math.log(2.5)) / 2
+    assert found.by_seed == pytest.approx([middle - 0.1, middle, middle + 0.1]) and len(found.gains) == 6
+    assert "n = 3 seeds, 6 comparisons" in found.sentence
+
+
+def test_a_cell_that_failed_leaves_all_seeds_with_the_same_comparisons():
+    """Of an easy and a hard task, the hard one failed with one seed: its average would be over the easy one alone."""
+    easy = [*seeds(1.0, dataset="easy"), *seeds(0.5, dataset="easy", virtual_tokens=20)]
+    hard = [*seeds(1.0, dataset="hard"), *seeds(0.9, dataset="hard", virtual_tokens=20)]
+    hard[-1] = replace(hard[-1], loss=math.inf, failed="out of memory")
+    found = findings(easy + hard)[LENGTHS]
+    assert found.by_seed == pytest.approx([math.log(2)] * 3) and "2 more were left out" in found.sentence
+    assert found.verdict == HOLDS  # what failed is no loss that is not finite
+
+
+def test_a_slope_is_over_the_same_lengths_for_every_seed():
+    cells = [p for P, loss in ((1, 8.0), (2, 2.0), (4, 1.0)) for p in seeds(loss, virtual_tokens=P)]
+    cells[0] = replace(cells[0], loss=math.inf, failed="no")  # else the slope of seed 0 would be the smaller one
+    assert findings(cells)[LENGTHS].by_seed == pytest.approx([math.log(8) / 2] * 2)
+
+
+@pytest.mark.parametrize(
+    "made, kept",
+    [
+        ({"a": [0, 1], "b": [0, 1]}, {"a": [0, 1], "b": [0, 1]}),
+        ({"a": [0, 1, 2], "b": [0, 1]}, {"a": [0, 1, 2]}),
+        ({"a": [0, 1, 2], "b": [0, 1], "c": [0, 1]}, {"a": [0, 1], "b": [0, 1], "c": [0, 1]}),
+        ({"a": [0, 1, 2], "b": [0]}, {"a": [0, 1, 2]}),
+        ({"a": [0, 1], "b": [1, 2]}, {"a": [0, 1]}),
+        ({}, {}),
+    ],
+)
+def test_every_seed_has_the_same_comparisons(made, kept):
+    compared = [Compared(what, seed, 0.0) for what, seeds in made.items() for seed in seeds]
+    assert of_every_seed(compared) == [Compared(what, seed, 0.0) for what, seeds in kept.items() for seed in seeds]
+
+
+def test_rates_are_compared_over_the_seeds_that_all_of_them_have():
+    """The rate whose worst seed failed has the lower mean of what is left, and loses to the other on each seed."""
+    good = points({"seed": 0, "loss": 1.0}, {"seed": 1, "loss": 3.0})
+    bad = points({"seed": 0, "loss": 1.5}, {"seed": 1, "failed": "no"}, learning_rate=1e-3)
+    assert {p.learning_rate for p in at_best_rate(good + bad)} == {ONE.learning_rate}
+
+
+def test_the_best_trained_setting_is_chosen_on_the_other_seeds():
+    """Every seed has a length that happens to be best for it alone."""
+    lucky = [
+        replace(ONE, seed=s, virtual_tokens=P, loss=0.5 if n == s else 2.0)
+        for s in range(3)
+        for n, P in enumerate((1, 2, 4))
+    ]
+    texts = points({"loss": 1.0}, trained=False, init="TEXT")
+    assert findings(texts + seeds(1.0, wobble=0.0) + lucky)[TEXTS].by_seed == pytest.approx([0.0] * 3)
+
+
+def test_a_text_is_compared_on_its_own_held_out_rows_even_where_others_have_as_many_targets():
+    texts = points(
+        {"loss": 0.1, "held_out": "other rows"}, {"loss": 3.0, "held_out": "rows"}, trained=False, init="TEXT"
+    )
+    soft = seeds(1.0, wobble=0.0, held_out="rows")
+    assert findings(texts + soft)[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
+
+
+def test_an_ensemble_is_not_compared_with_some_of_its_members():
+    together = points({"loss": 1.5}, trained=False, voting="majority_vote", members=3)
+    assert len(findings([*seeds(2.0, n=2), *together])) == ARTICLE + 1
+
+
+def test_all_ensembles_of_a_study_are_of_one_set_of_seeds():
+    cells = [p for name in "abcd" for p in seeds(2.0, dataset=name)]
+    cells += points(*({"dataset": d, "loss": 1.5} for d in "abcd"), trained=False, voting="majority_vote", members=3)
+    found = findings(cells)[ARTICLE + 1]
+    assert found.verdict == UNDECIDED and len(found.gains) == 4 and "one set of seeds" in found.sentence

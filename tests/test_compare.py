@@ -1,6 +1,7 @@
 """Evaluation side by side: plain texts beside a naive reference, and rows whose answers are not among the choices."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_bad_input import assert_line, jsonl, refused
 
 import infer
 import softprompt
+from softprompt.cli import command
+from softprompt.compare import Judge
 from softprompt.errors import ConfigError, DataError
 from softprompt.passages import passages
 
@@ -94,3 +97,29 @@ def test_an_answer_that_is_no_choice_is_told_and_counts_as_wrong(place, capsys, 
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     right = model.classify(["今天"], ["负面", "正面"])[0].label == "正面"
     assert f"accuracy (likelier label)  {right / 2:.1%}" in out
+
+
+@pytest.mark.parametrize("ensemble", [[], ["--ensemble"]])
+@pytest.mark.parametrize("fault", ["its template needs a column q", "out of memory"])
+def test_one_adapter_that_cannot_be_evaluated_is_named_beside_the_table_of_the_others(
+    fault, ensemble, place, capsys, monkeypatch
+):
+    rows, real = ROWS, Judge.__call__
+    if fault == "out of memory":
+        rows = [{**row, "q": row["instruction"]} for row in ROWS]
+
+        def judge(self, tuned):
+            if "{q}" in tuned.template.spec:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return real(self, tuned)
+
+        monkeypatch.setattr(Judge, "__call__", judge)
+    (place / "rows.jsonl").write_bytes(jsonl(*rows))
+    flags = ["--adapter", "x=a", "--adapter", "b", "--adapter", "none", *ensemble, "--eval_dataset", "rows.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["infer.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        command(infer.main)
+    captured = capsys.readouterr()
+    assert ended.value.code == 1 and captured.out.splitlines()[0].split() == ["x", "none"]
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert "1 of 3 adapters" in line and "(b: " in line

@@ -100,10 +100,21 @@ def no_note(place: Path) -> None:
     (place / ".out.jsonl.run.json").unlink()
 
 
+def other_tokenizer(place: Path) -> None:
+    note(place, tokenizer="0" * 64)
+
+
+def note(place: Path, **known: str) -> None:
+    path = place / ".out.jsonl.run.json"
+    found = {name: value for name, value in json.loads(path.read_text()).items() if name != "tokenizer"}
+    path.write_text(json.dumps(found | known))
+
+
 OTHER_RUNS = {
     other_prompts: "line 1: answers another prompt than number 1; name another file, or give --overwrite_output_file",
     fewer_prompts: "holds 5 answers, and there are 4 prompts",
     other_adapter: "is from another run, with adapters",
+    other_tokenizer: "is from another run, with tokenizer",
     broken_line: "line 1: not JSON",
     no_note: "out.jsonl is not from a run of infer.py",
 }
@@ -120,6 +131,24 @@ def test_an_output_file_from_another_run_is_refused(change, place, capsys, monke
     assert_line(lines, OTHER_RUNS[change])
     assert (place / "out.jsonl").read_bytes() == before
     called([*argv, "--overwrite_output_file"], capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "notes.txt", "a/adapter_config.json"])
+def test_a_file_that_holds_no_answers_is_not_overwritten(name, place, capsys, monkeypatch):
+    (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
+    (place / "notes.txt").write_text("mine\n")
+    argv = [*MIXED, *GREEDY, "--output_file", name, "--overwrite_output_file"]
+    assert_line(refused(infer, argv, capsys, monkeypatch, place), f"--output_file {name}")
+
+
+def test_answers_of_an_earlier_version_which_noted_no_tokenizer_go_on(place, capsys, monkeypatch):
+    (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
+    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    whole = (place / "out.jsonl").read_bytes()
+    (place / "out.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
+    note(place)
+    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    assert (place / "out.jsonl").read_bytes() == whole
 
 
 def test_other_settings_are_another_run(place, capsys, monkeypatch):

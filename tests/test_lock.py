@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,39 @@ def test_train_refuses_in_one_line(holder, tmp_path):
     assert ended.returncode == 2 and time.monotonic() - began < 60
     line = f"error: --output_dir {tmp_path}: process {holder.pid} is writing a run there; wait for its end, or name"
     assert ended.stderr.startswith(line) and len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_run_waits_until_those_who_look_have_looked(looks, tmp_path):
+    """A report asks whether a run is going on, and holds the lock, shared, for that moment."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / LOCK_FILE).touch()
+    with ExitStack() as stack:
+        for seconds in (0.2, 0.4)[:looks]:
+            looker = stack.enter_context(open(tmp_path / LOCK_FILE))
+            fcntl.flock(looker, fcntl.LOCK_SH)
+            threading.Timer(seconds, fcntl.flock, (looker, fcntl.LOCK_UN)).start()
+        with FolderLock(tmp_path).take():
+            pass
+
+
+def test_of_two_that_begin_at_once_one_runs(tmp_path):
+    def take() -> FolderLock | None:
+        try:
+            return FolderLock(tmp_path).take()
+        except OutputError:
+            return None
+
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            locks = [lock for lock in pool.map(lambda _: take(), range(4)) if lock]
+        assert len(locks) == 1
+        locks[0].release()
+
+
+def test_a_lock_is_no_link_to_another_file(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / LOCK_FILE).symlink_to("mine")
+    with pytest.raises(OSError):
+        FolderLock(tmp_path).take()
+    assert (tmp_path / "mine").read_text() == "precious"

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from softprompt import meeting
+from softprompt.distributed import of_all
 from softprompt.meeting import START, meet
 
 SIZE = 3
@@ -53,3 +54,16 @@ def test_a_rank_that_never_comes():
         meet(store, 0, 2, timedelta(seconds=0.2))
     with pytest.raises(RuntimeError, match="rank 0 did not come within"):
         meet(store, 1, 2, timedelta(seconds=0.5))
+
+
+@pytest.mark.parametrize("cards", [[True] * 3, [True, False, True], [False] * 3])
+def test_ranks_agree_on_how_they_exchange_their_sums_though_their_nodes_differ(cards):
+    """Rank 1's node has no card of its own for it: no rank may wait for it in NCCL."""
+    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=20))
+
+    def rank(number):
+        mine = dist.TCPStore("localhost", store.port, timeout=timedelta(seconds=20))
+        return of_all(dist.PrefixStore("start", mine), number, 3, cards[number])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(rank, range(3))) == [all(cards)] * 3

@@ -43,8 +43,9 @@ class Hub(BaseHTTPRequestHandler):
                 *((200, {"name": "me", "type": "user", "orgs": []}) if known else (401, {"error": "no"}))
             )
         owner, _, name = self.path.removeprefix("/api/models/").partition("/")
-        known = f"{owner}/{name.split('/')[0]}" in self.server.repos
-        return self.answer(200 if known else 404, {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": []})
+        repo = self.server.repos.get(f"{owner}/{name.split('/')[0]}")
+        files = [{"rfilename": file} for file in (repo or {"files": ()})["files"]]
+        return self.answer(200 if repo else 404, {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": files})
 
     def do_POST(self):
         asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -164,6 +165,16 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
     assert code == 0 and server.commits == 2
     assert repo["files"]["adapter_model.safetensors"] == (tmp_path / "run/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("model_id", ["org/soft", None])
+def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
+    name = model_id or "me/run"
+    server.repos[name] = {"private": False, "files": {"README.md": b"mine", ".gitattributes": b""}}
+    given = {name: value for name, value in settings.items() if model_id or name != "hub_model_id"}
+    code, _, err = ended(given, capsys, monkeypatch)
+    assert code == 2 and name in err and "README.md" in err and "--hub_model_id" in err
+    assert server.commits == 0 and not Path(settings["output_dir"]).exists()
 
 
 def test_the_repository_has_the_runs_name_and_the_token_comes_from_the_environment(server, settings, monkeypatch):

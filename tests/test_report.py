@@ -18,9 +18,10 @@ import softprompt
 import train
 from softprompt import ending, facts, page, report
 from softprompt.cli import parse_report
-from softprompt.errors import ConfigError, ReportError
+from softprompt.errors import ConfigError, ReportError, SomeFailed
 from softprompt.nearest import Space
 from softprompt.record import START_FILE, Record, read_run
+from softprompt.recorder import Recorder
 
 pytestmark = pytest.mark.reports
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b{{ 7*7 }}"
@@ -294,6 +295,32 @@ def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch)
     assert "is there already and is no report" in line
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("metrics.jsonl", ""), ("report.json", "{"), ("report.json", '{"prompt": 3, "end": {}}'), ("everything", None)],
+)
+def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
+    name, content, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        (folder := tmp_path / "run").mkdir()
+    else:
+        folder = spoiled(run, tmp_path, name, content)
+    second = shutil.copytree(run, tmp_path / "second")
+    with pytest.raises(SomeFailed, match="1 of 3 runs cannot be shown") as failed:
+        report.report(run, folder, second)
+    assert failed.value.exit_code == 1 and str(folder) in str(failed.value)
+    told = seen(".")
+    assert "2 runs compared" in told.text and f"A run is not shown: {folder}" in told.text.replace("\n", " ")
+    with pytest.raises(ReportError) as refused:  # a wrong name, or nothing else to show
+        report.report(run, tmp_path / "nowhere")
+    assert refused.value.exit_code == 2
+    shutil.copytree(folder, tmp_path / "broken too")
+    with pytest.raises(ReportError):
+        report.report(folder, tmp_path / "broken too")
+
+
 def test_runs_of_one_name_are_told_by_their_paths(run, tmp_path):
     shutil.copytree(run, tmp_path / "other" / run.name)
     path = report.report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
@@ -413,8 +440,9 @@ def test_a_secret_is_not_told(run, monkeypatch):
     assert "not_to_be_told" not in page.page([record])
 
 
-def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys):
-    (tmp_path / "run/report.json").mkdir(parents=True)
+def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
+    begin, folder = Recorder.begin, tmp_path / "run/report.json"
+    monkeypatch.setattr(Recorder, "begin", lambda self: (folder.mkdir(), begin(self)))
     softprompt.train(**settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no report")]
     assert "warning: no report.json" in lines[0] and "warning: no report.html" in lines[-1]

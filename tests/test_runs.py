@@ -56,6 +56,7 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     assert run.name.startswith("tiny-")
     names = {p.name for p in run.iterdir()}
     expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
+    expected |= {"run_manifest.json"}
     expected |= {"report.html", "report.json", "prompt_start.safetensors"}
     expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
     assert names == expected

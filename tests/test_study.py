@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from softprompt import study_plan
 from softprompt.cells import few, finished
 from softprompt.checkpoint import load_adapter
 from softprompt.cli import command, parse_study
-from softprompt.errors import ConfigError, DataError, ModelError, OutputError, Stopped
+from softprompt.errors import ConfigError, DataError, ModelError, OutputError, SomeFailed, Stopped
 from softprompt.lock import FolderLock
 from softprompt.study import run_study
 from softprompt.study_plan import planned
@@ -121,6 +122,26 @@ def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, m
     other.save_pretrained(tmp_path / "base")
     run_study(study)
     assert trained.calls == 3
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [("tokenizer_config.json", {"eos_token": "<s>"}), ("config.json", {"layer_norm_epsilon": 0.1})],
+)
+def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
+    file, change, place, tmp_path, tiny_base
+):
+    """Base and instruct models of one family share tokenizer.json and differ in the end of an answer."""
+    shutil.copytree(tiny_base, tmp_path / "other")
+    path = tmp_path / "other" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
+    plan = planned(place(grid=grid))
+    ends = [{e.input_ids[-1] for e in one.material.examples + one.material.held_out} for one in plan]
+    assert ends == [{2}, {1 if "eos_token" in change else 2}]
+    path.write_text((tiny_base / file).read_text())
+    (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], planned(place(grid=grid))[1]))
+    assert before != after
 
 
 def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
@@ -330,3 +351,195 @@ def test_the_learned_prompt_of_a_cell_loads_as_an_adapter(place):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
     (folder,) = (place.folder / "out" / "cells").iterdir()
     assert load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 32)
+
+
+class Failing:
+    """A function of a module that fails where `when` says so of its arguments."""
+
+    def __init__(self, monkeypatch, module, name, when, error):
+        self.when, self.error, self.real = when, error, getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        if self.when(*args):
+            raise type(self.error)(*self.error.args)  # a new one: it would keep the frames of those before
+        return self.real(*args, **kwargs)
+
+
+def of_three(engine, prompt, *_):
+    return len(prompt.weight) == 3
+
+
+ERRORS = {
+    "of a library": (AttributeError("no\nsuch | thing"), r"AttributeError: no such \| thing"),
+    "out of memory": (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; give a smaller batch"),
+    "of ours": (DataError("row 7: no answer"), "row 7: no answer"),
+    "of Python": (RecursionError(), "unexpected RecursionError"),
+}
+
+
+@pytest.mark.parametrize("error, told", ERRORS.values(), ids=ERRORS)
+def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, monkeypatch, capsys):
+    study = place("seeds = [0, 1]", "[[grid]]\nnum_virtual_tokens = [1, 3, 2]")
+    with monkeypatch.context() as patch:
+        Failing(patch, cells_module, "train", of_three, error)
+        with pytest.raises(SomeFailed, match="2 of 6 cells failed") as failed:
+            run_study(study)
+    assert failed.value.exit_code == 1 and "num_virtual_tokens 3" in str(failed.value)
+    done = [one for one in planned(study) if finished(one.folder)]
+    assert [one.cell.config.prompt.num_virtual_tokens for one in done] == [1, 1, 2, 2]
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "## Cells that failed" in page and told in page and "| RANDOM | 3 | 2 | failed |  |" in page
+    assert "6 cells, of which 2 failed," in page and "(1 to 2)" in page  # what failed is not compared
+    traces = list((place.folder / "out" / "cells").glob("*.error.txt"))
+    assert len(traces) == (0 if isinstance(error, DataError) else 2)
+    assert all("Traceback" in trace.read_text(encoding="utf-8") for trace in traces)
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)  # tries again what failed, and that alone
+    assert trained.calls == 2 and "failed" not in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert not list((place.folder / "out" / "cells").glob("*.error.txt"))
+
+
+def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatch):
+    study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 3")
+    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    with pytest.raises(SomeFailed):
+        run_study(study)
+    left = [finished(one.folder)["metrics"]["eval_loss"] for one in planned(study) if finished(one.folder)]
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert f"| RANDOM | 3 | 3 | {sum(left) / 2:.4f} ± " in page and "(1 failed) |" in page
+
+
+@pytest.mark.parametrize("broken", ["weights", "inputs_embeds"])
+def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, place, tmp_path, tiny_base, monkeypatch):
+    shutil.copytree(tiny_base, bad := tmp_path / "bad")
+    if broken == "weights":
+        (weights,) = bad.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        error = ModelError("takes no inputs_embeds")
+        Failing(monkeypatch, cells_module, "read_base", lambda path: "bad" in str(path), error)
+    grid = f"[[grid]]\nmodel_name_or_path = {json.dumps([str(bad), str(tiny_base)])}"
+    with pytest.raises(SomeFailed, match="3 of 6 cells failed"):
+        run_study(place("seeds = [0, 1]\nvoting = ['majority_vote']", grid))
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "3 cells, the first base " in page and f"| {tiny_base} | RANDOM |" in page
+    assert f"| {bad} | no prompt |  |  | failed |  |" in page
+
+
+def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, monkeypatch):
+    (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    error = ZeroDivisionError("in a tokenizer")
+    failing = Failing(monkeypatch, study_plan, "tokenize_rows", lambda config, *_: "more" in config.data.dataset, error)
+    grid = f"[[grid]]\ndataset = {json.dumps([str(tmp_path / name) for name in ('more.jsonl', 'rows.jsonl')])}"
+    study = place("seeds = [0, 1]\nvoting = ['majority_vote']", grid)
+    with pytest.raises(SomeFailed, match=r"3 of 6 cells failed .*in a tokenizer"):
+        run_study(study)
+    failing.when = lambda *_: False
+    run_study(study)
+
+
+def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"instruction": "a"}) + "\n", encoding="utf-8")
+    grid = f"[[grid]]\ndataset = {json.dumps([str(bad), str(tmp_path / 'rows.jsonl')])}"
+    with pytest.raises(SomeFailed, match=r"1 of 2 cells failed .*bad\.jsonl"):
+        run_study(place(grid=grid))
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "## Cells that failed" in page and f"| {tmp_path / 'rows.jsonl'} | RANDOM |" in page
+    with pytest.raises(DataError):  # and there is nothing else to run
+        run_study(place(grid=f"[[grid]]\ndataset = {json.dumps(str(bad))}"))
+
+
+def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, monkeypatch):
+    study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
+    with monkeypatch.context() as patch:
+        Failing(patch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+        with pytest.raises(SomeFailed, match="2 of 3 cells failed"):
+            run_study(study)
+    assert "1 of the ensemble's 2 prompts failed" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    run_study(study)
+    assert all(finished(one.folder) for one in planned(study))
+
+
+def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
+    Failing(monkeypatch, cells_module, "train", lambda *_: True, ValueError("no"))
+    with pytest.raises(SomeFailed, match="1 of 1 cells failed"):
+        run_study(place())
+    assert "ValueError: no" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), OSError(28, "No space left on device")])
+def test_what_is_no_matter_of_a_cell_ends_the_study(error, place, monkeypatch):
+    name = "write_folder" if isinstance(error, OSError) else "train"
+    Failing(monkeypatch, cells_module, name, lambda *_: True, error)
+    with pytest.raises(type(error)):
+        run_study(place("seeds = [0, 1]"))
+
+
+def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, monkeypatch):
+    def train(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("no")
+
+    monkeypatch.setattr(cells_module, "train", train)
+    with pytest.raises(Stopped) as stopped:
+        run_study(place("seeds = [0, 1]"))
+    assert stopped.value.exit_code == 143
+
+
+def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch, capsys):
+    place("seeds = [0, 1]")
+    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
+    with pytest.raises(SystemExit) as ended:
+        command(study_module.main)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 1 and len(said) == 1 and "ValueError: no" in said[0] and "study.md" in said[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
+    """Its tensors are looked for when the next one is read; a cell's error does not keep them either."""
+    shutil.copytree(tiny_base, tmp_path / "twin")
+    alive, real = [], cells_module.read_base
+
+    def read_base(path):
+        assert not [ref for ref in alive if ref() is not None]
+        base = real(path)
+        alive.extend(map(weakref.ref, [*base.parameters(), *base.buffers()]))
+        return base
+
+    monkeypatch.setattr(cells_module, "read_base", read_base)
+    study = place(
+        "seeds = [0, 1]\nvoting = ['majority_vote']",
+        "[[grid]]\nnum_virtual_tokens = 3\nengine = ['packed', 'padded']\n"
+        f"model_name_or_path = {json.dumps([str(tiny_base), str(tmp_path / 'twin')])}",
+    )
+    if fails:
+        Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, RuntimeError("no"))
+        with pytest.raises(SomeFailed, match="8 of 12 cells failed"):
+            run_study(study)
+    else:
+        run_study(study)
+    assert alive
+
+
+def test_a_long_chinese_text_is_no_folder_of_a_name_too_long(place):
+    run_study(place(f"hard_prompts = ['{'这条评论的情感' * 30}']", "[[grid]]\nnum_virtual_tokens = 1"))
+
+
+def test_files_that_no_study_wrote_are_left_alone(place):
+    (place.folder / "out").mkdir()
+    (place.folder / "out" / "study.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"study\.md"):
+        run_study(place())
+    assert [p.name for p in (place.folder / "out").iterdir()] == ["study.md"]
+
+
+def test_a_picture_of_what_is_varied_no_more_goes(place):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
+    (place.folder / "out" / "study-mine.svg").write_text("mine", encoding="utf-8")
+    run_study(place(grid="[[grid]]\nrows = [4, 'all']"))
+    left = {p.name for p in (place.folder / "out").glob("*.svg")}
+    assert left == {"study-mine.svg", "study-rows.svg"}

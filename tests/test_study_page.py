@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.charts import pictures
 from softprompt.points import Point
-from softprompt.study_page import page, table_of
+from softprompt.study_page import failures, page, table_of
 
 ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
 
@@ -48,3 +48,36 @@ def test_every_line_of_a_picture_is_there_under_its_name():
     drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
     assert drawn.count('id="LineCollection_') == 2 * len(texts)  # a spread and one in the legend
     assert all(f">{text}</text>" in drawn for text in texts)
+
+
+def test_lines_of_a_picture_whose_short_names_are_the_same_have_their_whole_names():
+    texts = ["这条评论的情感" * 6 + end for end in "ab"]
+    points = [
+        replace(ONE, base=base, init="TEXT", start=text, virtual_tokens=P)
+        for base in ("one/x", "two/x")
+        for text in texts
+        for P in (1, 10)
+    ]
+    drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
+    assert all(f">{base}, {text}</text>" in drawn for base in ("one/x", "two/x") for text in texts)
+
+
+def test_a_setting_of_which_a_seed_is_not_finite_is_in_no_picture():
+    """As its line of the table has no mean either: the others alone would flatter it."""
+    points = [replace(ONE, virtual_tokens=P, seed=s) for P in (1, 3, 10) for s in (0, 1)]
+    points[0] = replace(points[0], loss=float("inf"))
+    drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
+    assert ">3</text>" in drawn and ">1</text>" not in drawn
+
+
+def test_cells_that_failed_have_lines_and_reasons():
+    gone = replace(ONE, loss=float("inf"), base_loss=float("inf"), parameters=0)
+    points = [ONE, replace(gone, seed=1, failed="a | b"), replace(gone, base="c", seed=0, failed="no\nroom")]
+    first, failed = [line[-2] for line in table_of(points)[1:]][:2], [line[-2] for line in table_of(points)[3:]]
+    assert first == ["4.0000", "1.0000 (1 failed)"] and failed == ["failed", "failed"]
+    told = failures(points)
+    assert len(told) == 2 and "seed 1: a | b" in told[0] and "base c" in told[1] and told[1].endswith("no\\nroom")
+    lines = page((), table_of(points), [], [], told).decode().split("\n")
+    assert any(line.startswith("- 1 cell, the first") and r"a \| b" in line for line in lines)
+    drawn = pictures(points)
+    assert not drawn

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from softprompt.errors import SoftpromptError
+from softprompt.errors import OutputError, SoftpromptError
 from softprompt.files import check_writable, write_folder
 from softprompt.mini import BASE_DIR, words
 from softprompt.mini.corpus import Row, corpus
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output_dir = args.output_dir or (BASE_DIR if args.size == "small" else Path("runs") / f"mini-{args.size}")
     try:
         check_writable(output_dir, "--output_dir")
+        if output_dir.resolve() != BASE_DIR.resolve() and output_dir.exists() and any(output_dir.iterdir()):
+            raise OutputError(f"--output_dir {output_dir} is not empty; name another folder, or remove it")
         tokenizer = make_tokenizer(args.seed)
         model = make_model(args.seed, len(tokenizer), SIZES[args.size])
         print(f"{len(tokenizer):,} words, {model.num_parameters():,} parameters")
