@@ -14,6 +14,7 @@ from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, na
 from softprompt.answering import answered
 from softprompt.build import base_path
 from softprompt.config import train_config
+from softprompt.console import messages
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble
 from softprompt.errors import ConfigError
@@ -37,9 +38,10 @@ def train(preset: str | None = None, **settings: Any) -> Run:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    run = run_training(train_config(preset, **settings))
-    if run.not_pushed:
-        print(f"warning: {run.not_pushed}", file=sys.stderr)
+    with messages():
+        run = run_training(train_config(preset, **settings))
+        if run.not_pushed:
+            print(f"warning: {run.not_pushed}", file=sys.stderr)
     return run
 
 

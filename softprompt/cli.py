@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from softprompt.arguments import NEWEST
 from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.console import abandon, answers, messages, open_closed
 from softprompt.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
 from softprompt.export_config import ExportArguments, ExportConfig, export_config
 from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
@@ -119,10 +120,25 @@ def parse_report(argv: Sequence[str]) -> ReportConfig:
     return report_config(**_parse(parser, argv))
 
 
-def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code."""
+def command(main: Callable[[Sequence[str]], None], prints_answers: bool = False) -> NoReturn:
+    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
+    prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
+    open_closed()
+    stdout = sys.stdout
+    try:
+        with answers() if prints_answers else messages():
+            _run(main)
+    finally:
+        try:
+            stdout.flush()
+        except (OSError, ValueError):
+            abandon(stdout)
+
+
+def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except Stopped as stop:
         if is_main():
             print(stop, file=sys.stderr)
@@ -134,7 +150,6 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         _exit("stopped", 130)
     except BrokenPipeError:  # `… | head` has read enough
-        sys.stderr.close()
         sys.exit(0)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began

@@ -62,6 +62,15 @@ def count_targets(example: Example) -> int:
     return len(example.labels) - example.labels.count(IGNORE)
 
 
+def end_tokens(examples: Sequence[Example], tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's eos_token, and whatever other special tokens stand at the
+    end of an example's targets, which is where a chat template puts its own."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
+    others = {e.labels[-1] for e in examples} & special - {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    return [*sorted(others), tokenizer.eos_token_id]
+
+
 def tokenize(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
@@ -121,11 +130,11 @@ def encode(
     prompts = _ids(tokenizer, [prompt for prompt, _ in texts], special)
     answers = _ids(tokenizer, [answer for _, answer in texts], False)
     encoded = []
-    for row, prompt, answer, (_, text) in zip(rows, prompts, answers, texts, strict=True):
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         asked, cut = len(prompt), len(prompt) + len(answer) > max_length
         if cut and truncation_side == "input":
             prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
-        empty = text == tokenizer.eos_token
+        empty = len(answer) <= 1  # its end alone
         encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
     return encoded
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
+from softprompt.announce import tell_data, tell_end, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
@@ -129,6 +129,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
     tell_data(data, held_out, config.data.buffer_size if rows.source else None)
+    tell_end(template, rows.train[0], tokenizer)
     feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
     loaded = _loaded(begun, rows, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None

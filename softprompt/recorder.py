@@ -22,6 +22,7 @@ from softprompt.checkpoint import (
     step_of,
 )
 from softprompt.config import TrainConfig
+from softprompt.data import end_tokens
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
@@ -258,7 +259,8 @@ class Recorder:
 
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
-        return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
+        ends = end_tokens(self.run.data.examples, self.run.tokenizer)
+        return adapter_folder(self.config, self.run.base.config, prompt, ends, self.arguments(), metrics)
 
 
 def clear(output_dir: Path, overwrite: bool) -> None:

@@ -1,14 +1,17 @@
 """How a row becomes prompt text. The same object renders training rows and, saved beside the adapter, new prompts."""
 
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
 
 DEFAULT = "default"
 CHAT = "chat"
+PROBE = "softprompt's probe"  # a text that no template writes by itself
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Template:
         return text.format_map({name: row[name] for name in self.fields})
 
     def answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Text that the model is to produce, its end mark included."""
+        """Text that the model is to produce, with the special token that ends it: the first of those that the chat
+        template writes behind an answer (what follows it, often a line break, is never generated), else eos_token."""
         if self.spec != CHAT:
             return row["output"] + tokenizer.eos_token
         prompt = self.render(row, tokenizer)
@@ -102,8 +106,23 @@ class Template:
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
             )
-        # Many templates end a turn with a line break after the end mark; the model stops at the mark.
-        return whole[len(prompt) :].rstrip("\n")
+        written, behind = whole[len(prompt) :], self._behind_answer(row, tokenizer)
+        if not written.endswith(behind):  # a template that looks at the answer's text
+            behind = written
+        before, end = _split_at_end(behind, tokenizer)
+        return written.removesuffix(behind) + before + (end or tokenizer.eos_token)
+
+    def end(self, row: Mapping[str, Any], tokenizer: Any) -> str | None:
+        """The special token that ends the answer to a row; None where the chat template writes none there."""
+        if self.spec != CHAT:
+            return tokenizer.eos_token
+        return _split_at_end(self._behind_answer(row, tokenizer), tokenizer)[1]
+
+    def _behind_answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
+        """What the chat template writes behind the text of an answer. Another text stands in its place: the row's own
+        may be empty, or end with what looks like a special token."""
+        probe = {**answer_message(row), "content": PROBE}
+        return _apply_chat(tokenizer, [*prompt_messages(row), probe]).rpartition(PROBE)[2]
 
 
 def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -124,6 +143,15 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, str]:
         return row["messages"][-1]
     answer = row["completion"] if "completion" in row else row["output"]
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
+
+
+@lru_cache(maxsize=16)
+def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str | None]:
+    """`text` up to the special tokens that end it, white space between them aside, and the first of these."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = "|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)))
+    found = re.search(rf"({special})(?:\s|{special})*\Z", text)
+    return (text[: found.start()], found[1]) if found else (text.rstrip("\n"), None)
 
 
 def _apply_chat(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
