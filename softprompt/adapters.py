@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softprompt.build import RUNS, base_path, check_fits
-from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
+from softprompt.checkpoint import SETTINGS_FILE, Adapter, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
 from softprompt.questions import Question, merged_settings, token_ids
-from softprompt.template import Template
+from softprompt.template import Template, saved_template
 
 NONE = "none"  # the bare base
 Names = str | Sequence[str] | None  # one for all questions, one for each, or the one that is active
@@ -46,7 +46,16 @@ def load(folder: str | Path) -> Tuned:
     Raises:
         AdapterError: as of `checkpoint.load_adapter`, or settings beside it that are none.
     """
-    adapter, place = load_adapter(folder), Path(folder) / SETTINGS_FILE
+    return tuned_of(folder, load_adapter(folder))
+
+
+def tuned_of(folder: str | Path, adapter: Adapter) -> Tuned:
+    """An adapter that was read from `folder`.
+
+    Raises:
+        AdapterError: settings beside it that are none.
+    """
+    place = Path(folder) / SETTINGS_FILE
     generation = adapter.settings.get("generation", {})
     if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
         raise AdapterError(
@@ -55,7 +64,7 @@ def load(folder: str | Path) -> Tuned:
         )
     try:
         merged_settings(generation, {})
-        template = Template(adapter.settings.get("template", "default"))
+        template = saved_template(adapter.settings)
     except ConfigError as error:
         raise AdapterError(f"{place}: {error}; mend it there, or take it out") from None
     return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)

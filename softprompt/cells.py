@@ -142,7 +142,7 @@ class _Bench:
         except NotFinite as error:
             metrics = {"error": str(error)}
         ends = end_tokens(one.material.examples, one.material.tokenizer)
-        files = adapter_folder(config, self.base.config, prompt.weight.detach(), ends, one.cell.settings(), metrics)
+        files = adapter_folder(config, self.base.config, prompt.weight.detach(), ends, (), one.cell.settings(), metrics)
         return _Made(len(values), metrics, answers, files)
 
     def _together(self, one: Planned) -> _Made:

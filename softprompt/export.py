@@ -8,7 +8,7 @@ generation_config  the adapter's settings; suppress_tokens names the new words
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,25 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from softprompt.adapters import tuned_of
 from softprompt.build import base_path, check_fits
 from softprompt.card import plain_model_card
 from softprompt.chat_template import teach
 from softprompt.checkpoint import Adapter, load_adapter
 from softprompt.cli import command, parse_export
-from softprompt.errors import AdapterError, OutputError
+from softprompt.errors import AdapterError, ModelError, OutputError
 from softprompt.export_config import ExportConfig, export_config
 from softprompt.files import check_writable, new_folder
-from softprompt.infer_config import generation_faults
 from softprompt.model import load_tokenizer, read_base, word_embeddings
 from softprompt.plain import to_plain
+from softprompt.questions import merged_settings
 from softprompt.requests import GenerationSettings
-from softprompt.template import Template
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-)  # GenerationConfig refuses them beside greedy answers
-
+# GenerationConfig refuses to save what it would not use: of sampling beside greedy answers, of beams beside one alone,
+# and outputs that only the caller of generate can ask for.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "transformers_version")
 UNSAVED = ("stop_strings",)  # transformers' generate refuses them unless it is handed the tokenizer
 
 
@@ -63,14 +60,15 @@ def _export(config: ExportConfig) -> str:
     name = config.model_name_or_path or adapter.base_model_name_or_path
     if name is None:
         raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
-    template, settings = _saved(config.adapter, adapter)
+    tuned = tuned_of(config.adapter, adapter)
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     _check_base(config.adapter, adapter, base, name)
     dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
-    ids = teach(tokenizer, template, P)
+    ids = teach(tokenizer, tuned.template, P)
     constant = to_plain(base, adapter.prompt, ids, dtype)
+    settings = merged_settings(tuned.generation, {})
     base.generation_config = generation_config(base.generation_config, tokenizer, settings, ids)
     words = tokenizer.convert_ids_to_tokens(ids)
     _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))
@@ -81,35 +79,32 @@ def _export(config: ExportConfig) -> str:
 
 
 def generation_config(
-    of_base: GenerationConfig | None, tokenizer: Any, settings: Mapping[str, Any], ids: list[int]
+    of_base: GenerationConfig | None, tokenizer: Any, of_adapter: GenerationSettings, ids: list[int]
 ) -> GenerationConfig:
-    """The adapter's `settings` over the base's, with the new words `ids` suppressed. They count in transformers'
-    max_length, which is therefore larger by their number."""
+    """The adapter's settings over the base's, with the new words `ids` suppressed. They count in transformers'
+    max_length, which is therefore larger by their number.
+
+    Raises:
+        ModelError: settings of the base's that transformers takes in no file.
+    """
+    settings = asdict(of_adapter)
     values = {k: v for k, v in (of_base.to_diff_dict() if of_base else {}).items() if not k.startswith("_")}
     values.update({name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED})
-    if settings.get("max_new_tokens") is not None:
+    if of_adapter.max_new_tokens is not None:
         values.pop("max_length", None)
     else:
-        values["max_length"] = settings["max_length"] + len(ids)
-    if not values["do_sample"]:
-        values = {name: value for name, value in values.items() if name not in SAMPLING}
-    values.pop("transformers_version", None)
+        values["max_length"] = of_adapter.max_length + len(ids)
+    unused = {*OUTPUTS, *(() if of_adapter.do_sample else SAMPLING), *(() if of_adapter.num_beams > 1 else BEAMS)}
+    values = {name: value for name, value in values.items() if name not in unused}
     values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or []), *ids})
-    ends = list(settings.get("eos_token_id") or ()) or tokenizer.eos_token_id
+    ends = list(of_adapter.eos_token_id) or tokenizer.eos_token_id
     values |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**values)
-
-
-def _saved(folder: str, adapter: Adapter) -> tuple[Template, dict[str, Any]]:
-    """Template and generation settings, the article's where the adapter has none of its own."""
-    generation = adapter.settings.get("generation", {})
+    config = GenerationConfig(**values)
     try:
-        settings = asdict(GenerationSettings(**generation))
-    except TypeError:
-        raise AdapterError(f"adapter {folder}: its generation settings are {generation!r:.200}") from None
-    if faults := generation_faults(generation):
-        raise AdapterError(f"adapter {folder}: its generation settings: {'; '.join(faults)}")
-    return Template(adapter.settings.get("template", "default")), settings
+        config.validate(strict=True)  # as save_pretrained does
+    except ValueError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: its generation_config.json: {error}; mend it there") from None
+    return config
 
 
 def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:

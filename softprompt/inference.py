@@ -103,7 +103,7 @@ def answerer(config: InferConfig, model: SoftPromptModel) -> Any:
 
 def answer_one(config: InferConfig, model: SoftPromptModel) -> None:
     question = config.question
-    prompt, about = question.prompt or "", question.input or ""
+    prompt, about = question.prompt or "", question.input
     row = {"prompt": prompt, "input": about} if question.ensemble else model.template.row(prompt, about)
     asked = answerer(config, model)
     if question.choice_list is not None:

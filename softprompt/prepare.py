@@ -61,7 +61,8 @@ from softprompt.trainer import Metrics, TrainingState
 class Prepared:
     """All that a run is made of, loaded and checked; nothing has been written. A resumed run has its `checkpoint`,
     where its loop goes on, and what it had added up until there; `fingerprints` say what it must not be resumed
-    without. Of a stream, `rows` and `data` are the beginning. `feed` counts the rows of all ranks of the `world`
+    without. Of a stream, `rows` and `data` are the beginning. `end` is the special token that the template writes
+    behind an answer. `feed` counts the rows of all ranks of the `world`
     together."""
 
     config: TrainConfig
@@ -70,6 +71,7 @@ class Prepared:
     data: Tokenized
     held_out: Tokenized | None
     tokenizer: Any
+    end: str | None
     feed: Feed
     base: PreTrainedModel
     prompt: PromptEmbedding
@@ -129,7 +131,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
     tell_data(data, held_out, config.data.buffer_size if rows.source else None)
-    tell_end(template, rows.train[0], tokenizer)
+    end = template.end(rows.train[0], tokenizer)
+    tell_end(end, tokenizer)
     feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
     loaded = _loaded(begun, rows, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None
@@ -141,6 +144,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         data=data,
         held_out=held_out,
         tokenizer=tokenizer,
+        end=end,
         feed=feed,
         base=loaded.base,
         prompt=loaded.prompt,

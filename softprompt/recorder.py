@@ -1,6 +1,7 @@
 """What a run shows, keeps and leaves: the loop's callbacks, and the finished run."""
 
 import errno
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import remove_leftovers, write_files, write_folder
+from softprompt.first_question import FirstQuestion, first_question
+from softprompt.intake import template_of
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
 from softprompt.record import FACTS_FILE, RESULTS_FILE, START_FILE
@@ -42,22 +45,24 @@ from softprompt.resume import (
     state_files,
     with_checksums,
 )
-from softprompt.rows import Row
 from softprompt.trainer import Metrics, Step, TrainingState
 
-OF_A_RUN = (*OF_A_CHECKPOINT, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
+QUESTION_FILE = "question.jsonl"  # the one to try, where flags cannot ask it
+SAMPLED = 100  # rows among which that is chosen
+OF_A_RUN = (*OF_A_CHECKPOINT, QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, held-out
-    rows, and how the bare base and the tuned one answer them (None without held-out rows)."""
+    """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, a
+    question to try it with, held-out rows, and how the bare base and the tuned one answer them (None without held-out
+    rows)."""
 
     config: TrainConfig
     output_dir: Path
     metrics: Metrics
     adapter_bytes: int
-    sample: Row
+    question: FirstQuestion | None
     evaluator: Evaluator | None
     before: Evaluation | None
     after: Evaluation | None
@@ -74,7 +79,7 @@ class Recorder:
         self.request, self.world = request, run.world
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
-        self.evaluator = run.evaluator
+        self.evaluator, self.template = run.evaluator, template_of(run.config).of_rows(run.rows)
         board = Board(run.output_dir, self.arguments()) if run.config.sharing.report_to == "tensorboard" else None
         self.progress = (
             Progress(run.feed.total_steps, run.output_dir / METRICS_FILE, board=board)
@@ -163,7 +168,7 @@ class Recorder:
         except OSError as error:
             self.progress.say(f"warning: an old checkpoint cannot be removed ({error.strerror})")
 
-    def finish(self, sample: Row) -> Run:
+    def finish(self) -> Run:
         """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
         self._tell_rows()
@@ -174,11 +179,20 @@ class Recorder:
         self.progress.on_end(metrics)
         files = self._adapter_files(metrics)
         results = {RESULTS_FILE: json_bytes(metrics)}
+        question = self._first_question()
+        if question and question.flags is None:
+            results[QUESTION_FILE] = json.dumps(question.row, ensure_ascii=False).encode() + b"\n"
         if self.world.is_main:
             with self._writing("the run's results"):
                 write_files(self.output_dir, {**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        return Run(self.config, self.output_dir, metrics, size, sample, self.evaluator, self.before, after)
+        return Run(self.config, self.output_dir, metrics, size, question, self.evaluator, self.before, after)
+
+    def _first_question(self) -> FirstQuestion | None:
+        rows = self.run.rows[:SAMPLED]
+        if self.config.data.dataset == "mini:sentiment":
+            rows = [{**rows[0], "instruction": "我爱这部电影"}]
+        return first_question(rows, self.template, self.run.tokenizer)
 
     def _tell_rows(self) -> None:
         if told := self.run.feed.told(self.position):
@@ -259,8 +273,10 @@ class Recorder:
 
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
-        ends = end_tokens(self.run.data.examples, self.run.tokenizer)
-        return adapter_folder(self.config, self.run.base.config, prompt, ends, self.arguments(), metrics)
+        ends = end_tokens(self.run.data.examples, self.run.tokenizer, self.run.end)
+        return adapter_folder(
+            self.config, self.run.base.config, prompt, ends, self.template.optional, self.arguments(), metrics
+        )
 
 
 def clear(output_dir: Path, overwrite: bool) -> None:

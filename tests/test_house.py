@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "redact": set(),
     "errors": {"redact"},
     "console": set(),
+    "commands": set(),
+    "first_question": {"errors", "template"},
     "hub": {"redact"},
     "fields": {"errors"},
     "stopping": {"errors"},
@@ -113,7 +115,7 @@ MAY_IMPORT = {
     "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
     "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
     "announce": {"config", "data", "faults", "feed", "find_rate", "model", "rows", "template", "trainer"},
-    "resume": {"arguments", "checkpoint", "config", "errors", "files", "torchrun", "trainer"},
+    "resume": {"arguments", "checkpoint", "commands", "config", "errors", "files", "torchrun", "trainer"},
     "card": {"checkpoint", "redact"},
     "plot": {"trainer"},
     "board": {"errors", "redact", "trainer"},
@@ -123,10 +125,11 @@ MAY_IMPORT = {
     "facts": {"checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
     "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
     "pictures": set(),
-    "page": {"arguments", "config", "errors", "pictures", "record", "redact"},
-    "push": {"checkpoint", "errors", "hub", "redact", "report_config", "sharing_config"},
+    "page": {"arguments", "commands", "config", "errors", "pictures", "record", "redact"},
+    "push": {"checkpoint", "commands", "errors", "hub", "redact", "report_config", "sharing_config"},
     "ending": {
-        *("checkpoint", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page", "pictures"),
+        *("checkpoint", "commands", "engines", "errors", "evaluate", "facts", "files", "generate", "nearest", "page"),
+        "pictures",
         *("plot", "prepare", "push", "record", "report_config", "shared"),
     },
     "build": {
@@ -162,6 +165,7 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     },
 }
 MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
+    "adapters",
     "build",
     "card",
     "chat_template",
@@ -170,11 +174,10 @@ MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of trai
     "errors",
     "export_config",
     "files",
-    "infer_config",
     "model",
     "plain",
+    "questions",
     "requests",
-    "template",
 }
 ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "study"}
 NO_TORCH = {
