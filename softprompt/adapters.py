@@ -1,5 +1,6 @@
 """Adapters by name: what a question may be put behind."""
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,15 +71,16 @@ def tuned_of(folder: str | Path, adapter: Adapter) -> Tuned:
     return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
 
 
-def named(specs: Iterable[str | Path]) -> dict[str, str]:
+def named(specs: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """`FOLDER`, `name=FOLDER` or `none`, as --adapter takes them → folders by name; a folder's own name is its path.
 
     Raises:
         AdapterError: a name without a folder, or one that is given twice.
     """
     folders: dict[str, str] = {}
-    for spec in map(str, specs):
+    for spec in map(os.fspath, specs):
         name, equals, folder = spec.partition("=")
+        folder = os.path.expanduser(folder)
         if not equals or Path(spec).exists():  # a folder's path may hold a =
             name = folder = spec
         if not name or not folder or (name == NONE and folder != NONE):

@@ -1,5 +1,6 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -72,8 +73,8 @@ class SoftPromptModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | None = None,
-        adapter: str | Path | Mapping[str, str | Path] | Sequence[str] | None = None,
+        base: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Sequence[str] | None = None,
         *,
         device: str = AUTO,
         bf16: bool | None = None,
@@ -96,10 +97,10 @@ class SoftPromptModel:
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
         if isinstance(adapter, Mapping):
-            folders = {name: str(folder) for name, folder in adapter.items()}
+            folders = {name: os.fspath(folder) for name, folder in adapter.items()}
         else:
-            folders = named([adapter] if isinstance(adapter, str | Path) else adapter or ())
-        adapters, first, name = shelf(folders, base)
+            folders = named([adapter] if isinstance(adapter, str | os.PathLike) else adapter or ())
+        adapters, first, name = shelf(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
         bits = bits_of(load_in_8bit, load_in_4bit)

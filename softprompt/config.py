@@ -18,7 +18,7 @@ from softprompt.arguments import (
 )
 from softprompt.errors import ConfigError
 from softprompt.faults import faults, parse_columns
-from softprompt.fields import AUTO, build, nearest
+from softprompt.fields import AUTO, build, nearest, with_plain_paths
 from softprompt.redact import hide
 from softprompt.sharing_config import SECRETS, SharingArguments
 
@@ -88,6 +88,7 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     for name in SECRETS:
         if given.get(name):
             hide(str(given[name]))
+    given = with_plain_paths(given)
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):

@@ -40,7 +40,7 @@ OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 UNSAVED = ("stop_strings",)  # transformers' generate refuses them unless it is handed the tokenizer
 
 
-def export(adapter: str | Path, output: str | Path, **settings: Any) -> str:
+def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **settings: Any) -> str:
     """Write the model folder `output`; `settings` are the command's flags. Returns what was written, one line.
 
     Raises:
@@ -49,7 +49,7 @@ def export(adapter: str | Path, output: str | Path, **settings: Any) -> str:
         ModelError: a base that cannot be loaded, or cannot take virtual tokens as words.
         OutputError: `output` exists, cannot be written to, or there is no room for it. Nothing is left behind.
     """
-    return _export(export_config(str(adapter), output=str(output), **settings))
+    return _export(export_config(os.fspath(adapter), output=output, **settings))
 
 
 def _export(config: ExportConfig) -> str:

@@ -183,7 +183,7 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.HELP})") from None
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.way_out()})") from None
     finally:
         logging.enable_progress_bar()
 

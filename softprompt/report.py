@@ -1,5 +1,6 @@
 """A page about runs: `python -m softprompt.report RUN [RUN …]`; train.py makes that of its own run by itself."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from softprompt.report_config import REPORT_FILE, ReportConfig, report_config
 from softprompt.so_far import with_likeness
 
 
-def report(*runs: str | Path, output_file: str | Path | None = None) -> Path:
+def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:
     """Write the page of one or several runs, by default as report.html into the one's folder, or where this is called.
     Returns where it is.
 
@@ -23,7 +24,7 @@ def report(*runs: str | Path, output_file: str | Path | None = None) -> Path:
         ReportError: a folder that is not there, or holds no run, no metrics, or broken files.
         OutputError: `output_file` cannot be written, or is there and no report.
     """
-    return _report(report_config([str(run) for run in runs], output_file=output_file and str(output_file)))
+    return _report(report_config([os.fspath(run) for run in runs], output_file=output_file))
 
 
 def _report(config: ReportConfig) -> Path:

@@ -91,7 +91,7 @@ class Template:
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}")
-        return {**dict.fromkeys(self.optional, ""), **given}
+        return {**dict.fromkeys(self.optional_fields, ""), **given}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
         """Prompt text of a row; `tokenizer` is asked only by the chat template, and for the end of earlier answers. A

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "commands": set(),
     "first_question": {"errors", "template"},
     "hub": {"redact"},
-    "fields": {"errors"},
+    "unknown_names": set(),
+    "fields": {"errors", "unknown_names"},
     "stopping": {"errors"},
     "arguments": {"fields"},
     "intervals": set(),
@@ -96,9 +97,9 @@ MAY_IMPORT = {
     "plain": {"batching", "errors", "model"},
     "evaluate": {"data", "generate", "model", "requests"},
     "scores": {"data", "errors", "model", "template"},
-    "questions": {"errors", "fields", "infer_config", "requests", "rows", "template"},
+    "questions": {"errors", "fields", "infer_config", "requests", "rows", "template", "unknown_names"},
     "streaming": set(),
-    "answers_file": {"errors", "files"},
+    "answers_file": {"errors", "files", "lock"},
     "adapters": {"build", "checkpoint", "errors", "fields", "questions", "template"},
     "chat": {"adapters", "errors"},
     "compare": {
@@ -138,7 +139,7 @@ MAY_IMPORT = {
     },
 }
 MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
-    "grid": {"arguments", "config", "errors", "faults", "fields", "infer_config"},
+    "grid": {"arguments", "config", "errors", "faults", "fields", "infer_config", "unknown_names"},
     "points": set(),
     "claims": {"arguments", "intervals", "points"},
     "charts": {"points"},
@@ -181,6 +182,9 @@ MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of trai
 }
 ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "study"}
 NO_TORCH = {
+    "console",
+    "commands",
+    "unknown_names",
     "arguments",
     "faults",
     "intervals",
