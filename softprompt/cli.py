@@ -125,15 +125,16 @@ def command(main: Callable[[Sequence[str]], None], prints_answers: bool = False)
     """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
     prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
     open_closed()
-    stdout = sys.stdout
+    streams = sys.stdout, sys.stderr
     try:
         with answers() if prints_answers else messages():
             _run(main)
     finally:
-        try:
-            stdout.flush()
-        except (OSError, ValueError):
-            abandon(stdout)
+        for stream in streams:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                abandon(stream)
 
 
 def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
