@@ -1,5 +1,6 @@
 """Adapters by name: what a question may be put behind."""
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softprompt.build import RUNS, base_path, check_fits
-from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
+from softprompt.checkpoint import SETTINGS_FILE, Adapter, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
 from softprompt.fields import AUTO
 from softprompt.questions import Question, merged_settings, token_ids
-from softprompt.template import Template
+from softprompt.template import Template, saved_template
 
 NONE = "none"  # the bare base
 Names = str | Sequence[str] | None  # one for all questions, one for each, or the one that is active
@@ -46,7 +47,16 @@ def load(folder: str | Path) -> Tuned:
     Raises:
         AdapterError: as of `checkpoint.load_adapter`, or settings beside it that are none.
     """
-    adapter, place = load_adapter(folder), Path(folder) / SETTINGS_FILE
+    return tuned_of(folder, load_adapter(folder))
+
+
+def tuned_of(folder: str | Path, adapter: Adapter) -> Tuned:
+    """An adapter that was read from `folder`.
+
+    Raises:
+        AdapterError: settings beside it that are none.
+    """
+    place = Path(folder) / SETTINGS_FILE
     generation = adapter.settings.get("generation", {})
     if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
         raise AdapterError(
@@ -55,21 +65,22 @@ def load(folder: str | Path) -> Tuned:
         )
     try:
         merged_settings(generation, {})
-        template = Template(adapter.settings.get("template", "default"))
+        template = saved_template(adapter.settings)
     except ConfigError as error:
         raise AdapterError(f"{place}: {error}; mend it there, or take it out") from None
     return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
 
 
-def named(specs: Iterable[str | Path]) -> dict[str, str]:
+def named(specs: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """`FOLDER`, `name=FOLDER` or `none`, as --adapter takes them → folders by name; a folder's own name is its path.
 
     Raises:
         AdapterError: a name without a folder, or one that is given twice.
     """
     folders: dict[str, str] = {}
-    for spec in map(str, specs):
+    for spec in map(os.fspath, specs):
         name, equals, folder = spec.partition("=")
+        folder = os.path.expanduser(folder)
         if not equals or Path(spec).exists():  # a folder's path may hold a =
             name = folder = spec
         if not name or not folder or (name == NONE and folder != NONE):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from softprompt.feed import Feed, rows_of_a_step
 from softprompt.find_rate import Sweep
 from softprompt.model import Engine, SoftPromptedModel
 from softprompt.rows import Row
+from softprompt.template import never_written
 from softprompt.trainer import farthest_move, learning_rates
 
 # A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
@@ -42,6 +44,22 @@ def tell_data(data: Tokenized, held_out: Tokenized | None, buffer_size: int | No
     if ignored:
         told = ", ".join(f"{key} (of {rows:,} rows)" for key, rows in ignored.items())
         print(f"keys of messages that the chat template does not read: {told}")
+
+
+def tell_end(end: str | None, tokenizer: Any) -> None:
+    """What ends answers, where the template does not put the tokenizer's eos_token behind them: its `end`, or none."""
+    eos = tokenizer.eos_token
+    if end is None:
+        print(
+            f"warning: the chat template ends an answer with no special token; the prompt learns to end it with {eos}"
+        )
+    elif end in never_written(tokenizer):
+        print(
+            f"warning: the chat template ends an answer with {end}, which bases are not trained to write; the prompt "
+            f"learns to end it with eos_token {eos}, and both end an answer"
+        )
+    elif end != eos:
+        print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
 
 
 def tell_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:

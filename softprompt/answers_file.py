@@ -5,13 +5,15 @@ adapters by content.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from softprompt.errors import DataError, OutputError
 from softprompt.files import check_writable, write_files
+from softprompt.lock import flock
 
 Line = Mapping[str, Any]
 MOST_BYTES = 1 << 20  # of a line that is looked at
@@ -32,7 +34,11 @@ class AnswersFile:
         check_writable(self.path.parent, "--output_file")
         if self.path.is_dir():
             raise OutputError(f"--output_file {path} is a folder; name a file")
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                self._refuse_held(file, shared=True)
         self.depends_on, self.done, self._whole = depends_on, 0, 0
+        self._size = None if overwrite else self.path.stat().st_size if self.path.exists() else 0
         if self.path.exists() and self.path.stat().st_size:
             if overwrite:
                 self._check_is_ours(asked)
@@ -42,14 +48,29 @@ class AnswersFile:
 
     def __enter__(self) -> "AnswersFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")
+        try:
+            self._refuse_held(self._file)
+            if self._size not in (None, os.fstat(self._file.fileno()).st_size):
+                raise OutputError(f"--output_file {self.path}: another process has written there; run this once more")
+        except OutputError:
+            self._file.close()
+            raise
         if not self.done:
             write_files(self.note.parent, {self.note.name: json.dumps(self.depends_on, ensure_ascii=False).encode()})
-        self._file = open(self.path, "ab")
         self._file.truncate(self._whole)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+    def _refuse_held(self, file: IO[bytes], shared: bool = False) -> None:
+        """Take the file's lock, which ends when `file` is closed. Raises OutputError where another process has it."""
+        if not flock(file.fileno(), shared):
+            raise OutputError(
+                f"--output_file {self.path}: another process is writing its answers there; wait for its end, or name "
+                "another file"
+            )
 
     def write(self, line: Line) -> None:
         self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

@@ -1,5 +1,6 @@
 """For notebooks and scripts: train in one call, load and generate in two."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from softprompt.answering import answered
 from softprompt.build import base_path
 from softprompt.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
 from softprompt.config import train_config
+from softprompt.console import messages
 from softprompt.engines import engine_for_inference, generator_beside
 from softprompt.ensemble import Ensemble
 from softprompt.errors import ConfigError, ModelError
@@ -45,9 +47,10 @@ def train(preset: str | None = None, **settings: Any) -> Run:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    run = run_training(train_config(preset, **settings))
-    if run.not_pushed:
-        print(f"warning: {run.not_pushed}", file=sys.stderr)
+    with messages():
+        run = run_training(train_config(preset, **settings))
+        if run.not_pushed:
+            print(f"warning: {run.not_pushed}", file=sys.stderr)
     return run
 
 
@@ -86,8 +89,8 @@ class SoftPromptModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | None = None,
-        adapter: str | Path | Mapping[str, str | Path] | Sequence[str] | None = None,
+        base: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Sequence[str] | None = None,
         *,
         device: str = AUTO,
         bf16: bool | None = None,
@@ -110,10 +113,10 @@ class SoftPromptModel:
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
         if isinstance(adapter, Mapping):
-            folders = {name: str(folder) for name, folder in adapter.items()}
+            folders = {name: os.fspath(folder) for name, folder in adapter.items()}
         else:
-            folders = named([adapter] if isinstance(adapter, str | Path) else adapter or ())
-        adapters, first, name = shelf(folders, base)
+            folders = named([adapter] if isinstance(adapter, str | os.PathLike) else adapter or ())
+        adapters, first, name = shelf(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
         bits = bits_of(load_in_8bit, load_in_4bit)

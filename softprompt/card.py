@@ -9,12 +9,15 @@ from typing import Any
 from softprompt.checkpoint import Adapter
 from softprompt.redact import redacted
 
+PLACES = ("model_name_or_path", "dataset", "eval_dataset", "init_adapter", "output_dir", "offload_folder")
+
 
 def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any]) -> bytes:
     """`arguments` and `metrics` are shown as tables; arguments at None are left out."""
-    base = adapter.base_model_name_or_path or "the base"
+    base = _public(adapter.base_model_name_or_path or "the base")
+    arguments = {name: _public(value) if name in PLACES else value for name, value in arguments.items()}
     lines = [
-        *_front(base, "peft", ["prompt-tuning"]),
+        *_front(adapter.base_model_name_or_path or "", "peft", ["prompt-tuning"]),
         f"# A soft prompt for {base}",
         "",
         f"{adapter.prompt.shape[0]} virtual tokens of size {adapter.prompt.shape[1]}, learned with softprompt; "
@@ -38,14 +41,15 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
 
 def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant: float | None, dtype: str) -> bytes:
     """Of a base with the prompt as `words`; `constant` is their logit, None where it is the mean of the others'."""
-    template = json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
+    front = _front(base, "transformers", ["prompt-tuning"])
+    base, template = _public(base), json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
     guard = (
         f"their logit is {constant:g} whatever the text"
         if constant is not None
         else "their logit is the mean of all others, so none of them is ever the likeliest"
     )
     lines = [
-        *_front(base, "transformers", ["prompt-tuning"]),
+        *front,
         f"# {base} with a soft prompt",
         "",
         f"A plain transformers model, weights in {dtype}: the base, and {len(words)} new words `{words[0]}` to "
@@ -80,6 +84,13 @@ def _front(base: str, library: str, tags: Sequence[str]) -> list[str]:
     return ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()), "---", ""]
 
 
+def _public(place: Any) -> Any:
+    """A card may be published: of a folder or file on this machine it has the name alone. A hub id stays."""
+    if not isinstance(place, str) or not (os.path.exists(place) or os.path.isabs(place) or place[:1] in "~."):
+        return place
+    return os.path.basename(os.path.abspath(os.path.expanduser(place)))
+
+
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:
     shown = {name: value for name, value in values.items() if value is not None}
     if not shown:
@@ -91,4 +102,5 @@ def _table(head: str, values: Mapping[str, Any]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return json.dumps(value, ensure_ascii=False).strip('"').replace("|", "\\|")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("|", "\\|")

@@ -29,7 +29,7 @@ from softprompt.arguments import DataArguments, ModelArguments
 from softprompt.build import base_path, initial_prompt
 from softprompt.checkpoint import json_bytes, load_adapter
 from softprompt.crash import Failure, failure
-from softprompt.data import Example, count_targets
+from softprompt.data import Example, count_targets, end_tokens
 from softprompt.determinism import deterministic
 from softprompt.engines import generator_beside, make_engine
 from softprompt.errors import NotFinite, Stopped, TrainingError
@@ -229,7 +229,8 @@ class _Bench:
                 metrics, answers = found.metrics(), found.answers
         except NotFinite as error:
             metrics = {"error": str(error)}
-        files = adapter_folder(config, self.base.config, prompt.weight.detach(), one.cell.settings(), metrics)
+        ends = end_tokens(one.material.examples, one.material.tokenizer)
+        files = adapter_folder(config, self.base.config, prompt.weight.detach(), ends, (), one.cell.settings(), metrics)
         return _Made(len(values), metrics, answers, files)
 
     def _together(self, one: Planned) -> _Made:

@@ -107,12 +107,13 @@ def _user_message(template: Template) -> str:
             "{{- ('Human: ' + message['content'] + '\\n' + (message['input'] or '')) | trim + '\\n\\nAssistant: ' -}}"
         )
     first, *others = template.fields
-    checks = "".join(COLUMN % {"name": _quoted(name)} for name in others)
+    checks = "".join(COLUMN % {"name": _quoted(name)} for name in others if name not in template.optional)
     text = template.spec.replace("\\n", "\n").replace("\\t", "\t")
     parts = []
     for literal, name, _, _ in string.Formatter().parse(text):
         parts += [_quoted(literal)] if literal else []
-        parts += [f"message[{_quoted('content' if name == first else name)}]"] if name else []
+        column = f"message[{_quoted('content' if name == first else name)}]"
+        parts += [f"({column} or '')" if name in others and name in template.optional else column] if name else []
     return checks + "{{- " + " + ".join(parts) + " -}}"
 
 

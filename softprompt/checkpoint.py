@@ -108,7 +108,7 @@ def load_adapter(folder: str | Path) -> Adapter:
             the folder; another kind of adapter; a tensor of another shape than the configuration says; values that are
             not finite.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; give an OUTPUT_DIR or checkpoint-N of train.py")
     config = _read_json(folder, CONFIG_FILE)

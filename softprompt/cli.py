@@ -15,14 +15,16 @@ from transformers import HfArgumentParser
 
 from softprompt.arguments import NEWEST
 from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.console import abandon, answers, messages, open_closed
 from softprompt.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
 from softprompt.export_config import ExportArguments, ExportConfig, export_config
-from softprompt.fields import AUTO, hints, nearest, takes_auto, takes_list
+from softprompt.fields import AUTO, hints, takes_auto, takes_list
 from softprompt.grid import Study, read_study, relocated
 from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
 from softprompt.redact import redacted
 from softprompt.report_config import ReportArguments, ReportConfig, report_config
 from softprompt.torchrun import is_main, may_restart, several
+from softprompt.unknown_names import advice
 
 
 class _Extend(argparse.Action):
@@ -103,7 +105,7 @@ def parse_study(argv: Sequence[str]) -> Study:
     parser.add_argument("study", metavar="STUDY.toml", help="What to vary; docs/study.md shows how to write it.")
     parser.add_argument("--output_dir", metavar="DIR", help="Where to write. (default: the file's, or runs/study-NAME)")
     given = _parse(parser, argv)
-    return relocated(read_study(Path(given["study"])), given.get("output_dir"))
+    return relocated(read_study(Path(given["study"]).expanduser()), given.get("output_dir"))
 
 
 def parse_report(argv: Sequence[str]) -> ReportConfig:
@@ -119,10 +121,26 @@ def parse_report(argv: Sequence[str]) -> ReportConfig:
     return report_config(**_parse(parser, argv))
 
 
-def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code."""
+def command(main: Callable[[Sequence[str]], None], prints_answers: bool = False) -> NoReturn:
+    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
+    prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
+    open_closed()
+    streams = sys.stdout, sys.stderr
+    try:
+        with answers() if prints_answers else messages():
+            _run(main)
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                abandon(stream)
+
+
+def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except Stopped as stop:
         if is_main():
             print(stop, file=sys.stderr)
@@ -134,7 +152,6 @@ def command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         _exit("stopped", 130)
     except BrokenPipeError:  # `… | head` has read enough
-        sys.stderr.close()
         sys.exit(0)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began
@@ -203,14 +220,16 @@ def _parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
     namespace, rest = parser.parse_known_args(list(argv))
     if rest:
         flag = next((a for a in rest if a.startswith("-")), rest[0]).split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{nearest(flag, known)}")
+        if not flag.startswith("-"):
+            raise ConfigError(f"unknown argument {flag}")
+        known = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
+        raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
     return vars(namespace)
 
 
 def _read_toml(name: str) -> dict[str, Any]:
     try:
-        values = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {name}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, not TOML
@@ -219,6 +238,6 @@ def _read_toml(name: str) -> dict[str, Any]:
         raise ConfigError(f"--config {name}: {', '.join(twice)} is there twice, with - and with _; keep one")
     values = {key.replace("-", "_"): value for key, value in values.items()}
     known = {"preset": str, **hints(GROUPS)}
-    if unknown := [f"unknown setting {key!r}{nearest(key, known)}" for key in values if key not in known]:
+    if unknown := [f"unknown setting {key!r}{advice(key, known)}" for key in values if key not in known]:
         raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
     return values

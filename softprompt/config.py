@@ -18,7 +18,7 @@ from softprompt.arguments import (
 )
 from softprompt.errors import ConfigError
 from softprompt.faults import faults, parse_columns
-from softprompt.fields import AUTO, build, nearest
+from softprompt.fields import AUTO, build, nearest, with_plain_paths
 from softprompt.redact import hide
 from softprompt.sharing_config import SECRETS, SharingArguments
 
@@ -100,6 +100,7 @@ def unchecked(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
         if given.get(name):
             hide(str(given[name]))
     named = {} if preset is None else {"preset": preset}
+    given = with_plain_paths(given)
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):

@@ -62,6 +62,17 @@ def count_targets(example: Example) -> int:
     return len(example.labels) - example.labels.count(IGNORE)
 
 
+def end_tokens(examples: Sequence[Example], tokenizer: Any, end: str | None = None) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's eos_token, the one that the chat template writes there
+    (`end`, as of `Template.end`), and other special tokens at the end of an example's targets."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
+    others = {e.labels[-1] for e in examples} & special - {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    if end not in (None, tokenizer.eos_token):
+        others.add(tokenizer.convert_tokens_to_ids(end))
+    return [*sorted(others), tokenizer.eos_token_id]
+
+
 def tokenize(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,

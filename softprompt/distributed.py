@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from softprompt.console import nowhere
 from softprompt.errors import Elsewhere, SoftpromptError, TrainingError
 from softprompt.heartbeat import SILENCE, Heartbeat
 from softprompt.meeting import meet
@@ -192,7 +193,7 @@ def joined() -> Iterator[World]:
             world.gather("all have theirs")
             world.heartbeat = stack.enter_context(heartbeat)
         if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(redirect_stdout(stack.enter_context(nowhere())))
         yield world
     if world.store:
         dist.destroy_process_group()

@@ -1,6 +1,5 @@
 """What goes beside a run: its report, and its upload when it is whole. Neither can lose it."""
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.checkpoint import PROMPT_KEY, json_bytes
+from softprompt.commands import argument, module
 from softprompt.engines import generator_beside
 from softprompt.errors import PushError
 from softprompt.evaluate import Evaluation
@@ -47,7 +47,7 @@ def leave_report(run: Prepared, facts: Facts, before: Evaluation | None, after: 
     with _at_most_a_warning(PICTURE_FILE, say):
         if picture := loss_picture(read_run(folder).history, before.loss if before else None):
             files.write({PICTURE_FILE: picture})
-    with _at_most_a_warning(REPORT_FILE, say, f"; try: python -m softprompt.report {shlex.quote(str(folder))}"):
+    with _at_most_a_warning(REPORT_FILE, say, f"; try: {module('softprompt.report')} {argument(str(folder))}"):
         files.write({FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
         more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt.data import IGNORE, Example
+from softprompt.data import IGNORE, Example, end_tokens
 from softprompt.generate import Generator, in_order
 from softprompt.model import Engine
 from softprompt.requests import GenerationSettings, Request
@@ -63,7 +63,8 @@ class Evaluator:
         return Evaluation(loss, answers, right / len(expected))
 
     def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
-        settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
+        ends = tuple(end_tokens(self.examples, self.tokenizer))
+        settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False, eos_token_id=ends)
         requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
         return [text_of(self.tokenizer, ids) for ids in in_order(generator.generate(requests, self.batch_size))]
 

@@ -8,7 +8,7 @@ generation_config  the adapter's settings; suppress_tokens names the new words
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,28 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from softprompt.adapters import tuned_of
 from softprompt.build import base_path, check_fits
 from softprompt.capabilities import check_vocabulary, sizes_named, text_config
 from softprompt.card import plain_model_card
 from softprompt.chat_template import prompt_words, teach
 from softprompt.checkpoint import Adapter, load_adapter
 from softprompt.cli import command, parse_export
-from softprompt.errors import AdapterError, OutputError
+from softprompt.errors import AdapterError, ModelError, OutputError
 from softprompt.export_config import ExportConfig, export_config
 from softprompt.files import check_writable, new_folder
-from softprompt.infer_config import generation_faults
 from softprompt.model import check_forward, load_tokenizer, read_base, word_embeddings
 from softprompt.plain import to_plain
+from softprompt.questions import merged_settings
 from softprompt.requests import GenerationSettings
-from softprompt.template import Template
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-)  # GenerationConfig refuses them beside greedy answers
-
+# GenerationConfig refuses to save what it would not use: of sampling beside greedy answers, of beams beside one alone.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
 UNSAVED = ("stop_strings",)  # transformers' generate refuses them unless it is handed the tokenizer
 
 
-def export(adapter: str | Path, output: str | Path, **settings: Any) -> str:
+def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **settings: Any) -> str:
     """Write the model folder `output`; `settings` are the command's flags. Returns what was written, one line.
 
     Raises:
@@ -53,7 +48,7 @@ def export(adapter: str | Path, output: str | Path, **settings: Any) -> str:
         ModelError: a base that cannot be loaded, or cannot take virtual tokens as words.
         OutputError: `output` exists, cannot be written to, or there is no room for it. Nothing is left behind.
     """
-    return _export(export_config(str(adapter), output=str(output), **settings))
+    return _export(export_config(os.fspath(adapter), output=output, **settings))
 
 
 def _export(config: ExportConfig) -> str:
@@ -64,7 +59,7 @@ def _export(config: ExportConfig) -> str:
     name = config.model_name_or_path or adapter.base_model_name_or_path
     if name is None:
         raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
-    template, settings = _saved(config.adapter, adapter)
+    tuned = tuned_of(config.adapter, adapter)
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)
@@ -72,8 +67,9 @@ def _export(config: ExportConfig) -> str:
     dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
-    ids = teach(tokenizer, template, P)
+    ids = teach(tokenizer, tuned.template, P)
     constant = to_plain(base, adapter.prompt, ids, dtype)
+    settings = merged_settings(tuned.generation, {})
     base.generation_config = generation_config(tokenizer, settings, ids)
     words = tokenizer.convert_ids_to_tokens(ids)
     _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))
@@ -83,33 +79,31 @@ def _export(config: ExportConfig) -> str:
     return f"{output}: {name} and {P} new words, {words[0]} to {words[-1]} (never generated: {guard})"
 
 
-def generation_config(tokenizer: Any, settings: Mapping[str, Any], ids: list[int]) -> GenerationConfig:
-    """The adapter's `settings`, with the new words `ids` suppressed, and those of earlier exports that the tokenizer
-    has. The new words count in transformers' max_length, which is therefore larger by their number. What the base's own
-    generation_config says has no effect, as in infer.py."""
+def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[int]) -> GenerationConfig:
+    """The adapter's settings, with the new words `ids` suppressed, and those of earlier exports that the tokenizer has.
+    The new words count in transformers' max_length, which is therefore larger by their number. What the base's own
+    generation_config says has no effect, as in infer.py.
+
+    Raises:
+        ModelError: settings that transformers takes in no file.
+    """
+    settings = asdict(of_adapter)
     values = {name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED}
-    if settings.get("max_new_tokens") is not None:
+    if of_adapter.max_new_tokens is not None:
         values.pop("max_length", None)
     else:
-        values["max_length"] = settings["max_length"] + len(ids)
-    if not values["do_sample"]:
-        values = {name: value for name, value in values.items() if name not in SAMPLING}
+        values["max_length"] = of_adapter.max_length + len(ids)
+    unused = {*(() if of_adapter.do_sample else SAMPLING), *(() if of_adapter.num_beams > 1 else BEAMS)}
+    values = {name: value for name, value in values.items() if name not in unused}
     values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), *ids, *prompt_words(tokenizer)})
-    ends = list(settings.get("eos_token_id") or ()) or tokenizer.eos_token_id
+    ends = list(of_adapter.eos_token_id) or tokenizer.eos_token_id
     values |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    return GenerationConfig(**values)
-
-
-def _saved(folder: str, adapter: Adapter) -> tuple[Template, dict[str, Any]]:
-    """Template and generation settings, the article's where the adapter has none of its own."""
-    generation = adapter.settings.get("generation", {})
+    config = GenerationConfig(**values)
     try:
-        settings = asdict(GenerationSettings(**generation))
-    except TypeError:
-        raise AdapterError(f"adapter {folder}: its generation settings are {generation!r:.200}") from None
-    if faults := generation_faults(generation):
-        raise AdapterError(f"adapter {folder}: its generation settings: {'; '.join(faults)}")
-    return Template(adapter.settings.get("template", "default")), settings
+        config.validate(strict=True)  # as save_pretrained does
+    except ValueError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: generation settings cannot be saved: {error}") from None
+    return config
 
 
 def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:

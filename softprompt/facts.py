@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt.capabilities import why_no_answers
 from softprompt.checkpoint import PROMPT_KEY
-from softprompt.data import Example, Tokenized, count_targets
+from softprompt.data import Example, Tokenized, count_targets, end_tokens
 from softprompt.evaluate import Evaluation, answer_ids, question_ids
 from softprompt.generate import Generator, in_order
 from softprompt.nearest import Space, nearest, noise, shown, similarities
@@ -151,7 +151,8 @@ def _moves(space: Space, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
 @torch.no_grad()
 def _answers(run: Prepared, generator: Generator, examples: Sequence[Example]) -> list[tuple[str, str]]:
     """The beginnings of greedy answers without and with the prompt."""
-    settings, prompt = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False), run.prompt.weight.detach()
+    ends, prompt = tuple(end_tokens(examples, run.tokenizer)), run.prompt.weight.detach()
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
     asked = [Request(question_ids(e), settings, behind) for e in examples for behind in (None, prompt)]
     texts = [_text(run.tokenizer, ids) for ids in in_order(generator.generate(asked, len(asked)))]
     return list(zip(texts[::2], texts[1::2], strict=True))

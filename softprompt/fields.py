@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
@@ -9,8 +10,13 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softprompt.errors import ConfigError
+from softprompt.unknown_names import advice
 
 AUTO = "auto"
+PATHS = {
+    *("model_name_or_path", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir", "output"),
+    *("resume_from_checkpoint", "adapter", "prompts_file", "output_file"),
+}
 
 
 def option(default: Any, help: str) -> Any:
@@ -29,12 +35,26 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     Raises:
         ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
     """
-    known = hints(groups)
-    faults = [f"unknown setting {name!r}{nearest(name, known)}" for name in values if name not in known]
+    known, values = hints(groups), with_plain_paths(values)
+    faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
     values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
     if faults := faults + type_faults(values, known):
         raise ConfigError("; ".join(faults))
     return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
+
+
+def with_plain_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with path objects as texts, and a leading ~ as the home folder: no shell expands it in a file of
+    settings, in Python, or behind a `--flag=`."""
+    return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
+
+
+def _plain_path(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain_path(each) for each in value]
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
@@ -52,7 +72,7 @@ def is_text(value: Any) -> bool:
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A clause that suggests the known name most like `name`, where one is."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 

@@ -39,7 +39,10 @@ def check_writable(path: Path, flag: str) -> None:
 def cache_dir(kind: str) -> Path:
     """$XDG_CACHE_HOME/softprompt/KIND, by default under ~/.cache; a relative one is ignored, as the XDG text asks."""
     named = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache")) / "softprompt" / kind
+    place = Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
+    if not place.is_absolute():  # a user without a home: nothing can be kept below what is no folder
+        place = Path(os.devnull)
+    return place / "softprompt" / kind
 
 
 def read_inside(folder: Path, name: str, limit: int) -> bytes:

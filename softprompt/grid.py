@@ -27,6 +27,7 @@ from softprompt.errors import ConfigError
 from softprompt.faults import seed_faults
 from softprompt.fields import is_text, nearest
 from softprompt.infer_config import Voting
+from softprompt.unknown_names import advice
 
 ALL = "all"
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
@@ -115,7 +116,7 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     if faults := list(_faults(found)):
         raise ConfigError(f"{path}: {'; '.join(faults)}")
-    output_dir = Path(found.get("output_dir", Path("runs") / f"study-{path.stem}"))
+    output_dir = Path(found.get("output_dir", Path("runs") / f"study-{path.stem}")).expanduser()
     title, about = found.get("title", f"Study {path.stem}"), found.get("about", "")
     return Study(path, title, about, output_dir, list(_cells(path, found)), (path.as_posix(),))
 
@@ -178,7 +179,7 @@ def _instead(where: str, key: str, known: Sequence[str]) -> str:
         return "; give a list of seeds above [settings]"
     if key in {field.name for group in GROUPS for field in fields(group)}:
         return ", which train.py takes and a study does not; leave it out"
-    return nearest(key, known) or "; settings have train.py's names: python train.py --help"
+    return advice(key, known) or "; settings have train.py's names: python train.py --help"
 
 
 def _cells(path: Path, found: Mapping[str, Any]) -> Iterator[Cell]:
@@ -239,4 +240,6 @@ def relocated(study: Study, output_dir: str | None) -> Study:
         raise ConfigError("--output_dir is empty; name a folder, or leave it out")
     if output_dir is None:
         return study
-    return replace(study, output_dir=Path(output_dir), arguments=(*study.arguments, "--output_dir", output_dir))
+    return replace(
+        study, output_dir=Path(output_dir).expanduser(), arguments=(*study.arguments, "--output_dir", output_dir)
+    )

@@ -4,14 +4,17 @@ import logging
 import os
 from functools import cache
 
-from softprompt.redact import Redacting
+from softprompt.redact import Redacting, redacted
 
 HELP = (
     "where no hub is reachable, name a local folder or file, or run the default preset, which needs no network; "
     "a mirror is set with HF_ENDPOINT=https://…, a proxy with HTTPS_PROXY"
 )
 TIMEOUT = 10  # seconds
-LOGGERS = ("huggingface_hub", "transformers", "datasets", "httpx")
+LOGGERS = ("huggingface_hub", "transformers", "datasets", "httpx", "httpx2")
+CERTIFICATES = ", and SSL_CERT_FILE names the certificates to trust"
+
+_failure: str | None = None  # what came of asking the hub for a sign of life
 
 
 @cache
@@ -22,14 +25,27 @@ def prepare() -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    for handler in [h for name in LOGGERS for h in logging.getLogger(name).handlers]:
-        handler.addFilter(Redacting())
+    global _failure
+    _failure = None
+    for logger in map(logging.getLogger, LOGGERS):
+        for place in (logger, *logger.handlers):
+            place.addFilter(Redacting())
     if constants.HF_HUB_OFFLINE:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # of httpx, of a proxy, of name resolution: in each case there is no way through
+    except Exception as error:  # of httpx, of a proxy, of name resolution: in each case there is no way through
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        _failure = redacted(f"{constants.ENDPOINT} was asked: {type(error).__name__}: {reason}")
+
+
+def way_out() -> str:
+    """What to do where something could not be loaded from the hub; before it, why the hub did not answer, if it was
+    asked."""
+    if _failure is None:
+        return HELP
+    return f"{_failure}; {HELP}" + (CERTIFICATES if "SSL" in _failure or "CERT" in _failure else "")
 
 
 def wake() -> None:

@@ -16,7 +16,9 @@ class QuestionArguments:
     _argument_group_name: ClassVar[str] = "what to answer"
 
     prompt: str | None = option(None, "The instruction, or the first column of the adapter's template.")
-    input: str | None = option(None, "The text that the instruction is about: the article's second field.")
+    input: str | None = option(
+        None, "The text that the instruction is about: the article's second field, or the template's."
+    )
     prompts_file: str | None = option(
         None,
         "Answer many: a .txt with one prompt a line, or a .jsonl with `prompt` (or the template's columns) and, for "
@@ -125,7 +127,7 @@ def infer_config(**given: Any) -> InferConfig:
     asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
     if len(asked) > 1:
         faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE')
-    if question.prompt is not None and not question.prompt.strip():
+    if question.prompt is not None and not (question.prompt.strip() or (question.input or "").strip()):
         faults.append("--prompt is empty; write a question")
     if question.input is not None and asked != ["prompt"]:
         faults.append("--input goes with --prompt; in a --prompts_file it is a column")

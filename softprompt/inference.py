@@ -20,6 +20,7 @@ from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
 from softprompt.compare import Judge, Judged, report
+from softprompt.console import can_show
 from softprompt.crash import failure
 from softprompt.errors import AdapterError, ConfigError, DataError, SomeFailed
 from softprompt.faults import bits_of
@@ -109,7 +110,7 @@ def answerer(config: InferConfig, model: SoftPromptModel) -> Any:
 
 def answer_one(config: InferConfig, model: SoftPromptModel) -> None:
     question = config.question
-    prompt, about = question.prompt or "", question.input or ""
+    prompt, about = question.prompt or "", question.input
     row = {"prompt": prompt, "input": about} if question.ensemble else model.template.row(prompt, about)
     asked = answerer(config, model)
     if question.choice_list is not None:
@@ -146,7 +147,7 @@ def answer_file(config: InferConfig, model: SoftPromptModel, asked: Sequence[Ask
             if file:
                 file.write({**line, **columns})
             else:
-                print(json.dumps({**line, **columns}, ensure_ascii=False), flush=True)
+                print(_json_line({**line, **columns}), flush=True)
             bar.update()
     if file:
         _tell(f"{len(lines):,} answers in {question.output_file}")
@@ -256,6 +257,12 @@ def _fingerprint(tuned: Tuned) -> str:
     values = b"" if tuned.prompt is None else tuned.prompt.cpu().numpy().tobytes()
     rest = json.dumps([tuned.template.spec, dict(tuned.generation)], sort_keys=True).encode()
     return hashlib.blake2b(values + rest, digest_size=16).hexdigest()
+
+
+def _json_line(columns: Mapping[str, Any]) -> str:
+    """Whatever stdout's encoding is, the line is JSON: what it lacks is written as JSON's own escapes."""
+    line = json.dumps(columns, ensure_ascii=False)
+    return line if can_show(line) else json.dumps(columns)
 
 
 def _streams(config: InferConfig) -> bool:

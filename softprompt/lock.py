@@ -28,10 +28,10 @@ class FolderLock:
         while self.descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
-                if _flock(descriptor):
+                if flock(descriptor):
                     if _is_file_at(descriptor, self.path):  # its last holder may just have removed it
                         self.descriptor = descriptor
-                elif not _flock(descriptor, shared=True) or time.monotonic() > give_up:
+                elif not flock(descriptor, shared=True) or time.monotonic() > give_up:
                     raise _held(self.folder)
             finally:
                 if self.descriptor is None:
@@ -64,13 +64,13 @@ def refuse_locked(folder: Path) -> None:
     except OSError:  # no folder, or no run in it
         return
     try:
-        if not _flock(descriptor, shared=True):  # ranks may look at the same time
+        if not flock(descriptor, shared=True):  # ranks may look at the same time
             raise _held(folder)
     finally:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, shared: bool = False) -> bool:
+def flock(descriptor: int, shared: bool = False) -> bool:
     """Whether the file is ours now, or that of several who share it. Where there are no such locks, everything is."""
     try:
         import fcntl

@@ -265,7 +265,7 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        help = f" ({hub.HELP})" if looked and isinstance(error, OSError) else ""  # what was found needs no hub
+        help = f" ({hub.way_out()})" if looked and isinstance(error, OSError) else ""  # what was found needs no hub
         raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked if help else ''}: {reason}{help}") from None
     finally:
         logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 escapes whatever it is given."""
 
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from softprompt.arguments import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
+from softprompt.commands import flag
 from softprompt.config import GROUPS, PRESETS
 from softprompt.errors import ReportError
 from softprompt.pictures import INSTALL, Curve, Painter
@@ -102,7 +102,7 @@ def _view(record: Record, name: str, painter: Painter | None) -> dict[str, Any]:
         "ended": record.ended,
         "status": _status(record),
         "go_on": None if record.ended else _go_on(record),
-        "ask": f"python infer.py --adapter {shlex.quote(str(record.folder))}{bits} --prompt …",
+        "ask": f"python infer.py{flag('adapter', str(record.folder))}{bits} --prompt …",
         "figures": list(_figures(record)),
         "curves": list(_curves(record, painter)) if painter else [],
         "sweep": facts.get("sweep"),
@@ -149,7 +149,7 @@ def _go_on(record: Record) -> str | None:
     if record.runs_now or not record.checkpoint:
         return None
     program = "torchrun --nproc_per_node=N" if record.arguments.get("shard_base") else "python"
-    return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(record.folder))}"
+    return f"{program} train.py{flag('resume_from_checkpoint', str(record.folder))}"
 
 
 def _figures(record: Record) -> Iterable[tuple[str, str | None, str]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.announce import tell_data, tell_model, tell_rows, tell_steps
+from softprompt.announce import tell_data, tell_end, tell_model, tell_rows, tell_steps
 from softprompt.best import Best, metric_name
 from softprompt.board import check_installed
 from softprompt.build import base_path, choose_output_dir, initial_prompt
@@ -69,8 +69,8 @@ SAMPLED = 100  # rows that are kept as texts, to show one of them
 class Prepared:
     """All that a run is made of, loaded and checked; nothing has been written. A resumed run has its `checkpoint`,
     where its loop goes on, and what it had added up until there; `fingerprints` say what it must not be resumed
-    without. `rows` are the first of the training rows; of a stream, `data` is the beginning. `feed` counts the rows of
-    all ranks of the `world` together."""
+    without. `rows` are the first of the training rows; of a stream, `data` is the beginning. `end` is the special token
+    that the template writes behind an answer. `feed` counts the rows of all ranks of the `world` together."""
 
     config: TrainConfig
     output_dir: Path
@@ -78,6 +78,7 @@ class Prepared:
     data: Tokenized
     held_out: Tokenized | None
     tokenizer: Any
+    end: str | None
     feed: Feed
     base: PreTrainedModel
     prompt: PromptEmbedding
@@ -141,6 +142,8 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
     ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
     tell_data(data, held_out, config.data.buffer_size if rows.source else None, ignored)
+    end = template.end(rows.train[0], tokenizer)
+    tell_end(end, tokenizer)
     feed = make_feed(config, rows, data, tokenizer, begun.rows_per_step)
     extent = Extent.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
     loaded = _loaded(begun, rows, extent, tokenizer, device, dtype, world, sharded)
@@ -153,6 +156,7 @@ def prepare(config: TrainConfig, world: World) -> Prepared:
         data=data,
         held_out=held_out,
         tokenizer=tokenizer,
+        end=end,
         feed=feed,
         base=loaded.base,
         prompt=loaded.prompt,

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from softprompt.board import Board
+from softprompt.console import nowhere
 from softprompt.redact import redacted
 from softprompt.resume import metrics_file
 from softprompt.run_files import run_files
@@ -133,10 +134,10 @@ class Progress:
         try:
             show()
         except (OSError, ValueError):
-            nowhere = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            instead = nowhere()
             if self.stream is sys.stderr:
-                sys.stderr = nowhere  # what it still holds would fail once more at the end
-            self.stream = nowhere
+                sys.stderr = instead  # what it still holds would fail once more at the end
+            self.stream = instead
             self.bar.disable = True
 
     def __enter__(self) -> "Progress":
@@ -152,7 +153,7 @@ class Unseen(Progress):
     """That of a rank that neither shows nor writes anything."""
 
     def __init__(self, total: int):
-        super().__init__(total, Path(os.devnull), open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
+        super().__init__(total, Path(os.devnull), nowhere())
 
     def _write(self, write: Callable[[], None]) -> None: ...
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt import hub
 from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from softprompt.commands import argument
 from softprompt.errors import ConfigError, PushError
 from softprompt.redact import redacted
 from softprompt.report_config import REPORT_FILE
@@ -100,7 +101,7 @@ def upload_command(name: str, folder: Path, sharing: SharingArguments) -> str:
     """The hub's own command that uploads the same files."""
     private = ["--private"] if sharing.hub_private_repo else []
     names = [part for file in PUSHED for part in ("--include", file)]
-    return shlex.join(["hf", "upload", name, str(folder), ".", *names, *private])
+    return f"hf upload {name} {argument(str(folder))} . {shlex.join([*names, *private])}"
 
 
 def _line(error: Exception) -> str:

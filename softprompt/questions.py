@@ -11,6 +11,7 @@ from softprompt.infer_config import generation_faults
 from softprompt.requests import GenerationSettings
 from softprompt.rows import question
 from softprompt.template import Template
+from softprompt.unknown_names import advice
 
 Question = str | Mapping[str, Any]  # a text, or a row with the template's columns
 SEVERAL = {"suppress_tokens", "stop_strings", "eos_token_id"}
@@ -26,8 +27,9 @@ def merged_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Gener
     if given.get("max_length") is not None and given.get("max_new_tokens") is None:
         merged.pop("max_new_tokens", None)  # a limit that is asked for beats a saved one
     known = [f.name for f in fields(GenerationSettings)]
-    if set(merged) - set(known):
-        raise ConfigError(f"unknown among generation settings {', '.join(merged)}; they are {', '.join(known)}")
+    if unknown := [name for name in merged if name not in known]:
+        told = "; ".join(f"unknown generation setting {name!r}{advice(name, known)}" for name in unknown)
+        raise ConfigError(f"{told}; they are {', '.join(known)}")
     if faults := generation_faults(merged):
         raise ConfigError("; ".join(faults))
     several = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in merged.items() if n in SEVERAL}

@@ -243,7 +243,7 @@ def from_hub(source: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         raise DataError(
             f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
-            f"({first_line(error)}); {hub.HELP}"
+            f"({first_line(error)}); {hub.way_out()}"
         ) from None
 
 

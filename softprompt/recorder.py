@@ -17,10 +17,13 @@ from softprompt.board import Board
 from softprompt.capabilities import why_no_answers
 from softprompt.checkpoint import checkpoints, json_bytes, load_adapter, step_of
 from softprompt.config import TrainConfig
+from softprompt.data import end_tokens
 from softprompt.distributed import Wish
 from softprompt.errors import Stopped, TrainingError
 from softprompt.evaluate import Evaluation, Evaluator
 from softprompt.files import write_folder
+from softprompt.first_question import FirstQuestion, first_question
+from softprompt.intake import template_of
 from softprompt.prepare import Prepared
 from softprompt.progress import Progress, Unseen
 from softprompt.record import RESULTS_FILE
@@ -35,21 +38,23 @@ from softprompt.resume import (
     state_files,
     with_checksums,
 )
-from softprompt.rows import Row
 from softprompt.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
 from softprompt.trainer import Metrics, Step, TrainingState
+
+QUESTION_FILE = "question.jsonl"  # the one to try, where flags cannot ask it
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, held-out
-    rows, and how the bare base and the tuned one answer them (None without held-out rows)."""
+    """What a finished run leaves: its folder, the content of all_results.json, the bytes of the saved prompt, a
+    question to try it with, held-out rows, and how the bare base and the tuned one answer them (None without held-out
+    rows)."""
 
     config: TrainConfig
     output_dir: Path
     metrics: Metrics
     adapter_bytes: int
-    sample: Row
+    question: FirstQuestion | None
     evaluator: Evaluator | None
     before: Evaluation | None
     after: Evaluation | None
@@ -67,7 +72,7 @@ class Recorder:
         self.request, self.world = request, run.world
         self.run, self.config, self.output_dir, self.prompt = run, run.config, run.output_dir, run.prompt
         self.args = run.config.training
-        self.evaluator = run.evaluator
+        self.evaluator, self.template = run.evaluator, template_of(run.config).of_rows(run.rows)
         board = Board(run.output_dir, self.arguments()) if run.config.sharing.report_to == "tensorboard" else None
         self.progress = (
             Progress(run.feed.total_steps, run.output_dir / METRICS_FILE, board=board)
@@ -166,7 +171,7 @@ class Recorder:
             self.told_foreign += new
             self.progress.say(f"warning: {', '.join(new)}: not of this run; the checkpoint with it is kept")
 
-    def finish(self, sample: Row) -> Run:
+    def finish(self) -> Run:
         """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
         seconds = self._runtime()
         self._tell_rows()
@@ -178,13 +183,22 @@ class Recorder:
         self.progress.on_end(metrics)
         files = self._adapter_files(metrics)
         results = {RESULTS_FILE: json_bytes(metrics)}
+        question = self._first_question()
+        if question and question.flags is None:
+            results[QUESTION_FILE] = json.dumps(question.row, ensure_ascii=False).encode() + b"\n"
         if self.world.is_main:
             with self._writing("the run's results"):
                 run_files(self.output_dir).write({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         no_answers = why_no_answers(self.run.base)
         evaluations = (self.evaluator, self.before, after)
-        return Run(self.config, self.output_dir, metrics, size, sample, *evaluations, no_answers=no_answers)
+        return Run(self.config, self.output_dir, metrics, size, question, *evaluations, no_answers=no_answers)
+
+    def _first_question(self) -> FirstQuestion | None:
+        rows = list(self.run.rows)
+        if self.config.data.dataset == "mini:sentiment":
+            rows = [{**rows[0], "instruction": "我爱这部电影"}]
+        return first_question(rows, self.template, self.run.tokenizer)
 
     def _tell_rows(self) -> None:
         if told := self.run.feed.told(self.position):
@@ -280,7 +294,10 @@ class Recorder:
 
     def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
-        return adapter_folder(self.config, self.run.base.config, prompt, self.arguments(), metrics)
+        ends = end_tokens(self.run.data.examples, self.run.tokenizer, self.run.end)
+        return adapter_folder(
+            self.config, self.run.base.config, prompt, ends, self.template.optional, self.arguments(), metrics
+        )
 
 
 def clear(output_dir: Path, goes_on: bool) -> None:

@@ -15,7 +15,7 @@ from softprompt.report_config import MARK, REPORT_FILE, ReportConfig, report_con
 from softprompt.so_far import with_likeness
 
 
-def report(*runs: str | Path, output_file: str | Path | None = None) -> Path:
+def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:
     """Write the page of one or several runs, by default as report.html into the one's folder, or where this is called.
     Returns where it is. Of several runs, those that cannot be read are named on the page, which has the others.
 
@@ -25,7 +25,7 @@ def report(*runs: str | Path, output_file: str | Path | None = None) -> Path:
         SomeFailed: some of several runs cannot be read; the page is written.
         OutputError: `output_file` cannot be written, or is there and no report.
     """
-    return _report(report_config([str(run) for run in runs], output_file=output_file and str(output_file)))
+    return _report(report_config([os.fspath(run) for run in runs], output_file=output_file))
 
 
 def _report(config: ReportConfig) -> Path:

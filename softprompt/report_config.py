@@ -40,6 +40,7 @@ def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
         raise ConfigError("no run is named; give the OUTPUT_DIR of one or several")
     if unfit := [run for run in runs if not is_text(run)]:
         raise ConfigError(f"{unfit[0]!r} is not UTF-8; rename that folder")
+    runs = [os.path.expanduser(run) for run in runs]
     places = [os.path.realpath(run) for run in runs]
     if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
         raise ConfigError(f"{twice[-1]} is named twice; name each run once")

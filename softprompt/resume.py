@@ -11,7 +11,6 @@ checksums.json          sha256 of every other file of the checkpoint
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load, save
 
 from softprompt.arguments import NEWEST
 from softprompt.checkpoint import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE, checkpoints, json_bytes
+from softprompt.commands import TRAIN, flag, script
 from softprompt.config import TrainConfig
 from softprompt.errors import CheckpointError, ConfigError
 from softprompt.files import Files, read_inside
@@ -108,7 +108,8 @@ def resume_command(output_dir: Path) -> str:
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
     program = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
-    return f"{program} train.py --resume_from_checkpoint {shlex.quote(str(output_dir))}"
+    folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
+    return f"{program} {script(TRAIN)}{flag('resume_from_checkpoint', folder)}"
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:

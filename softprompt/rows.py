@@ -119,7 +119,7 @@ def question(where: str, row: Any, template: Template) -> Row:
     if not (given["prompt"].strip() or given["input"].strip()):
         raise DataError(f"{where}: prompt is empty; write a question")
     try:
-        return template.row(given["prompt"], given["input"])
+        return template.row(given["prompt"], None if row.get("input") is None else given["input"])
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from None
 

@@ -124,7 +124,7 @@ def _trained(run: Prepared, request: StopRequest) -> Run:
             args, peak = run.config.training, run.config.learning_rate
             train(run.engine, run.prompt, run.feed, args, peak, recorder, run.start)
             recorder.stop_if_asked()
-            finished = recorder.finish(min(run.rows, key=lambda row: len(str(row))))
+            finished = recorder.finish()
             if run.world.is_main:
                 leave_report(run, facts, finished.before, finished.after, recorder.progress.say)
                 if run.config.sharing.push_to_hub:
@@ -133,5 +133,4 @@ def _trained(run: Prepared, request: StopRequest) -> Run:
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None
     except DataError as error:  # of a stream
-        once_mended = " --ignore_data_skip (once that is mended)"
-        raise DataError(f"{error}; {way_on(run.output_dir, once_mended)}") from None
+        raise DataError(f"{error}; once that is mended, {way_on(run.output_dir, ' --ignore_data_skip')}") from None

@@ -12,6 +12,7 @@ from softprompt.cells import Result, finished, run_cells
 from softprompt.charts import PICTURE_FILES, pictures
 from softprompt.claims import Finding, findings
 from softprompt.cli import command, parse_study
+from softprompt.console import messages
 from softprompt.errors import OutputError, SomeFailed
 from softprompt.files import check_writable, remove_leftovers, write_files
 from softprompt.grid import Study
@@ -35,7 +36,7 @@ def run_study(study: Study) -> list[Finding]:
     check_writable(study.output_dir, "--output_dir")
     _refuse_other(study.output_dir)
     plan = planned(study)
-    with _claimed(study.output_dir):
+    with messages(), _claimed(study.output_dir):
         remove_leftovers(study.output_dir / "cells", ".+")
         results = {one.folder: result for one in plan if (result := finished(one.folder))}
         left = [one for one in plan if one.folder not in results]

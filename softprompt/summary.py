@@ -1,12 +1,14 @@
 """The last thing a run prints: what it changed, what it cost, and what to try next."""
 
-import shlex
-from typing import Any
+import os
 
+from softprompt.adapters import NONE
 from softprompt.build import RUNS
+from softprompt.commands import flag, script
 from softprompt.evaluate import question_ids, text_of
 from softprompt.faults import bits_of
-from softprompt.recorder import Run
+from softprompt.first_question import FirstQuestion
+from softprompt.recorder import QUESTION_FILE, Run
 from softprompt.tables import columns, table
 
 EXAMPLES = 3
@@ -15,20 +17,23 @@ WIDTH = 44
 
 def summary(run: Run) -> str:
     """A table of figures, held-out examples before and after, and the infer.py command or why there is none."""
-    instead = f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it"
-    parts = [_figures(run), _examples(run), instead if run.no_answers else f"Try: {infer_command(run)}"]
+    parts = [_figures(run), _examples(run)]
+    if run.no_answers:
+        parts.append(f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it")
+    elif run.question:
+        parts.append(f"Try: {infer_command(run, run.question)}")
     return "\n" + "\n\n".join(part for part in parts if part)
 
 
-def infer_command(run: Run) -> str:
+def infer_command(run: Run, question: FirstQuestion) -> str:
     """The command that asks this run's prompt, over the base as it was held; its folder is named where infer.py would
     not find it by itself."""
-    question = "我爱这部电影" if run.config.data.dataset == "mini:sentiment" else _question(run)
-    folder = "" if run.output_dir.parent == RUNS else f" --adapter {shlex.quote(str(run.output_dir))}"
-    extra = run.sample.get("input")
     bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
-    folder += f" --load_in_{bits}bit" if bits else ""
-    return f"python infer.py{folder} --prompt {_quoted(question)}" + (f" --input {_quoted(extra)}" if extra else "")
+    folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
+    words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
+    words += [f" --load_in_{bits}bit"] if bits else []
+    asked = question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)}
+    return f"python {script('infer.py')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
 
 
 def _figures(run: Run) -> str:
@@ -55,18 +60,6 @@ def _examples(run: Run) -> str:
         question = text_of(run.evaluator.tokenizer, question_ids(example))
         rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
     return table(rows)
-
-
-def _question(run: Run) -> str:
-    value: Any = next(iter(run.sample.values()))
-    if isinstance(value, list):  # messages
-        value = value[0]["content"]
-    return value
-
-
-def _quoted(text: str) -> str:
-    text = _plain(text)
-    return '"' + text + '"' if not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def _plain(text: str) -> str:

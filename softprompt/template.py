@@ -2,20 +2,23 @@
 
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from softprompt.errors import ConfigError, DataError
 
 DEFAULT = "default"
 CHAT = "chat"
+PROBE = "softprompt's probe"  # a text that no template writes by itself
 
 
 @dataclass(frozen=True)
 class Template:
     """`spec` is "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format
-    string over the columns. In a format string typed in a shell, a literal \\n means a line break.
+    string over the columns. In a format string typed in a shell, a literal \\n means a line break. `optional` are
+    columns of a format string that may be left out of a question, as they were empty in some training rows.
 
     Raises:
         ConfigError: a format string without a column, with anything but plain column names in its braces, or with the
@@ -23,6 +26,7 @@ class Template:
     """
 
     spec: str = DEFAULT
+    optional: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.spec in (DEFAULT, CHAT):
@@ -56,25 +60,38 @@ class Template:
 
     @property
     def optional_fields(self) -> frozenset[str]:
-        return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else frozenset()
+        return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else self.optional
 
-    def row(self, prompt: str, input: str = "") -> dict[str, str]:
-        """A new question as a row: `prompt` is the template's first column, `input` that of this name or the second.
+    @property
+    def second(self) -> str | None:
+        """The column that a question's `input` fills: that of this name, else the second."""
+        others = (self.fields or ("instruction", "input"))[1:]
+        return "input" if "input" in others else next(iter(others), None)
+
+    def of_rows(self, rows: Sequence[Mapping[str, Any]]) -> "Template":
+        """The same, with the columns optional that are empty in some of the training rows."""
+        if self.spec in (DEFAULT, CHAT):
+            return self
+        return replace(self, optional=frozenset(n for n in self.fields if any(not row.get(n) for row in rows)))
+
+    def row(self, prompt: str, input: str | None = None) -> dict[str, str]:
+        """A new question as a row: `prompt` is the template's first column, `input` its `second`.
 
         Raises:
-            ConfigError: the template has more columns than that, or none for `input`.
+            ConfigError: the template has more columns than are given and may be left out, or none for `input`.
         """
-        names = self.fields or ("instruction", "input")
-        second = "input" if "input" in names[1:] else "".join(names[1:2])
-        unfilled = [n for n in names[1:] if n != second or not (input or n in self.optional_fields)]
+        names, second = self.fields or ("instruction", "input"), self.second
+        given = {names[0]: prompt, **({second: input} if second and input is not None else {})}
+        unfilled = [n for n in names if n not in given and n not in self.optional_fields]
         if unfilled:
             raise ConfigError(
                 f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "give --input where that is all, else a --prompts_file (.jsonl) with these columns"
+                "give --input where that is all ('' if it is meant to be empty), else a --prompts_file (.jsonl) with "
+                "these columns"
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}")
-        return {names[0]: prompt, **({second: input} if second else {})}
+        return {**dict.fromkeys(self.optional_fields, ""), **given}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
         """Prompt text of a row; `tokenizer` is asked only by the chat template, and for the end of earlier answers. A
@@ -94,7 +111,9 @@ class Template:
         return text.format_map({name: row[name] for name in self.fields})
 
     def answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Text that the model is to produce, its end mark included."""
+        """Text that the model is to produce, with the special token that ends it: the first of those that the chat
+        template writes behind an answer (what follows it, often a line break, is never generated). Where that is none,
+        or one that no base is trained to write, it is eos_token."""
         if self.spec != CHAT:
             return row["output"] + tokenizer.eos_token
         prompt = self.render(row, tokenizer)
@@ -103,8 +122,41 @@ class Template:
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
             )
-        # Many templates end a turn with a line break after the end mark; the model stops at the mark.
-        return whole[len(prompt) :].rstrip("\n")
+        written, behind = whole[len(prompt) :], self._behind_answer(row, tokenizer)
+        if not written.endswith(behind):  # a template that looks at the answer's text
+            behind = written
+        before, end = _split_at_end(behind, tokenizer)
+        learned = end if end and end not in never_written(tokenizer) else tokenizer.eos_token
+        return written.removesuffix(behind) + before + learned
+
+    def end(self, row: Mapping[str, Any], tokenizer: Any) -> str | None:
+        """The special token that stands behind the answer to a row; None where the chat template writes none there."""
+        if self.spec != CHAT:
+            return tokenizer.eos_token
+        return _split_at_end(self._behind_answer(row, tokenizer), tokenizer)[1]
+
+    def _behind_answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
+        """What the chat template writes behind the text of an answer. Another text stands in its place: the row's own
+        may be empty, or end with what looks like a special token."""
+        probe = {**answer_message(row), "content": PROBE}
+        return _apply_chat(tokenizer, [*prompt_messages(row), probe], row.get("tools")).rpartition(PROBE)[2]
+
+
+def never_written(tokenizer: Any) -> set[str]:
+    """Special tokens that are no targets in the training of a base, so that no prompt can make it write them."""
+    return {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token, None}
+
+
+def saved_template(settings: Mapping[str, Any]) -> Template:
+    """The template that stands beside an adapter.
+
+    Raises:
+        ConfigError: as of `Template`, or optional columns that it does not have.
+    """
+    template, optional = Template(settings.get("template", DEFAULT)), settings.get("optional_columns", [])
+    if not (isinstance(optional, list) and all(isinstance(n, str) and n in template.fields for n in optional)):
+        raise ConfigError(f"optional_columns {optional!r:.200} is not a list of the template's columns")
+    return replace(template, optional=frozenset(optional))
 
 
 def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -125,6 +177,15 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
         return row["messages"][-1]
     answer = row["completion"] if "completion" in row else row["output"]
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
+
+
+@lru_cache(maxsize=16)
+def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str | None]:
+    """`text` up to the special tokens that end it, white space between them aside, and the first of these."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = "|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)))
+    found = re.search(rf"({special})(?:\s|{special})*\Z", text)
+    return (text[: found.start()], found[1]) if found else (text.rstrip("\n"), None)
 
 
 def _apply_chat(

@@ -268,6 +268,28 @@ def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
     hub.prepare.cache_clear()
     hub.prepare()
     assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    assert "http://127.0.0.1:9 was asked: " in hub.way_out() and hub.HELP in hub.way_out()
+    hub.prepare.cache_clear()
+
+
+def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
+    import datasets
+    import huggingface_hub.utils
+    from huggingface_hub import constants
+
+    from softprompt import hub
+
+    class Session:
+        def head(self, *args, **kwargs):
+            raise OSError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    hub.prepare.cache_clear()
+    line = refused(train, ["--dataset", "some/rows"], capsys, monkeypatch, tmp_path)
+    assert "CERTIFICATE_VERIFY_FAILED" in line and "SSL_CERT_FILE" in line
+    monkeypatch.setattr(hub, "_failure", None)
     hub.prepare.cache_clear()
 
 

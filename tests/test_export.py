@@ -38,6 +38,7 @@ from softprompt.errors import AdapterError, ModelError, SoftpromptError
 from softprompt.export import export, generation_config
 from softprompt.files import write_folder
 from softprompt.plain import HOPELESS, silent_row
+from softprompt.requests import GenerationSettings
 from softprompt.template import Template
 
 QUESTIONS = ["我爱这部电影", "这家酒店太差了！ 1 < 2", "hello\n  world {x} {{ y }}"]
@@ -351,7 +352,7 @@ def test_generation_settings_are_the_adapters(tmp_path, tiny_base, cases):
     export(write_adapter(tmp_path / "a", model, str(tiny_base), 2, generation=saved), tmp_path / "out")
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     assert {name: getattr(found, name) for name in saved} == saved and found.max_length is None
-    greedy = {"do_sample": False, "temperature": 1.0, "top_k": 50, "max_length": 20, "max_new_tokens": None}
+    greedy = GenerationSettings(do_sample=False, max_length=20)
     made = generation_config(make_tokenizer(), greedy, [300, 301])
     assert (made.do_sample, made.max_length, made.suppress_tokens) == (False, 22, [300, 301])
     made.save_pretrained(tmp_path)  # transformers refuses a temperature beside greedy answers here
@@ -432,8 +433,8 @@ def bad(tmp_path: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
         "another base": ([str(deeper), *out], "num_layers 3, but .* has 2"),
         "no chat template": ([str(chat), *out], "tokenizer has no chat template"),
         "a column named role": ([str(roles), *out], "a column 'role'"),
-        "settings out of range": ([str(odd), *out], "odd: its generation settings: --top_p 7"),
-        "unknown settings": ([str(unknown), *out], "unknown: its generation settings are {'beams': 7}"),
+        "settings out of range": ([str(odd), *out], "odd/softprompt.json: .*--top_p 7"),
+        "unknown settings": ([str(unknown), *out], "unknown/softprompt.json: .*'beams'.*num_beams"),
     }
 
 

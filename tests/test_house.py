@@ -13,8 +13,12 @@ MAY_IMPORT = {
     "redact": set(),
     "capabilities": {"arguments", "errors"},
     "errors": {"redact"},
+    "console": set(),
+    "commands": set(),
+    "first_question": {"errors", "template"},
     "hub": {"redact"},
-    "fields": {"errors"},
+    "unknown_names": set(),
+    "fields": {"errors", "unknown_names"},
     "stopping": {"errors"},
     "arguments": {"fields"},
     "intervals": set(),
@@ -115,7 +119,7 @@ MAY_IMPORT = {
     "scores": {"data", "errors", "model", "template"},
     "questions": {"data", "errors", "fields", "infer_config", "requests", "rows", "template"},
     "streaming": set(),
-    "answers_file": {"errors", "files"},
+    "answers_file": {"errors", "files", "lock"},
     "adapters": {"build", "checkpoint", "errors", "fields", "questions", "template"},
     "chat": {"adapters", "errors"},
     "compare": {
@@ -128,7 +132,7 @@ MAY_IMPORT = {
     "torchrun": set(),
     "meeting": set(),
     "restart": {"arguments", "config", "errors", "resume", "torchrun"},
-    "distributed": {"errors", "heartbeat", "meeting", "memory"},
+    "distributed": {"console", "errors", "heartbeat", "meeting", "memory"},
     "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
     "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
     "announce": {"config", "data", "faults", "feed", "find_rate", "model", "rows", "trainer"},
@@ -199,6 +203,7 @@ MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
     },
 }
 MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
+    "adapters",
     "build",
     "capabilities",
     "card",
@@ -208,14 +213,16 @@ MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of trai
     "errors",
     "export_config",
     "files",
-    "infer_config",
     "model",
     "plain",
+    "questions",
     "requests",
-    "template",
 }
 ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "study"}
 NO_TORCH = {
+    "console",
+    "commands",
+    "unknown_names",
     "arguments",
     "faults",
     "intervals",

@@ -394,3 +394,19 @@ def test_flags_of_several_values():
     config = parse_inference(argv)
     assert config.model.adapter == ["a", "n=b"] and config.generation.stop_strings == ["x", "y"]
     assert config.generation.suppress_tokens == [3]
+
+
+def test_two_processes_do_not_write_one_output_file(tmp_path):
+    asked, path = [{"prompt": "a"}, {"prompt": "b"}], str(tmp_path / "o.jsonl")
+    first, late = AnswersFile(path, asked, {"seed": 1}), AnswersFile(path, asked, {"seed": 1})
+    with first as file:
+        file.write({**asked[0], "text": "x"})
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="another process is writing"):
+                AnswersFile(path, asked, {"seed": 1}, overwrite)
+        with pytest.raises(OutputError, match="another process is writing"), late:
+            pass
+    with pytest.raises(OutputError, match="another process has written there"), late:
+        pass
+    with AnswersFile(path, asked, {"seed": 1}) as file:
+        assert file.done == 1

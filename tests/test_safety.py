@@ -16,7 +16,7 @@ from test_resume import Killed, interrupted, outcome, settings  # noqa: F401
 import softprompt
 import train
 from softprompt import fingerprints
-from softprompt.card import model_card
+from softprompt.card import model_card, plain_model_card
 from softprompt.checkpoint import Adapter, checkpoints, load_adapter, peft_config
 from softprompt.determinism import deterministic
 from softprompt.errors import AdapterError, ModelError, OutputError, TrainingError
@@ -220,3 +220,16 @@ def test_the_hash_of_a_large_base_is_kept(tiny_base, tmp_path, monkeypatch):
     assert fingerprints.fingerprint_of_base(base, files) != first and hashed[-2:] == [True, False]
     base.config.layer_norm_epsilon = 0.1
     assert fingerprints.fingerprint_of_base(base, []) not in (first, fingerprints.fingerprint_of_base(make_bloom(), []))
+
+
+def test_a_card_names_no_folder_of_this_machine_and_keeps_its_table(tmp_path):
+    base = tmp_path / "secret/base"
+    base.mkdir(parents=True)
+    adapter = Adapter(torch.zeros(1, 4), {"base_model_name_or_path": str(base)}, {})
+    texts = {"class_labels": 'say "hi"', "template": '"{q}"|\n', "prompt_tuning_init_text": "a\\"}
+    places = {"dataset": str(base), "output_dir": "~/secret/run", "eval_dataset": "hub/rows"}
+    card = model_card(adapter, {**places, **texts}, {}).decode()
+    assert "secret" not in card and "| dataset | base |" in card and "| eval_dataset | hub/rows |" in card
+    assert '| class_labels | say "hi" |' in card and '| template | "{q}"\\|\\n |' in card
+    assert "| prompt_tuning_init_text | a\\\\ |" in card
+    assert "secret" not in plain_model_card(str(base), adapter, ["<a>"], None, "float32").decode()
