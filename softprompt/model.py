@@ -114,12 +114,9 @@ def base_config(name_or_path: str) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     config = from_hub_or_folder(AutoConfig, name_or_path, "base model")
-    named, wanted = (
-        f"{name_or_path}: a model of type {config.model_type}",
-        "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)",
-    )
-    text = config.get_text_config()
-    for one in (config, text):
+    named = f"{name_or_path}: a model of type {config.model_type}"
+    wanted = "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)"
+    for one in (config, config.get_text_config()):
         if quantization := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
             raise _quantised(name_or_path, config.model_type, quantization)
     if getattr(config, "is_encoder_decoder", False):
@@ -227,7 +224,10 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
 
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """A module's own parameters that only enter matrix products: the weights [out, in] of linear layers, [in, out] of
-    GPT-2's Conv1D, and experts' in one tensor [experts, …, …]. Routers are small, and some are to stay in fp32."""
+    GPT-2's Conv1D, and experts' in one tensor [experts, …, …]. Routers are small, and some are to stay in fp32.
+
+    transformers' grouped product of experts is not under autocast: it takes the dtype of its weights, which is thereby
+    the compute dtype, as for all other products."""
     if isinstance(module, nn.Linear | Conv1D):
         yield module.weight
     elif not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
@@ -265,8 +265,10 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        help = f" ({hub.way_out()})" if looked and isinstance(error, OSError) else ""  # what was found needs no hub
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked if help else ''}: {reason}{help}") from None
+        was_read = isinstance(error, ValueError | KeyError | ImportError) and not isinstance(error, OSError)
+        if not looked or was_read:  # no hub would help
+            raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason}") from None
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.way_out()})") from None
     finally:
         logging.enable_progress_bar()
 
