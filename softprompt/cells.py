@@ -71,12 +71,19 @@ def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Cal
                 before: Evaluation | None = None
                 for one in of_rows:
                     watch = Unwatched(request, on_step)
-                    before = before or bench.evaluator(one)(None)
+                    before = before or _bare(bench.evaluator(one), str(one.cell.config.data.dataset))
                     result = bench.run(one, before, watch)
                     if watch.code is None:
                         on_cell(one, result)
                     if (code := request.exit_code) is not None:
                         raise Stopped("stopped; the same command goes on with the cells that are left", code)
+
+
+def _bare(evaluator: Evaluator, dataset: str) -> Evaluation:
+    """Of the base alone; what is to be known of the exact match is said."""
+    if evaluator.told:
+        print(f"{dataset}: {evaluator.told}")
+    return evaluator(None)
 
 
 class _Made(NamedTuple):
@@ -152,8 +159,9 @@ class _Bench:
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
         device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
+        of_rows = (one.material.held_out_rows, one.material.held_out)
         members = [
-            Member(load_adapter(folder).prompt.to(device), template, one.material.held_out, result["answers"])
+            Member(load_adapter(folder).prompt.to(device), template, *of_rows, result["answers"])
             for folder, result in zip(one.members, results, strict=True)
         ]
         voting = one.cell.voting or "majority_vote"

@@ -15,17 +15,21 @@ CHUNK = 512
 
 class Example(NamedTuple):
     """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken, always at a row's
-    first token: in a padded batch what stands before it may be padding."""
+    first token: in a padded batch what stands before it may be padding. `missing` counts the tokens of the row's answer
+    that `max_length` cut off; 0 means that the answer is whole."""
 
     input_ids: list[int]
     labels: list[int]
+    missing: int = 0
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples that have a target, and what was found on the way to them; `cache` is the file they were read from."""
+    """Examples that have a target, and what was found on the way to them. `kept` holds the number (from 0) of each
+    example's row; `cache` is the file they were read from."""
 
     examples: list[Example]
+    kept: list[int]
     rows: int
     cut: int
     without_target: int
@@ -35,7 +39,8 @@ class Tokenized:
     def __str__(self) -> str:
         tokens = sum(len(e.input_ids) for e in self.examples)
         targets = sum(map(count_targets, self.examples))
-        parts = [f"{len(self.examples):,} rows, {tokens:,} tokens, {targets:,} of them targets"]
+        used = f"{len(self.examples):,}" + (f" of {self.rows:,}" if len(self.examples) < self.rows else "")
+        parts = [f"{used} rows, {tokens:,} tokens, {targets:,} of them targets"]
         parts += found_on_the_way(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
@@ -85,11 +90,11 @@ def tokenize(
         encoded += encode(chunk, places, tokenizer, template, max_length, truncation_side)
         bar.update(len(chunk))
     bar.close()
-    kept = [e.example for e in encoded if count_targets(e.example)]
+    kept = [number for number, e in enumerate(encoded) if count_targets(e.example)]
     if not kept:
         raise no_targets(min(e.asked for e in encoded), max_length)
     cut, empty = sum(e.cut for e in encoded), sum(e.empty for e in encoded)
-    return Tokenized(kept, len(rows), cut, len(encoded) - len(kept), empty)
+    return Tokenized([encoded[n].example for n in kept], kept, len(rows), cut, len(encoded) - len(kept), empty)
 
 
 class Encoded(NamedTuple):
@@ -139,7 +144,8 @@ def no_targets(shortest_prompt: int, max_length: int) -> DataError:
 
 def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
     labels = [IGNORE] * len(prompt) + answer
-    return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]])
+    missing = min(len(answer), max(0, len(labels) - max_length))
+    return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]], missing)
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, special: bool, room: int) -> list[int]:

@@ -108,6 +108,7 @@ def examples_of(
         return {**found, "left_out": "with this base each token of an answer would read or gather the base once more"}
     for example, (alone, tuned) in zip(examples, answers, strict=False):
         question, expected = (_text(run.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
+        expected += "…" if example.missing else ""
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})
     return found
 

@@ -17,6 +17,7 @@ from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, f
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
+from softprompt.rows import Row
 
 MOST_LETTERS = 100  # of a folder's name, before its hash
 
@@ -24,12 +25,13 @@ MOST_LETTERS = 100  # of a folder's name, before its hash
 @dataclass(frozen=True)
 class Material:
     """What cells over the same base and rows share: the base's configuration and tokenizer, examples to train on and
-    held-out ones, and the fingerprints of all that is in files."""
+    held-out ones, the rows that the latter were made of, and the fingerprints of all that is in files."""
 
     base_config: Any
     tokenizer: Any
     examples: list[Example]
     held_out: list[Example]
+    held_out_rows: list[Row]
     fingerprints: dict[str, str]
 
 
@@ -75,7 +77,7 @@ class _Shelf:
     def __init__(self) -> None:
         self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], list[Row], str]] = {}
 
     def material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
@@ -90,9 +92,11 @@ class _Shelf:
         if key not in self.tokenized:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
-            self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
-        examples, held_out_examples, of_rows = self.tokenized[key]
-        return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+            held_out = of_held_out.examples if of_held_out else []
+            kept = [rows.held_out[number] for number in of_held_out.kept] if of_held_out else []
+            self.tokenized[key] = (data.examples, held_out, kept, of_rows)
+        *of_material, of_rows = self.tokenized[key]
+        return Material(base_config, tokenizer, *of_material, {**prints, "dataset": of_rows})
 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:
