@@ -1,5 +1,5 @@
-"""Which of PEFT's adapters can answer here: soft prompts of causal language models, which are nothing but vectors before
-the text. Every other kind is refused with its name and the reason."""
+"""Which of PEFT's adapters can answer here: soft prompts of causal language models, which are nothing but vectors
+before the text. Every other kind is refused with its name and the reason."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +28,8 @@ ELSEWHERE = "use it with PEFT itself"
 
 
 def check_kind(place: Path, config: Mapping[str, Any]) -> None:
-    """Raises AdapterError where the configuration, read from `place`, is of another kind of adapter, of another task, or
-    of an adapter that changes weights of the base. PEFT lets task_type be null or absent, so both are taken."""
+    """Raises AdapterError where the configuration, read from `place`, is of another kind of adapter, of another task,
+    or of an adapter that changes weights of the base. PEFT lets task_type be null or absent, so both are taken."""
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != KIND:
         reason = f"{REASONS.get(kind, INSIDE)}; {ELSEWHERE}" if kind and isinstance(kind, str) else f"this is no {KIND}"

@@ -100,16 +100,15 @@ def named(specs: Iterable[str | Path]) -> dict[str, str]:
     """`FOLDER`, `name=FOLDER` or `none`, as --adapter takes them → folders by name; a folder's own name is its path.
 
     Raises:
-        AdapterError: a name without a folder, one that is given twice, or as of `check_name`.
+        AdapterError: a name without a folder, one that is given twice, or a folder under the name none.
     """
     folders: dict[str, str] = {}
     for spec in map(str, specs):
         name, equals, folder = spec.partition("=")
         if not equals or Path(spec).exists():  # a folder's path may hold a =
             name = folder = spec
-        if not name or not folder:
-            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none")
-        check_name(name, folder)
+        if not name or not folder or (name == NONE and folder != NONE):
+            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none (which is the bare base)")
         if name in folders:
             raise AdapterError(f"--adapter {name} is there twice; give each a name of its own, name=FOLDER")
         folders[name] = folder

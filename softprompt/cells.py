@@ -112,7 +112,10 @@ class _Bench:
         engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)
         generator = generator_beside(engine, self.base, one.material.tokenizer)
         batch_size = one.cell.config.training.per_device_eval_batch_size
-        return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
+        material = one.material
+        return Evaluator(
+            engine, generator, material.tokenizer, material.held_out, batch_size, material.held_out_missing
+        )
 
     def run(self, one: Planned, before: Evaluation, watch: Unwatched) -> Result:
         """Make one cell and write its folder, unless it was stopped. A run that ends without finite numbers is a
@@ -159,9 +162,16 @@ class _Bench:
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
         device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
-        of_rows = (one.material.held_out_rows, one.material.held_out)
+        material = one.material
         members = [
-            Member(load_adapter(folder).prompt.to(device), template, *of_rows, result["answers"])
+            Member(
+                load_adapter(folder).prompt.to(device),
+                template,
+                material.held_out_rows,
+                material.held_out,
+                result["answers"],
+                material.held_out_missing,
+            )
             for folder, result in zip(one.members, results, strict=True)
         ]
         voting = one.cell.voting or "majority_vote"

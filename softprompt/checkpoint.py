@@ -247,8 +247,8 @@ def _check_names(path: Path, names: Sequence[str] | None) -> None:
             "prompt tuning"
         )
     raise AdapterError(
-        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained with the prompt, which answers otherwise "
-        "without them; use it with PEFT itself"
+        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained with the prompt, which answers "
+        "otherwise without them; use it with PEFT itself"
     )
 
 

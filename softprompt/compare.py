@@ -8,10 +8,10 @@ from typing import Any
 from softprompt import mini
 from softprompt.adapters import Tuned
 from softprompt.confusion import Confusion
-from softprompt.data import Example, Tokenized, tokenize
+from softprompt.data import Tokenized, tokenize
 from softprompt.ensemble import joint_verdict
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluate import SHORT_ANSWER, Evaluation, Evaluator, answer_length
+from softprompt.evaluate import Evaluation, Evaluator, are_short
 from softprompt.generate import Generator
 from softprompt.infer_config import Voting
 from softprompt.joint import Member, joint_evaluation, scores
@@ -33,9 +33,8 @@ class Judged:
 
     tuned: Tuned
     template: Template
-    numbers: Sequence[int]
+    data: Tokenized
     rows: Sequence[Row]
-    examples: Sequence[Example]
     expected: Sequence[str]
     evaluation: Evaluation
     told: Sequence[str] = ()
@@ -43,7 +42,8 @@ class Judged:
 
     @property
     def member(self) -> Member:
-        return Member(self.tuned.prompt, self.template, self.rows, self.examples, self.evaluation.answers)
+        data, answers = self.data, self.evaluation.answers
+        return Member(self.tuned.prompt, self.template, self.rows, data.examples, answers, data.missing)
 
     @property
     def confusion(self) -> Confusion | None:
@@ -107,18 +107,18 @@ class Judge:
             if self.choices is not None:
                 raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
             examples = passages(self.dataset, self.tokenizer, length)
-            evaluator = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size)
-            numbers = range(len(examples))
-            return Judged(tuned, template, numbers, [], examples, [], evaluator(tuned.prompt))
+            evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
+            data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
+            return Judged(tuned, template, data, [], [], evaluator(tuned.prompt))
         read = self._rows(like)
         data = tokenize(read, self.tokenizer, template, length, self.cut.truncation_side)
         rows = [read[number] for number in data.kept]
-        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size)
+        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
         answers = [template.own_answer(row) for row in rows]
         expected = [answer.strip() for answer in answers]
-        labels = self._labels(data.examples, answers)
+        labels = self._labels(data, answers)
         told = [self._told(data), *([evaluator.told] if evaluator.told else [])]
-        judged = Judged(tuned, template, data.kept, rows, data.examples, expected, evaluator(tuned.prompt), told)
+        judged = Judged(tuned, template, data, rows, expected, evaluator(tuned.prompt), told)
         if not labels:
             return judged
         each = scores(self.engine, self.tokenizer, judged.member, list(labels.values()))
@@ -131,7 +131,7 @@ class Judge:
             ConfigError: members whose templates leave different rows.
         """
         first = members[0]
-        kept = [[(n, e.missing > 0) for n, e in zip(one.numbers, one.examples, strict=True)] for one in members]
+        kept = [[(row, cut > 0) for row, cut in zip(one.data.kept, one.data.missing, strict=True)] for one in members]
         if any(one != kept[0] for one in kept):
             raise ConfigError(
                 f"--ensemble: at --max_length {self.cut.max_length} the adapters' templates keep different answers of "
@@ -146,7 +146,7 @@ class Judge:
             verdicts = [joint_verdict(some, voting or "mean_likelihood") for some in each]
         return replace(first, evaluation=evaluation, verdicts=verdicts)
 
-    def _labels(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, str]:
+    def _labels(self, data: Tokenized, answers: Sequence[str]) -> dict[str, str]:
         """The labels as they are shown, and as the rows have them, with the space that may stand before or behind; none
         where the rows are no classification. `answers` are the rows' own."""
         texts: dict[str, str] = {}
@@ -160,7 +160,7 @@ class Judge:
                     f"first has {next(iter(texts))!r:.80}"
                 )
             return {choice: texts.get(choice, choice) for choice in self.choices}
-        short = all(answer_length(e) <= SHORT_ANSWER for e in examples)
+        short = are_short(data.examples, data.missing)
         return texts if short and 2 <= len(texts) <= MOST_LABELS and all(texts) else {}
 
     def _rows(self, like: Tuned) -> list[Row]:
@@ -171,8 +171,9 @@ class Judge:
         return load_rows(self.dataset, like.template, self.columns, usual_columns=like.columns)
 
     def _told(self, data: Tokenized) -> str:
-        cut = self.cut
-        return f"{self.dataset} at --max_length {cut.max_length} --truncation_side {cut.truncation_side}: {data}"
+        cut, n = self.cut, len(data.examples)
+        rows = data.described(f"{n:,}{f' of {data.rows:,}' if n < data.rows else ''} rows")
+        return f"{self.dataset} at --max_length {cut.max_length} --truncation_side {cut.truncation_side}: {rows}"
 
 
 def report(found: Mapping[str, Judged], told: Sequence[str] = ()) -> str:

@@ -15,21 +15,21 @@ CHUNK = 512
 
 class Example(NamedTuple):
     """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken, always at a row's
-    first token: in a padded batch what stands before it may be padding. `missing` counts the tokens of the row's answer
-    that `max_length` cut off; 0 means that the answer is whole."""
+    first token: in a padded batch what stands before it may be padding."""
 
     input_ids: list[int]
     labels: list[int]
-    missing: int = 0
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples that have a target, and what was found on the way to them. `kept` holds the number (from 0) of each
-    example's row; `cache` is the file they were read from."""
+    """Examples that have a target, and what was found on the way to them. Of each example, `kept` holds its row's
+    number (from 0) and `missing` the tokens of its answer that were cut off, 0 where the answer is whole; `cache` is
+    the file they were read from."""
 
     examples: list[Example]
     kept: list[int]
+    missing: list[int]
     rows: int
     cut: int
     without_target: int
@@ -37,10 +37,13 @@ class Tokenized:
     cache: str | None = None
 
     def __str__(self) -> str:
+        return self.described(f"{len(self.examples):,} rows")
+
+    def described(self, rows: str) -> str:
+        """`rows` say how many these are."""
         tokens = sum(len(e.input_ids) for e in self.examples)
         targets = sum(map(count_targets, self.examples))
-        used = f"{len(self.examples):,}" + (f" of {self.rows:,}" if len(self.examples) < self.rows else "")
-        parts = [f"{used} rows, {tokens:,} tokens, {targets:,} of them targets"]
+        parts = [f"{rows}, {tokens:,} tokens, {targets:,} of them targets"]
         parts += found_on_the_way(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
@@ -93,18 +96,20 @@ def tokenize(
     kept = [number for number, e in enumerate(encoded) if count_targets(e.example)]
     if not kept:
         raise no_targets(min(e.asked for e in encoded), max_length)
+    examples, missing = [encoded[n].example for n in kept], [encoded[n].missing for n in kept]
     cut, empty = sum(e.cut for e in encoded), sum(e.empty for e in encoded)
-    return Tokenized([encoded[n].example for n in kept], kept, len(rows), cut, len(encoded) - len(kept), empty)
+    return Tokenized(examples, kept, missing, len(rows), cut, len(encoded) - len(kept), empty)
 
 
 class Encoded(NamedTuple):
-    """A row's example, with or without a target; whether it was cut, whether its answer is empty, and the tokens of its
-    prompt before any cut."""
+    """A row's example, with or without a target; whether it was cut, whether its answer is empty, the tokens of its
+    prompt before any cut, and those of its answer that were cut off."""
 
     example: Example
     cut: bool
     empty: bool
     asked: int
+    missing: int = 0
 
 
 def encode(
@@ -131,7 +136,8 @@ def encode(
         if cut and truncation_side == "input":
             prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
         empty = text == tokenizer.eos_token
-        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
+        missing = min(len(answer), max(0, len(prompt) + len(answer) - max_length))
+        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked, missing))
     return encoded
 
 
@@ -144,8 +150,7 @@ def no_targets(shortest_prompt: int, max_length: int) -> DataError:
 
 def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
     labels = [IGNORE] * len(prompt) + answer
-    missing = min(len(answer), max(0, len(labels) - max_length))
-    return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]], missing)
+    return Example((prompt + answer)[:max_length], [IGNORE, *labels[1:max_length]])
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, special: bool, room: int) -> list[int]:

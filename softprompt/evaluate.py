@@ -44,34 +44,37 @@ class Evaluation:
 @dataclass(frozen=True)
 class Evaluator:
     """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together, and none
-    without a generator."""
+    without a generator. `missing` is as of `data.Tokenized`; without it all answers are whole."""
 
     engine: Engine
     generator: Generator | None
     tokenizer: Any
     examples: Sequence[Example]
     batch_size: int
+    missing: Sequence[int] = ()
 
     @property
     def compares_answers(self) -> bool:
         """Whether answers can be written, all expected ones are short, and some of these are whole."""
-        short = all(answer_length(e) <= SHORT_ANSWER for e in self.examples)
-        return self.generator is not None and short and not all(e.missing for e in self.examples)
+        return self.generator is not None and are_short(self.examples, self.missing) and self._whole > 0
+
+    @property
+    def _whole(self) -> int:
+        """Rows whose answer is whole."""
+        return len(self.examples) - sum(n > 0 for n in self.missing)
 
     @property
     def told(self) -> str | None:
         """A sentence on the exact match where it is not that of all rows; None where it is, or where no answer can be
         written."""
-        n, cut = len(self.examples), sum(e.missing > 0 for e in self.examples)
-        if self.generator is None or (self.compares_answers and not cut):
+        n, whole = len(self.examples), self._whole
+        if self.generator is None or (self.compares_answers and whole == n):
             return None
         if self.compares_answers:
-            return (
-                f"exact match is over the {n - cut:,} of {n:,} rows whose answer is whole; max_length cuts the others"
-            )
-        if cut == n:
+            return f"exact match over the {whole:,} of {n:,} rows whose answer is whole; max_length cuts the others"
+        if not whole:
             return f"no exact match: max_length cuts the answers of all {n:,} rows (a larger --max_length keeps them)"
-        long = sum(answer_length(e) > SHORT_ANSWER for e in self.examples)
+        long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
         return f"no exact match: {long:,} of {n:,} answers have more than {SHORT_ANSWER} tokens"
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
@@ -80,7 +83,7 @@ class Evaluator:
         loss = loss_sum.item() / targets
         if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
-        return compared(loss, self._answers(self.generator, prompt), self.examples, self.tokenizer)
+        return compared(loss, self._answers(self.generator, prompt), self.examples, self.missing, self.tokenizer)
 
     def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
@@ -88,9 +91,12 @@ class Evaluator:
         return [text_of(self.tokenizer, ids) for ids in in_order(generator.generate(requests, self.batch_size))]
 
 
-def compared(loss: float, answers: list[str], examples: Sequence[Example], tokenizer: Any) -> Evaluation:
+def compared(
+    loss: float, answers: list[str], examples: Sequence[Example], missing: Sequence[int], tokenizer: Any
+) -> Evaluation:
     """The evaluation of answers to rows, of which those are compared whose expected answer is whole."""
-    whole = [(a, e) for a, e in zip(answers, examples, strict=True) if not e.missing]
+    each = zip(answers, examples, missing or [0] * len(examples), strict=True)
+    whole = [(answer, example) for answer, example, cut_off in each if not cut_off]
     if not whole:
         return Evaluation(loss, None, None)
     right = sum(answer == expected_answer(tokenizer, example) for answer, example in whole)
@@ -112,9 +118,15 @@ def answer_ids(example: Example) -> list[int]:
     return [label for label in example.labels if label != IGNORE]
 
 
-def answer_length(example: Example) -> int:
-    """Tokens of a row's whole answer, those that were cut off among them."""
-    return count_targets(example) + example.missing
+def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> list[int]:
+    """Tokens of each row's whole answer, those that were cut off among them."""
+    each = zip(examples, missing or [0] * len(examples), strict=True)
+    return [count_targets(example) + cut_off for example, cut_off in each]
+
+
+def are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
+    """Whether all answers of the rows are, as wholes."""
+    return max(answer_lengths(examples, missing)) <= SHORT_ANSWER
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

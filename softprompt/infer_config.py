@@ -44,7 +44,7 @@ class QuestionArguments:
     columns: str | None = option(
         None,
         "--eval_dataset: other column names, as OURS=THEIRS pairs: instruction=question,output=answer. (default: those "
-        "that the adapter was trained with, as far as the dataset has them)",
+        "that the adapter was trained with, where the dataset has them)",
     )
     ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
     voting: Voting | None = option(
@@ -59,8 +59,8 @@ class QuestionArguments:
         return None if self.choices is None else parse_labels(self.choices)
 
     @property
-    def column_map(self) -> dict[str, str] | None:
-        return None if self.columns is None else parse_columns(self.columns)
+    def column_map(self) -> dict[str, str]:
+        return parse_columns(self.columns)
 
 
 @dataclass(frozen=True)

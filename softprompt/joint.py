@@ -20,14 +20,16 @@ from softprompt.template import Template
 
 @dataclass(frozen=True)
 class Member:
-    """A prompt [P, H] (None: the bare base), the rows, the examples that its template makes of them, and its answers to
-    them, which are absent where answers are not compared."""
+    """A prompt [P, H] (None: the bare base), the rows, the examples that its template makes of them, its answers to
+    them, which are absent where answers are not compared, and what is `missing` of the expected ones, as of
+    `data.Tokenized`."""
 
     prompt: Tensor | None
     template: Template
     rows: Sequence[Row]
     examples: Sequence[Example]
     answers: Sequence[str] | None
+    missing: Sequence[int] = ()
 
 
 def joint_evaluation(
@@ -45,7 +47,7 @@ def joint_evaluation(
         elected(texts, voting, partial(_of_members, engine, tokenizer, members, row))
         for row, texts in enumerate(zip(*(a for a in given if a is not None), strict=True))
     ]
-    return compared(loss, answers, examples, tokenizer)
+    return compared(loss, answers, examples, members[0].missing, tokenizer)
 
 
 def scores(

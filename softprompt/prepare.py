@@ -217,7 +217,7 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
     batch_size = config.training.per_device_eval_batch_size
-    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size)
+    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
     if evaluator.told:
         print(f"Held out: {evaluator.told}")
     _check_metric(config, evaluator)

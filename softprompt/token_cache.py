@@ -70,9 +70,9 @@ def _read(path: Path) -> Tokenized | None:
             return None
         ids, lengths, asked, missing, kept = arrays
         rows = np.split(ids, lengths.cumsum()[:-1])
-        each = zip(rows, asked.tolist(), missing.tolist(), strict=True)
-        examples = [_example(row.tolist(), n, cut) for row, n, cut in each]
-        return Tokenized(examples, kept.tolist(), **{name: int(metadata[name]) for name in COUNTS})
+        examples = [_example(row.tolist(), int(n)) for row, n in zip(rows, asked, strict=True)]
+        counts = {name: int(metadata[name]) for name in COUNTS}
+        return Tokenized(examples, kept.tolist(), missing.tolist(), **counts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -84,15 +84,15 @@ def _checksum(arrays: Sequence[np.ndarray], counts: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _example(ids: list[int], asked: int, missing: int) -> Example:
-    return Example(ids, [IGNORE] * asked + ids[asked:], missing)
+def _example(ids: list[int], asked: int) -> Example:
+    return Example(ids, [IGNORE] * asked + ids[asked:])
 
 
 def _keep(path: Path, made: Tokenized) -> None:
     ids = [token for e in made.examples for token in e.input_ids]
     asked = [next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in made.examples]
-    lengths, missing = [len(e.input_ids) for e in made.examples], [e.missing for e in made.examples]
-    arrays = [np.array(values, dtype=np.int32) for values in (ids, lengths, asked, missing, made.kept)]
+    lengths = [len(e.input_ids) for e in made.examples]
+    arrays = [np.array(values, dtype=np.int32) for values in (ids, lengths, asked, made.missing, made.kept)]
     metadata = {name: str(getattr(made, name)) for name in COUNTS}
     metadata["sha256"] = _checksum(arrays, metadata)
     try:
