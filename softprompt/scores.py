@@ -43,7 +43,7 @@ def answer_examples(
     Raises:
         DataError: a chat template refuses an answer.
     """
-    if not answers:
+    if not answers or not texts:
         return [[] for _ in texts]
     of_rows = zip(rows, templates, strict=True)
     behind = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in of_rows]
