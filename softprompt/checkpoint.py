@@ -52,7 +52,8 @@ class Adapter:
     @property
     def base_model_name_or_path(self) -> str | None:
         """None where none is named; PEFT writes "" for a base that was made from a configuration."""
-        return self.config.get("base_model_name_or_path") or None
+        name = self.config.get("base_model_name_or_path")
+        return name if name and name.strip() else None
 
 
 def peft_config(

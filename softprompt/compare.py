@@ -27,9 +27,9 @@ MOST_LABELS = 20  # among the answers; a file with more is no classification
 
 @dataclass(frozen=True)
 class Judged:
-    """What was found of an adapter: the rows that it was judged by and their numbers in the dataset, the examples made
-    of them, the rows' own answers (as they are shown), what a reader must know of all this, and a verdict on each row
-    where the answers are labels."""
+    """What was found of an adapter: the examples that it was judged by, their rows, the rows' own answers (as they are
+    shown), its evaluation, what a reader must know of these rows, and a verdict on each row where the answers are
+    labels."""
 
     tuned: Tuned
     template: Template

@@ -44,7 +44,8 @@ class Evaluation:
 @dataclass(frozen=True)
 class Evaluator:
     """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together, and none
-    without a generator. `missing` is as of `data.Tokenized`; without it all answers are whole."""
+    without a generator. `missing` counts the tokens that each row's answer has lost, as in `data.Tokenized`; when it is
+    empty, all answers are whole."""
 
     engine: Engine
     generator: Generator | None

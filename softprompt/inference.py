@@ -164,8 +164,8 @@ def _found(
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
-    """The report on all adapters, side by side, each with what its own training made of its rows unless that differs or
-    is given."""
+    """The report on all adapters, side by side. Rows are read and cut as in the adapters' training, unless flags say
+    otherwise."""
     tuned, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
     judge = Judge(
