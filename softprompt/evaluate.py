@@ -74,7 +74,9 @@ class Evaluator:
         if self.compares_answers:
             return f"exact match over the {whole:,} of {n:,} rows whose answer is whole; max_length cuts the others"
         if not whole:
-            return f"no exact match: max_length cuts the answers of all {n:,} rows (a larger --max_length keeps them)"
+            short = are_short(self.examples, self.missing)  # else answers are not compared as wholes either
+            hint = " (a larger --max_length keeps them)" if short else ""
+            return f"no exact match: max_length cuts the answers of all {n:,} rows{hint}"
         long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
         return f"no exact match: {long:,} of {n:,} answers have more than {SHORT_ANSWER} tokens"
 

@@ -78,6 +78,7 @@ def test_no_exact_match_where_no_answer_is_whole(answer, settings, capsys):
     run = softprompt.train(**settings, max_length=30)
     said = capsys.readouterr().out
     assert said.count("no exact match") == 1 and run.after.answers is None
+    assert ("a larger --max_length" in said) == (answer <= 31)  # longer ones are not compared anyway
     assert not any("exact_match" in name for name in run.metrics)
     assert "exact match" not in summary(run)
     chosen = {
