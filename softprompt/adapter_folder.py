@@ -27,7 +27,13 @@ def adapter_folder(
     name, settings = str(config.model.model_name_or_path), config.prompt
     peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
     generation = {**GENERATION_DEFAULTS.get(name, {}), **({"eos_token_id": list(ends)} if len(ends) > 1 else {})}
-    ours = {"template": config.data.template or "default", "generation": generation}
+    ours = {
+        "template": config.data.template or "default",
+        "generation": generation,
+        "max_length": config.data.max_length,
+        "truncation_side": config.data.truncation_side,
+        "columns": config.columns,
+    }
     ours |= {"optional_columns": sorted(optional_columns)} if optional_columns else {}
     adapter = Adapter(prompt, peft, ours)
     return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}

@@ -156,6 +156,13 @@ def failed(one: Planned, why: str) -> Result:
     }
 
 
+def _bare(evaluator: Evaluator, dataset: str) -> Evaluation:
+    """Of the base alone; what is to be known of the exact match is said."""
+    if evaluator.told:
+        print(f"{dataset}: {evaluator.told}")
+    return evaluator(None)
+
+
 class _Made(NamedTuple):
     """What a cell comes to: what was found of it, and the files of its prompt."""
 
@@ -193,13 +200,16 @@ class _Bench:
         engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)
         generator = generator_beside(engine, self.base, one.material.tokenizer)
         batch_size = one.cell.config.training.per_device_eval_batch_size
-        return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
+        material = one.material
+        return Evaluator(
+            engine, generator, material.tokenizer, material.held_out, batch_size, material.held_out_missing
+        )
 
     def run(self, one: Planned, watch: Unwatched) -> _Found:
         """Make one cell. A run that ends without finite numbers is a result, too."""
         rows = one.cell.config.data
         if rows not in self.bare:
-            self.bare[rows] = self.evaluator(one)(None)
+            self.bare[rows] = _bare(self.evaluator(one), str(rows.dataset))
         began = time.perf_counter()
         made = self._together(one) if one.members else self._alone(one, watch)
         result = {
@@ -242,8 +252,16 @@ class _Bench:
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
         device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
+        material = one.material
         members = [
-            Member(load_adapter(folder).prompt.to(device), template, one.material.held_out, result["answers"])
+            Member(
+                load_adapter(folder).prompt.to(device),
+                template,
+                material.held_out_rows,
+                material.held_out,
+                result["answers"],
+                material.held_out_missing,
+            )
             for folder, result in zip(one.members, results, strict=True)
         ]
         voting = one.cell.voting or "majority_vote"

@@ -19,7 +19,7 @@ from softprompt.answers_file import TOKENIZER, AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
-from softprompt.compare import Judge, Judged, report
+from softprompt.compare import Judge, Judged, common_cut, report
 from softprompt.console import can_show
 from softprompt.crash import failure
 from softprompt.errors import AdapterError, ConfigError, DataError, SomeFailed
@@ -172,28 +172,32 @@ def _found(
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
-    """The table of those adapters that can be evaluated, and what is wrong with the others, if there are any."""
-    dataset, split = str(config.question.eval_dataset), config.question.eval_split
+    """The table of those adapters that can be evaluated, side by side, and what is wrong with the others, if there are
+    any. Rows are read and cut as in the adapters' training, unless flags say otherwise."""
+    tuned, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     if has_splits(dataset):
         splits = splits_of(dataset, None)
-        for line in splits.told("held-out", splits.choose(split, "--eval_split")):
+        for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
-    tuned = model.adapters.values()
+    cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
     judge = Judge(
         model.engine,
         model.generator,
         model.tokenizer,
         dataset,
-        config.generation.max_length or 256,
+        cut,
         config.generation.batch_size,
-        config.question.choice_list,
-        next((each.template for each in tuned if each.prompt is not None), model.template),
-        split,
+        question.choice_list,
+        next((each for each in tuned if each.prompt is not None), model.adapters[model.active_adapter]),
+        question.column_map,
+        question.eval_split,
     )
     found, fault = _judged(judge, model.adapters)
-    if config.question.ensemble and not fault:
-        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), config.question.voting)
-    return report(found), fault
+    if question.ensemble and not fault:
+        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), question.voting)
+    passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
+    told = [*cut.told, *([f"passages of --max_length {cut.max_length} tokens"] if passages else [])]
+    return report(found, told), fault
 
 
 def _judged(judge: Judge, adapters: Mapping[str, Tuned]) -> tuple[dict[str, Judged], str]:

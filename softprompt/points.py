@@ -18,10 +18,10 @@ HELD_OUT = (*OF_THE_BASE, *OF_THE_ROWS)  # what a loss on held-out rows depends 
 @dataclass(frozen=True)
 class Point:
     """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
-    whose number shows whether losses per target can be compared. An ensemble has a `voting` and several `members`, and
-    is not `trained`. `start` is the text or the labels that the prompt starts from, and `context` all that no claim is
-    about. `held_out` names the held-out rows and how the base reads them. `failed` says why a cell has no result: it is
-    shown, and compared with nothing."""
+    whose number shows whether losses per target can be compared; `exact_match_rows` is None where the exact match is
+    over all rows. An ensemble has a `voting` and several `members`, and is not `trained`. `start` is the text or the
+    labels that the prompt starts from, and `context` all that no claim is about. `held_out` names the held-out rows and
+    how the base reads them. `failed` says why a cell has no result: it is shown, and compared with nothing."""
 
     base: str
     parameters: int
@@ -43,6 +43,7 @@ class Point:
     context: str
     held_out: str = ""
     failed: str = ""
+    exact_match_rows: int | None = None
 
 
 Key = Callable[[Point], Any]
@@ -75,6 +76,7 @@ def point(result: Mapping[str, Any]) -> Point:
         json.dumps(context, sort_keys=True),
         json.dumps({k: v for k, v in context.items() if k in HELD_OUT}, sort_keys=True),
         result.get("failed", ""),
+        metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
     )
 
 

@@ -244,7 +244,9 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
     elif loaded.generator is None:
         print(f"held-out rows: loss and perplexity alone; {why_no_answers(loaded.base)}")
     batch_size = config.training.per_device_eval_batch_size
-    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size)
+    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
+    if evaluator.told:
+        print(f"Held out: {evaluator.told}")
     _check_metric(config, evaluator)
     return evaluator
 
@@ -282,6 +284,6 @@ def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
             f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
-            f"ones have at most {SHORT_ANSWER} tokens, and neither with --stream_base nor with a base that cannot "
-            "answer behind a prompt; take eval_loss"
+            f"ones have at most {SHORT_ANSWER} tokens and some are whole, and neither with --stream_base nor with a "
+            "base that cannot answer behind a prompt; take eval_loss"
         )

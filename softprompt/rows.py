@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,14 +27,22 @@ def load_rows(
     config_name: str | None = None,
     split: str | None = TRAIN,
     flag: str = "--dataset_split",
+    usual_columns: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
-    it; `flag` names it), its columns renamed by `columns` (ours → theirs).
+    it; `flag` names it), its columns renamed by `columns` (ours → theirs). `usual_columns` are those of another
+    dataset: they count where `columns` say nothing and the first row has THEIRS.
 
     Raises:
         DataError: nothing there, no such split, or as of `rows_of`.
     """
-    return rows_of(source, splits_of(source, config_name).take(split, flag).rows, template, columns)
+    located = splits_of(source, config_name).take(split, flag).rows
+    if usual_columns:
+        first = next(located, None)
+        located = chain([] if first is None else [first], located)
+        there = first[1] if first is not None and isinstance(first[1], dict) else {}
+        columns = {**{ours: theirs for ours, theirs in usual_columns.items() if theirs in there}, **columns}
+    return rows_of(source, located, template, columns)
 
 
 def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> list[Row]:

@@ -104,7 +104,7 @@ def _bare_losses(points: Sequence[Point]) -> dict[Point, float]:
 def _bare(p: Point, shown: Sequence[str]) -> list[str]:
     """The line of a base and a dataset without a prompt."""
     told = {"base": p.base, "dataset": p.dataset, "start": "no prompt"}
-    exact = f"{p.base_exact_match:.1%}" if p.base_exact_match is not None else ""
+    exact = f"{p.base_exact_match:.1%}{_of_rows(p)}" if p.base_exact_match is not None else ""
     loss = FAILED if p.failed else _spread([p.base_loss], "{:.4f}")
     return [*(told.get(name, "") for name in shown), "", loss, exact]
 
@@ -121,7 +121,12 @@ def _losses(same: Sequence[Point]) -> str:
 def _exact(same: Sequence[Point]) -> str:
     left = [p for p in same if not p.failed]
     values = [p.exact_match for p in left if p.exact_match is not None]
-    return _spread(values, "{:.1%}") if values and len(values) == len(left) else ""
+    return _spread(values, "{:.1%}") + _of_rows(left[0]) if values and len(values) == len(left) else ""
+
+
+def _of_rows(p: Point) -> str:
+    """Over how many rows an exact match is, where it is not over all."""
+    return "" if p.exact_match_rows is None else f" of {p.exact_match_rows:,} rows"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -29,6 +29,7 @@ from softprompt.fingerprints import fingerprint_of_rows, fingerprint_of_stored_b
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import base_config, load_tokenizer, resolve_device, weight_files
+from softprompt.rows import Row
 from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
@@ -37,17 +38,20 @@ MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chin
 @dataclass(frozen=True)
 class Material:
     """What cells over the same base and rows share: the base's modules on the meta device and its tokenizer, examples
-    to train on and held-out ones, how far these reach, and the fingerprints of all that is in files."""
+    to train on and held-out ones, the rows that the latter were made of and what is missing of their answers (as of
+    `data.Tokenized`), how far all examples reach, and the fingerprints of all that is in files."""
 
     base: PreTrainedModel
     tokenizer: Any
     examples: list[Example]
     held_out: list[Example]
+    held_out_rows: list[Row]
+    held_out_missing: list[int]
     extent: Extent
     fingerprints: dict[str, str]
 
 
-NO_MATERIAL = Material(None, None, [], [], Extent(0, 0), {})
+NO_MATERIAL = Material(None, None, [], [], [], [], Extent(0, 0), {})
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,16 @@ def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
     return Planned(cell, material, cells / _name(cell, material), steps, members)
 
 
+class _Examples(NamedTuple):
+    """What a tokenizer makes of a dataset: examples to train on, held-out ones with their rows, and the fingerprint of
+    all rows."""
+
+    data: Tokenized
+    held_out: Tokenized | None
+    held_out_rows: list[Row]
+    fingerprint: str
+
+
 class _Shelf:
     """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer.
     `refused` are this project's errors among those for which there is none."""
@@ -108,7 +122,7 @@ class _Shelf:
     def __init__(self) -> None:
         self.bases: dict[str, tuple[PreTrainedModel, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], Extent, str]] = {}
+        self.tokenized: dict[tuple[DataArguments, str], _Examples] = {}
         self.failures: dict[tuple[str, DataArguments], Failure] = {}
         self.refused: list[SoftpromptError] = []
 
@@ -141,11 +155,12 @@ class _Shelf:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
             _tell(config.data.dataset, rows, data, of_held_out)
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
-            held_out = of_held_out.examples if of_held_out else []
-            extent = Extent.of(e.input_ids for e in (*data.examples, *held_out))
-            self.tokenized[key] = (data.examples, held_out, extent, of_rows)
-        examples, held_out, extent, of_rows = self.tokenized[key]
-        return Material(base, tokenizer, examples, held_out, extent, {**prints, "dataset": of_rows})
+            kept = [rows.held_out[number] for number in of_held_out.kept] if of_held_out else []
+            self.tokenized[key] = _Examples(data, of_held_out, kept, of_rows)
+        data, of_held_out, kept, of_rows = self.tokenized[key]
+        held_out = (of_held_out.examples, kept, of_held_out.missing) if of_held_out else ([], [], [])
+        extent = Extent.of(e.input_ids for e in (*data.examples, *held_out[0]))
+        return Material(base, tokenizer, data.examples, *held_out, extent, {**prints, "dataset": of_rows})
 
 
 def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized | None) -> None:

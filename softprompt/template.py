@@ -110,19 +110,38 @@ class Template:
         text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
         return text.format_map({name: row[name] for name in self.fields})
 
-    def answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Text that the model is to produce, with the special token that ends it: the first of those that the chat
-        template writes behind an answer (what follows it, often a line break, is never generated). Where that is none,
-        or one that no base is trained to write, it is eos_token."""
+    def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
+        """Text that the model is to produce, with the special token that ends it: the row's own answer, or `text` in
+        its place. That token is the first of those that the chat template writes behind an answer (what follows it,
+        often a line break, is never generated). Where that is none, or one that no base is trained to write, it is
+        eos_token.
+
+        Raises:
+            DataError: a chat template that refuses the messages, or does not continue its own generation prompt.
+        """
         if self.spec != CHAT:
-            return row["output"] + tokenizer.eos_token
+            return (row["output"] if text is None else text) + tokenizer.eos_token
+        if text is None:
+            return self._continued(row, answer_message(row), tokenizer)
+        said = self._continued(row, {"role": "assistant", "content": text}, tokenizer)
+        added = said.partition(text)[0].strip() if text else ""
+        if added and text.startswith(added):  # generated text has what the template puts before an answer (<think> …)
+            return self.answer(row, tokenizer, text.removeprefix(added).strip())
+        return said
+
+    def own_answer(self, row: Mapping[str, Any]) -> str:
+        """The text of a row's answer as the row has it."""
+        return answer_message(row)["content"] if self.spec == CHAT else row["output"]
+
+    def _continued(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
+        """What a chat template puts behind its generation prompt for this answer."""
         prompt = self.render(row, tokenizer)
-        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)], row.get("tools"))
+        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer], row.get("tools"))
         if not whole.startswith(prompt):
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
             )
-        written, behind = whole[len(prompt) :], self._behind_answer(row, tokenizer)
+        written, behind = whole[len(prompt) :], self._behind_answer(row, answer, tokenizer)
         if not written.endswith(behind):  # a template that looks at the answer's text
             behind = written
         before, end = _split_at_end(behind, tokenizer)
@@ -133,12 +152,12 @@ class Template:
         """The special token that stands behind the answer to a row; None where the chat template writes none there."""
         if self.spec != CHAT:
             return tokenizer.eos_token
-        return _split_at_end(self._behind_answer(row, tokenizer), tokenizer)[1]
+        return _split_at_end(self._behind_answer(row, answer_message(row), tokenizer), tokenizer)[1]
 
-    def _behind_answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """What the chat template writes behind the text of an answer. Another text stands in its place: the row's own
-        may be empty, or end with what looks like a special token."""
-        probe = {**answer_message(row), "content": PROBE}
+    def _behind_answer(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
+        """What the chat template writes behind the text of an answer. Another text stands in its place: its own may be
+        empty, or end with what looks like a special token."""
+        probe = {**answer, "content": PROBE}
         return _apply_chat(tokenizer, [*prompt_messages(row), probe], row.get("tools")).rpartition(PROBE)[2]
 
 

@@ -113,7 +113,7 @@ MAY_IMPORT = {
     "passages": {"data", "errors", "readers"},
     "confusion": {"scores", "tables"},
     "ensemble": {"adapters", "errors", "infer_config", "questions", "scores"},
-    "joint": {"data", "ensemble", "evaluate", "infer_config", "model", "scores", "template"},
+    "joint": {"data", "ensemble", "evaluate", "infer_config", "model", "rows", "scores", "template"},
     "plain": {"batching", "errors", "model"},
     "evaluate": {"data", "generate", "model", "requests"},
     "scores": {"data", "errors", "model", "template"},
