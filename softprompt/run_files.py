@@ -36,7 +36,7 @@ OF_A_STATE = {"step", "taken", "scaler", "unlogged", "arguments", "fingerprints"
 
 def run_files(folder: Path) -> Manifest:
     """The manifest of a run's folder."""
-    return Manifest(folder, Kind("run of train.py", MANIFEST_FILE, PATTERN, _of_an_older_version, _reports))
+    return Manifest(folder, Kind("run of train.py", MANIFEST_FILE, PATTERN, _of_an_older_version, _beside))
 
 
 def refuse_other_run(folder: Path, overwrite: bool) -> None:
@@ -113,9 +113,14 @@ def events_in(folder: Path) -> list[str]:
     return [f"{EVENTS_FOLDER}/{path.name}" for path in (folder / EVENTS_FOLDER).glob(EVENTS)]
 
 
-def _reports(folder: Path) -> set[str]:
-    """A page that `python -m softprompt.report` wrote about the run."""
-    return {REPORT_FILE} if _looks_written(folder, REPORT_FILE) else set()
+def _beside(folder: Path) -> set[str]:
+    """A page that `python -m softprompt.report` wrote about the run, and what holds nothing."""
+    return _empty(folder) | ({REPORT_FILE} if _looks_written(folder, REPORT_FILE) else set())
+
+
+def _empty(folder: Path) -> set[str]:
+    """Checkpoint folders without any file, whose removal loses nothing."""
+    return {path.name for path in checkpoints(folder) if not path.is_symlink() and not any(path.iterdir())}
 
 
 def _of_an_older_version(folder: Path) -> set[str]:
@@ -123,11 +128,11 @@ def _of_an_older_version(folder: Path) -> set[str]:
     out."""
     of_steps = {path.name for path in checkpoints(folder) if not path.is_symlink() and _is_checkpoint(path)}
     if not of_steps and not any(_looks_written(folder, name) for name in (STATE_FILE, FACTS_FILE)):
-        return set()
+        return _empty(folder)
     boards = [_json(folder, name).get("arguments") for name in (STATE_FILE, FACTS_FILE)]
     board = any(isinstance(a, dict) and a.get("report_to") == "tensorboard" for a in boards)
     files = {name for name in OF_A_RUN if _looks_written(folder, name)}
-    return of_steps | files | (set(events_in(folder)) if board else set())
+    return _empty(folder) | of_steps | files | (set(events_in(folder)) if board else set())
 
 
 def _is_checkpoint(path: Path) -> bool:
