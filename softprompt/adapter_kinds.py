@@ -32,8 +32,11 @@ def check_kind(place: Path, config: Mapping[str, Any]) -> None:
     or of an adapter that changes weights of the base. PEFT lets task_type be null or absent, so both are taken."""
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind != KIND:
-        reason = f"{REASONS.get(kind, INSIDE)}; {ELSEWHERE}" if kind and isinstance(kind, str) else f"this is no {KIND}"
-        raise AdapterError(f"{place}: peft_type is {kind!r:.80}, expected {KIND!r}: {reason}")
+        reason = REASONS.get(kind, INSIDE) if kind and isinstance(kind, str) else "this names no kind"
+        raise AdapterError(
+            f"{place}: peft_type is {kind!r:.80}, expected {KIND!r}; adapters of other kinds are for PEFT itself: "
+            f"{reason}"
+        )
     if task not in (None, TASK):
         reason = TASKS.get(task, "it is no causal language model's") if isinstance(task, str) else "that is no task"
         raise AdapterError(f"{place}: task_type is {task!r:.80}, expected {TASK!r}: {reason}; {ELSEWHERE}")
