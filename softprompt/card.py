@@ -13,6 +13,8 @@ from softprompt.redact import redacted
 def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any]) -> bytes:
     """`arguments` and `metrics` are shown as tables; arguments at None are left out."""
     base = adapter.base_model_name_or_path or "the base"
+    of_package = base == "mini"  # a name that transformers does not know
+    named = "base_path('mini')" if of_package else repr(base)
     lines = [
         *_front(base, "peft", ["prompt-tuning"]),
         f"# A soft prompt for {base}",
@@ -23,8 +25,9 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
+        *(["from softprompt.build import base_path"] if of_package else []),
         "",
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), 'THIS_FOLDER')",
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({named}), 'THIS_FOLDER')",
         "```",
         "",
         "Prompts are written in the template that it was trained with (`softprompt.json`):",

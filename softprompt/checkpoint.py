@@ -1,7 +1,7 @@
 """Adapter folders in PEFT's exact format, with what this project needs beside it; a run's checkpoint folders.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
-softprompt.json                                  template and generation defaults; PEFT ignores it
+softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
 README.md                                        a model card
 
 What a later run needs to go on stands beside them: see resume.py. safetensors and JSON only, no pickle.
@@ -9,7 +9,7 @@ What a later run needs to go on stands beside them: see resume.py. safetensors a
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from softprompt.adapter_kinds import check_kind
 from softprompt.errors import AdapterError, OutputError
 from softprompt.fields import is_text
-from softprompt.files import read_inside, remove_folder
+from softprompt.files import open_inside, read_inside, remove_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,8 +41,8 @@ AGAIN = "copy the whole folder again, or take another checkpoint"
 class Adapter:
     """A learned prompt [P, H] fp32, the PEFT configuration that names its base, and our settings for using it.
 
-    `settings` may hold `template` (see Template.spec) and `generation` (defaults of infer.py); it is empty for
-    an adapter that PEFT wrote.
+    `settings` may hold `template` (see Template.spec), `generation` (defaults of infer.py), and how the rows were read
+    and cut (`max_length`, `truncation_side`, `columns`); it is empty for an adapter that PEFT wrote.
     """
 
     prompt: Tensor
@@ -50,7 +51,9 @@ class Adapter:
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        return self.config.get("base_model_name_or_path")
+        """None where none is named; PEFT writes "" for a base that was made from a configuration."""
+        name = self.config.get("base_model_name_or_path")
+        return name if name and name.strip() else None
 
 
 def peft_config(
@@ -102,20 +105,16 @@ def load_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         AdapterError: no such folder; a file that is absent, unreadable, too large, broken or a link that leads out of
-            the folder; another kind of adapter; a tensor of another shape than the configuration says; values that are
-            not finite.
+            the folder; another kind of adapter; a tensor beside the prompt, or of another shape than the configuration
+            says; values that are not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; give an OUTPUT_DIR or checkpoint-N of train.py")
     config = _read_json(folder, CONFIG_FILE)
-    if config.get("peft_type") != "PROMPT_TUNING":
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: peft_type is {config.get('peft_type')!r:.80}, expected 'PROMPT_TUNING'; "
-            "adapters of other kinds are for PEFT itself"
-        )
+    check_kind(folder / CONFIG_FILE, config)
     base = config.get("base_model_name_or_path")
-    if base is not None and not (is_text(base) and 0 < len(base) < 4096 and base.isprintable()):
+    if base is not None and not (is_text(base) and len(base) < 4096 and base.isprintable()):
         raise AdapterError(
             f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, no name or path of a base; write it "
             "there, or null and give --model_name_or_path"
@@ -207,18 +206,14 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
                 f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected a number from 1 to {most:,}; {AGAIN}"
             )
     P, H = expected
+    _check_names(path, _names_in_header(folder))
     content = _read(folder, WEIGHTS_FILE, MAX_HEADER_BYTES + 8 * P * H)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
         raise AdapterError(f"{path}: not a whole safetensors file ({what}); {AGAIN}") from None
-    if PROMPT_KEY not in tensors:
-        found = ", ".join(repr(name)[1:-1][:80] for name in list(tensors)[:3]) or "nothing"
-        raise AdapterError(
-            f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}; give a folder that PEFT or train.py wrote for "
-            "prompt tuning"
-        )
+    _check_names(path, list(tensors))
     prompt = tensors[PROMPT_KEY]
     if tuple(prompt.shape) != expected or prompt.dtype not in FLOATS:
         found = f"{str(prompt.dtype).removeprefix('torch.')} {tuple(prompt.shape)}"
@@ -227,6 +222,35 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
     if not prompt.isfinite().all():
         raise AdapterError(f"{path}: holds values that are not finite; train it anew or use an earlier checkpoint")
     return prompt
+
+
+def _names_in_header(folder: Path) -> list[str] | None:
+    """The tensors' names, without reading the tensors: a head over the vocabulary is larger than any prompt. None for a
+    header that cannot be read; whoever reads the whole file says why."""
+    try:
+        with open_inside(folder, WEIGHTS_FILE) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else None
+
+
+def _check_names(path: Path, names: Sequence[str] | None) -> None:
+    """Raises AdapterError where a file's tensors, if these are known, are not the prompt alone."""
+    if names is None or names == [PROMPT_KEY]:
+        return
+    others = [name for name in names if name != PROMPT_KEY]
+    found = ", ".join(repr(name)[1:-1][:80] for name in others[:3]) or "nothing"
+    if PROMPT_KEY not in names:
+        raise AdapterError(
+            f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}; give a folder that PEFT or train.py wrote for "
+            "prompt tuning"
+        )
+    raise AdapterError(
+        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained with the prompt, which answers "
+        "otherwise without them; use it with PEFT itself"
+    )
 
 
 def _way_out_of_pickle(folder: Path) -> str:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from softprompt.errors import OutputError
 
@@ -40,12 +41,26 @@ def cache_dir(kind: str) -> Path:
 
 
 def read_inside(folder: Path, name: str, limit: int) -> bytes:
-    """The content of a plain file of a folder that may come from elsewhere. A link is followed only within the folder,
-    and within the cache of the hub, whose snapshots are links to its blobs.
+    """The content of a file, as of `open_inside`, of a folder that may come from elsewhere.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a link that leads out, no plain file, or more than `limit` bytes.
+    """
+    with open_inside(folder, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"larger than {limit:,} bytes")
+        return file.read(size + 1)
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """A plain file of a folder, to be read. A link is followed only within the folder, and within the cache of the hub,
+    whose snapshots are links to its blobs.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a link that leads out, or no plain file.
     """
     path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -53,11 +68,7 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
         raise ValueError("a link that leads out of the folder")
     if not path.is_file():
         raise ValueError("not a plain file")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"larger than {limit:,} bytes")
-        return file.read(size + 1)
+    return open(path, "rb")
 
 
 @contextmanager

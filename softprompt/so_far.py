@@ -36,7 +36,9 @@ def with_likeness(record: Record) -> Record:
 
 
 def _likeness(adapter: Adapter, folder: Path) -> dict[str, object]:
-    name = base_path(str(adapter.base_model_name_or_path))
+    if adapter.base_model_name_or_path is None:
+        raise ValueError("the adapter names no base")
+    name = base_path(adapter.base_model_name_or_path)
     space = _space(name)
     check_fits(folder, adapter.prompt, space.words.shape[1], name)
     return likeness(space, load_tokenizer(name), adapter.prompt, _start(folder / START_FILE))

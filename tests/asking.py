@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,6 +20,16 @@ def called(argv: list, capsys, monkeypatch) -> str:
     out, err = capsys.readouterr()
     assert ended.value.code == 0, err
     return out
+
+
+def refusal(program: ModuleType, argv: list, capsys, monkeypatch) -> str:
+    """The one line with which a program refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        command(program.main)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2, err
+    return err.strip().splitlines()[-1]
 
 
 def lines_of(path: Path) -> list[dict]:
