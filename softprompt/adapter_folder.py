@@ -18,6 +18,12 @@ def adapter_folder(
     `base_config` is the base's of transformers."""
     name, settings = str(config.model.model_name_or_path), config.prompt
     peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
-    ours = {"template": config.data.template or "default", "generation": GENERATION_DEFAULTS.get(name, {})}
+    ours = {
+        "template": config.data.template or "default",
+        "generation": GENERATION_DEFAULTS.get(name, {}),
+        "max_length": config.data.max_length,
+        "truncation_side": config.data.truncation_side,
+        "columns": config.columns,
+    }
     adapter = Adapter(prompt, peft, ours)
     return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}

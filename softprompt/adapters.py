@@ -11,8 +11,9 @@ from torch import Tensor
 from softprompt.build import RUNS, base_path, check_fits
 from softprompt.checkpoint import SETTINGS_FILE, load_adapter, newest_adapter
 from softprompt.errors import AdapterError, ConfigError
-from softprompt.fields import AUTO
-from softprompt.questions import Question, merged_settings, token_ids
+from softprompt.fields import AUTO, is_text
+from softprompt.questions import Question, encoded, merged_settings
+from softprompt.rows import Row
 from softprompt.template import Template
 
 NONE = "none"  # the bare base
@@ -22,21 +23,26 @@ Names = str | Sequence[str] | None  # one for all questions, one for each, or th
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """A learned prompt [P, H] fp32 (None: the bare base), the template that it was learned with, its settings for
-    answers, and the name of the base that it was learned for."""
+    answers, the name of the base that it was learned for, and how the rows that it was learned from were read and cut
+    (train.py's defaults where the adapter does not say)."""
 
     prompt: Tensor | None = None
     template: Template = field(default_factory=Template)
     generation: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
+    max_length: int = 256
+    truncation_side: str = "output"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 class Posed(NamedTuple):
-    """A question as it is put to the base: how messages name it, its adapter's name, that adapter, and its token ids in
-    the adapter's template."""
+    """A question as it is put to the base: how messages name it, its adapter's name, that adapter, its row, and its
+    token ids in the adapter's template."""
 
     where: str
     name: str
     tuned: Tuned
+    row: Row
     ids: list[int]
 
 
@@ -58,14 +64,43 @@ def load(folder: str | Path) -> Tuned:
         template = Template(adapter.settings.get("template", "default"))
     except ConfigError as error:
         raise AdapterError(f"{place}: {error}; mend it there, or take it out") from None
-    return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path)
+    rows = _rows_settings(place, adapter.settings)
+    return Tuned(adapter.prompt, template, generation, adapter.base_model_name_or_path, **rows)
+
+
+def _rows_settings(place: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the rows of the training were read and cut, as far as the file at `place` says it."""
+    columns = settings.get("columns", {})
+    of_texts = isinstance(columns, dict) and all(map(is_text, [*columns, *columns.values()]))
+    length = settings.get("max_length", 1)
+    expected = {
+        "max_length": ("a whole number above 0", type(length) is int and length > 0),
+        "truncation_side": ("output or input", settings.get("truncation_side", "output") in ("output", "input")),
+        "columns": ("an object of column names", of_texts),
+    }
+    for name, (what, good) in expected.items():
+        if not good:
+            raise AdapterError(
+                f"{place}: {name} must be {what}, not {settings[name]!r:.200}; mend it there, or take it out"
+            )
+    return {name: settings[name] for name in expected if name in settings}
+
+
+def check_name(name: str, folder: str | Path) -> None:
+    """Raises AdapterError for a name that cannot be an adapter's: none, which is the bare base, or an empty one."""
+    if not name or (name == NONE and str(folder) != NONE):
+        raise AdapterError(
+            f"adapter {folder}: cannot be named {name!r}"
+            + (", which is the bare base" if name else "")
+            + "; give it another name"
+        )
 
 
 def named(specs: Iterable[str | Path]) -> dict[str, str]:
     """`FOLDER`, `name=FOLDER` or `none`, as --adapter takes them → folders by name; a folder's own name is its path.
 
     Raises:
-        AdapterError: a name without a folder, or one that is given twice.
+        AdapterError: a name without a folder, one that is given twice, or a folder under the name none.
     """
     folders: dict[str, str] = {}
     for spec in map(str, specs):
@@ -73,7 +108,7 @@ def named(specs: Iterable[str | Path]) -> dict[str, str]:
         if not equals or Path(spec).exists():  # a folder's path may hold a =
             name = folder = spec
         if not name or not folder or (name == NONE and folder != NONE):
-            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none")
+            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none (which is the bare base)")
         if name in folders:
             raise AdapterError(f"--adapter {name} is there twice; give each a name of its own, name=FOLDER")
         folders[name] = folder
@@ -85,9 +120,12 @@ def shelf(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str
     Without folders the newest adapter under runs/ is taken; for the bare base alone, its base and its template.
 
     Raises:
-        AdapterError: no such adapter, a broken one, none that names a base, or several for several bases.
+        AdapterError: no such adapter, a broken one, a name that cannot be one, none that names a base, or several for
+            several bases.
     """
     folders = folders or {str(newest := newest_adapter(RUNS)): str(newest)}
+    for name, folder in folders.items():
+        check_name(name, folder)
     loaded = {name: Tuned() if folder == NONE else load(folder) for name, folder in folders.items()}
     named_bases: dict[str, tuple[str, str]] = {}
     for name, tuned in loaded.items():
@@ -150,5 +188,5 @@ def posed(
     found = []
     for place, prompt, name in zip(places, prompts, chosen, strict=True):
         tuned = adapters.get(name, Tuned()) if name == NONE else find(adapters, name, place)
-        found.append(Posed(place, name, tuned, token_ids(place, prompt, tuned.template, tokenizer)))
+        found.append(Posed(place, name, tuned, *encoded(place, prompt, tuned.template, tokenizer)))
     return found

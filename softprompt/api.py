@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.adapters import NONE, Names, Posed, Tuned, check, find, load, named, posed, shelf
+from softprompt.adapters import NONE, Names, Posed, Tuned, check, check_name, find, load, named, posed, shelf
 from softprompt.answering import answered
 from softprompt.build import base_path
 from softprompt.config import train_config
@@ -85,7 +85,8 @@ class SoftPromptModel:
         runs/; "none" is the bare base (of the newest adapter, where no base is named).
 
         Raises:
-            AdapterError: no such adapter, one that is broken, or one for another base or hidden size.
+            AdapterError: no such adapter, one that is broken, one for another base or hidden size, or a folder under
+                the name "none".
             ModelError: the base cannot be loaded.
             ConfigError: a device, precision or engine that is not there.
         """
@@ -114,7 +115,8 @@ class SoftPromptModel:
         Raises:
             AdapterError: as of `from_pretrained`.
         """
-        name = adapter_name or str(folder)
+        name = str(folder) if adapter_name is None else adapter_name
+        check_name(name, folder)
         self._add(name, Tuned() if str(folder) == NONE else load(folder))
         return name
 
@@ -251,6 +253,7 @@ class SoftPromptModel:
         return posed(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
 
     def _scores(self, asked: Sequence[Posed], answers: Sequence[str]) -> list[list[float]]:
+        texts, rows = [one.ids for one in asked], [one.row for one in asked]
         templates = [one.tuned.template for one in asked]
-        examples = answer_examples([one.ids for one in asked], answers, templates, self.tokenizer)
+        examples = answer_examples(texts, rows, answers, templates, self.tokenizer)
         return log_likelihoods(self.engine, [one.tuned.prompt for one in asked], examples)

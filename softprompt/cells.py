@@ -71,12 +71,19 @@ def run_cells(plan: Sequence[Planned], on_step: Callable[[], None], on_cell: Cal
                 before: Evaluation | None = None
                 for one in of_rows:
                     watch = Unwatched(request, on_step)
-                    before = before or bench.evaluator(one)(None)
+                    before = before or _bare(bench.evaluator(one), str(one.cell.config.data.dataset))
                     result = bench.run(one, before, watch)
                     if watch.code is None:
                         on_cell(one, result)
                     if (code := request.exit_code) is not None:
                         raise Stopped("stopped; the same command goes on with the cells that are left", code)
+
+
+def _bare(evaluator: Evaluator, dataset: str) -> Evaluation:
+    """Of the base alone; what is to be known of the exact match is said."""
+    if evaluator.told:
+        print(f"{dataset}: {evaluator.told}")
+    return evaluator(None)
 
 
 class _Made(NamedTuple):
@@ -105,7 +112,10 @@ class _Bench:
         engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)
         generator = generator_beside(engine, self.base, one.material.tokenizer)
         batch_size = one.cell.config.training.per_device_eval_batch_size
-        return Evaluator(engine, generator, one.material.tokenizer, one.material.held_out, batch_size)
+        material = one.material
+        return Evaluator(
+            engine, generator, material.tokenizer, material.held_out, batch_size, material.held_out_missing
+        )
 
     def run(self, one: Planned, before: Evaluation, watch: Unwatched) -> Result:
         """Make one cell and write its folder, unless it was stopped. A run that ends without finite numbers is a
@@ -152,8 +162,16 @@ class _Bench:
         if any("error" in result["metrics"] for result in results):
             return _Made(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
         device, template = word_embeddings(self.base).weight.device, template_of(one.cell.config)
+        material = one.material
         members = [
-            Member(load_adapter(folder).prompt.to(device), template, one.material.held_out, result["answers"])
+            Member(
+                load_adapter(folder).prompt.to(device),
+                template,
+                material.held_out_rows,
+                material.held_out,
+                result["answers"],
+                material.held_out_missing,
+            )
             for folder, result in zip(one.members, results, strict=True)
         ]
         voting = one.cell.voting or "majority_vote"

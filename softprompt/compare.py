@@ -2,22 +2,22 @@
 F1 and which label was taken for which; on a plain text loss and perplexity."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from softprompt import mini
 from softprompt.adapters import Tuned
 from softprompt.confusion import Confusion
-from softprompt.data import Example, tokenize
+from softprompt.data import Tokenized, tokenize
 from softprompt.ensemble import joint_verdict
 from softprompt.errors import ConfigError, DataError
-from softprompt.evaluate import SHORT_ANSWER, Evaluation, Evaluator, answer_ids, expected_answer
+from softprompt.evaluate import Evaluation, Evaluator, are_short
 from softprompt.generate import Generator
 from softprompt.infer_config import Voting
 from softprompt.joint import Member, joint_evaluation, scores
 from softprompt.model import Engine
 from softprompt.passages import passages
-from softprompt.rows import Row, load_rows
+from softprompt.rows import Row, checked, load_rows
 from softprompt.scores import Verdict, check_choices, verdict
 from softprompt.tables import table
 from softprompt.template import Template
@@ -27,19 +27,23 @@ MOST_LABELS = 20  # among the answers; a file with more is no classification
 
 @dataclass(frozen=True)
 class Judged:
-    """What was found of an adapter: its examples with the answers they expect, and a verdict on each where the answers
-    are labels."""
+    """What was found of an adapter: the examples that it was judged by, their rows, the rows' own answers (as they are
+    shown), its evaluation, what a reader must know of these rows, and a verdict on each row where the answers are
+    labels."""
 
     tuned: Tuned
     template: Template
-    examples: Sequence[Example]
+    data: Tokenized
+    rows: Sequence[Row]
     expected: Sequence[str]
     evaluation: Evaluation
+    told: Sequence[str] = ()
     verdicts: Sequence[Verdict] | None = None
 
     @property
     def member(self) -> Member:
-        return Member(self.tuned.prompt, self.template, self.examples, self.evaluation.answers)
+        data, answers = self.data, self.evaluation.answers
+        return Member(self.tuned.prompt, self.template, self.rows, data.examples, answers, data.missing)
 
     @property
     def confusion(self) -> Confusion | None:
@@ -47,39 +51,78 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How rows are cut: the same for all adapters that are judged side by side, so that they are judged by the same
+    rows. `told` says which settings were taken where those of the adapters differ."""
+
+    max_length: int
+    truncation_side: str
+    told: Sequence[str] = ()
+
+
+def common_cut(adapters: Sequence[Tuned], max_length: int | None = None, truncation_side: str | None = None) -> Cut:
+    """What is given, else what the adapters were trained with. Where they differ, the largest length is taken, and the
+    question is what is cut: so the most answers are whole. The bare base counts only where there is nothing else."""
+    some = [one for one in adapters if one.prompt is not None] or list(adapters)
+    lengths = sorted({one.max_length for one in some})
+    sides = sorted({one.truncation_side for one in some})
+    taken = (max_length or lengths[-1], truncation_side or sides[0])
+    told = []
+    if max_length is None and len(lengths) > 1:
+        told.append(
+            f"the adapters were trained with --max_length {', '.join(map(str, lengths))}; all are judged with "
+            f"{taken[0]}, which --max_length changes"
+        )
+    if truncation_side is None and len(sides) > 1:
+        told.append(
+            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are judged with {taken[1]}, "
+            "which --truncation_side changes"
+        )
+    return Cut(*taken, told)
+
+
+@dataclass(frozen=True)
 class Judge:
     """What evaluates any adapter on the rows of `dataset`: a dataset as train.py takes it, mini:TASK, or a .txt, whose
     text stands behind the prompt as it is. Labels are the `choices`, else the answers that occur, where they are short
-    and at most 20. The bare base (whose prompt is None) is asked in the template of `like`."""
+    and at most 20. `columns` are for all adapters, over each one's own, which count as far as the dataset has them. The
+    bare base (whose prompt is None) is asked as `like`, in its template and with its columns."""
 
     engine: Engine
     generator: Generator
     tokenizer: Any
     dataset: str
-    max_length: int
+    cut: Cut
     batch_size: int
     choices: Sequence[str] | None
-    like: Template
+    like: Tuned
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, tuned: Tuned) -> Judged:
         """Raises DataError as of `rows.load_rows` and `data.tokenize`, or where no row's answer is among the choices;
         ConfigError for choices that are none, or that stand beside a plain text."""
-        template = self.like if tuned.prompt is None else tuned.template
+        like = self.like if tuned.prompt is None else tuned
+        template, length = like.template, self.cut.max_length
         if self.dataset.lower().endswith(".txt"):
             if self.choices is not None:
                 raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
-            examples = passages(self.dataset, self.tokenizer, self.max_length)
-            evaluator = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size)
-            return Judged(tuned, template, examples, [], evaluator(tuned.prompt))
-        examples = tokenize(self._rows(template), self.tokenizer, template, self.max_length).examples
-        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, examples, self.batch_size)
-        expected = [expected_answer(self.tokenizer, e) for e in examples]
-        labels = self._labels(examples, expected)
-        judged = Judged(tuned, template, examples, expected, evaluator(tuned.prompt))
+            examples = passages(self.dataset, self.tokenizer, length)
+            evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
+            data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
+            return Judged(tuned, template, data, [], [], evaluator(tuned.prompt))
+        read = self._rows(like)
+        data = tokenize(read, self.tokenizer, template, length, self.cut.truncation_side)
+        rows = [read[number] for number in data.kept]
+        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
+        answers = [template.own_answer(row) for row in rows]
+        expected = [answer.strip() for answer in answers]
+        labels = self._labels(data, answers)
+        told = [self._told(data), *([evaluator.told] if evaluator.told else [])]
+        judged = Judged(tuned, template, data, rows, expected, evaluator(tuned.prompt), told)
         if not labels:
             return judged
-        each = scores(self.engine, self.tokenizer, judged.member, labels)
-        return replace(judged, verdicts=[verdict(one, labels) for one in each])
+        each = scores(self.engine, self.tokenizer, judged.member, list(labels.values()))
+        return replace(judged, verdicts=[verdict(one, list(labels)) for one in each])
 
     def together(self, members: Sequence[Judged], voting: Voting | None) -> Judged:
         """The members' ensemble. Its loss is that of the mean of their likelihoods, row by row.
@@ -88,9 +131,10 @@ class Judge:
             ConfigError: members whose templates leave different rows.
         """
         first = members[0]
-        if any(one.expected != first.expected for one in members):
+        kept = [[(row, cut > 0) for row, cut in zip(one.data.kept, one.data.missing, strict=True)] for one in members]
+        if any(one != kept[0] for one in kept):
             raise ConfigError(
-                f"--ensemble: at --max_length {self.max_length} the adapters' templates keep different answers of "
+                f"--ensemble: at --max_length {self.cut.max_length} the adapters' templates keep different answers of "
                 f"{self.dataset}; give a larger one"
             )
         evaluation = joint_evaluation(
@@ -100,29 +144,41 @@ class Judge:
         if first.verdicts is not None:
             each = zip(*(one.verdicts or () for one in members), strict=True)
             verdicts = [joint_verdict(some, voting or "mean_likelihood") for some in each]
-        return Judged(first.tuned, first.template, first.examples, first.expected, evaluation, verdicts)
+        return replace(first, evaluation=evaluation, verdicts=verdicts)
 
-    def _labels(self, examples: Sequence[Example], expected: Sequence[str]) -> list[str]:
-        """None of them where the rows are no classification."""
+    def _labels(self, data: Tokenized, answers: Sequence[str]) -> dict[str, str]:
+        """The labels as they are shown, and as the rows have them, with the space that may stand before or behind; none
+        where the rows are no classification. `answers` are the rows' own."""
+        texts: dict[str, str] = {}
+        for answer in answers:
+            texts.setdefault(answer.strip(), answer)
         if self.choices is not None:
             check_choices(self.choices)
-            if not set(expected) & set(self.choices):
+            if not set(texts) & set(self.choices):
                 raise DataError(
                     f"--choices {','.join(self.choices)}: no row of {self.dataset} has one of them for its answer; the "
-                    f"first has {expected[0]!r:.80}"
+                    f"first has {next(iter(texts))!r:.80}"
                 )
-            return list(self.choices)
-        labels = list(dict.fromkeys(expected))
-        short = max(len(answer_ids(e)) for e in examples) <= SHORT_ANSWER
-        return labels if short and 2 <= len(labels) <= MOST_LABELS and all(labels) else []
+            return {choice: texts.get(choice, choice) for choice in self.choices}
+        short = are_short(data.examples, data.missing)
+        return texts if short and 2 <= len(texts) <= MOST_LABELS and all(texts) else {}
 
-    def _rows(self, template: Template) -> list[Row]:
+    def _rows(self, like: Tuned) -> list[Row]:
         task = self.dataset.removeprefix("mini:")
-        return mini.rows(task, "eval") if task != self.dataset else load_rows(self.dataset, template, {})
+        if task != self.dataset:
+            made = enumerate(mini.rows(task, "eval"), start=1)
+            return [checked(f"{self.dataset}, row {number}", row, like.template) for number, row in made]
+        return load_rows(self.dataset, like.template, self.columns, usual_columns=like.columns)
+
+    def _told(self, data: Tokenized) -> str:
+        cut, n = self.cut, len(data.examples)
+        rows = data.described(f"{n:,}{f' of {data.rows:,}' if n < data.rows else ''} rows")
+        return f"{self.dataset} at --max_length {cut.max_length} --truncation_side {cut.truncation_side}: {rows}"
 
 
-def report(found: Mapping[str, Judged]) -> str:
-    """Adapters as columns, figures that some have as rows, then each adapter's confusion."""
+def report(found: Mapping[str, Judged], told: Sequence[str] = ()) -> str:
+    """Adapters as columns, figures that some have as rows, then what is to be known of the rows, and each adapter's
+    confusion. `told` is what is to be known besides."""
     figures: dict[str, list[str]] = {}
     for one in found.values():
         evaluation, confusion = one.evaluation, one.confusion
@@ -138,8 +194,18 @@ def report(found: Mapping[str, Judged]) -> str:
             figures.setdefault(name, []).append(value)
     kept = {name: values for name, values in figures.items() if set(values) != {"–"}}
     shown = [table([["", *found], *([name, *values] for name, values in kept.items())])]
+    if said := [*_told_of_rows(found), *told]:
+        shown.append("\n".join(said))
     shown += [f"{name}:\n{one.confusion}" for name, one in found.items() if one.confusion]
     return "\n\n".join([*shown, *_told_of_others(next(iter(found.values())))])
+
+
+def _told_of_rows(found: Mapping[str, Judged]) -> list[str]:
+    """Once where it is the same of all adapters, else with the adapter's name."""
+    different = {tuple(one.told) for one in found.values()}
+    if len(different) == 1:
+        return list(different.pop())
+    return [f"{name}: {sentence}" for name, one in found.items() for sentence in one.told]
 
 
 def _told_of_others(one: Judged) -> list[str]:

@@ -23,9 +23,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples that have a target, and what was found on the way to them; `cache` is the file they were read from."""
+    """Examples that have a target, and what was found on the way to them. Of each example, `kept` holds its row's
+    number (from 0) and `missing` the tokens of its answer that were cut off, 0 where the answer is whole; `cache` is
+    the file they were read from."""
 
     examples: list[Example]
+    kept: list[int]
+    missing: list[int]
     rows: int
     cut: int
     without_target: int
@@ -33,9 +37,13 @@ class Tokenized:
     cache: str | None = None
 
     def __str__(self) -> str:
+        return self.described(f"{len(self.examples):,} rows")
+
+    def described(self, rows: str) -> str:
+        """`rows` say how many these are."""
         tokens = sum(len(e.input_ids) for e in self.examples)
         targets = sum(map(count_targets, self.examples))
-        parts = [f"{len(self.examples):,} rows, {tokens:,} tokens, {targets:,} of them targets"]
+        parts = [f"{rows}, {tokens:,} tokens, {targets:,} of them targets"]
         parts += found_on_the_way(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
@@ -85,21 +93,23 @@ def tokenize(
         encoded += encode(chunk, places, tokenizer, template, max_length, truncation_side)
         bar.update(len(chunk))
     bar.close()
-    kept = [e.example for e in encoded if count_targets(e.example)]
+    kept = [number for number, e in enumerate(encoded) if count_targets(e.example)]
     if not kept:
         raise no_targets(min(e.asked for e in encoded), max_length)
+    examples, missing = [encoded[n].example for n in kept], [encoded[n].missing for n in kept]
     cut, empty = sum(e.cut for e in encoded), sum(e.empty for e in encoded)
-    return Tokenized(kept, len(rows), cut, len(encoded) - len(kept), empty)
+    return Tokenized(examples, kept, missing, len(rows), cut, len(encoded) - len(kept), empty)
 
 
 class Encoded(NamedTuple):
-    """A row's example, with or without a target; whether it was cut, whether its answer is empty, and the tokens of its
-    prompt before any cut."""
+    """A row's example, with or without a target; whether it was cut, whether its answer is empty, the tokens of its
+    prompt before any cut, and those of its answer that were cut off."""
 
     example: Example
     cut: bool
     empty: bool
     asked: int
+    missing: int = 0
 
 
 def encode(
@@ -126,7 +136,8 @@ def encode(
         if cut and truncation_side == "input":
             prompt = _shortened(row, tokenizer, template, special, max_length - len(answer))
         empty = text == tokenizer.eos_token
-        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked))
+        missing = min(len(answer), max(0, len(prompt) + len(answer) - max_length))
+        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked, missing))
     return encoded
 
 

@@ -1,4 +1,4 @@
-"""Held-out rows: loss and perplexity over all their targets, and exact match where the answers are short."""
+"""Held-out rows: loss and perplexity over all their targets, and exact match over whole answers where all are short."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt.data import IGNORE, Example
+from softprompt.data import IGNORE, Example, count_targets
 from softprompt.generate import Generator, in_order
 from softprompt.model import Engine
 from softprompt.requests import GenerationSettings, Request
@@ -17,11 +17,14 @@ SHORT_ANSWER = 32  # tokens, the end token among them
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over all targets of the rows; `answers` are greedy, and absent where some answer is long."""
+    """`loss` is the mean over all targets of the rows. `answers` are greedy ones to all rows, and `exact_match` is the
+    share that is right among the `compared` rows, those whose expected answer is whole; both are None where answers are
+    not compared."""
 
     loss: float
     answers: list[str] | None
     exact_match: float | None
+    compared: int = 0
 
     @property
     def perplexity(self) -> float | None:
@@ -29,8 +32,11 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else None
 
     def metrics(self, suffix: str = "") -> dict[str, float | None]:
-        """Under Trainer's names: eval_loss, eval_perplexity, eval_exact_match."""
+        """Under Trainer's names: eval_loss, eval_perplexity, eval_exact_match, and eval_exact_match_rows where not all
+        rows were compared."""
+        some = self.compared if self.answers and self.compared < len(self.answers) else None
         named = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
+        named["exact_match_rows"] = some
         # a comparison that does not apply has no entry, nor has what JSON cannot hold
         return {f"eval_{name}{suffix}": v for name, v in named.items() if v is not None and math.isfinite(v)}
 
@@ -38,18 +44,41 @@ class Evaluation:
 @dataclass(frozen=True)
 class Evaluator:
     """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together, and none
-    without a generator."""
+    without a generator. `missing` counts the tokens that each row's answer has lost, as in `data.Tokenized`; when it is
+    empty, all answers are whole."""
 
     engine: Engine
     generator: Generator | None
     tokenizer: Any
     examples: Sequence[Example]
     batch_size: int
+    missing: Sequence[int] = ()
 
     @property
     def compares_answers(self) -> bool:
-        """Whether there are any, and they are short."""
-        return self.generator is not None and max(len(answer_ids(e)) for e in self.examples) <= SHORT_ANSWER
+        """Whether answers can be written, all expected ones are short, and some of these are whole."""
+        return self.generator is not None and are_short(self.examples, self.missing) and self._whole > 0
+
+    @property
+    def _whole(self) -> int:
+        """Rows whose answer is whole."""
+        return len(self.examples) - sum(n > 0 for n in self.missing)
+
+    @property
+    def told(self) -> str | None:
+        """A sentence on the exact match where it is not that of all rows; None where it is, or where no answer can be
+        written."""
+        n, whole = len(self.examples), self._whole
+        if self.generator is None or (self.compares_answers and whole == n):
+            return None
+        if self.compares_answers:
+            return f"exact match over the {whole:,} of {n:,} rows whose answer is whole; max_length cuts the others"
+        if not whole:
+            short = are_short(self.examples, self.missing)  # else answers are not compared as wholes either
+            hint = " (a larger --max_length keeps them)" if short else ""
+            return f"no exact match: max_length cuts the answers of all {n:,} rows{hint}"
+        long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
+        return f"no exact match: {long:,} of {n:,} answers have more than {SHORT_ANSWER} tokens"
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
@@ -57,15 +86,24 @@ class Evaluator:
         loss = loss_sum.item() / targets
         if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
-        answers = self._answers(self.generator, prompt)
-        expected = [expected_answer(self.tokenizer, e) for e in self.examples]
-        right = sum(a == b for a, b in zip(answers, expected, strict=True))
-        return Evaluation(loss, answers, right / len(expected))
+        return compared(loss, self._answers(self.generator, prompt), self.examples, self.missing, self.tokenizer)
 
     def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False)
         requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
         return [text_of(self.tokenizer, ids) for ids in in_order(generator.generate(requests, self.batch_size))]
+
+
+def compared(
+    loss: float, answers: list[str], examples: Sequence[Example], missing: Sequence[int], tokenizer: Any
+) -> Evaluation:
+    """The evaluation of answers to rows, of which those are compared whose expected answer is whole."""
+    each = zip(answers, examples, missing or [0] * len(examples), strict=True)
+    whole = [(answer, example) for answer, example, cut_off in each if not cut_off]
+    if not whole:
+        return Evaluation(loss, None, None)
+    right = sum(answer == expected_answer(tokenizer, example) for answer, example in whole)
+    return Evaluation(loss, answers, right / len(whole), len(whole))
 
 
 def question_ids(example: Example) -> list[int]:
@@ -81,6 +119,17 @@ def expected_answer(tokenizer: Any, example: Example) -> str:
 def answer_ids(example: Example) -> list[int]:
     """Ids of a row's targets."""
     return [label for label in example.labels if label != IGNORE]
+
+
+def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> list[int]:
+    """Tokens of each row's whole answer, those that were cut off among them."""
+    each = zip(examples, missing or [0] * len(examples), strict=True)
+    return [count_targets(example) + cut_off for example, cut_off in each]
+
+
+def are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
+    """Whether all answers of the rows are, as wholes."""
+    return max(answer_lengths(examples, missing)) <= SHORT_ANSWER
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

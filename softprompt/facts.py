@@ -96,7 +96,8 @@ def examples_of(
     """The first rows, and what the bare base and the tuned one answer: held-out rows where there are any. Short answers
     were compared already; long ones are written now, the beginning of each, by a `generator` of this process alone."""
     held_out = run.held_out is not None
-    examples = (run.held_out or run.data).examples
+    data = run.held_out or run.data
+    examples = data.examples
     compared = bool(before and after and before.answers and after.answers)
     found: Facts = {"of": "held-out" if held_out else "training", "compared": compared, "rows": []}
     if before and after and before.answers and after.answers:
@@ -106,8 +107,9 @@ def examples_of(
         found["new_tokens"] = NEW_TOKENS
     else:
         return {**found, "left_out": "with this base each token of an answer would read or gather the base once more"}
-    for example, (alone, tuned) in zip(examples, answers, strict=False):
+    for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
         question, expected = (_text(run.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
+        expected += "…" if cut_off else ""
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})
     return found
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from softprompt.errors import ConfigError
-from softprompt.faults import bits_faults, parse_labels, precision_faults, seed_faults
+from softprompt.faults import bits_faults, parse_columns, parse_labels, precision_faults, seed_faults
 from softprompt.fields import build, hints, option, type_faults
 
 Voting = Literal["majority_vote", "mean_likelihood"]
@@ -36,6 +36,16 @@ class QuestionArguments:
         "Evaluate every --adapter, side by side, on a file of rows with answers (a dataset as train.py takes it), or "
         "on the plain text of a .txt: its perplexity in passages of --max_length tokens.",
     )
+    truncation_side: Literal["output", "input"] | None = option(
+        None,
+        "--eval_dataset: what is cut of a row that is longer than --max_length, as train.py has it. (default: as the "
+        "adapter was trained, else output)",
+    )
+    columns: str | None = option(
+        None,
+        "--eval_dataset: other column names, as OURS=THEIRS pairs: instruction=question,output=answer. (default: those "
+        "that the adapter was trained with, where the dataset has them)",
+    )
     ensemble: bool = option(False, "All --adapter, prompts of one task, answer together: one answer to each question.")
     voting: Voting | None = option(
         None,
@@ -47,6 +57,10 @@ class QuestionArguments:
     @property
     def choice_list(self) -> list[str] | None:
         return None if self.choices is None else parse_labels(self.choices)
+
+    @property
+    def column_map(self) -> dict[str, str]:
+        return parse_columns(self.columns)
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,11 @@ class GenerationArguments:
 
     _argument_group_name: ClassVar[str] = "generation"
 
-    max_length: int | None = option(None, "Tokens of prompt and answer; virtual ones do not count. (default: 256)")
+    max_length: int | None = option(
+        None,
+        "Tokens of prompt and answer; virtual ones do not count. (default: 256; with --eval_dataset as the adapter was "
+        "trained)",
+    )
     max_new_tokens: int | None = option(None, "Tokens of the answer alone; wins over --max_length.")
     do_sample: bool | None = option(
         None, "Sample; `--do_sample false` is greedy. (default: true; the mini base: false)"
@@ -134,11 +152,26 @@ def infer_config(**given: Any) -> InferConfig:
         faults.append("--ensemble needs two or more --adapter, prompts of one task")
     if question.ensemble and not asked:
         faults.append("--ensemble goes with --prompt, --prompts_file or --eval_dataset")
+    faults += _rows_faults(question)
     if question.voting is not None and not question.ensemble:
         faults.append("--voting goes with --ensemble")
     if faults:
         raise ConfigError("; ".join(faults))
     return config
+
+
+def _rows_faults(question: QuestionArguments) -> list[str]:
+    """What is wrong with the settings of how the rows of --eval_dataset are read."""
+    given = [name for name in ("truncation_side", "columns") if getattr(question, name) is not None]
+    if given and question.eval_dataset is None:
+        return [f"--{name} goes with --eval_dataset" for name in given]
+    if given and question.eval_dataset is not None and question.eval_dataset.lower().endswith(".txt"):
+        return [f"--{name} is for rows, and {question.eval_dataset} is a plain text; leave it out" for name in given]
+    try:
+        parse_columns(question.columns)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def generation_faults(values: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from softprompt.answers_file import AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
 from softprompt.chat import Chat
 from softprompt.cli import parse_setting
-from softprompt.compare import Judge, report
+from softprompt.compare import Judge, common_cut, report
 from softprompt.errors import AdapterError, ConfigError, DataError
 from softprompt.faults import bits_of
 from softprompt.fields import is_text
@@ -164,21 +164,26 @@ def _found(
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> str:
-    tuned = model.adapters.values()
+    """The report on all adapters, side by side. Rows are read and cut as in the adapters' training, unless flags say
+    otherwise."""
+    tuned, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
+    cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
     judge = Judge(
         model.engine,
         model.generator,
         model.tokenizer,
-        str(config.question.eval_dataset),
-        config.generation.max_length or 256,
+        dataset,
+        cut,
         config.generation.batch_size,
-        config.question.choice_list,
-        next((each.template for each in tuned if each.prompt is not None), model.template),
+        question.choice_list,
+        next((each for each in tuned if each.prompt is not None), model.adapters[model.active_adapter]),
+        question.column_map,
     )
     found = {name: judge(each) for name, each in model.adapters.items()}
-    if config.question.ensemble:
-        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), config.question.voting)
-    return report(found)
+    if question.ensemble:
+        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), question.voting)
+    passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
+    return report(found, [*cut.told, *([f"passages of --max_length {cut.max_length} tokens"] if passages else [])])
 
 
 def chat(config: InferConfig, model: SoftPromptModel) -> None:

@@ -10,22 +10,26 @@ from torch import Tensor
 
 from softprompt.data import Example, count_targets
 from softprompt.ensemble import elected
-from softprompt.evaluate import Evaluation, expected_answer, question_ids
+from softprompt.evaluate import Evaluation, compared, question_ids
 from softprompt.infer_config import Voting
 from softprompt.model import Engine
+from softprompt.rows import Row
 from softprompt.scores import answer_examples, log_likelihoods
 from softprompt.template import Template
 
 
 @dataclass(frozen=True)
 class Member:
-    """A prompt [P, H] (None: the bare base), the rows as its template makes them, and its answers to them, which are
-    absent where some are long."""
+    """A prompt [P, H] (None: the bare base), the rows, the examples that its template makes of them, its answers to
+    them, which are absent where answers are not compared, and what is `missing` of the expected ones, as of
+    `data.Tokenized`."""
 
     prompt: Tensor | None
     template: Template
+    rows: Sequence[Row]
     examples: Sequence[Example]
     answers: Sequence[str] | None
+    missing: Sequence[int] = ()
 
 
 def joint_evaluation(
@@ -43,8 +47,7 @@ def joint_evaluation(
         elected(texts, voting, partial(_of_members, engine, tokenizer, members, row))
         for row, texts in enumerate(zip(*(a for a in given if a is not None), strict=True))
     ]
-    right = [a == expected_answer(tokenizer, e) for a, e in zip(answers, examples, strict=True)]
-    return Evaluation(loss, answers, sum(right) / len(right))
+    return compared(loss, answers, examples, members[0].missing, tokenizer)
 
 
 def scores(
@@ -52,7 +55,7 @@ def scores(
 ) -> list[list[float]]:
     """The log-likelihood of each of the answers behind each of the rows."""
     texts = [question_ids(e) for e in member.examples[rows]]
-    behind = answer_examples(texts, answers, [member.template] * len(texts), tokenizer)
+    behind = answer_examples(texts, member.rows[rows], answers, [member.template] * len(texts), tokenizer)
     return log_likelihoods(engine, [member.prompt] * len(texts), behind)
 
 

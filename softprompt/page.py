@@ -33,6 +33,7 @@ FIGURES = {  # of all_results.json
     "eval_loss": ("held-out loss", "{:.4f}"),
     "eval_perplexity": ("perplexity", "{:,.4g}"),
     "eval_exact_match": ("exact match", "{:.1%}"),
+    "eval_exact_match_rows": ("rows of the exact match (whole answers)", "{:,}"),
     "train_loss": ("training loss, mean", "{:.4f}"),
     "train_runtime": ("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": ("tokens per second", "{:,.0f}"),

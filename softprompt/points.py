@@ -15,9 +15,9 @@ OF_A_KIND = ("trained", "voting", "seeds")
 @dataclass(frozen=True)
 class Point:
     """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
-    whose number shows whether losses per target can be compared. An ensemble has a `voting` and several `members`, and
-    is not `trained`. `start` is the text or the labels that the prompt starts from, and `context` all that no claim is
-    about."""
+    whose number shows whether losses per target can be compared; `exact_match_rows` is None where the exact match is
+    over all rows. An ensemble has a `voting` and several `members`, and is not `trained`. `start` is the text or the
+    labels that the prompt starts from, and `context` all that no claim is about."""
 
     base: str
     parameters: int
@@ -37,6 +37,7 @@ class Point:
     targets: int
     start: str
     context: str
+    exact_match_rows: int | None = None
 
 
 Key = Callable[[Point], Any]
@@ -67,6 +68,7 @@ def point(result: Mapping[str, Any]) -> Point:
         result["held_out_targets"],
         start,
         json.dumps(context, sort_keys=True),
+        metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
     )
 
 

@@ -217,7 +217,9 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
     batch_size = config.training.per_device_eval_batch_size
-    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size)
+    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
+    if evaluator.told:
+        print(f"Held out: {evaluator.told}")
     _check_metric(config, evaluator)
     return evaluator
 
@@ -255,5 +257,5 @@ def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
             f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
-            f"ones have at most {SHORT_ANSWER} tokens, and not with --stream_base; take eval_loss"
+            f"ones have at most {SHORT_ANSWER} tokens and some are whole, and not with --stream_base; take eval_loss"
         )

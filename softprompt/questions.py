@@ -8,7 +8,7 @@ from softprompt.errors import ConfigError, DataError
 from softprompt.fields import AUTO, is_text
 from softprompt.infer_config import generation_faults
 from softprompt.requests import GenerationSettings
-from softprompt.rows import question
+from softprompt.rows import Row, question
 from softprompt.template import Template
 
 Question = str | Mapping[str, Any]  # a text, or a row with the template's columns
@@ -33,22 +33,26 @@ def merged_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Gener
     return GenerationSettings(**{**merged, **several})
 
 
-def token_ids(place: str, asked: Question, template: Template, tokenizer: Any) -> list[int]:
-    """The prompt text's token ids, at least one; `place` names the question in messages.
+def encoded(place: str, asked: Question, template: Template, tokenizer: Any) -> tuple[Row, list[int]]:
+    """The question as a checked row, and the token ids of its prompt text, at least one; `place` names the question in
+    messages.
 
     Raises:
-        DataError: no text and no row, or a row without the template's columns.
+        DataError: no text and no row, a row without the template's columns, or one that a chat template refuses.
         ConfigError: a template that a text alone does not fill, or a question without a token.
     """
     if not isinstance(asked, Mapping) and not is_text(asked):
         raise DataError(f"{place} is no text and no row: {asked!r:.80}")
     is_row = isinstance(asked, Mapping)
     row = question(place, dict(asked), template) if is_row else told_of(place, template.row, asked)
-    text = template.render(row, tokenizer)
+    try:
+        text = template.render(row, tokenizer)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
     ids = tokenizer(text, add_special_tokens=template.spec != "chat", verbose=False)["input_ids"]
     if not ids:
         raise ConfigError(f"{place} is empty: the template makes no token of it; write something")
-    return ids
+    return row, ids
 
 
 def told_of(place: str, run: Callable[[Any], Any], value: Any) -> Any:

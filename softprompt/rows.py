@@ -1,7 +1,8 @@
 """Dataset → checked rows. A row is a dict of texts; every fault names the file and the line or row it stands in."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,26 @@ Row = dict[str, Any]
 
 
 def load_rows(
-    source: str, template: Template, columns: dict[str, str], *, config_name: str | None = None, split: str = "train"
+    source: str,
+    template: Template,
+    columns: Mapping[str, str],
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    usual_columns: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Read and check every row of `source` (see `--dataset`), its columns renamed by `columns` (ours → theirs).
+    `usual_columns` are those of another dataset: they count where `columns` say nothing and the first row has THEIRS.
 
     Raises:
         DataError: nothing there, an unreadable format, no rows, a row without a text that template or answer need.
     """
-    placed = ((f"{source}, {where}", row) for where, row in read(source, config_name, split))
+    placed: Iterator[tuple[str, Any]] = ((f"{source}, {where}", row) for where, row in read(source, config_name, split))
+    if usual_columns:
+        first = next(placed, None)
+        placed = chain([] if first is None else [first], placed)
+        there = first[1] if first is not None and isinstance(first[1], dict) else {}
+        columns = {**{ours: theirs for ours, theirs in usual_columns.items() if theirs in there}, **columns}
     rows = checked_rows(source, placed, template, columns)
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one with instruction and output")

@@ -1,6 +1,6 @@
 """How likely given answers are: the sum of their tokens' log-probabilities, and the likelier of several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,24 +30,28 @@ def check_choices(choices: Sequence[str]) -> None:
 
 
 def answer_examples(
-    texts: Sequence[Sequence[int]], answers: Sequence[str], templates: Sequence[Template], tokenizer: Any
+    texts: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[str],
+    templates: Sequence[Template],
+    tokenizer: Any,
 ) -> list[list[Example]]:
-    """Every text, which has a template of its own, with every answer behind it, as training joins them: the answer's
-    tokens and its end are targets."""
-    if not answers:
+    """Each text with each of the answers behind it, as training joins them: the answer's tokens and its end are
+    targets. `texts` are the token ids that the `templates`, one for each text, make of the `rows`; an answer stands in
+    the place of the row's own.
+
+    Raises:
+        DataError: a chat template refuses an answer.
+    """
+    if not answers or not texts:
         return [[] for _ in texts]
-    row = {"instruction": "", "input": ""}
-    ends = {
-        template: tokenizer(
-            [template.answer({**row, "output": answer}, tokenizer) for answer in answers],
-            add_special_tokens=False,
-            verbose=False,
-        )["input_ids"]
-        for template in dict.fromkeys(templates)
-    }
+    of_rows = zip(rows, templates, strict=True)
+    behind = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in of_rows]
+    different = list(dict.fromkeys(end for ends in behind for end in ends))
+    ids = dict(zip(different, tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
     return [
-        [Example([*text, *end], [IGNORE] * len(text) + list(end)) for end in ends[template]]
-        for text, template in zip(texts, templates, strict=True)
+        [Example([*text, *ids[end]], [IGNORE] * len(text) + list(ids[end])) for end in ends]
+        for text, ends in zip(texts, behind, strict=True)
     ]
 
 

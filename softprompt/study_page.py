@@ -76,13 +76,18 @@ def page(
 def _bare(p: Point, shown: Sequence[str]) -> list[str]:
     """The line of a base and a dataset without a prompt."""
     told = {"base": p.base, "dataset": p.dataset, "start": "no prompt"}
-    exact = f"{p.base_exact_match:.1%}" if p.base_exact_match is not None else ""
+    exact = f"{p.base_exact_match:.1%}{_of_rows(p)}" if p.base_exact_match is not None else ""
     return [*(told.get(name, "") for name in shown), "", f"{p.base_loss:.4f}", exact]
 
 
 def _exact(same: Sequence[Point]) -> str:
     values = [p.exact_match for p in same if p.exact_match is not None]
-    return _spread(values, "{:.1%}") if len(values) == len(same) else ""
+    return _spread(values, "{:.1%}") + _of_rows(same[0]) if values and len(values) == len(same) else ""
+
+
+def _of_rows(p: Point) -> str:
+    """Over how many rows an exact match is, where it is not over all."""
+    return "" if p.exact_match_rows is None else f" of {p.exact_match_rows:,} rows"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

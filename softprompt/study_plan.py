@@ -5,11 +5,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from softprompt.arguments import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
 from softprompt.build import base_path, initialiser
-from softprompt.data import Example
+from softprompt.data import Example, Tokenized
 from softprompt.engines import trains_packed
 from softprompt.errors import ConfigError, ModelError
 from softprompt.feed import total_steps
@@ -17,6 +17,7 @@ from softprompt.fingerprints import fingerprint_of_files, fingerprint_of_rows, f
 from softprompt.grid import Cell, Study, refuse
 from softprompt.intake import Rows, read_rows, template_of, tokenize_rows
 from softprompt.model import from_hub_or_folder, load_tokenizer, resolve_device, weight_files
+from softprompt.rows import Row
 
 MOST_LETTERS = 100  # of a folder's name, before its hash
 
@@ -24,12 +25,15 @@ MOST_LETTERS = 100  # of a folder's name, before its hash
 @dataclass(frozen=True)
 class Material:
     """What cells over the same base and rows share: the base's configuration and tokenizer, examples to train on and
-    held-out ones, and the fingerprints of all that is in files."""
+    held-out ones, the rows that the latter were made of and what is missing of their answers (as of `data.Tokenized`),
+    and the fingerprints of all that is in files."""
 
     base_config: Any
     tokenizer: Any
     examples: list[Example]
     held_out: list[Example]
+    held_out_rows: list[Row]
+    held_out_missing: list[int]
     fingerprints: dict[str, str]
 
 
@@ -69,13 +73,23 @@ def planned(study: Study) -> list[Planned]:
     return list(found.values())
 
 
+class _Examples(NamedTuple):
+    """What a tokenizer makes of a dataset: examples to train on, held-out ones with their rows, and the fingerprint of
+    all rows."""
+
+    data: Tokenized
+    held_out: Tokenized | None
+    held_out_rows: list[Row]
+    fingerprint: str
+
+
 class _Shelf:
     """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer."""
 
     def __init__(self) -> None:
         self.bases: dict[str, tuple[Any, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], tuple[list[Example], list[Example], str]] = {}
+        self.tokenized: dict[tuple[DataArguments, str], _Examples] = {}
 
     def material(self, cell: Cell) -> Material:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
@@ -90,9 +104,11 @@ class _Shelf:
         if key not in self.tokenized:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
             of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
-            self.tokenized[key] = (data.examples, of_held_out.examples if of_held_out else [], of_rows)
-        examples, held_out_examples, of_rows = self.tokenized[key]
-        return Material(base_config, tokenizer, examples, held_out_examples, {**prints, "dataset": of_rows})
+            kept = [rows.held_out[number] for number in of_held_out.kept] if of_held_out else []
+            self.tokenized[key] = _Examples(data, of_held_out, kept, of_rows)
+        data, of_held_out, kept, of_rows = self.tokenized[key]
+        held_out = (of_held_out.examples, kept, of_held_out.missing) if of_held_out else ([], [], [])
+        return Material(base_config, tokenizer, data.examples, *held_out, {**prints, "dataset": of_rows})
 
 
 def _base(name: str) -> tuple[Any, Any, dict[str, str]]:

@@ -34,7 +34,9 @@ def _figures(run: Run) -> str:
     metrics = run.metrics
     rows = [("", "base alone", "with prompt")]
     if "eval_exact_match" in metrics and "eval_exact_match_base" in metrics:
-        rows.append(("exact match", f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
+        some = metrics.get("eval_exact_match_rows")
+        name = f"exact match of {some:,} rows" if some else "exact match"
+        rows.append((name, f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
     if "eval_loss" in metrics and "eval_loss_base" in metrics:
         rows.append(("held-out loss", f"{metrics['eval_loss_base']:.4f}", f"{metrics['eval_loss']:.4f}"))
     else:

@@ -1,7 +1,7 @@
 """How a row becomes prompt text. The same object renders training rows and, saved beside the adapter, new prompts."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +92,30 @@ class Template:
         text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
         return text.format_map({name: row[name] for name in self.fields})
 
-    def answer(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Text that the model is to produce, its end mark included."""
+    def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
+        """Text that the model is to produce, its end mark included: the row's own answer, or `text` in its place.
+
+        Raises:
+            DataError: a chat template that refuses the messages, or does not continue its own generation prompt.
+        """
         if self.spec != CHAT:
-            return row["output"] + tokenizer.eos_token
+            return (row["output"] if text is None else text) + tokenizer.eos_token
+        if text is None:
+            return self._continued(row, answer_message(row), tokenizer)
+        said = self._continued(row, {"role": "assistant", "content": text}, tokenizer)
+        added = said.partition(text)[0].strip() if text else ""
+        if added and text.startswith(added):  # generated text has what the template puts before an answer (<think> …)
+            return self.answer(row, tokenizer, text.removeprefix(added).strip())
+        return said
+
+    def own_answer(self, row: Mapping[str, Any]) -> str:
+        """The text of a row's answer as the row has it."""
+        return answer_message(row)["content"] if self.spec == CHAT else row["output"]
+
+    def _continued(self, row: Mapping[str, Any], answer: Mapping[str, str], tokenizer: Any) -> str:
+        """What a chat template puts behind its generation prompt for this answer."""
         prompt = self.render(row, tokenizer)
-        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer_message(row)])
+        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer])
         if not whole.startswith(prompt):
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
@@ -126,10 +144,10 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, str]:
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer[-1]
 
 
-def _apply_chat(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
+def _apply_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
     if not tokenizer.chat_template:
         raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
     except Exception as error:  # templates raise whatever they like, TemplateError for a forbidden role for one
         raise DataError(f"the tokenizer's chat template refuses a row: {error}") from None

@@ -1,7 +1,8 @@
 """Token ids of large datasets, kept by content: the same rows, template, tokenizer and cuts are tokenised once.
 
-A file of the cache is safetensors: `ids` [all tokens] int32, and of each example `lengths` [rows] int32 and `asked`
-[rows] int32, the tokens before its first target; the counts of `Tokenized` and a checksum are its metadata.
+A file of the cache is safetensors: `ids` [all tokens] int32, and of each example (all [rows] int32) `lengths`, `asked`,
+the tokens before its first target, `missing`, the tokens of its answer that were cut off, and `kept`, its row's number;
+the counts of `Tokenized` and a checksum are its metadata.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from softprompt.files import cache_dir, write_files
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
-VERSION = "2"  # of the format, and of what `tokenize` does
-ARRAYS = ("ids", "lengths", "asked")
+VERSION = "3"  # of the format, and of what `tokenize` does
+ARRAYS = ("ids", "lengths", "asked", "missing", "kept")
 COUNTS = ("rows", "cut", "without_target", "empty_answers")
 
 
@@ -67,10 +68,11 @@ def _read(path: Path) -> Tokenized | None:
             arrays = [file.get_tensor(name) for name in ARRAYS]
         if metadata["sha256"] != _checksum(arrays, metadata):
             return None
-        ids, lengths, asked = arrays
+        ids, lengths, asked, missing, kept = arrays
         rows = np.split(ids, lengths.cumsum()[:-1])
         examples = [_example(row.tolist(), int(n)) for row, n in zip(rows, asked, strict=True)]
-        return Tokenized(examples, **{name: int(metadata[name]) for name in COUNTS})
+        counts = {name: int(metadata[name]) for name in COUNTS}
+        return Tokenized(examples, kept.tolist(), missing.tolist(), **counts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -89,7 +91,8 @@ def _example(ids: list[int], asked: int) -> Example:
 def _keep(path: Path, made: Tokenized) -> None:
     ids = [token for e in made.examples for token in e.input_ids]
     asked = [next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in made.examples]
-    arrays = [np.array(values, dtype=np.int32) for values in (ids, [len(e.input_ids) for e in made.examples], asked)]
+    lengths = [len(e.input_ids) for e in made.examples]
+    arrays = [np.array(values, dtype=np.int32) for values in (ids, lengths, asked, made.missing, made.kept)]
     metadata = {name: str(getattr(made, name)) for name in COUNTS}
     metadata["sha256"] = _checksum(arrays, metadata)
     try:

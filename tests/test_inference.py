@@ -296,7 +296,7 @@ def test_choices(place, capsys, monkeypatch):
 
 def test_an_answer_that_is_scored_has_its_end(tokenizer):
     """As in training; else a label would be at least as likely as any longer one that begins with it."""
-    ((one, two),) = answer_examples([[9, 8]], ["ok", "正面"], [Template()], tokenizer)
+    ((one, two),) = answer_examples([[9, 8]], [{"instruction": ""}], ["ok", "正面"], [Template()], tokenizer)
     assert one.input_ids == [9, 8, *tokenizer("ok")["input_ids"], tokenizer.eos_token_id]
     assert two.labels == [-100, -100, *tokenizer("正面")["input_ids"], tokenizer.eos_token_id]
 
