@@ -34,7 +34,8 @@ def check_kind(place: Path, config: Mapping[str, Any]) -> None:
     if kind != KIND:
         reason = REASONS.get(kind, INSIDE) if kind and isinstance(kind, str) else "this names no kind"
         raise AdapterError(
-            f"{place}: peft_type is {kind!r:.80}, expected {KIND!r}; adapters of other kinds are for PEFT itself: {reason}"
+            f"{place}: peft_type is {kind!r:.80}, expected {KIND!r}; adapters of other kinds are for PEFT itself: "
+            f"{reason}"
         )
     if task not in (None, TASK):
         reason = TASKS.get(task, "it is no causal language model's") if isinstance(task, str) else "that is no task"
