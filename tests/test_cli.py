@@ -164,7 +164,7 @@ SPOILED = {
     "no such base": (lambda f: setting(f, "adapter_config.json", base_model_name_or_path="/none"), "'/none': no such"),
     "a template's type": (lambda f: setting(f, "softprompt.json", template=3), "template 3 is not a text"),
     "a setting's type": (lambda f: setting(f, "softprompt.json", generation={"top_k": "x"}), "--top_k 'x' is not a wh"),
-    "a setting's name": (lambda f: setting(f, "softprompt.json", generation={"beams": 1}), "unknown among generation"),
+    "a setting's name": (lambda f: setting(f, "softprompt.json", generation={"beams": 1}), "unknown generation"),
     "a setting's size": (lambda f: setting(f, "softprompt.json", generation={"top_p": 3}), "--top_p 3 must lie above"),
     "settings not JSON": (lambda f: (f / "softprompt.json").write_text("{"), "softprompt.json: cannot be read as JSON"),
 }

@@ -144,7 +144,7 @@ def test_three_lines_of_python(tiny_base, tmp_path):
     model = softprompt.SoftPromptModel.from_pretrained(str(tiny_base), run.output_dir, bf16=True)
     answers = model.generate(["a", {"instruction": "b", "input": "c"}], seed=1, max_new_tokens=3)
     assert len(answers) == 2 and repr(run).startswith("Run(output_dir=")
-    with pytest.raises(softprompt.errors.ConfigError, match="unknown among generation settings"):
+    with pytest.raises(softprompt.errors.ConfigError, match="unknown generation setting"):
         model.generate("a", num_beam=3)
     with pytest.raises(softprompt.errors.DataError, match="column 'instruction' must be a text"):
         model.generate([{"text": "a"}])
