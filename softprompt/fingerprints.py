@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt.files import cache_dir, write_files
-from softprompt.rows import Row
 from softprompt.stored import Stored
 
 CACHED_FROM = 4 << 30  # bytes of weights; hashing fewer takes a few seconds
@@ -23,7 +22,7 @@ PIECE = 1 << 24  # bytes of a stored tensor that are read at a time
 OF_THE_PLACE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
 
 
-def fingerprint_of_rows(rows: Iterable[Row]) -> str:
+def fingerprint_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")

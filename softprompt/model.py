@@ -149,11 +149,9 @@ def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtyp
     """A causal language model, frozen and in eval mode: `read_base`, then `freeze`.
 
     Raises:
-        ModelError: as of `read_base` and `check_forward`.
+        ModelError: as of `read_base`.
     """
-    base = place(freeze(read_base(name_or_path), compute_dtype), device)
-    check_forward(base, compute_dtype)
-    return base
+    return place(freeze(read_base(name_or_path), compute_dtype), device)
 
 
 def read_base(name_or_path: str) -> PreTrainedModel:
@@ -192,7 +190,7 @@ class EmbeddedWords:
     ids [n] int64 calls the embedding module, which may do more than look up rows of its table (Gemma's scales them)."""
 
     def __init__(self, base: PreTrainedModel):
-        self._embed = word_embeddings(base)
+        self._embed = cast(nn.Embedding, base.get_input_embeddings())
         self.shape, self.device = self._embed.weight.shape, self._embed.weight.device
 
     def __len__(self) -> int:
