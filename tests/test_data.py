@@ -16,7 +16,7 @@ from softprompt.batching import steps_per_epoch, windows
 from softprompt.data import count_targets, tokenize
 from softprompt.errors import ConfigError, DataError
 from softprompt.passages import passages
-from softprompt.questions import token_ids
+from softprompt.questions import encoded
 from softprompt.rows import load_prompts, load_rows, question
 from softprompt.template import Template, answer_message, prompt_messages
 
@@ -185,7 +185,7 @@ def test_what_a_tokenizer_adds_behind_a_text_stands_nowhere(single, front, tmp_p
     assert tokenizer(question)["input_ids"] != tokenizer(question, **bare)["input_ids"]
     (found,) = tokenize([row], tokenizer, template, 400).examples
     assert found.input_ids == expected + answer and found.labels == [-100] * len(expected) + answer
-    assert token_ids("a question", row["instruction"], template, tokenizer) == expected
+    assert encoded("a question", row["instruction"], template, tokenizer)[1] == expected
     (cut,) = tokenize([row], tokenizer, template, 64, "input").examples
     assert cut.input_ids[: len(front)] == front and cut.input_ids[-len(answer) :] == answer
     assert cut.labels.count(-100) == len(cut.input_ids) - len(answer)
