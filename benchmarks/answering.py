@@ -11,10 +11,10 @@ from measure import clock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.decode import PackedGenerator
-from softprompt.generate import behind, padded
-from softprompt.requests import GenerationSettings, Request
-from softprompt.weights import ResidentWeights
+from softprompt.generation.continuous_batching import PackedGenerator
+from softprompt.generation.hf_generate import behind, padded
+from softprompt.generation.requests import GenerationSettings, Request
+from softprompt.models.bloom_weights import ResidentWeights
 
 
 class Question(NamedTuple):

@@ -11,10 +11,10 @@ from transformers import AutoConfig, BloomConfig, BloomForCausalLM, PreTrainedMo
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from softprompt import mini
-from softprompt.data import IGNORE, Example, tokenize
-from softprompt.model import freeze, load_base
-from softprompt.rows import load_rows
-from softprompt.template import Template
+from softprompt.data.dataset import load_rows
+from softprompt.data.template import Template
+from softprompt.data.tokenization import IGNORE, Example, tokenize
+from softprompt.models.loading import freeze, load_base
 
 SIZES = {
     "49m": {"vocab_size": 46145, "hidden_size": 512, "n_layer": 8, "n_head": 8},
@@ -41,7 +41,7 @@ class Base:
         return AutoConfig.from_pretrained(self.folder) if self.folder else BloomConfig(**SIZES[self.name])
 
     def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.model.load_base."""
+        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.models.loading.load_base."""
         with quiet():
             if self.folder:
                 return load_base(self.folder, device, dtype)

@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
-from softprompt.arguments import TrainingArguments
-from softprompt.batching import windows
-from softprompt.data import Example
-from softprompt.feed import Listed
-from softprompt.memory import auto_tokens, total_memory
-from softprompt.model import Engine, PaddedEngine, word_embeddings
-from softprompt.packed import PackedEngine
-from softprompt.prompt import PromptEmbedding
-from softprompt.trainer import Step, TrainingState, train
-from softprompt.weights import ResidentWeights, bloom_shape
+from softprompt.config.train_args import TrainingArguments
+from softprompt.data.dataloader import ListLoader
+from softprompt.data.sampler import windows
+from softprompt.data.tokenization import Example
+from softprompt.engines.base import Engine
+from softprompt.engines.memory_estimate import auto_tokens, total_memory
+from softprompt.engines.packed import PackedEngine
+from softprompt.engines.padded import PaddedEngine
+from softprompt.models.bloom_weights import ResidentWeights, bloom_shape
+from softprompt.models.loading import word_embeddings
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.runs.state import Step, TrainingState
+from softprompt.training.loop import train
 
 SEED = 42
 LEARNING_RATE = 3e-2
@@ -146,7 +149,7 @@ def _run_ours(
         seed=SEED,
     )
     times = Ours(engine.device)
-    train(engine, prompt, Listed(rows, args), args, LEARNING_RATE, times)
+    train(engine, prompt, ListLoader(rows, args), args, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
 

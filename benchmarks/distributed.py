@@ -37,19 +37,20 @@ from stream import watched_memory, write_base
 from torch import Tensor
 
 from softprompt import mini
-from softprompt.arguments import TrainingArguments
-from softprompt.batching import windows
-from softprompt.config import TrainConfig, train_config
-from softprompt.data import Example
-from softprompt.distributed import World, joined
-from softprompt.engines import make_engine
-from softprompt.feed import Listed
-from softprompt.hollow import read_hollow
-from softprompt.model import Engine, freeze, load_base, load_tokenizer, place
-from softprompt.prompt import PromptEmbedding, random_init
-from softprompt.sharded import shard
-from softprompt.shared import SharedEngine
-from softprompt.trainer import train
+from softprompt.config.loader import TrainConfig, train_config
+from softprompt.config.train_args import TrainingArguments
+from softprompt.data.dataloader import ListLoader
+from softprompt.data.sampler import windows
+from softprompt.data.tokenization import Example
+from softprompt.distributed.process_group import World, process_group
+from softprompt.engines.base import Engine
+from softprompt.engines.data_parallel import DataParallelEngine
+from softprompt.engines.factory import make_engine
+from softprompt.models.fsdp import shard
+from softprompt.models.loading import freeze, load_base, load_tokenizer, place
+from softprompt.models.meta_loading import load_meta_model
+from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
+from softprompt.training.loop import train
 
 ROWS, ROWS_PER_MICROBATCH = 48, 4
 OURS = ("packed", "padded", "sharded", "sharded-padded")
@@ -70,7 +71,7 @@ Records = dict[tuple[str, int], list[dict[str, Any]]]
 def main() -> None:
     args = parse()
     if args.rank_of:
-        with joined() as world, quiet():
+        with process_group() as world, quiet():
             return work(args, world)
     records: Records = {}
     cases = [(c, n) for n in args.processes for c in args.contestants if n > 1 or not c.startswith("sharded")]
@@ -189,7 +190,7 @@ def run(
     engine, times = engine_of(name, args, tokenizer, len(start), device, world), Ours(device)
     settings = TrainingArguments(max_steps=steps, seed=SEED)
     prompt = PromptEmbedding(start).to(device)
-    train(engine, prompt, Listed(rows, settings, ROWS), settings, LEARNING_RATE, times)
+    train(engine, prompt, ListLoader(rows, settings, ROWS), settings, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
 
@@ -201,11 +202,11 @@ def engine_of(
     config: TrainConfig = train_config(model_name_or_path=args.base, dataset="synthetic", **settings)
     if not name.startswith("sharded"):
         engine = make_engine(config, load_base(args.base, device, torch.float32), tokenizer, torch.float32, P)
-        return SharedEngine(engine, world) if world.size > 1 else engine
-    base, stored = read_hollow(args.base, "sharded")
+        return DataParallelEngine(engine, world) if world.size > 1 else engine
+    base, stored = load_meta_model(args.base, "sharded")
     base = place(freeze(base, torch.float32), device)
     shards = shard(base, stored, world)
-    return SharedEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.rest)
+    return DataParallelEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.rest)
 
 
 def reduction_seconds(start: Tensor, world: World) -> float:

@@ -40,8 +40,9 @@ from contestants import SEED, quiet
 from measure import clock, machine
 
 from softprompt import mini
-from softprompt.model import load_tokenizer, resolve_device
-from softprompt.weights import Shape, bloom_shape
+from softprompt.models.bloom_weights import Shape, bloom_shape
+from softprompt.models.loading import load_tokenizer
+from softprompt.models.precision import resolve_device
 
 CASES = ["plain", "mixed", "adapters", "first"]
 PLACES, ADAPTERS, LONG_PROMPT = 32, 8, 100

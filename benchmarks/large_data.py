@@ -23,10 +23,10 @@ from pathlib import Path
 
 from stream import watched_memory
 
-from softprompt.config import train_config
-from softprompt.distributed import World
-from softprompt.dry_run import measured_speed
-from softprompt.prepare import Prepared, prepare
+from softprompt.config.loader import train_config
+from softprompt.distributed.process_group import World
+from softprompt.training.dry_run import measured_speed
+from softprompt.training.setup import Prepared, prepare
 
 WORDS = "今天发现这键盘耐用那大巴质量次司机师傅真是令人惊喜电影酒店服务很好差不推荐会再来"
 GIB = 2**30

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import softprompt
-from softprompt.arguments import DEFAULT_LEARNING_RATES
-from softprompt.config import train_config
-from softprompt.distributed import join
-from softprompt.find_rate import RATES as SWEPT
-from softprompt.find_rate import sweep_steps
+from softprompt.config.loader import train_config
+from softprompt.config.train_args import DEFAULT_LEARNING_RATES
+from softprompt.distributed.process_group import join
 from softprompt.mini import TASKS
-from softprompt.prepare import prepare
-from softprompt.run import with_found_rate
-from softprompt.stopping import StopRequest
+from softprompt.training.lr_finder import RATES as SWEPT
+from softprompt.training.lr_finder import sweep_steps
+from softprompt.training.run import with_found_rate
+from softprompt.training.setup import prepare
+from softprompt.training.stop_signals import StopRequest
 
 STARTS = {
     "RANDOM": {},

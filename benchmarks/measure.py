@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from softprompt.data import IGNORE, Example
-from softprompt.weights import Shape
+from softprompt.data.tokenization import IGNORE, Example
+from softprompt.models.bloom_weights import Shape
 
 T = TypeVar("T")
 EDGE = {"cpu": 2048, "cuda": 8192}  # of the square matmul; a GPU does 2048 before the launch overhead is forgotten

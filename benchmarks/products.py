@@ -1,4 +1,4 @@
-"""What `softprompt.products` gains over torch's linear, row by row: `python benchmarks/products.py [--threads N]`.
+"""What `engines.small_linear` gains over torch's linear, row by row: `python benchmarks/products.py [--threads N]`.
 
 Weights of a 49 M and a 1.3 B base in fp32; medians of 15, in GB/s of the weight's bytes. The weight of a case is taken
 from many that do not fit into the caches together, as decoding finds it.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from measure import clock
 from torch import Tensor
 
-from softprompt.products import project
+from softprompt.engines.small_linear import project
 
 SHAPES = {"49m, to 4H": (2048, 512), "49m, head": (46145, 512), "1b4, to 4H": (8192, 2048)}
 POOL = 1 << 28  # bytes of weights that take turns

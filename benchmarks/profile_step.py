@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softprompt import mini
-from softprompt.data import Example
-from softprompt.model import Engine, load_tokenizer
-from softprompt.prompt import PromptEmbedding, random_init
-from softprompt.weights import bloom_shape
+from softprompt.data.tokenization import Example
+from softprompt.engines.base import Engine
+from softprompt.models.bloom_weights import bloom_shape
+from softprompt.models.loading import load_tokenizer
+from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 
 STEPS = 3
 PARTS = {

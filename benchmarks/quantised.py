@@ -17,15 +17,16 @@ from contestants import SEED, quiet
 from measure import give_back, peak_above, resident
 
 from softprompt import mini
-from softprompt.config import train_config
-from softprompt.data import tokenize
-from softprompt.engines import make_engine
-from softprompt.model import load_tokenizer, resolve_device, word_embeddings
-from softprompt.prompt import PromptEmbedding
-from softprompt.quantised import quantise
-from softprompt.rows import load_rows
-from softprompt.template import Template
-from softprompt.weights import MODULES
+from softprompt.config.loader import train_config
+from softprompt.data.dataset import load_rows
+from softprompt.data.template import Template
+from softprompt.data.tokenization import tokenize
+from softprompt.engines.factory import make_engine
+from softprompt.models.bloom_weights import MODULES
+from softprompt.models.loading import load_tokenizer, word_embeddings
+from softprompt.models.precision import resolve_device
+from softprompt.models.quantization import quantize_blocks
+from softprompt.prompt.soft_prompt import PromptEmbedding
 
 FORMS = {"as it is": None, "8 bit": 8, "4 bit": 4}
 
@@ -68,7 +69,7 @@ def measured(args: argparse.Namespace, form: str) -> dict[str, Any]:
     examples = tokenize(rows[: args.rows], tokenizer, Template(), 256).examples
     linear = [block.get_submodule(name) for block in model.transformer.h for name in MODULES if "layernorm" not in name]
     held, bits = sum(module.weight.nbytes for module in linear), FORMS[form]
-    rounded = quantise(model, bits, device) if bits else None
+    rounded = quantize_blocks(model, bits, device) if bits else None
     held = rounded.nbytes if rounded else held
     config = train_config("mini", engine="packed")
     model = model.to(device) if rounded is None else model

@@ -24,12 +24,12 @@ import torch
 from cases import SIZES, TARGETS, synthetic
 from contestants import SEED
 
-from softprompt.batching import windows
-from softprompt.data import Example, count_targets
-from softprompt.distributed import deal
-from softprompt.memory import GIB, base_bytes
-from softprompt.stopping import EXIT_CODES
-from softprompt.weights import Shape
+from softprompt.data.sampler import windows
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.distributed.process_group import assign_rows
+from softprompt.engines.memory_estimate import GIB, base_bytes
+from softprompt.models.bloom_weights import Shape
+from softprompt.utils.errors import EXIT_CODES
 
 BASES = {  # layers, heads, hidden size, words
     "bloom-1b4-zh": (24, 16, 2048, 46145),
@@ -59,7 +59,7 @@ def operations(shape: Shape, recomputed: bool) -> float:
 
 def largest_load(lengths: Sequence[int], ranks: int) -> int:
     """Tokens of the rank that has most, as this project deals them out."""
-    return max(sum(lengths[row] for row in hand) for hand in deal(lengths, ranks))
+    return max(sum(lengths[row] for row in hand) for hand in assign_rows(lengths, ranks))
 
 
 def loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def print_dealing(lengths: Sequence[int], args: argparse.Namespace) -> None:
 
 
 def _dealt(lengths: Sequence[int], ranks: int, rows: Sequence[Example]) -> None:
-    deal(lengths, ranks)
+    assign_rows(lengths, ranks)
     for _ in range(2):
         sum(map(count_targets, rows))
 

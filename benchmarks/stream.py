@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from softprompt.data import Example
-from softprompt.hollow import read_hollow
-from softprompt.layerwise import LayerMajor
-from softprompt.model import freeze, load_base
-from softprompt.packed import PackedEngine
-from softprompt.prompt import PromptEmbedding
-from softprompt.streamed import StreamedWeights
-from softprompt.weights import ResidentWeights
+from softprompt.data.tokenization import Example
+from softprompt.engines.layer_major import LayerMajor
+from softprompt.engines.packed import PackedEngine
+from softprompt.models.bloom_weights import ResidentWeights
+from softprompt.models.loading import freeze, load_base
+from softprompt.models.meta_loading import load_meta_model
+from softprompt.models.weight_offload import StreamedWeights
+from softprompt.prompt.soft_prompt import PromptEmbedding
 
 SIZES = {  # hidden size, layers, heads, words
     "1b4": (2048, 24, 16, 46145),
@@ -113,7 +113,7 @@ def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> Packed
     if contestant != "streamed":
         weights = ResidentWeights(load_base(str(folder), torch.device("cpu"), FP32), FP32)
         return PackedEngine(weights, args.tokens, contestant == "checkpointed")
-    base, blocks = read_hollow(str(folder))
+    base, blocks = load_meta_model(str(folder))
     streamed = StreamedWeights(freeze(base, FP32), blocks, FP32)
     schedule = LayerMajor(streamed, int(args.max_activation_gib * 2**30), Path(args.offload_folder))
     return PackedEngine(streamed, args.tokens, True, schedule)

@@ -38,10 +38,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import mini
-from softprompt.data import Example, count_targets
-from softprompt.model import load_tokenizer, resolve_device
-from softprompt.prompt import random_init
-from softprompt.weights import bloom_shape
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.models.bloom_weights import bloom_shape
+from softprompt.models.loading import load_tokenizer
+from softprompt.models.precision import resolve_device
+from softprompt.prompt.soft_prompt import random_init
 
 
 class Job(NamedTuple):

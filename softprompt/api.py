@@ -11,34 +11,48 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.adapters import NONE, Names, Posed, Tuned, check, check_name, find, load, named, posed, shelf
-from softprompt.answering import answered
-from softprompt.build import base_path
-from softprompt.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
-from softprompt.config import train_config
-from softprompt.console import messages
-from softprompt.engines import engine_for_inference, generator_beside
-from softprompt.ensemble import Ensemble
-from softprompt.errors import ConfigError, ModelError
-from softprompt.faults import bits_faults, bits_of, precision_faults
-from softprompt.fields import AUTO
-from softprompt.generate import search_beams
-from softprompt.infer_config import Voting, generation_faults
-from softprompt.model import (
-    load_base,
-    load_tokenizer,
-    refuse_quantised,
-    resolve_device,
-    resolve_dtype,
-    word_embeddings,
+from softprompt.config.infer_args import Voting, generation_faults
+from softprompt.config.loader import TrainConfig, train_config
+from softprompt.config.schema import AUTO
+from softprompt.config.validation import bits_faults, bits_of, precision_faults
+from softprompt.data.template import Template
+from softprompt.distributed.process_group import World
+from softprompt.engines.factory import engine_for_inference
+from softprompt.generation.adapters import (
+    NONE,
+    EncodedQuestion,
+    LoadedAdapter,
+    Names,
+    check_adapter,
+    check_name,
+    encode_questions,
+    find_adapter,
+    load,
+    load_adapters,
+    parse_adapter_specs,
 )
-from softprompt.quantised import Quantised, load_quantised
-from softprompt.questions import Question, merged_settings, told_of
-from softprompt.recorder import Run
-from softprompt.requests import GenerationSettings, Request, seed_of
-from softprompt.run import run_training
-from softprompt.scores import Verdict, answer_examples, check_choices, log_likelihoods, verdict
-from softprompt.template import Template
+from softprompt.generation.encode_questions import Question, merged_settings, warn_if_no_room
+from softprompt.generation.factory import generator_beside
+from softprompt.generation.hf_generate import search_beams
+from softprompt.generation.likelihood import (
+    ChoiceResult,
+    answer_examples,
+    check_choices,
+    choice_result,
+    log_likelihoods,
+)
+from softprompt.generation.outputs import stream_answers
+from softprompt.generation.requests import GenerationSettings, Request, seed_of
+from softprompt.generation.voting import Ensemble
+from softprompt.models.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
+from softprompt.models.loading import base_path, load_base, load_tokenizer, refuse_quantised, word_embeddings
+from softprompt.models.precision import resolve_device, resolve_dtype
+from softprompt.models.quantization import QuantizedBlocks, load_quantized
+from softprompt.report.after_training import ReportAndPush
+from softprompt.training.callbacks import Run
+from softprompt.training.run import run_training
+from softprompt.utils.errors import ConfigError, ModelError
+from softprompt.utils.std_streams import messages
 
 
 def train(preset: str | None = None, **settings: Any) -> Run:
@@ -48,10 +62,15 @@ def train(preset: str | None = None, **settings: Any) -> Run:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
     with messages():
-        run = run_training(train_config(preset, **settings))
+        run = run_and_report(train_config(preset, **settings))
         if run.not_pushed:
             print(f"warning: {run.not_pushed}", file=sys.stderr)
     return run
+
+
+def run_and_report(config: TrainConfig, world: World | None = None) -> Run:
+    """Train as `config` says, write the run's report, and upload it with `push_to_hub`; see `training.run`."""
+    return run_training(config, world, ReportAndPush())
 
 
 class SoftPromptModel:
@@ -67,10 +86,10 @@ class SoftPromptModel:
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
         engine: str = AUTO,
-        quantised: Quantised | None = None,
+        quantised: QuantizedBlocks | None = None,
     ):
         """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
-        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantise` made of the base.
+        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantize_blocks` made of the base.
 
         Raises:
             ModelError: a base that transformers loaded quantised, a tokenizer with words that the base has not, or
@@ -80,7 +99,7 @@ class SoftPromptModel:
         refuse_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
-        self.adapters = {"default": Tuned(prompt, template or Template(), dict(generation or {}))}
+        self.adapters = {"default": LoadedAdapter(prompt, template or Template(), dict(generation or {}))}
         self.active_adapter, self.quantised = "default", quantised is not None
         check_vocabulary(tokenizer, base, self.name)
         self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
@@ -116,12 +135,12 @@ class SoftPromptModel:
         if isinstance(adapter, Mapping):
             folders = {name: os.fspath(folder) for name, folder in adapter.items()}
         else:
-            folders = named([adapter] if isinstance(adapter, str | os.PathLike) else adapter or ())
-        adapters, first, name = shelf(folders, None if base is None else os.path.expanduser(base))
+            folders = parse_adapter_specs([adapter] if isinstance(adapter, str | os.PathLike) else adapter or ())
+        adapters, first, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
         bits = bits_of(load_in_8bit, load_in_4bit)
-        loaded, quantised = load_quantised(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
+        loaded, quantised = load_quantized(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
         model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
@@ -136,17 +155,17 @@ class SoftPromptModel:
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
-        self._add(name, Tuned() if str(folder) == NONE else load(folder))
+        self._add(name, LoadedAdapter() if str(folder) == NONE else load(folder))
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
         """The adapter of questions that name none."""
-        find(self.adapters, adapter_name, "set_adapter")
+        find_adapter(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
         """These adapters (by default all) as one, whose `generate`, `stream` and `classify` are as those here. `voting`
-        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `ensemble.elected`.
+        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `ensemble.majority`.
 
         Raises:
             ConfigError: fewer than two adapters, or another voting.
@@ -219,10 +238,10 @@ class SoftPromptModel:
             samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
             seeds = [seed_of(seed, number, sample) for sample in samples]
             requests = [Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds]
-            told_of(one.where, requests[0].new_tokens, positions)
+            warn_if_no_room(one.where, requests[0].new_tokens, positions)
             asked.append(requests)
         search = partial(search_beams, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
-        return answered(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
+        return stream_answers(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
     def classify(
         self,
@@ -231,7 +250,7 @@ class SoftPromptModel:
         *,
         adapter: Names = None,
         where: Sequence[str] | None = None,
-    ) -> list[Verdict]:
+    ) -> list[ChoiceResult]:
         """The likeliest of some answers to each question, with the probability of each among them.
 
         Raises:
@@ -239,7 +258,9 @@ class SoftPromptModel:
             DataError, AdapterError: as of `stream`.
         """
         check_choices(choices)
-        return [verdict(scores, choices) for scores in self._scores(self._posed(prompts, adapter, where), choices)]
+        return [
+            choice_result(scores, choices) for scores in self._scores(self._posed(prompts, adapter, where), choices)
+        ]
 
     def log_likelihoods(
         self,
@@ -264,21 +285,21 @@ class SoftPromptModel:
         """
         return merged_settings(self._tuned(adapter or self.active_adapter).generation, given)
 
-    def _add(self, name: str, tuned: Tuned) -> None:
-        check(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
+    def _add(self, name: str, tuned: LoadedAdapter) -> None:
+        check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
         self.adapters[name] = tuned
 
-    def _tuned(self, name: str) -> Tuned:
+    def _tuned(self, name: str) -> LoadedAdapter:
         """The adapter of a checked name; the bare base is always there."""
-        return self.adapters.get(name) or Tuned()
+        return self.adapters.get(name) or LoadedAdapter()
 
-    def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[Posed]:
-        asked = posed(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
+    def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[EncodedQuestion]:
+        asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
             check_ids(one.ids, self.base, one.where)
         return asked
 
-    def _scores(self, asked: Sequence[Posed], answers: Sequence[str]) -> list[list[float]]:
+    def _scores(self, asked: Sequence[EncodedQuestion], answers: Sequence[str]) -> list[list[float]]:
         texts, rows = [one.ids for one in asked], [one.row for one in asked]
         templates = [one.tuned.template for one in asked]
         examples = answer_examples(texts, rows, answers, templates, self.tokenizer)

@@ -1,47 +1,119 @@
-"""Flags from the dataclasses of settings; errors become one line and an exit code."""
+"""The command line: one function per command, and errors as one line on stderr with an exit code.
 
-import argparse
-import dataclasses
+`softprompt COMMAND …` and `python -m softprompt COMMAND …` run them all; train.py and infer.py run one each.
+"""
+
 import errno
 import os
-import re
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
-from transformers import HfArgumentParser
-
-from softprompt.arguments import NEWEST
-from softprompt.config import GROUPS, PRESETS, TrainConfig, train_config
-from softprompt.console import abandon, answers, messages, open_closed
-from softprompt.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
-from softprompt.export_config import ExportArguments, ExportConfig, export_config
-from softprompt.fields import AUTO, hints, takes_auto, takes_list
-from softprompt.grid import Study, read_study, relocated
-from softprompt.infer_config import INFER_GROUPS, GenerationArguments, InferConfig, infer_config
-from softprompt.redact import redacted
-from softprompt.report_config import ReportArguments, ReportConfig, report_config
-from softprompt.torchrun import is_main, may_restart, several
-from softprompt.unknown_names import advice
+from softprompt.config.arg_parser import FlagParser, read_toml
+from softprompt.config.infer_args import INFER_GROUPS, InferConfig, infer_config
+from softprompt.config.loader import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.config.unknown_names import advice
+from softprompt.export.args import ExportArguments, ExportConfig, export_config
+from softprompt.report.args import ReportArguments, ReportConfig, report_config
+from softprompt.study.grid import Study, read_study, relocated
+from softprompt.utils.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
+from softprompt.utils.redact import redacted
+from softprompt.utils.std_streams import abandon, answers, messages, open_closed
+from softprompt.utils.torchrun_env import is_main, may_restart, several
 
 
-class _Extend(argparse.Action):
-    """A flag of several values, which may also be given several times."""
+class Command(NamedTuple):
+    """A subcommand: what runs it, its line of help, and whether its output is the answers that were asked for."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
+    run: Callable[[Sequence[str]], None]
+    help: str
+    prints_answers: bool = False
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser that raises ConfigError instead of printing its usage, and keeps unset flags out."""
+def train(argv: Sequence[str]) -> None:
+    """Train a prompt, or say what a run would do (`--dry_run`)."""
+    config = parse_training(argv)
 
-    HINT = r"one that starts with - is written \1=VALUE"
+    from softprompt.api import run_and_report  # after parsing: a wrong flag need not wait for torch
+    from softprompt.distributed.process_group import process_group
+    from softprompt.training.dry_run import dry_run
+    from softprompt.training.summary import summary
 
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
-        raise ConfigError(re.sub(r"^(--\w+): expected one argument$", rf"\g<0> ({self.HINT})", message))
+    with process_group() as world:
+        if config.training.dry_run:
+            print(dry_run(config, world))
+            return
+        run = run_and_report(config, world)
+        print(summary(run))
+    if run.not_pushed:
+        raise PushError(run.not_pushed)
+
+
+def infer(argv: Sequence[str]) -> None:
+    """Answer one question or a file of them, evaluate adapters, or chat on a terminal."""
+    config = parse_inference(argv)
+
+    from softprompt.inference import infer
+
+    infer(config)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write base and prompt as one plain transformers model."""
+    config = parse_export(argv)
+
+    from softprompt.export.plain_model import write_plain_model
+
+    print(write_plain_model(config))
+
+
+def report(argv: Sequence[str]) -> None:
+    """Write one page about one or several runs."""
+    config = parse_report(argv)
+
+    from softprompt.report.svg import INSTALL, installed
+    from softprompt.report.writer import write_report
+
+    path = write_report(config)
+    if not installed():
+        print(f"warning: no pictures, as matplotlib is not installed: {INSTALL}", file=sys.stderr)
+    print(path)
+
+
+def study(argv: Sequence[str]) -> None:
+    """Train every cell of a grid, and say what the figures show."""
+    plan = parse_study(argv)
+
+    from softprompt.study.study import run_study
+
+    run_study(plan)
+
+
+COMMANDS = {
+    "train": Command(train, "learn a soft prompt for a frozen language model (as train.py)"),
+    "infer": Command(infer, "ask a base with a learned prompt (as infer.py)", prints_answers=True),
+    "chat": Command(infer, "a conversation on the terminal (infer without a question)", prints_answers=True),
+    "export": Command(export, "write base and prompt as one plain transformers model"),
+    "report": Command(report, "write one page about one or several runs"),
+    "study": Command(study, "train every cell of a grid, and say what the figures show"),
+}
+
+
+def main() -> NoReturn:
+    """Run the subcommand that the command line names."""
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    known = COMMANDS.get(name)
+    run_command((lambda _: _usage(name)) if known is None else known.run, rest, bool(known and known.prints_answers))
+
+
+def _usage(name: str) -> None:
+    if name not in ("-h", "--help", "help"):
+        raise ConfigError(f"unknown command {name}{advice(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    print("usage: softprompt COMMAND [--flag value …]\n")
+    for command, (_, help, _) in COMMANDS.items():
+        print(f"  {command:8}{help}")
+    print("\nsoftprompt COMMAND --help lists the flags of each.")
 
 
 def parse_training(argv: Sequence[str]) -> TrainConfig:
@@ -50,15 +122,15 @@ def parse_training(argv: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: flags or file that are wrong in whatever way.
     """
-    parser = _parser(GROUPS, "train.py", "Learn a soft prompt for a frozen language model.")
+    parser = FlagParser(GROUPS, "train.py", "Learn a soft prompt for a frozen language model.")
     start = parser.add_argument_group("start")
     start.add_argument(
         "--preset",
         help=f"Defaults to start from: {', '.join(PRESETS)}. (default: mini; none where --model_name_or_path is given)",
     )
     start.add_argument("--config", metavar="FILE.toml", help="A file of these settings; flags win over it.")
-    given = _parse(parser, argv)
-    from_file = _read_toml(given.pop("config")) if "config" in given else {}
+    given = parser.parse(argv)
+    from_file = read_toml(given.pop("config"), GROUPS) if "config" in given else {}
     return train_config(**{**from_file, **given})
 
 
@@ -68,67 +140,64 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
     Raises:
         ConfigError: flags that are wrong in whatever way.
     """
-    return infer_config(**_parse(_parser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt."), argv))
-
-
-def parse_setting(name: str, value: str) -> dict[str, Any]:
-    """One of infer.py's generation settings from its text, as its flag has it.
-
-    Raises:
-        ConfigError: no such setting, or a value of another type.
-    """
-    return _parse(_parser((GenerationArguments,), "", ""), [f"--{name}={value}"])
+    return infer_config(**FlagParser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt.").parse(argv))
 
 
 def parse_export(argv: Sequence[str]) -> ExportConfig:
-    """Settings of `python -m softprompt.export`: the adapter's folder, then flags.
+    """Settings of `python -m softprompt export`: the adapter's folder, then flags.
 
     Raises:
         ConfigError: arguments that are wrong in whatever way.
     """
-    program = "python -m softprompt.export"
-    parser = _parser([ExportArguments], program, "Write base and prompt as one plain transformers model.")
-    parser.usage = f"{program} ADAPTER --output DIR [--flag value …]"
+    program = "python -m softprompt export"
+    description, usage = (
+        "Write base and prompt as one plain transformers model.",
+        "ADAPTER --output DIR [--flag value …]",
+    )
+    parser = FlagParser([ExportArguments], program, description, usage)
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
-    return export_config(**_parse(parser, argv))
+    return export_config(**parser.parse(argv))
 
 
 def parse_study(argv: Sequence[str]) -> Study:
-    """The study of `python -m softprompt.study`: its file, then flags.
+    """The study of `python -m softprompt study`: its file, then flags.
 
     Raises:
         ConfigError: arguments or a file that are wrong in whatever way.
     """
-    program = "python -m softprompt.study"
-    parser = _parser([], program, "Train every cell of a grid and say what its figures say about a few claims.")
-    parser.usage = f"{program} STUDY.toml [--output_dir DIR]"
+    program = "python -m softprompt study"
+    description = "Train every cell of a grid and say what its figures say about a few claims."
+    parser = FlagParser([], program, description, "STUDY.toml [--output_dir DIR]")
     parser.add_argument("study", metavar="STUDY.toml", help="What to vary; docs/study.md shows how to write it.")
     parser.add_argument("--output_dir", metavar="DIR", help="Where to write. (default: the file's, or runs/study-NAME)")
-    given = _parse(parser, argv)
+    given = parser.parse(argv)
     return relocated(read_study(Path(given["study"]).expanduser()), given.get("output_dir"))
 
 
 def parse_report(argv: Sequence[str]) -> ReportConfig:
-    """Settings of `python -m softprompt.report`: folders of runs, then flags.
+    """Settings of `python -m softprompt report`: folders of runs, then flags.
 
     Raises:
         ConfigError: arguments that are wrong in whatever way.
     """
-    program = "python -m softprompt.report"
-    parser = _parser([ReportArguments], program, "Write one page about one run, or several side by side.")
-    parser.usage = f"{program} RUN [RUN …] [--flag value …]"
+    program = "python -m softprompt report"
+    description = "Write one page about one run, or several side by side."
+    parser = FlagParser([ReportArguments], program, description, "RUN [RUN …] [--flag value …]")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a run of train.py.")
-    return report_config(**_parse(parser, argv))
+    return report_config(**parser.parse(argv))
 
 
-def command(main: Callable[[Sequence[str]], None], prints_answers: bool = False) -> NoReturn:
+def run_command(
+    main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, prints_answers: bool = False
+) -> NoReturn:
     """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
     prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
+    argv = sys.argv[1:] if argv is None else argv
     open_closed()
     streams = sys.stdout, sys.stderr
     try:
         with answers() if prints_answers else messages():
-            _run(main)
+            _run(main, argv)
     finally:
         for stream in streams:
             try:
@@ -137,9 +206,9 @@ def command(main: Callable[[Sequence[str]], None], prints_answers: bool = False)
                 abandon(stream)
 
 
-def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     try:
-        main(sys.argv[1:])
+        main(argv)
         sys.stdout.flush()
     except Stopped as stop:
         if is_main():
@@ -156,7 +225,7 @@ def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began
             _exit(f"{error.filename}: {error.strerror}", 2 if error.errno == errno.ENAMETOOLONG else 1)
-        from softprompt.crash import crash_line
+        from softprompt.runs.crash_report import crash_line
 
         _exit(crash_line(error), 1)
     sys.exit(0)
@@ -176,68 +245,3 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _parser(groups: Sequence[Any], program: str, description: str) -> Parser:
-    parser = Parser(
-        groups, prog=program, description=description, allow_abbrev=False, usage=f"{program} [--flag value …]"
-    )
-    helps = {f.name: f.metadata["help"].replace("%", "%%") for group in groups for f in dataclasses.fields(group)}
-    for action in parser._actions:
-        if action.dest in helps:
-            shown = "" if action.default is None or "(default" in helps[action.dest] else " (default: %(default)s)"
-            action.help = helps[action.dest] + shown
-        hint = hints(groups).get(action.dest)
-        if hint == bool | None:  # a bare --bf16 means true, as with plain booleans
-            action.nargs, action.const = "?", True
-        if action.dest == "resume_from_checkpoint":
-            action.nargs, action.const = "?", NEWEST
-        if takes_list(hint):
-            action.__class__ = _Extend  # HfArgumentParser makes it a flag whose last occurrence wins
-        if takes_auto(hint) and action.type is not None:
-            action.type = _or_auto(action.type)
-    parser.formatter_class = argparse.HelpFormatter
-    return parser
-
-
-def _or_auto(convert: Any) -> Callable[[str], Any]:
-    def converted(text: str) -> Any:
-        return text if text == AUTO else convert(text)
-
-    converted.__name__ = getattr(convert, "__name__", str(convert))  # argparse names it where a value is wrong
-    return converted
-
-
-def _parse(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
-    """Only the flags that were given, so that presets and files can fill in the others."""
-    if {"-h", "--help"} & set(argv):
-        for action in parser._actions:  # --max-length does what --max_length does; one of them is enough to read
-            action.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
-        parser.print_help()
-        sys.exit(0)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    namespace, rest = parser.parse_known_args(list(argv))
-    if rest:
-        flag = next((a for a in rest if a.startswith("-")), rest[0]).split("=")[0]
-        if not flag.startswith("-"):
-            raise ConfigError(f"unknown argument {flag}")
-        known = [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
-        raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
-    return vars(namespace)
-
-
-def _read_toml(name: str) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {name}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, not TOML
-        raise ConfigError(f"--config {name}: not TOML: {error}") from None
-    if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
-        raise ConfigError(f"--config {name}: {', '.join(twice)} is there twice, with - and with _; keep one")
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    known = {"preset": str, **hints(GROUPS)}
-    if unknown := [f"unknown setting {key!r}{advice(key, known)}" for key in values if key not in known]:
-        raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
-    return values

@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from softprompt.adapters import NONE, Tuned, find, named, place_of
-from softprompt.adapters import load as read_adapter
-from softprompt.answers_file import TOKENIZER, AnswersFile, noted_seed
 from softprompt.api import SoftPromptModel
-from softprompt.chat import Chat
-from softprompt.cli import parse_setting
-from softprompt.compare import Judge, Judged, common_cut, report
-from softprompt.console import can_show
-from softprompt.crash import failure
-from softprompt.errors import AdapterError, ConfigError, DataError, SomeFailed
-from softprompt.faults import bits_of
-from softprompt.fields import is_text
-from softprompt.infer_config import InferConfig, has_splits
-from softprompt.rows import load_prompts
-from softprompt.splits import splits_of
-from softprompt.tokenizer_fingerprint import fingerprint_of_tokenizer
+from softprompt.config.arg_parser import parse_setting
+from softprompt.config.infer_args import InferConfig, has_splits
+from softprompt.config.schema import is_text
+from softprompt.config.validation import bits_of
+from softprompt.data.dataset import load_prompts
+from softprompt.data.splits import splits_of
+from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_cut, report
+from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
+from softprompt.generation.adapters import load as read_adapter
+from softprompt.generation.chat import Chat
+from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, noted_seed
+from softprompt.runs.crash_report import failure
+from softprompt.utils.errors import AdapterError, ConfigError, DataError, SomeFailed
+from softprompt.utils.std_streams import can_show
+from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 
 class Asked(NamedTuple):
@@ -73,11 +73,11 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         AdapterError: as of `SoftPromptModel.from_pretrained`, or a line's adapter that is neither known nor a folder,
             or is for another base than the one that is taken.
     """
-    where, folders = config.model, named(config.model.adapter or ())
+    where, folders = config.model, parse_adapter_specs(config.model.adapter or ())
     wanted = {line.adapter: line.where for line in asked if line.adapter not in (None, NONE, *folders)}
     for name, at in wanted.items():
         if not Path(str(name)).is_dir():
-            find({known: Tuned() for known in folders}, str(name), at)
+            find_adapter({known: LoadedAdapter() for known in folders}, str(name), at)
     if not folders and asked and all(line.adapter for line in asked):
         folders = {str(name): str(name) for name in wanted} or {NONE: NONE}
     model = SoftPromptModel.from_pretrained(
@@ -94,7 +94,7 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
         if name in model.adapters:
             continue
         base = read_adapter(str(name)).base
-        if where.model_name_or_path is None and base and place_of(base) != place_of(model.name):
+        if where.model_name_or_path is None and base and base_identity(base) != base_identity(model.name):
             raise AdapterError(
                 f"{at}: adapter {name} is for {base}, and this is {model.name}; ask those of one base at a time, or "
                 "give --model_name_or_path"
@@ -137,7 +137,7 @@ def answer_file(config: InferConfig, model: SoftPromptModel, asked: Sequence[Ask
     file, done = None, 0
     if question.output_file is not None:
         depends_on = {**_depends_on(config, model, set(all_of_them or names)), "seed": given["seed"]}
-        file = AnswersFile(question.output_file, lines, depends_on, question.overwrite_output_file)
+        file = ResumableJsonl(question.output_file, lines, depends_on, question.overwrite_output_file)
         done = file.done
     found = _found(config, model, asked, names, given, done)
     _tell(model.description)
@@ -180,7 +180,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
         for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
     cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
-    judge = Judge(
+    judge = AdapterEvaluator(
         model.engine,
         model.generator,
         model.tokenizer,
@@ -200,10 +200,10 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
     return report(found, told), fault
 
 
-def _judged(judge: Judge, adapters: Mapping[str, Tuned]) -> tuple[dict[str, Judged], str]:
+def _judged(judge: AdapterEvaluator, adapters: Mapping[str, LoadedAdapter]) -> tuple[dict[str, AdapterResult], str]:
     """What was found of each adapter, and what is wrong with those of which nothing could be found. Raises the error of
     the first where that is so of all of them."""
-    found: dict[str, Judged] = {}
+    found: dict[str, AdapterResult] = {}
     errors: dict[str, Exception] = {}
     for name, each in adapters.items():
         try:
@@ -252,12 +252,12 @@ def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) ->
         settings["ensemble"] = config.question.voting or "default"
     if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
         settings["bits"] = bits
-    adapters = {name: _fingerprint(model.adapters.get(name, Tuned())) for name in sorted(names)}
+    adapters = {name: _fingerprint(model.adapters.get(name, LoadedAdapter())) for name in sorted(names)}
     known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}
     return {**known, "choices": config.question.choices, **settings}
 
 
-def _fingerprint(tuned: Tuned) -> str:
+def _fingerprint(tuned: LoadedAdapter) -> str:
     values = b"" if tuned.prompt is None else tuned.prompt.cpu().numpy().tobytes()
     rest = json.dumps([tuned.template.spec, dict(tuned.generation)], sort_keys=True).encode()
     return hashlib.blake2b(values + rest, digest_size=16).hexdigest()

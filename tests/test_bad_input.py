@@ -3,52 +3,26 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bloom
 from datasets import Dataset
+from helpers.bases import make_bloom
+from helpers.refusals import GOOD, assert_line, jsonl, listing, refused, write_adapter
 from safetensors.torch import save
 
 import infer
 import softprompt
 import train
-from softprompt.adapters import load
-from softprompt.checkpoint import Adapter, adapter_files, peft_config
-from softprompt.cli import command
-from softprompt.config import train_config
-from softprompt.errors import AdapterError, ConfigError, DataError, SoftpromptError
-from softprompt.files import write_folder
-from softprompt.intake import read_rows
-from softprompt.rows import question
-from softprompt.template import Template
-
-GOOD = {"instruction": "你好吗", "input": "", "output": "很好"}
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-
-
-def refused(program, argv: list, capsys, monkeypatch, folder: Path) -> str:
-    """Run a program in `folder` that must refuse; returns its one line."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
-    before = listing(folder)
-    with pytest.raises(SystemExit) as ended:
-        command(program.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2, lines
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    assert listing(folder) == before
-    return lines[0]
-
-
-def jsonl(*rows) -> bytes:
-    return "\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows).encode()
-
+from softprompt.config.loader import train_config
+from softprompt.data.build_data import read_rows
+from softprompt.data.dataset import question
+from softprompt.data.template import Template
+from softprompt.generation.adapters import load
+from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.utils.atomic_io import write_folder
+from softprompt.utils.errors import AdapterError, ConfigError, DataError, SoftpromptError
 
 # ruff: noqa: E501 (a table reads best with a case a line)
 BROKEN_FILES = {
@@ -104,10 +78,6 @@ def test_broken_datasets(fault, tiny_base, tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_bytes(content)
     argv = ["--model_name_or_path", tiny_base, "--dataset", name]
     assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), message)
-
-
-def assert_line(line: str, pattern: str) -> None:
-    assert re.search(pattern, line), line
 
 
 def test_folders_that_are_no_datasets(tiny_base, tmp_path, capsys, monkeypatch):
@@ -260,7 +230,7 @@ def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
     import datasets
     from huggingface_hub import constants
 
-    from softprompt import hub
+    from softprompt.utils import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -277,7 +247,7 @@ def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
     import huggingface_hub.utils
     from huggingface_hub import constants
 
-    from softprompt import hub
+    from softprompt.utils import hub
 
     class Session:
         def head(self, *args, **kwargs):
@@ -291,12 +261,6 @@ def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
     assert "CERTIFICATE_VERIFY_FAILED" in line and "SSL_CERT_FILE" in line
     monkeypatch.setattr(hub, "_failure", None)
     hub.prepare.cache_clear()
-
-
-def write_adapter(folder: Path, hidden_size: int = 32, base: str = "some/base") -> None:
-    values = torch.ones(3, hidden_size)
-    config = peft_config(base, make_bloom(hidden_size=hidden_size).config, values, "RANDOM")
-    write_folder(folder, adapter_files(Adapter(values, config, {"template": "default"})))
 
 
 ADAPTERS = {

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from datasets import Dataset
+from helpers.bases import make_tokenizer
+from helpers.refusals import GOOD, assert_line, jsonl, refused, write_adapter
 from safetensors.torch import save
-from test_bad_input import GOOD, assert_line, jsonl, refused, write_adapter
 
 import infer
 import train
-from softprompt.cli import command
-from softprompt.errors import ConfigError, DataError, PushError, SoftpromptError, TrainingError
+from softprompt.cli import run_command
+from softprompt.utils.errors import ConfigError, DataError, PushError, SoftpromptError, TrainingError
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_how_a_program_ends(raised, code, line, capsys):
             raise raised
 
     with pytest.raises(SystemExit) as ended:
-        command(main)
+        run_command(main)
     assert (ended.value.code, capsys.readouterr()) == (code, ("", line + "\n" if line else ""))
 
 
@@ -57,7 +57,7 @@ def test_a_fault_in_the_program_itself_leaves_its_traceback_in_a_file(fault, cap
         raise fault
 
     with pytest.raises(SystemExit) as ended:
-        command(main)
+        run_command(main)
     (file,) = tmp_path.iterdir()
     what = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
     line = f"error: unexpected {what}; the traceback is in {file}\n"
@@ -74,7 +74,7 @@ def test_an_ended_run_that_was_not_uploaded_is_not_started_again(restarts, code,
 
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     with pytest.raises(SystemExit) as ended:
-        command(main)
+        run_command(main)
     line = "error: the run is whole in run, but not on the hub\n"
     assert (ended.value.code, capsys.readouterr().err) == (code, line)
 
@@ -86,7 +86,7 @@ def test_a_wrong_flag_does_not_wait_for_torch(name):
 
     root = Path(__file__).parent.parent
     code = (
-        "import runpy, sys; sys.modules['softprompt.run'] = sys.modules['softprompt.api'] = None; "
+        "import runpy, sys; sys.modules['softprompt.training.run'] = sys.modules['softprompt.api'] = None; "
         f"sys.argv = ['x', '--sed', '1']; runpy.run_path({str(root / name)!r}, run_name='__main__')"
     )
     ended = subprocess.run(
@@ -207,7 +207,7 @@ def test_a_run_is_written_over_only_when_that_is_asked_for(tiny_base, tmp_path, 
     def run(*flags: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv), *flags])
         with pytest.raises(SystemExit) as ended:
-            command(train.main)
+            run_command(train.main)
         assert ended.value.code == 0, capsys.readouterr().err
         capsys.readouterr()
 

@@ -1,304 +1,47 @@
-"""The house stands as it was drawn: which module may import which, and how large the entrances are."""
+"""What holds for the whole package; which package may import which is import-linter's (pyproject.toml)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "softprompt"
-
-# Each module and what it may import of ours; one way for data to flow, no going back.
-MAY_IMPORT = {
-    "redact": set(),
-    "capabilities": {"arguments", "errors"},
-    "errors": {"redact"},
-    "console": set(),
-    "commands": set(),
-    "first_question": {"errors", "template"},
-    "hub": {"redact"},
-    "unknown_names": set(),
-    "fields": {"errors", "unknown_names"},
-    "stopping": {"errors"},
-    "arguments": {"fields"},
-    "intervals": set(),
-    "unwatched": {"distributed", "trainer"},
-    "adapter_folder": {"card", "checkpoint", "config", "infer_config"},
-    "faults": {"arguments", "errors", "fields", "sharing_config", "stopping"},
-    "config": {"arguments", "errors", "faults", "fields", "redact", "sharing_config"},
-    "sharing_config": {"fields"},
-    "report_config": {"errors", "fields"},
-    "manifest": {"errors", "files"},
-    "run_files": {"checkpoint", "errors", "files", "manifest", "record", "report_config", "resume"},
-    "infer_config": {"errors", "faults", "fields"},
-    "export_config": {"errors", "fields"},
-    "template": {"errors"},
-    "chat_template": {"data", "errors", "template"},
-    "readers": {"errors", "hub"},
-    "splits": {"errors", "readers"},
-    "messages": {"errors", "fields"},
-    "rows": {"errors", "fields", "messages", "readers", "splits", "template"},
-    "sources": {"errors", "fingerprints", "readers", "splits"},
-    "shuffle": set(),
-    "feed": {"arguments", "batching", "data"},
-    "row_stream": {"arguments", "data", "errors", "feed", "shuffle", "sources"},
-    "intake": {
-        *(
-            "config",
-            "data",
-            "errors",
-            "faults",
-            "feed",
-            "fingerprints",
-            "mini",
-            "readers",
-            "row_stream",
-            "rows",
-            "sources",
-            "splits",
-            "template",
-            "token_cache",
-            "torchrun",
-        ),
-    },
-    "data": {"errors", "template"},
-    "batching": {"data"},
-    "prompt": {"errors"},
-    "vocabulary": {"errors"},
-    "loss": set(),
-    "files": {"errors"},
-    "lock": {"errors"},
-    "best": {"arguments"},
-    "determinism": set(),
-    "fingerprints": {"files", "rows", "stored"},
-    "tokenizer_fingerprint": set(),
-    "crash": {"errors", "memory", "redact", "resume"},
-    "token_cache": {"data", "files", "tokenizer_fingerprint"},
-    "weights": set(),
-    "memory": {"errors", "weights"},
-    "attention": set(),
-    "products": set(),
-    "bloom": {"attention", "batching", "loss", "products", "weights"},
-    "packed": {"batching", "bloom", "data", "errors", "loss", "memory", "prompt", "weights"},
-    "stored": {"errors"},
-    "hollow": {"errors", "hub", "model", "stored", "weights"},
-    "streamed": {"stored", "weights"},
-    "sharded": {"distributed", "stored", "weights"},
-    "quantised": {"errors", "model", "weights"},
-    "borders": {"errors"},
-    "layerwise": {"attention", "batching", "bloom", "borders", "loss", "memory", "weights"},
-    "requests": {"errors"},
-    "sampling": {"requests"},
-    "places": {"attention", "bloom", "sampling", "weights"},
-    "decode": {"bloom", "memory", "places", "products", "requests", "sampling", "weights"},
-    "engines": {
-        *(
-            "capabilities",
-            "config",
-            "decode",
-            "errors",
-            "generate",
-            "layerwise",
-            "memory",
-            "model",
-            "packed",
-            "quantised",
-        ),
-        *("sharded", "stored", "streamed", "weights"),
-    },
-    "model": {"batching", "capabilities", "data", "errors", "hub", "loss", "memory", "prompt"},
-    "checkpoint": {"capabilities", "errors", "fields", "files"},
-    "generate": {"capabilities", "memory", "model", "requests", "sampling"},
-    "answering": {"generate", "requests", "streaming"},
-    "passages": {"data", "errors", "readers"},
-    "confusion": {"scores", "tables"},
-    "ensemble": {"adapters", "errors", "infer_config", "questions", "scores"},
-    "joint": {"data", "ensemble", "evaluate", "infer_config", "model", "rows", "scores", "template"},
-    "plain": {"batching", "errors", "model"},
-    "evaluate": {"data", "generate", "model", "requests"},
-    "scores": {"data", "errors", "model", "template"},
-    "questions": {"data", "errors", "fields", "infer_config", "requests", "rows", "template"},
-    "streaming": set(),
-    "answers_file": {"errors", "files", "lock"},
-    "adapters": {"build", "checkpoint", "errors", "fields", "questions", "template"},
-    "chat": {"adapters", "errors"},
-    "compare": {
-        *("adapters", "confusion", "data", "ensemble", "errors", "evaluate", "generate", "infer_config", "joint"),
-        *("mini", "model", "passages", "rows", "scores", "tables", "template"),
-    },
-    "tables": set(),
-    "trainer": {"arguments", "data", "errors", "feed", "model", "prompt"},
-    "heartbeat": {"errors", "redact"},
-    "torchrun": set(),
-    "meeting": set(),
-    "restart": {"arguments", "config", "errors", "resume", "torchrun"},
-    "distributed": {"console", "errors", "heartbeat", "meeting", "memory"},
-    "shared": {"data", "distributed", "generate", "model", "prompt", "requests", "sampling", "stopping"},
-    "find_rate": {"arguments", "data", "distributed", "errors", "feed", "model", "prompt", "trainer", "unwatched"},
-    "announce": {"config", "data", "faults", "feed", "find_rate", "model", "rows", "trainer"},
-    "resume": {"arguments", "checkpoint", "config", "errors", "files", "torchrun", "trainer"},
-    "resume_config": {"config", "errors", "fields", "resume"},
-    "resume_checks": {
-        *("best", "config", "errors", "feed", "fingerprints", "resume", "resume_config", "template", "trainer"),
-    },
-    "card": {"checkpoint", "redact"},
-    "plot": {"trainer"},
-    "board": {"errors", "redact", "run_files", "trainer"},
-    "progress": {"board", "redact", "resume", "run_files", "trainer"},
-    "nearest": set(),
-    "record": {"checkpoint", "errors", "files", "lock", "resume", "trainer"},
-    "facts": {"capabilities", "checkpoint", "data", "evaluate", "generate", "nearest", "prepare", "record", "requests"},
-    "so_far": {"build", "checkpoint", "errors", "facts", "model", "nearest", "record", "stored"},
-    "pictures": set(),
-    "page": {"arguments", "config", "errors", "pictures", "record", "redact", "report_config"},
-    "push": {"checkpoint", "errors", "hub", "redact", "report_config", "run_files", "sharing_config"},
-    "ending": {
-        *("checkpoint", "engines", "errors", "evaluate", "facts", "generate", "nearest", "page", "pictures"),
-        *("plot", "prepare", "push", "record", "report_config", "run_files", "shared"),
-    },
-    "build": {
-        *("arguments", "checkpoint", "config", "errors", "faults", "files", "lock", "mini", "model"),
-        *("prompt", "run_files", "vocabulary"),
-    },
-}
-MAY_IMPORT |= {  # a study is a grid of runs, made of a run's parts
-    "grid": {"arguments", "config", "errors", "faults", "fields", "infer_config"},
-    "points": {"grid"},
-    "claims": {"arguments", "intervals", "points"},
-    "charts": {"points"},
-    "study_page": {"claims", "points"},
-    "study_plan": {
-        *(
-            "arguments",
-            "build",
-            "crash",
-            "data",
-            "engines",
-            "errors",
-            "feed",
-            "fingerprints",
-            "grid",
-            "intake",
-            "model",
-        ),
-        "tokenizer_fingerprint",
-        "capabilities",
-    },
-    "cells": {
-        *("adapter_folder", "arguments", "build", "checkpoint", "crash", "data", "determinism", "engines", "points"),
-        *(
-            "errors",
-            "evaluate",
-            "feed",
-            "files",
-            "intake",
-            "joint",
-            "model",
-            "prompt",
-            "resume",
-            "stopping",
-            "study_plan",
-        ),
-        *("trainer", "unwatched"),
-    },
-}
-MAY_IMPORT["export"] = {  # an entrance, too, but one that knows nothing of training
-    "adapters",
-    "build",
-    "capabilities",
-    "card",
-    "chat_template",
-    "checkpoint",
-    "cli",
-    "errors",
-    "export_config",
-    "files",
-    "model",
-    "plain",
-    "questions",
-    "requests",
-}
-ENTRANCES = {"cli", "api", "inference", "run", "summary", "export", "report", "study"}
-NO_TORCH = {
-    "console",
-    "commands",
-    "unknown_names",
-    "arguments",
-    "faults",
-    "intervals",
-    "torchrun",
-    "token_cache",
-    "tokenizer_fingerprint",
-    "vocabulary",
-    "errors",
-    "fields",
-    "config",
-    "infer_config",
-    "export_config",
-    "report_config",
-    "sharing_config",
-    "template",
-    "chat_template",
-    "messages",
-    "readers",
-    "splits",
-    "rows",
-    "shuffle",
-    "data",
-    "grid",
-    "points",
-    "claims",
-    "charts",
-    "study_page",
-    "cli",
-    "mini",
-}
+ENTRANCES = {"__init__", "__main__", "api", "cli", "inference"}
 
 
-def modules() -> dict[str, list[Path]]:
-    found = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return found | {"mini": sorted((PACKAGE / "mini").glob("*.py"))}
+def imported(path: Path) -> set[str]:
+    """The first part of the name of every module that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
 
 
-def imported(path: Path, at_top: bool = False) -> set[str]:
-    """Modules that a file imports, as dotted names; only those of its top level if asked."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = set()
-    for node in tree.body if at_top else ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
+def test_only_entrances_and_packages_stand_in_the_first_folder():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ENTRANCES
 
 
-def ours(path: Path) -> set[str]:
-    return {n.split(".")[1] for n in imported(path) if n.startswith("softprompt.")} & set(modules())
-
-
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_imports_follow_the_table(name):
-    for path in modules()[name]:
-        assert ours(path) - {name} <= MAY_IMPORT[name]
-
-
-def test_nothing_that_the_others_stand_on_knows_the_entrances():
-    for name, paths in modules().items():
-        if name not in {*ENTRANCES, "recorder", "dry_run"}:
-            assert not ENTRANCES & set().union(*map(ours, paths)), name
-
-
-@pytest.mark.parametrize("name", sorted(NO_TORCH))
-def test_what_needs_no_torch_does_not_wait_for_it(name):
-    for path in modules()[name]:
-        if path.stem != "make":
-            assert not {n for n in imported(path, at_top=True) if n.split(".")[0] == "torch"}
+def test_every_package_says_what_it_holds():
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
 def test_peft_is_not_used():
-    for paths in modules().values():
-        for path in paths:
-            assert not {n for n in imported(path) if n.split(".")[0] in ("peft", "accelerate", "pickle")}
+    for path in PACKAGE.rglob("*.py"):
+        assert not imported(path) & {"peft", "accelerate", "pickle"}, path
+
+
+@pytest.mark.parametrize("module", ["softprompt", "softprompt.cli", "softprompt.mini.tasks"])
+def test_a_wrong_flag_need_not_wait_for_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not {name for name in imported(path) if name.startswith("test_")}, path
 
 
 @pytest.mark.parametrize("name", ["train.py", "infer.py"])

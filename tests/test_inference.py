@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import GREEDY, called, lines_of
-from conftest import write_adapter
-from peers import naive_loss
-from test_bad_input import assert_line, jsonl, refused
+from helpers.asking import GREEDY, called, lines_of
+from helpers.bases import write_adapter
+from helpers.peers import naive_loss
+from helpers.refusals import assert_line, jsonl, refused
 
 import infer
 import softprompt
-from softprompt.answers_file import AnswersFile
 from softprompt.cli import parse_inference
-from softprompt.confusion import Confusion
-from softprompt.errors import ConfigError, OutputError, SoftpromptError
-from softprompt.scores import answer_examples, log_likelihoods
-from softprompt.streaming import Pieces
-from softprompt.template import Template
+from softprompt.data.template import Template
+from softprompt.evaluation.confusion import Confusion
+from softprompt.generation.likelihood import answer_examples, log_likelihoods
+from softprompt.generation.outputs import TextStream
+from softprompt.generation.resumable_jsonl import ResumableJsonl
+from softprompt.utils.errors import ConfigError, OutputError, SoftpromptError
 
 PROMPTS = [
     {"prompt": "今天", "adapter": "first"},
@@ -160,12 +160,12 @@ def test_other_settings_are_another_run(place, capsys, monkeypatch):
 
 def test_finished_answers_are_kept_when_a_run_breaks(tmp_path):
     asked = [{"prompt": str(n)} for n in range(3)]
-    with pytest.raises(ZeroDivisionError), AnswersFile(str(tmp_path / "o.jsonl"), asked, {"seed": 1}) as file:
+    with pytest.raises(ZeroDivisionError), ResumableJsonl(str(tmp_path / "o.jsonl"), asked, {"seed": 1}) as file:
         file.write({"prompt": "0", "text": "a"})
         raise ZeroDivisionError
-    assert AnswersFile(str(tmp_path / "o.jsonl"), asked, {"seed": 1}).done == 1
+    assert ResumableJsonl(str(tmp_path / "o.jsonl"), asked, {"seed": 1}).done == 1
     with pytest.raises(OutputError, match="from another run, with seed 1"):
-        AnswersFile(str(tmp_path / "o.jsonl"), asked, {"seed": 2})
+        ResumableJsonl(str(tmp_path / "o.jsonl"), asked, {"seed": 2})
 
 
 # ruff: noqa: E501 (a table reads best with a case a line)
@@ -268,7 +268,7 @@ def test_pieces_are_whole_characters(tokenizer):
     """The test's tokenizer spells most Chinese characters in three tokens, one for each byte."""
     for text in ("今天 天气很好。", "hello, Assistant: ok\n\n好  ", " a😀b 天", "ok", "  ", ""):
         shown = []
-        pieces = Pieces(tokenizer, shown.append)
+        pieces = TextStream(tokenizer, shown.append)
         for _ in range(2):
             for token in tokenizer(text)["input_ids"]:
                 pieces.add(token)
@@ -281,7 +281,7 @@ def test_pieces_are_whole_characters(tokenizer):
 @pytest.mark.parametrize("adapter", ["a", "none"])
 def test_likelihoods_are_those_of_rows_run_alone(adapter, engine, place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a", engine=engine)
-    from peers import random_examples
+    from helpers.peers import random_examples
 
     rows = random_examples(9, 14)
     rows = [*rows, rows[0]]
@@ -305,7 +305,7 @@ def test_choices(place, capsys, monkeypatch):
         scores = []
         for choice in choices:
             end = model.tokenizer(choice + model.tokenizer.eos_token)["input_ids"]
-            row = softprompt.data.Example(text + end, [-100] * len(text) + end)
+            row = softprompt.data.tokenization.Example(text + end, [-100] * len(text) + end)
             front = tuned.prompt if tuned else torch.zeros(0, 32)
             scores.append(-naive_loss(model.base, front, [row]).double() * len(end))
         expected = torch.stack(scores).softmax(0).tolist()
@@ -398,15 +398,15 @@ def test_flags_of_several_values():
 
 def test_two_processes_do_not_write_one_output_file(tmp_path):
     asked, path = [{"prompt": "a"}, {"prompt": "b"}], str(tmp_path / "o.jsonl")
-    first, late = AnswersFile(path, asked, {"seed": 1}), AnswersFile(path, asked, {"seed": 1})
+    first, late = ResumableJsonl(path, asked, {"seed": 1}), ResumableJsonl(path, asked, {"seed": 1})
     with first as file:
         file.write({**asked[0], "text": "x"})
         for overwrite in (False, True):
             with pytest.raises(OutputError, match="another process is writing"):
-                AnswersFile(path, asked, {"seed": 1}, overwrite)
+                ResumableJsonl(path, asked, {"seed": 1}, overwrite)
         with pytest.raises(OutputError, match="another process is writing"), late:
             pass
     with pytest.raises(OutputError, match="another process has written there"), late:
         pass
-    with AnswersFile(path, asked, {"seed": 1}) as file:
+    with ResumableJsonl(path, asked, {"seed": 1}) as file:
         assert file.done == 1

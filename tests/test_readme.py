@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.config import GROUPS
-from softprompt.export_config import ExportArguments
-from softprompt.infer_config import INFER_GROUPS
+from softprompt.config.infer_args import INFER_GROUPS
+from softprompt.config.loader import GROUPS
+from softprompt.export.args import ExportArguments
 
 OTHERS = {"check", "nproc_per_node", "max_restarts"}  # ruff's and torchrun's
 ROOT = Path(__file__).parent.parent

@@ -27,10 +27,10 @@ from tqdm import tqdm
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from softprompt.errors import OutputError, SoftpromptError
-from softprompt.files import check_writable, write_folder
 from softprompt.mini import BASE_DIR, words
 from softprompt.mini.corpus import Row, corpus
+from softprompt.utils.atomic_io import check_writable, write_folder
+from softprompt.utils.errors import OutputError, SoftpromptError
 
 BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # BLOOM's pre-tokenizer
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")

@@ -5,10 +5,10 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from softprompt.errors import DataError
 from softprompt.mini.clauses import OTHER
 from softprompt.mini.grammar import Sentence, sentences
 from softprompt.mini.words import DOMAINS
+from softprompt.utils.errors import DataError
 
 SPLITS = {"train": 6400, "eval": 200}  # rows by default: 200 steps of 32 to train
 

@@ -1,0 +1,138 @@
+"""Command-line flags from the dataclasses of settings, with argparse.
+
+In: the dataclasses and a command line. Out: the settings that were given, under the names of their fields; everything
+else is left to presets, files and defaults.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from softprompt.config.infer_args import GenerationArguments
+from softprompt.config.schema import AUTO, hints, members, takes_auto, takes_list
+from softprompt.config.train_args import NEWEST
+from softprompt.config.unknown_names import advice
+from softprompt.utils.errors import ConfigError
+
+HINT = r"one that starts with - is written \1=VALUE"
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+BARE = {"resume_from_checkpoint": NEWEST}  # what a flag means that is given without a value
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argparse parser with one argument group per dataclass, which raises ConfigError instead of printing usage.
+
+    Every field becomes a flag of its name, with underscores or hyphens. `--flag` alone sets a boolean; a boolean that
+    is on by default also has `--no_flag`. A field of a list takes several values, and may be repeated.
+    """
+
+    def __init__(self, groups: Sequence[type], program: str, description: str, usage: str = "[--flag value …]"):
+        super().__init__(prog=program, description=description, usage=f"{program} {usage}".strip(), allow_abbrev=False)
+        for group in groups:
+            arguments = self.add_argument_group(group._argument_group_name)  # type: ignore[attr-defined]
+            types = get_type_hints(group)
+            for field in dataclasses.fields(group):
+                _add_flag(arguments, field, types[field.name])
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
+        raise ConfigError(re.sub(r"^(--\w+): expected one argument$", rf"\g<0> ({HINT})", message))
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return only the settings that `argv` gives. `--help` prints and exits with 0.
+
+        Raises:
+            ConfigError: an unknown flag, or a value that is not of the flag's type.
+        """
+        if {"-h", "--help"} & set(argv):
+            for action in self._actions:  # --max-length does what --max_length does; show one of them
+                action.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+            self.print_help()
+            sys.exit(0)
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        namespace, rest = self.parse_known_args(list(argv))
+        if rest:
+            flag = next((a for a in rest if a.startswith("-")), rest[0]).split("=")[0]
+            if not flag.startswith("-"):
+                raise ConfigError(f"unknown argument {flag}")
+            known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+            raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
+        return vars(namespace)
+
+
+def parse_setting(name: str, value: str) -> dict[str, Any]:
+    """Parse one generation setting of infer.py from its text, as its flag would.
+
+    Raises:
+        ConfigError: no such setting, or a value of another type.
+    """
+    return FlagParser((GenerationArguments,), "", "").parse([f"--{name}={value}"])
+
+
+def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
+    """Read a TOML file of settings for the dataclasses `groups`, and of `preset`.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or holds an unknown setting.
+    """
+    try:
+        values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {name}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, not TOML
+        raise ConfigError(f"--config {name}: not TOML: {error}") from None
+    if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
+        raise ConfigError(f"--config {name}: {', '.join(twice)} is there twice, with - and with _; keep one")
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known: Mapping[str, Any] = {"preset": str, **hints(groups)}
+    if unknown := [f"unknown setting {key!r}{advice(key, known)}" for key in values if key not in known]:
+        raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
+    return values
+
+
+def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    text = field.metadata["help"].replace("%", "%%")
+    shown = "" if field.default is None or "(default" in text else " (default: %(default)s)"
+    kwargs: dict[str, Any] = {"default": field.default, "help": text + shown, **_value_of(hint)}
+    if field.name in BARE:
+        kwargs |= {"nargs": "?", "const": BARE[field.name]}
+    arguments.add_argument(*_spellings(field.name), **kwargs)
+    if field.default is True:
+        off = {"action": "store_false", "dest": field.name, "default": False, "help": text}
+        arguments.add_argument(*_spellings(f"no_{field.name}"), **off)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _value_of(hint: Any) -> dict[str, Any]:
+    """What argparse must know of a field's values, from its type."""
+    kinds = [member for member in members(hint) if member is not type(None)]
+    if bool in kinds:
+        return {"type": _boolean, "nargs": "?", "const": True}
+    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
+        return {"choices": choices}
+    if takes_list(hint):
+        return {"type": get_args(kinds[0])[0], "nargs": "+", "action": "extend"}
+    return {"type": _or_auto(kinds[0]) if takes_auto(hint) else kinds[0]}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in (*TRUE, *FALSE):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in TRUE
+
+
+def _or_auto(convert: Any) -> Callable[[str], Any]:
+    def converted(text: str) -> Any:
+        return text if text == AUTO else convert(text)
+
+    converted.__name__ = getattr(convert, "__name__", str(convert))  # argparse names it where a value is wrong
+    return converted

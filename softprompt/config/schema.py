@@ -1,0 +1,123 @@
+"""Dataclass fields as settings: a default and a help text each, and values checked against the annotated types."""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from softprompt.config.unknown_names import advice
+from softprompt.utils.errors import ConfigError
+
+AUTO = "auto"
+PATHS = {
+    *("model_name_or_path", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir", "output"),
+    *("resume_from_checkpoint", "adapter", "prompts_file", "output_file"),
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that becomes a flag of its name."""
+    return field(default=default, metadata={"help": help})
+
+
+def hints(groups: Sequence[type]) -> dict[str, Any]:
+    """Every setting of the dataclasses `groups` and its type."""
+    return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
+
+
+def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
+    """One instance per dataclass, from settings under their flags' names.
+
+    Raises:
+        ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
+    """
+    known, values = hints(groups), with_plain_paths(values)
+    faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
+    values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
+    if faults := faults + type_faults(values, known):
+        raise ConfigError("; ".join(faults))
+    return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
+
+
+def with_plain_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with path objects as texts, and a leading ~ as the home folder: no shell expands it in a file of
+    settings, in Python, or behind a `--flag=`."""
+    return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
+
+
+def _plain_path(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain_path(each) for each in value]
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """What among `values` is of another type than `known` says for its name."""
+    values = {name: _coerced(value, known[name]) for name, value in values.items()}
+    wrong = {name: value for name, value in values.items() if not _fits(value, known[name])}
+    return [f"--{name} {value!r} is not {_expected(known[name])}" for name, value in wrong.items()]
+
+
+def is_text(value: Any) -> bool:
+    """A string that UTF-8 can hold. Half a surrogate pair, which JSON can spell and a shell with another encoding hands
+    over, is taken by no tokenizer and fits into no file."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A clause that suggests the known name most like `name`, where one is."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def takes_auto(hint: Any) -> bool:
+    """Whether a setting may be left to the program, and so be given as `auto`."""
+    return type(None) in members(hint) and str not in members(hint) and not takes_list(hint)
+
+
+def takes_list(hint: Any) -> bool:
+    """Whether a setting may have several values."""
+    return any(get_origin(member) is list for member in members(hint))
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is the former
+
+
+def _coerced(value: Any, hint: Any) -> Any:
+    """Whole numbers stand for floats, as everywhere in Python, `auto` for None where that is no text, and one value for
+    a list of one."""
+    if type(value) is str and value == AUTO and takes_auto(hint):
+        return None
+    if takes_list(hint) and value is not None:
+        return list(value) if isinstance(value, list | tuple) else [value]
+    return float(value) if float in members(hint) and type(value) is int else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for member in members(hint):
+        if get_origin(member) is Literal:
+            if type(value) is str and value in get_args(member):
+                return True
+        elif get_origin(member) is list:
+            if isinstance(value, list) and all(_fits(each, get_args(member)[0]) for each in value):
+                return True
+        elif type(value) is member:
+            return math.isfinite(value) if member is float else member is not str or is_text(value)
+    return False
+
+
+def _expected(hint: Any) -> str:
+    names = {str: "a text in UTF-8", int: "a whole number", float: "a finite number", bool: "true or false"}
+    choices = [c for m in members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    if takes_list(hint):
+        each = next(get_args(m)[0] for m in members(hint) if get_origin(m) is list)
+        return f"one or several, each {names[each]}"
+    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in members(hint) if m in names)

@@ -1,0 +1,103 @@
+"""Padded and packed micro-batches of token ids."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softprompt.data.tokenization import IGNORE, Example
+
+
+class Batch(NamedTuple):
+    """A padded micro-batch: three times [B, T] int64; pads stand on the right, with mask 0 and label -100."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """Consecutive micro-batches of `size` rows; the last may be smaller."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
+    tokenizer that pads on the right.
+
+    The side is not the tokenizer's to choose: the prompt is put in front of the batch, so padding on the left would
+    stand between prompt and text, and whatever counts places instead of positions (a sliding window, MPT's ALiBi)
+    would see the text farther from the prompt than it is.
+    """
+    width = max(len(e.input_ids) for e in examples)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (width - len(values))]
+
+    return Batch(
+        torch.tensor([padded(e.input_ids, pad_token_id) for e in examples], dtype=torch.int64),
+        torch.tensor([padded([1] * len(e.input_ids), 0) for e in examples], dtype=torch.int64),
+        torch.tensor([padded(e.labels, IGNORE) for e in examples], dtype=torch.int64),
+    )
+
+
+class Packed(NamedTuple):
+    """A micro-batch without padding: S tokens of B rows, one row after the other. A row ends where its last target is
+    predicted: what stands behind that has no part in loss or gradient.
+
+    `predictors` are the positions in the stream whose next token is a target; a row's first token is predicted by the
+    last virtual token, so `first_targets` have no predictor in the stream.
+    """
+
+    input_ids: Tensor  # [S] int64
+    lengths: list[int]  # of B rows, none of them 0, S in all
+    predictors: Tensor  # [n] int64
+    targets: Tensor  # [n] int64
+    first_targets: Tensor  # [f] int64
+
+    def to(self, device: torch.device) -> "Packed":
+        return Packed(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+
+
+def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> Iterator[list[Example]]:
+    """Micro-batches of at most so many tokens, or of one row that has more; longest rows first, so that rows of a
+    micro-batch are about as long as each other, and memory is full at the beginning or never."""
+    part: list[Example] = []
+    tokens = 0
+    for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
+        if part and tokens + len(example.input_ids) > tokens_per_microbatch:
+            yield part
+            part, tokens = [], 0
+        part.append(example)
+        tokens += len(example.input_ids)
+    if part:
+        yield part
+
+
+def has_targets(batch: Packed) -> bool:
+    return len(batch.targets) + len(batch.first_targets) > 0
+
+
+def collate_packed(examples: Sequence[Example]) -> Packed:
+    """Concatenate rows up to their last predictors, and find their targets."""
+    ids: list[int] = []
+    lengths, predictors, targets, first_targets = [], [], [], []
+    for row in examples:
+        at = [i for i, label in enumerate(row.labels) if label != IGNORE]
+        if at and at[0] == 0:
+            first_targets.append(row.labels[at.pop(0)])
+        if at:
+            predictors += [len(ids) + i - 1 for i in at]
+            targets += [row.labels[i] for i in at]
+            ids += row.input_ids[: at[-1]]
+            lengths.append(at[-1])
+    return Packed(_int64(ids), lengths, _int64(predictors), _int64(targets), _int64(first_targets))
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -1,0 +1,227 @@
+"""Dataset → checked rows. A row is a dict of texts; every fault names the file and the line or row it stands in."""
+
+import io
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from softprompt.config.schema import is_text
+from softprompt.data.messages import CONVERSATIONS, kind_of, messages, tools
+from softprompt.data.readers import Located, read_jsonl, text_of
+from softprompt.data.splits import TRAIN, splits_of
+from softprompt.data.template import CHAT, Template
+from softprompt.utils.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+OF_CHAT = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")  # columns of a chat's rows
+MOST_NAMED = 20  # columns in a message
+
+
+def load_rows(
+    source: str,
+    template: Template,
+    columns: Mapping[str, str],
+    *,
+    config_name: str | None = None,
+    split: str | None = TRAIN,
+    flag: str = "--dataset_split",
+    usual_columns: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
+    it; `flag` names it), its columns renamed by `columns` (ours → theirs). `usual_columns` are those of another
+    dataset: they count where `columns` say nothing and the first row has THEIRS.
+
+    Raises:
+        DataError: nothing there, no such split, or as of `rows_of`.
+    """
+    located = splits_of(source, config_name).take(split, flag).rows
+    if usual_columns:
+        first = next(located, None)
+        located = chain([] if first is None else [first], located)
+        there = first[1] if first is not None and isinstance(first[1], dict) else {}
+        columns = {**{ours: theirs for ours, theirs in usual_columns.items() if theirs in there}, **columns}
+    return rows_of(source, located, template, columns)
+
+
+def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> list[Row]:
+    """Rows of a dataset, checked.
+
+    Raises:
+        DataError: an unreadable format, no rows, a row without a text that template or answer need.
+    """
+    rows = check_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
+    if not rows:
+        raise DataError(f"{source} holds no rows; expected at least one with instruction and output")
+    return rows
+
+
+def check_rows(
+    source: str, placed: Iterable[tuple[str, Any]], template: Template, columns: Mapping[str, str]
+) -> list[Row]:
+    """Rows that begin a dataset, each with its place, checked; `columns` must be there in the first."""
+    rows: list[Row] = []
+    for place, row in placed:
+        if not rows and isinstance(row, dict):
+            _check_mapping(source, row, template, columns)
+        rows.append(check_row(place, row, template, columns))
+    return rows
+
+
+def check_row(place: str, row: Any, template: Template, columns: Mapping[str, str]) -> Row:
+    """One row under our names for its columns, as `check_fields` has it.
+
+    Raises:
+        DataError: it is no row, or lacks a text that template or answer need.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object of columns, found {kind_of(row)}")
+    return check_fields(place, _renamed(row, columns), template, columns)
+
+
+def load_prompts(source: str) -> list[tuple[str, Row]]:
+    """Questions of a --prompts_file, each with the line it stands in: a .txt with one a line, or a .jsonl of objects,
+    which are not looked into here.
+
+    Raises:
+        DataError: not there, not readable, no question in it, an empty line of a .txt before its last question (the
+            answers would not stand beside the lines), a line of a .jsonl that is no object.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise DataError(f"--prompts_file {source} is a folder; name a .txt or a .jsonl in it")
+    if not path.is_file():
+        raise DataError(f"--prompts_file {source}: no such file")
+    if path.suffix.lower() == ".txt":
+        # \r\n is read as \n; U+2028 and its kin end no line
+        lines = [line.rstrip("\n") for line in io.StringIO(text_of(path), newline=None)]
+        while not lines[-1].strip():  # what follows the last question is no question
+            lines.pop()
+        if blank := next((number for number, line in enumerate(lines, start=1) if not line.strip()), None):
+            raise DataError(f"{source}, line {blank}: prompt is empty; write a question, or take the line out")
+        return [(f"{source}, line {number}", {"prompt": line}) for number, line in enumerate(lines, start=1)]
+    if path.suffix.lower() != ".jsonl":
+        raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
+    rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
+    return rows
+
+
+def question(where: str, row: Any, template: Template) -> Row:
+    """A question's row, checked: `prompt` stands for the template's first column, beside an optional `input`;
+    `messages` are a conversation whose last message is the question.
+
+    Raises:
+        DataError: it is no row, or lacks a column, or one is not a text; messages that are none, or that a template of
+            single questions has no place for.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
+    if "messages" in row and "messages" not in template.fields:
+        return _asked(where, row, template)
+    if "prompt" not in row or "prompt" in template.fields:
+        return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
+    given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))
+    if not (given["prompt"].strip() or given["input"].strip()):
+        raise DataError(f"{where}: prompt is empty; write a question")
+    try:
+        return template.row(given["prompt"], None if row.get("input") is None else given["input"])
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _asked(where: str, row: Row, template: Template) -> Row:
+    """A conversation whose last message is the question."""
+    asked = _conversation(where, "messages", row, least=1, ends_with_answer=False)
+    roles = [message["role"] for message in asked["messages"]]
+    if template.spec == CHAT and roles[-1] == "assistant":
+        raise DataError(f"{where}: messages must end with the question, not with an answer of the assistant")
+    if template.spec != CHAT and roles != (["user", "assistant"] * len(roles))[: len(roles) // 2 * 2 + 1]:
+        found = ", ".join(roles)
+        raise DataError(f"{where}: messages must be user, assistant, … and end with the user's, not {found:.80}")
+    if template.spec != CHAT and ("tools" in asked or any("tool_calls" in each for each in asked["messages"])):
+        raise DataError(f"{where}: the adapter's template has no place for tools; leave tools and tool_calls out")
+    return asked
+
+
+def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[str, str]) -> None:
+    ours_known = (*template.fields, "output") if template.spec != CHAT else OF_CHAT
+    for ours, theirs in columns.items():
+        if ours not in ours_known:
+            raise DataError(
+                f"{source}: --columns names {ours!r}, which the template does not use; it uses {', '.join(ours_known)}"
+            )
+        if theirs not in row:
+            raise DataError(f"{source}: --columns maps {ours} to {theirs!r}, but {_columns_of(row)}")
+
+
+def _columns_of(row: Row) -> str:
+    """Quoted, since a name may be anything."""
+    more = f" and {len(row) - MOST_NAMED:,} more" if len(row) > MOST_NAMED else ""
+    return f"the columns are {', '.join(map(repr, list(row)[:MOST_NAMED]))}{more}" if row else "there are no columns"
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Under our names, and no longer under theirs."""
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def check_fields(where: str, row: Row, template: Template, columns: Mapping[str, str] = MappingProxyType({})) -> Row:
+    """Only the columns that are used, each of the type that is asked for. Of the forms of a row for a chat template it
+    has that which `columns` name, else the first that is there."""
+    if template.spec == CHAT and not {"instruction", "input", "output"} & columns.keys():
+        if "prompt" not in columns and (name := _conversation_in(row)):
+            return _conversation(where, name, row, least=2, ends_with_answer=True)
+        if "prompt" in row:
+            return {
+                "prompt": _text_or_messages(where, row, "prompt"),
+                "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
+                **_tools(where, row),
+            }
+    names = template.fields or ("instruction", "input")
+    hint = " (--columns {}=THEIRS names another column)"
+    if template.spec != CHAT and (_conversation_in(row) or {"prompt", "completion"} <= row.keys()):
+        hint = " (the row holds a conversation; train with --template chat on such rows)"
+    return _texts(where, row, (*names, "output"), template.optional_fields, hint)
+
+
+def _conversation_in(row: Row) -> str | None:
+    """The column that holds a conversation; only `messages` are none whatever they are."""
+    return next(
+        (name for name in CONVERSATIONS if name in row and (name == "messages" or isinstance(row[name], list | dict))),
+        None,
+    )
+
+
+def _conversation(where: str, name: str, row: Row, least: int, ends_with_answer: bool) -> Row:
+    said = messages(where, name, row[name], least, ends_with_answer)
+    if name != "messages" and is_text(row.get("system")) and row["system"].strip() and said[0]["role"] != "system":
+        said = [{"role": "system", "content": row["system"]}, *said]  # beside ShareGPT's conversations
+    return {"messages": said, **_tools(where, row)}
+
+
+def _tools(where: str, row: Row) -> Row:
+    return {"tools": found} if (found := tools(where, row.get("tools"))) else {}
+
+
+def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str], hint: str = "") -> Row:
+    check_fields = {}
+    for name in names:
+        value = row.get(name)
+        if value is None and name in optional:
+            value = ""
+        if not is_text(value):
+            found = "there is none" if name not in row else f"found {kind_of(value)}"
+            there = "" if name in row else f"; {_columns_of(row)}"
+            raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
+        check_fields[name] = value
+    return check_fields
+
+
+def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = False) -> Any:
+    value = row.get(name)
+    return value if is_text(value) else messages(where, name, value, 1, ends_with_answer)

@@ -1,0 +1,260 @@
+"""Files, folders and hub ids → rows as they stand there, one after the other, each with its line or row.
+
+JSON and CSV are read with Python's own modules rather than with `datasets`, whose readers guess types (a column of
+dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken; folders and hub ids are read
+with `datasets`, parquet files with what it reads them with.
+"""
+
+import csv
+import io
+import json
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt.utils import hub
+from softprompt.utils.errors import DataError
+
+Located = Iterator[tuple[str, Any]]  # ("line 7", row)
+BATCH = 1024  # rows of a parquet file that become Python objects at a time
+
+
+def path_of(source: str) -> Path | None:
+    """Where a dataset lies on this machine: a folder, or a file of a known kind; None where it may be a hub id.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if source.startswith("mini:"):
+        raise DataError(f"{source!r} is served by the package itself, not read from a file")
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.suffix.lower() in READERS:
+        if not path.is_file():
+            raise DataError(f"{source}: no such file")
+        return path
+    if path.exists():
+        raise DataError(
+            f"{source}: expected a file ending in {', '.join(READERS)}, a folder of such files, or one of "
+            "Dataset.save_to_disk"
+        )
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError(f"{source}: no such file or folder")
+    return None
+
+
+def text_of(path: Path) -> str:
+    """The content of a file of text, which must hold some."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark, as Windows editors write, is no fault
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise _not_utf8(f"{path}, line {line}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise DataError(f"{path} is empty; expected at least one row")
+    return text
+
+
+def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Lines that hold a row, from row `first` (counted from 0) on, each with its number in the file, from 1.
+
+    Raises:
+        DataError: the file cannot be read, or has no such line at all.
+    """
+    rows = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not is_blank(line):
+                    if rows >= first:
+                        yield number, (line.removeprefix(BOM_UTF8) if number == 1 else line).rstrip(b"\n")
+                    rows += 1
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if not rows:
+        raise DataError(f"{path} is empty; expected at least one row")
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether a line of a .jsonl holds no row."""
+    return line.strip() in (b"", BOM_UTF8)
+
+
+def parsed_line(place: str, line: bytes, expected: str = "one object a line") -> Any:
+    """A line of a .jsonl, that stands at `place`.
+
+    Raises:
+        DataError: it is not UTF-8, or not JSON.
+    """
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise _not_utf8(place) from None
+    return _parsed(text, lambda _: place, expected)
+
+
+def _not_utf8(place: str) -> DataError:
+    return DataError(f"{place}: not UTF-8; save the file as UTF-8 (iconv -f GBK -t UTF-8, for instance)")
+
+
+def _parsed(text: str, place: Callable[[int], str], expected: str) -> Any:
+    """JSON; `place` names a line of it, from 1."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except _Twice as error:
+        raise DataError(f"{place(1)}: an object has the key {error} twice; rename one of them") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place(error.lineno)}: not JSON: {error.msg}; expected {expected}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place(1)}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{place(1)}: nested too deeply to be a row") from None
+
+
+class _Twice(Exception):
+    """A name, of which the second would take the place of the first."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _Twice(repr(_first_twice([name for name, _ in pairs])))
+    return made
+
+
+def _first_twice(names: Sequence[str]) -> str | None:
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)
+
+
+def read_jsonl(path: Path, expected: str = "one object a line") -> Located:
+    # lines end at "\n" alone: U+2028 and its kin may stand unescaped inside a JSON string
+    for number, line in jsonl_lines(path):
+        yield f"line {number}", parsed_line(f"{path}, line {number}", line, expected)
+
+
+def _read_json(path: Path) -> Located:
+    text = text_of(path)
+    if not text.lstrip().startswith("["):
+        yield from read_jsonl(path, "a list of objects, or one object a line")  # many a .json file holds the latter
+    else:
+        yield from _numbered(_parsed(text, lambda line: f"{path}, line {line}", "a list of objects"))
+
+
+def _read_csv(path: Path) -> Located:
+    csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a text may have
+    reader, begins = csv.reader(io.StringIO(text_of(path), newline=""), strict=True), 1
+    header: list[str] = []
+    try:
+        for fields in reader:
+            line, begins = begins, reader.line_num + 1  # a quoted field may go over several lines
+            if header and fields:
+                if len(fields) != len(header):
+                    raise DataError(f"{path}, line {line}: {len(fields)} fields where the header names {len(header)}")
+                yield f"line {line}", dict(zip(header, fields, strict=True))
+            header = header or _header(path, line, fields)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {begins}: not CSV: {error}") from None
+
+
+def _header(path: Path, line: int, names: list[str]) -> list[str]:
+    """Columns without a name, as a comma at a line's end makes them, may be several."""
+    if (twice := _first_twice([name for name in names if name])) is not None:
+        raise DataError(f"{path}, line {line}: the header names {twice!r} twice; rename one of these columns")
+    return names
+
+
+def _numbered(rows: Any) -> Located:
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
+    """Rows from number `first` (from 0) on; row groups before it are not read.
+
+    Raises:
+        DataError: it is not a parquet file, or a broken one.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    row = 0
+    try:
+        with ParquetFile(path) as file:
+            if (twice := _first_twice(file.schema_arrow.names)) is not None:
+                raise DataError(f"{path}: two columns are named {twice!r}; rename one of them")
+            for group in range(file.num_row_groups):
+                n = file.metadata.row_group(group).num_rows
+                if row + n <= first:
+                    row += n
+                    continue
+                for batch in file.iter_batches(BATCH, row_groups=[group]):
+                    yield from batch.slice(max(0, first - row)).to_pylist()
+                    row += len(batch)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
+
+
+def _read_parquet(path: Path) -> Located:
+    return _numbered(parquet_rows(path))
+
+
+def load_folder(path: Path) -> Any:
+    """The Dataset or DatasetDict that save_to_disk wrote; its rows stay on the disk until they are asked for.
+
+    Raises:
+        DataError: there is none.
+    """
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(
+            f"{path}: expected a folder of Dataset.save_to_disk that holds rows, or of {', '.join(READERS)} files: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def load_hub(source: str, config_name: str | None) -> Any:
+    """The DatasetDict of a hub id.
+
+    Raises:
+        DataError: it is not there, or the hub is not.
+    """
+    from datasets import load_dataset
+
+    return from_hub(source, lambda: load_dataset(source, config_name))
+
+
+def from_hub(source: str, load: Callable[[], Any]) -> Any:
+    """What `load` brings from the hub.
+
+    Raises:
+        DataError: it fails.
+    """
+    hub.prepare()
+    try:
+        return load()
+    except Exception as error:
+        raise DataError(
+            f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
+            f"({first_line(error)}); {hub.way_out()}"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+READERS: dict[str, Callable[[Path], Located]] = {
+    ".json": _read_json,
+    ".jsonl": read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

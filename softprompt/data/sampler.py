@@ -1,0 +1,29 @@
+"""Order of the rows and windows of one optimizer step, as in Trainer."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """Order of `n` rows in 0-based `epoch`: the permutation that Trainer's seeded random sampler draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def steps_per_epoch(n: int, rows_per_step: int) -> int:
+    """Optimizer steps of one pass over `n` rows; the last step may have fewer rows."""
+    return -(-n // rows_per_step)
+
+
+def windows(n: int, rows_per_step: int, seed: int, first_step: int = 0) -> Iterator[list[int]]:
+    """Row numbers of optimizer step `first_step`, `first_step + 1`, … without end, epoch after epoch.
+
+    Equal to Trainer's: micro-batches of B rows, accumulation of A, rows_per_step = A·B, the epoch's last window short.
+    """
+    per_epoch = steps_per_epoch(n, rows_per_step)
+    epoch, skip = divmod(first_step, per_epoch)
+    while True:
+        order = epoch_order(n, seed, epoch)
+        for start in range(skip * rows_per_step, n, rows_per_step):
+            yield order[start : start + rows_per_step]
+        epoch, skip = epoch + 1, 0

@@ -1,0 +1,186 @@
+"""The padded engine: rows padded to one length, through the base's own forward. Works for any causal language model."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.data.collate import Batch, chunks, collate_padded
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.engines.linear_cross_entropy import cross_entropy_sum
+from softprompt.models.capabilities import check_positions, max_positions
+from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import autocast
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.utils.errors import ModelError
+from softprompt.utils.model_config import layers_and_heads
+from softprompt.utils.out_of_memory import is_out_of_memory
+
+PROBED = 5  # tokens that a base is run on when it is loaded
+_checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`, which are not run again
+
+
+def prepend(
+    prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the prompt [P, H] in front of every row: virtual tokens are attended to and are no targets.
+
+    Args:
+        embeddings: [B, T, H]; attention_mask and labels: [B, T] int64.
+    Returns:
+        embeddings [B, P+T, H] in the given embeddings' dtype, attention mask and labels [B, P+T] int64.
+    """
+    rows = embeddings.shape[0]
+    front = prompt.to(embeddings.dtype).expand(rows, -1, -1)  # [B, P, H]
+    side = attention_mask.new_ones(rows, prompt.shape[0])  # [B, P]
+    return (
+        torch.cat([front, embeddings], dim=1),
+        torch.cat([side, attention_mask], dim=1),
+        torch.cat([torch.full_like(side, -100), labels], dim=1),
+    )
+
+
+def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The base's own forward over padded rows with the prompt [P, H] before each; P = 0 is the bare base.
+
+    Padding stands behind the text, so a token's place in its row is its position, which is what transformers assumes
+    where it is not told otherwise.
+
+    Returns:
+        logits [B, P+T, V] in the dtype of the base's head, labels [B, P+T] int64.
+    """
+    words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
+    embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
+    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits, labels
+
+
+@torch.no_grad()
+def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Compare `padded_forward` without a prompt with the base's own forward over the same words, at a few tokens. The
+    base sees one more word: it must not change the logits before it. BLOOM, whose forward is known, is not run.
+
+    Raises:
+        ModelError: the logits differ, so this base does more with a word than to look up its embedding, counts
+            positions from elsewhere or looks at later words; or it cannot be run.
+    """
+    if base.config.model_type == "bloom" or base in _checked:
+        return
+    kind, words = type(base).__name__, word_embeddings(base).weight
+    ids = torch.arange(max(0, min(8, len(words) - PROBED)), len(words))[:PROBED].to(words.device)[None]  # [1, T]
+    mask = torch.ones_like(ids)
+    try:
+        with autocast(words.device, compute_dtype):
+            own = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason}") from None
+    off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
+    if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
+        raise ModelError(
+            f"{base.name_or_path}: {kind} gives other logits on word embeddings than on the words (off by {off:.2g} of "
+            f"{size:.2g}): it does more with a word than to look it up, or looks at later words; take another base"
+        )
+    _checked.add(base)
+
+
+class SoftPromptedModel(nn.Module):
+    """A frozen base with a prompt before it: what `--print_model` shows and what the parameter line counts."""
+
+    def __init__(self, prompt: PromptEmbedding, base: PreTrainedModel):
+        super().__init__()
+        self.prompt = prompt
+        self.base = base
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels as of `padded_forward`."""
+        return padded_forward(self.base, self.prompt(), batch)
+
+    def trainable_parameters_line(self) -> str:
+        """The line that PEFT's `print_trainable_parameters` prints."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in self.parameters())
+        return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"
+
+
+class PaddedEngine:
+    """The plain engine, for any causal language model: a window is cut into micro-batches of `rows_per_microbatch`
+    rows (in evaluation `rows_per_eval_batch`), each padded to its longest, and run through the base's own forward under
+    autocast."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: Any,
+        rows_per_microbatch: int,
+        compute_dtype: torch.dtype,
+        rows_per_eval_batch: int | None = None,
+    ):
+        """Raises ModelError as of `check_forward`."""
+        check_forward(base, compute_dtype)
+        self.base = base
+        self.compute_dtype = compute_dtype
+        self.device = word_embeddings(base).weight.device
+        self.rows_per_microbatch = rows_per_microbatch
+        self.rows_per_eval_batch = rows_per_eval_batch or rows_per_microbatch
+        self.pad_token_id = tokenizer.pad_token_id
+        self.max_positions = max_positions(base)
+
+    def accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for rows in chunks(window, self.rows_per_microbatch):
+            loss = self._loss(prompt(), rows)
+            (loss * grad_scale).backward()
+            total += loss.detach()
+        return total, sum(map(count_targets, window))
+
+    @torch.no_grad()
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for some in chunks(rows, self.rows_per_eval_batch):
+            total += self._loss(front, some)
+        return total, sum(map(count_targets, rows))
+
+    @torch.no_grad()
+    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
+        sums: list[float] = []
+        for some in chunks(rows, self.rows_per_eval_batch):
+            batch = self._collated(len(front), some)
+            with autocast(self.device, self.compute_dtype):
+                logits, labels = padded_forward(self.base, front, batch)
+            each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
+            sums += [cross_entropy_sum(*row).item() for row in each]
+        return sums
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
+        size, words = self.compute_dtype.itemsize, word_embeddings(self.base)
+        L, N = layers_and_heads(self.base.config)
+        H, V = words.embedding_dim, words.num_embeddings
+        width = P + max((len(e.input_ids) for e in window), default=0)
+        layer = 4 * 6 * H + size * 16 * H + (4 + size) * N * width  # eager attention's scores
+        return min(self.rows_per_microbatch, len(window)) * width * (L * layer + 3 * 4 * V)
+
+    def __str__(self) -> str:
+        return "padded engine"
+
+    def _collated(self, P: int, rows: Sequence[Example]) -> Batch:
+        """Raises ConfigError where a row behind P virtual tokens needs more positions than the base has."""
+        check_positions(self.max_positions, P, max(len(row.input_ids) for row in rows), "a row")
+        return collate_padded(rows, self.pad_token_id).to(self.device)
+
+    def _loss(self, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
+        batch = self._collated(len(prompt), rows)
+        with autocast(self.device, self.compute_dtype):
+            return cross_entropy_sum(*padded_forward(self.base, prompt, batch))

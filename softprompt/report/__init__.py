@@ -1,0 +1,4 @@
+"""The HTML report of one or several runs.
+
+In: run folders. Out: one self-contained page.
+"""

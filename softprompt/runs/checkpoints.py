@@ -1,0 +1,103 @@
+"""A run's checkpoint-N folders: write them with checksums, verify them, find the newest whole one, remove old ones."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from softprompt.prompt.adapter_io import CHECKPOINT, json_bytes
+from softprompt.runs.file_names import (
+    CHECKSUMS_FILE,
+    OF_A_CHECKPOINT,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    STATE_FILE,
+)
+from softprompt.runs.state import Metrics, TrainingState
+from softprompt.utils.atomic_io import Files, read_inside
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, oldest first; those that a run removes in the meantime may be left out."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | None = None) -> list[int]:
+    """Those of a run's checkpoints, by `numbers` in order, that may go once checkpoint-`newest` is safe: those behind
+    it, which are of a course that was left, and the oldest above `limit` (None: keep all). The newest and
+    checkpoint-`best` stay."""
+    old = [n for n in numbers if n <= newest]
+    above = len(old) - limit if limit else 0
+    spare = [n for n in old if n not in (newest, best)]
+    return [n for n in numbers if n > newest] + spare[: max(0, above)]
+
+
+MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
+
+
+def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
+    """The loop's state, and `more` that is JSON-able, as STATE_FILES."""
+    values = {
+        "step": state.step,
+        "taken": state.taken,
+        "scaler": state.scaler,
+        "unlogged": [asdict(step) for step in state.unlogged],
+        "position": dict(state.position),
+        **more,
+    }
+    tensors = {name: value.cpu().contiguous() for name, value in state.optimizer.items()}
+    return {OPTIMIZER_FILE: save(tensors), RNG_FILE: save(dict(state.rng)), STATE_FILE: json_bytes(values)}
+
+
+def metrics_file(history: Sequence[Metrics]) -> bytes:
+    """metrics.jsonl: a record a line."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in history).encode()
+
+
+def with_checksums(files: Files) -> dict[str, bytes]:
+    """The files and their checksums."""
+    return {**files, CHECKSUMS_FILE: json_bytes({name: _sha256(content) for name, content in sorted(files.items())})}
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint-N folder; None if it is whole: every file as it was written, none too few, and of
+    the step that its name says."""
+    name = CHECKSUMS_FILE
+    try:
+        text = read_inside(checkpoint, name, MAX_FILE_BYTES)
+        sums = json.loads(text)
+        if text != json_bytes(sums) or not sums.keys() >= OF_A_CHECKPOINT:
+            return f"{name} is not as it was written"
+        for name, expected in sums.items():
+            if _sha256(read_inside(checkpoint, Path(name).name, MAX_FILE_BYTES)) != expected:
+                return f"{name} is not as it was written"
+        step = json.loads(read_inside(checkpoint, STATE_FILE, MAX_FILE_BYTES))["step"]
+    except FileNotFoundError:
+        return f"{Path(name).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{name} cannot be read ({type(error).__name__})"
+    return None if checkpoint.name == f"checkpoint-{step}" else f"it is of step {step}"
+
+
+def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault: None) -> Path | None:
+    """The newest checkpoint of a run that is whole; each that is newer and is not is told."""
+    for checkpoint in reversed(checkpoints(output_dir)):
+        if not (fault := fault_of(checkpoint)):
+            return checkpoint
+        tell(f"{checkpoint}: {fault}; the one before is tried")
+    return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,84 @@
+"""What nobody foresaw: its traceback goes into a file, one line to the screen."""
+
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from softprompt.utils.errors import SoftpromptError
+from softprompt.utils.redact import redacted
+
+MOST_LETTERS = 300  # of what an error says
+
+
+@contextmanager
+def crashes_in(folder: Path) -> Iterator[None]:
+    """What fails inside belongs to the run in `folder`."""
+    try:
+        yield
+    except Exception as error:
+        error.output_dir = folder  # type: ignore[attr-defined]
+        raise
+
+
+class Failure(NamedTuple):
+    """What is kept of an error after which other work goes on: one line, and a report with the traceback where it is
+    none of this project's own. It holds none of the error's frames, and so no tensors."""
+
+    line: str
+    report: str
+
+
+def failure(error: Exception) -> Failure:
+    from softprompt.utils.out_of_memory import is_out_of_memory
+
+    what = " ".join(str(error).split())[:MOST_LETTERS]
+    if isinstance(error, SoftpromptError):
+        return Failure(what, "")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        return Failure("out of memory; give a smaller batch or --max_length", _report(error))
+    return Failure(redacted(f"unexpected {type(error).__name__}{': ' if what else ''}{what}"), _report(error))
+
+
+def crash_line(error: BaseException) -> str:
+    """Write the traceback into the run's folder, or where there is none into the place for temporary files.
+
+    Returns one line with what happened, that file, and the run's newest whole checkpoint."""
+    folder: Path | None = getattr(error, "output_dir", None)
+    what = " ".join(str(error).split())[:MOST_LETTERS]
+    file = _written(_report(error), folder)
+    line = f"unexpected {type(error).__name__}{': ' if what else ''}{what}; "
+    line += f"the traceback is in {file}" if file else "no place took a file with the traceback"
+    if folder is not None:
+        from softprompt.runs.train_state import way_on
+
+        line += f"; {way_on(folder)}"
+    return redacted(line)
+
+
+def _report(error: BaseException) -> str:
+    """The command, the versions and the traceback."""
+    versions = {name: module.__version__ for name in ("torch", "transformers") if (module := sys.modules.get(name))}
+    head = [f"command: {shlex.join(sys.argv)}", f"python {platform.python_version()}, {platform.platform()}"]
+    head += [f"{name} {version}" for name, version in versions.items()]
+    return redacted("\n".join([*head, "", *traceback.format_exception(error)]))
+
+
+def _written(report: str, folder: Path | None) -> Path | None:
+    for place in (folder, Path(tempfile.gettempdir())):
+        if place is None or not place.is_dir():
+            continue
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="crash-", suffix=".txt", dir=place)
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(report)
+        except OSError:
+            continue
+        return Path(name)
+    return None

@@ -1,0 +1,15 @@
+"""Names of the files that a run's folder and its checkpoints hold."""
+
+from softprompt.prompt.adapter_io import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+
+REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
+MARK = '<meta name="generator" content="softprompt.report">'  # by which a report is known
+RESULTS_FILE = "all_results.json"
+FACTS_FILE, START_FILE = "report.json", "prompt_start.safetensors"  # see facts.py
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng_state.safetensors"
+METRICS_FILE = "metrics.jsonl"
+CHECKSUMS_FILE = "checksums.json"
+STATE_FILES = (OPTIMIZER_FILE, RNG_FILE, STATE_FILE)
+OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_FILE, *STATE_FILES}

@@ -1,0 +1,119 @@
+"""Which files of an output folder are its own: a manifest in the folder lists what was written there. Only what it
+lists is ever replaced or removed; whatever else stands in the folder belongs to somebody else."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt.utils.atomic_io import Files, read_inside, remove_folder, write_files
+from softprompt.utils.errors import OutputError
+
+MAX_BYTES = 1 << 20
+NAMED = 3  # files in one message
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of output folder: `name` is what writes into it, `pattern` matches the names that its manifest `file` may
+    list, so that no manifest from elsewhere leads to other files. `older` finds by their content the files of a version
+    that wrote no manifest, `beside` those that another command wrote into a folder that has one."""
+
+    name: str
+    file: str
+    pattern: str
+    older: Callable[[Path], set[str]] = lambda folder: set()
+    beside: Callable[[Path], set[str]] = lambda folder: set()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of `folder`, read anew whenever it is asked. One process at a time writes it: the holder of the
+    folder's lock. Names are relative to the folder and have / between their parts."""
+
+    folder: Path
+    kind: Kind
+
+    def names(self) -> set[str]:
+        """What stands in the folder and is its own."""
+        listed = self._listed()
+        found = self.kind.older(self.folder) if listed is None else listed | self.kind.beside(self.folder)
+        return {name for name in found if self._stands(name)}
+
+    def foreign(self, names: Iterable[str]) -> list[str]:
+        """Those of `names`, and the manifest's, that stand in the folder and are not its own."""
+        owned = self.names()
+        not_ours = [self.kind.file] if self._listed() is None else []
+        return [name for name in [*names, *not_ours] if name not in owned and self._stands(name)]
+
+    def refuse(self, foreign: Iterable[str], flag: str = "--output_dir") -> None:
+        """Raises OutputError where there are `foreign` files."""
+        if some := sorted(foreign):
+            told = ", ".join(some[:NAMED]) + (f" and {len(some) - NAMED} more" if len(some) > NAMED else "")
+            them = "it" if len(some) == 1 else "them"
+            raise OutputError(
+                f"{flag} {self.folder}: {told} would be replaced, but no {self.kind.name} wrote {them}; name another "
+                f"folder, or move {them} away"
+            )
+
+    def add(self, names: Iterable[str]) -> None:
+        """List `names`, which are about to be written.
+
+        Raises:
+            FileExistsError: one of them stands in the folder and is not its own.
+            OSError: the manifest cannot be written.
+        """
+        names = set(names)
+        for name in self.foreign(names):
+            raise FileExistsError(errno.EEXIST, f"is there already, and no {self.kind.name} wrote it", self._path(name))
+        self.own(names)
+
+    def own(self, names: Iterable[str]) -> None:
+        """List `names`, which this process has just made or is about to. Raises OSError."""
+        if not set(names) <= (self._listed() or set()):
+            self._write(self.names() | set(names))
+
+    def write(self, files: Files) -> None:
+        """Write `files` into the folder, each replaced as a whole. Raises as `add` does."""
+        self.add(files)
+        write_files(self.folder, files)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove those of `names` that are the folder's own."""
+        names = set(names) & self.names()
+        if names:
+            self.own(names)  # an older version's are known by each other, and some will be gone
+        for name in sorted(names):
+            path = self.folder / name
+            if path.is_dir():
+                remove_folder(path)
+            else:
+                path.unlink()
+        if names:
+            self._write(self.names())
+
+    def _listed(self) -> set[str] | None:
+        """None where there is no manifest, or something else has its name."""
+        try:
+            found = json.loads(read_inside(self.folder, self.kind.file, MAX_BYTES))
+            names = found["files"] if found["written_by"] == self._mark else None
+            return {name for name in names if re.fullmatch(self.kind.pattern, name)}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def _write(self, names: Iterable[str]) -> None:
+        content = {"written_by": self._mark, "files": sorted(names)}
+        write_files(self.folder, {self.kind.file: (json.dumps(content, indent=1) + "\n").encode()})
+
+    @property
+    def _mark(self) -> str:
+        return f"softprompt {self.kind.name}"
+
+    def _stands(self, name: str) -> bool:
+        return os.path.lexists(self.folder / name)
+
+    def _path(self, name: str) -> str:
+        return str(self.folder / name)

@@ -1,0 +1,81 @@
+"""Choose a run's output folder and take its lock."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import RUNS
+from softprompt.prompt.initial import goes_on_in
+from softprompt.runs.checkpoints import step_of
+from softprompt.runs.run_files import refuse_foreign_files, refuse_other_run
+from softprompt.utils.atomic_io import check_writable
+from softprompt.utils.errors import OutputError
+from softprompt.utils.file_lock import FolderLock, refuse_locked
+
+
+def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """The folder of this run, not yet made.
+
+    Raises:
+        OutputError: it is a file, cannot be written to, or holds another run than the one that `checkpoint` is of, or
+            files of somebody else's that the run would replace, or another process is writing there.
+    """
+    if config.training.output_dir is not None:
+        path = Path(config.training.output_dir)
+        check_writable(path, "--output_dir")
+        _refuse_others(config, path, checkpoint)
+        return path
+    name = config.preset or Path(str(config.model.model_name_or_path)).name
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_writable(RUNS / stem, "the default output_dir")
+    return next(path for path in _numbered(RUNS / stem) if not path.exists())
+
+
+def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> FolderLock:
+    """Make the folder of this run and take its lock. A folder that was not named and that another process has made
+    in the meantime is left to it, and the next free name is taken.
+
+    Raises:
+        OutputError: another process is writing there, or wrote a run since it was chosen, or it cannot be made.
+    """
+    try:
+        if config.training.output_dir is None:
+            output_dir = next(path for path in _numbered(output_dir) if _made(path))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output_dir).take()
+    except OSError as error:
+        raise OutputError(
+            f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
+        ) from None
+    try:
+        if config.training.output_dir is not None:
+            _refuse_others(config, output_dir, checkpoint, locked=True)
+    except OutputError:
+        lock.release()
+        raise
+    return lock
+
+
+def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
+    if not locked:
+        refuse_locked(path)
+    goes_on = goes_on_in(path, checkpoint)
+    if not goes_on:
+        refuse_other_run(path, config.training.overwrite_output_dir)
+    board = config.sharing.report_to == "tensorboard"
+    refuse_foreign_files(path, board, step_of(checkpoint) if checkpoint and goes_on else None)
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    return (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
+
+
+def _made(path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""One run as its folder tells it: what a report shows, whether the run ended or not."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softprompt.prompt.adapter_io import CONFIG_FILE
+from softprompt.runs.checkpoints import checkpoints, newest_whole
+from softprompt.runs.file_names import FACTS_FILE, METRICS_FILE, RESULTS_FILE, STATE_FILE
+from softprompt.runs.state import Metrics
+from softprompt.utils.atomic_io import read_inside
+from softprompt.utils.errors import OutputError, ReportError
+from softprompt.utils.file_lock import refuse_locked
+
+Facts = dict[str, Any]
+MAX_BYTES = 256 << 20  # of a file that is shown
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`facts` are those of report.json, empty for a run of a version that wrote none; `results` are empty where the run
+    has not ended. `history` has a record per logged step and per evaluation, numbers alone."""
+
+    folder: Path
+    facts: Facts
+    history: list[Metrics]
+    results: Metrics = field(default_factory=dict)
+    runs_now: bool = False
+    checkpoint: str | None = None  # the newest whole one of a run that has not ended
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or self.folder.resolve().name
+
+    @property
+    def steps(self) -> int:
+        return max((record["step"] for record in self.history), default=0)
+
+    @property
+    def ended(self) -> bool:
+        return "end" in self.facts if "prompt" in self.facts else bool(self.results)
+
+    @property
+    def arguments(self) -> Facts:
+        return self.facts.get("arguments", {})
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """The (step, value) points of a metric; what a sweep left before the first step is none."""
+        return [(record["step"], record[name]) for record in self.history if name in record and record["step"]]
+
+    def of_base(self, name: str) -> float | None:
+        """A metric of the bare base, such as eval_loss."""
+        return {**self.results, **self.facts.get("base_alone", {})}.get(f"{name}_base")
+
+    def final(self, name: str) -> float | None:
+        """A metric of the prompt that the run ended with, or the last one there is."""
+        points = self.series(name)
+        return self.results.get(name) if self.ended else points[-1][1] if points else None
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run's folder, that of one that has not ended among them.
+
+    Raises:
+        ReportError: there is no such folder, no run in it, no metrics of it yet, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: no such folder; name the OUTPUT_DIR of a run")
+    if (folder / STATE_FILE).exists() and folder.name.startswith("checkpoint-") and not checkpoints(folder):
+        raise ReportError(f"{folder}: is a checkpoint; name its run, {folder.parent}")
+    known = (FACTS_FILE, RESULTS_FILE, METRICS_FILE)
+    if not any((folder / name).exists() for name in known) and not checkpoints(folder):
+        kind = "an adapter, and no run of train.py" if (folder / CONFIG_FILE).exists() else "no run of train.py"
+        raise ReportError(f"{folder}: holds {kind} (none of {', '.join(known)}); name the OUTPUT_DIR of a run")
+    history = _history(folder)
+    facts, results = (_read(folder, name, _object) or {} for name in (FACTS_FILE, RESULTS_FILE))
+    record = RunRecord(folder, facts, history, _numbers(results))
+    if record.ended:
+        return record
+    whole = newest_whole(folder)
+    return RunRecord(folder, facts, history, {}, _is_written(folder), whole and whole.name)
+
+
+def _history(folder: Path) -> list[Metrics]:
+    records = _read(folder, METRICS_FILE, _lines)
+    if records is None:
+        raise ReportError(f"{folder}: has no metrics: {METRICS_FILE} is missing; is it the folder of a run?")
+    if not records:
+        raise ReportError(f"{folder}: has no metrics yet: {METRICS_FILE} is empty; look again after --logging_steps")
+    return records
+
+
+def _lines(text: str) -> list[Metrics]:
+    """Its records. The last line may be half a one, as a run leaves it that was killed while writing it."""
+    lines, records = text.split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number}: not JSON") from None
+        if record is not None and not (isinstance(record, dict) and type(record.get("step")) is int):
+            raise ValueError(f"line {number}: expected an object with a step")
+        records += [_numbers(record)] if record else []
+    return records
+
+
+def _object(text: str) -> Facts:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    return value
+
+
+def _numbers(record: Metrics) -> Metrics:
+    return {n: v for n, v in record.items() if type(v) in (int, float) and math.isfinite(v)}
+
+
+def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    """None where there is no such file."""
+    try:
+        return parse(read_inside(folder, name, MAX_BYTES).decode("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+        raise ReportError(f"{folder / name}: cannot be read: {reason}") from None
+
+
+def _is_written(folder: Path) -> bool:
+    try:
+        refuse_locked(folder)
+    except OutputError:
+        return True
+    return False

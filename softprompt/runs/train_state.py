@@ -1,0 +1,114 @@
+"""Going on where a run stopped: the loop's state in files, and checkpoints that are whole or recognised as broken. What
+checkpoint and command line each have to say is in resume_config.py.
+
+optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
+rng_state.safetensors   states of torch's random generators, uint8
+trainer_state.json      position, schedule, scaler, what is not yet logged, totals, best, settings, fingerprints
+metrics.jsonl           every metric so far
+checksums.json          sha256 of every other file of the checkpoint
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+
+from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import NEWEST
+from softprompt.runs.checkpoints import checkpoints, fault_of, newest_whole
+from softprompt.runs.file_names import METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, STATE_FILES
+from softprompt.runs.state import Step, TrainingState
+from softprompt.utils.errors import CheckpointError, ConfigError
+from softprompt.utils.shell_commands import TRAIN, flag, script
+from softprompt.utils.torchrun_env import launched
+
+OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
+OF_THIS_CALL = (
+    *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
+    "hub_token",
+)
+
+
+def way_on(output_dir: Path, more: str = "") -> str:
+    """Where a run that broke off stands, and how it goes on: a clause for its last message; `more` ends the command."""
+    found = newest_whole(output_dir)
+    if found is None:
+        return "there is no checkpoint yet"
+    return f"{found} is whole; go on with: {resume_command(output_dir)}{more}"
+
+
+def resume_command(output_dir: Path) -> str:
+    """What goes on with a run, started as this process was: alone, or by torchrun, on as many nodes."""
+    local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
+    program = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
+    folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
+    return f"{program} {script(TRAIN)}{flag('resume_from_checkpoint', folder)}"
+
+
+def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means, or None: it was not given, or there is none yet.
+
+    A checkpoint-N folder is that one; a run's folder, or no value with --output_dir, the newest whole one in it.
+
+    Raises:
+        ConfigError: no value, and no --output_dir either.
+        CheckpointError: the folder named is no whole checkpoint, or none of a run's is whole.
+    """
+    named = config.training.resume_from_checkpoint
+    if named is None:
+        return None
+    if named == NEWEST and config.training.output_dir is None:
+        raise ConfigError("--resume_from_checkpoint without a folder goes on with --output_dir; name that, or a folder")
+    folder = Path(str(config.training.output_dir if named == NEWEST else named))
+    if (folder / STATE_FILE).exists() and not checkpoints(folder):
+        if fault := fault_of(folder):
+            raise CheckpointError(f"--resume_from_checkpoint {folder}: {fault}; take an earlier checkpoint")
+        return folder
+    if found := newest_whole(folder, say):
+        return found
+    if checkpoints(folder):
+        raise CheckpointError(f"no checkpoint in {folder} is whole; start anew with --overwrite_output_dir")
+    if named != NEWEST:
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: no checkpoint there; name a run or a checkpoint-N")
+    say(f"no checkpoint in {folder} yet: starting at step 0")
+    return None
+
+
+def run_folder(config: TrainConfig) -> Path | None:
+    """The folder that a run will be written to, as far as its settings name it: --output_dir, else the folder of the
+    run that is resumed."""
+    named = config.training.resume_from_checkpoint
+    if config.training.output_dir is not None:
+        return Path(config.training.output_dir)
+    if named in (None, NEWEST):
+        return None
+    folder = Path(str(named))
+    return folder.parent if (folder / STATE_FILE).exists() and not checkpoints(folder) else folder
+
+
+def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """The loop's state and all else that a whole checkpoint holds: what trainer_state.json has, and the `history`.
+
+    Raises:
+        CheckpointError: it was written by another version and lacks what this one needs.
+    """
+    files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
+    values = json.loads(files[STATE_FILE])
+    try:
+        state = TrainingState(
+            values["step"],
+            values["taken"],
+            [Step(**step) for step in values["unlogged"]],
+            load(files[OPTIMIZER_FILE]),
+            values["scaler"],
+            load(files[RNG_FILE]),
+            values.get("position", {}),
+        )
+        saved = {name: values[name] for name in OF_THE_RUN}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE_FILE}: not a training state of this version ({error})") from None
+    return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}

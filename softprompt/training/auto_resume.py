@@ -1,0 +1,48 @@
+"""torchrun repeats its command after a rank has died. Whether that means to begin or to go on, the newest checkpoint in
+the run's folder says: it names the launch, and the processes, that have saved it.
+
+Neither torchrun's count of restarts nor a flag could say it: a node counts only the restarts that it asked for, a
+refusal is followed by a start as well, when the folder is another run's, and an older run's checkpoints may lie there.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import NEWEST
+from softprompt.runs.checkpoints import newest_whole
+from softprompt.runs.file_names import STATE_FILE
+from softprompt.runs.train_state import run_folder
+from softprompt.utils.errors import ConfigError
+from softprompt.utils.torchrun_env import may_restart
+
+
+def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
+    """Whether an earlier start of this same launch has saved the newest checkpoint in the run's folder; `starts` are
+    all ranks' `torchrun.start`, none without torchrun."""
+    folder = run_folder(config)
+    newest = newest_whole(folder) if starts and folder else None
+    if newest is None:
+        return False
+    with suppress(OSError, LookupError, TypeError):  # what stands there may be anything
+        saved = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))["starts"]
+        launches, processes = ([{start[what] for start in some} for some in (starts, saved)] for what in (0, 1))
+        return not launches[0].isdisjoint(launches[1]) and processes[0].isdisjoint(processes[1])
+    return False
+
+
+def resume_settings(config: TrainConfig, goes_on: bool) -> TrainConfig:
+    """What the command means now: itself, or to go on with what it has saved.
+
+    Raises:
+        ConfigError: torchrun may restart a run whose folder has no name of its own.
+    """
+    args, folder = config.training, run_folder(config)
+    if folder is None and may_restart():
+        raise ConfigError("torchrun --max-restarts finds a run again by its folder; name it with --output_dir")
+    if not goes_on:
+        return config
+    again = {"output_dir": str(folder), "resume_from_checkpoint": NEWEST, "overwrite_output_dir": False}
+    return replace(config, training=replace(args, **again))

@@ -1,0 +1,138 @@
+"""What a run says before it starts: its rows, its model, its steps, and whether its learning rate can do anything."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt.config.loader import TrainConfig
+from softprompt.config.validation import bits_of
+from softprompt.data.dataloader import WindowLoader, rows_of_a_step
+from softprompt.data.dataset import Row
+from softprompt.data.template import never_written
+from softprompt.data.tokenization import Tokenized
+from softprompt.engines.base import Engine
+from softprompt.engines.padded import SoftPromptedModel
+from softprompt.training.loop import farthest_move, learning_rates
+from softprompt.training.lr_finder import Sweep
+
+# A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
+LEAST_MOVE = 0.1
+LEAST_SLOWER = 2  # times fp32's time: a CPU without bf16 instructions takes some hundred times as long
+
+
+def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
+    """Count, columns and first row, as the article shows them, and what else is to be said of the rows."""
+    rows = "rows" if count is None else f"{count:,} rows"
+    print(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}")
+    for name, value in first.items():
+        print(f"  {name}: {_shortened(str(value))}")
+    for note in notes:
+        print(note)
+
+
+def print_data(
+    data: Tokenized, held_out: Tokenized | None, buffer_size: int | None, ignored: Mapping[str, int]
+) -> None:
+    """`buffer_size` is that of a stream, whose first rows `data` is of; `ignored` are the keys of messages that are not
+    read, and how many rows have them."""
+    if buffer_size:
+        print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; its beginning: {data}")
+    else:
+        print(f"Training: {data}")
+    if held_out:
+        print(f"Held out: {held_out}")
+    if ignored:
+        told = ", ".join(f"{key} (of {rows:,} rows)" for key, rows in ignored.items())
+        print(f"keys of messages that the chat template does not read: {told}")
+
+
+def tell_end(end: str | None, tokenizer: Any) -> None:
+    """What ends answers, where the template does not put the tokenizer's eos_token behind them: its `end`, or none."""
+    eos = tokenizer.eos_token
+    if end is None:
+        print(
+            f"warning: the chat template ends an answer with no special token; the prompt learns to end it with {eos}"
+        )
+    elif end in never_written(tokenizer):
+        print(
+            f"warning: the chat template ends an answer with {end}, which bases are not trained to write; the prompt "
+            f"learns to end it with eos_token {eos}, and both end an answer"
+        )
+    elif end != eos:
+        print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
+
+
+def print_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:
+    if config.model.print_model:
+        print(model)
+    print(model.trainable_parameters_line())
+    name = str(engine.compute_dtype).removeprefix("torch.")
+    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    held = f" in {bits} bit" if bits else ""
+    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
+    if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
+        slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+        if slower > LEAST_SLOWER:
+            print(
+                f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; "
+                "leave out --bf16"
+            )
+
+
+def print_steps(
+    config: TrainConfig, feed: WindowLoader, devices: int, output_dir: Path, searches: bool = False
+) -> None:
+    """Steps and learning rate (unless the run `searches` for it), and a warning where a RANDOM prompt cannot get
+    anywhere with it."""
+    args, peak = config.training, config.learning_rate
+    total, rows = feed.total_steps, feed.rows_per_step
+    made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
+    made = f"{made}, devices × batch × accumulation" if rows == rows_of_a_step(args, devices) else "as the run began"
+    print(
+        f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate "
+        f"{'to be found' if searches else f'{peak:g}'} ({args.lr_scheduler_type}) → {output_dir}/"
+    )
+    if searches:
+        return
+    move = farthest_move(learning_rates(args, peak, total), total)
+    if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:
+        needed = peak / move
+        print(
+            f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than about "
+            f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
+            f"--learning_rate {needed:.1g}"
+        )
+
+
+def print_sweep(found: Sweep, rate: float) -> None:
+    """What --find_learning_rate found, and the rate that is taken."""
+    if found.losses:
+        told = ", ".join(f"{r:g}: {loss:.4f}" for r, loss in sorted(found.losses.items()))
+        print(f"loss on rows set aside: {found.start:.4f} before training; by learning rate {told}")
+    if found.learning_rate is None:
+        print(f"warning: --find_learning_rate found none: {found.why}; learning rate {rate:g} is taken")
+    else:
+        print(f"learning rate {rate:g} is taken")
+
+
+def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
+    """Of a small matrix product, the faster of two."""
+    a, seconds = torch.ones(edge, edge, dtype=dtype), []
+    for _ in range(2):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _start(config: TrainConfig) -> str:
+    prompt = config.prompt
+    return f"prompt from {prompt.init_adapter}" if prompt.init_adapter else f"prompt starts {prompt.prompt_tuning_init}"
+
+
+def _shortened(text: str, width: int = 160) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= width else text[: width - 1] + "…"

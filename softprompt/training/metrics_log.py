@@ -1,0 +1,166 @@
+"""What a running training shows and keeps: a bar over optimizer steps, metrics.jsonl, the history for pictures."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from softprompt.runs.checkpoints import metrics_file
+from softprompt.runs.run_files import run_files
+from softprompt.runs.state import Metrics, Step
+from softprompt.training.tensorboard import TensorBoardLog
+from softprompt.utils.redact import redacted
+from softprompt.utils.std_streams import nowhere
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all steps of a run, a resumed one's earlier ones among them; `seconds` are those spent in
+    steps, `runtime` those of the whole loop up to a checkpoint. `without_loss` steps had no finite loss."""
+
+    steps: int = 0
+    epoch: float = 0.0
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    runtime: float = 0.0
+    without_loss: int = 0
+
+    def plus(self, step: Step) -> "Totals":
+        return replace(
+            self,
+            steps=step.number,
+            epoch=step.epoch,
+            loss=self.loss + (step.loss or 0.0),
+            without_loss=self.without_loss + (step.loss is None),
+            tokens=self.tokens + step.tokens,
+            seconds=self.seconds + step.seconds,
+        )
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean of the losses of all steps that have a finite one, Trainer's train_loss; None where no step has."""
+        counted = self.steps - self.without_loss
+        return self.loss / counted if counted else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+class MetricsLog:
+    """A bar on a terminal; plain lines, one per log record, where there is none."""
+
+    def __init__(
+        self, total: int, metrics_file: Path, stream: TextIO | None = None, board: TensorBoardLog | None = None
+    ):
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.total = total
+        self.bar: tqdm = tqdm(disable=True)
+        self.metrics_file, self.board = metrics_file, board
+        self.history: list[Metrics] = []
+        self.recent: deque[Step] = deque(maxlen=10)
+        self.totals = Totals()
+        self.behind = False  # metrics.jsonl, behind the history
+
+    def start(self, totals: Totals | None = None, history: Sequence[Metrics] = ()) -> None:
+        """Write metrics.jsonl anew, empty, or with the records up to where a resumed run goes on; show the bar."""
+        self.totals = totals or self.totals
+        self.history = list(history)
+        self._write(self._write_whole)
+        if self.board:
+            self.board.start(self.history, self.totals.steps, self.say)
+        self.bar = tqdm(
+            total=self.total,
+            initial=self.totals.steps,
+            unit="step",
+            desc="training",
+            file=self.stream,
+            disable=not self.live,
+        )
+
+    def on_step(self, step: Step) -> None:
+        self.totals = self.totals.plus(step)
+        self.recent.append(step)
+        speed = sum(s.tokens for s in self.recent) / sum(s.seconds for s in self.recent)
+        loss = "not finite" if step.loss is None else f"{step.loss:.4f}"
+        shown = {"loss": loss, "lr": f"{step.learning_rate:.2e}", "tok/s": f"{speed:,.0f}"}
+        self._show(lambda: self.bar.set_postfix(shown, refresh=False))
+        self._show(lambda: self.bar.update(1))
+
+    def on_log(self, record: Metrics) -> None:
+        """Append one record to metrics.jsonl, and show it."""
+        self.history.append(record)
+        if self.board:
+            self.board.log(record)
+        self._write(self._write_whole if self.behind else lambda: self._append(record))
+        if not self.live or "eval_loss" in record:
+            self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
+
+    def on_end(self, results: Metrics) -> None:
+        """What is known only at the end: nothing of it is a record."""
+        known = {name: v for name, v in results.items() if name.startswith("train_") or name.endswith("_base")}
+        if self.board:
+            self.board.log({"step": self.totals.steps, **known})
+
+    def say(self, text: str) -> None:
+        """One line that does not disturb the bar."""
+        self._show(lambda: tqdm.write(redacted(text), file=self.stream))
+        self._show(self.stream.flush)
+
+    def _write_whole(self) -> None:
+        run_files(self.metrics_file.parent).write({self.metrics_file.name: metrics_file(self.history)})
+
+    def _append(self, record: Metrics) -> None:
+        with open(self.metrics_file, "ab") as file:
+            file.write(metrics_file([record]))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """A log that cannot be written is no reason to lose a run: what it lacks is written when it can be again."""
+        try:
+            write()
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                self.say(f"warning: {self.metrics_file} cannot be written ({error.strerror}); training goes on")
+            self.behind = True
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Nor is a terminal that went away, or a pipe whose reader has read enough."""
+        try:
+            show()
+        except (OSError, ValueError):
+            instead = nowhere()
+            if self.stream is sys.stderr:
+                sys.stderr = instead  # what it still holds would fail once more at the end
+            self.stream = instead
+            self.bar.disable = True
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._show(self.bar.close)
+        if self.board:
+            self.board.close()
+
+
+class SilentMetricsLog(MetricsLog):
+    """That of a rank that neither shows nor writes anything."""
+
+    def __init__(self, total: int):
+        super().__init__(total, Path(os.devnull), nowhere())
+
+    def _write(self, write: Callable[[], None]) -> None: ...
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

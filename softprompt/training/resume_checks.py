@@ -1,0 +1,155 @@
+"""In what a resumed run must agree with its checkpoint: which rows come next, which token ids they become, and what its
+evaluations are compared by."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from softprompt.config.loader import TrainConfig
+from softprompt.data.dataloader import rows_of_a_step
+from softprompt.data.template import DEFAULT
+from softprompt.runs.checkpoints import fault_of
+from softprompt.runs.state import TrainingState
+from softprompt.training.early_stopping import BestMetric, greater_is_better, metric_name
+from softprompt.training.resume_settings import saved_config
+from softprompt.utils.errors import CheckpointError
+from softprompt.utils.fingerprints import fingerprint_of_rows
+
+OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+HELD_OUT = "held-out rows"
+NO_ROWS = fingerprint_of_rows([])
+Say = Callable[[str], None]
+
+
+def rows_of_steps(config: TrainConfig, saved: Mapping[str, Any], devices: int) -> int:
+    """Rows of a step: as the run began, on however many devices it goes on, unless other ones are asked for now."""
+    changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
+    return rows_of_a_step(config.training, devices) if changed else int(saved["rows_per_step"])
+
+
+def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> None:
+    """Compare the settings that decide which rows come next and what token ids they become.
+
+    Raises:
+        CheckpointError: they differ, so rows would be repeated, left out or seen otherwise; with --ignore_data_skip
+            that is only told.
+    """
+    old, ignored = saved_config(saved), config.training.ignore_data_skip
+    was = old.data.streaming
+    if was != config.data.streaming and not ignored:
+        raise CheckpointError(
+            f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
+            f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
+            f"{'go on in the other order' if was else 'begin at the first row again'}"
+        )
+    before, now = _order_of(old, int(saved["rows_per_step"])), _order_of(config, rows_per_step)
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if not changed:
+        return
+    told = " and ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
+    if not ignored:
+        way = "begin this pass again" if _is_shuffled_anew(old, config) else "go on all the same"
+        raise CheckpointError(
+            f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or seen otherwise: "
+            f"leave out what was not so, or add --ignore_data_skip to {way}"
+        )
+    say(f"{checkpoint.name}: was trained with {told}; some rows of this pass may be repeated or left out")
+
+
+def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
+    """Where to go on; where another buffer or seed draws a stream's rows in another order, its pass begins again."""
+    if start.position and _is_shuffled_anew(saved_config(saved), config):
+        return replace(start, position={**start.position, "taken": 0})
+    return start
+
+
+def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> BestMetric:
+    """The best evaluation up to the checkpoint; none where those from now on cannot be compared with it, or where its
+    prompt is asked for only now and was not saved."""
+    best, old = BestMetric(**saved["best"]), saved_config(saved)
+    if best.step is None:
+        return best
+    asked_now = config.training.load_best_model_at_end and not old.training.load_best_model_at_end
+    if _measure(old) != _measure(config):
+        why = "was found by another measure"
+    elif asked_now and fault_of(checkpoint.parent / f"checkpoint-{best.step}"):
+        why = "was not saved"
+    else:
+        return best
+    say(f"{checkpoint.name}: the best prompt so far, of step {best.step}, {why}; the search for the best begins anew")
+    return BestMetric()
+
+
+def other_contents(
+    saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, ignored: bool, say: Say
+) -> list[str]:
+    """The names of those `now` whose content is not what was `saved`. What an earlier version did not note is not
+    compared, and held-out rows are not compared with none.
+
+    Raises:
+        CheckpointError: there are some, and they are not to be `ignored`: the run would go on with another base,
+            tokenizer or dataset, or with other held-out rows.
+    """
+    others = [what for what in now if saved.get(what, now[what]) != now[what]]
+    if saved.get(HELD_OUT) == NO_ROWS:
+        others = [what for what in others if what != HELD_OUT]
+    named = _named(others)
+    if others and not ignored:
+        differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"
+        raise CheckpointError(
+            f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what it saw; "
+            "name the same, or add --ignore_data_skip to go on all the same"
+        )
+    if others:
+        say(f"{checkpoint.name}: saw another {' and another '.join(named)}, which --ignore_data_skip allows")
+    if unknown := _named([what for what in now if what not in saved]):
+        say(f"{checkpoint.name}: was written before {' and '.join(unknown)} were noted; they are not compared")
+    return others
+
+
+def are_comparable(others: Collection[str]) -> bool:
+    """Whether evaluations can be compared with those before, where the contents `others` are not as they were."""
+    return not any(_family(what) in (HELD_OUT, "tokenizer") for what in others)
+
+
+def _order_of(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
+    """What decides which rows a step takes, and what they become, beside the content of files."""
+    data = config.data
+    # The columns of rows that are read beforehand show in their content.
+    streamed = {"--buffer_size": data.buffer_size, "--columns": config.columns} if data.streaming else {}
+    step = " × ".join(f"--{name}" for name in OF_A_STEP)
+    return {"--seed": config.training.seed, f"{step} (rows of a step)": rows_per_step, **streamed, **_seen_as(config)}
+
+
+def _seen_as(config: TrainConfig) -> dict[str, Any]:
+    """What decides which token ids a row becomes."""
+    data = config.data
+    return {
+        "--template": data.template or DEFAULT,
+        "--max_length": data.max_length,
+        "--truncation_side": data.truncation_side,
+    }
+
+
+def _measure(config: TrainConfig) -> tuple[Any, ...]:
+    return metric_name(config.training), greater_is_better(config.training), _seen_as(config)
+
+
+def _is_shuffled_anew(old: TrainConfig, config: TrainConfig) -> bool:
+    """Whether a stream's rows are drawn in another order."""
+    drawn = [(one.data.buffer_size, one.training.seed) for one in (old, config)]
+    return old.data.streaming and config.data.streaming and drawn[0] != drawn[1]
+
+
+def _family(what: str) -> str:
+    return what.partition(".")[0]
+
+
+def _named(whats: Collection[str]) -> list[str]:
+    """As messages name them: `tokenizer.eos_token` and others are the tokenizer's, in brackets behind it."""
+    named = []
+    for family in dict.fromkeys(map(_family, whats)):
+        parts = [what.partition(".")[2] or "tokenizer.json" for what in whats if _family(what) == family]
+        named.append(family if parts == ["tokenizer.json"] else f"{family} ({', '.join(parts)})")
+    return named

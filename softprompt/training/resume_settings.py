@@ -1,0 +1,104 @@
+"""The settings of a resumed run: the checkpoint's, and over them those that are given."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from softprompt.config.loader import TrainConfig, checked, unchecked
+from softprompt.config.schema import AUTO
+from softprompt.runs.train_state import OF_THIS_CALL
+from softprompt.utils.errors import ConfigError
+
+OF_THE_BEGINNING = (
+    *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
+    *("init_adapter", "find_learning_rate", "preset"),
+)
+# Of each group a run has one; the one that is given takes the place of the checkpoint's.
+EXCLUSIVE = (
+    ("bf16", "fp16"),
+    ("eval_dataset", "eval_rows"),
+    ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
+)
+# A checkpoint's value gives way to the default that follows from a setting that is given.
+DERIVED = {
+    "eval_strategy": "eval_steps",
+    "greater_is_better": "metric_for_best_model",
+    "max_steps": "num_train_epochs",
+}
+# A checkpoint's value is of no use once none of these is on.
+ONLY_WITH = {
+    "buffer_size": ("streaming",),
+    "offload_folder": ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
+    "hub_model_id": ("push_to_hub",),
+    "hub_private_repo": ("push_to_hub",),
+    "early_stopping_threshold": ("early_stopping_patience",),
+}
+
+
+def merge_settings(
+    config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]
+) -> TrainConfig:
+    """The settings of the resumed run, checked as a whole: the checkpoint's, over them those given now, but for what a
+    run begins with, and the defaults that follow from both. Every difference is told with the value that wins.
+
+    Raises:
+        ConfigError: a value out of range, or settings that contradict each other.
+    """
+    saved = state["arguments"]
+    given = {name: value for name, value in config.given.items() if name not in OF_THE_BEGINNING}
+    given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
+    given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
+    old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
+    if _same_engine(given, saved):
+        old |= state["engine"]  # also where memory ran out and made it finer
+    searched = bool(old.pop("find_learning_rate", False))  # the rate that was found is among the settings
+    dropped = _dropped(old, given, _same_engine(given, saved))
+    kept = {name: value for name, value in old.items() if name not in dropped}
+    resumed = unchecked(saved.get("preset"), {**kept, **given})
+    _tell(config, resumed, saved, dropped, checkpoint.name, say)
+    try:
+        checked(resumed)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (what is not given is as in {checkpoint})") from None
+    return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
+
+
+def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    return bool(given.get("engine", saved.get("engine")) == saved.get("engine"))
+
+
+def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool) -> set[str]:
+    """The checkpoint's settings that what is given replaces or leaves without use."""
+    on = {name for name, value in given.items() if value not in (None, False, 0, AUTO)}
+    dropped = {name for group in EXCLUSIVE if on & set(group) for name in group}
+    dropped |= {name for name, by in DERIVED.items() if by in on}
+    left = on | {name for name, value in old.items() if value and name not in dropped and name not in given}
+    dropped |= {name for name, by in ONLY_WITH.items() if given.keys() & set(by) and not left & set(by)}
+    if not same_engine:
+        dropped |= {"tokens_per_microbatch"} | ({"gradient_checkpointing"} if given["engine"] == "padded" else set())
+    return (dropped & old.keys()) - given.keys()
+
+
+def _tell(
+    asked: TrainConfig,
+    resumed: TrainConfig,
+    saved: Mapping[str, Any],
+    dropped: Collection[str],
+    where: str,
+    say: Callable[[str], None],
+) -> None:
+    """A line for each setting that was given, or dropped for one that was, and differs from the checkpoint's."""
+    wished, taken = asked.as_dict(), resumed.as_dict()
+    for name in (*asked.given, *sorted(dropped)):
+        begins = name in OF_THE_BEGINNING
+        value, was = (wished if begins else taken).get(name), saved.get(name)
+        if name not in OF_THIS_CALL and value != was:
+            wins = "the checkpoint's wins" if begins else "the new one wins"
+            say(f"--{name}: {was} in {where}, {value} now: {wins}")
+
+
+def saved_config(saved: Mapping[str, Any]) -> TrainConfig:
+    """The settings that a checkpoint was saved with."""
+    arguments = {name: value for name, value in saved["arguments"].items() if name != "preset"}
+    return unchecked(saved["arguments"].get("preset"), arguments)

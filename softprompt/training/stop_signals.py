@@ -1,0 +1,43 @@
+"""The wish to stop: a signal, or a time limit. The loop asks between steps, so that what was done is saved."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+
+from softprompt.utils.errors import CODES, TIME_IS_UP
+
+
+class StopRequest:
+    """Inside `with`, the first SIGINT or SIGTERM is kept as a wish and the second stops at once. `max_time` (seconds)
+    becomes a wish by itself. `exit_code` is None for as long as nothing asked to stop."""
+
+    def __init__(self, max_time: float | None = None):
+        self.ends = None if max_time is None else time.monotonic() + max_time
+        self.signal: int | None = None
+        self.usual: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int | None:
+        if self.signal is not None:
+            return CODES[signal.Signals(self.signal)]
+        return TIME_IS_UP if self.ends is not None and time.monotonic() >= self.ends else None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets no one handle signals
+            self.usual = {number: signal.signal(number, self._asked) for number in CODES}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise SystemExit(CODES[signal.Signals(number)])
+        self.signal = number
+        with contextlib.suppress(OSError, AttributeError):  # not print, which may be the one that was interrupted
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")

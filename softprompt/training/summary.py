@@ -1,0 +1,78 @@
+"""The last thing a run prints: what it changed, what it cost, and what to try next."""
+
+import os
+
+from softprompt.config.train_args import RUNS
+from softprompt.config.validation import bits_of
+from softprompt.evaluation.evaluator import question_ids, text_of
+from softprompt.generation.adapters import NONE
+from softprompt.training.callbacks import QUESTION_FILE, Run
+from softprompt.training.first_question import FirstQuestion
+from softprompt.utils.shell_commands import flag, script
+from softprompt.utils.text_table import columns, table
+
+EXAMPLES = 3
+WIDTH = 44
+
+
+def summary(run: Run) -> str:
+    """A table of figures, held-out examples before and after, and the infer.py command or why there is none."""
+    parts = [_figures(run), _examples(run)]
+    if run.no_answers:
+        parts.append(f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it")
+    elif run.question:
+        parts.append(f"Try: {infer_command(run, run.question)}")
+    return "\n" + "\n\n".join(part for part in parts if part)
+
+
+def infer_command(run: Run, question: FirstQuestion) -> str:
+    """The command that asks this run's prompt, over the base as it was held; its folder is named where infer.py would
+    not find it by itself."""
+    bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
+    folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
+    words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
+    words += [f" --load_in_{bits}bit"] if bits else []
+    asked = question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)}
+    return f"python {script('infer.py')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
+
+
+def _figures(run: Run) -> str:
+    metrics = run.metrics
+    rows = [("", "base alone", "with prompt")]
+    if "eval_exact_match" in metrics and "eval_exact_match_base" in metrics:
+        some = metrics.get("eval_exact_match_rows")
+        name = f"exact match of {some:,} rows" if some else "exact match"
+        rows.append((name, f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
+    if "eval_loss" in metrics and "eval_loss_base" in metrics:
+        rows.append(("held-out loss", f"{metrics['eval_loss_base']:.4f}", f"{metrics['eval_loss']:.4f}"))
+    elif "train_loss" in metrics:
+        rows.append(("training loss (mean)", "", f"{metrics['train_loss']:.4f}"))
+    rows.append(("seconds of training", "", f"{metrics['train_runtime']:.1f}"))
+    rows.append(("tokens per second", "", f"{metrics['train_tokens_per_second']:,.0f}"))
+    rows.append(("adapter, bytes", "", f"{run.adapter_bytes:,}"))
+    return table(rows)
+
+
+def _examples(run: Run) -> str:
+    if not (run.evaluator and run.before and run.after and run.before.answers and run.after.answers):
+        return ""
+    rows = [("held-out row", "base alone", "with prompt")]
+    shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
+    for example, before, after in shown:
+        question = text_of(run.evaluator.tokenizer, question_ids(example))
+        rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
+    return table(rows)
+
+
+def _plain(text: str) -> str:
+    """One line, without the article's Human/Assistant frame."""
+    text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
+    return " ".join(text.split())
+
+
+def _cut(text: str) -> str:
+    if columns(text) <= WIDTH:
+        return text
+    while columns(text) > WIDTH - 1:
+        text = text[:-1]
+    return text + "…"

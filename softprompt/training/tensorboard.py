@@ -1,0 +1,83 @@
+"""The metrics for TensorBoard, under Trainer's names: train/loss, train/learning_rate, train/grad_norm, eval/loss, …"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softprompt.runs.run_files import EVENTS_FOLDER, events_in, run_files
+from softprompt.runs.state import Metrics
+from softprompt.utils.errors import ConfigError
+from softprompt.utils.redact import redacted
+
+
+def check_installed() -> None:
+    """Raises ConfigError where there is no TensorBoard."""
+    if find_spec("tensorboard") is None:
+        raise ConfigError(
+            "--report_to tensorboard needs the package tensorboard: pip install tensorboard "
+            '(or pip install -e ".[tensorboard]")'
+        )
+
+
+class TensorBoardLog:
+    """Event files in one folder, so that a resumed run's curves are one with those before. A board that cannot be
+    written is told once, and no reason to end a run."""
+
+    def __init__(self, output_dir: Path, arguments: Mapping[str, Any]):
+        self.output_dir, self.folder, self.arguments = output_dir, output_dir / EVENTS_FOLDER, arguments
+        self.say: Callable[[str], object] = print
+        self.writer: Any = None
+
+    def start(self, history: Sequence[Metrics], step: int, say: Callable[[str], object]) -> None:
+        """Go on after `step`: what event files have beyond it is of a course that was left, and where there are none,
+        the `history` up to it is written anew. `say` is told what goes wrong."""
+        self.say = say
+        from torch.utils.tensorboard import SummaryWriter
+
+        def begin() -> None:
+            known = set(events_in(self.output_dir))
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if known and step else None)
+            run_files(self.output_dir).own(set(events_in(self.output_dir)) - known)
+            if not known:
+                rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.arguments.items())
+                self.writer.add_text("args", redacted(f"| argument | value |\n|---|---|\n{rows}"), 0)
+                for record in history:
+                    self._add(record)
+            self.writer.flush()
+
+        self._try(begin)
+
+    def log(self, record: Metrics) -> None:
+        def write() -> None:
+            self._add(record)
+            self.writer.flush()
+
+        if self.writer:
+            self._try(write)
+
+    def close(self) -> None:
+        if self.writer:
+            self._try(self.writer.close)
+
+    def _add(self, record: Metrics) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(tag(name), value, record["step"])
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:  # of the disk, in a thread of the writer's
+            self.writer = None
+            self.say(f"warning: {self.folder} cannot be written ({error}); training goes on without TensorBoard")
+
+
+def _cell(value: object) -> str:
+    """Of a Markdown table."""
+    return str(value).replace("\n", "\\n").replace("|", "\\|")
+
+
+def tag(name: str) -> str:
+    """As transformers' TensorBoardCallback names a metric."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

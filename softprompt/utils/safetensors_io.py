@@ -1,0 +1,148 @@
+"""A base's tensors as they lie in its safetensors files, read with pread into memory that is there already.
+
+A memory map would leave it to the page cache what is in memory, and charge it to this process.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from softprompt.utils.errors import ModelError, TrainingError
+
+FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+PIECE = 1 << 22  # bytes that are converted at a time
+
+
+class StoredTensor:
+    """A tensor in a file. Its values are `dtype`, whatever `file_dtype` they are written in, as if it had been loaded
+    into a model of that dtype."""
+
+    def __init__(self, file: BinaryIO, offset: int, file_dtype: torch.dtype, shape: tuple[int, ...]):
+        self.file, self.offset, self.file_dtype, self.shape = file, offset, file_dtype, shape
+        self.dtype = file_dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, target: Tensor, first: int = 0) -> None:
+        """Values from number `first` on, in order, into a contiguous tensor of as many on the CPU, in its dtype.
+
+        Raises:
+            TrainingError: the file ends early by now, or cannot be read.
+        """
+        self._fill(target.view(-1), first)
+
+    def bytes(self, start: int, stop: int) -> Tensor:
+        """Bytes [start, stop) of the values, uint8."""
+        size = self.dtype.itemsize
+        first, last = start // size, -(-stop // size)
+        values = torch.empty(last - first, dtype=self.dtype)
+        self._fill(values, first)
+        return values.view(torch.uint8)[start - first * size : stop - first * size]
+
+    def _fill(self, target: Tensor, first: int) -> None:
+        """target [n] becomes values [first, first + n)."""
+        size = self.file_dtype.itemsize
+        if self.file_dtype == self.dtype == target.dtype:
+            return self._pread(target, self.offset + first * size)
+        staging = torch.empty(min(len(target), PIECE // size), dtype=self.file_dtype)
+        for start in range(0, len(target), max(1, len(staging))):
+            part = target[start : start + len(staging)]
+            self._pread(staging[: len(part)], self.offset + (first + start) * size)
+            part.copy_(staging[: len(part)].to(self.dtype))
+
+    def _pread(self, target: Tensor, offset: int) -> None:
+        view = memoryview(target.view(torch.uint8).numpy())
+        while len(view):
+            try:
+                count = os.preadv(self.file.fileno(), [view], offset)
+            except OSError as error:
+                raise TrainingError(f"{self.file.name} cannot be read: {error.strerror}") from None
+            if not count:
+                raise TrainingError(f"{self.file.name} has become shorter since it was opened; do not write to it")
+            view, offset = view[count:], offset + count
+
+
+def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, StoredTensor]:
+    """Every tensor of a folder's safetensors files by its name: model.safetensors, else those that the index names.
+    `flag` is what asked for them.
+
+    Raises:
+        ModelError: no such files, one that the index names is missing, or one that is no whole safetensors file.
+    """
+    if (folder / FILE).is_file():
+        return _tensors_of(folder / FILE)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder}: holds neither {FILE} nor {INDEX_FILE}"
+            + (f", only {others[0]}; load it once with transformers and save_pretrained it" if others else "")
+            + f"; {flag} reads safetensors"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(_weight_map(index).values())):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name}: missing, though {INDEX_FILE} names it; fetch the base's files again")
+        tensors |= _tensors_of(folder / name)
+    return tensors
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    try:
+        names = json.loads(index.read_bytes())["weight_map"]
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names.values()):
+            raise ValueError("weight_map does not name files of this folder")
+        return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: no index of safetensors files ({_reason(error)}); fetch it again") from None
+
+
+def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """See safetensors' format: the header's length as 8 bytes, the header in JSON, then the tensors' bytes."""
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (it is read as long as the tensors are there)
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({_reason(error)}); fetch it again") from None
+    found = {}
+    for name, entry in header.items():
+        try:
+            found[name] = _stored(file, entry, 8 + length, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path}: tensor {name[:100]}: {_reason(error)}; fetch the file again") from None
+    return found
+
+
+def _stored(file: BinaryIO, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(DTYPES)}")
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("sizes that are no whole numbers")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin:,} bytes for the shape {shape} in {entry['dtype']}")
+    if data + end > size:
+        raise ValueError(f"ends at byte {data + end:,} of a file of {size:,}")
+    return StoredTensor(file, data + begin, dtype, tuple(shape))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    return text[:200]

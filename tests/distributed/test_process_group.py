@@ -1,0 +1,205 @@
+"""Several ranks are one run: the single process's trajectory, one set of files, one wish to stop, one way to go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ranks
+from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from softprompt.config.loader import train_config
+from softprompt.config.train_args import NEWEST
+from softprompt.distributed.process_group import World, assign_rows
+from softprompt.runs.checkpoints import with_checksums
+from softprompt.runs.file_names import OF_A_CHECKPOINT, STATE_FILE
+from softprompt.training.auto_resume import has_saved, resume_settings
+from softprompt.training.run import _refuse_unlike
+from softprompt.utils.atomic_io import write_folder
+from softprompt.utils.errors import ConfigError
+from softprompt.utils.torchrun_env import start
+
+
+def prompt_in(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 7))
+def test_rows_are_dealt_by_length(lengths, size):
+    hands = assign_rows(lengths, size)
+    assert len(hands) == size and sorted(row for hand in hands for row in hand) == list(range(len(lengths)))
+    loads = [sum(lengths[row] for row in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    world = World()
+    assert world.is_main and world.gather({"a": 1}) == [{"a": 1}] and world.agree(lambda: 3) == 3
+    assert world.share(request := object()) is request
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def of_ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    finished(torchrun(request.param, ROOT / "tests/ranks.py", folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_the_single_process_s_trajectory(of_ranks, name):
+    near = 1e-6 if ranks.CASES[name][1] == ranks.FP32 else 2e-3  # in bf16 another cut rounds otherwise
+    steps, values, held_out = ranks.run(name)
+    theirs = json.loads((of_ranks / f"{name}.json").read_text())
+    for one, other in zip(steps, theirs["steps"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=near)
+        assert {**one, "seconds": 0, "loss": 0, "grad_norm": 0} == {**other, "seconds": 0, "loss": 0, "grad_norm": 0}
+    prompt = load_file(of_ranks / f"{name}.safetensors")["prompt"]
+    assert (prompt - values).norm() / values.norm() < 10 * near
+    assert theirs["targets"] == held_out["targets"]
+    assert theirs["answers"] == held_out["answers"] or ranks.CASES[name][1] != ranks.FP32
+    for what in ("loss", "bare", "each"):
+        assert theirs[what] == pytest.approx(held_out[what], rel=10 * near)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    out, err = finished(torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder))
+    return folder, out, err
+
+
+def test_one_run_one_set_of_files(undisturbed):
+    folder, out, err = undisturbed
+    assert "40 optimizer steps of 8 rows (2 × 4 × 1, devices × batch × accumulation)" in out
+    assert out.count("exact match") == 1 and "packed engine, 1,024 tokens at a time, 2 processes" in out
+    assert len(re.findall("^step 7 ", err, re.M)) == 1
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+    assert [r["step"] for r in metrics_in(folder) if "eval_loss" in r] == [20, 40]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (16, 24, 32, 40, 8)]
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder]
+    launcher = torchrun(2, "--max-restarts", 1, "--monitor-interval", 3, *command)
+    wait_for(folder / "checkpoint-16", launcher)
+    pid = pid_of(launcher, 1)
+    os.kill(pid, signal.SIGKILL)
+    out, err = finished(launcher)
+    assert f"rank 0: rank 1 (process {pid}) died" in err
+    assert "resuming after step" in out
+    assert prompt_in(folder) == prompt_in(undisturbed[0])
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_one_rank_s_wish_stops_all_and_other_numbers_of_ranks_go_on(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    launcher = torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder)
+    wait_for(folder / "checkpoint-8", launcher)
+    os.kill(pid_of(launcher, 1), signal.SIGTERM)
+    _, err = finished(launcher, 1)  # torchrun's own exit code, whatever a rank's
+    step = int(re.search(r"stopped after step (\d+) of 40, which is saved", err)[1])
+    assert (folder / f"checkpoint-{step}").is_dir() and "exitcode  : 143" in err
+    again = [sys.executable, "train.py", "--resume_from_checkpoint", str(folder)]
+    out = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"resuming after step {step} of 40" in out and "40 optimizer steps of 8 rows" in out
+    mine, theirs = (load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (folder, undisturbed[0]))
+    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+    assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
+
+
+def test_bad_input_is_told_once(tmp_path):
+    process = torchrun(2, "train.py", "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run")
+    _, err = finished(process, 1)
+    assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
+
+
+def test_what_may_be_restarted_has_a_folder(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ConfigError, match="--max-restarts finds a run again by its folder"):
+        resume_settings(train_config("mini"), False)
+
+
+def saved(folder, step, *starts):
+    state = {STATE_FILE: json.dumps({"step": step, "starts": starts}).encode()}
+    write_folder(folder / f"checkpoint-{step}", with_checksums({name: b"" for name in OF_A_CHECKPOINT} | state))
+
+
+def test_only_what_an_earlier_start_of_this_launch_has_saved_is_gone_on_with(tmp_path):
+    """A refusal is followed by a start as well, older checkpoints may lie in a run's folder, nodes come and go, and a
+    script may train there twice."""
+    config = train_config("mini", output_dir=str(tmp_path), overwrite_output_dir=True)
+    assert not has_saved(config, [["a", "1"]])
+    saved(tmp_path, 16, ["another", "1"])
+    assert not has_saved(config, [["a", "2"]])
+    saved(tmp_path, 24, ["a", "3"], ["b", "4"])
+    assert has_saved(config, [["a", "5"], ["c", "6"]])
+    assert not has_saved(config, [["c", "5"]]) and not has_saved(config, [["a", "5"], ["b", "4"]])
+    assert not has_saved(config, [])
+    saved(tmp_path, 32)  # by a process alone
+    assert not has_saved(config, [["a", "5"]])
+    again = resume_settings(config, True).training
+    assert again.resume_from_checkpoint == NEWEST and not again.overwrite_output_dir
+    assert resume_settings(config, False) is config
+
+
+def test_a_launch_is_known_at_each_of_its_starts(monkeypatch):
+    """Also through a shell script between torchrun and Python."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/1/error.json")
+    launch, process = start()
+    assert launch.endswith("/tmp/torchelastic_x/none_y") and str(os.getpid()) in process
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_1/0/error.json")
+    assert start()[0] == launch
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert start()[0] != launch and str(os.getppid()) in start()[0]
+
+
+def test_ranks_that_have_prepared_something_else_are_named():
+    mine = {"step to go on after": 24, "dataset": "one", "base": "x"}
+    _refuse_unlike([mine, {"step to go on after": 24, "dataset": "one"}])  # of a sharded base rank 0 alone knows it
+    other = {"step to go on after": 16, "dataset": "two"}
+    with pytest.raises(ConfigError, match="rank 2 has another step to go on after and another dataset than rank 0"):
+        _refuse_unlike([mine, mine, other])
+
+
+@pytest.mark.slow
+def test_another_run_survives_a_torchrun_that_may_restart(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    _, err = finished(torchrun(2, "--max-restarts", 1, "train.py", *RUN, "--output_dir", folder), 1)
+    assert err.count("holds a run already") == 2 and (folder / "adapter_config.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_what_time_ended_is_not_started_again(tmp_path):
+    folder = tmp_path / "run"
+    command = ["train.py", *RUN, "--max_steps", 4000, "--max_time", "1s", "--output_dir", folder]
+    _, err = finished(torchrun(2, "--max-restarts", 1, *command))
+    assert err.count("which is saved") == 1
+
+
+FROM_PYTHON = """
+import softprompt
+for name in "aba":
+    run = softprompt.train(dataset="mini:sentiment", max_steps=3, output_dir=name, overwrite_output_dir=True)
+    print(name, run.metrics["epoch"])
+"""
+
+
+@pytest.mark.slow
+def test_runs_from_python_are_runs_too(tmp_path):
+    """Each joins the ranks anew and parts from them; rank 0 alone tells."""
+    (tmp_path / "two.py").write_text(FROM_PYTHON)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    out, _ = finished(torchrun(2, "two.py", cwd=tmp_path, env=env))
+    assert "resuming" not in out
+    assert out.count("2 processes") == 3 and out.count("\na ") == 4  # one line from each script
+    assert prompt_in(tmp_path / "a") == prompt_in(tmp_path / "b")

@@ -1,0 +1,68 @@
+"""What no machine of ours can run, a window on another device than the CPU, played on torch's "meta" device, which has
+shapes and no numbers: no operator mixes devices, and none makes the host wait for a number inside a window."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, BloomForCausalLM
+
+from softprompt import mini
+from softprompt.data.tokenization import Example
+from softprompt.engines import linear_cross_entropy as loss
+from softprompt.engines.layer_major import LayerMajor
+from softprompt.engines.packed import PackedEngine
+from softprompt.engines.padded import PaddedEngine
+from softprompt.models import loading as model
+from softprompt.models.bloom_weights import ResidentWeights
+from softprompt.models.loading import freeze, load_tokenizer
+from softprompt.prompt.soft_prompt import PromptEmbedding
+
+WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select")
+LENGTHS = (20, 19, 17, 9, 3, 1)
+ROWS = [Example([*range(4, 4 + n)], [-100] * (n // 3) + [*range(4 + n // 3, 4 + n)]) for n in LENGTHS]
+ROWS.append(Example([5, 6], [5, 6]))  # a target without a predictor in the text
+
+
+class Watching(TorchDispatchMode):
+    """Raises where an operator takes tensors of two devices (but for scalars and copies), or waits for a number."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.ndim}
+        assert len(devices) < 2 or "copy" in str(operator), f"{operator} mixes {devices}"
+        waits = str(operator).startswith(WAITING) and any(t.device.type == "meta" for t in tensors)
+        assert not waits, f"{operator} waits for the device"
+        return operator(*args, **(kwargs or {}))
+
+
+def engine_of(kind, dtype, tmp_path):
+    base = freeze(BloomForCausalLM(AutoConfig.from_pretrained(mini.BASE_DIR)), dtype).to("meta")
+    weights = ResidentWeights(base, dtype)
+    if kind == "padded":
+        return PaddedEngine(base, load_tokenizer(str(mini.BASE_DIR)), 2, dtype)
+    schedule = LayerMajor(weights, 1 << 30, tmp_path) if kind == "layer by layer" else None
+    return PackedEngine(weights, 64, kind == "recomputed", schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["packed", "recomputed", "layer by layer", "padded"])
+def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
+    monkeypatch.setattr(model, "autocast", lambda *args: nullcontext())  # which knows no "meta"
+    engine = engine_of(kind, dtype, tmp_path)
+    prompt = PromptEmbedding(torch.zeros(10, 128)).to("meta")
+    with Watching():
+        total, targets = engine.accumulate(prompt, ROWS, torch.ones((), device="meta"))
+        evaluated, _ = engine.evaluate(prompt.weight.detach(), ROWS)
+    assert {t.device.type for t in (total, evaluated, prompt.weight.grad)} == {"meta"} and targets == 50
+    assert prompt.weight.grad.dtype == torch.float32
+
+
+def test_the_watch_sees_what_it_is_for():
+    with Watching(), pytest.raises(AssertionError, match="mixes"):
+        torch.ones(2, device="meta") + torch.ones(2)
+    with Watching(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(2, device="meta").nonzero()

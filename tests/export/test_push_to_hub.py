@@ -1,0 +1,254 @@
+"""Uploads with huggingface_hub itself, to a stand-in for the hub that listens on this machine alone."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from helpers.refusals import refused
+from helpers.reported_runs import settings_in
+
+import softprompt
+import train
+from softprompt.cli import run_command
+from softprompt.config.loader import train_config
+from softprompt.export.push_to_hub import PUSHED
+from softprompt.utils import hub
+
+pytestmark = pytest.mark.reports
+TOKEN = "not_to_be_told_anywhere"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few questions that creating a repository and uploading files ask. Like the hub it wants safetensors in its
+    large-file storage (git LFS's batch interface), and the others in the commit."""
+
+    def do_HEAD(self):
+        self.answer(200, {})
+
+    def do_GET(self):
+        if self.path.startswith("/api/whoami-v2"):
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            return self.answer(
+                *((200, {"name": "me", "type": "user", "orgs": []}) if known else (401, {"error": "no"}))
+            )
+        owner, _, name = self.path.removeprefix("/api/models/").partition("/")
+        repo = self.server.repos.get(f"{owner}/{name.split('/')[0]}")
+        files = [{"rfilename": file} for file in (repo or {"files": ()})["files"]]
+        return self.answer(200 if repo else 404, {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": files})
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.down:
+            return self.answer(self.server.down, {"error": "the hub is asleep"})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer(401, {"error": "who is it?"})
+        if self.path == "/api/repos/create":
+            told = json.loads(asked)
+            name = f"{told.get('organization') or 'me'}/{told['name']}"
+            new = name not in self.server.repos
+            private = (
+                told.get("visibility") == "private" or told.get("private") is True
+            )  # as newer and older versions ask
+            self.server.repos.setdefault(name, {"private": private, "files": {}})
+            return self.answer(200 if new else 409, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
+        name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+        if "/preupload/" in self.path:
+            files = [f["path"] for f in json.loads(asked)["files"]]
+            modes = [{"path": path, "uploadMode": mode_of(path), "shouldIgnore": False} for path in files]
+            return self.answer(200, {"files": modes})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self.answer(
+                200, {"transfer": "basic", "objects": [self.place_of(o) for o in json.loads(asked)["objects"]]}
+            )
+        if self.path == "/api/validate-yaml":  # of the card's front matter
+            base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
+            good = not base or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base[1])
+            faults = [] if good else [{"message": '"base_model" is not valid. Use a model id'}]
+            return self.answer(400 if faults else 200, {"errors": faults, "warnings": []})
+        for line in map(json.loads, asked.decode().splitlines()):
+            if line["key"] == "file":
+                value = line["value"]
+                self.server.repos[name]["files"][value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                value = line["value"]
+                self.server.repos[name]["files"][value["path"]] = self.server.stored[value["oid"]]
+            self.server.commits += line["key"] == "header"
+        return self.answer(
+            200, {"commitUrl": f"{self.server.url}/{name}/commit/1", "commitOid": "1" * 40, "success": 1}
+        )
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.stored[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200, {})
+
+    def place_of(self, wanted):
+        upload = {"href": f"{self.server.url}/storage/{wanted['oid']}", "header": {}}
+        return {**wanted, "actions": {} if wanted["oid"] in self.server.stored else {"upload": upload}}
+
+    def answer(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def mode_of(path):
+    return "lfs" if path.endswith(".safetensors") else "regular"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    served.url = f"http://127.0.0.1:{served.server_port}"
+    served.repos, served.stored, served.commits, served.down = {}, {}, 0, None
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)  # what HF_ENDPOINT is read into
+    for offline in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, not git LFS's
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # of processes that a test starts
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+    hub.prepare.cache_clear()
+    yield served
+    served.shutdown()
+    hub.prepare.cache_clear()
+
+
+@pytest.fixture
+def settings(tiny_base, tmp_path) -> dict:
+    given = {"push_to_hub": True, "hub_token": TOKEN, "max_steps": 2, "hub_model_id": "org/soft"}
+    return settings_in(tmp_path, tiny_base) | given
+
+
+def told_nowhere(folder: Path, *texts: str) -> None:
+    for path in folder.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    assert not any(TOKEN in text for text in texts)
+
+
+def ended(settings, capsys, monkeypatch) -> tuple[int, str, str]:
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        run_command(train.main)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, capsys, monkeypatch):
+    code, out, err = ended({**settings, "hub_private_repo": True}, capsys, monkeypatch)
+    assert code == 0 and f"on the hub: {server.url}/org/soft" in err, err
+    repo = server.repos["org/soft"]
+    assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
+    assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
+    assert b'library_name: "peft"' in repo["files"]["README.md"]
+    told_nowhere(tmp_path, out, err)
+    code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
+    assert code == 0 and server.commits == 2
+    assert repo["files"]["adapter_model.safetensors"] == (tmp_path / "run/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("model_id", ["org/soft", None])
+def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
+    name = model_id or "me/run"
+    server.repos[name] = {"private": False, "files": {"README.md": b"mine", ".gitattributes": b""}}
+    given = {name: value for name, value in settings.items() if model_id or name != "hub_model_id"}
+    code, _, err = ended(given, capsys, monkeypatch)
+    assert code == 2 and name in err and "README.md" in err and "--hub_model_id" in err
+    assert server.commits == 0 and not Path(settings["output_dir"]).exists()
+
+
+def test_the_repository_has_the_runs_name_and_the_token_comes_from_the_environment(server, settings, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    softprompt.train(**{**settings, "hub_model_id": None, "hub_token": None})
+    assert set(server.repos) == {"me/run"} and not server.repos["me/run"]["private"]
+
+
+@pytest.mark.parametrize("down", [500, 403])
+def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys, monkeypatch):
+    server.down = down
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    code, out, err = ended(settings, capsys, monkeypatch)
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith(f"error: the run is whole in {tmp_path / 'run'}, but not on the hub: ")
+    assert "Try: python infer.py" in out and (tmp_path / "run/report.html").exists()
+    told_nowhere(tmp_path, out, err)
+    server.down = None
+    asked = shlex.split(last.partition("upload it later with: ")[2])  # what the line says, to the letter
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run(
+        [Path(sys.executable).parent / asked[0], *asked[1:]], env=environment, check=True, capture_output=True
+    )
+    assert set(server.repos["org/soft"]["files"]) == set(PUSHED)
+
+
+def test_from_python_a_failed_upload_is_a_warning(server, settings, tmp_path, capsys, monkeypatch):
+    server.down = 403
+    run = softprompt.train(**settings)
+    assert run.metrics["train_loss"] > 0 and "not on the hub" in run.not_pushed
+    assert "warning: the run is whole" in capsys.readouterr().err
+
+
+def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monkeypatch):
+    server.down = 403
+    softprompt.train(**settings)
+    server.down = None
+    again = {"resume_from_checkpoint": tmp_path / "run", "hub_token": TOKEN}
+    code, out, err = ended(again, capsys, monkeypatch)
+    assert code == 0 and set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+    told_nowhere(tmp_path, out, err)
+
+
+def test_what_cannot_be_uploaded_is_not_trained(server, settings, tmp_path, capsys, monkeypatch):
+    cases = {
+        "the hub refuses the token": {"hub_token": "wrong_token"},
+        "needs a token": {"hub_token": None},
+        "name a repository with --hub_model_id": {"hub_model_id": "a/b/c"},
+        "only used with --push_to_hub": {"push_to_hub": False},
+        "--hub_token is empty": {"hub_token": " "},
+    }
+    for told, given in cases.items():
+        argv = [f"--{name}={value}" for name, value in {**settings, **given}.items() if value is not None]
+        line = refused(train, argv, capsys, monkeypatch, tmp_path)
+        assert told in line and "wrong_token" not in line
+
+
+def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    original = softprompt.training.loop.train
+
+    def back_again(*args):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        return original(*args)
+
+    monkeypatch.setattr("softprompt.training.run.train", back_again)
+    code, out, err = ended(settings, capsys, monkeypatch)
+    assert code == 0 and "warning: --push_to_hub: the hub does not answer now" in out
+    assert set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+
+
+def test_a_token_is_kept_to_itself():
+    config = train_config(push_to_hub=True, hub_token=TOKEN)
+    assert TOKEN not in repr(config) and TOKEN not in json.dumps(config.as_dict())
+    with pytest.raises(softprompt.utils.errors.ConfigError) as refusal:
+        train_config(push_to_hub=True, hub_token=TOKEN, dataset=TOKEN + "\0")
+    assert TOKEN not in str(refusal.value)

@@ -1,0 +1,202 @@
+"""Training runs in processes of their own, to be killed, signalled or starved; what goes wrong in them is a hook.
+
+A fork server has torch loaded already, so that a run takes about a second.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import train
+from softprompt.cli import run_command
+from softprompt.engines import packed
+from softprompt.evaluation.evaluator import Evaluator
+from softprompt.prompt import initial as build
+from softprompt.training import loop as trainer
+from softprompt.training.callbacks import RunCallbacks
+from softprompt.utils import atomic_io as files
+
+SERVER = multiprocessing.get_context("forkserver")
+NOBODY = 65534
+
+
+def start_server() -> None:
+    """With this module, and so torch, loaded; the server looks for it where PYTHONPATH says."""
+    here = Path(__file__).parents[1]
+    before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), f"{here}{os.pathsep}{here.parent}"
+    SERVER.set_forkserver_preload(["fuzz"])
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+class Child:
+    """A run of train.py with `flags` in `folder`, `hook(folder)` before it; what it says is in `folder`/`log`."""
+
+    def __init__(self, folder: Path, flags: list[str], hook: Callable[[Path], object] | None = None, log: str = "log"):
+        self.log = folder / log
+        self.process = SERVER.Process(target=_child, args=(folder, [str(f) for f in flags], hook, self.log))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def ended(self) -> tuple[int, list[str]]:
+        """Its exit code and what it wrote, line by line."""
+        self.process.join(60)
+        assert self.process.exitcode is not None, "it hangs: " + self.log.read_text()
+        return self.process.exitcode, self.log.read_text().splitlines()
+
+
+def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None, log: Path) -> None:
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind by those that are killed
+    if hook:
+        hook(folder)
+    sys.argv = ["train.py", *flags]
+    try:
+        run_command(train.main)
+    finally:
+        os.seteuid(os.getuid())
+
+
+def run(folder: Path, flags: list[str], hook: Callable[[Path], object] | None = None) -> tuple[int, list[str]]:
+    return Child(folder, flags, hook).ended()
+
+
+def outcome(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """The prompt's bytes, and the metrics but for speeds."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plain = [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
+    return (folder / "adapter_model.safetensors").read_bytes(), plain
+
+
+def before(owner: object, name: str, count: int, act: Callable[[], object]) -> None:
+    """Let `act` happen just before the `count`-th call of a function."""
+    original, calls = getattr(owner, name), iter(range(1, 1 << 30))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+# Hooks: each is called with the run's folder, in the process of the run, before anything else.
+
+
+def slow_disk(folder: Path) -> None:
+    """Every file takes a while, and comes in pieces."""
+
+    def write(path: Path, content: bytes) -> None:
+        with open(path, "wb") as file:
+            for start in range(0, max(1, len(content)), -(-max(1, len(content)) // 3)):
+                file.write(content[start : start + -(-len(content) // 3)])
+                file.flush()
+                time.sleep(0.004)
+            os.fsync(file.fileno())
+
+    files._write_and_flush = write
+
+
+def _signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+def signal_in_first_step(folder: Path) -> None:
+    before(trainer, "optimizer_step", 1, _signal)
+
+
+def signal_mid_window(folder: Path) -> None:
+    before(packed, "collate_packed", 4, _signal)  # windows are cut into several micro-batches
+
+
+def signal_in_evaluation(folder: Path) -> None:
+    before(Evaluator, "__call__", 2, _signal)
+
+
+def signal_while_saving(folder: Path) -> None:
+    before(files, "_write_and_flush", 5, _signal)
+
+
+def two_signals_while_saving(folder: Path) -> None:
+    before(files, "_write_and_flush", 14, lambda: (_signal(), _signal()))
+
+
+def disk_full_at_step_5(folder: Path) -> None:
+    """No file may be larger than 3,000 bytes any more."""
+    before(RunCallbacks, "on_step", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
+
+
+def folder_removed_at_step_5(folder: Path) -> None:
+    before(RunCallbacks, "on_step", 5, lambda: shutil.rmtree(folder / "run"))
+
+
+def folder_read_only_at_step_5(folder: Path) -> None:
+    """To root nothing is read-only: it goes on as nobody, whom the folder does not belong to."""
+    root = os.geteuid() == 0
+    before(RunCallbacks, "on_step", 5, lambda: os.seteuid(NOBODY) if root else (folder / "run").chmod(0o555))
+
+
+def folder_becomes_a_file_at_step_5(folder: Path) -> None:
+    before(RunCallbacks, "on_step", 5, lambda: ((folder / "run").rename(folder / "away"), (folder / "run").touch()))
+
+
+def metrics_unwritable_at_step_2(folder: Path) -> None:
+    path = folder / "run" / "metrics.jsonl"
+    before(RunCallbacks, "on_step", 2, lambda: (path.unlink(), path.mkdir()))
+
+
+def terminal_gone_at_step_2(folder: Path) -> None:
+    """Whoever read what the run says has gone."""
+
+    def close() -> None:
+        read, write = os.pipe()
+        os.dup2(write, 2)
+        os.close(read)
+        os.close(write)
+
+    before(RunCallbacks, "on_step", 2, close)
+
+
+def clock_jumps(folder: Path) -> None:
+    """The time of day goes back and forth by up to months between any two looks at it."""
+    real, jumps = time.time, iter(range(1, 1 << 30))
+    time.time = lambda: real() + (-1) ** next(jumps) * 1e7
+    build.time.strftime = lambda form: "20000101-000000"
+
+
+def a_fault_of_our_own_at_step_5(folder: Path) -> None:
+    os.environ["HF_TOKEN"] = "not_to_be_told"
+
+    def fault() -> None:
+        raise ZeroDivisionError(f"of {os.environ['HF_TOKEN']}")
+
+    before(RunCallbacks, "on_step", 5, fault)

@@ -1,0 +1,105 @@
+"""The peer that results are compared with: PEFT's prompt tuning over the same base, and naive references."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data.collate import Batch, collate_padded
+from softprompt.data.tokenization import Example
+from softprompt.engines.factory import engine_for_inference
+from softprompt.generation.factory import generator_beside
+from softprompt.generation.hf_generate import Generator, in_order
+from softprompt.generation.requests import GenerationSettings, Request
+
+
+def peft_model(base: PreTrainedModel, prompt: Tensor) -> peft.PeftModel:
+    """PEFT over a copy of `base`, its prompt set to `prompt` [P, H]."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), prompt_tuning_init="RANDOM")
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        peft_prompt(model).copy_(prompt)
+    return model
+
+
+def peft_prompt(model: peft.PeftModel) -> torch.nn.Parameter:
+    """The one parameter that PEFT trains, [P, H]."""
+    return model.prompt_encoder["default"].embedding.weight
+
+
+def collated(rows: Sequence[Example], pad_token_id: int = 3, padding_side: str = "left") -> Batch:
+    """A padded batch as Trainer's collator makes it for PEFT, on the tokenizer's side; ours is always padded on the
+    right."""
+    batch = collate_padded(rows, pad_token_id)
+    if padding_side == "right":
+        return batch
+    pads = [batch.input_ids.shape[1] - len(row.input_ids) for row in rows]
+    return Batch(*(torch.stack([r.roll(n) for r, n in zip(t, pads, strict=True)]) for t in batch))
+
+
+def random_examples(n: int, longest: int, vocab_size: int = 300, seed: int = 0) -> list[Example]:
+    """`n` rows of odd lengths up to `longest`, each with an untrained part of at least one token and one target."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def below(high: int, low: int = 0) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    rows = []
+    for _ in range(n):
+        length = below(longest + 1, 2)
+        ids = torch.randint(4, vocab_size, (length,), generator=draw).tolist()
+        asked = below(length, 1)
+        rows.append(Example(ids, [-100] * asked + ids[asked:]))
+    return rows
+
+
+def naive_loss(base: PreTrainedModel, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
+    """Mean loss over the targets of all rows, each row run alone, unpadded, one log-probability after the other."""
+    losses = []
+    for row in rows:
+        words = base.get_input_embeddings()(torch.tensor(row.input_ids))  # [T, H]
+        logits = base(inputs_embeds=torch.cat([prompt, words])[None]).logits[0]  # [P+T, V]
+        log_probabilities = logits.float().log_softmax(-1)
+        for at, label in enumerate(row.labels):
+            if label != -100:
+                losses.append(-log_probabilities[len(prompt) + at - 1, label])
+    return torch.stack(losses).mean()
+
+
+def generator_of(kind: str, base: PreTrainedModel, tokenizer: Any) -> Generator:
+    return generator_beside(engine_for_inference(kind, base, tokenizer, torch.float32), base, tokenizer)
+
+
+def answers_of(
+    kind: str,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    asked: Sequence[tuple[Sequence[int], Tensor | None]],
+    settings: GenerationSettings,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """Answers of the packed or the padded engine to texts behind their prompts [P, H], in order."""
+    requests = [Request(ids, settings, prompt) for ids, prompt in asked]
+    return list(in_order(generator_of(kind, base, tokenizer).generate(requests, batch_size)))
+
+
+@torch.no_grad()
+def greedy_alone(
+    base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None, new_tokens: int, ends: Sequence[int] = (2,)
+) -> list[int]:
+    """A greedy answer by the definition: the whole row once more for every token. A token whose logit leads by less
+    than 1e-4 is refused: there rounding may choose another."""
+    row = list(ids)
+    for _ in range(new_tokens):
+        words = base.get_input_embeddings()(torch.tensor(row))  # [T, H]
+        words = words if prompt is None else torch.cat([prompt, words])
+        two = base(inputs_embeds=words[None]).logits[0, -1].topk(2)
+        assert two.values[0] - two.values[1] > 1e-4, "choose another seed"
+        if two.indices[0] in ends:
+            break
+        row.append(int(two.indices[0]))
+    return row[len(ids) :]

@@ -1,0 +1,238 @@
+"""`--shard_base`: the same run, by ranks of which none holds the base, and of which one may die on the way; that the
+ranks' results are one process's is in tests/test_distributed.py. Here is what is read, held, and refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.bases import make_bloom
+from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
+from helpers.interruptions import outcome, settings  # noqa: F401 (a fixture)
+from helpers.refusals import refused
+from helpers.stream_base import make_large
+from safetensors.torch import load_file, save_file
+
+import softprompt
+import train
+from softprompt.config.loader import train_config
+from softprompt.distributed.process_group import World
+from softprompt.training.setup import prepare
+from softprompt.utils.errors import ModelError
+from softprompt.utils.safetensors_io import list_stored_tensors
+
+ROW = '{"instruction": "a", "output": "b"}\n'
+
+
+def prompt_in(folder):
+    return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def relative(mine, theirs):
+    return ((mine - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with the whole base: steps of as many rows."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train.main([*RUN, "--per_device_train_batch_size", "8", "--output_dir", str(folder)])
+    return folder
+
+
+def killed(engine, folder, restarts, code):
+    """Two ranks, one of which is killed on the way; what was said when all had ended."""
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--engine", engine]
+    launcher = torchrun(2, "--max-restarts", restarts, "--monitor-interval", 3, *command, "--output_dir", folder)
+    wait_for(folder / "checkpoint-16", launcher)
+    pid = pid_of(launcher, 1)
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    out, err = finished(launcher, code)
+    assert f"error: rank 0: rank 1 (process {pid}) died" in err
+    return out, time.monotonic() - began
+
+
+def same_run(folder, alone, near=1e-5):
+    """`near` is of losses; norms of gradients that are almost nothing differ by more."""
+    assert relative(prompt_in(folder), prompt_in(alone)) < 1e-5
+    tolerances = {"loss": near, "eval_loss": near, "eval_perplexity": near, "grad_norm": 100 * near}
+    for mine, theirs in zip(metrics_in(folder), metrics_in(alone), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"tokens_per_second"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=tolerances.get(name, 0)), name
+
+
+def test_a_rank_dies_while_the_other_waits_for_its_blocks(alone, tmp_path, monkeypatch):
+    """And what they had saved is one process's, which goes on with the whole base."""
+    out, seconds = killed("packed", tmp_path / "run", 0, 1)
+    assert "packed engine, 1,024 tokens at a time, layer by layer, 2 processes" in out and seconds < 60
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    train.main(["--resume_from_checkpoint", str(tmp_path / "run"), "--shard_base", "false"])
+    same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_a_rank_dies_and_the_ranks_go_on_by_themselves(engine, alone, tmp_path):
+    out, _ = killed(engine, tmp_path / "run", 1, 0)
+    assert "resuming after step" in out and f"{engine} engine" in out
+    same_run(tmp_path / "run", alone, 1e-5 if engine == "packed" else 1e-3)  # the other one is another engine's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_number_of_ranks_goes_on(ranks, alone, tmp_path):
+    first, folder = tmp_path / "first", tmp_path / "second"
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", first]
+    finished(torchrun(2, *command, "--max_steps", 24, "--lr_scheduler_type", "constant"))
+    again = ["--resume_from_checkpoint", first, "--output_dir", folder, "--max_steps", 40]
+    if ranks == 1:
+        flags = [sys.executable, "train.py", *map(str, again), "--shard_base", "false"]
+        subprocess.run(flags, cwd=ROOT, check=True, capture_output=True)
+    else:
+        finished(torchrun(ranks, "train.py", *again))
+    whole = tmp_path / "whole"
+    flags = [*RUN, "--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant"]
+    train.main([*flags, "--output_dir", str(whole)])
+    assert relative(prompt_in(folder), prompt_in(whole)) < 1e-5
+
+
+@pytest.mark.slow
+def test_ranks_look_for_a_learning_rate_together(tmp_path):
+    """Over a base that they share out, and find what one process finds."""
+    flags, one, two = [*RUN, "--find_learning_rate", "--max_steps", "8"], tmp_path / "one", tmp_path / "two"
+    train.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(one)])
+    shared = [*flags, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", two]
+    out, _ = finished(torchrun(2, "train.py", *shared))
+    assert "learning rate to be found" in out
+    found, alone = metrics_in(two)[0], metrics_in(one)[0]
+    assert found["learning_rate"] == alone["learning_rate"]
+    assert found["sweep"] == pytest.approx(alone["sweep"], rel=1e-3)
+    assert relative(prompt_in(two), prompt_in(one)) < 1e-4
+
+
+@pytest.mark.slow
+def test_dry_run_counts_what_a_rank_holds(tmp_path):
+    out, _ = finished(torchrun(2, "train.py", *RUN, "--shard_base", "--dry_run", "--print_model"))
+    assert "Dry run" in out and "FSDPBloomBlock" in out and "trainable params: 1,280 || all params: 1,2" in out
+
+
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+import os, torch.distributed.fsdp, train, softprompt.training.run
+from softprompt.cli import run_command
+
+def now():
+    return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith("RssAnon"))
+
+began, peak = now(), 0
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, now())
+        time.sleep(0.003)
+
+threading.Thread(target=watch, daemon=True).start()
+try:
+    run_command(train.main)
+finally:
+    Path(f"peak-{os.environ.get('RANK', 'alone')}").write_text(str(peak - began))
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_holds_the_base(tokenizer, tmp_path):
+    """Of 302 MB in blocks each of two ranks has half, and two or three blocks of 12.6 MB on their way. The files have
+    bf16, half of that: fp32 could stay mapped, and the ranks of a machine share what is mapped."""
+    base = tmp_path / "base"
+    make_large(base, H=512, L=24, N=8, dtype=torch.bfloat16)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "rows.jsonl").write_text(ROW * 8)
+    (tmp_path / "measured.py").write_text(MEASURED)
+    flags = ["--model_name_or_path=base", "--dataset=rows.jsonl", "--max_steps=1", "--overwrite_cache"]
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    options = {"cwd": tmp_path, "env": {**os.environ, **environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}}
+    finished(torchrun(2, "measured.py", *flags, "--output_dir=shards", "--shard_base", **options))
+    subprocess.run([sys.executable, "measured.py", *flags, "--output_dir=whole"], check=True, **options)
+    held = {name: int((tmp_path / f"peak-{name}").read_text()) for name in ("alone", "0", "1")}
+    size = 2 * sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    print(f"a base of {size / 1e6:.0f} MB: anonymous memory rises by at most {held}")
+    assert max(held["0"], held["1"]) < held["alone"] - 0.3 * size
+    mine, theirs = (metrics_in(tmp_path / name)[0] for name in ("shards", "whole"))
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    return World(0, 2)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "bin", "shard"])
+def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    if case == "gpt2":
+        (base / "config.json").write_text('{"model_type": "gpt2"}')
+        said = "--shard_base is for BLOOM, and .*base is of type gpt2; leave it out"
+    elif case == "bin":
+        (base / "model.safetensors").rename(base / "pytorch_model.bin")
+        said = "base: holds neither .*, only pytorch_model.bin; .*; --shard_base reads safetensors"
+    else:
+        (base / "model.safetensors").unlink()
+        make_bloom().save_pretrained(base, max_shard_size="60KB")
+        missing = sorted(base.glob("model-*"))[1]
+        missing.unlink()
+        said = f"base/{missing.name}: missing, though model.safetensors.index.json names it"
+    named = {"model_name_or_path": str(base), "dataset": str(tmp_path / "rows.jsonl")}
+    config = train_config(**named, shard_base=True, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ModelError, match=said):
+        prepare(config, first_of_two)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--shard_base"], "--shard_base shares a base out among processes, and this is one alone; start several with"),
+        (["--shard_base", "--stream_base"], "--stream_base and --shard_base exclude each other"),
+    ],
+)
+def test_refused_in_one_line(flags, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    assert said in refused(train, flags, capsys, monkeypatch, tmp_path)
+
+
+def test_one_process_holds_the_whole_base(settings, monkeypatch, capsys):  # noqa: F811
+    softprompt.train(**settings)
+    expected = outcome()
+    shutil.rmtree("run")
+    monkeypatch.setenv("RANK", "0")  # as torchrun --nproc_per_node=1 has it
+    softprompt.train(**settings, shard_base=True)
+    assert "there is one process, which holds the whole base" in capsys.readouterr().out
+    assert outcome() == expected
+
+
+def test_a_part_of_a_stored_tensor(tmp_path):
+    values = torch.randn(7, 3)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    stored, part = list_stored_tensors(tmp_path)["a"], torch.empty(2, 3)
+    stored.read_into(part, 12)
+    assert torch.equal(part, values[4:6])
+    stored.dtype, part = torch.bfloat16, torch.empty(3, 3)
+    stored.read_into(part, 6)
+    assert torch.equal(part, values[2:5].bfloat16().float())

@@ -1,0 +1,109 @@
+"""Bases that no prompt can be learned for are refused by their configuration alone: by every program, before rows are
+read, with the reason and nothing about a hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.bases import write_adapter
+from helpers.refusals import assert_line, refused
+from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
+
+import infer
+import softprompt
+import train
+from softprompt.config.loader import train_config
+from softprompt.export.plain_model import export
+from softprompt.study import study
+from softprompt.training.dry_run import dry_run
+from softprompt.utils.errors import DataError, ModelError
+
+QUANTISED = {  # configuration of a quantised BLOOM, and how it is called
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+OTHERS = {
+    "t5": (T5Config(d_model=8, num_layers=1), "an encoder and a decoder"),
+    "bart": (BartConfig(d_model=8, encoder_layers=1, decoder_layers=1), "an encoder and a decoder"),
+    "bert": (BertConfig(hidden_size=8, num_hidden_layers=1), "is an encoder"),
+    "distilbert": (DistilBertConfig(dim=8, n_layers=1, n_heads=1), "is an encoder"),
+    "clip": (CLIPConfig(), "no causal language model"),
+    "wombat": (None, "`wombat`.*does not recognize this architecture"),
+}
+
+
+@pytest.fixture
+def unfit(request, tiny_base, tmp_path) -> Path:
+    """A folder with a tokenizer and weights, and the configuration of something else."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "unfit"))
+    config = json.loads((folder / "config.json").read_text())
+    if request.param in QUANTISED:
+        config["quantization_config"] = QUANTISED[request.param]
+    else:
+        other = OTHERS[request.param][0]
+        config = other.to_dict() if other else {"model_type": request.param}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def reason(kind: str) -> str:
+    return rf"stored quantised \({kind}\)" if kind in QUANTISED else OTHERS[kind][1]
+
+
+EACH = pytest.mark.parametrize("unfit", [*QUANTISED, *OTHERS], indirect=True)
+
+
+@EACH
+def test_training_says_so_before_it_reads_rows(unfit, request, tmp_path, capsys, monkeypatch):
+    kind = request.node.callspec.params["unfit"]
+    argv = ["--model_name_or_path", unfit, "--dataset", "none.jsonl"]  # rows would be missed next
+    for more in ([], ["--dry_run"]):
+        line = refused(train, [*argv, *more], capsys, monkeypatch, tmp_path)
+        assert_line(line, reason(kind))
+        assert "hub" not in line and "HF_" not in line
+
+
+@EACH
+def test_the_other_programs_say_so_too(unfit, request, tmp_path, capsys, monkeypatch):
+    kind = request.node.callspec.params["unfit"]
+    write_adapter(tmp_path / "adapter", unfit, 2)
+    (tmp_path / "study.toml").write_text(
+        f'title = "x"\n[[grid]]\nmodel_name_or_path = "{unfit}"\ndataset = "none.jsonl"\neval_rows = 1\n'
+    )
+    commands = {
+        infer: ["--adapter", "adapter", "--prompt", "a"],
+        export: ["adapter", "--output", "out"],
+        study: ["study.toml"],
+    }
+    for program, argv in commands.items():
+        line = refused(program, argv, capsys, monkeypatch, tmp_path)
+        assert_line(line, reason(kind))
+        assert "hub" not in line and "HF_" not in line
+
+
+@pytest.mark.parametrize("unfit", ["fp8", "t5"], indirect=True)
+def test_from_python(unfit, request, tmp_path):
+    told = reason(request.node.callspec.params["unfit"])
+    config = {"model_name_or_path": str(unfit), "dataset": str(tmp_path / "none.jsonl")}
+    for call in (
+        lambda: softprompt.train(**config),
+        lambda: dry_run(train_config(**config)),
+        lambda: softprompt.SoftPromptModel.from_pretrained(str(unfit), "none"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            call()
+
+
+@pytest.mark.parametrize("flag", ["--stream_base", "--load_in_8bit"])
+@pytest.mark.parametrize("unfit", ["gptq"], indirect=True)
+def test_no_flag_hides_the_reason(unfit, flag, tmp_path, capsys, monkeypatch):
+    argv = ["--model_name_or_path", unfit, "--dataset", "none.jsonl", flag]
+    assert_line(refused(train, argv, capsys, monkeypatch, tmp_path), reason("gptq"))
+
+
+def test_a_base_that_fits_is_not_refused(tiny_base, tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        softprompt.train(model_name_or_path=str(tiny_base), dataset=str(tmp_path / "none.jsonl"))

@@ -1,0 +1,201 @@
+"""The starts that google-research/prompt-tuning has and PEFT has not: class labels, and words from frequent ones."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers.bases import make_bloom
+from helpers.peers import peft_prompt
+from helpers.small_bases import small_base
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFast
+
+import softprompt
+from softprompt.config.loader import train_config
+from softprompt.config.validation import parse_labels
+from softprompt.prompt.adapter_io import load_adapter
+from softprompt.prompt.initial import initial_prompt
+from softprompt.prompt.nearest_tokens import embedding_space, nearest
+from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
+from softprompt.utils.errors import ConfigError
+
+
+def start(base, tokenizer, **given):
+    return initial_prompt(train_config(model_name_or_path="x", dataset="x", **given), tokenizer, base)
+
+
+def rows_of(prompt, words):
+    """Which row of the embeddings [V, H] each vector of a prompt is."""
+    return [next(i for i, word in enumerate(words) if torch.equal(word, vector)) for vector in prompt]
+
+
+def labelled(labels, **given):
+    return {"prompt_tuning_init": "CLASS_LABELS", "class_labels": labels, **given}
+
+
+def merged_words(tokenizer) -> list[str]:
+    """Words of a byte-level BPE in the order in which training made them, from its own file."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return ["".join(pair) for pair in merges]
+
+
+def test_the_most_frequent_words_are_the_first_merges(tokenizer):
+    words = tokenizer.get_vocab()
+    expected = [words[word] for word in merged_words(tokenizer)]
+    assert frequent_tokens(tokenizer, 9999, 300) == expected and len(expected) == 300 - 4 - 256
+    assert frequent_tokens(tokenizer, 7, 300) == expected[:7]
+    assert frequent_tokens(tokenizer, 9999, 270) == [id for id in expected if id < 270]
+
+
+def test_added_words_are_not_frequent_ones(tokenizer):
+    more = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    more.add_tokens(["⟨mark⟩"])
+    more.add_special_tokens({"pad_token": "<pad>"})
+    assert frequent_tokens(more, 9999, 400) == frequent_tokens(tokenizer, 9999, 400)
+
+
+def test_frequent_words_of_a_real_vocabulary(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizer-46k")
+    found = frequent_tokens(tokenizer, 5000, 46_145)
+    assert len(found) == 5000
+    assert {tokenizer.decode([id]) for id in found} >= {" the", "的", "，", "我们"}
+    common, rare = (sum(len(tokenizer.decode([id])) for id in ids) for ids in (found[:1000], range(40_000, 41_000)))
+    assert common < rare  # what is seldom is long
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_sampled_words_are_frequent_and_differ(length, tokenizer):
+    base = make_bloom()
+    words = base.get_input_embeddings().weight.detach()
+    settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": length, "vocab_population": 40}
+    found = rows_of(start(base, tokenizer, **settings), words)
+    population = frequent_tokens(tokenizer, 40, 300)
+    assert len(set(found)) == length and set(found) <= set(population)
+    assert found == rows_of(start(base, tokenizer, **settings), words)
+    if length > 1:
+        assert found != rows_of(start(base, tokenizer, **settings, seed=1), words)
+
+
+def test_more_tokens_than_words_to_draw_from_come_twice(tokenizer):
+    base = make_bloom()
+    settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 30, "vocab_population": 4}
+    found = rows_of(start(base, tokenizer, **settings), base.get_input_embeddings().weight.detach())
+    assert set(found) <= set(frequent_tokens(tokenizer, 4, 300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_labels_are_the_means_of_their_sub_words(dtype, tokenizer):
+    base = make_bloom().to(dtype)
+    words = base.get_input_embeddings().weight.detach()
+    prompt = start(base, tokenizer, **labelled("正面, 很差,ok", num_virtual_tokens=7))
+    assert prompt.shape == (7, 32) and prompt.dtype == torch.float32
+    lengths = set()
+    for vector, label in zip(prompt, ["正面", "很差", "ok"], strict=False):
+        ids = tokenizer(label)["input_ids"]
+        lengths.add(len(ids))
+        torch.testing.assert_close(vector, sum(words[id].float() for id in ids) / len(ids), rtol=0, atol=1e-6)
+    assert len(lengths) > 1
+    rest = rows_of(prompt[3:], words.float())
+    assert len(set(rest)) == 4 and set(rest) <= set(frequent_tokens(tokenizer, 5000, 300))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3_text", "llama"])
+@pytest.mark.parametrize("init", ["TEXT", "SAMPLE_VOCAB"])
+def test_starts_are_pefts_where_the_embedding_module_scales(kind, init, tokenizer, tmp_path):
+    base, text = small_base(kind), "下面是一段对话" if init == "TEXT" else None
+    tokenizer.save_pretrained(tmp_path)
+    mine = start(base, tokenizer, prompt_tuning_init=init, prompt_tuning_init_text=text, num_virtual_tokens=7, seed=7)
+    torch.manual_seed(7)
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=7,
+        prompt_tuning_init=init,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=str(tmp_path) if text else None,
+    )
+    assert torch.equal(mine, peft_prompt(peft.get_peft_model(base, config)))
+    ratio = mine.norm() / base.get_input_embeddings().weight[tokenizer(text or "好")["input_ids"][:7]].norm()
+    assert text is None or ratio == pytest.approx(1 if kind == "llama" else 32**0.5)
+
+
+@pytest.mark.parametrize("given", [{"vocab_population": 40}, labelled("正面,很差")], ids=["words", "labels"])
+def test_other_starts_are_what_the_embedding_module_returns(given, tokenizer):
+    base = small_base("gemma")
+    settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 6, **given}
+    vectors = base.get_input_embeddings()(torch.arange(300))
+    prompt = start(base, tokenizer, **settings)
+    if "class_labels" in given:
+        for vector, label in zip(prompt, ["正面", "很差"], strict=False):
+            torch.testing.assert_close(vector, vectors[tokenizer(label)["input_ids"]].mean(0))
+        prompt = prompt[2:]
+    assert set(rows_of(prompt, vectors)) <= set(frequent_tokens(tokenizer, 5000, 300))
+    ids, cosines = nearest(embedding_space(base), prompt, 1, len(tokenizer))
+    assert ids[:, 0].tolist() == rows_of(prompt, vectors) and cosines.min() > 0.9999
+
+
+def test_labels_may_fill_the_whole_prompt(tokenizer):
+    base = make_bloom()
+    prompt = start(base, tokenizer, **labelled("正面,负面", num_virtual_tokens=2))
+    assert not torch.equal(prompt[0], prompt[1])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"prompt_tuning_init": "CLASS_LABELS"}, "--prompt_tuning_init CLASS_LABELS needs --class_labels"),
+        ({"class_labels": "a,b"}, "only used with --prompt_tuning_init CLASS_LABELS"),
+        (labelled("a,,b"), "an empty label"),
+        (labelled("a, "), "an empty label"),
+        (labelled("a,b,a"), "or one twice"),
+        (labelled("a,b,c", num_virtual_tokens=2), "3 labels for 2 virtual tokens"),
+        (labelled(",".join("abcdefghijk")), "11 labels for 10 virtual tokens"),
+        ({"vocab_population": 5}, "only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"),
+        (labelled("a,b", vocab_population=0), "--vocab_population 0 must be above 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(given, message):
+    with pytest.raises(ConfigError, match=message):
+        train_config(**given)
+
+
+def test_a_label_that_the_tokenizer_cannot_express():
+    few = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "bad": 2}, unk_token="<unk>"))
+    few.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>")
+    assert label_tokens(tokenizer, ["good", "bad good"]) == [[1], [2, 1]]
+    with pytest.raises(ConfigError, match="--class_labels '正面', 'bad 1': the tokenizer cannot express"):
+        label_tokens(tokenizer, ["正面", "good", "bad 1"])
+
+
+def test_a_label_of_no_tokens():
+    silent = Tokenizer(models.BPE({}, [], unk_token=None))
+    with pytest.raises(ConfigError, match="'x': the tokenizer cannot express"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=silent), ["x"])
+
+
+def test_a_tokenizer_of_bytes_alone_has_no_frequent_words():
+    letters = {letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])))
+    with pytest.raises(ConfigError, match="--vocab_population: this tokenizer has no words"):
+        start(make_bloom(), tokenizer, prompt_tuning_init="SAMPLE_VOCAB", vocab_population=5)
+
+
+def test_a_run_from_class_labels_is_a_run_of_pefts(tmp_path: Path, tiny_base: Path):
+    """Written with a start that PEFT knows, so that it loads there; the card has the labels."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "好", "output": "正面"}\n' * 4, encoding="utf-8")
+    where = {"model_name_or_path": str(tiny_base), "dataset": str(rows), "output_dir": str(tmp_path / "run")}
+    run = softprompt.train(**where, max_steps=1, num_virtual_tokens=3, **labelled("正面,负面"))
+    written = load_adapter(run.output_dir)
+    assert written.config["prompt_tuning_init"] in [each.value for each in peft.PromptTuningInit]
+    theirs = peft.PeftModel.from_pretrained(BloomForCausalLM.from_pretrained(tiny_base), run.output_dir)
+    assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, written.prompt)
+    card = (run.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "| class_labels | 正面,负面 |" in card and "| prompt_tuning_init | CLASS_LABELS |" in card
+
+
+def test_labels_may_be_joined_by_the_comma_of_chinese_text():
+    assert parse_labels("正面， 负面,中性") == ["正面", "负面", "中性"]

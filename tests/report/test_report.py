@@ -1,0 +1,442 @@
+"""Reports of runs: what they say, what they must not do, and bad input."""
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.calls import called
+from helpers.interruptions import interrupted
+from helpers.refusals import refused
+from helpers.reported_runs import settings_in
+from safetensors.torch import load_file, save
+
+import softprompt
+import train
+from softprompt.cli import parse_report
+from softprompt.prompt.nearest_tokens import EmbeddingSpace
+from softprompt.report import after_training as ending
+from softprompt.report import collect as facts
+from softprompt.report import page, report
+from softprompt.runs.file_names import START_FILE
+from softprompt.runs.run_reader import RunRecord, read_run
+from softprompt.training.callbacks import RunCallbacks
+from softprompt.utils.errors import ConfigError, ReportError, SomeFailed
+
+pytestmark = pytest.mark.reports
+
+
+class Seen(HTMLParser):
+    """Every element with its attributes, and all text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def seen(folder) -> Seen:
+    return Seen(Path(folder, "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def settings(tiny_base, tmp_path) -> dict:
+    return settings_in(tmp_path, tiny_base)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, tmp_path_factory) -> Path:
+    """A finished run; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("reported")
+    return Path(softprompt.train(**settings_in(folder, tiny_base)).output_dir)
+
+
+def test_a_run_leaves_a_report_of_itself(run):
+    told, html = seen(run), (run / "report.html").read_text(encoding="utf-8")
+    results = json.loads((run / "all_results.json").read_text())
+    for name in ("eval_loss", "eval_loss_base"):
+        assert f"{results[name]:.4f}" in told.text
+    for text in ("finished after step 6 of 6", "20", "learning_rate", "0.1", "Loss", "Gradient norm", "Learning rate"):
+        assert text in told.text
+    assert "held out, base alone" in told.text and "Real tokens per second" in told.text
+    assert html.count("<svg ") == 7  # loss, exact match, rate, norm, speed, lengths, similarities
+    assert "Ask it: python infer.py --adapter" in told.text
+
+
+def test_settings_that_are_the_defaults_are_not_marked_as_others(run):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert '<li class="set"><span>learning_rate</span>' in html  # 0.1
+    assert "<li><span>num_virtual_tokens</span><bdi>10</bdi>" in html  # not given
+
+
+def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path):
+    shutil.copytree(run, folder := tmp_path / "swept")
+    noted = {"learning_rate": 0.7, "sweep": {"0.001": 3.25, "0.7": 1.5}}
+    metrics, facts_file = folder / "metrics.jsonl", folder / "report.json"
+    old = metrics.read_text(encoding="utf-8")
+    metrics.write_text(json.dumps({"step": 0, "epoch": 0.0, **noted}) + "\n" + old, encoding="utf-8")
+    told = {**json.loads(facts_file.read_text(encoding="utf-8")), "sweep": noted["sweep"]}
+    facts_file.write_text(json.dumps(told), encoding="utf-8")
+    before = read_run(run).series("learning_rate")
+    assert read_run(folder).series("learning_rate") == before and before
+    report.report(folder)
+    assert "0.001: 3.2500, 0.7: 1.5000." in seen(folder).text
+    assert "--find_learning_rate compared" not in seen(run).text
+
+
+def test_it_asks_for_nothing_and_runs_nothing(run):
+    told = seen(run)
+    assert {"script", "iframe", "link", "object", "embed", "img"}.isdisjoint(tag for tag, _ in told.elements)
+    for tag, attributes in told.elements:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes[name])
+    policy = next(a["content"] for t, a in told.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    ids = [a["id"] for _, a in told.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_what_rows_hold_is_text(run):
+    told = seen(run)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>\N{REPLACEMENT CHARACTER}" in told.text
+    assert "<b>好</b>" in told.text and "{{ 7*7 }}" in told.text
+
+
+def test_pictures_follow_the_page_and_hold_no_users_text(run):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    pictures = "".join(re.findall(r"<svg .*?</svg>", html, re.S))
+    assert "var(--ink)" in pictures and "var(--c0)" in pictures and "#0003" not in pictures
+    assert not re.search(r"[\u3000-\u9fff]", pictures) and "optimizer step" in pictures
+    assert "DejaVu" not in pictures and "http://purl" not in pictures
+
+
+def test_the_facts_are_those_of_the_run(run, tokenizer):
+    told = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    rows = told["rows"]["training"]
+    assert rows["rows"] == 20 and rows["used"] == 20 and rows["longest"] <= 128
+    assert sum(count for _, count in rows["histogram"]) == 20 and rows["histogram"][-1][0] >= rows["longest"]
+    assert rows["cut at max_length"] >= 0 and told["rows"]["held out"]["rows"] == 4
+    start, end = load_file(run / "prompt_start.safetensors"), load_file(run / "adapter_model.safetensors")
+    start, end = start["prompt_embeddings"], end["prompt_embeddings"]
+    likeness = told["end"]["likeness"]
+    assert likeness["P"] == 10 and likeness["layernorm"] is True and len(likeness["similarities"]) == 10
+    for token, distance in zip(likeness["tokens"], (end - start).norm(dim=1).tolist(), strict=True):
+        assert token["moved"] == pytest.approx(distance, abs=1e-4) and distance > 0.1
+        assert len(token["nearest"]) == 5 and token["nearest"][0][1] >= token["nearest"][4][1]
+    examples = told["end"]["examples"]
+    assert examples["of"] == "held-out" and examples["compared"] and len(examples["rows"]) == 4
+    assert examples["rows"][0]["expected"] in ("坏", "<b>好</b>")
+    assert "prompt_start.safetensors" not in {p.name for p in (run / "checkpoint-6").iterdir()}
+
+
+def test_likeness_with_everything_known(tokenizer):
+    noise = torch.randn(len(tokenizer) + 5, 8, generator=torch.Generator().manual_seed(0))
+    words = torch.nn.functional.normalize(noise)
+    start = words[[10, 20]]
+    found = facts.likeness(EmbeddingSpace(words, None), tokenizer, torch.stack([3 * words[30], words[20]]), start)
+    first, second = found["tokens"]
+    assert first["nearest"][0] == (facts.shown(tokenizer, [30])[0], 1.0)
+    assert first["moved"] == pytest.approx((3 * words[30] - words[10]).norm().item(), abs=1e-4) and first["of"] == 1
+    assert first["cosine"] == pytest.approx((words[30] @ words[10]).item(), abs=1e-4)
+    assert second["moved"] == 0 and second["cosine"] == 1 and second["start"][1] == 1
+
+
+def test_long_answers_are_written_for_it(settings, tmp_path):
+    rows = [{"instruction": f"第{i}题", "output": "好" * 40} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    softprompt.train(**{**settings, "max_length": 256})
+    examples = json.loads((tmp_path / "run/report.json").read_text())["end"]["examples"]
+    assert not examples["compared"] and len(examples["rows"]) == facts.WRITTEN and examples["new_tokens"] == 64
+    model = softprompt.SoftPromptModel.from_pretrained(settings["model_name_or_path"], tmp_path / "run")
+    for adapter, name in (("none", "before"), (None, "after")):
+        answer = model.generate(rows[8]["instruction"], adapter=adapter, do_sample=False, max_new_tokens=64)
+        assert examples["rows"][0][name] == answer
+    assert "No answers" not in seen(tmp_path / "run").text
+
+
+def test_without_held_out_rows_training_rows_are_shown(settings, tmp_path):
+    softprompt.train(**{**settings, "eval_rows": 0, "eval_steps": None, "max_steps": 1})
+    told = seen(tmp_path / "run").text
+    assert "These rows were trained on" in told and "base alone" in told and "held out, base" not in told
+
+
+def test_a_streamed_base_is_looked_at_where_it_is(settings, tmp_path):
+    softprompt.train(**{**settings, "stream_base": True, "max_steps": 1})
+    told = json.loads((tmp_path / "run/report.json").read_text())["end"]
+    assert len(told["likeness"]["tokens"]) == 10 and "read or gather the base once more" in told["examples"]["left_out"]
+    assert "read or gather the base" in seen(tmp_path / "run").text
+
+
+def test_a_base_without_that_layer_norm(settings, tmp_path, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    softprompt.train(**{**settings, "model_name_or_path": str(tmp_path / "gpt2"), "max_steps": 1})
+    assert "among the word embeddings" in seen(tmp_path / "run").text
+
+
+@pytest.mark.parametrize("where", ["page", "likeness", "examples_of", "loss_picture"])
+def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise MemoryError("nothing\nleft")
+
+    monkeypatch.setattr(ending, where, broken)
+    argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    out, err = called(train, argv, capsys, monkeypatch)
+    assert "Try: python infer.py" in out and (tmp_path / "run/all_results.json").exists()
+    if where == "page":
+        (line,) = [line for line in err.splitlines() if "report" in line]
+        assert line.startswith(
+            "warning: no report.html: MemoryError: nothing left; the run itself is not concerned; try: python -m"
+        )
+        assert not (tmp_path / "run/report.html").exists()
+    elif where == "loss_picture":
+        assert "warning: no loss.png: MemoryError: nothing left" in err and (tmp_path / "run/report.html").exists()
+    else:
+        name = where.removesuffix("_of")
+        assert f"No {name}: MemoryError: nothing left" in seen(tmp_path / "run").text
+
+
+def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    argv = [part for name, value in {**settings, "max_steps": 2}.items() for part in (f"--{name}", value)]
+    _, err = called(train, argv, capsys, monkeypatch)
+    assert "report.html; without pictures, as matplotlib is not installed: pip install matplotlib" in err
+    told = seen(tmp_path / "run")
+    assert "svg" not in {tag for tag, _ in told.elements} and "pip install matplotlib" in told.text
+    assert "What the virtual tokens resemble" in told.text and "Before and after" in told.text
+    out, err = called(report, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
+    assert out == f"{tmp_path / 'a.html'}\n" and "warning: no pictures" in err
+
+
+def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
+    softprompt.train(**settings)
+    expected = json.loads((tmp_path / "run/report.json").read_text())["end"]["likeness"]
+    start = (tmp_path / "run/prompt_start.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    interrupted(settings, 5)
+    assert (tmp_path / "run/prompt_start.safetensors").read_bytes() == start
+    elsewhere = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(tmp_path / "run")}
+    softprompt.train(**elsewhere)
+    softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
+    for name in ("run", "other"):
+        assert (tmp_path / name / "prompt_start.safetensors").read_bytes() == start
+        assert json.loads((tmp_path / name / "report.json").read_text())["end"]["likeness"] == expected
+
+
+def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, monkeypatch):
+    interrupted(settings, 5)
+    out, _ = called(report, [tmp_path / "run"], capsys, monkeypatch)
+    assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
+    told = seen(tmp_path / "run").text
+    assert "not finished: step 4 of 6 is the last in its metrics" in told and "Ask it" not in told
+    assert f"Go on with python train.py --resume_from_checkpoint {tmp_path / 'run'}" in told
+    assert "What the virtual tokens resemble" in told  # of its newest checkpoint
+    before = json.loads((tmp_path / "run/report.json").read_text())
+    assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0
+    start = tmp_path / "run" / START_FILE
+    whole = start.read_bytes()
+    start.write_bytes(whole[:-5])
+    called(report, [tmp_path / "run"], capsys, monkeypatch)
+    assert "Where the prompt started was not recorded." in seen(tmp_path / "run").text
+    start.write_bytes(whole)
+    softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
+    assert "finished after step 6 of 6" in seen(tmp_path / "run").text
+
+
+@pytest.mark.parametrize(
+    "patience, why", [(None, "its rows were fewer than counted"), (3, "nothing was gained any more")]
+)
+def test_why_a_run_ended_before_its_last_step(patience, why):
+    facts = {"prompt": [1, 8], "end": {}, "total_steps": 10, "arguments": {"early_stopping_patience": patience}}
+    assert page._status(RunRecord(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
+    assert page._status(RunRecord(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
+
+
+def test_a_run_goes_on_after_its_end(settings, tmp_path):
+    softprompt.train(**settings)
+    interrupted({"max_steps": 9, "resume_from_checkpoint": str(tmp_path / "run")}, 9)
+    report.report(tmp_path / "run")
+    assert "not finished: step 8 of 9" in seen(tmp_path / "run").text
+
+
+def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    softprompt.train(**{**settings, "learning_rate": 0.01, "num_virtual_tokens": 3, "output_dir": "另一个"})
+    out, _ = called(report, [run, "另一个"], capsys, monkeypatch)
+    assert out.splitlines()[-1] == "report.html"
+    told = seen(".")
+    assert "2 runs compared" in told.text and "Training loss" in told.text and "另一个, base alone" not in told.text
+    for text in ("learning_rate 0.01", "learning_rate 0.1", "num_virtual_tokens 3", "num_virtual_tokens 10"):
+        assert text in told.text
+    assert "model_name_or_path" not in told.text[: told.text.index("learned from")]
+    (Path("report.html")).write_text("mine")
+    line = refused(report, [run, "另一个"], capsys, monkeypatch, tmp_path)
+    assert "is there already and is no report" in line
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("metrics.jsonl", ""), ("report.json", "{"), ("report.json", '{"prompt": 3, "end": {}}'), ("everything", None)],
+)
+def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
+    name, content, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        (folder := tmp_path / "run").mkdir()
+    else:
+        folder = spoiled(run, tmp_path, name, content)
+    second = shutil.copytree(run, tmp_path / "second")
+    with pytest.raises(SomeFailed, match="1 of 3 runs cannot be shown") as failed:
+        report.report(run, folder, second)
+    assert failed.value.exit_code == 1 and str(folder) in str(failed.value)
+    told = seen(".")
+    assert "2 runs compared" in told.text and f"A run is not shown: {folder}" in told.text.replace("\n", " ")
+    with pytest.raises(ReportError) as refused:  # a wrong name, or nothing else to show
+        report.report(run, tmp_path / "nowhere")
+    assert refused.value.exit_code == 2
+    shutil.copytree(folder, tmp_path / "broken too")
+    with pytest.raises(ReportError):
+        report.report(folder, tmp_path / "broken too")
+
+
+def test_runs_of_one_name_are_told_by_their_paths(run, tmp_path):
+    shutil.copytree(run, tmp_path / "other" / run.name)
+    path = report.report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
+    assert str(tmp_path / "other" / run.name) in Seen(path.read_text()).text
+
+
+def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
+    old = shutil.copytree(run, tmp_path / "old")
+    (old / "report.json").unlink()
+    (old / "prompt_start.safetensors").unlink()
+    report.report(old)
+    told = seen(old).text
+    assert "its rows and settings are not known" in told and "Loss" in told
+    assert "Where the prompt started was not recorded" in told
+
+
+def test_a_base_of_another_size_by_now(run, tmp_path):
+    folder = spoiled(run, tmp_path, "report.json", None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    prompt = torch.zeros(config["num_virtual_tokens"], 8)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "token_dim": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": prompt}))
+    report.report(folder)
+    assert "No likenesses: adapter" in seen(folder).text and "virtual tokens have size 8" in seen(folder).text
+
+
+def spoiled(run, tmp_path, name, content) -> Path:
+    folder = shutil.copytree(run, tmp_path / "run")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("metrics.jsonl", None, "has no metrics: metrics.jsonl is missing"),
+        ("metrics.jsonl", "", "has no metrics yet: metrics.jsonl is empty"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"step"\n{"step": 2}\n', "line 2: not JSON"),
+        ("metrics.jsonl", "[]\n", "line 1: expected an object with a step"),
+        ("report.json", "[]", "expected an object"),
+        ("report.json", "{", "report.json: cannot be read"),
+        ("report.json", '{"prompt": 3, "end": {}}', "report.json: not as this version writes it"),
+        ("report.json", '{"prompt": 3, "end": 5}', "report.json: not as this version writes it"),
+        (
+            "report.json",
+            '{"prompt": [1, 2], "base": {"type": 1, "parameters": 2}, "end": {"examples": 3}}',
+            "report.json",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_reported(name, content, told, run, tmp_path, capsys, monkeypatch):
+    folder = spoiled(run, tmp_path, name, content)
+    line = refused(report, [folder], capsys, monkeypatch, tmp_path)
+    assert told in line and str(folder) in line
+
+
+def test_the_last_line_of_a_killed_run_may_be_half(run, tmp_path):
+    folder = spoiled(run, tmp_path, "metrics.jsonl", '{"step": 1, "loss": 2.5, "grad_norm": null}\n{"step": 2, "lo')
+    report.report(folder)
+    assert "held-out loss" in seen(folder).text
+
+
+def test_a_name_that_is_not_utf_8():
+    with pytest.raises(ConfigError, match="is not UTF-8; rename that folder"):
+        report.report("caf\udce9")
+
+
+def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, adapter)
+    cases = {
+        "nowhere": "no such folder",
+        "empty": "holds no run of train.py",
+        "adapter": "holds an adapter, and no run of train.py",
+        run / "checkpoint-6": "is a checkpoint; name its run",
+    }
+    for folder, told in cases.items():
+        line = refused(report, [tmp_path / folder], capsys, monkeypatch, tmp_path)
+        assert told in line and str(folder) in line
+    for argv, told in {
+        (): "RUN",
+        (run, run): "named twice",
+        (run, f"{run}/"): "named twice",
+        (run, "--output_file="): "--output_file is empty",
+    }.items():
+        assert told in refused(report, argv, capsys, monkeypatch, tmp_path)
+    line = refused(report, [run, "--output_file", tmp_path], capsys, monkeypatch, tmp_path)
+    assert "is no file" in line
+    with pytest.raises(ReportError):
+        report.report(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        parse_report(["--help"])
+
+
+def test_long_curves_are_averaged():
+    from softprompt.report.svg import averaged
+
+    points = [(step, float(step % 2)) for step in range(1, 5001)]
+    found = averaged(points, 500)
+    assert len(found) == 500 and found[-1] == (5000, 0.5) and found[0][0] == 10
+    assert averaged(points[:3], 500) == points[:3]
+
+
+def test_a_secret_is_not_told(run, monkeypatch):
+    from softprompt.runs.run_reader import read_run
+
+    monkeypatch.setenv("MY_TOKEN", "not_to_be_told")
+    record = read_run(run)
+    record.facts["arguments"]["dataset"] = "https://u:not_to_be_told@x/y"
+    assert "not_to_be_told" not in page.page([record])
+
+
+def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
+    begin, folder = RunCallbacks.begin, tmp_path / "run/report.json"
+    monkeypatch.setattr(RunCallbacks, "begin", lambda self: (folder.mkdir(), begin(self)))
+    softprompt.train(**settings)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no report")]
+    assert "warning: no report.json" in lines[0] and "warning: no report.html" in lines[-1]
+    assert (tmp_path / "run/all_results.json").exists()

@@ -1,0 +1,545 @@
+"""Studies: what a cell is, that none is run twice, and what is left to read."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BloomForCausalLM
+
+import softprompt
+from softprompt.cli import parse_study, run_command
+from softprompt.data.template import Template
+from softprompt.prompt.adapter_io import load_adapter
+from softprompt.study import plan as study_plan
+from softprompt.study import runner as cells_module
+from softprompt.study import study as study_module
+from softprompt.study.plan import planned
+from softprompt.study.runner import finished, subset
+from softprompt.study.study import run_study
+from softprompt.utils.errors import ConfigError, DataError, ModelError, OutputError, SomeFailed, Stopped
+from softprompt.utils.file_lock import FolderLock
+
+ROWS = [
+    {"instruction": f"{word}，{n}", "input": "", "output": word} for n in range(6) for word in ("好", "坏 bad", "hm")
+]
+
+
+@pytest.fixture
+def place(tmp_path, tiny_base):
+    """A folder with rows and a study file of a function's making."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    settings = {
+        "model_name_or_path": str(tiny_base),
+        "dataset": str(tmp_path / "rows.jsonl"),
+        "eval_rows": 5,
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+    }
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+
+    def write(head="", grid="", more=()):
+        text = "\n".join([f'output_dir = "{tmp_path / "out"}"', head, "[settings]", *lines, *more, grid])
+        (tmp_path / "s.toml").write_text(text, encoding="utf-8")
+        return parse_study([str(tmp_path / "s.toml")])
+
+    write.folder = tmp_path
+    return write
+
+
+class Counted:
+    """A function of a module that counts how often it is called."""
+
+    def __init__(self, monkeypatch, module, name):
+        self.calls, self.real = 0, getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.real(*args, **kwargs)
+
+
+GRID = "[[grid]]\nnum_virtual_tokens = [1, 3]\nrows = [4, 'all']"
+
+
+def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not_run_again(
+    place, monkeypatch, capsys, tmp_path, tiny_base
+):
+    shutil.copytree(tiny_base, tmp_path / "twin")
+    study = place(
+        "seeds = [0, 1]\nhard_prompts = ['好']",
+        GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
+    )
+    loads, trained = Counted(monkeypatch, cells_module, "read_base"), Counted(monkeypatch, cells_module, "train")
+    tokenised = Counted(monkeypatch, study_plan, "tokenize_rows")
+    run_study(study)
+    assert (loads.calls, tokenised.calls, trained.calls) == (2, 1, 16)
+    first = capsys.readouterr()
+    assert "18 cells, 0 of them finished before" in first.out
+    made = sorted((place.folder / "out" / "cells").iterdir())
+    assert len(made) == 18
+    run_study(study)
+    assert (loads.calls, trained.calls) == (2, 16)
+    again = capsys.readouterr().out
+    assert "18 of them finished before" in again
+    assert "held out: 5 rows, " in first.out.split("18 cells")[0]  # what was found in the rows is said
+    assert again.split("\n\n", 1)[1] == first.out.split("\n\n", 1)[1]  # the tables
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "cell.json", "checksums.json"])
+def test_a_half_written_cell_is_repeated_and_comes_out_the_same(file, place, monkeypatch):
+    study = place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]")
+    run_study(study)
+    one = planned(study)[1].folder
+    before = (one / "adapter_model.safetensors").read_bytes()
+    whole = (one / file).read_bytes()
+    (one / file).write_bytes(whole[: len(whole) // 2])
+    assert finished(one) is None
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)
+    assert trained.calls == 1 and finished(one)
+    assert (one / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, monkeypatch, tmp_path, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    study = place(grid=f'[[grid]]\nmodel_name_or_path = "{tmp_path / "base"}"')
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)
+    (place.folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[1:]), encoding="utf-8")
+    run_study(study)
+    other = BloomForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.transformer.h[0].mlp.dense_h_to_4h.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "base")
+    run_study(study)
+    assert trained.calls == 3
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [("tokenizer_config.json", {"eos_token": "<s>"}), ("config.json", {"layer_norm_epsilon": 0.1})],
+)
+def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
+    file, change, place, tmp_path, tiny_base
+):
+    """Base and instruct models of one family share tokenizer.json and differ in the end of an answer."""
+    shutil.copytree(tiny_base, tmp_path / "other")
+    path = tmp_path / "other" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
+    plan = planned(place(grid=grid))
+    ends = [{e.input_ids[-1] for e in one.material.examples + one.material.held_out} for one in plan]
+    assert ends == [{2}, {1 if "eos_token" in change else 2}]
+    path.write_text((tiny_base / file).read_text())
+    (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], planned(place(grid=grid))[1]))
+    assert before != after
+
+
+def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
+    (folder,) = (place.folder / "out" / "cells").iterdir()
+    run = softprompt.train(
+        model_name_or_path=str(tiny_base),
+        dataset=str(tmp_path / "rows.jsonl"),
+        eval_rows=5,
+        max_steps=2,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=1,
+        num_virtual_tokens=3,
+        output_dir=str(tmp_path / "run"),
+    )
+    assert torch.equal(load_adapter(folder).prompt, load_adapter(run.output_dir).prompt)
+    metrics = finished(folder)["metrics"]
+    for name in ("eval_loss", "eval_loss_base", "eval_exact_match"):
+        assert metrics[name] == run.metrics[name]
+
+
+def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
+    run_study(place("hard_prompts = ['这家好']", "[[grid]]\nnum_virtual_tokens = 1"))
+    (hard,) = [r for f in (place.folder / "out" / "cells").iterdir() if not (r := finished(f))["settings"]["trained"]]
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny_base), BloomForCausalLM.from_pretrained(tiny_base).eval()
+    total, targets = 0.0, 0
+    for row in ROWS[-5:]:
+        asked = tokenizer("这家好")["input_ids"] + tokenizer(Template().render(row, tokenizer))["input_ids"]
+        answer = tokenizer(row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = base(torch.tensor([asked + answer])).logits[0].log_softmax(-1)
+        total -= sum(scores[len(asked) + i - 1, token].item() for i, token in enumerate(answer))
+        targets += len(answer)
+    assert hard["metrics"]["eval_loss"] == pytest.approx(total / targets, abs=1e-5)
+    assert hard["steps"] == 0
+
+
+@pytest.mark.parametrize("voting", ["majority_vote", "mean_likelihood"])
+def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_path, tiny_base):
+    """Its loss is that of the mean of their likelihoods, and its answers are those of infer.py's."""
+    grid = "[[grid]]\nnum_virtual_tokens = 3\nlearning_rate = 1.0"
+    run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", grid))
+    found = {f: finished(f) for f in (place.folder / "out" / "cells").iterdir()}
+    (together,) = [r for r in found.values() if r["settings"].get("voting")]
+    folders = [f for f, r in found.items() if r["settings"]["trained"]]
+    model = softprompt.SoftPromptModel.from_pretrained(adapter=[str(f) for f in folders])
+    given = list(zip(*(found[f]["answers"] for f in folders), strict=True))
+    assert any(len(set(some)) == 3 for some in given[1:])
+    rows = [{"prompt": row["instruction"], "input": ""} for row in ROWS[-5:]]
+    ensemble = model.ensemble(voting=voting)
+    answers = ensemble.generate(rows, do_sample=False, max_new_tokens=32)
+    assert together["answers"] == [answer.strip() for answer in answers]
+    total = 0.0
+    for row, asked in zip(ROWS[-5:], rows, strict=True):
+        (each,) = zip(*model.log_likelihoods([asked] * 3, [row["output"]], adapter=list(model.adapters)), strict=True)
+        total -= math.log(sum(map(math.exp, each)) / 3)
+    assert together["metrics"]["eval_loss"] == pytest.approx(total / together["held_out_targets"], abs=1e-5)
+    right = sum(a == row["output"] for a, row in zip(together["answers"], ROWS[-5:], strict=True))
+    assert together["metrics"]["eval_exact_match"] == right / 5 and together["steps"] == 0
+
+
+def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
+    head, text = (
+        "seeds = [0, 1]\nvoting = ['majority_vote']",
+        "prompt_tuning_init = 'TEXT'\nprompt_tuning_init_text = '好'",
+    )
+    length = len(AutoTokenizer.from_pretrained(tiny_base)("好")["input_ids"])
+    grids = ["rows = ['all', 13, 4]", "num_virtual_tokens = 10", text, f"{text}\nnum_virtual_tokens = {length}"]
+    every = planned(place(head, "\n[[grid]]\n".join(["", *grids])))
+    some = planned(place(head, "\n[[grid]]\n".join(["", "rows = ['all', 4]", text])))
+    assert [one.folder for one in every] == [one.folder for one in some] and len(some) == 9
+
+
+def test_an_ensemble_with_a_prompt_that_is_not_finite(place, capsys):
+    head = "seeds = [0, 1]\nvoting = ['majority_vote']"
+    run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
+    assert "a prompt of the ensemble did not end in finite numbers" in capsys.readouterr().err
+
+
+def test_few_shot_rows_are_drawn_by_the_seed_and_are_among_those_of_a_larger_number():
+    rows = list(range(50))
+    assert set(subset(rows, 4, 0)) < set(subset(rows, 9, 0)) and subset(rows, None, 0) == rows
+    assert set(subset(rows, 9, 0)) != set(subset(rows, 9, 1)) and len(set(subset(rows, 9, 0))) == 9
+
+
+def test_a_cell_trains_on_its_rows_alone(place, monkeypatch):
+    study, seen, real = place("seeds = [0, 1]", "[[grid]]\nrows = [4, 'all']"), [], cells_module.train
+
+    def train(engine, prompt, feed, *args):
+        seen.append(feed.examples)
+        return real(engine, prompt, feed, *args)
+
+    monkeypatch.setattr(cells_module, "train", train)
+    run_study(study)
+    every = planned(study)[0].material.examples
+    assert seen == [subset(every, 4, 0), subset(every, 4, 1), every, every]
+
+
+def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, monkeypatch):
+    study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 2")
+    real, calls = cells_module.train, []
+
+    def train(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cells_module, "train", train)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        run_study(study)
+    assert stopped.value.exit_code == 130
+    assert sum(bool(finished(one.folder)) for one in planned(study)) == 1
+    run_study(study)
+    assert len(calls) == 4 and all(finished(one.folder) for one in planned(study))
+
+
+def test_what_is_left_to_read(place, capsys):
+    head = """title = 'Of hm'\nabout = 'More.'\nseeds = [0, 1]\nhard_prompts = ["好|坏\\n"]"""
+    study = place(head, GRID + "\nlearning_rate = [0.01, 0.1]")
+    found = run_study(study)
+    out = place.folder / "out"
+    printed = capsys.readouterr().out
+    page = (out / "study.md").read_text(encoding="utf-8")
+    for finding in found:
+        assert finding.sentence in page and finding.sentence in printed
+    pictures = {"study-virtual_tokens.svg", "study-learning_rate.svg", "study-rows.svg"}
+    assert {p.name for p in out.glob("*.svg")} == pictures
+    for name in pictures:
+        assert f"({name})" in page and b"<svg" in (out / name).read_bytes()
+    assert "好\\|坏\\n" in page and page.startswith("# Of hm\n\nMore.\n\n`python -m softprompt study")
+    with open(out / "study.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 17
+    four = [
+        float(r["loss"]) for r in lines if (r["virtual_tokens"], r["rows"], r["learning_rate"]) == ("3", "4", "0.1")
+    ]
+    mean, spread = sum(four) / 2, abs(four[0] - four[1]) / 2**0.5
+    assert f"| RANDOM |  | 3 | 0.1 | 4 | 2 | {mean:.4f} ± {spread:.4f} |" in page
+    assert "no prompt" in printed
+
+
+def test_without_matplotlib_there_is_a_line_and_no_picture(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
+    assert "matplotlib is not installed; pip install" in capsys.readouterr().out
+    assert not list((place.folder / "out").glob("*.svg")) and (place.folder / "out" / "study.md").exists()
+
+
+def test_a_run_without_finite_numbers_is_a_result(place, capsys):
+    run_study(place(grid="[[grid]]\nlearning_rate = [0.01, 1e38]", more=["max_grad_norm = 0.0"]))
+    assert "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "grid, error, message",
+    [
+        ("[[grid]]\nrows = [4, 99]", ConfigError, "rows 99 seed 42: rows 99 is more than the 13 rows of"),
+        ("[[grid]]\ndevice = ['cpu', 'cuda:97']", ConfigError, "the cell .*--device cuda:97"),
+        ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows to compare by; give eval_dataset or eval_rows"),
+        ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, "no such folder"),
+        ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
+    ],
+)
+def test_cells_that_cannot_work_are_told_before_the_first_one_runs(grid, error, message, place, monkeypatch):
+    trained = Counted(monkeypatch, cells_module, "train")
+    with pytest.raises(error, match=message):
+        run_study(place(grid="[[grid]]\nnum_virtual_tokens = 1\n" + grid))
+    assert trained.calls == 0 and not (place.folder / "out").exists()
+
+
+def test_a_base_without_weights(place, tmp_path, tiny_base):
+    shutil.copytree(tiny_base, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="holds no weights"):
+        run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
+
+
+def test_a_setting_of_an_engine_that_a_cell_does_not_take(place, tmp_path, tiny_base, monkeypatch):
+    shutil.copytree(tiny_base, tmp_path / "sliced")
+    config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
+    config |= {"slow_but_exact": True, "pretraining_tp": 2}
+    (tmp_path / "sliced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trained = Counted(monkeypatch, cells_module, "train")
+    grid = f"[[grid]]\ngradient_checkpointing = true\nmodel_name_or_path = ['{tiny_base}', '{tmp_path / 'sliced'}']"
+    with pytest.raises(ConfigError, match=r"the cell .*sliced.*--gradient_checkpointing are settings of the packed"):
+        run_study(place(grid=grid))
+    assert trained.calls == 0 and not (place.folder / "out").exists()
+
+
+def test_two_studies_in_one_folder(place):
+    study = place()
+    (place.folder / "out").mkdir()
+    with FolderLock(place.folder / "out").take(), pytest.raises(OutputError, match="is writing"):
+        run_study(study)
+
+
+def test_the_command(place, monkeypatch, capsys):
+    (place.folder / "s.toml").write_text("sed = 1", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(study_module.main)
+    captured = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and captured.count("\n") == 0 and "unknown key 'sed'" in captured
+
+
+def test_the_learned_prompt_of_a_cell_loads_as_an_adapter(place):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
+    (folder,) = (place.folder / "out" / "cells").iterdir()
+    assert load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 32)
+
+
+class Failing:
+    """A function of a module that fails where `when` says so of its arguments."""
+
+    def __init__(self, monkeypatch, module, name, when, error):
+        self.when, self.error, self.real = when, error, getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args, **kwargs):
+        if self.when(*args):
+            raise type(self.error)(*self.error.args)  # a new one: it would keep the frames of those before
+        return self.real(*args, **kwargs)
+
+
+def of_three(engine, prompt, *_):
+    return len(prompt.weight) == 3
+
+
+ERRORS = {
+    "of a library": (AttributeError("no\nsuch | thing"), r"AttributeError: no such \| thing"),
+    "out of memory": (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; give a smaller batch"),
+    "of ours": (DataError("row 7: no answer"), "row 7: no answer"),
+    "of Python": (RecursionError(), "unexpected RecursionError"),
+}
+
+
+@pytest.mark.parametrize("error, told", ERRORS.values(), ids=ERRORS)
+def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, monkeypatch, capsys):
+    study = place("seeds = [0, 1]", "[[grid]]\nnum_virtual_tokens = [1, 3, 2]")
+    with monkeypatch.context() as patch:
+        Failing(patch, cells_module, "train", of_three, error)
+        with pytest.raises(SomeFailed, match="2 of 6 cells failed") as failed:
+            run_study(study)
+    assert failed.value.exit_code == 1 and "num_virtual_tokens 3" in str(failed.value)
+    done = [one for one in planned(study) if finished(one.folder)]
+    assert [one.cell.config.prompt.num_virtual_tokens for one in done] == [1, 1, 2, 2]
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "## Cells that failed" in page and told in page and "| RANDOM | 3 | 2 | failed |  |" in page
+    assert "6 cells, of which 2 failed," in page and "(1 to 2)" in page  # what failed is not compared
+    traces = list((place.folder / "out" / "cells").glob("*.error.txt"))
+    assert len(traces) == (0 if isinstance(error, DataError) else 2)
+    assert all("Traceback" in trace.read_text(encoding="utf-8") for trace in traces)
+    trained = Counted(monkeypatch, cells_module, "train")
+    run_study(study)  # tries again what failed, and that alone
+    assert trained.calls == 2 and "failed" not in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert not list((place.folder / "out" / "cells").glob("*.error.txt"))
+
+
+def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatch):
+    study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 3")
+    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    with pytest.raises(SomeFailed):
+        run_study(study)
+    left = [finished(one.folder)["metrics"]["eval_loss"] for one in planned(study) if finished(one.folder)]
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert f"| RANDOM | 3 | 3 | {sum(left) / 2:.4f} ± " in page and "(1 failed) |" in page
+
+
+@pytest.mark.parametrize("broken", ["weights", "inputs_embeds"])
+def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, place, tmp_path, tiny_base, monkeypatch):
+    shutil.copytree(tiny_base, bad := tmp_path / "bad")
+    if broken == "weights":
+        (weights,) = bad.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        error = ModelError("takes no inputs_embeds")
+        Failing(monkeypatch, cells_module, "read_base", lambda path: "bad" in str(path), error)
+    grid = f"[[grid]]\nmodel_name_or_path = {json.dumps([str(bad), str(tiny_base)])}"
+    with pytest.raises(SomeFailed, match="3 of 6 cells failed"):
+        run_study(place("seeds = [0, 1]\nvoting = ['majority_vote']", grid))
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "3 cells, the first base " in page and f"| {tiny_base} | RANDOM |" in page
+    assert f"| {bad} | no prompt |  |  | failed |  |" in page
+
+
+def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, monkeypatch):
+    (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    error = ZeroDivisionError("in a tokenizer")
+    failing = Failing(monkeypatch, study_plan, "tokenize_rows", lambda config, *_: "more" in config.data.dataset, error)
+    grid = f"[[grid]]\ndataset = {json.dumps([str(tmp_path / name) for name in ('more.jsonl', 'rows.jsonl')])}"
+    study = place("seeds = [0, 1]\nvoting = ['majority_vote']", grid)
+    with pytest.raises(SomeFailed, match=r"3 of 6 cells failed .*in a tokenizer"):
+        run_study(study)
+    failing.when = lambda *_: False
+    run_study(study)
+
+
+def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"instruction": "a"}) + "\n", encoding="utf-8")
+    grid = f"[[grid]]\ndataset = {json.dumps([str(bad), str(tmp_path / 'rows.jsonl')])}"
+    with pytest.raises(SomeFailed, match=r"1 of 2 cells failed .*bad\.jsonl"):
+        run_study(place(grid=grid))
+    page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    assert "## Cells that failed" in page and f"| {tmp_path / 'rows.jsonl'} | RANDOM |" in page
+    with pytest.raises(DataError):  # and there is nothing else to run
+        run_study(place(grid=f"[[grid]]\ndataset = {json.dumps(str(bad))}"))
+
+
+def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, monkeypatch):
+    study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
+    with monkeypatch.context() as patch:
+        Failing(patch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+        with pytest.raises(SomeFailed, match="2 of 3 cells failed"):
+            run_study(study)
+    assert "1 of the ensemble's 2 prompts failed" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+    run_study(study)
+    assert all(finished(one.folder) for one in planned(study))
+
+
+def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
+    Failing(monkeypatch, cells_module, "train", lambda *_: True, ValueError("no"))
+    with pytest.raises(SomeFailed, match="1 of 1 cells failed"):
+        run_study(place())
+    assert "ValueError: no" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), OSError(28, "No space left on device")])
+def test_what_is_no_matter_of_a_cell_ends_the_study(error, place, monkeypatch):
+    name = "write_folder" if isinstance(error, OSError) else "train"
+    Failing(monkeypatch, cells_module, name, lambda *_: True, error)
+    with pytest.raises(type(error)):
+        run_study(place("seeds = [0, 1]"))
+
+
+def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, monkeypatch):
+    def train(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("no")
+
+    monkeypatch.setattr(cells_module, "train", train)
+    with pytest.raises(Stopped) as stopped:
+        run_study(place("seeds = [0, 1]"))
+    assert stopped.value.exit_code == 143
+
+
+def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch, capsys):
+    place("seeds = [0, 1]")
+    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(study_module.main)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 1 and len(said) == 1 and "ValueError: no" in said[0] and "study.md" in said[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
+    """Its tensors are looked for when the next one is read; a cell's error does not keep them either."""
+    shutil.copytree(tiny_base, tmp_path / "twin")
+    alive, real = [], cells_module.read_base
+
+    def read_base(path):
+        assert not [ref for ref in alive if ref() is not None]
+        base = real(path)
+        alive.extend(map(weakref.ref, [*base.parameters(), *base.buffers()]))
+        return base
+
+    monkeypatch.setattr(cells_module, "read_base", read_base)
+    study = place(
+        "seeds = [0, 1]\nvoting = ['majority_vote']",
+        "[[grid]]\nnum_virtual_tokens = 3\nengine = ['packed', 'padded']\n"
+        f"model_name_or_path = {json.dumps([str(tiny_base), str(tmp_path / 'twin')])}",
+    )
+    if fails:
+        Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, RuntimeError("no"))
+        with pytest.raises(SomeFailed, match="8 of 12 cells failed"):
+            run_study(study)
+    else:
+        run_study(study)
+    assert alive
+
+
+def test_a_long_chinese_text_is_no_folder_of_a_name_too_long(place):
+    run_study(place(f"hard_prompts = ['{'这条评论的情感' * 30}']", "[[grid]]\nnum_virtual_tokens = 1"))
+
+
+def test_files_that_no_study_wrote_are_left_alone(place):
+    (place.folder / "out").mkdir()
+    (place.folder / "out" / "study.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"study\.md"):
+        run_study(place())
+    assert [p.name for p in (place.folder / "out").iterdir()] == ["study.md"]
+
+
+def test_a_picture_of_what_is_varied_no_more_goes(place):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
+    (place.folder / "out" / "study-mine.svg").write_text("mine", encoding="utf-8")
+    run_study(place(grid="[[grid]]\nrows = [4, 'all']"))
+    left = {p.name for p in (place.folder / "out").glob("*.svg")}
+    assert left == {"study-mine.svg", "study-rows.svg"}

@@ -1,0 +1,177 @@
+"""The best prompt and early stopping: decisions beside transformers' own, and runs that are cut and resumed."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
+
+import softprompt
+from softprompt.config.loader import train_config
+from softprompt.config.train_args import TrainingArguments
+from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.runs.checkpoints import checkpoints, fault_of
+from softprompt.training.early_stopping import BestMetric, greater_is_better, metric_name, out_of_patience, update_best
+from softprompt.utils.errors import ConfigError
+
+
+def theirs(values, args, greater: bool) -> list[tuple]:
+    """Trainer's best and its callback's patience after each evaluation; the order of calls is Trainer's."""
+    callback = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
+    state, control = TrainerState(), TrainerControl()
+
+    class Args:
+        metric_for_best_model, greater_is_better = "eval_loss", greater
+
+    seen = []
+    for step, value in enumerate(values, start=1):
+        callback.on_evaluate(Args, state, control, {"eval_loss": value})
+        if state.best_metric is None or (value > state.best_metric if greater else value < state.best_metric):
+            state.best_metric, state.best_global_step = value, step
+        seen.append((state.best_global_step, state.best_metric, control.should_training_stop))
+    return seen
+
+
+@given(
+    values=st.lists(st.sampled_from([0.5, 0.75, 1.0, 1.25, 1.5, 2.0]), min_size=1, max_size=12),
+    patience=st.integers(1, 4),
+    threshold=st.sampled_from([0.0, 0.25, 0.3, 1.0]),
+    greater=st.booleans(),
+)
+def test_decides_as_transformers_does(values, patience, threshold, greater):
+    args = TrainingArguments(
+        early_stopping_patience=patience, early_stopping_threshold=threshold, greater_is_better=greater
+    )
+    best, mine, over = BestMetric(), [], False
+    for step, value in enumerate(values, start=1):
+        best = update_best(best, step, {"eval_loss": value}, args)
+        over = over or out_of_patience(best, args)
+        mine.append((best.step, best.metric, over))
+    assert mine == theirs(values, args, greater)
+
+
+def test_names_of_metrics():
+    assert metric_name(TrainingArguments()) == "eval_loss"
+    for name, greater in (("loss", False), ("eval_perplexity", False), ("exact_match", True)):
+        args = TrainingArguments(metric_for_best_model=name)
+        assert metric_name(args) == "eval_" + name.removeprefix("eval_") and greater_is_better(args) == greater
+    assert greater_is_better(TrainingArguments(greater_is_better=True))
+
+
+def test_what_is_not_finite_is_no_gain():
+    args = TrainingArguments(early_stopping_patience=2)
+    best = update_best(BestMetric(), 1, {"eval_loss": math.nan}, args)
+    assert best == BestMetric(None, None, 1)
+    assert update_best(best, 2, {"eval_loss": 3.0}, args) == BestMetric(2, 3.0, 0)
+    assert out_of_patience(update_best(best, 2, {}, args), args)
+
+
+WRONG = {
+    "--load_best_model_at_end needs evaluations": {"load_best_model_at_end": True},
+    "--early_stopping_patience needs evaluations": {"early_stopping_patience": 2},
+    "--early_stopping_patience 0 must be above 0": {"early_stopping_patience": 0, "eval_steps": 1},
+    "--early_stopping_threshold is only used with": {"early_stopping_threshold": 0.1},
+    "--early_stopping_threshold -1.0 must not be negative": {"early_stopping_threshold": -1.0},
+    "--metric_for_best_model 'accuracy' is not one of loss": {"metric_for_best_model": "accuracy"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_settings_that_make_no_sense(message):
+    with pytest.raises(ConfigError, match=message):
+        train_config(**WRONG[message])
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Evaluations with the losses of a script, one for each prompt that has not been seen; a prompt seen keeps its."""
+    script: list[float] = []
+    seen: dict[bytes, float] = {}
+
+    def evaluate(self, prompt):
+        if prompt is None:
+            return Evaluation(9.0, None, None)
+        loss = seen.setdefault(prompt.numpy().tobytes(), script[min(len(seen), len(script) - 1)])
+        return Evaluation(loss, None, None)
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    return script
+
+
+def prompt_of(folder: str) -> bytes:
+    return Path(folder, "adapter_model.safetensors").read_bytes()
+
+
+def test_the_best_is_kept_and_ends_the_run(settings, losses, capsys):  # noqa: F811
+    losses += [3.0, 2.0, 2.5, 2.5, 2.5, 2.5]
+    settings |= {"eval_steps": 3, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    run = softprompt.train(**settings)
+    assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-6", "checkpoint-13"]
+    assert prompt_of("run") == prompt_of("run/checkpoint-6") != prompt_of("run/checkpoint-13")
+    for name in ("optimizer.safetensors", "trainer_state.json", "rng_state.safetensors"):
+        assert Path("run", name).read_bytes() == Path("run/checkpoint-6", name).read_bytes()
+    assert run.metrics["best_global_step"] == 6 and run.metrics["best_metric"] == run.metrics["eval_loss"] == 2.0
+    assert "the best prompt is that of step 6" in capsys.readouterr().err
+    expected = outcome()
+    softprompt.train(resume_from_checkpoint="run")  # once more from its end
+    assert outcome() == expected
+
+
+def test_the_last_may_be_the_best(settings, losses):  # noqa: F811
+    losses += [3.0, 2.0, 2.5, 2.5, 1.0]
+    softprompt.train(**settings, load_best_model_at_end=True, save_total_limit=1)
+    results = json.loads(Path("run/all_results.json").read_text())
+    assert results["best_global_step"] in (10, 13) and prompt_of("run") == prompt_of(
+        f"run/checkpoint-{results['best_global_step']}"
+    )
+
+
+def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys):  # noqa: F811
+    losses += [2.0, 3.0]
+    settings |= {"load_best_model_at_end": True, "output_dir": "run"}
+    interrupted(settings, 9)
+    Path("run/checkpoint-5/optimizer.safetensors").write_bytes(b"")
+    softprompt.train(resume_from_checkpoint="run")
+    told = capsys.readouterr().err
+    assert "warning: the best prompt, of step 5" in told and "optimizer.safetensors is not as it was written" in told
+    assert prompt_of("run") == prompt_of("run/checkpoint-13")
+
+
+STOPS = {"early_stopping_patience": 2, "load_best_model_at_end": True, "save_total_limit": 2, "eval_steps": 2}
+
+
+def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, losses, capsys):  # noqa: F811
+    losses += [3.0, 2.0, 2.5, 2.25, 1.0]
+    settings |= {**STOPS, "save_steps": 3}
+    softprompt.train(**settings)
+    expected = outcome()
+    assert [r["step"] for r in expected[1] if "eval_loss" in r] == [2, 4, 6, 8]
+    assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-4", "checkpoint-8"]
+    assert expected[0] == prompt_of("run/checkpoint-4")
+    told = capsys.readouterr().err
+    assert "2 evaluations without a gain end the run; the best was at step 4" in told
+    for at in (1, 2, 3, 4, 5, 7, 8):  # before and on each decision
+        shutil.rmtree("run")
+        interrupted(settings, at)
+        softprompt.train(**settings, resume_from_checkpoint="newest")
+        assert outcome() == expected, at
+    capsys.readouterr()
+    softprompt.train(**settings, resume_from_checkpoint="newest")
+    assert "after step 8 of 13; it ended there, --early_stopping_patience was over" in capsys.readouterr().out
+    assert outcome() == expected
+    assert all(fault_of(p) is None for p in checkpoints(Path("run")))
+    softprompt.train(resume_from_checkpoint="run", early_stopping_patience=9)  # more patience goes on
+    assert [r["step"] for r in outcome()[1] if "eval_loss" in r] == [2, 4, 6, 8, 10, 12, 13]
+
+
+def test_exact_match_where_answers_are_long(settings, tmp_path):  # noqa: F811
+    rows = [{"instruction": "a", "output": "b" * 60}] * 8
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match="answers are compared only where all held-out ones have at most 32 tokens"):
+        softprompt.train(**settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
+    assert not Path("run").exists()

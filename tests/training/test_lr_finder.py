@@ -1,0 +1,255 @@
+"""--find_learning_rate: what a sweep compares, what it says where it finds nothing, and that a run keeps its rate."""
+
+import json
+import math
+import os
+import re
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.bases import make_bloom
+from helpers.peers import naive_loss, random_examples
+
+import softprompt
+from softprompt.config.loader import train_config
+from softprompt.config.train_args import TrainingArguments
+from softprompt.data.dataloader import ListLoader, total_steps
+from softprompt.data.tokenization import Example
+from softprompt.engines.packed import PackedEngine
+from softprompt.models.bloom_weights import ResidentWeights
+from softprompt.models.loading import freeze
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.training import lr_finder as find_rate
+from softprompt.training import run
+from softprompt.training.loop import train
+from softprompt.training.lr_finder import RATES, RUNGS, find_learning_rate, short_schedule, sweep_steps
+from softprompt.utils.errors import ConfigError, Stopped, TrainingError
+
+ARGS = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=24)
+
+
+# Rows that are learned the sooner the larger the rate is.
+QUICKER = [Example([5, 6, 7, 8], [-100, -100, 9, 9])] * 70
+
+
+class Never:
+    exit_code = None
+
+
+class Quiet:
+    def on_step(self, step): ...
+    def on_log(self, metrics): ...
+    def on_save(self, step, state): ...
+    def on_evaluate(self, step):
+        return False
+
+    def wants_to_stop(self):
+        return False
+
+
+@pytest.fixture(scope="module")
+def base():
+    return freeze(make_bloom(), torch.float32)
+
+
+def sweep(base, rows, args=ARGS, values=None, request=Never):
+    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    values = torch.zeros(3, 32) if values is None else values
+    return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
+
+
+def test_it_is_halving_over_runs_of_their_own(base, monkeypatch):
+    """Beside the definition: each rate trained anew on the rows that are not set aside, judged by a naive loss."""
+    monkeypatch.setattr(find_rate, "RATES", RATES[::-1])  # the last ones are the better ones here
+    rows = random_examples(70, 9)
+    found = sweep(base, rows)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
+    aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
+    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    left, expected = list(RATES), {}
+    for share, most in RUNGS:
+        left = left[:most]
+        steps = max(find_rate.LEAST_STEPS, math.ceil(24 * share))
+        for rate in left:
+            prompt = PromptEmbedding(torch.zeros(3, 32))
+            short = replace(ARGS, max_steps=steps)
+            train(engine, prompt, ListLoader(rest, short), short, rate, Quiet())
+            with torch.no_grad():
+                expected[rate] = naive_loss(base, prompt.weight, aside).item()
+        left = sorted(left, key=expected.get)
+    assert found.losses == pytest.approx(expected, rel=1e-5)
+    close = [rate for rate in left if expected[rate] <= expected[left[0]] * (1 + find_rate.TIE)]
+    assert found.learning_rate == min(close)
+    assert found.start == pytest.approx(naive_loss(base, torch.zeros(3, 32), aside).item(), rel=1e-5)
+    assert found == sweep(base, rows)
+
+
+def test_of_rates_that_are_close_the_smallest_is_taken(base, monkeypatch):
+    chosen = []
+    for tie in (0.0, 1e9):
+        monkeypatch.setattr(find_rate, "TIE", tie)
+        found = sweep(base, QUICKER)
+        chosen.append(found.learning_rate)
+    at_last = sorted(RATES, key=found.losses.get)[: RUNGS[-1][1]]
+    assert chosen == [at_last[0], min(at_last)] and chosen[1] < chosen[0]
+
+
+def test_the_prompts_first_values_stay_as_they_are(base):
+    values = torch.zeros(3, 32)
+    sweep(base, random_examples(70, 9), values=values)
+    assert not values.any()
+
+
+def test_its_length_is_told_before(base):
+    steps = []
+    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    rows = random_examples(70, 5)
+    find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
+    assert len(steps) == sweep_steps(24)
+    assert sweep_steps(1000) < 1000
+
+
+def test_too_few_rows(base):
+    found = sweep(base, random_examples(63, 5))
+    assert found.learning_rate is None and "63 rows are too few" in found.why and not found.losses
+
+
+def test_no_rate_that_helps(base, monkeypatch):
+    monkeypatch.setattr(find_rate, "RATES", (1e-9, 1e-8))
+    found = sweep(base, random_examples(70, 5))
+    assert found.learning_rate is None and found.why == "no rate lowered the loss within the sweep"
+
+
+@pytest.mark.parametrize(
+    "longer, slope, found", [(0.3, 1.0, 0.3), (0.1, 1.0, 0.1), (0.03, 1.0, None), (0.03, 0.001, 0.03)]
+)
+def test_rungs_that_contradict_each_other(longer, slope, found, base, monkeypatch):
+    """0.3 is the best of the shorter rung. A best rate that moves to a neighbour is found; one that leaps is not, but
+    where the loss hardly depends on the rate."""
+    trained = []
+
+    def loss(*args):
+        if not trained:
+            return torch.tensor(9.0), 1
+        best = 0.3 if trained[-1][0] == 20 else longer
+        return torch.tensor(1 + slope * abs(math.log(trained[-1][1] / best))), 1
+
+    monkeypatch.setattr(find_rate, "train", lambda *args: trained.append((args[3].max_steps, args[4])))
+    monkeypatch.setattr(PackedEngine, "evaluate", loss)
+    swept = sweep(base, random_examples(70, 5), replace(ARGS, max_steps=400))
+    assert swept.learning_rate == found and {steps for steps, _ in trained} == {20, 40}
+    told = "contradict each other: 0.3 was best in the shorter ones, 0.03 in the longer"
+    assert (told in swept.why) == (found is None)
+
+
+def test_a_rate_that_ends_in_no_finite_numbers_loses(base, monkeypatch):
+    monkeypatch.setattr(find_rate, "RATES", (1e-2, 1e38, 1e-1))
+    found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0))
+    assert found.losses[1e38] == math.inf and found.learning_rate in (1e-2, 1e-1)
+
+
+def test_what_is_no_matter_of_the_rate_ends_the_sweep(base, monkeypatch):
+    """A rank that died, memory that ran out on one of several: no rate is to blame, and who went on would wait."""
+
+    def died(*args):
+        raise TrainingError("rank 0: rank 1 died")
+
+    monkeypatch.setattr(PackedEngine, "accumulate", died)
+    with pytest.raises(TrainingError, match="rank 1 died"):
+        sweep(base, random_examples(70, 5))
+
+
+@pytest.mark.parametrize("given, meant", [(0, 0), (0.25, 0.25), (6, 0.25), (24, 0.99)])
+def test_a_warm_up_keeps_its_share(given, meant):
+    assert short_schedule(replace(ARGS, warmup_steps=given), 5, 24).warmup_steps == meant
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(ConfigError, match="--find_learning_rate and --learning_rate exclude each other"):
+        train_config(find_learning_rate=True, learning_rate=0.1)
+    assert train_config("article", find_learning_rate=True).training.find_learning_rate
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_base):
+    rows = [{"instruction": f"{word}{n}", "output": word} for n in range(25) for word in ("好", "坏", "hm")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "model_name_or_path": str(tiny_base),
+        "dataset": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "save_steps": 3,
+        "num_virtual_tokens": 3,
+        "eval_rows": 3,
+    }
+
+
+def found_in(out: str) -> float:
+    return float(re.search(r"^learning rate (\S+) is taken$", out, re.M)[1])
+
+
+def test_a_run_notes_what_it_found_and_is_the_run_at_that_rate(settings, tmp_path, capsys):
+    ended = softprompt.train(**settings, find_learning_rate=True)
+    out = capsys.readouterr().out
+    rate = found_in(out)
+    assert "learning rate to be found (linear)" in out and rate in RATES
+    folder = ended.output_dir
+    state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["arguments"]["learning_rate"] == rate and state["arguments"]["find_learning_rate"] is True
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| learning_rate | {rate:g} |" in card and "| find_learning_rate | true |" in card
+    first = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["learning_rate"] == rate and set(map(float, first["sweep"])) == set(RATES)
+    plain = softprompt.train(**{**settings, "output_dir": str(tmp_path / "plain")}, learning_rate=rate)
+    name = "adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (plain.output_dir / name).read_bytes()
+
+
+@pytest.mark.parametrize("again", [{}, {"find_learning_rate": True}])
+def test_a_resumed_run_does_not_look_again(again, settings, tmp_path, monkeypatch, capsys):
+    name = "adapter_model.safetensors"
+    whole = softprompt.train(**settings, find_learning_rate=True)
+    rate = found_in(capsys.readouterr().out)
+    ended = (whole.output_dir / name).read_bytes()
+
+    def not_again(*args):
+        raise AssertionError("it looked again")
+
+    monkeypatch.setattr(run, "find_learning_rate", not_again)
+    where = {"resume_from_checkpoint": str(whole.output_dir / "checkpoint-3"), "output_dir": str(tmp_path / "other")}
+    resumed = softprompt.train(**where, **again)
+    assert (resumed.output_dir / name).read_bytes() == ended
+    assert resumed.config.learning_rate == rate
+    assert f"learning rate {rate:g} (linear)" in capsys.readouterr().out
+    assert "| find_learning_rate | true |" in (resumed.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "sweep" in (resumed.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_a_run_that_did_not_look_does_not_begin_to_when_resumed(settings, monkeypatch, capsys):
+    softprompt.train(**settings)
+    capsys.readouterr()
+    resumed = softprompt.train(resume_from_checkpoint=settings["output_dir"], find_learning_rate=True)
+    assert "the checkpoint's wins" in capsys.readouterr().out
+    assert resumed.config.training.find_learning_rate is False
+
+
+def test_where_nothing_is_found_the_default_is_taken_and_said(settings, capsys):
+    ended = softprompt.train(**{**settings, "eval_rows": 15}, find_learning_rate=True)
+    told = "warning: --find_learning_rate found none: 60 rows are too few"
+    assert told in capsys.readouterr().out and ended.config.learning_rate == 3e-2
+
+
+def test_a_sweep_that_is_stopped(settings, monkeypatch, tmp_path):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(find_rate, "train", interrupted)
+    with pytest.raises(Stopped, match="while looking for a learning rate") as stopped:
+        softprompt.train(**settings, find_learning_rate=True)
+    assert stopped.value.exit_code == 143 and not list((tmp_path / "run").glob("checkpoint-*"))

@@ -1,0 +1,218 @@
+"""Whole runs on a tiny base: what they write, print and leave for infer.py, and settings from flags and files."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers.calls import called
+from safetensors.torch import load_file
+
+import infer
+import softprompt
+import train
+from softprompt.cli import parse_inference, parse_training
+from softprompt.config.loader import PRESETS, train_config
+from softprompt.data.dataset import load_rows
+from softprompt.data.template import Template
+from softprompt.data.tokenization import tokenize
+from softprompt.models.loading import load_tokenizer
+
+ROWS = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i in range(40)]
+
+
+@pytest.fixture
+def flags(tiny_base, tmp_path, monkeypatch):
+    """Flags of a run of six steps with four held-out rows, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return [
+        *("--model_name_or_path", tiny_base, "--dataset", "rows.jsonl", "--eval_rows", "4", "--max_steps", "6"),
+        *("--per_device_train_batch_size", "2", "--gradient-accumulation-steps", "2", "--save_steps", "2"),
+        *("--logging_steps", "2", "--save_total_limit", "2"),
+    ]
+
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "softprompt.json", "README.md"}
+STATE = {"optimizer.safetensors", "rng_state.safetensors", "trainer_state.json"}
+
+
+@pytest.mark.reports
+def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
+    out, err = called(train, [*flags, "--print_model", "--eval_steps", "4"], capsys, monkeypatch)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("tiny-")
+    names = {p.name for p in run.iterdir()}
+    expected = ADAPTER | STATE | {"checkpoint-4", "checkpoint-6", "metrics.jsonl", "all_results.json"}
+    expected |= {"run_manifest.json"}
+    expected |= {"report.html", "report.json", "prompt_start.safetensors"}
+    expected |= {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
+    assert names == expected
+    assert {p.name for p in (run / "checkpoint-6").iterdir()} == ADAPTER | STATE | {"checksums.json", "metrics.jsonl"}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4, 4, 6, 6]
+    assert set(records[0]) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert {"eval_loss", "eval_perplexity", "eval_exact_match"} < set(records[2])
+    results = json.loads((run / "all_results.json").read_text())
+    for name in ("eval_loss", "eval_exact_match"):
+        assert {name, f"{name}_base"} < set(results)
+    assert results["train_runtime"] > 0 and results["train_tokens_per_second"] > 0
+    last, saved = (load_file(f / "adapter_model.safetensors")["prompt_embeddings"] for f in (run / "checkpoint-6", run))
+    assert torch.equal(last, saved) and saved.shape == (10, 32)
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in run.glob("*.png"))
+    assert "trainable params: 320 || all params: " in out and "(prompt): PromptEmbedding(10, 32)" in out
+    assert "40" not in out.split("rows")[0] and "36 rows, columns instruction, input, output" in out
+    assert "Try: python infer.py --prompt" in out and "base alone" in out
+    assert "step 2  epoch" in err and "\r" not in err  # no terminal: plain lines
+
+
+def test_without_held_out_rows_nothing_is_evaluated(flags, tmp_path, capsys, monkeypatch):
+    at = flags.index("--eval_rows")
+    out, _ = called(train, [*flags[:at], *flags[at + 2 :], "--output_dir", "mine"], capsys, monkeypatch)
+    results = json.loads((tmp_path / "mine/all_results.json").read_text())
+    assert not [name for name in results if name.startswith("eval")]
+    assert "40 rows, columns" in out and "infer.py --adapter mine --prompt" in out
+
+
+def test_the_question_asked_of_the_newest_run(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    called(train, [*flags, "--template", "问：{instruction}\\n答："], capsys, monkeypatch)
+    greedy = ["--do_sample", "false", "--max_new_tokens", "4"]
+    out, err = called(infer, ["--prompt", "第3题", *greedy], capsys, monkeypatch)
+    model = softprompt.SoftPromptModel.from_pretrained()
+    assert model.template.spec == "问：{instruction}\\n答："
+    answer = model.generate("第3题", do_sample=False, max_new_tokens=4)
+    assert out == answer + "\n" and "runs/tiny-" in err
+    (tmp_path / "q.txt").write_text("第3题\n第4题\n", encoding="utf-8")
+    out, _ = called(infer, ["--prompts_file", "q.txt", *greedy], capsys, monkeypatch)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert lines[0] == {"prompt": "第3题", "adapter": model.active_adapter, "text": answer} and len(lines) == 2
+    out, err = called(infer, ["--adapter", "none", "--prompt", "第3题", *greedy], capsys, monkeypatch)
+    assert "no prompt" in err
+    bare = softprompt.SoftPromptModel(model.base, model.tokenizer, None, model.template)
+    assert out == bare.generate("第3题", do_sample=False, max_new_tokens=4) + "\n"
+
+
+def test_samples_are_repeated_by_a_seed_only(flags, capsys, monkeypatch):
+    called(train, flags, capsys, monkeypatch)
+    ask = ["--prompt", "第3题", "--max_new_tokens", "12", "--temperature", "3", "--top_k", "0"]
+    seeded = {called(infer, [*ask, "--seed", "5"], capsys, monkeypatch)[0] for _ in range(2)}
+    free = {called(infer, ask, capsys, monkeypatch)[0] for _ in range(3)}
+    assert len(seeded) == 1 and len(free) > 1
+
+
+def test_a_base_of_another_name_only_warns(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    called(train, flags, capsys, monkeypatch)
+    shutil.copytree(tiny_base, tmp_path / "copy")
+    _, err = called(
+        infer, ["--model_name_or_path", "./copy", "--prompt", "a", "--max_new_tokens", "2"], capsys, monkeypatch
+    )
+    assert f" was trained on {tiny_base}, not on ./copy" in err
+
+
+@pytest.mark.parametrize("rate, warned", [("5e-5", True), ("3e-2", False)])
+def test_a_learning_rate_that_cannot_move_the_prompt(rate, warned, flags, capsys, monkeypatch):
+    out, _ = called(train, [*flags, "--learning_rate", rate], capsys, monkeypatch)
+    assert ("it will not learn" in out) == warned
+
+
+def test_training_goes_on_from_a_saved_adapter(flags, capsys, monkeypatch):
+    called(train, [*flags, "--output_dir", "first", "--num_virtual_tokens", "3"], capsys, monkeypatch)
+    argv = [*flags, "--output_dir", "second", "--init_adapter", "first", "--learning_rate", "1e-9"]
+    out, _ = called(train, argv, capsys, monkeypatch)
+    first, second = (
+        load_file(f"{name}/adapter_model.safetensors")["prompt_embeddings"] for name in ("first", "second")
+    )
+    assert torch.allclose(first, second, atol=1e-6) and "prompt from first" in out
+
+
+def test_three_lines_of_python(tiny_base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tiny_base), "max_steps": 2}
+    run = softprompt.train(**settings, output_dir=str(tmp_path / "run"), fp16=True)
+    model = softprompt.SoftPromptModel.from_pretrained(str(tiny_base), run.output_dir, bf16=True)
+    answers = model.generate(["a", {"instruction": "b", "input": "c"}], seed=1, max_new_tokens=3)
+    assert len(answers) == 2 and repr(run).startswith("Run(output_dir=")
+    with pytest.raises(softprompt.utils.errors.ConfigError, match="unknown generation setting"):
+        model.generate("a", num_beam=3)
+    with pytest.raises(softprompt.utils.errors.DataError, match="column 'instruction' must be a text"):
+        model.generate([{"text": "a"}])
+
+
+def test_presets():
+    article, bloom, mini = (train_config(name) for name in ("article", "bloom-1b4-zh", "mini"))
+    assert PRESETS["article"] == {**PRESETS["bloom-1b4-zh"], "learning_rate": 5e-5}
+    assert article.learning_rate == 5e-5 and bloom.learning_rate > 1e-3
+    for config in (article, train_config(model_name_or_path="a", dataset="b")):
+        args = config.training
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 8)
+        assert (args.logging_steps, args.num_train_epochs, args.save_steps, args.seed) == (10, 1, 500, 42)
+        assert (args.max_grad_norm, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (1, "linear", 0, 0)
+        assert (config.data.max_length, config.prompt.prompt_tuning_init) == (256, "RANDOM")
+    assert article.model.model_name_or_path == "Langboat/bloom-1b4-zh"
+    assert (mini.model.model_name_or_path, mini.data.dataset) == ("mini", "mini:sentiment")
+    assert parse_training(["--dataset", "mini:reply"]).preset == "mini"
+    json.dumps(article.as_dict())
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "article"\nlearning_rate = 1e-3\nnum-virtual-tokens = 7\nbf16 = true\nmax_grad_norm = 2')
+    config = parse_training(["--config", str(file), "--num-virtual-tokens", "8", "--bf16", "false"])
+    assert config.preset == "article" and config.learning_rate == 1e-3
+    assert config.prompt.num_virtual_tokens == 8 and config.model.bf16 is False
+    assert config.training.max_grad_norm == 2.0
+    assert parse_training(["--bf16"]).model.bf16 is True
+    assert parse_inference(["--prompt", "a", "--do_sample"]).generation.do_sample is True
+
+
+@pytest.mark.parametrize("parse", [parse_training, parse_inference])
+def test_help_is_grouped_and_says_each_default(parse, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "None" not in out
+    groups = ["base model:", "data:", "soft prompt:", "training:"] if parse is parse_training else ["generation:"]
+    assert all(group in out for group in groups)
+    for default in (
+        ["(default: 4)", "(default: 500)", "(default: 42)"] if parse is parse_training else ["(default: 50)"]
+    ):
+        assert default in out
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(engine, flags, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    out, _ = called(train, [*flags, "--dry_run", "--engine", engine], capsys, monkeypatch)
+    assert sorted(tmp_path.rglob("*")) == before
+    told = out[out.index("Dry run") :]
+    data = tokenize(load_rows("rows.jsonl", Template(), {})[:36], load_tokenizer(flags[1]), Template(), 256)
+    tokens = sum(len(e.input_ids) for e in data.examples)
+    assert re.search(rf"rows +36 with {tokens} tokens", told) and re.search(r"steps +6 of 4 rows", told)
+    assert re.search(r"parameters +320 learned, [\d,]+ frozen", told)
+    assert re.search(r"memory +about [\d.]+ GiB", told) and re.search(r"time +about \d+ s at [\d,]+ tokens/s", told)
+
+
+def test_a_run_keeps_how_its_windows_were_cut(flags, tmp_path, capsys, monkeypatch):
+    out, _ = called(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
+    assert "packed engine, 50 tokens at a time" in out
+    state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
+    assert state["engine"] == {"tokens_per_microbatch": 50}
+    out, _ = called(train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch)
+    assert "packed engine, 1,024 tokens at a time" in out
+
+
+def test_a_cpu_without_bf16_is_told(tmp_path, monkeypatch, capsys):
+    from softprompt.training import console as announce
+
+    times, rows = {torch.bfloat16: 3.0, torch.float32: 1.0}, tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    settings = {"model_name_or_path": "mini", "dataset": str(rows), "max_steps": 1, "bf16": True}
+    monkeypatch.setattr(announce, "_product_seconds", times.__getitem__)
+    softprompt.train(output_dir=str(tmp_path / "a"), **settings)
+    told = "warning: on this CPU a bf16 matrix product takes 3 times as long as fp32's; leave out --bf16"
+    assert told in capsys.readouterr().out
+    times[torch.bfloat16] = 1.0
+    softprompt.train(output_dir=str(tmp_path / "b"), **settings)
+    assert "bf16 matrix product" not in capsys.readouterr().out
