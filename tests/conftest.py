@@ -26,7 +26,7 @@ def no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave none in tests that are not marked to be about them; each takes half a second."""
     if request.node.get_closest_marker("reports") is None:
-        monkeypatch.setattr("softprompt.training.run.write_report", lambda *_: None)
+        monkeypatch.setattr("softprompt.report.after_training.complete_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

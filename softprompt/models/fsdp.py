@@ -87,8 +87,8 @@ class ShardedWeights(NonBlockWeights):
 
 
 def shard(base: PreTrainedModel, stored: Mapping[str, StoredTensor], world: World) -> Shards:
-    """The blocks of a base on the meta device (see `MetaModel`), frozen and on its device, become this rank's
-    slices of those in the files: no more than one slice of a tensor is read at a time. Every rank must call this; none waits here.
+    """The blocks of a base on the meta device (see `MetaModel`), frozen and on its device, become this rank's slices of
+    those in the files. No more than one slice of a tensor is read at a time. Every rank must call this; none waits.
 
     Raises:
         TrainingError: a file cannot be read any more.
