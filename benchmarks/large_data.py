@@ -26,7 +26,8 @@ from stream import watched_memory
 from softprompt.config.loader import train_config
 from softprompt.distributed.process_group import World
 from softprompt.training.dry_run import measured_speed
-from softprompt.training.setup import Prepared, prepare
+from softprompt.training.result import Setup
+from softprompt.training.run import set_up
 
 WORDS = "今天发现这键盘耐用那大巴质量次司机师傅真是令人惊喜电影酒店服务很好差不推荐会再来"
 GIB = 2**30
@@ -47,7 +48,7 @@ def measure(contestant: str, path: str) -> None:
     with watched_memory() as memory:
         before, began = memory(), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            run = prepare(train_config("mini", dataset=path, overwrite_cache=True, dry_run=True, **settings), World())
+            run = set_up(train_config("mini", dataset=path, overwrite_cache=True, dry_run=True, **settings), World())
         speed, ready = measured_speed(run), time.perf_counter()
         rows, position, step = whole_pass(run)
         passed = time.perf_counter()
@@ -58,10 +59,10 @@ def measure(contestant: str, path: str) -> None:
         )
 
 
-def whole_pass(run: Prepared) -> tuple[int, dict, int]:
+def whole_pass(run: Setup) -> tuple[int, dict, int]:
     """Rows of a pass, and the position and step nine tenths through it."""
-    rows, total = 0, run.feed.total_steps
-    for number, window in enumerate(run.feed.windows(), start=1):
+    rows, total = 0, run.data.loader.total_steps
+    for number, window in enumerate(run.data.loader.windows(), start=1):
         rows += len(window.examples)
         if number == total * 9 // 10:
             position, step = dict(window.position), number
@@ -70,9 +71,9 @@ def whole_pass(run: Prepared) -> tuple[int, dict, int]:
     raise AssertionError("a feed has no end")
 
 
-def seconds_to_go_on(run: Prepared, step: int, position: dict) -> float:
+def seconds_to_go_on(run: Setup, step: int, position: dict) -> float:
     began = time.perf_counter()
-    list(islice(run.feed.windows(step, position), 1))
+    list(islice(run.data.loader.windows(step, position), 1))
     return time.perf_counter() - began
 
 

@@ -25,9 +25,8 @@ from softprompt.config.train_args import DEFAULT_LEARNING_RATES
 from softprompt.distributed.process_group import join
 from softprompt.mini import TASKS
 from softprompt.training.lr_finder import RATES as SWEPT
-from softprompt.training.lr_finder import sweep_steps
-from softprompt.training.run import with_found_rate
-from softprompt.training.setup import prepare
+from softprompt.training.lr_finder import sweep_steps, with_found_rate
+from softprompt.training.run import set_up
 from softprompt.training.stop_signals import StopRequest
 
 STARTS = {
@@ -161,10 +160,10 @@ def found(case: Case) -> dict[str, Any]:
     run's."""
     with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
         config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
-        run = with_found_rate(prepare(config, join()), request)
-    total = run.feed.total_steps
+        setup = with_found_rate(set_up(config, join()), request, show_bar=False)
+    total = setup.data.loader.total_steps
     is_found = "found none" not in told.getvalue()
-    return {"rate": run.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}
+    return {"rate": setup.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from softprompt.models.loading import base_path, load_base, load_tokenizer, refu
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, load_quantized
 from softprompt.report.after_training import ReportAndPush
-from softprompt.training.callbacks import Run
+from softprompt.training.result import Run
 from softprompt.training.run import run_training
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.std_streams import messages

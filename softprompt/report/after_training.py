@@ -10,7 +10,6 @@ from torch import Tensor
 
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.evaluation.evaluator import Evaluation
 from softprompt.export.push_to_hub import check_hub, push
 from softprompt.generation.factory import generator_beside
 from softprompt.generation.hf_generate import Generator
@@ -23,8 +22,8 @@ from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
 from softprompt.runs.run_files import run_files
 from softprompt.runs.run_reader import Facts, read_run
-from softprompt.training.callbacks import Run, RunCallbacks
-from softprompt.training.setup import Prepared
+from softprompt.training.callbacks import RunCallbacks
+from softprompt.training.result import Run
 from softprompt.utils.errors import PushError
 from softprompt.utils.shell_commands import argument, command
 
@@ -42,29 +41,29 @@ class ReportAndPush:
         if config.sharing.push_to_hub:
             check_hub(config.sharing, output_dir, print)
 
-    def begin(self, run: Prepared, callbacks: RunCallbacks) -> None:
+    def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """Write down what is known of a run when its loop starts."""
-        with _at_most_a_warning(FACTS_FILE, callbacks.progress.say):
-            self.facts |= facts_of(run, callbacks.arguments(), callbacks.before)
-            run_files(run.output_dir).write({**start_of(run, run.output_dir), FACTS_FILE: json_bytes(self.facts)})
+        with _at_most_a_warning(FACTS_FILE, callbacks.log.say):
+            self.facts |= facts_of(run, callbacks.arguments())
+            run_files(run.output_dir).write({**start_of(run), FACTS_FILE: json_bytes(self.facts)})
 
-    def end(self, run: Prepared, callbacks: RunCallbacks, finished: Run) -> Run:
-        say = callbacks.progress.say
-        complete_report(run, self.facts, finished.before, finished.after, say)
-        return replace(finished, not_pushed=pushed(run, say)) if run.config.sharing.push_to_hub else finished
+    def end(self, run: Run, callbacks: RunCallbacks) -> Run:
+        say = callbacks.log.say
+        complete_report(run, self.facts, callbacks.world.size, say)
+        return replace(run, not_pushed=pushed(run, say)) if run.config.sharing.push_to_hub else run
 
 
-def complete_report(run: Prepared, facts: Facts, before: Evaluation | None, after: Evaluation | None, say: Say) -> None:
+def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
     """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
     out is left out and told there. A fault is one line, and nothing else of the run is touched."""
     folder, files, ended = run.output_dir, run_files(run.output_dir), {**facts, "end": {}}
     with _at_most_a_warning(FACTS_FILE, say):
         files.write({FACTS_FILE: json_bytes(ended)})
     with _at_most_a_warning(PICTURE_FILE, say):
-        if picture := loss_picture(read_run(folder).history, before.loss if before else None):
+        if picture := loss_picture(read_run(folder).history, run.before.loss if run.before else None):
             files.write({PICTURE_FILE: picture})
     with _at_most_a_warning(REPORT_FILE, say, f"; try: {command('report')} {argument(str(folder))}"):
-        files.write({FACTS_FILE: json_bytes({**ended, "end": _found(run, before, after)})})
+        files.write({FACTS_FILE: json_bytes({**ended, "end": _found(run, ranks)})})
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
         more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
         say(f"report: {folder / REPORT_FILE}{more}")
@@ -79,7 +78,7 @@ def _at_most_a_warning(what: str, say: Say, more: str = "") -> Iterator[None]:
         say(f"warning: no {what}: {_line(error)}; training is unaffected{more}")
 
 
-def pushed(run: Prepared, say: Say) -> str | None:
+def pushed(run: Run, say: Say) -> str | None:
     """Upload the run; why it is not there, where that failed."""
     try:
         say(f"on the hub: {push(run.output_dir, run.config.sharing)}")
@@ -88,11 +87,14 @@ def pushed(run: Prepared, say: Say) -> str | None:
     return None
 
 
-def _found(run: Prepared, before: Evaluation | None, after: Evaluation | None) -> Facts:
+def _found(run: Run, ranks: int) -> Facts:
     """Examples and likenesses, each of them or why it is left out."""
+    setup = run.setup
     finders = {
-        "examples": lambda: examples_of(run, _generator(run), before, after),
-        "likeness": lambda: likeness(embedding_space(run.base), run.tokenizer, run.prompt.weight, _start(run)),
+        "examples": lambda: examples_of(run, _generator(run, ranks)),
+        "likeness": lambda: likeness(
+            embedding_space(setup.base), setup.data.tokenizer, setup.prompt.weight, _start(run)
+        ),
     }
     found: Facts = {"left_out": []}
     for name, find in finders.items():
@@ -103,15 +105,16 @@ def _found(run: Prepared, before: Evaluation | None, after: Evaluation | None) -
     return found
 
 
-def _generator(run: Prepared) -> Generator | None:
+def _generator(run: Run, ranks: int) -> Generator | None:
     """That of this process alone, as the other ranks have ended; none where the base is not in its memory."""
-    if run.config.model.stream_base or (run.config.model.shard_base and run.world.size > 1):
+    if run.config.model.stream_base or (run.config.model.shard_base and ranks > 1):
         return None
-    engine = run.engine.engine if isinstance(run.engine, DataParallelEngine) else run.engine
-    return generator_beside(engine, run.base, run.tokenizer)
+    setup = run.setup
+    engine = setup.engine.engine if isinstance(setup.engine, DataParallelEngine) else setup.engine
+    return generator_beside(engine, setup.base, setup.data.tokenizer)
 
 
-def _start(run: Prepared) -> Tensor | None:
+def _start(run: Run) -> Tensor | None:
     file = run.output_dir / START_FILE
     return load_file(file)[PROMPT_KEY] if file.is_file() else None
 

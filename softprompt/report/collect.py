@@ -7,7 +7,6 @@ prompt_start.safetensors    the prompt's first values [P, H] fp32
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from softprompt.data.tokenization import Example, Tokenized, count_targets, end_tokens
-from softprompt.evaluation.evaluator import Evaluation, answer_ids, question_ids
+from softprompt.evaluation.evaluator import answer_ids, question_ids
 from softprompt.generation.hf_generate import Generator, in_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_no_answers
@@ -23,7 +22,7 @@ from softprompt.prompt.adapter_io import PROMPT_KEY
 from softprompt.prompt.nearest_tokens import EmbeddingSpace, nearest, noise, shown, similarities
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts
-from softprompt.training.setup import Prepared
+from softprompt.training.result import Run
 
 BARS = 24  # of the histogram of lengths
 EXAMPLES = 8  # of short answers that were evaluated anyway
@@ -32,24 +31,25 @@ NEAREST = 5
 MOST_TOKENS = 200  # virtual tokens of which likenesses are told
 
 
-def facts_of(run: Prepared, arguments: Mapping[str, Any], before: Evaluation | None) -> Facts:
-    """What is known when the loop starts; `before` is the bare base's evaluation. JSON-able."""
-    config, prompt = run.base.config, run.prompt.weight
+def facts_of(run: Run, arguments: Mapping[str, Any]) -> Facts:
+    """What is known of a run when its loop starts, JSON-able."""
+    start, _, data, base, learned, engine, _ = run.setup
+    config, prompt, before = base.config, learned.weight, run.before
     training = "the stream's first" if run.config.data.streaming else "training"
     return {
         "arguments": dict(arguments),
         "base": {
             "type": config.model_type,
-            "parameters": sum(p.numel() for p in run.base.parameters()),
-            "vocabulary": run.base.get_input_embeddings().num_embeddings,
+            "parameters": sum(p.numel() for p in base.parameters()),
+            "vocabulary": base.get_input_embeddings().num_embeddings,
         },
         "prompt": list(prompt.shape),
-        "training": f"{run.engine} on {run.engine.device}, {_name(run.engine.compute_dtype)}",
+        "training": f"{engine} on {engine.device}, {_name(engine.compute_dtype)}",
         "versions": {name: found for name in ("softprompt", "torch", "transformers") if (found := _version(name))},
-        "rows": {training: rows_of(run.data), "held out": rows_of(run.held_out) if run.held_out else None},
-        "rows_per_step": run.feed.rows_per_step,
-        "total_steps": run.feed.total_steps,
-        "sweep": next((record["sweep"] for record in run.history if "sweep" in record), None),
+        "rows": {training: rows_of(data.train), "held out": rows_of(data.held_out) if data.held_out else None},
+        "rows_per_step": data.loader.rows_per_step,
+        "total_steps": data.loader.total_steps,
+        "sweep": next((record["sweep"] for record in start.history if "sweep" in record), None),
         "base_alone": before.metrics("_base") if before else {},
     }
 
@@ -81,24 +81,23 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [(width * (bar + 1), count) for bar, count in enumerate(counts)]
 
 
-def start_of(run: Prepared, output_dir: Path) -> dict[str, bytes]:
+def start_of(run: Run) -> dict[str, bytes]:
     """The file with the prompt's first values; a resumed run keeps the one that it has, or takes it with it from where
     it began."""
-    if run.checkpoint is None:
-        return {START_FILE: save({PROMPT_KEY: run.prompt.weight.detach().cpu().contiguous()})}
-    old = run.checkpoint.parent / START_FILE
-    if old.is_file() and old.parent.resolve() != output_dir.resolve():
+    checkpoint = run.setup.start.checkpoint
+    if checkpoint is None:
+        return {START_FILE: save({PROMPT_KEY: run.setup.prompt.weight.detach().cpu().contiguous()})}
+    old = checkpoint.parent / START_FILE
+    if old.is_file() and old.parent.resolve() != run.output_dir.resolve():
         return {START_FILE: old.read_bytes()}
     return {}
 
 
-def examples_of(
-    run: Prepared, generator: Generator | None, before: Evaluation | None, after: Evaluation | None
-) -> Facts:
+def examples_of(run: Run, generator: Generator | None) -> Facts:
     """The first rows, and what the bare base and the tuned one answer: held-out rows where there are any. Short answers
     were compared already; long ones are written now, the beginning of each, by a `generator` of this process alone."""
-    held_out = run.held_out is not None
-    data = run.held_out or run.data
+    rows, before, after = run.setup.data, run.before, run.after
+    held_out, data = rows.held_out is not None, rows.held_out or rows.train
     examples = data.examples
     compared = bool(before and after and before.answers and after.answers)
     found: Facts = {"of": "held-out" if held_out else "training", "compared": compared, "rows": []}
@@ -109,9 +108,9 @@ def examples_of(
         found["new_tokens"] = NEW_TOKENS
     else:
         streamed = "with this base each token of an answer would read or gather the base once more"
-        return {**found, "left_out": why_no_answers(run.base) or streamed}
+        return {**found, "left_out": why_no_answers(run.setup.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
-        question, expected = (_text(run.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
+        question, expected = (_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         expected += "…" if cut_off else ""
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})
     return found
@@ -152,12 +151,13 @@ def _moves(space: EmbeddingSpace, prompt: Tensor, start: Tensor) -> Iterator[Fac
 
 
 @torch.no_grad()
-def _answers(run: Prepared, generator: Generator, examples: Sequence[Example]) -> list[tuple[str, str]]:
+def _answers(run: Run, generator: Generator, examples: Sequence[Example]) -> list[tuple[str, str]]:
     """The beginnings of greedy answers without and with the prompt."""
-    ends, prompt = tuple(end_tokens(examples, run.tokenizer)), run.prompt.weight.detach()
+    tokenizer, prompt = run.setup.data.tokenizer, run.setup.prompt.weight.detach()
+    ends = tuple(end_tokens(examples, tokenizer))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
     asked = [Request(question_ids(e), settings, behind) for e in examples for behind in (None, prompt)]
-    texts = [_text(run.tokenizer, ids) for ids in in_order(generator.generate(asked, len(asked)))]
+    texts = [_text(tokenizer, ids) for ids in in_order(generator.generate(asked, len(asked)))]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

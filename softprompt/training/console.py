@@ -16,7 +16,6 @@ from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import SoftPromptedModel
 from softprompt.training.loop import farthest_move, learning_rates
-from softprompt.training.lr_finder import Sweep
 
 # A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
 LEAST_MOVE = 0.1
@@ -49,7 +48,7 @@ def print_data(
         print(f"keys of messages that the chat template does not read: {told}")
 
 
-def tell_end(end: str | None, tokenizer: Any) -> None:
+def print_answer_end(end: str | None, tokenizer: Any) -> None:
     """What ends answers, where the template does not put the tokenizer's eos_token behind them: its `end`, or none."""
     eos = tokenizer.eos_token
     if end is None:
@@ -105,17 +104,6 @@ def print_steps(
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
-
-
-def print_sweep(found: Sweep, rate: float) -> None:
-    """What --find_learning_rate found, and the rate that is taken."""
-    if found.losses:
-        told = ", ".join(f"{r:g}: {loss:.4f}" for r, loss in sorted(found.losses.items()))
-        print(f"loss on rows set aside: {found.start:.4f} before training; by learning rate {told}")
-    if found.learning_rate is None:
-        print(f"warning: --find_learning_rate found none: {found.why}; learning rate {rate:g} is taken")
-    else:
-        print(f"learning rate {rate:g} is taken")
 
 
 def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:

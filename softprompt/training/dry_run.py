@@ -14,7 +14,8 @@ from softprompt.engines.memory_estimate import GIB, held_bytes
 from softprompt.training.determinism import deterministic
 from softprompt.training.loop import make_optimizer, optimizer_step
 from softprompt.training.lr_finder import sweep_steps
-from softprompt.training.setup import Prepared, prepare
+from softprompt.training.result import Setup
+from softprompt.training.run import set_up
 
 MEASURED = 3  # steps, after one that is not counted
 
@@ -24,42 +25,43 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     Nothing is written.
 
     Raises:
-        SoftpromptError: as of `prepare`.
+        SoftpromptError: as of `run.set_up`.
     """
     if world is None:
         with process_group() as world:
             return dry_run(config, world)
-    run = world.agree(lambda: prepare(config, world))
-    feed, examples = run.feed, run.data.examples
-    rows, n = feed.rows_per_step, feed.rows
+    setup = world.agree(lambda: set_up(config, world))
+    prompt, base, loader = setup.prompt.weight, setup.base, setup.data.loader
+    examples, rows, n = setup.data.train.examples, loader.rows_per_step, loader.rows
     tokens = sum(len(e.input_ids) for e in examples)
-    total, each = feed.total_steps, tokens / len(examples)
+    total, each = loader.total_steps, tokens / len(examples)
     in_all = round(each * _rows_in_all(total, n, rows))
     with deterministic(config.training.deterministic):
-        speed = measured_speed(run)
-    base = held_bytes(run.base)
+        speed = measured_speed(setup)
+    held = held_bytes(base)
     heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
-    more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)
+    more = setup.engine.activation_bytes(len(prompt), heaviest)
     lines = [
         "",
         "Dry run: nothing is written.",
-        f"rows        {_told_rows(run, tokens)}, {each:.0f} a row",
+        f"rows        {_described_rows(setup, tokens)}, {each:.0f} a row",
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
-        f"parameters  {run.prompt.weight.numel():,} learned, {sum(p.numel() for p in run.base.parameters()):,} frozen",
-        f"memory      about {(base + more) / GIB:.1f} GiB: the base {base / GIB:.2f}, a step {more / GIB:.2f}",
+        f"parameters  {prompt.numel():,} learned, {sum(p.numel() for p in base.parameters()):,} frozen",
+        f"memory      about {(held + more) / GIB:.1f} GiB: the base {held / GIB:.2f}, a step {more / GIB:.2f}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
-        + ("; evaluation comes on top" if run.evaluator else ""),
+        + ("; evaluation comes on top" if setup.evaluator else ""),
     ]
-    if run.searches:
+    if setup.start.searches_learning_rate:
         lines.append(f"sweep       {sweep_steps(total):,} steps before it, to find a learning rate")
     return "\n".join(lines)
 
 
-def _told_rows(run: Prepared, tokens: int) -> str:
-    seen = f"{len(run.data.examples):,} with {tokens:,} tokens"
-    if not run.config.data.streaming:
+def _described_rows(setup: Setup, tokens: int) -> str:
+    seen = f"{len(setup.data.train.examples):,} with {tokens:,} tokens"
+    if not setup.data.streamed:
         return seen
-    return f"{'an unknown number' if run.feed.rows is None else f'{run.feed.rows:,}'}, the first {seen}"
+    rows = setup.data.loader.rows
+    return f"{'an unknown number' if rows is None else f'{rows:,}'}, the first {seen}"
 
 
 def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
@@ -70,15 +72,15 @@ def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
     return passes * n + min(more * rows_per_step, n)
 
 
-def measured_speed(run: Prepared) -> float:
+def measured_speed(setup: Setup) -> float:
     """Real tokens per second of a few optimizer steps on the run's first rows; the run's own prompt stays as it is."""
-    args, prompt = run.config.training, copy.deepcopy(run.prompt)
-    optimizer = make_optimizer(prompt, args, run.config.learning_rate)
-    scaler = torch.amp.GradScaler(run.engine.device.type, enabled=run.engine.compute_dtype is torch.float16)
+    args, prompt = setup.config.training, copy.deepcopy(setup.prompt)
+    optimizer = make_optimizer(prompt, args, setup.config.learning_rate)
+    scaler = torch.amp.GradScaler(setup.engine.device.type, enabled=setup.engine.compute_dtype is torch.float16)
     began, tokens = 0.0, 0
-    with closing(run.feed.windows()) as windows:
+    with closing(setup.data.loader.windows()) as windows:
         for step, window in enumerate(islice(windows, 1 + MEASURED)):
-            optimizer_step(run.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # waits for it
+            optimizer_step(setup.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # waits for it
             if step == 0:
                 began = time.perf_counter()
             else:

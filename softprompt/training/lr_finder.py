@@ -8,11 +8,13 @@ the seed: the same run finds the same rate.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader
@@ -21,6 +23,7 @@ from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.loop import QuietCallbacks, train
+from softprompt.training.result import Setup
 from softprompt.utils.errors import NotFinite, Stopped
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -41,6 +44,41 @@ class Sweep:
     why: str
     start: float
     losses: dict[float, float]
+
+
+def with_found_rate(setup: Setup, stop: StopSource, show_bar: bool) -> Setup:
+    """Find the learning rate on the training rows (of a stream, on its first rows), and return the run at that rate,
+    with a first record of its metrics that says so. Without a result the rate stays what it was.
+
+    Raises:
+        Stopped: `stop` asked to stop.
+    """
+    start, data = setup.start, setup.data
+    args, total = start.config.training, data.loader.total_steps
+    steps = sweep_steps(total)
+    print(f"looking for a learning rate: {steps:,} steps on the training rows …")
+    with tqdm(total=steps, unit="step", desc="looking", disable=not (show_bar and sys.stderr.isatty())) as bar:
+        values, rows_per_step = setup.prompt.weight.detach(), data.loader.rows_per_step
+        found = find_learning_rate(
+            setup.engine, values, data.train.examples, args, total, rows_per_step, stop, bar.update
+        )
+    rate = found.learning_rate or start.config.learning_rate
+    print_sweep(found, rate)
+    losses = {f"{r:g}": loss for r, loss in found.losses.items() if math.isfinite(loss)}
+    record = {"step": 0, "epoch": 0.0, "learning_rate": rate, "sweep": losses}
+    config = replace(start.config, training=replace(args, learning_rate=rate))
+    return setup._replace(start=replace(start, config=config, history=[record]))
+
+
+def print_sweep(found: Sweep, rate: float) -> None:
+    """What --find_learning_rate found, and the rate that is taken."""
+    if found.losses:
+        told = ", ".join(f"{r:g}: {loss:.4f}" for r, loss in sorted(found.losses.items()))
+        print(f"loss on rows set aside: {found.start:.4f} before training; by learning rate {told}")
+    if found.learning_rate is None:
+        print(f"warning: --find_learning_rate found none: {found.why}; learning rate {rate:g} is taken")
+    else:
+        print(f"learning rate {rate:g} is taken")
 
 
 def sweep_steps(total: int) -> int:

@@ -1,35 +1,44 @@
-"""One training run: what is prepared is trained, evaluated before and after, and written."""
+"""One training run, from settings to a saved prompt."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import seconds_of
-from softprompt.distributed.process_group import StopSource, World, process_group
+from softprompt.distributed.process_group import World, process_group
+from softprompt.engines.padded import SoftPromptedModel
 from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, resume_settings
-from softprompt.training.callbacks import Run, RunCallbacks, clear_output_dir
-from softprompt.training.console import print_sweep
+from softprompt.training.callbacks import RunCallbacks
+from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
 from softprompt.training.loop import train
-from softprompt.training.lr_finder import find_learning_rate, sweep_steps
-from softprompt.training.setup import Prepared, prepare
+from softprompt.training.lr_finder import with_found_rate
+from softprompt.training.result import Run, Setup
+from softprompt.training.resume import compare_contents, starting_point
+from softprompt.training.run_writer import clear_output_dir
+from softprompt.training.setup import (
+    check_places,
+    freeze_base,
+    load_base,
+    load_data,
+    make_engines,
+    make_evaluator,
+    start_prompt,
+)
 from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
-from softprompt.utils.torchrun_env import launched, start
+from softprompt.utils.torchrun_env import launched
+from softprompt.utils.torchrun_env import start as process_start
 
-PLACES = {
+MAY_DIFFER = {  # settings that ranks may have of their own: where things are on their machine
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
     *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache"),
 }
@@ -42,65 +51,110 @@ class Observer(Protocol):
         """Raise SoftpromptError for what would fail after training. Called before any row is read."""
         ...
 
-    def begin(self, run: Prepared, callbacks: RunCallbacks) -> None:
+    def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """The base has been evaluated, and training is about to start."""
         ...
 
-    def end(self, run: Prepared, callbacks: RunCallbacks, finished: Run) -> Run:
+    def end(self, run: Run, callbacks: RunCallbacks) -> Run:
         """The run is whole and written. Return it, with what is to be added."""
         ...
 
 
 def run_training(config: TrainConfig, world: World | None = None, observer: Observer | None = None) -> Run:
-    """Train as `config` says, telling what happens; nothing is written before everything is loaded and checked, by all
-    ranks where torchrun started several.
+    """Train as `config` says, and describe progress on stdout. Nothing is written before everything is loaded and
+    checked, on all ranks if torchrun started several.
 
     Raises:
-        SoftpromptError: as of `prepare`, or a run that cannot go on.
+        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way, or a
+            run that cannot continue.
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.training.dry_run.dry_run(config)")
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
-    starts = world.gather(start()) if launched() else []
-    goes_on = world.gather(has_saved(config, starts))[0]
-    run = world.agree(lambda: prepare(resume_settings(config, goes_on), world, observer.check if observer else None))
-    world.agree(lambda: _refuse_unlike(world.gather(_known_by(run))))
-    args = run.config.training
+    starts = world.gather(process_start()) if launched() else []
+    config = resume_settings(config, world.gather(has_saved(config, starts))[0])
+    setup = world.agree(lambda: set_up(config, world, observer.check if observer else None))
+    world.agree(lambda: _refuse_unlike(world.gather(_known_by(setup))))
+    args = setup.config.training
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
-        claimed = world.agree(lambda: _claimed(run, stack))
-        folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
-        stack.enter_context(crashes_in(folder))
+        stop = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
+        output_dir = Path(world.gather(str(world.agree(lambda: _claimed(setup, world, stack))))[0])
+        stack.enter_context(crashes_in(output_dir))
         stack.enter_context(deterministic(args.deterministic))
-        return _trained(replace(run, output_dir=folder, starts=starts), request, observer)
+        return _train(setup, output_dir, world, stop, starts, observer)
 
 
-def _known_by(run: Prepared) -> dict[str, Any]:
-    """In what no two ranks may differ: all but where things are, which each node may have elsewhere."""
-    flags = {f"--{name}": value for name, value in run.config.as_dict().items() if name not in PLACES}
-    begun = {"step to go on after": run.start.step, "number of steps": run.feed.total_steps}
-    return {**begun, "number of rows in a step": run.feed.rows_per_step, **flags, **run.fingerprints}
+def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
+    """Load and check everything that a run needs, on every rank by itself; nothing is written.
+
+    Raises:
+        SoftpromptError: as of `run_training`.
+    """
+    start = starting_point(config, world.size)
+    output_dir = check_places(start, world, check)
+    data = load_data(start.config, start.rows_per_step)
+    base = load_base(start.config, world)
+    start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
+    base = freeze_base(start.config, base)
+    prompt = start_prompt(start, data, base.model)
+    engine, generator = make_engines(start.config, base, data.tokenizer, len(prompt.weight), world)
+    print_model(start.config, SoftPromptedModel(prompt, base.model), engine)
+    print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
+    evaluator = make_evaluator(start.config, data, base.model, engine, generator)
+    return Setup(start, output_dir, data, base.model, prompt, engine, evaluator)
 
 
-def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ConfigError where a rank has begun with something else than rank 0: nodes may have disks of their own."""
-    for rank, known in enumerate(ranks):
-        if unlike := [what for what in known if known[what] != ranks[0].get(what)]:
-            raise ConfigError(
-                f"rank {rank} has another {' and another '.join(unlike)} than rank 0; give all nodes the same command, "
-                "and folders that all of them see, or equal copies"
-            )
-
-
-def _claimed(run: Prepared, stack: ExitStack) -> Path:
-    """The run's folder, which rank 0 makes, keeps from others, and clears of what is to be overwritten."""
-    if not run.world.is_main:
-        return run.output_dir
-    folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
+def _train(
+    setup: Setup,
+    output_dir: Path,
+    world: World,
+    request: StopRequest,
+    starts: Sequence[Sequence[str]],
+    observer: Observer | None,
+) -> Run:
+    with torch.no_grad():
+        setup.prompt.weight.copy_(world.from_main(setup.prompt.weight))
+    stop = world.share(request)
+    if setup.start.searches_learning_rate:
+        setup = with_found_rate(setup, stop, show_bar=world.is_main)
+    setup = setup._replace(output_dir=output_dir)
+    callbacks = RunCallbacks(setup, world, stop, starts)
+    observer = observer if world.is_main else None
+    callbacks.print_start()
     try:
-        clear_output_dir(folder, goes_on_in(folder, run.checkpoint))
+        with callbacks.log:
+            begun = callbacks.begin()
+            if observer:
+                observer.begin(begun, callbacks)
+            start = setup.start
+            train(
+                setup.engine,
+                setup.prompt,
+                setup.data.loader,
+                start.config.training,
+                start.config.learning_rate,
+                callbacks,
+                start.state,
+            )
+            callbacks.stop_if_asked()
+            run = callbacks.finish()
+            return observer.end(run, callbacks) if observer else run
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {way_on(output_dir)}") from None
+    except DataError as error:  # of a stream
+        raise DataError(f"{error}; once that is mended, {way_on(output_dir, ' --ignore_data_skip')}") from None
+
+
+def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
+    """The output folder, which rank 0 makes, locks, and clears of what is to be overwritten."""
+    if not world.is_main:
+        return setup.output_dir
+    checkpoint = setup.start.checkpoint
+    folder = stack.enter_context(claim_output_dir(setup.config, setup.output_dir, checkpoint)).folder
+    try:
+        clear_output_dir(folder, goes_on_in(folder, checkpoint))
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"
@@ -108,43 +162,19 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
     return folder
 
 
-def with_found_rate(run: Prepared, request: StopSource) -> Prepared:
-    """The same run at the learning rate that a sweep finds (of a stream, on its first rows), told and noted as the
-    first line of its metrics; at its own where none is found."""
-    args, total = run.config.training, run.feed.total_steps
-    steps = sweep_steps(total)
-    print(f"looking for a learning rate: {steps:,} steps on the training rows …")
-    with tqdm(total=steps, unit="step", desc="looking", disable=not (run.world.is_main and sys.stderr.isatty())) as bar:
-        values, examples = run.prompt.weight.detach(), run.data.examples
-        found = find_learning_rate(
-            run.engine, values, examples, args, total, run.feed.rows_per_step, request, bar.update
-        )
-    rate = found.learning_rate or run.config.learning_rate
-    print_sweep(found, rate)
-    noted = {"learning_rate": rate, "sweep": {f"{r:g}": loss for r, loss in found.losses.items() if isfinite(loss)}}
-    config = replace(run.config, training=replace(args, learning_rate=rate))
-    return replace(run, config=config, history=[{"step": 0, "epoch": 0.0, **noted}])
+def _known_by(setup: Setup) -> dict[str, Any]:
+    """What no two ranks may differ in: everything but where things are, which each node may have elsewhere."""
+    flags = {f"--{name}": value for name, value in setup.config.as_dict().items() if name not in MAY_DIFFER}
+    loader = setup.data.loader
+    begun = {"step to go on after": setup.start.state.step, "number of steps": loader.total_steps}
+    return {**begun, "number of rows in a step": loader.rows_per_step, **flags, **setup.start.fingerprints}
 
 
-def _trained(run: Prepared, request: StopRequest, observer: Observer | None) -> Run:
-    with torch.no_grad():
-        run.prompt.weight.copy_(run.world.from_main(run.prompt.weight))
-    wish = run.world.share(request)
-    if run.searches:
-        run = with_found_rate(run, wish)
-    recorder = RunCallbacks(run, wish)
-    recorder.tell_start()
-    try:
-        with recorder.progress:
-            recorder.begin()
-            if observer and run.world.is_main:
-                observer.begin(run, recorder)
-            args, peak = run.config.training, run.config.learning_rate
-            train(run.engine, run.prompt, run.feed, args, peak, recorder, run.start)
-            recorder.stop_if_asked()
-            finished = recorder.finish()
-            return observer.end(run, recorder, finished) if observer and run.world.is_main else finished
-    except TrainingError as error:
-        raise TrainingError(f"{error}; {way_on(run.output_dir)}") from None
-    except DataError as error:  # of a stream
-        raise DataError(f"{error}; once that is mended, {way_on(run.output_dir, ' --ignore_data_skip')}") from None
+def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError if a rank was set up with something else than rank 0: nodes may have disks of their own."""
+    for rank, known in enumerate(ranks):
+        if unlike := [what for what in known if known[what] != ranks[0].get(what)]:
+            raise ConfigError(
+                f"rank {rank} has another {' and another '.join(unlike)} than rank 0; give all nodes the same command, "
+                "and folders that all of them see, or equal copies"
+            )

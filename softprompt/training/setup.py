@@ -1,25 +1,23 @@
-"""From settings to all that a run is made of, loaded, checked and told; nothing is written."""
+"""The parts that a run is made of: rows, base, prompt, engine, evaluator. Each is loaded, checked and described on
+stdout; nothing is written."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
-from softprompt.config.loader import TrainConfig, checked
+from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import bits_of
-from softprompt.data.build_data import Rows, make_loader, make_template, read_rows, tokenize_rows
-from softprompt.data.dataloader import WindowLoader, rows_of_a_step
+from softprompt.data.build_data import make_loader, make_template, read_rows, tokenize_rows
+from softprompt.data.dataloader import WindowLoader
 from softprompt.data.dataset import Row
-from softprompt.data.template import ignored_keys
+from softprompt.data.template import Template, ignored_keys
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
-from softprompt.engines.padded import SoftPromptedModel
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.data_parallel import DataParallelGenerator
 from softprompt.generation.factory import generator_beside
@@ -29,25 +27,14 @@ from softprompt.models.fsdp import Shards, shard
 from softprompt.models.loading import base_config, base_path, freeze, load_tokenizer, place, read_base, weight_files
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
-from softprompt.models.quantization import quantize_blocks
+from softprompt.models.quantization import QuantizedBlocks, quantize_blocks
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.output_dir import choose_output_dir
-from softprompt.runs.state import Metrics, TrainingState
-from softprompt.runs.train_state import find_checkpoint, load_state
-from softprompt.training.console import print_data, print_model, print_rows, print_steps, tell_end
-from softprompt.training.early_stopping import BestMetric, metric_name
-from softprompt.training.metrics_log import Totals
-from softprompt.training.resume_checks import (
-    align_position,
-    are_comparable,
-    best_so_far,
-    check_rows,
-    other_contents,
-    rows_of_steps,
-)
-from softprompt.training.resume_settings import merge_settings
+from softprompt.training.console import print_answer_end, print_data, print_rows
+from softprompt.training.early_stopping import metric_name
+from softprompt.training.resume import StartingPoint
 from softprompt.training.tensorboard import check_installed
 from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import ConfigError
@@ -56,174 +43,52 @@ from softprompt.utils.safetensors_io import StoredTensor
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched
 
-SAMPLED = 100  # rows that are kept as texts, to show one of them
+FIRST_ROWS = 100  # that are kept as texts: one of them becomes the question to try
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that a run is made of, loaded and checked; nothing has been written. A resumed run has its `checkpoint`,
-    where its loop goes on, and what it had added up until there; `fingerprints` say what it must not be resumed
-    without. `rows` are the first of the training rows; of a stream, `data` is the beginning. `end` is the special token
-    that the template writes behind an answer. `feed` counts the rows of all ranks of the `world` together."""
+class RunData(NamedTuple):
+    """Tokenized rows, and what made them.
 
-    config: TrainConfig
-    output_dir: Path
-    rows: list[Row]
-    data: Tokenized
-    held_out: Tokenized | None
+    Attributes:
+        template: with the columns that are empty in some rows as optional ones.
+        train: the training rows; of a stream, its beginning.
+        loader: windows of training rows, counted over all ranks together.
+        first_rows: the first training rows as texts.
+        end: the special token that the template writes behind an answer, if it writes one.
+        streamed: whether rows are read while training.
+        fingerprints: of the rows and of the tokenizer, by content.
+    """
+
     tokenizer: Any
+    template: Template
+    train: Tokenized
+    held_out: Tokenized | None
+    loader: WindowLoader
+    first_rows: Sequence[Row]
     end: str | None
-    feed: WindowLoader
-    base: PreTrainedModel
-    prompt: PromptEmbedding
-    engine: Engine
-    evaluator: Evaluator | None
-    fingerprints: dict[str, str]
-    checkpoint: Path | None
-    start: TrainingState
-    totals: Totals
-    history: list[Metrics]
-    best: BestMetric
-    world: World
-    searches: bool  # whether the learning rate is yet to be found; a resumed run has it
-    starts: list[list[str]] = field(default_factory=list)  # every rank's of torchrun
+    streamed: bool
+    fingerprints: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """The settings under which a run begins, or goes on from its checkpoint, and what that holds."""
+class Base(NamedTuple):
+    """A model, and where its blocks are if they are not in it: in files, or quantized."""
 
-    config: TrainConfig
-    rows_per_step: int
-    checkpoint: Path | None = None
-    start: TrainingState = field(default_factory=TrainingState)
-    totals: Totals = field(default_factory=Totals)
-    history: list[Metrics] = field(default_factory=list)
-    best: BestMetric = field(default_factory=BestMetric)
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    model: PreTrainedModel
+    blocks: Mapping[str, StoredTensor] | QuantizedBlocks | None
+    fingerprint: Mapping[str, str]
 
 
-class _Loaded(NamedTuple):
-    """What computes, and by which content of the files it is known; of a resumed run `others` are those that were
-    another content before."""
-
-    base: PreTrainedModel
-    prompt: PromptEmbedding
-    engine: Engine
-    generator: Generator | None
-    fingerprints: dict[str, str]
-    others: list[str]
-
-
-def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Prepared:
-    """Load and check what `config` names, telling what is found; every rank of the world does so by itself. Rank 0
-    calls `check` with the output folder before any row is read.
+def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Path:
+    """Choose the output folder, and look at everything that would only fail late. Rank 0 calls `check` with the folder.
 
     Raises:
-        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
+        ConfigError: a device, a folder or a library that is not there, or a base that cannot be shared out.
+        ModelError: a base whose configuration says that no prompt can be trained for it.
+        OutputError: the folder cannot be used.
     """
-    begun = _begun(config, world)
-    config = begun.config
-    sharded = _is_sharded(config, world)
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    output_dir = choose_output_dir(config, begun.checkpoint)
-    _check_places(config)
-    if check and world.is_main:
-        check(config, output_dir)
-    base_config(base_path(str(config.model.model_name_or_path)))  # what cannot be a base is said before rows are read
-    template = make_template(config)
-    rows = read_rows(config, template)
-    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
-    tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
-    data, held_out = tokenize_rows(config, template, tokenizer, rows)
-    ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
-    print_data(data, held_out, config.data.buffer_size if rows.source else None, ignored)
-    end = template.end(rows.train[0], tokenizer)
-    tell_end(end, tokenizer)
-    feed = make_loader(config, rows, data, tokenizer, begun.rows_per_step)
-    extent = Extent.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
-    loaded = _loaded(begun, rows, extent, tokenizer, device, dtype, world, sharded)
-    searches = config.training.find_learning_rate and begun.checkpoint is None
-    print_steps(config, feed, world.size, output_dir, searches)
-    return Prepared(
-        config=config,
-        output_dir=output_dir,
-        rows=rows.train[:SAMPLED],
-        data=data,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        end=end,
-        feed=feed,
-        base=loaded.base,
-        prompt=loaded.prompt,
-        engine=loaded.engine,
-        evaluator=_evaluator(config, loaded, tokenizer, held_out) if held_out else None,
-        fingerprints=loaded.fingerprints,
-        checkpoint=begun.checkpoint,
-        start=begun.start,
-        totals=begun.totals,
-        history=begun.history,
-        best=begun.best if are_comparable(loaded.others) else BestMetric(),
-        world=world,
-        searches=searches,
-    )
-
-
-def _begun(config: TrainConfig, world: World) -> _Begun:
-    checkpoint = find_checkpoint(config, print)
-    if not checkpoint:
-        return _Begun(checked(config), rows_of_a_step(config.training, world.size))
-    start, saved = load_state(checkpoint)
-    config = merge_settings(config, checkpoint, saved, print)
-    rows_per_step = rows_of_steps(config, saved, world.size)
-    check_rows(config, rows_per_step, saved, checkpoint, print)
-    best = best_so_far(config, saved, checkpoint, print)
-    start, totals = align_position(start, config, saved), Totals(**saved["totals"])
-    return _Begun(config, rows_per_step, checkpoint, start, totals, saved["history"], best, saved["fingerprints"])
-
-
-def _loaded(
-    begun: _Begun,
-    rows: Rows,
-    extent: Extent,
-    tokenizer: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    sharded: bool,
-) -> _Loaded:
-    """The base, whole, in files, quantised or shared out, and the prompt before it; files that are not those of the
-    checkpoint are refused before the base is placed."""
-    config, checkpoint = begun.config, begun.checkpoint
-    path = base_path(str(config.model.model_name_or_path))
-    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
-    base, stored = _read_base(config, path, sharded)
-    fingerprints = {**rows.fingerprints, **tokenizer_fingerprints(tokenizer)}
-    if world.is_main or not sharded:  # else every rank would read the whole base
-        keep = not config.training.dry_run
-        fingerprints["base"] = fingerprint_of_base(base, weight_files(path), keep=keep, blocks=stored)
-    others: list[str] = []
-    if checkpoint:
-        others = other_contents(begun.fingerprints, fingerprints, checkpoint, config.training.ignore_data_skip, print)
-    check_vocabulary(tokenizer, base, path)
-    check_start(config.prompt.prompt_tuning_init_text, tokenizer, base)
-    quantised = quantize_blocks(base, bits, device) if bits else None
-    base = place(freeze(base, dtype), device)
-    values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
-    check_extent(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
-    prompt = PromptEmbedding(values).to(device)
-    shards = shard(base, stored, world) if sharded and stored else None
-    engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
-    generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
-    if world.size > 1:
-        engine, generator = _shared(engine, generator, world, shards)
-    print_model(config, SoftPromptedModel(prompt, base), engine)
-    return _Loaded(base, prompt, engine, generator, fingerprints, others)
-
-
-def _check_places(config: TrainConfig) -> None:
-    """What would only fail late: where else than to `output_dir` the run writes."""
+    config = start.config
+    resolve_device(config.model.device)
+    output_dir = choose_output_dir(config, start.checkpoint)
     if config.sharing.report_to == "tensorboard":
         check_installed()
     offload = Path(config.model.offload_folder or ".")
@@ -231,23 +96,6 @@ def _check_places(config: TrainConfig) -> None:
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
     if config.model.offload_folder:
         check_writable(offload, "--offload_folder")
-
-
-def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: Tokenized) -> Evaluator:
-    if config.model.stream_base:
-        print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
-    elif loaded.generator is None:
-        print(f"held-out rows: loss and perplexity alone; {why_no_answers(loaded.base)}")
-    batch_size = config.training.per_device_eval_batch_size
-    evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
-    if evaluator.told:
-        print(f"Held out: {evaluator.told}")
-    _check_metric(config, evaluator)
-    return evaluator
-
-
-def _is_sharded(config: TrainConfig, world: World) -> bool:
-    """Whether the base is shared out; a single process that torchrun started has a share of one."""
     if config.model.shard_base and not launched():
         raise ConfigError(
             "--shard_base shares a base out among processes, and this is one alone; start several with "
@@ -255,25 +103,123 @@ def _is_sharded(config: TrainConfig, world: World) -> bool:
         )
     if config.model.shard_base and world.size == 1:
         print("--shard_base: there is one process, which holds the whole base")
-    return config.model.shard_base and world.size > 1
+    if check and world.is_main:
+        check(config, output_dir)
+    base_config(_path_of_base(config))
+    return output_dir
 
 
-def _read_base(config: TrainConfig, path: str, sharded: bool) -> tuple[PreTrainedModel, dict[str, StoredTensor] | None]:
-    """A base, and where its blocks are stored if they are yet to be read."""
+def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
+    """Read and tokenize the rows.
+
+    Raises:
+        DataError: rows that cannot be read, or of which none can be trained on.
+        ModelError: the base has no usable tokenizer.
+    """
+    template = make_template(config)
+    rows = read_rows(config, template)
+    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
+    tokenizer = load_tokenizer(_path_of_base(config))
+    train, held_out = tokenize_rows(config, template, tokenizer, rows)
+    ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
+    print_data(train, held_out, config.data.buffer_size if rows.source else None, ignored)
+    end = template.end(rows.train[0], tokenizer)
+    print_answer_end(end, tokenizer)
+    return RunData(
+        tokenizer,
+        template.of_rows(rows.train),
+        train,
+        held_out,
+        make_loader(config, rows, train, tokenizer, rows_per_step),
+        rows.train[:FIRST_ROWS],
+        end,
+        rows.source is not None,
+        {**rows.fingerprints, **tokenizer_fingerprints(tokenizer)},
+    )
+
+
+def load_base(config: TrainConfig, world: World) -> Base:
+    """Read the base on the CPU, whole or without the blocks that are to be sharded or streamed.
+
+    Raises:
+        ModelError: it cannot be loaded, or takes no prompt.
+    """
+    path, sharded = _path_of_base(config), _is_sharded(config, world)
     if config.model.stream_base or sharded:
-        return load_meta_model(path, "--shard_base" if sharded else "--stream_base")
-    return read_base(path), None
+        model, stored = load_meta_model(path, "--shard_base" if sharded else "--stream_base")
+    else:
+        model, stored = read_base(path), None
+    fingerprint = {}
+    if world.is_main or not sharded:  # else every rank would read the whole base
+        keep = not config.training.dry_run
+        fingerprint["base"] = fingerprint_of_base(model, weight_files(path), keep=keep, blocks=stored)
+    return Base(model, stored, fingerprint)
 
 
-def _shared(
-    engine: Engine, generator: Generator | None, world: World, shards: Shards | None
+def freeze_base(config: TrainConfig, base: Base) -> Base:
+    """Quantize the base if the settings ask for it, freeze it, and move it to its device."""
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    quantized = quantize_blocks(base.model, bits, device) if bits else None
+    model = place(freeze(base.model, dtype), device)
+    return base._replace(model=model, blocks=quantized or base.blocks)
+
+
+def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
+    """The prompt [P, H] fp32 of the checkpoint, or its initial values, on the device of the base.
+
+    Raises:
+        ModelError: the base does not know all words of the tokenizer.
+        ConfigError: the initial values cannot be made, or the rows do not fit behind them.
+    """
+    config = start.config
+    check_vocabulary(data.tokenizer, base, _path_of_base(config))
+    check_start(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
+    saved = load_adapter(start.checkpoint).prompt if start.checkpoint else None
+    values = initial_prompt(config, data.tokenizer, base) if saved is None else saved
+    rows = [example.input_ids for some in (data.train, data.held_out) if some for example in some.examples]
+    check_extent(base, len(values), config.data.max_length, Extent.of(rows), streamed=data.streamed)
+    return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
+
+
+def make_engines(
+    config: TrainConfig, base: Base, tokenizer: Any, P: int, world: World
 ) -> tuple[Engine, Generator | None]:
-    """What shares out the rows among the ranks."""
-    rest = [shards.rest] if shards else []
+    """The engine for a prompt of P tokens and the generator over the same weights; with several ranks, ones that share
+    the rows out. There is no generator where answers would need the base once per token (`--stream_base`), or where
+    the base cannot answer behind a prompt."""
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    sharded = isinstance(base.blocks, Mapping) and _is_sharded(config, world)
+    blocks = shard(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
+    engine = make_engine(config, base.model, tokenizer, dtype, P, blocks)
+    generator = None if config.model.stream_base else generator_beside(engine, base.model, tokenizer)
+    if world.size == 1:
+        return engine, generator
+    rest = [blocks.rest] if isinstance(blocks, Shards) else []
     return DataParallelEngine(engine, world, *rest), generator and DataParallelGenerator(generator, world, *rest)
 
 
-def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
+def make_evaluator(
+    config: TrainConfig, data: RunData, base: PreTrainedModel, engine: Engine, generator: Generator | None
+) -> Evaluator | None:
+    """What evaluates prompts on the held-out rows; None where there are none.
+
+    Raises:
+        ConfigError: `--metric_for_best_model exact_match` where answers are not compared.
+    """
+    if data.held_out is None:
+        return None
+    if config.model.stream_base:
+        print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
+    elif generator is None:
+        print(f"held-out rows: loss and perplexity alone; {why_no_answers(base)}")
+    batch_size = config.training.per_device_eval_batch_size
+    held_out = data.held_out
+    evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)
+    if evaluator.told:
+        print(f"Held out: {evaluator.told}")
     args = config.training
     wanted = args.load_best_model_at_end or args.early_stopping_patience
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
@@ -282,3 +228,12 @@ def _check_metric(config: TrainConfig, evaluator: Evaluator) -> None:
             f"ones have at most {SHORT_ANSWER} tokens and some are whole, and neither with --stream_base nor with a "
             "base that cannot answer behind a prompt; take eval_loss"
         )
+    return evaluator
+
+
+def _path_of_base(config: TrainConfig) -> str:
+    return base_path(str(config.model.model_name_or_path))
+
+
+def _is_sharded(config: TrainConfig, world: World) -> bool:
+    return config.model.shard_base and world.size > 1

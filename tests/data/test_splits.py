@@ -19,7 +19,7 @@ from softprompt.data.splits import choose, splits_of
 from softprompt.data.stream_sources import open_source, placed
 from softprompt.data.template import Template
 from softprompt.distributed.process_group import process_group
-from softprompt.training.setup import prepare
+from softprompt.training.run import set_up
 from softprompt.utils.errors import ConfigError, DataError
 
 
@@ -287,8 +287,8 @@ def test_only_the_rows_that_are_looked_at_later_are_kept(tmp_path):
     write(tmp_path / "r.jsonl", rows("r", 150))
     settings = {"dataset": str(tmp_path / "r.jsonl"), "eval_rows": 10, "output_dir": str(tmp_path / "run")}
     with process_group() as world:
-        run = prepare(train_config("mini", **settings), world)
-    assert run.rows == rows("r", 150)[:100] and len(run.data.examples) == 140
+        data = set_up(train_config("mini", **settings), world).data
+    assert data.first_rows == rows("r", 150)[:100] and len(data.train.examples) == 140
 
 
 def test_infer_evaluates_on_the_split_that_is_held_out(place, capsys, monkeypatch):

@@ -24,7 +24,7 @@ def interrupted(settings, at: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
         def on_step(self, step):
-            self.progress.on_step(step)
+            self.log.on_step(step)
             if step.number == at:
                 raise Killed
 

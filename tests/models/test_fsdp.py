@@ -21,7 +21,7 @@ import softprompt
 import train
 from softprompt.config.loader import train_config
 from softprompt.distributed.process_group import World
-from softprompt.training.setup import prepare
+from softprompt.training.run import set_up
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import list_stored_tensors
 
@@ -201,7 +201,7 @@ def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path
     named = {"model_name_or_path": str(base), "dataset": str(tmp_path / "rows.jsonl")}
     config = train_config(**named, shard_base=True, output_dir=str(tmp_path / "run"))
     with pytest.raises(ModelError, match=said):
-        prepare(config, first_of_two)
+        set_up(config, first_of_two)
     assert not (tmp_path / "run").exists()
 
 

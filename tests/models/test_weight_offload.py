@@ -22,7 +22,7 @@ from softprompt.config.loader import train_config
 from softprompt.distributed.process_group import World
 from softprompt.models.loading import read_base
 from softprompt.models.meta_loading import load_meta_model
-from softprompt.training.setup import prepare
+from softprompt.training.run import set_up
 from softprompt.utils.errors import ConfigError, ModelError, TrainingError
 from softprompt.utils.fingerprints import fingerprint_of_base
 from softprompt.utils.safetensors_io import list_stored_tensors
@@ -306,4 +306,4 @@ def test_an_offload_folder_that_is_a_file_is_refused_at_once(tmp_path):
         "mini", stream_base=True, offload_folder=str(tmp_path / "file"), output_dir=str(tmp_path / "r")
     )
     with pytest.raises(ConfigError, match=r"--offload_folder .*file: is no folder; name one"):
-        prepare(config, World())
+        set_up(config, World())

@@ -435,7 +435,7 @@ def test_a_secret_is_not_told(run, monkeypatch):
 
 def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
     begin, folder = RunCallbacks.begin, tmp_path / "run/report.json"
-    monkeypatch.setattr(RunCallbacks, "begin", lambda self: (folder.mkdir(), begin(self)))
+    monkeypatch.setattr(RunCallbacks, "begin", lambda self: (folder.mkdir(), begin(self))[1])
     softprompt.train(**settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no report")]
     assert "warning: no report.json" in lines[0] and "warning: no report.html" in lines[-1]

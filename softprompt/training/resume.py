@@ -1,18 +1,23 @@
-"""In what a resumed run must agree with its checkpoint: which rows come next, which token ids they become, and what its
-evaluations are compared by."""
+"""Where a run starts: at the beginning, or at the checkpoint that it resumes and must agree with.
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+A resumed run must agree with its checkpoint on which rows come next, which token ids they become, and how its
+evaluations are compared. `StartingPoint` holds the settings and the saved state; the checks raise CheckpointError.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.config.loader import TrainConfig
+from softprompt.config.loader import TrainConfig, checked
 from softprompt.data.dataloader import rows_of_a_step
 from softprompt.data.template import DEFAULT
 from softprompt.runs.checkpoints import fault_of
-from softprompt.runs.state import TrainingState
+from softprompt.runs.state import Metrics, TrainingState
+from softprompt.runs.train_state import find_checkpoint, load_state
 from softprompt.training.early_stopping import BestMetric, greater_is_better, metric_name
-from softprompt.training.resume_settings import saved_config
+from softprompt.training.metrics_log import Totals
+from softprompt.training.resume_settings import merge_settings, saved_config
 from softprompt.utils.errors import CheckpointError
 from softprompt.utils.fingerprints import fingerprint_of_rows
 
@@ -20,6 +25,70 @@ OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HELD_OUT = "held-out rows"
 NO_ROWS = fingerprint_of_rows([])
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The settings of a run, and the state that its loop starts from.
+
+    A new run has the defaults. A resumed one has its `checkpoint`, and from there the state of the loop, the totals and
+    metrics so far, the best evaluation, and the fingerprints of the rows, tokenizer and base that it saw.
+    """
+
+    config: TrainConfig
+    rows_per_step: int
+    checkpoint: Path | None = None
+    state: TrainingState = field(default_factory=TrainingState)
+    totals: Totals = field(default_factory=Totals)
+    history: Sequence[Metrics] = ()
+    best: BestMetric = field(default_factory=BestMetric)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def searches_learning_rate(self) -> bool:
+        """Whether `--find_learning_rate` has still to be done; a resumed run has its result."""
+        return self.config.training.find_learning_rate and self.checkpoint is None
+
+
+def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
+    """The start of a run on `devices` processes. Settings of a checkpoint are merged with those given, then checked.
+
+    Raises:
+        ConfigError: the settings are wrong.
+        CheckpointError: there is no whole checkpoint, or the settings disagree with it.
+    """
+    checkpoint = find_checkpoint(config, print)
+    if not checkpoint:
+        return StartingPoint(checked(config), rows_of_a_step(config.training, devices))
+    state, saved = load_state(checkpoint)
+    config = merge_settings(config, checkpoint, saved, print)
+    rows_per_step = rows_of_steps(config, saved, devices)
+    check_rows(config, rows_per_step, saved, checkpoint, print)
+    return StartingPoint(
+        config,
+        rows_per_step,
+        checkpoint,
+        state=align_position(state, config, saved),
+        totals=Totals(**saved["totals"]),
+        history=saved["history"],
+        best=best_so_far(config, saved, checkpoint, print),
+        fingerprints=saved["fingerprints"],
+    )
+
+
+def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> StartingPoint:
+    """Return `start` with the `fingerprints` of what this run sees, after comparing them with the checkpoint's. The
+    best evaluation is dropped if later ones cannot be compared with it.
+
+    Raises:
+        CheckpointError: rows, tokenizer or base differ, and `--ignore_data_skip` is not given.
+    """
+    if start.checkpoint is None:
+        return replace(start, fingerprints=fingerprints)
+    ignored = start.config.training.ignore_data_skip
+    others = other_contents(start.fingerprints, fingerprints, start.checkpoint, ignored, print)
+    best = start.best if are_comparable(others) else BestMetric()
+    return replace(start, fingerprints=fingerprints, best=best)
 
 
 def rows_of_steps(config: TrainConfig, saved: Mapping[str, Any], devices: int) -> int:

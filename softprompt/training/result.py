@@ -1,0 +1,70 @@
+"""What a run consists of before it trains, and what it leaves."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from softprompt.config.loader import TrainConfig
+from softprompt.engines.base import Engine
+from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.runs.state import Metrics
+from softprompt.training.first_question import FirstQuestion
+from softprompt.training.resume import StartingPoint
+from softprompt.training.setup import RunData
+
+
+class Setup(NamedTuple):
+    """What a run trains with, loaded and checked: see the parts in training.setup."""
+
+    start: StartingPoint
+    output_dir: Path
+    data: RunData
+    base: PreTrainedModel
+    prompt: PromptEmbedding
+    engine: Engine
+    evaluator: Evaluator | None
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.start.config
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A training run: what it trained with, and what it leaves.
+
+    Attributes:
+        metrics: the content of all_results.json; empty until the run has ended.
+        adapter_bytes: the size of the saved prompt's file.
+        question: a training row to try the prompt with.
+        before, after: evaluations of the bare base and of the prompt; None without held-out rows.
+        not_pushed: why the run is not on the hub, if `--push_to_hub` failed.
+        no_answers: why the base cannot answer behind a prompt, if it cannot.
+    """
+
+    setup: Setup
+    metrics: Metrics = field(default_factory=dict)
+    adapter_bytes: int = 0
+    question: FirstQuestion | None = None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    not_pushed: str | None = None
+    no_answers: str | None = None
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.setup.config
+
+    @property
+    def output_dir(self) -> Path:
+        return self.setup.output_dir
+
+    @property
+    def evaluator(self) -> Evaluator | None:
+        return self.setup.evaluator
+
+    def __repr__(self) -> str:
+        return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"

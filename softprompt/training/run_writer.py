@@ -1,0 +1,58 @@
+"""Write a run's files into its output folder: checkpoints, results. Files of others are left alone."""
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
+from softprompt.utils.atomic_io import write_folder
+from softprompt.utils.errors import TrainingError
+
+
+class RunWriter:
+    """Writes into `output_dir`; `say` prints a line beside the progress bar.
+
+    What cannot be written ends the run with a TrainingError of one line that names the file and the reason.
+    """
+
+    def __init__(self, output_dir: Path, say: Callable[[str], object]):
+        self.output_dir, self.say = output_dir, say
+        self._named: set[str] = set()  # files of others in checkpoints, that were named in a warning
+
+    def write_checkpoint(self, step: int, files: Mapping[str, bytes], limit: int | None, best: int | None) -> None:
+        """Write checkpoint-`step`, then remove the oldest ones above `limit` (None: keep all) but for the `best`."""
+        with self._writing(f"checkpoint-{step}"):
+            write_folder(own_checkpoint(self.output_dir, step), files)
+        try:
+            foreign = remove_old_checkpoints(self.output_dir, step, limit, best)
+        except OSError as error:
+            self.say(f"warning: an old checkpoint cannot be removed ({error.strerror})")
+            return
+        if new := [name for name in foreign if name not in self._named]:
+            self._named.update(new)
+            self.say(f"warning: {', '.join(new)}: not of this run; the checkpoint with it is kept")
+
+    def write_results(self, files: Mapping[str, bytes]) -> None:
+        """Write the files of the finished run beside its checkpoints."""
+        with self._writing("the run's results"):
+            run_files(self.output_dir).write(dict(files))
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            if not self.output_dir.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.output_dir))
+            yield
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            where = error.filename or self.output_dir
+            raise TrainingError(f"{what} cannot be written: {where}: {reason}") from None
+
+
+def clear_output_dir(output_dir: Path, goes_on: bool) -> None:
+    """Take away what a broken-off write has left and, unless it is the run that `goes_on`, the run that is there, or
+    what one has left that ended before its first checkpoint."""
+    tidy(output_dir)
+    if not goes_on:
+        remove_run(output_dir)
