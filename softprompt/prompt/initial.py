@@ -24,12 +24,6 @@ from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
 from softprompt.utils.errors import AdapterError, ConfigError
 
 
-def goes_on_in(output_dir: Path, checkpoint: Path | None) -> bool:
-    """Whether the run in `output_dir` is the one that `checkpoint` is of; all else that stands there is another's."""
-    here = output_dir.resolve()
-    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
-
-
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
     """The prompt's first values [P, H] fp32, seeded by --seed.
 

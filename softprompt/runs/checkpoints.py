@@ -21,9 +21,11 @@ from softprompt.runs.file_names import (
 from softprompt.runs.state import Metrics, TrainingState
 from softprompt.utils.atomic_io import Files, read_inside
 
+MAX_FILE_BYTES = 32 << 30  # of a checkpoint; a bound for links to endless files
+
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, oldest first; those that a run removes in the meantime may be left out."""
+    """Return the checkpoint-N folders of a run, oldest first. Folders that the run removes meanwhile may be missing."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
@@ -34,20 +36,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | None = None) -> list[int]:
-    """Those of a run's checkpoints, by `numbers` in order, that may go once checkpoint-`newest` is safe: those behind
-    it, which are of a course that was left, and the oldest above `limit` (None: keep all). The newest and
-    checkpoint-`best` stay."""
+    """Return the steps of the checkpoints to remove once checkpoint-`newest` is written: later ones, since the run went
+    back before them, and the oldest ones above `limit` (None: keep all). checkpoint-`newest` and checkpoint-`best` are
+    kept. `numbers` are the steps of all checkpoints in order."""
     old = [n for n in numbers if n <= newest]
     above = len(old) - limit if limit else 0
     spare = [n for n in old if n not in (newest, best)]
     return [n for n in numbers if n > newest] + spare[: max(0, above)]
 
 
-MAX_FILE_BYTES = 32 << 30  # of a checkpoint; only lest a link to an endless file is read
-
-
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
-    """The loop's state, and `more` that is JSON-able, as STATE_FILES."""
+    """Return STATE_FILES with the state of the loop and `more` values, which must be JSON-able."""
     values = {
         "step": state.step,
         "taken": state.taken,
@@ -61,18 +60,18 @@ def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, byte
 
 
 def metrics_file(history: Sequence[Metrics]) -> bytes:
-    """metrics.jsonl: a record a line."""
+    """Return the content of metrics.jsonl: one record per line."""
     return "".join(json.dumps(record, allow_nan=False) + "\n" for record in history).encode()
 
 
 def with_checksums(files: Files) -> dict[str, bytes]:
-    """The files and their checksums."""
+    """Return the files together with checksums.json."""
     return {**files, CHECKSUMS_FILE: json_bytes({name: _sha256(content) for name, content in sorted(files.items())})}
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint-N folder; None if it is whole: every file as it was written, none too few, and of
-    the step that its name says."""
+    """Return what is wrong with a checkpoint-N folder. None if it is whole: every file is there as it was written, and
+    the state is of step N."""
     name = CHECKSUMS_FILE
     try:
         text = read_inside(checkpoint, name, MAX_FILE_BYTES)
@@ -91,7 +90,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault: None) -> Path | None:
-    """The newest checkpoint of a run that is whole; each that is newer and is not is told."""
+    """Return the newest whole checkpoint of a run; `tell` is called for each newer one that is not whole."""
     for checkpoint in reversed(checkpoints(output_dir)):
         if not (fault := fault_of(checkpoint)):
             return checkpoint

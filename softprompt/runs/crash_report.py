@@ -1,4 +1,4 @@
-"""What nobody foresaw: its traceback goes into a file, one line to the screen."""
+"""Unexpected errors: write the traceback to a file, and show one line."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from typing import NamedTuple
 from softprompt.utils.errors import SoftpromptError
 from softprompt.utils.redact import redacted
 
-MOST_LETTERS = 300  # of what an error says
+MAX_CHARACTERS = 300  # of an error's message
 
 
 @contextmanager
 def crashes_in(folder: Path) -> Iterator[None]:
-    """What fails inside belongs to the run in `folder`."""
+    """Mark errors inside the context as errors of the run in `folder`."""
     try:
         yield
     except Exception as error:
@@ -28,8 +28,8 @@ def crashes_in(folder: Path) -> Iterator[None]:
 
 
 class Failure(NamedTuple):
-    """What is kept of an error after which other work goes on: one line, and a report with the traceback where it is
-    none of this project's own. It holds none of the error's frames, and so no tensors."""
+    """An error after which other work continues: one line, and for unexpected errors a report with the traceback. It
+    keeps none of the error's frames, and so no tensors."""
 
     line: str
     report: str
@@ -38,7 +38,7 @@ class Failure(NamedTuple):
 def failure(error: Exception) -> Failure:
     from softprompt.utils.out_of_memory import is_out_of_memory
 
-    what = " ".join(str(error).split())[:MOST_LETTERS]
+    what = " ".join(str(error).split())[:MAX_CHARACTERS]
     if isinstance(error, SoftpromptError):
         return Failure(what, "")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
@@ -47,11 +47,11 @@ def failure(error: Exception) -> Failure:
 
 
 def crash_line(error: BaseException) -> str:
-    """Write the traceback into the run's folder, or where there is none into the place for temporary files.
+    """Write the traceback into the run's folder, or into the folder for temporary files.
 
-    Returns one line with what happened, that file, and the run's newest whole checkpoint."""
+    Returns one line with the error, that file, and the run's newest whole checkpoint."""
     folder: Path | None = getattr(error, "output_dir", None)
-    what = " ".join(str(error).split())[:MOST_LETTERS]
+    what = " ".join(str(error).split())[:MAX_CHARACTERS]
     file = _written(_report(error), folder)
     line = f"unexpected {type(error).__name__}{': ' if what else ''}{what}; "
     line += f"the traceback is in {file}" if file else "no place took a file with the traceback"
@@ -63,7 +63,7 @@ def crash_line(error: BaseException) -> str:
 
 
 def _report(error: BaseException) -> str:
-    """The command, the versions and the traceback."""
+    """Return the command, the versions and the traceback."""
     versions = {name: module.__version__ for name in ("torch", "transformers") if (module := sys.modules.get(name))}
     head = [f"command: {shlex.join(sys.argv)}", f"python {platform.python_version()}, {platform.platform()}"]
     head += [f"{name} {version}" for name, version in versions.items()]

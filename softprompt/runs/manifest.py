@@ -1,5 +1,5 @@
-"""Which files of an output folder are its own: a manifest in the folder lists what was written there. Only what it
-lists is ever replaced or removed; whatever else stands in the folder belongs to somebody else."""
+"""A manifest in an output folder lists the files that were written there. Only listed files are ever replaced or
+removed; any other file in the folder belongs to somebody else."""
 
 import errno
 import json
@@ -13,14 +13,21 @@ from softprompt.utils.atomic_io import Files, read_inside, remove_folder, write_
 from softprompt.utils.errors import OutputError
 
 MAX_BYTES = 1 << 20
-NAMED = 3  # files in one message
+NAMED = 3  # files that a message names
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output folder: `name` is what writes into it, `pattern` matches the names that its manifest `file` may
-    list, so that no manifest from elsewhere leads to other files. `older` finds by their content the files of a version
-    that wrote no manifest, `beside` those that another command wrote into a folder that has one."""
+    """A kind of output folder.
+
+    Attributes:
+        name: what writes into the folder, for messages.
+        file: the name of the manifest.
+        pattern: a regular expression for the names that the manifest may list, so that a manifest from elsewhere cannot
+            lead to other files.
+        older: finds by their content the files of a version that wrote no manifest.
+        beside: finds files that another command wrote into a folder with a manifest.
+    """
 
     name: str
     file: str
@@ -31,26 +38,26 @@ class Kind:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of `folder`, read anew whenever it is asked. One process at a time writes it: the holder of the
-    folder's lock. Names are relative to the folder and have / between their parts."""
+    """The manifest of `folder`. It is read from disk on every call, and written only by the holder of the folder's
+    lock. Names are relative to the folder, with / as separator."""
 
     folder: Path
     kind: Kind
 
     def names(self) -> set[str]:
-        """What stands in the folder and is its own."""
+        """Return the names of the folder's own files that exist."""
         listed = self._listed()
         found = self.kind.older(self.folder) if listed is None else listed | self.kind.beside(self.folder)
         return {name for name in found if self._stands(name)}
 
     def foreign(self, names: Iterable[str]) -> list[str]:
-        """Those of `names`, and the manifest's, that stand in the folder and are not its own."""
+        """Return those of `names`, and the manifest's own name, that exist and are not the folder's own."""
         owned = self.names()
         not_ours = [self.kind.file] if self._listed() is None else []
         return [name for name in [*names, *not_ours] if name not in owned and self._stands(name)]
 
     def refuse(self, foreign: Iterable[str], flag: str = "--output_dir") -> None:
-        """Raises OutputError where there are `foreign` files."""
+        """Raise OutputError if there are `foreign` files."""
         if some := sorted(foreign):
             told = ", ".join(some[:NAMED]) + (f" and {len(some) - NAMED} more" if len(some) > NAMED else "")
             them = "it" if len(some) == 1 else "them"
@@ -63,7 +70,7 @@ class Manifest:
         """List `names`, which are about to be written.
 
         Raises:
-            FileExistsError: one of them stands in the folder and is not its own.
+            FileExistsError: one of them exists and is not the folder's own.
             OSError: the manifest cannot be written.
         """
         names = set(names)
@@ -72,12 +79,12 @@ class Manifest:
         self.own(names)
 
     def own(self, names: Iterable[str]) -> None:
-        """List `names`, which this process has just made or is about to. Raises OSError."""
+        """List `names`, which this process has just written or is about to write. Raises OSError."""
         if not set(names) <= (self._listed() or set()):
             self._write(self.names() | set(names))
 
     def write(self, files: Files) -> None:
-        """Write `files` into the folder, each replaced as a whole. Raises as `add` does."""
+        """Write `files` into the folder, each atomically. Raises as `add` does."""
         self.add(files)
         write_files(self.folder, files)
 
@@ -85,7 +92,7 @@ class Manifest:
         """Remove those of `names` that are the folder's own."""
         names = set(names) & self.names()
         if names:
-            self.own(names)  # an older version's are known by each other, and some will be gone
+            self.own(names)  # files of an older version are recognised by each other, so list them before some are gone
         for name in sorted(names):
             path = self.folder / name
             if path.is_dir():
@@ -96,7 +103,7 @@ class Manifest:
             self._write(self.names())
 
     def _listed(self) -> set[str] | None:
-        """None where there is no manifest, or something else has its name."""
+        """None if there is no manifest, or another file has its name."""
         try:
             found = json.loads(read_inside(self.folder, self.kind.file, MAX_BYTES))
             names = found["files"] if found["written_by"] == self._mark else None

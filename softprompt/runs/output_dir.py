@@ -7,7 +7,6 @@ from pathlib import Path
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import RUNS
-from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.checkpoints import step_of
 from softprompt.runs.run_files import refuse_foreign_files, refuse_other_run
 from softprompt.utils.atomic_io import check_writable
@@ -15,12 +14,18 @@ from softprompt.utils.errors import OutputError
 from softprompt.utils.file_lock import FolderLock, refuse_locked
 
 
+def continues_in(output_dir: Path, checkpoint: Path | None) -> bool:
+    """Whether `checkpoint` belongs to the run in `output_dir`, which is then continued in place."""
+    here = output_dir.resolve()
+    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+
+
 def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
-    """The folder of this run, not yet made.
+    """Return the output folder of a run; it is not created yet.
 
     Raises:
-        OutputError: it is a file, cannot be written to, or holds another run than the one that `checkpoint` is of, or
-            files of somebody else's that the run would replace, or another process is writing there.
+        OutputError: it is a file, cannot be written to, holds another run than that of `checkpoint` or somebody else's
+            files that the run would replace, or another process is writing there.
     """
     if config.training.output_dir is not None:
         path = Path(config.training.output_dir)
@@ -34,11 +39,11 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
 
 
 def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> FolderLock:
-    """Make the folder of this run and take its lock. A folder that was not named and that another process has made
-    in the meantime is left to it, and the next free name is taken.
+    """Create the output folder and take its lock. If its name is a default one and another process has created that
+    folder meanwhile, take the next free name.
 
     Raises:
-        OutputError: another process is writing there, or wrote a run since it was chosen, or it cannot be made.
+        OutputError: the folder cannot be created, or another process is writing there or has written a run since.
     """
     try:
         if config.training.output_dir is None:
@@ -61,7 +66,7 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
 def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
     if not locked:
         refuse_locked(path)
-    goes_on = goes_on_in(path, checkpoint)
+    goes_on = continues_in(path, checkpoint)
     if not goes_on:
         refuse_other_run(path, config.training.overwrite_output_dir)
     board = config.sharing.report_to == "tensorboard"

@@ -1,4 +1,4 @@
-"""What a run of train.py writes into its folder, and what of a folder may be replaced or removed for it."""
+"""Which files a training run writes into its folder, and which files there it may replace or remove."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ from softprompt.runs.file_names import (
     OF_A_CHECKPOINT,
     OPTIMIZER_FILE,
     PICTURE_FILE,
+    QUESTION_FILE,
     REPORT_FILE,
     RESULTS_FILE,
     RNG_FILE,
@@ -28,21 +29,21 @@ from softprompt.runs.manifest import Kind, Manifest
 from softprompt.utils.atomic_io import read_inside, remove_leftovers
 from softprompt.utils.errors import OutputError
 
-OF_A_RUN = (*sorted(OF_A_CHECKPOINT), RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
+OF_A_RUN = (*sorted(OF_A_CHECKPOINT), QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 MANIFEST_FILE = "run_manifest.json"
 EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # of TensorBoard; in OUTPUT_DIR, as Trainer's
 PATTERN = rf"{'|'.join(map(re.escape, OF_A_RUN))}|{CHECKPOINT}|{EVENTS_FOLDER}/events\.out\.tfevents\.[^/]*"
-HEAD = 1 << 16  # bytes of a file that are looked at
+HEAD = 1 << 16  # bytes of a file that are read to recognise it
 OF_A_STATE = {"step", "taken", "scaler", "unlogged", "arguments", "fingerprints"}
 
 
 def run_files(folder: Path) -> Manifest:
-    """The manifest of a run's folder."""
+    """Return the manifest of a run's folder."""
     return Manifest(folder, Kind("run of train.py", MANIFEST_FILE, PATTERN, _of_an_older_version, _beside))
 
 
 def refuse_other_run(folder: Path, overwrite: bool) -> None:
-    """Raises OutputError where `folder` holds a run already and is not to be overwritten."""
+    """Raise OutputError if `folder` holds a run and `overwrite` is not given."""
     saved = rf"{re.escape(CONFIG_FILE)}|{CHECKPOINT}"
     if not overwrite and any(re.fullmatch(saved, name) for name in run_files(folder).names()):
         raise OutputError(
@@ -52,11 +53,11 @@ def refuse_other_run(folder: Path, overwrite: bool) -> None:
 
 
 def refuse_foreign_files(folder: Path, board: bool, after_step: int | None = None) -> None:
-    """See that all that a run would replace or remove in `folder` is of a run: one that begins, or that goes on there
-    `after_step`. With a `board` its events belong to it.
+    """Check that a run may replace or remove everything in `folder` that it would: a new run, or one that is resumed
+    there `after_step`. With a `board`, TensorBoard's event files count too.
 
     Raises:
-        OutputError: a file that it would write, a checkpoint, or a file in a checkpoint is somebody else's.
+        OutputError: a file that the run would write, a checkpoint, or a file in a checkpoint is somebody else's.
     """
     manifest = run_files(folder)
     later = [path for path in folder.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
@@ -67,16 +68,16 @@ def refuse_foreign_files(folder: Path, board: bool, after_step: int | None = Non
 
 
 def remove_run(folder: Path) -> None:
-    """Take away the run that is there."""
+    """Remove the files of the run in `folder`."""
     manifest = run_files(folder)
     manifest.remove(name for name in manifest.names() if not foreign_in(folder / name))
 
 
 def own_checkpoint(folder: Path, step: int) -> Path:
-    """Where a run is to write its checkpoint of this step, which is its own from now on.
+    """List checkpoint-`step` in the manifest, and return its folder, which is to be written now.
 
     Raises:
-        FileExistsError: what stands there, or something in it, is somebody else's.
+        FileExistsError: the folder, or a file in it, is somebody else's.
     """
     path = folder / f"checkpoint-{step}"
     run_files(folder).add([path.name])
@@ -86,13 +87,13 @@ def own_checkpoint(folder: Path, step: int) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Take away what processes left that were killed while writing."""
+    """Remove temporary files that a killed process left."""
     remove_leftovers(folder, CHECKPOINT, (*OF_A_RUN, MANIFEST_FILE))
 
 
 def remove_old_checkpoints(folder: Path, newest: int, limit: int | None, best: int | None = None) -> list[str]:
-    """Once checkpoint-`newest` is safe, remove the run's checkpoints that `surplus` names. Returns files of somebody
-    else's in these: a checkpoint that holds such a file stays."""
+    """Remove the checkpoints that `checkpoints.surplus` names, once checkpoint-`newest` is written. A checkpoint that
+    holds somebody else's file is kept; return these files."""
     manifest = run_files(folder)
     owned = manifest.names()
     numbers = [step_of(path) for path in checkpoints(folder) if path.name in owned]
@@ -103,31 +104,31 @@ def remove_old_checkpoints(folder: Path, newest: int, limit: int | None, best: i
 
 
 def foreign_in(path: Path) -> list[str]:
-    """What stands in a checkpoint-N folder beside the files of a checkpoint, as checkpoint-N/NAME; nothing where `path`
-    is a file."""
+    """Return the files in a checkpoint-N folder that no checkpoint has, as checkpoint-N/NAME; none if `path` is a
+    file."""
     if not path.is_dir():
         return []
     return [f"{path.name}/{p.name}" for p in path.iterdir() if p.name not in (*OF_A_CHECKPOINT, CHECKSUMS_FILE)]
 
 
 def events_in(folder: Path) -> list[str]:
-    """TensorBoard's event files of a run's folder."""
+    """Return TensorBoard's event files in a run's folder."""
     return [f"{EVENTS_FOLDER}/{path.name}" for path in (folder / EVENTS_FOLDER).glob(EVENTS)]
 
 
 def _beside(folder: Path) -> set[str]:
-    """A page that `python -m softprompt report` wrote about the run, and what holds nothing."""
+    """A page that `softprompt report` wrote about the run, and empty checkpoint folders."""
     return _empty(folder) | ({REPORT_FILE} if _looks_written(folder, REPORT_FILE) else set())
 
 
 def _empty(folder: Path) -> set[str]:
-    """Checkpoint folders without any file, whose removal loses nothing."""
+    """Empty checkpoint folders, which may be removed."""
     return {path.name for path in checkpoints(folder) if not path.is_symlink() and not any(path.iterdir())}
 
 
 def _of_an_older_version(folder: Path) -> set[str]:
-    """The files of a run that wrote no manifest, each known by what only such a run writes; what is in doubt is left
-    out."""
+    """The files of a run of an older version, which wrote no manifest. Each is recognised by content that only such a
+    run writes; doubtful files are left out."""
     of_steps = {path.name for path in checkpoints(folder) if not path.is_symlink() and _is_checkpoint(path)}
     if not of_steps and not any(_looks_written(folder, name) for name in (STATE_FILE, FACTS_FILE)):
         return _empty(folder)
@@ -142,7 +143,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _looks_written(folder: Path, name: str) -> bool:
-    """Whether a file has what a run writes into the file of this name."""
+    """Whether a file has the content that a run writes under this name."""
     return not (folder / name).is_symlink() and (folder / name).is_file() and LOOKS[name](folder, name)
 
 
@@ -155,7 +156,7 @@ def _contains(text: str) -> Callable[[Path, str], bool]:
 
 
 def _tensors(*names: str) -> Callable[[Path, str], bool]:
-    """Of a safetensors file, by its header: these tensors, and none besides."""
+    """A test whether a safetensors file holds no other tensors than `names`, by its header."""
 
     def looks(folder: Path, name: str) -> bool:
         head = _head(folder / name)
@@ -174,6 +175,11 @@ def _is_log(folder: Path, name: str) -> bool:
         return not line or json.loads(line).keys() >= {"step", "epoch"}
     except (ValueError, AttributeError, RecursionError):
         return False
+
+
+def _is_question(folder: Path, name: str) -> bool:
+    """Runs without a manifest had no such file."""
+    return False
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -203,6 +209,7 @@ LOOKS: dict[str, Callable[[Path, str], bool]] = {
     STATE_FILE: _has(*OF_A_STATE),
     RESULTS_FILE: _has("epoch", "train_runtime", "train_tokens_per_second"),
     PICTURE_FILE: _contains("Matplotlib"),
+    QUESTION_FILE: _is_question,
     FACTS_FILE: _has("arguments", "base", "prompt"),
     START_FILE: _tensors(PROMPT_KEY),
     REPORT_FILE: _contains(MARK),

@@ -1,4 +1,4 @@
-"""One run as its folder tells it: what a report shows, whether the run ended or not."""
+"""Read a run back from its folder, whether it has ended or not."""
 
 import json
 import math
@@ -16,20 +16,27 @@ from softprompt.utils.errors import OutputError, ReportError
 from softprompt.utils.file_lock import refuse_locked
 
 Facts = dict[str, Any]
-MAX_BYTES = 256 << 20  # of a file that is shown
+MAX_BYTES = 256 << 20  # of a file that is read
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`facts` are those of report.json, empty for a run of a version that wrote none; `results` are empty where the run
-    has not ended. `history` has a record per logged step and per evaluation, numbers alone."""
+    """What a run's folder holds.
+
+    Attributes:
+        facts: the content of report.json; empty if an older version wrote none.
+        history: one record per logged step and per evaluation, with numbers only.
+        results: the content of all_results.json; empty if the run has not ended.
+        runs_now: whether a process is writing the run.
+        checkpoint: the newest whole checkpoint of a run that has not ended.
+    """
 
     folder: Path
     facts: Facts
     history: list[Metrics]
     results: Metrics = field(default_factory=dict)
     runs_now: bool = False
-    checkpoint: str | None = None  # the newest whole one of a run that has not ended
+    checkpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -48,24 +55,24 @@ class RunRecord:
         return self.facts.get("arguments", {})
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """The (step, value) points of a metric; what a sweep left before the first step is none."""
+        """Return the (step, value) points of a metric, without records from before the first step."""
         return [(record["step"], record[name]) for record in self.history if name in record and record["step"]]
 
     def of_base(self, name: str) -> float | None:
-        """A metric of the bare base, such as eval_loss."""
+        """Return a metric of the bare base, such as eval_loss."""
         return {**self.results, **self.facts.get("base_alone", {})}.get(f"{name}_base")
 
     def final(self, name: str) -> float | None:
-        """A metric of the prompt that the run ended with, or the last one there is."""
+        """Return a metric of the final prompt, or, if the run has not ended, its last value."""
         points = self.series(name)
         return self.results.get(name) if self.ended else points[-1][1] if points else None
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read a run's folder, that of one that has not ended among them.
+    """Read a run's folder; the run may still be going on.
 
     Raises:
-        ReportError: there is no such folder, no run in it, no metrics of it yet, or a file that cannot be read.
+        ReportError: there is no such folder, no run in it, no metrics yet, or a file cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,7 +102,7 @@ def _history(folder: Path) -> list[Metrics]:
 
 
 def _lines(text: str) -> list[Metrics]:
-    """Its records. The last line may be half a one, as a run leaves it that was killed while writing it."""
+    """Parse metrics.jsonl. The last line may be incomplete if the run was killed while writing it."""
     lines, records = text.split("\n"), []
     for number, line in enumerate(lines, start=1):
         try:
@@ -122,7 +129,7 @@ def _numbers(record: Metrics) -> Metrics:
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
-    """None where there is no such file."""
+    """Read and parse a file; None if it does not exist."""
     try:
         return parse(read_inside(folder, name, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:

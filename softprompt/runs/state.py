@@ -13,9 +13,18 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, counted from 1: mean loss over its targets, gradient norm before clipping, the learning rate
-    it used, its real tokens and seconds. `epoch` is the number of passes done, as a fraction. `loss` and `grad_norm`
-    are finite; None stands for a value that was not, which only a step that the GradScaler skipped has."""
+    """One optimizer step.
+
+    Attributes:
+        number: counted from 1.
+        epoch: passes over the rows after this step, as a fraction.
+        loss: the mean over the targets of the step; None if it is not finite, which only a step has that the GradScaler
+            skipped.
+        grad_norm: the gradient's norm before clipping; None as for `loss`.
+        learning_rate: the one that the step used.
+        tokens: real tokens, without padding and virtual tokens.
+        seconds: wall-clock time.
+    """
 
     number: int
     epoch: float
@@ -28,9 +37,17 @@ class Step:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where the loop stands after `step` optimizer steps, of which `taken` moved the schedule: what it needs to go on
-    as if it had not stopped. `optimizer` holds AdamW's moments [P, H] fp32 and its step count; `rng` the states of
-    torch's generators (uint8), by device type; `position` is what the feed left, beside the step."""
+    """What the loop needs to continue as if it had not stopped.
+
+    Attributes:
+        step: optimizer steps done.
+        taken: those that the GradScaler did not skip; the learning rate schedule counts only these.
+        unlogged: steps since the last log record.
+        optimizer: AdamW's moments [P, H] fp32 and its step count.
+        scaler: the state of the GradScaler; empty without fp16.
+        rng: states of torch's random generators, uint8, by device type.
+        position: where the loader continues, beside the step.
+    """
 
     step: int = 0
     taken: int = 0

@@ -1,10 +1,10 @@
-"""Going on where a run stopped: the loop's state in files, and checkpoints that are whole or recognised as broken. What
-checkpoint and command line each have to say is in resume_config.py.
+"""Find the checkpoint that a run resumes, and read the state of the loop from it. How its settings are merged with the
+command line is in training/resume_settings.py. A checkpoint has, beside the adapter:
 
 optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
 rng_state.safetensors   states of torch's random generators, uint8
-trainer_state.json      position, schedule, scaler, what is not yet logged, totals, best, settings, fingerprints
-metrics.jsonl           every metric so far
+trainer_state.json      position, schedule, scaler, unlogged steps, totals, best, settings, fingerprints
+metrics.jsonl           all metrics so far
 checksums.json          sha256 of every other file of the checkpoint
 """
 
@@ -33,7 +33,8 @@ OF_THIS_CALL = (
 
 
 def way_on(output_dir: Path, more: str = "") -> str:
-    """Where a run that broke off stands, and how it goes on: a clause for its last message; `more` ends the command."""
+    """Return a clause for the last message of a run that failed: its newest whole checkpoint, and the command that
+    continues it; `more` is appended to the command."""
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
@@ -41,7 +42,7 @@ def way_on(output_dir: Path, more: str = "") -> str:
 
 
 def resume_command(output_dir: Path) -> str:
-    """What goes on with a run, started as this process was: alone, or by torchrun, on as many nodes."""
+    """Return the command that resumes a run, with torchrun on as many nodes if this process was started so."""
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
     program = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
@@ -50,13 +51,14 @@ def resume_command(output_dir: Path) -> str:
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means, or None: it was not given, or there is none yet.
+    """Return the checkpoint that `--resume_from_checkpoint` means. None if it is not given, or if there is none yet.
 
-    A checkpoint-N folder is that one; a run's folder, or no value with --output_dir, the newest whole one in it.
+    The value is a checkpoint-N folder, or a run's folder, whose newest whole checkpoint is taken. Without a value,
+    --output_dir is that folder.
 
     Raises:
         ConfigError: no value, and no --output_dir either.
-        CheckpointError: the folder named is no whole checkpoint, or none of a run's is whole.
+        CheckpointError: the folder is no whole checkpoint, or the run has no whole one.
     """
     named = config.training.resume_from_checkpoint
     if named is None:
@@ -79,8 +81,8 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
 
 
 def run_folder(config: TrainConfig) -> Path | None:
-    """The folder that a run will be written to, as far as its settings name it: --output_dir, else the folder of the
-    run that is resumed."""
+    """Return the folder that a run will be written to, if its settings name it: --output_dir, else the folder of the
+    resumed run."""
     named = config.training.resume_from_checkpoint
     if config.training.output_dir is not None:
         return Path(config.training.output_dir)
@@ -91,10 +93,11 @@ def run_folder(config: TrainConfig) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """The loop's state and all else that a whole checkpoint holds: what trainer_state.json has, and the `history`.
+    """Return the state of the loop, and everything else in a whole checkpoint: the values of trainer_state.json, and
+    the metrics as `history`.
 
     Raises:
-        CheckpointError: it was written by another version and lacks what this one needs.
+        CheckpointError: another version wrote it, and it lacks what this version needs.
     """
     files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
     values = json.loads(files[STATE_FILE])

@@ -1,8 +1,9 @@
-"""torchrun repeats its command after a rank has died. Whether that means to begin or to go on, the newest checkpoint in
-the run's folder says: it names the launch, and the processes, that have saved it.
+"""Resume automatically when torchrun restarts a run.
 
-Neither torchrun's count of restarts nor a flag could say it: a node counts only the restarts that it asked for, a
-refusal is followed by a start as well, when the folder is another run's, and an older run's checkpoints may lie there.
+torchrun repeats its command after a rank has died. The newest checkpoint in the run's folder decides whether to start
+or to resume: it names the launch and the processes that saved it. torchrun's restart count cannot decide: each node
+counts only the restarts that it asked for, torchrun restarts after a refusal too, and checkpoints of an older run may
+lie in the folder.
 """
 
 import json
@@ -20,13 +21,13 @@ from softprompt.utils.torchrun_env import may_restart
 
 
 def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
-    """Whether an earlier start of this same launch has saved the newest checkpoint in the run's folder; `starts` are
-    all ranks' `torchrun.start`, none without torchrun."""
+    """Whether an earlier start of the same launch saved the newest checkpoint in the run's folder. `starts` are the
+    `torchrun_env.start()` of all ranks; empty without torchrun."""
     folder = run_folder(config)
     newest = newest_whole(folder) if starts and folder else None
     if newest is None:
         return False
-    with suppress(OSError, LookupError, TypeError):  # what stands there may be anything
+    with suppress(OSError, LookupError, TypeError):  # the file may hold anything
         saved = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))["starts"]
         launches, processes = ([{start[what] for start in some} for some in (starts, saved)] for what in (0, 1))
         return not launches[0].isdisjoint(launches[1]) and processes[0].isdisjoint(processes[1])
@@ -34,10 +35,10 @@ def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
 
 
 def resume_settings(config: TrainConfig, goes_on: bool) -> TrainConfig:
-    """What the command means now: itself, or to go on with what it has saved.
+    """The settings as given, or, if `goes_on`, those that resume the run from its newest checkpoint.
 
     Raises:
-        ConfigError: torchrun may restart a run whose folder has no name of its own.
+        ConfigError: torchrun may restart a run that has no `--output_dir`.
     """
     args, folder = config.training, run_folder(config)
     if folder is None and may_restart():

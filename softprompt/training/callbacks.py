@@ -16,7 +16,7 @@ from softprompt.models.capabilities import why_no_answers
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
-from softprompt.runs.file_names import METRICS_FILE, RESULTS_FILE, STATE_FILE, STATE_FILES
+from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE, STATE_FILES
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.runs.train_state import OF_THIS_CALL, resume_command
 from softprompt.training.early_stopping import metric_name, out_of_patience, update_best
@@ -26,8 +26,6 @@ from softprompt.training.result import Run, Setup
 from softprompt.training.run_writer import RunWriter
 from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.errors import Stopped
-
-QUESTION_FILE = "question.jsonl"  # the one to try, where flags cannot ask it
 
 
 class RunCallbacks:
@@ -41,7 +39,7 @@ class RunCallbacks:
         self.output_dir, self.loader, self.evaluator = setup.output_dir, setup.data.loader, setup.evaluator
         self.log = self._metrics_log()
         self.before: Evaluation | None = None
-        self.latest: Evaluation | None = None  # of the prompt as it is after the last step
+        self.latest: Evaluation | None = None  # of the prompt after the last step, if it was evaluated there
         self.best = self.start.best
         self.began = time.perf_counter()
         self.state = _state_of(self.start.checkpoint) if self.start.checkpoint else {}
@@ -69,7 +67,7 @@ class RunCallbacks:
 
     def begin(self) -> Run:
         """Start the log, and evaluate the bare base for comparison. Return the run as it is before its first step."""
-        self._adapter_files({})  # what a save needs of the base is looked at now, not after the last step
+        self._adapter_files({})  # fail now, not after the last step, if the adapter's files cannot be made
         self.log.start(self.start.totals, self.start.history)
         if self.evaluator:
             self.log.say("evaluating the base without a prompt …")
@@ -82,7 +80,7 @@ class RunCallbacks:
         return self.stop.exit_code is not None or self._patience_is_over()
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped where the loop was to end before its last step."""
+        """Raise Stopped if the loop was asked to end before its last step."""
         done, total = self.log.totals.steps, self.loader.total_steps
         code = self.stop.exit_code
         if code is not None and not self._is_over(done) and not self._patience_is_over():
@@ -129,10 +127,10 @@ class RunCallbacks:
         self.writer.write_checkpoint(step.number, files, self.args.save_total_limit, self._kept_best())
 
     def finish(self) -> Run:
-        """Evaluate the tuned prompt, or the best of all, and write the run's own files."""
+        """Evaluate the final prompt, or the best one, and write the results. Return the finished run."""
         seconds = self._runtime()
-        self._tell_rows()
-        self._tell_skipped()
+        self._print_row_notes()
+        self._warn_of_skipped_steps()
         after = self._evaluate() if self.evaluator and not self.latest else self.latest
         if self._kept_best() not in (None, self.log.totals.steps):
             after = self._take_best() or after
@@ -155,20 +153,20 @@ class RunCallbacks:
             rows = [{**rows[0], "instruction": "我爱这部电影"}]
         return first_question(rows, self.data.template, self.data.tokenizer)
 
-    def _tell_rows(self) -> None:
+    def _print_row_notes(self) -> None:
         if told := self.loader.told(self.position):
             done, total = self.log.totals.steps, self.loader.total_steps
             ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
             self.log.say(told + ended)
 
-    def _tell_skipped(self) -> None:
+    def _warn_of_skipped_steps(self) -> None:
         if self.skipped:
             steps, why = self.log.totals.steps, "their fp16 gradients were not finite"
             nothing = "; the prompt is as it began: train with --bf16, or in fp32" if self.skipped == steps else ""
             self.log.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, as {why}{nothing}")
 
     def _evaluate(self) -> Evaluation | None:
-        """Of the prompt after the last step; it is logged and noted unless a run that is resumed after its end was
+        """Evaluate the prompt after the last step, and log the result, unless a run that is resumed after its end was
         evaluated there before."""
         if not self.evaluator:
             return None
@@ -189,7 +187,7 @@ class RunCallbacks:
         return self.best.step if self.args.load_best_model_at_end else None
 
     def _take_best(self) -> Evaluation | None:
-        """Go back to the best prompt and evaluate it; None where its checkpoint is not whole, and nothing changes."""
+        """Restore the best prompt and evaluate it. None if its checkpoint is not whole; the prompt then stays."""
         name, step = f"checkpoint-{self.best.step}", self.best.step
         places = [self.output_dir, *([self.start.checkpoint.parent] if self.start.checkpoint else [])]
         faults = {place / name: self._fault_of_best(place / name) for place in places}
@@ -206,7 +204,7 @@ class RunCallbacks:
         return self.evaluator(self.prompt.weight.detach())
 
     def _fault_of_best(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint that should hold the best prompt of this run; None where it does."""
+        """Return what is wrong with a checkpoint that should hold the best prompt of this run; None if it holds it."""
         if fault := fault_of(checkpoint):
             return fault
         saved = json.loads((checkpoint / STATE_FILE).read_bytes()).get("best") or {}
@@ -214,7 +212,7 @@ class RunCallbacks:
         return None if ours else "it is of another run"
 
     def _runtime(self) -> float:
-        """Seconds of the loop so far, those before a resume among them."""
+        """Seconds of the loop so far, including those before a resume."""
         return self.start.totals.runtime + time.perf_counter() - self.began
 
     def _results(self, after: Evaluation | None, seconds: float) -> Metrics:
@@ -230,7 +228,7 @@ class RunCallbacks:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """The settings as they were used, without those that are of one call."""
+        """Return the settings that the run uses, without those that only concern one call."""
         used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
         every = {**self.config.as_dict(), **used}
         return {name: value for name, value in every.items() if name not in OF_THIS_CALL}

@@ -1,4 +1,4 @@
-"""What a run says before it starts: its rows, its model, its steps, and whether its learning rate can do anything."""
+"""What a run prints before it starts: rows, model, steps, and whether the learning rate can move the prompt."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from softprompt.engines.base import Engine
 from softprompt.engines.padded import SoftPromptedModel
 from softprompt.training.loop import farthest_move, learning_rates
 
-# A RANDOM prompt's values have size 1: carried less far than this, they are what they were.
+# The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
 LEAST_MOVE = 0.1
-LEAST_SLOWER = 2  # times fp32's time: a CPU without bf16 instructions takes some hundred times as long
+LEAST_SLOWER = 2  # times the time of fp32; a CPU without bf16 instructions takes about a hundred times as long
 
 
 def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
-    """Count, columns and first row, as the article shows them, and what else is to be said of the rows."""
+    """Print the number of rows, their columns, the first row, and `notes` on the rows."""
     rows = "rows" if count is None else f"{count:,} rows"
     print(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}")
     for name, value in first.items():
@@ -35,10 +35,10 @@ def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequen
 def print_data(
     data: Tokenized, held_out: Tokenized | None, buffer_size: int | None, ignored: Mapping[str, int]
 ) -> None:
-    """`buffer_size` is that of a stream, whose first rows `data` is of; `ignored` are the keys of messages that are not
-    read, and how many rows have them."""
+    """Print how many rows and tokens there are. For a stream, `data` are its first rows and `buffer_size` is its
+    shuffle buffer. `ignored` are keys of messages that the chat template does not read, with the number of rows."""
     if buffer_size:
-        print(f"Training: read as it goes, drawn from among {buffer_size:,} rows; its beginning: {data}")
+        print(f"Training rows are streamed (shuffle buffer {buffer_size:,}). First rows: {data}")
     else:
         print(f"Training: {data}")
     if held_out:
@@ -49,7 +49,8 @@ def print_data(
 
 
 def print_answer_end(end: str | None, tokenizer: Any) -> None:
-    """What ends answers, where the template does not put the tokenizer's eos_token behind them: its `end`, or none."""
+    """Print which token ends answers if the chat template does not end them with the tokenizer's eos_token. `end` is
+    the token that it writes; None if it writes none."""
     eos = tokenizer.eos_token
     if end is None:
         print(
@@ -84,8 +85,8 @@ def print_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -
 def print_steps(
     config: TrainConfig, feed: WindowLoader, devices: int, output_dir: Path, searches: bool = False
 ) -> None:
-    """Steps and learning rate (unless the run `searches` for it), and a warning where a RANDOM prompt cannot get
-    anywhere with it."""
+    """Print steps and learning rate, and warn if the rate is too low to move a RANDOM prompt. `searches`: the rate is
+    still to be found."""
     args, peak = config.training, config.learning_rate
     total, rows = feed.total_steps, feed.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
@@ -107,7 +108,7 @@ def print_steps(
 
 
 def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
-    """Of a small matrix product, the faster of two."""
+    """Seconds of a small matrix product, the faster of two."""
     a, seconds = torch.ones(edge, edge, dtype=dtype), []
     for _ in range(2):
         began = time.perf_counter()

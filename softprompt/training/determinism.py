@@ -1,4 +1,4 @@
-"""`--deterministic`: torch takes the same kernels in the same way each time, or says that it has none."""
+"""`--deterministic`: let torch use deterministic algorithms only, and raise an error where it has none."""
 
 import os
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import torch
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Inside, torch's algorithms are deterministic if `on`; afterwards all is as it was.
+    """Use deterministic algorithms inside the context if `on`, and restore torch's flags afterwards.
 
-    As torch's notes on reproducibility ask; `torch.utils.deterministic.fill_uninitialized_memory` is left off, since
-    nothing here reads memory that it has not written.
+    This follows torch's notes on reproducibility. `torch.utils.deterministic.fill_uninitialized_memory` stays off,
+    since no code here reads memory that it has not written.
     """
     if not on:
         yield

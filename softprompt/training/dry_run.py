@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run will do, before it does it."""
+"""`--dry_run`: describe a run without training: rows, steps, memory and time."""
 
 import copy
 import time
@@ -17,11 +17,11 @@ from softprompt.training.lr_finder import sweep_steps
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
 
-MEASURED = 3  # steps, after one that is not counted
+MEASURED = 3  # steps, after a first one that is not counted
 
 
 def dry_run(config: TrainConfig, world: World | None = None) -> str:
-    """Load and check everything, take a few steps with a copy of the prompt, and say what the whole run would be.
+    """Load and check everything, take a few steps with a copy of the prompt, and return a description of the whole run.
     Nothing is written.
 
     Raises:
@@ -65,7 +65,7 @@ def _described_rows(setup: Setup, tokens: int) -> str:
 
 
 def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
-    """Rows of so many steps, where every pass over `n` rows ends with a short one."""
+    """The number of rows in `steps` steps; each pass over `n` rows ends with a short step."""
     if n is None:
         return steps * rows_per_step
     passes, more = divmod(steps, steps_per_epoch(n, rows_per_step))
@@ -73,14 +73,14 @@ def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
 
 
 def measured_speed(setup: Setup) -> float:
-    """Real tokens per second of a few optimizer steps on the run's first rows; the run's own prompt stays as it is."""
+    """Measure real tokens per second over a few optimizer steps on the first rows, with a copy of the prompt."""
     args, prompt = setup.config.training, copy.deepcopy(setup.prompt)
     optimizer = make_optimizer(prompt, args, setup.config.learning_rate)
     scaler = torch.amp.GradScaler(setup.engine.device.type, enabled=setup.engine.compute_dtype is torch.float16)
     began, tokens = 0.0, 0
     with closing(setup.data.loader.windows()) as windows:
         for step, window in enumerate(islice(windows, 1 + MEASURED)):
-            optimizer_step(setup.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # waits for it
+            optimizer_step(setup.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # synchronizes
             if step == 0:
                 began = time.perf_counter()
             else:

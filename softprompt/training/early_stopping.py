@@ -1,4 +1,4 @@
-"""Which evaluation was the best so far, and when to stop waiting for a better one. Pure; its state is JSON."""
+"""Early stopping: the best evaluation so far, and when to stop waiting for a better one. The state is JSON."""
 
 import math
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from softprompt.config.train_args import TrainingArguments
 
 @dataclass(frozen=True)
 class BestMetric:
-    """The best evaluation's step and metric (None before the first), and how many evaluations since the last that
-    gained more than the threshold."""
+    """The step and the metric of the best evaluation, None before the first; `without_gain` counts the evaluations
+    since the last one that improved by more than the threshold."""
 
     step: int | None = None
     metric: float | None = None
@@ -19,21 +19,21 @@ class BestMetric:
 
 
 def metric_name(args: TrainingArguments) -> str:
-    """`--metric_for_best_model` as the metrics name it: with eval_, which may be left out."""
+    """Return `--metric_for_best_model` with the prefix eval_, which may be left out there."""
     return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
 def greater_is_better(args: TrainingArguments) -> bool:
-    """As given; else true of exact match alone."""
+    """Return `--greater_is_better` if it is given; else True for exact match alone."""
     given = args.greater_is_better
     return metric_name(args) == "eval_exact_match" if given is None else given
 
 
 def update_best(best: BestMetric, step: int, metrics: Mapping[str, Any], args: TrainingArguments) -> BestMetric:
-    """`best` after one more evaluation. A metric that is not there or not finite is no gain.
+    """Return `best` after one more evaluation. A metric that is missing or not finite is no improvement.
 
-    As in transformers: the best is any that is better than all before (Trainer); a gain that counts for patience is one
-    of more than `--early_stopping_threshold` over the best before it (EarlyStoppingCallback).
+    As in transformers: the best is the one that is better than all before (Trainer); patience only counts improvements
+    of more than `--early_stopping_threshold` over the best before (EarlyStoppingCallback).
     """
     value = metrics.get(metric_name(args))
     if value is None or not math.isfinite(value):
@@ -46,5 +46,5 @@ def update_best(best: BestMetric, step: int, metrics: Mapping[str, Any], args: T
 
 
 def out_of_patience(best: BestMetric, args: TrainingArguments) -> bool:
-    """Whether `--early_stopping_patience` evaluations in a row brought no gain."""
+    """Whether `--early_stopping_patience` consecutive evaluations brought no improvement."""
     return args.early_stopping_patience is not None and best.without_gain >= args.early_stopping_patience

@@ -1,4 +1,4 @@
-"""A question that can be put to a new prompt: one of its own training rows, in the form that infer.py takes."""
+"""Choose a training row as a question to try the new prompt with, in the form that infer.py takes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,29 +7,33 @@ from typing import Any
 from softprompt.data.template import Template, prompt_messages
 from softprompt.utils.errors import SoftpromptError
 
-MOST_CHARACTERS = 120  # of a text that is shown as a flag's value
+MOST_CHARACTERS = 120  # of a text that is printed as the value of a flag
 
 
 @dataclass(frozen=True)
 class FirstQuestion:
-    """`row` is a line of a --prompts_file. `flags` say the same, where flags can: texts by the names of infer.py's
-    flags, each short and printable on one line."""
+    """A question for infer.py.
+
+    Attributes:
+        row: the question as a line of a --prompts_file.
+        flags: the same as texts by the names of infer.py's flags, if they are short and printable on one line.
+    """
 
     row: Mapping[str, Any]
     flags: Mapping[str, str] | None = None
 
 
 def first_question(rows: Iterable[Mapping[str, Any]], template: Template, tokenizer: Any) -> FirstQuestion | None:
-    """The shortest question of `rows`, if possible one that flags can ask and whose first text is not empty; None where
-    all questions are empty. A conversation's is its last user message, with all that was said before it where the chat
-    template needs that."""
-    found = [question for row in rows if (question := _of(row, template, tokenizer))]
+    """Return the shortest question of `rows`, preferably one that flags can ask and whose first text is not empty. None
+    if all are empty. The question of a conversation is its last user message, preceded by the other messages if the
+    chat template needs them."""
+    found = [question for row in rows if (question := _question_of(row, template, tokenizer))]
     return min(found, key=lambda q: (q.flags is None, _begins_empty(q), len(str(q.row))), default=None)
 
 
-def _of(row: Mapping[str, Any], template: Template, tokenizer: Any) -> FirstQuestion | None:
+def _question_of(row: Mapping[str, Any], template: Template, tokenizer: Any) -> FirstQuestion | None:
     if "messages" not in row and "completion" not in row:
-        return _of_columns(row, template)
+        return _question_of_columns(row, template)
     messages = prompt_messages(row)
     asked = next((m.get("content") for m in reversed(messages) if m.get("role") == "user"), None)
     if not isinstance(asked, str) or not asked.strip():
@@ -41,7 +45,7 @@ def _of(row: Mapping[str, Any], template: Template, tokenizer: Any) -> FirstQues
     return FirstQuestion({"prompt": asked}, _flags({"prompt": asked}))
 
 
-def _of_columns(row: Mapping[str, Any], template: Template) -> FirstQuestion | None:
+def _question_of_columns(row: Mapping[str, Any], template: Template) -> FirstQuestion | None:
     names = template.fields or ("instruction", "input")
     texts = {name: row.get(name) or "" for name in names}
     if not any(text.strip() for text in texts.values()):

@@ -1,4 +1,8 @@
-"""The callbacks of a short training that leaves nothing on the way: a cell of a study, a rung of a sweep."""
+"""The training loop: windows of rows through an engine, one AdamW step per window, with logging, evaluation and saving.
+
+The loop computes what Trainer computes with the same arguments: the same order of rows, the loss normalized over the
+targets of the whole optimizer step, the same schedule, clipping and AdamW.
+"""
 
 import math
 import time
@@ -18,13 +22,34 @@ from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.utils.errors import DataError, NotFinite
 
+LEAST_SCALE = 1e-4  # of a GradScaler: at a smaller scale, an overflow has another cause
+NAMED = 64  # rows of a step that an error names
+
+
+class Callbacks(Protocol):
+    """What the loop calls. It knows nothing of reports, files or terminals."""
+
+    def on_step(self, step: Step) -> None: ...
+    def on_log(self, metrics: Metrics) -> None: ...
+
+    def on_evaluate(self, step: Step) -> bool:
+        """Evaluate the prompt; return whether it is to be saved."""
+        ...
+
+    def on_save(self, step: Step, state: TrainingState) -> None: ...
+
+    def wants_to_stop(self) -> bool:
+        """Whether to stop after this step. The loop asks once per step: ranks that train together agree then, and all
+        stop after the same step."""
+        ...
+
 
 class QuietCallbacks:
-    """`on_every_step` is called after each optimizer step. A wish to stop is read once a step, as `trainer.Callbacks`
-    asks for, and kept: `code` is its exit code, None for as long as there was none."""
+    """Callbacks of a short training that writes and prints nothing: a cell of a study, a trial of the learning rate.
+    `on_every_step` is called after each step; `code` is the exit code of a request to stop, None without one."""
 
-    def __init__(self, wish: StopSource, on_every_step: Callable[[], object]):
-        self.wish, self.on_every_step = wish, on_every_step
+    def __init__(self, stop: StopSource, on_every_step: Callable[[], object]):
+        self.stop, self.on_every_step = stop, on_every_step
         self.code: int | None = None
 
     def on_step(self, step: Step) -> None:
@@ -38,34 +63,13 @@ class QuietCallbacks:
     def on_save(self, step: Step, state: TrainingState) -> None: ...
 
     def wants_to_stop(self) -> bool:
-        self.code = self.wish.exit_code
+        self.code = self.stop.exit_code
         return self.code is not None
 
 
-LEAST_SCALE = 1e-4  # of a GradScaler: gradients that overflow even then are no matter of scale
-NAMED = 64  # rows of a step that its error names
-
-
-class Callbacks(Protocol):
-    """What the loop calls, and never looks into."""
-
-    def on_step(self, step: Step) -> None: ...
-    def on_log(self, metrics: Metrics) -> None: ...
-
-    def on_evaluate(self, step: Step) -> bool:
-        """Whether the prompt, as it is, is to be saved."""
-        ...
-
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
-
-    def wants_to_stop(self) -> bool:
-        """Read once a step, in one place: where several ranks train together, they add up their wishes there, and all
-        stop after the same step."""
-        ...
-
-
 def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
-    """The learning rate at the 0-based optimizer step, as a pure function; shapes are transformers.get_scheduler's."""
+    """Return the learning rate as a function of the 0-based optimizer step; schedules are
+    transformers.get_scheduler's."""
     from transformers import get_scheduler
 
     warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total)
@@ -75,13 +79,13 @@ def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable
 
 
 def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
-    """About how far AdamW can carry a coordinate: each step moves it by its learning rate or less."""
+    """About how far AdamW can move one value: each step moves it by at most about the learning rate."""
     stride = max(1, total // 10_000)
     return stride * sum(map(lr_at, range(0, total, stride)))
 
 
 def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:
-    """Fused AdamW over the prompt alone (Trainer's `adamw_torch_fused`)."""
+    """Fused AdamW over the prompt, Trainer's `adamw_torch_fused`."""
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(
         [prompt.weight], lr=peak, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
@@ -91,26 +95,25 @@ def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float
 def train(
     engine: Engine,
     prompt: PromptEmbedding,
-    feed: WindowLoader,
+    loader: WindowLoader,
     args: TrainingArguments,
     peak_learning_rate: float,
     callbacks: Callbacks,
     start: TrainingState | None = None,
 ) -> None:
-    """Train `prompt` in place, from the first step or from where `start` stood; then `prompt` is what it was there.
-    Between steps the callbacks may want to stop; what was done is saved first.
+    """Train `prompt` [P, H] in place, from the first step or from the state `start`, whose prompt it must hold then.
 
     Raises:
-        NotFinite: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
-            long as its scale does not fall to nothing).
-        DataError: of the feed; what was done before is saved.
+        NotFinite: the loss, the gradient or the prompt is not finite. fp16 steps that the GradScaler skips are no error
+            unless its scale becomes tiny.
+        DataError: the loader met a row that cannot be read; the steps before it are saved.
     """
     start = start or TrainingState()
-    loop = _Loop(engine, prompt, feed, args, peak_learning_rate, callbacks, start)
+    loop = _Loop(engine, prompt, loader, args, peak_learning_rate, callbacks, start)
     _set_rng(start.rng, engine.device, args.seed)
-    if feed.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):  # it is saved already
+    if loader.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):  # it is saved already
         return
-    with closing(feed.windows(start.step, start.position)) as windows:
+    with closing(loader.windows(start.step, start.position)) as windows:
         try:
             while loop.goes_on:
                 loop.step(next(windows))
@@ -120,39 +123,39 @@ def train(
 
 
 class _Loop:
-    """What goes on from step to step."""
+    """The state that changes from step to step."""
 
     def __init__(
         self,
         engine: Engine,
         prompt: PromptEmbedding,
-        feed: WindowLoader,
+        loader: WindowLoader,
         args: TrainingArguments,
         peak: float,
         callbacks: Callbacks,
         start: TrainingState,
     ):
-        self.engine, self.prompt, self.feed, self.args, self.callbacks = engine, prompt, feed, args, callbacks
-        self.lr_at = learning_rates(args, peak, feed.total_steps)
+        self.engine, self.prompt, self.loader, self.args, self.callbacks = engine, prompt, loader, args, callbacks
+        self.lr_at = learning_rates(args, peak, loader.total_steps)
         self.optimizer = make_optimizer(prompt, args, peak)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
         if start.step:
             self.optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
-            if start.scaler:  # without one the run was not trained in fp16 before
+            if start.scaler:  # empty if the run was not in fp16 before
                 self.scaler.load_state_dict(dict(start.scaler))
         self.number, self.position = start.step, start.position
-        self.taken = start.taken  # a step that the scaler skips does not move the schedule, as in Trainer
+        self.taken = start.taken  # skipped steps do not advance the schedule, as in Trainer
         self.since_log = list(start.unlogged)
-        self.unsaved: Step | None = None  # the last step, where it is not saved yet
+        self.unsaved: Step | None = None  # the last step, if it is not saved yet
         self.goes_on = True
 
     def step(self, window: Window) -> None:
-        """One optimizer step, and all that is due after it."""
+        """Take one optimizer step, then log, evaluate and save as is due."""
         self.number, self.position = self.number + 1, window.position
         self.unsaved = step = self._take(window)
         self.since_log.append(step)
         self.callbacks.on_step(step)
-        last = self.feed.is_over(self.number, self.position)
+        last = self.loader.is_over(self.number, self.position)
         if self.number % self.args.logging_steps == 0 or last:
             self.callbacks.on_log(log_record(self.since_log))
             self.since_log = []
@@ -164,7 +167,7 @@ class _Loop:
         self.goes_on = not (last or stop)
 
     def save(self) -> None:
-        """Save the last step, unless that is done."""
+        """Save the last step unless it is saved."""
         if self.unsaved:
             moments, rng = self.optimizer.state[self.prompt.weight], _rng_states(self.engine.device)
             scaler, log = self.scaler.state_dict(), self.since_log
@@ -181,7 +184,7 @@ class _Loop:
         finite = math.isfinite(loss) and math.isfinite(grad_norm) and bool(self.prompt.weight.isfinite().all())
         hopeless = not finite if stepped else scaler.get_scale() < LEAST_SCALE
         if hopeless:
-            raise _not_finite(self.number, self.feed.places, window.places, loss, grad_norm)
+            raise _not_finite(self.number, self.loader.places, window.places, loss, grad_norm)
         self.taken += stepped
         tokens = sum(len(row.input_ids) for row in window.examples)
         seconds = time.perf_counter() - began
@@ -196,8 +199,12 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
 ) -> tuple[float, float, bool]:
-    """Gradient of the window's mean loss, clipped (0: not), one step. Returns mean loss, gradient norm before clipping,
-    and whether the step was taken: a scaler skips one whose fp16 gradient overflowed."""
+    """Take one step along the clipped gradient of the window's mean loss (`max_grad_norm` 0: no clipping).
+
+    Returns:
+        The mean loss, the gradient norm before clipping, and whether the step was taken: a GradScaler skips a step
+        whose fp16 gradient overflowed.
+    """
     n_targets = sum(map(count_targets, window))
     one = torch.ones((), device=engine.device)
     loss_sum, _ = engine.accumulate(prompt, window, scaler.scale(one) / n_targets)
@@ -211,8 +218,8 @@ def optimizer_step(
 
 
 def log_record(steps: Sequence[Step]) -> Metrics:
-    """One line of metrics.jsonl: losses averaged over the steps since the last line, as in Trainer. A step without a
-    finite loss is left out of the average; where no step has one, the loss is None."""
+    """A record of metrics.jsonl, with the loss averaged over the steps since the last record, as in Trainer. Losses
+    that are not finite are left out; the loss is None if no step has a finite one."""
     last, losses = steps[-1], [step.loss for step in steps if step.loss is not None]
     return {
         "step": last.number,
@@ -230,7 +237,7 @@ def _rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_rng(states: Mapping[str, Tensor], device: torch.device, seed: int) -> None:
-    """As saved; what was not saved (a new run, another kind of device) is seeded."""
+    """Restore the saved states; seed what was not saved (in a new run, or for another kind of device)."""
     torch.manual_seed(seed)
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])

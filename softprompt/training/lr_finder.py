@@ -1,10 +1,10 @@
-"""`--find_learning_rate`: a short sweep before the run, on training rows alone, that picks the peak learning rate.
+"""`--find_learning_rate`: choose the peak learning rate by a short sweep on training rows before the run.
 
-The prompt is trained from its first values at each of `RATES`, for a share of the run's steps and under the run's own
-schedule squeezed into them; the better ones go on to a rung of more steps, and so on (successive halving, Jamieson and
-Talwalkar 2016, arXiv:1502.07943). What is compared is the mean loss over training rows that were set aside. Rungs
-that favour rates far apart say nothing of a run that is longer still, and then none is found. Everything follows from
-the seed: the same run finds the same rate.
+The prompt is trained from its initial values at each of `RATES`, for a share of the run's steps and with the run's
+schedule scaled to them. The better rates continue to a rung of more steps (successive halving, Jamieson and Talwalkar
+2016, arXiv:1502.07943). Rates are compared by the mean loss over training rows that are set aside. If the rungs favour
+rates that are far apart, the sweep says nothing about the longer run, and no rate is found. The seed determines
+everything: the same run finds the same rate.
 """
 
 import math
@@ -29,16 +29,22 @@ from softprompt.utils.errors import NotFinite, Stopped
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
 LEAST_STEPS = 10  # of a rung
-SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # training rows to compare by
-LEAST_GAIN = 0.01  # of the loss before training; less is nothing found
-TIE = 0.03  # of the lowest loss: a short run favours large rates, so of rates that are so close the smallest is taken
+SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # training rows by which rates are compared
+LEAST_GAIN = 0.01  # of the loss before training; with less, no rate is found
+TIE = 0.03  # of the lowest loss: short runs favour large rates, so the smallest of close rates is taken
 APART = 5  # times; neighbours among RATES are closer
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found: the rate, or None and why; and the loss after each rate's last rung (inf: not finite), by
-    rate, beside that of the prompt's first values."""
+    """The result of a sweep.
+
+    Attributes:
+        learning_rate: the rate that was found, or None.
+        why: the reason if no rate was found.
+        start: the loss of the initial prompt.
+        losses: the loss after the last rung of each rate; inf if it is not finite.
+    """
 
     learning_rate: float | None
     why: str
@@ -71,7 +77,7 @@ def with_found_rate(setup: Setup, stop: StopSource, show_bar: bool) -> Setup:
 
 
 def print_sweep(found: Sweep, rate: float) -> None:
-    """What --find_learning_rate found, and the rate that is taken."""
+    """Print what the sweep found, and the learning rate that the run takes."""
     if found.losses:
         told = ", ".join(f"{r:g}: {loss:.4f}" for r, loss in sorted(found.losses.items()))
         print(f"loss on rows set aside: {found.start:.4f} before training; by learning rate {told}")
@@ -82,7 +88,7 @@ def print_sweep(found: Sweep, rate: float) -> None:
 
 
 def sweep_steps(total: int) -> int:
-    """Optimizer steps of a sweep before a run of `total`."""
+    """Optimizer steps of the sweep before a run of `total` steps."""
     return sum(most * _steps(total, share) for share, most in RUNGS)
 
 
@@ -96,12 +102,15 @@ def find_learning_rate(
     request: StopSource,
     on_step: Callable[[], object] = lambda: None,
 ) -> Sweep:
-    """values: [P, H] fp32, the prompt's first, which stay as they are; `total` are the steps of the run to come.
-    `on_step` is called after every step of the sweep.
+    """Run the sweep.
 
+    Args:
+        values: initial values of the prompt, [P, H] fp32; they are not changed.
+        total: steps of the run to come.
+        on_step: called after every step of the sweep.
     Raises:
-        Stopped: `request` came true.
-        TrainingError: what would end the run at any rate, too: memory that runs out, a rank that dies.
+        Stopped: `request` asked to stop.
+        TrainingError: an error that would end the run at any rate: out of memory, a lost rank.
     """
     held, rest = set_aside(examples, args.seed)
     if len(held) < FEWEST_ASIDE:
@@ -126,7 +135,7 @@ def find_learning_rate(
 
     start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
     for share, most in RUNGS:
-        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the rung before is the first
+        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the last rung comes first
         losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
     lowest = min(losses[rate] for rate in left)
     if not lowest < start * (1 - LEAST_GAIN):
@@ -140,14 +149,15 @@ def find_learning_rate(
 
 
 def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """Those to compare by, drawn by the seed, and the rest to train on."""
+    """Split the examples into those by which rates are compared, drawn with the seed, and the rest to train on."""
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[i] for i in order[:aside]], [examples[i] for i in order[aside:]]
 
 
 def short_schedule(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:
-    """A run of `steps` under the schedule of one of `total`: a warm-up that is given in steps keeps its share."""
+    """The settings of a run of `steps` with the schedule of one of `total` steps: a warm-up that is given in steps is
+    scaled."""
     warmup = args.warmup_steps if args.warmup_steps < 1 else min(0.99, args.warmup_steps / total)
     return replace(args, max_steps=steps, warmup_steps=warmup)
 

@@ -1,4 +1,4 @@
-"""What a running training shows and keeps: a bar over optimizer steps, metrics.jsonl, the history for pictures."""
+"""Show and keep the metrics of a running training: a progress bar, metrics.jsonl, TensorBoard."""
 
 import os
 import sys
@@ -20,8 +20,16 @@ from softprompt.utils.std_streams import nowhere
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all steps of a run, a resumed one's earlier ones among them; `seconds` are those spent in
-    steps, `runtime` those of the whole loop up to a checkpoint. `without_loss` steps had no finite loss."""
+    """Sums over all steps of a run, including those before a resume.
+
+    Attributes:
+        steps, epoch: as of the last step.
+        loss: sum of the finite losses.
+        tokens: real tokens.
+        seconds: time spent in steps.
+        runtime: seconds of the whole loop up to the last checkpoint.
+        without_loss: steps whose loss was not finite.
+    """
 
     steps: int = 0
     epoch: float = 0.0
@@ -44,7 +52,7 @@ class Totals:
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean of the losses of all steps that have a finite one, Trainer's train_loss; None where no step has."""
+        """The mean of all finite losses, Trainer's train_loss; None if no step has one."""
         counted = self.steps - self.without_loss
         return self.loss / counted if counted else None
 
@@ -54,7 +62,7 @@ class Totals:
 
 
 class MetricsLog:
-    """A bar on a terminal; plain lines, one per log record, where there is none."""
+    """Shows a progress bar on a terminal, else one plain line per log record, and appends to metrics.jsonl."""
 
     def __init__(
         self, total: int, metrics_file: Path, stream: TextIO | None = None, board: TensorBoardLog | None = None
@@ -67,10 +75,10 @@ class MetricsLog:
         self.history: list[Metrics] = []
         self.recent: deque[Step] = deque(maxlen=10)
         self.totals = Totals()
-        self.behind = False  # metrics.jsonl, behind the history
+        self.behind = False  # whether metrics.jsonl lacks records that could not be written
 
     def start(self, totals: Totals | None = None, history: Sequence[Metrics] = ()) -> None:
-        """Write metrics.jsonl anew, empty, or with the records up to where a resumed run goes on; show the bar."""
+        """Rewrite metrics.jsonl with `history`, the records before a resume, and show the bar."""
         self.totals = totals or self.totals
         self.history = list(history)
         self._write(self._write_whole)
@@ -95,7 +103,7 @@ class MetricsLog:
         self._show(lambda: self.bar.update(1))
 
     def on_log(self, record: Metrics) -> None:
-        """Append one record to metrics.jsonl, and show it."""
+        """Append a record to metrics.jsonl, and show it."""
         self.history.append(record)
         if self.board:
             self.board.log(record)
@@ -104,13 +112,13 @@ class MetricsLog:
             self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
 
     def on_end(self, results: Metrics) -> None:
-        """What is known only at the end: nothing of it is a record."""
+        """Send the results that are known only at the end to TensorBoard; they are no record of metrics.jsonl."""
         known = {name: v for name, v in results.items() if name.startswith("train_") or name.endswith("_base")}
         if self.board:
             self.board.log({"step": self.totals.steps, **known})
 
     def say(self, text: str) -> None:
-        """One line that does not disturb the bar."""
+        """Print a line without disturbing the bar."""
         self._show(lambda: tqdm.write(redacted(text), file=self.stream))
         self._show(self.stream.flush)
 
@@ -122,7 +130,7 @@ class MetricsLog:
             file.write(metrics_file([record]))
 
     def _write(self, write: Callable[[], None]) -> None:
-        """A log that cannot be written is no reason to lose a run: what it lacks is written when it can be again."""
+        """Write, but do not end the run if that fails: missing records are written as soon as it works again."""
         try:
             write()
             self.behind = False
@@ -132,13 +140,13 @@ class MetricsLog:
             self.behind = True
 
     def _show(self, show: Callable[[], object]) -> None:
-        """Nor is a terminal that went away, or a pipe whose reader has read enough."""
+        """Show, but do not end the run if the terminal is gone or the reader of a pipe has left."""
         try:
             show()
         except (OSError, ValueError):
             instead = nowhere()
             if self.stream is sys.stderr:
-                sys.stderr = instead  # what it still holds would fail once more at the end
+                sys.stderr = instead  # flushing its buffer would fail again at exit
             self.stream = instead
             self.bar.disable = True
 
@@ -152,7 +160,7 @@ class MetricsLog:
 
 
 class SilentMetricsLog(MetricsLog):
-    """That of a rank that neither shows nor writes anything."""
+    """The log of a rank other than 0: it only keeps totals and history."""
 
     def __init__(self, total: int):
         super().__init__(total, Path(os.devnull), nowhere())

@@ -92,7 +92,8 @@ def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> S
 
 
 def rows_of_steps(config: TrainConfig, saved: Mapping[str, Any], devices: int) -> int:
-    """Rows of a step: as the run began, on however many devices it goes on, unless other ones are asked for now."""
+    """Rows of an optimizer step: as when the run began, whatever the number of devices, unless the batch size or
+    accumulation given now differs."""
     changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
     return rows_of_a_step(config.training, devices) if changed else int(saved["rows_per_step"])
 
@@ -101,8 +102,8 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
     """Compare the settings that decide which rows come next and what token ids they become.
 
     Raises:
-        CheckpointError: they differ, so rows would be repeated, left out or seen otherwise; with --ignore_data_skip
-            that is only told.
+        CheckpointError: they differ, so rows would be repeated, left out or tokenized differently. With
+            --ignore_data_skip that is only printed.
     """
     old, ignored = saved_config(saved), config.training.ignore_data_skip
     was = old.data.streaming
@@ -127,15 +128,16 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
 
 
 def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
-    """Where to go on; where another buffer or seed draws a stream's rows in another order, its pass begins again."""
+    """Return the state to continue from. If another buffer or seed draws a stream's rows in another order, the pass
+    over the rows starts again."""
     if start.position and _is_shuffled_anew(saved_config(saved), config):
         return replace(start, position={**start.position, "taken": 0})
     return start
 
 
 def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> BestMetric:
-    """The best evaluation up to the checkpoint; none where those from now on cannot be compared with it, or where its
-    prompt is asked for only now and was not saved."""
+    """Return the best evaluation up to the checkpoint. It is dropped if later evaluations cannot be compared with it,
+    or if its prompt is wanted now and was not saved then."""
     best, old = BestMetric(**saved["best"]), saved_config(saved)
     if best.step is None:
         return best
@@ -153,12 +155,12 @@ def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path,
 def other_contents(
     saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, ignored: bool, say: Say
 ) -> list[str]:
-    """The names of those `now` whose content is not what was `saved`. What an earlier version did not note is not
-    compared, and held-out rows are not compared with none.
+    """Return the names of the contents `now` that differ from the `saved` ones. What an earlier version did not save is
+    not compared; held-out rows are not compared if there were none.
 
     Raises:
-        CheckpointError: there are some, and they are not to be `ignored`: the run would go on with another base,
-            tokenizer or dataset, or with other held-out rows.
+        CheckpointError: some differ and are not `ignored`: the run would continue with another base, tokenizer or
+            dataset, or with other held-out rows.
     """
     others = [what for what in now if saved.get(what, now[what]) != now[what]]
     if saved.get(HELD_OUT) == NO_ROWS:
@@ -178,21 +180,21 @@ def other_contents(
 
 
 def are_comparable(others: Collection[str]) -> bool:
-    """Whether evaluations can be compared with those before, where the contents `others` are not as they were."""
+    """Whether evaluations can be compared with earlier ones, given which contents differ."""
     return not any(_family(what) in (HELD_OUT, "tokenizer") for what in others)
 
 
 def _order_of(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """What decides which rows a step takes, and what they become, beside the content of files."""
+    """The settings that decide which rows a step takes, and which token ids they become."""
     data = config.data
-    # The columns of rows that are read beforehand show in their content.
+    # Without streaming, another choice of columns shows in the fingerprint of the rows.
     streamed = {"--buffer_size": data.buffer_size, "--columns": config.columns} if data.streaming else {}
     step = " × ".join(f"--{name}" for name in OF_A_STEP)
     return {"--seed": config.training.seed, f"{step} (rows of a step)": rows_per_step, **streamed, **_seen_as(config)}
 
 
 def _seen_as(config: TrainConfig) -> dict[str, Any]:
-    """What decides which token ids a row becomes."""
+    """The settings that decide which token ids a row becomes."""
     data = config.data
     return {
         "--template": data.template or DEFAULT,
@@ -206,7 +208,7 @@ def _measure(config: TrainConfig) -> tuple[Any, ...]:
 
 
 def _is_shuffled_anew(old: TrainConfig, config: TrainConfig) -> bool:
-    """Whether a stream's rows are drawn in another order."""
+    """Whether the rows of a stream are drawn in another order."""
     drawn = [(one.data.buffer_size, one.training.seed) for one in (old, config)]
     return old.data.streaming and config.data.streaming and drawn[0] != drawn[1]
 
@@ -216,7 +218,7 @@ def _family(what: str) -> str:
 
 
 def _named(whats: Collection[str]) -> list[str]:
-    """As messages name them: `tokenizer.eos_token` and others are the tokenizer's, in brackets behind it."""
+    """Names for messages: `tokenizer.eos_token` becomes `tokenizer (eos_token)`."""
     named = []
     for family in dict.fromkeys(map(_family, whats)):
         parts = [what.partition(".")[2] or "tokenizer.json" for what in whats if _family(what) == family]

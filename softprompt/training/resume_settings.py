@@ -1,4 +1,4 @@
-"""The settings of a resumed run: the checkpoint's, and over them those that are given."""
+"""The settings of a resumed run: those of the checkpoint, overridden by those that are given now."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -10,23 +10,23 @@ from softprompt.config.schema import AUTO
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import ConfigError
 
-OF_THE_BEGINNING = (
+FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
     *("init_adapter", "find_learning_rate", "preset"),
 )
-# Of each group a run has one; the one that is given takes the place of the checkpoint's.
+# A run has at most one setting of each group; the one that is given replaces the checkpoint's.
 EXCLUSIVE = (
     ("bf16", "fp16"),
     ("eval_dataset", "eval_rows"),
     ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
 )
-# A checkpoint's value gives way to the default that follows from a setting that is given.
+# The setting on the right, if given, derives the default on the left, which then replaces the checkpoint's value.
 DERIVED = {
     "eval_strategy": "eval_steps",
     "greater_is_better": "metric_for_best_model",
     "max_steps": "num_train_epochs",
 }
-# A checkpoint's value is of no use once none of these is on.
+# A checkpoint's value is dropped if none of the settings on the right is on any more.
 ONLY_WITH = {
     "buffer_size": ("streaming",),
     "offload_folder": ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
@@ -39,24 +39,24 @@ ONLY_WITH = {
 def merge_settings(
     config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]
 ) -> TrainConfig:
-    """The settings of the resumed run, checked as a whole: the checkpoint's, over them those given now, but for what a
-    run begins with, and the defaults that follow from both. Every difference is told with the value that wins.
+    """Merge the settings given now over the checkpoint's, derive defaults anew, and check the result once. What a run
+    begins with (FIXED_AT_START) stays the checkpoint's. Each difference is printed with the value that wins.
 
     Raises:
         ConfigError: a value out of range, or settings that contradict each other.
     """
     saved = state["arguments"]
-    given = {name: value for name, value in config.given.items() if name not in OF_THE_BEGINNING}
+    given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
     if _same_engine(given, saved):
-        old |= state["engine"]  # also where memory ran out and made it finer
-    searched = bool(old.pop("find_learning_rate", False))  # the rate that was found is among the settings
+        old |= state["engine"]  # including finer cuts after running out of memory
+    searched = bool(old.pop("find_learning_rate", False))  # the learning rate that was found is among the settings
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}
     resumed = unchecked(saved.get("preset"), {**kept, **given})
-    _tell(config, resumed, saved, dropped, checkpoint.name, say)
+    _print_differences(config, resumed, saved, dropped, checkpoint.name, say)
     try:
         checked(resumed)
     except ConfigError as error:
@@ -69,7 +69,7 @@ def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
 
 
 def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool) -> set[str]:
-    """The checkpoint's settings that what is given replaces or leaves without use."""
+    """The checkpoint's settings that the given ones replace or make useless."""
     on = {name for name, value in given.items() if value not in (None, False, 0, AUTO)}
     dropped = {name for group in EXCLUSIVE if on & set(group) for name in group}
     dropped |= {name for name, by in DERIVED.items() if by in on}
@@ -80,7 +80,7 @@ def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool
     return (dropped & old.keys()) - given.keys()
 
 
-def _tell(
+def _print_differences(
     asked: TrainConfig,
     resumed: TrainConfig,
     saved: Mapping[str, Any],
@@ -88,17 +88,17 @@ def _tell(
     where: str,
     say: Callable[[str], None],
 ) -> None:
-    """A line for each setting that was given, or dropped for one that was, and differs from the checkpoint's."""
-    wished, taken = asked.as_dict(), resumed.as_dict()
+    """Print a line for each given or dropped setting that differs from the checkpoint's."""
+    given, merged = asked.as_dict(), resumed.as_dict()
     for name in (*asked.given, *sorted(dropped)):
-        begins = name in OF_THE_BEGINNING
-        value, was = (wished if begins else taken).get(name), saved.get(name)
+        begins = name in FIXED_AT_START
+        value, was = (given if begins else merged).get(name), saved.get(name)
         if name not in OF_THIS_CALL and value != was:
             wins = "the checkpoint's wins" if begins else "the new one wins"
             say(f"--{name}: {was} in {where}, {value} now: {wins}")
 
 
 def saved_config(saved: Mapping[str, Any]) -> TrainConfig:
-    """The settings that a checkpoint was saved with."""
+    """Return the settings that a checkpoint was saved with."""
     arguments = {name: value for name, value in saved["arguments"].items() if name != "preset"}
     return unchecked(saved["arguments"].get("preset"), arguments)

@@ -11,9 +11,8 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import seconds_of
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import SoftPromptedModel
-from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.crash_report import crashes_in
-from softprompt.runs.output_dir import claim_output_dir
+from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, resume_settings
 from softprompt.training.callbacks import RunCallbacks
@@ -154,7 +153,7 @@ def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
     checkpoint = setup.start.checkpoint
     folder = stack.enter_context(claim_output_dir(setup.config, setup.output_dir, checkpoint)).folder
     try:
-        clear_output_dir(folder, goes_on_in(folder, checkpoint))
+        clear_output_dir(folder, continues_in(folder, checkpoint))
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

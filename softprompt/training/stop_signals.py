@@ -1,4 +1,4 @@
-"""The wish to stop: a signal, or a time limit. The loop asks between steps, so that what was done is saved."""
+"""Stop a run by a signal or a time limit. The loop looks between steps, so that the last step is saved first."""
 
 import contextlib
 import os
@@ -12,8 +12,10 @@ from softprompt.utils.errors import CODES, TIME_IS_UP
 
 
 class StopRequest:
-    """Inside `with`, the first SIGINT or SIGTERM is kept as a wish and the second stops at once. `max_time` (seconds)
-    becomes a wish by itself. `exit_code` is None for as long as nothing asked to stop."""
+    """A context that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once.
+
+    `exit_code` is None until a signal has come or `max_time` (seconds, from here on) has passed.
+    """
 
     def __init__(self, max_time: float | None = None):
         self.ends = None if max_time is None else time.monotonic() + max_time
@@ -27,7 +29,7 @@ class StopRequest:
         return TIME_IS_UP if self.ends is not None and time.monotonic() >= self.ends else None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets no one handle signals
+        if threading.current_thread() is threading.main_thread():  # signal handlers can only be set there
             self.usual = {number: signal.signal(number, self._asked) for number in CODES}
         return self
 
@@ -39,5 +41,5 @@ class StopRequest:
         if self.signal is not None:
             raise SystemExit(CODES[signal.Signals(number)])
         self.signal = number
-        with contextlib.suppress(OSError, AttributeError):  # not print, which may be the one that was interrupted
+        with contextlib.suppress(OSError, AttributeError):  # print may be what was interrupted
             os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")

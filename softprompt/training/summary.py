@@ -1,4 +1,4 @@
-"""The last thing a run prints: what it changed, what it cost, and what to try next."""
+"""The summary that a run prints at its end: metrics before and after, examples, and a command to try."""
 
 import os
 
@@ -6,8 +6,9 @@ from softprompt.config.train_args import RUNS
 from softprompt.config.validation import bits_of
 from softprompt.evaluation.evaluator import question_ids, text_of
 from softprompt.generation.adapters import NONE
-from softprompt.training.callbacks import QUESTION_FILE, Run
+from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
+from softprompt.training.result import Run
 from softprompt.utils.shell_commands import flag, script
 from softprompt.utils.text_table import columns, table
 
@@ -16,7 +17,7 @@ WIDTH = 44
 
 
 def summary(run: Run) -> str:
-    """A table of figures, held-out examples before and after, and the infer.py command or why there is none."""
+    """Return a table of metrics, held-out examples before and after, and the infer.py command or why there is none."""
     parts = [_figures(run), _examples(run)]
     if run.no_answers:
         parts.append(f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it")
@@ -26,8 +27,8 @@ def summary(run: Run) -> str:
 
 
 def infer_command(run: Run, question: FirstQuestion) -> str:
-    """The command that asks this run's prompt, over the base as it was held; its folder is named where infer.py would
-    not find it by itself."""
+    """Return the command that asks the trained prompt, with the base quantized as in training. The run's folder is
+    named unless infer.py finds it by itself."""
     bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
     folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
@@ -65,7 +66,7 @@ def _examples(run: Run) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line, without the article's Human/Assistant frame."""
+    """The text on one line, without the default template's Human/Assistant."""
     text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
     return " ".join(text.split())
 

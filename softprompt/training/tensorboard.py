@@ -1,4 +1,4 @@
-"""The metrics for TensorBoard, under Trainer's names: train/loss, train/learning_rate, train/grad_norm, eval/loss, …"""
+"""Write metrics for TensorBoard under Trainer's tags: train/loss, train/learning_rate, train/grad_norm, eval/loss, …"""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from softprompt.utils.redact import redacted
 
 
 def check_installed() -> None:
-    """Raises ConfigError where there is no TensorBoard."""
+    """Raise ConfigError if tensorboard is not installed."""
     if find_spec("tensorboard") is None:
         raise ConfigError(
             "--report_to tensorboard needs the package tensorboard: pip install tensorboard "
@@ -21,8 +21,8 @@ def check_installed() -> None:
 
 
 class TensorBoardLog:
-    """Event files in one folder, so that a resumed run's curves are one with those before. A board that cannot be
-    written is told once, and no reason to end a run."""
+    """Writes event files into one folder, so that the curves of a resumed run continue those before. If they cannot be
+    written, a warning is printed once and training continues without."""
 
     def __init__(self, output_dir: Path, arguments: Mapping[str, Any]):
         self.output_dir, self.folder, self.arguments = output_dir, output_dir / EVENTS_FOLDER, arguments
@@ -30,8 +30,8 @@ class TensorBoardLog:
         self.writer: Any = None
 
     def start(self, history: Sequence[Metrics], step: int, say: Callable[[str], object]) -> None:
-        """Go on after `step`: what event files have beyond it is of a course that was left, and where there are none,
-        the `history` up to it is written anew. `say` is told what goes wrong."""
+        """Continue after `step`: events beyond it are purged, since the run went back to it. Without event files, the
+        records of `history` are written again. Warnings go to `say`."""
         self.say = say
         from torch.utils.tensorboard import SummaryWriter
 
@@ -74,10 +74,10 @@ class TensorBoardLog:
 
 
 def _cell(value: object) -> str:
-    """Of a Markdown table."""
+    """A value as a cell of a Markdown table."""
     return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def tag(name: str) -> str:
-    """As transformers' TensorBoardCallback names a metric."""
+    """The tag that transformers' TensorBoardCallback gives a metric."""
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
