@@ -21,8 +21,8 @@ from softprompt.engines.packed import PackedEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.training import lr_finder
 from softprompt.training import lr_finder as find_rate
-from softprompt.training import run
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import RATES, RUNGS, find_learning_rate, short_schedule, sweep_steps
 from softprompt.utils.errors import ConfigError, Stopped, TrainingError
@@ -220,7 +220,7 @@ def test_a_resumed_run_does_not_look_again(again, settings, tmp_path, monkeypatc
     def not_again(*args):
         raise AssertionError("it looked again")
 
-    monkeypatch.setattr(run, "find_learning_rate", not_again)
+    monkeypatch.setattr(lr_finder, "find_learning_rate", not_again)
     where = {"resume_from_checkpoint": str(whole.output_dir / "checkpoint-3"), "output_dir": str(tmp_path / "other")}
     resumed = softprompt.train(**where, **again)
     assert (resumed.output_dir / name).read_bytes() == ended
