@@ -78,15 +78,15 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def takes_auto(hint: Any) -> bool:
     """Whether a setting may be left to the program, and so be given as `auto`."""
-    return type(None) in members(hint) and str not in members(hint) and not takes_list(hint)
+    return type(None) in union_members(hint) and str not in union_members(hint) and not takes_list(hint)
 
 
 def takes_list(hint: Any) -> bool:
     """Whether a setting may have several values."""
-    return any(get_origin(member) is list for member in members(hint))
+    return any(get_origin(member) is list for member in union_members(hint))
 
 
-def members(hint: Any) -> tuple[Any, ...]:
+def union_members(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is the former
 
@@ -98,11 +98,11 @@ def _coerced(value: Any, hint: Any) -> Any:
         return None
     if takes_list(hint) and value is not None:
         return list(value) if isinstance(value, list | tuple) else [value]
-    return float(value) if float in members(hint) and type(value) is int else value
+    return float(value) if float in union_members(hint) and type(value) is int else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    for member in members(hint):
+    for member in union_members(hint):
         if get_origin(member) is Literal:
             if type(value) is str and value in get_args(member):
                 return True
@@ -116,8 +116,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _expected(hint: Any) -> str:
     names = {str: "a text in UTF-8", int: "a whole number", float: "a finite number", bool: "true or false"}
-    choices = [c for m in members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    choices = [c for m in union_members(hint) if get_origin(m) is Literal for c in get_args(m)]
     if takes_list(hint):
-        each = next(get_args(m)[0] for m in members(hint) if get_origin(m) is list)
+        each = next(get_args(m)[0] for m in union_members(hint) if get_origin(m) is list)
         return f"one or several, each {names[each]}"
-    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in members(hint) if m in names)
+    return (
+        f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in union_members(hint) if m in names)
+    )

@@ -24,6 +24,7 @@ from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FIL
 from softprompt.utils.atomic_io import open_inside, read_inside
 from softprompt.utils.errors import AdapterError
 from softprompt.utils.model_config import layers_and_heads
+from softprompt.utils.shell_commands import command
 
 PROMPT_KEY = "prompt_embeddings"
 PEFT_VERSION = "0.21.2"  # whose format this is
@@ -132,7 +133,7 @@ def newest_adapter(runs: Path) -> Path:
     # a finished run's own files are written after its last checkpoint
     if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
         return max(found)[1].parent
-    raise AdapterError(f"no trained adapter under {runs}/; run `python train.py` first, or name one with --adapter")
+    raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
 
 
 def _written(path: Path) -> int | None:

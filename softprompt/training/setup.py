@@ -53,6 +53,7 @@ from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.fingerprints import fingerprint_of_base
 from softprompt.utils.safetensors_io import StoredTensor
+from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched
 
@@ -251,7 +252,7 @@ def _is_sharded(config: TrainConfig, world: World) -> bool:
     if config.model.shard_base and not launched():
         raise ConfigError(
             "--shard_base shares a base out among processes, and this is one alone; start several with "
-            "torchrun --nproc_per_node=N train.py …, or give --shard_base false"
+            f"{command('train', 'torchrun --nproc_per_node=N')} …, or give --shard_base false"
         )
     if config.model.shard_base and world.size == 1:
         print("--shard_base: there is one process, which holds the whole base")

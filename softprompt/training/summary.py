@@ -8,7 +8,7 @@ from softprompt.evaluation.evaluator import question_ids, text_of
 from softprompt.generation.adapters import NONE
 from softprompt.training.callbacks import QUESTION_FILE, Run
 from softprompt.training.first_question import FirstQuestion
-from softprompt.utils.shell_commands import flag, script
+from softprompt.utils.shell_commands import command, flag
 from softprompt.utils.text_table import columns, table
 
 EXAMPLES = 3
@@ -19,7 +19,8 @@ def summary(run: Run) -> str:
     """A table of figures, held-out examples before and after, and the infer.py command or why there is none."""
     parts = [_figures(run), _examples(run)]
     if run.no_answers:
-        parts.append(f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it")
+        ask = command("infer")
+        parts.append(f"No answers: {run.no_answers}; --choices and --eval_dataset of {ask} work without it")
     elif run.question:
         parts.append(f"Try: {infer_command(run, run.question)}")
     return "\n" + "\n\n".join(part for part in parts if part)
@@ -33,7 +34,7 @@ def infer_command(run: Run, question: FirstQuestion) -> str:
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
     words += [f" --load_in_{bits}bit"] if bits else []
     asked = question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)}
-    return f"python {script('infer.py')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
+    return f"{command('infer')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
 
 
 def _figures(run: Run) -> str:
