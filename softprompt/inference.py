@@ -20,7 +20,7 @@ from softprompt.api import SoftPromptModel
 from softprompt.config.arg_parser import parse_setting
 from softprompt.config.infer_args import InferConfig, has_splits
 from softprompt.config.schema import is_text
-from softprompt.config.validation import bits_of
+from softprompt.config.validation import quantization_bits
 from softprompt.data.dataset import load_prompts
 from softprompt.data.splits import splits_of
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_cut, report
@@ -279,7 +279,7 @@ def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) ->
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
-    if bits := bits_of(config.model.load_in_8bit, config.model.load_in_4bit):
+    if bits := quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit):
         settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, LoadedAdapter())) for name in sorted(names)}
     known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}

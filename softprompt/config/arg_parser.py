@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from softprompt.config.infer_args import GenerationArguments
-from softprompt.config.schema import AUTO, hints, takes_auto, takes_list, union_members
+from softprompt.config.schema import AUTO, setting_types, takes_auto, takes_list, union_members
 from softprompt.config.train_args import NEWEST
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
@@ -101,7 +101,7 @@ def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
     if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
         raise ConfigError(f"--config {name}: {', '.join(twice)} is given twice, with - and with _; keep one")
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    known: Mapping[str, Any] = {"preset": str, **hints(groups)}
+    known: Mapping[str, Any] = {"preset": str, **setting_types(groups)}
     if unknown := [f"unknown setting {key!r}{advice(key, known)}" for key in values if key not in known]:
         raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
     return values

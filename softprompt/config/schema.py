@@ -24,7 +24,7 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def hints(groups: Sequence[type]) -> dict[str, Any]:
+def setting_types(groups: Sequence[type]) -> dict[str, Any]:
     """Every setting of the dataclasses `groups` and its type."""
     return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
 
@@ -35,7 +35,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     Raises:
         ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
     """
-    known, values = hints(groups), with_plain_paths(values)
+    known, values = setting_types(groups), expand_paths(values)
     faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
     values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
     if faults := faults + type_faults(values, known):
@@ -43,7 +43,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
 
 
-def with_plain_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with path objects as texts, and a leading ~ as the home folder: no shell expands it in a file of
     settings, in Python, or behind a `--flag=`."""
     return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
@@ -70,7 +70,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def closest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A clause that suggests the known name most like `name`, where one is."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{found[0]}?" if found else ""

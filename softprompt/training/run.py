@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import seconds_of
+from softprompt.config.validation import parse_duration
 from softprompt.distributed.process_group import StopSource, World, process_group
 from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.crash_report import crashes_in
@@ -69,7 +69,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     world.agree(lambda: _refuse_unlike(world.gather(_known_by(run))))
     args = run.config.training
     with ExitStack() as stack:
-        request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
+        request = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None))
         claimed = world.agree(lambda: _claimed(run, stack))
         folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
         stack.enter_context(crashes_in(folder))

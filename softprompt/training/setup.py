@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.config.loader import TrainConfig, checked
-from softprompt.config.validation import bits_of
+from softprompt.config.loader import TrainConfig, validated
+from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import Rows, make_loader, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import WindowLoader, rows_of_a_step
 from softprompt.data.dataset import Row
@@ -174,7 +174,7 @@ def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pat
 def _begun(config: TrainConfig, world: World) -> _Begun:
     checkpoint = find_checkpoint(config, print)
     if not checkpoint:
-        return _Begun(checked(config), rows_of_a_step(config.training, world.size))
+        return _Begun(validated(config), rows_of_a_step(config.training, world.size))
     start, saved = load_state(checkpoint)
     config = merge_settings(config, checkpoint, saved, print)
     rows_per_step = rows_of_steps(config, saved, world.size)
@@ -198,7 +198,7 @@ def _loaded(
     checkpoint are refused before the base is placed."""
     config, checkpoint = begun.config, begun.checkpoint
     path = base_path(str(config.model.model_name_or_path))
-    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     base, stored = _read_base(config, path, sharded)
     fingerprints = {**rows.fingerprints, **tokenizer_fingerprints(tokenizer)}
     if world.is_main or not sharded:  # else every rank would read the whole base

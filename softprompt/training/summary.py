@@ -3,7 +3,7 @@
 import os
 
 from softprompt.config.train_args import RUNS
-from softprompt.config.validation import bits_of
+from softprompt.config.validation import quantization_bits
 from softprompt.evaluation.evaluator import question_ids, text_of
 from softprompt.generation.adapters import NONE
 from softprompt.training.callbacks import QUESTION_FILE, Run
@@ -29,7 +29,7 @@ def summary(run: Run) -> str:
 def infer_command(run: Run, question: FirstQuestion) -> str:
     """The command that asks this run's prompt, over the base as it was held; its folder is named where infer.py would
     not find it by itself."""
-    bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
+    bits = quantization_bits(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
     folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
     words += [f" --load_in_{bits}bit"] if bits else []

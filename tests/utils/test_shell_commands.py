@@ -193,7 +193,7 @@ def test_the_printed_lines_run(start, tiny_base, tmp_path):
 
 
 def ended(program, argv, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *argv])
     with pytest.raises(SystemExit) as end:
         run_command(program.main)
     out = capsys.readouterr()
@@ -211,6 +211,6 @@ def test_what_may_be_empty_in_training_may_be_empty_in_a_question(output, tiny_b
     assert saved_template(json.loads(Path("run/softprompt.json").read_text())).optional == {"c"}
     (line,) = [line for line in out.splitlines() if line.startswith("Try: ")]
     short = ["--max_new_tokens", "2"]
-    for asked in (shlex.split(line.partition(" infer ")[2]), ["--adapter", "run", "--prompt", "a"]):
+    for asked in (shlex.split(line)[3:], ["--adapter", "run", "--prompt", "a"]):
         ended(infer, [*asked, *short], capsys, monkeypatch)
     ended(infer, ["--adapter", "run", "--prompt", "a", "--input", output, *short], capsys, monkeypatch)
