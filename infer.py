@@ -1,4 +1,4 @@
-"""Ask a frozen language model with a learned prompt: `python infer.py --prompt "…"`; see `python infer.py --help`."""
+"""Answer questions with a learned prompt: `python infer.py --prompt "…"`. `--help` explains the flags."""
 
 from softprompt.cli import infer as main
 from softprompt.cli import run_command

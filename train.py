@@ -1,4 +1,4 @@
-"""Learn a soft prompt for a frozen language model: `python train.py`, or see `python train.py --help`."""
+"""Learn a soft prompt for a frozen language model. `python train.py --help` explains the flags."""
 
 from softprompt.cli import run_command
 from softprompt.cli import train as main

@@ -1,4 +1,4 @@
-"""`python -m softprompt COMMAND …`: see softprompt.cli."""
+"""Run a command by `python -m softprompt COMMAND …`; see softprompt.cli."""
 
 from softprompt.cli import main
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from softprompt.config.infer_args import Voting, generation_faults
 from softprompt.config.loader import TrainConfig, train_config
 from softprompt.config.schema import AUTO
-from softprompt.config.validation import bits_faults, bits_of, precision_faults
+from softprompt.config.validation import bits_faults, precision_faults, quantization_bits
 from softprompt.data.template import Template
 from softprompt.distributed.process_group import World
 from softprompt.engines.factory import engine_for_inference
@@ -139,7 +139,7 @@ class SoftPromptModel:
         adapters, first, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        bits = bits_of(load_in_8bit, load_in_4bit)
+        bits = quantization_bits(load_in_8bit, load_in_4bit)
         loaded, quantised = load_quantized(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
         model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
         model.name, model.adapters, model.active_adapter = name, {}, first

@@ -1,17 +1,20 @@
-"""The command line: one function per command, and errors as one line on stderr with an exit code.
+"""The command line: one function per command; every error becomes one line on stderr and an exit code.
 
-`softprompt COMMAND …` and `python -m softprompt COMMAND …` run them all; train.py and infer.py run one each.
+`softprompt COMMAND …` and `python -m softprompt COMMAND …` offer all commands; the scripts train.py and infer.py call
+`train` and `infer`. The module does not load torch, so that help and the refusal of a wrong flag are immediate.
 """
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from softprompt.config.arg_parser import FlagParser, read_toml
-from softprompt.config.infer_args import INFER_GROUPS, InferConfig, infer_config
+from softprompt.config.infer_args import INFER_GROUPS, InferConfig, QuestionArguments, infer_config
 from softprompt.config.loader import GROUPS, PRESETS, TrainConfig, train_config
 from softprompt.config.unknown_names import advice
 from softprompt.export.args import ExportArguments, ExportConfig, export_config
@@ -19,23 +22,16 @@ from softprompt.report.args import ReportArguments, ReportConfig, report_config
 from softprompt.study.grid import Study, read_study, relocated
 from softprompt.utils.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
+from softprompt.utils.shell_commands import command, program_name
 from softprompt.utils.std_streams import abandon, answers, messages, open_closed
 from softprompt.utils.torchrun_env import is_main, may_restart, several
 
 
-class Command(NamedTuple):
-    """A subcommand: what runs it, its line of help, and whether its output is the answers that were asked for."""
-
-    run: Callable[[Sequence[str]], None]
-    help: str
-    prints_answers: bool = False
-
-
 def train(argv: Sequence[str]) -> None:
-    """Train a prompt, or say what a run would do (`--dry_run`)."""
+    """Learn a soft prompt for a frozen language model, or report what that would cost (`--dry_run`)."""
     config = parse_training(argv)
 
-    from softprompt.api import run_and_report  # after parsing: a wrong flag need not wait for torch
+    from softprompt.api import run_and_report
     from softprompt.distributed.process_group import process_group
     from softprompt.training.dry_run import dry_run
     from softprompt.training.summary import summary
@@ -51,7 +47,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def infer(argv: Sequence[str]) -> None:
-    """Answer one question or a file of them, evaluate adapters, or chat on a terminal."""
+    """Answer one question or a file of questions, evaluate adapters, or, without either, chat on the terminal."""
     config = parse_inference(argv)
 
     from softprompt.inference import infer
@@ -59,8 +55,17 @@ def infer(argv: Sequence[str]) -> None:
     infer(config)
 
 
+def chat(argv: Sequence[str]) -> None:
+    """Hold a conversation on the terminal."""
+    config = parse_chat(argv)
+
+    from softprompt.inference import chat
+
+    chat(config)
+
+
 def export(argv: Sequence[str]) -> None:
-    """Write base and prompt as one plain transformers model."""
+    """Write a base and its learned prompt as one plain transformers model."""
     config = parse_export(argv)
 
     from softprompt.export.plain_model import write_plain_model
@@ -69,7 +74,7 @@ def export(argv: Sequence[str]) -> None:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write one page about one or several runs."""
+    """Write one HTML page about one run, or about several runs side by side."""
     config = parse_report(argv)
 
     from softprompt.report.svg import INSTALL, installed
@@ -82,7 +87,7 @@ def report(argv: Sequence[str]) -> None:
 
 
 def study(argv: Sequence[str]) -> None:
-    """Train every cell of a grid, and say what the figures show."""
+    """Train every cell of a grid of settings, and report what the results show."""
     plan = parse_study(argv)
 
     from softprompt.study.study import run_study
@@ -90,108 +95,158 @@ def study(argv: Sequence[str]) -> None:
     run_study(plan)
 
 
+class Command(NamedTuple):
+    """A command, its line in `softprompt --help`, and whether it prints answers that were asked for."""
+
+    run: Callable[[Sequence[str]], None]
+    help: str
+    prints_answers: bool = False
+
+
 COMMANDS = {
-    "train": Command(train, "learn a soft prompt for a frozen language model (as train.py)"),
-    "infer": Command(infer, "ask a base with a learned prompt (as infer.py)", prints_answers=True),
-    "chat": Command(infer, "a conversation on the terminal (infer without a question)", prints_answers=True),
-    "export": Command(export, "write base and prompt as one plain transformers model"),
-    "report": Command(report, "write one page about one or several runs"),
-    "study": Command(study, "train every cell of a grid, and say what the figures show"),
+    "train": Command(train, "learn a soft prompt for a frozen language model (as train.py does)"),
+    "infer": Command(infer, "answer questions with a learned prompt, or evaluate prompts (as infer.py does)", True),
+    "chat": Command(chat, "hold a conversation on the terminal", True),
+    "export": Command(export, "write a base and its learned prompt as one plain transformers model"),
+    "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
+    "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
 }
 
 
 def main() -> NoReturn:
-    """Run the subcommand that the command line names."""
-    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
-    known = COMMANDS.get(name)
-    run_command((lambda _: _usage(name)) if known is None else known.run, rest, bool(known and known.prints_answers))
+    """Run the command that the command line names, and exit."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    run_command(_dispatch, prints_answers=name in COMMANDS and COMMANDS[name].prints_answers)
 
 
-def _usage(name: str) -> None:
-    if name not in ("-h", "--help", "help"):
-        raise ConfigError(f"unknown command {name}{advice(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
-    print("usage: softprompt COMMAND [--flag value …]\n")
-    for command, (_, help, _) in COMMANDS.items():
-        print(f"  {command:8}{help}")
-    print("\nsoftprompt COMMAND --help lists the flags of each.")
+def _dispatch(argv: Sequence[str]) -> None:
+    name, *rest = argv or ["--help"]
+    if name in COMMANDS:
+        COMMANDS[name].run(rest)
+    elif name in ("-h", "--help", "help"):
+        _overview().print_help()
+    else:
+        raise ConfigError(f"unknown command {name}{advice(name, COMMANDS)}; expected one of {', '.join(COMMANDS)}")
+
+
+def _overview() -> argparse.ArgumentParser:
+    """Return a parser whose help lists the commands; each command parses its own flags."""
+    program = program_name("").strip()
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Prompt tuning of frozen language models.",
+        epilog=f"`{program} COMMAND --help` explains the flags of a command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, known in COMMANDS.items():
+        commands.add_parser(name, help=known.help)
+    return parser
 
 
 def parse_training(argv: Sequence[str]) -> TrainConfig:
-    """Settings of train.py: flags over --config FILE.toml over the preset over the defaults.
+    """Return the settings of `train`: flags override --config FILE.toml, which overrides the preset and the defaults.
 
     Raises:
-        ConfigError: flags or file that are wrong in whatever way.
+        ConfigError: a flag or the file is wrong.
     """
-    parser = FlagParser(GROUPS, "train.py", "Learn a soft prompt for a frozen language model.")
+    parser = FlagParser(GROUPS, program_name("train"), "Learn a soft prompt for a frozen language model.")
     start = parser.add_argument_group("start")
     start.add_argument(
         "--preset",
-        help=f"Defaults to start from: {', '.join(PRESETS)}. (default: mini; none where --model_name_or_path is given)",
+        help=f"Start from these defaults: {', '.join(PRESETS)}. (default: mini; none if --model_name_or_path is given)",
     )
-    start.add_argument("--config", metavar="FILE.toml", help="A file of these settings; flags win over it.")
+    start.add_argument("--config", metavar="FILE.toml", help="Read settings from this file; flags override it.")
     given = parser.parse(argv)
     from_file = read_toml(given.pop("config"), GROUPS) if "config" in given else {}
     return train_config(**{**from_file, **given})
 
 
 def parse_inference(argv: Sequence[str]) -> InferConfig:
-    """Settings of infer.py.
+    """Return the settings of `infer`.
 
     Raises:
-        ConfigError: flags that are wrong in whatever way.
+        ConfigError: a flag is wrong.
     """
-    return infer_config(**FlagParser(INFER_GROUPS, "infer.py", "Ask a base with a learned prompt.").parse(argv))
+    description = "Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal."
+    return infer_config(**FlagParser(INFER_GROUPS, program_name("infer"), description).parse(argv))
+
+
+def parse_chat(argv: Sequence[str]) -> InferConfig:
+    """Return the settings of `chat`: those of `infer` but for the ones that say what to answer.
+
+    Raises:
+        ConfigError: a flag is wrong, or a question is asked.
+    """
+    asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
+    description = "Hold a conversation on the terminal. Type /help in it to see what it understands."
+    parser = FlagParser(INFER_GROUPS, program_name("chat"), description, hidden=asking)
+    parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
+    given = parser.parse(argv)
+    named = [f"--{name}" for name in given if name in asking]
+    if question := given.pop("question", []):
+        named.append(repr(question[0]))
+    if named:
+        raise ConfigError(
+            f"this is a conversation and takes no {named[0]}; type questions once it has started, or use: "
+            f"{command('infer')} --prompt …"
+        )
+    return infer_config(**given)
 
 
 def parse_export(argv: Sequence[str]) -> ExportConfig:
-    """Settings of `python -m softprompt export`: the adapter's folder, then flags.
+    """Return the settings of `export`: the adapter's folder, then flags.
 
     Raises:
-        ConfigError: arguments that are wrong in whatever way.
+        ConfigError: an argument is wrong.
     """
-    program = "python -m softprompt export"
-    description, usage = (
-        "Write base and prompt as one plain transformers model.",
-        "ADAPTER --output DIR [--flag value …]",
-    )
-    parser = FlagParser([ExportArguments], program, description, usage)
-    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, ours or PEFT's.")
+    description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
+    usage = "ADAPTER --output DIR [--flag value …]"
+    parser = FlagParser([ExportArguments], program_name("export"), description, usage)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")
     return export_config(**parser.parse(argv))
 
 
 def parse_study(argv: Sequence[str]) -> Study:
-    """The study of `python -m softprompt study`: its file, then flags.
+    """Return the study of `study`: its file, then flags.
 
     Raises:
-        ConfigError: arguments or a file that are wrong in whatever way.
+        ConfigError: an argument or the file is wrong.
     """
-    program = "python -m softprompt study"
-    description = "Train every cell of a grid and say what its figures say about a few claims."
-    parser = FlagParser([], program, description, "STUDY.toml [--output_dir DIR]")
-    parser.add_argument("study", metavar="STUDY.toml", help="What to vary; docs/study.md shows how to write it.")
-    parser.add_argument("--output_dir", metavar="DIR", help="Where to write. (default: the file's, or runs/study-NAME)")
+    description = "Train every cell of a grid of settings, and report what the results show."
+    parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
+    parser.add_argument("study", metavar="STUDY.toml", help="The grid: what to vary. docs/study.md describes the file.")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="Write the study into this folder. (default: output_dir of STUDY.toml, else runs/study-NAME)",
+    )
     given = parser.parse(argv)
     return relocated(read_study(Path(given["study"]).expanduser()), given.get("output_dir"))
 
 
 def parse_report(argv: Sequence[str]) -> ReportConfig:
-    """Settings of `python -m softprompt report`: folders of runs, then flags.
+    """Return the settings of `report`: folders of runs, then flags.
 
     Raises:
-        ConfigError: arguments that are wrong in whatever way.
+        ConfigError: an argument is wrong.
     """
-    program = "python -m softprompt report"
-    description = "Write one page about one run, or several side by side."
-    parser = FlagParser([ReportArguments], program, description, "RUN [RUN …] [--flag value …]")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a run of train.py.")
+    description = "Write one HTML page about one run, or about several runs side by side."
+    parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
     return report_config(**parser.parse(argv))
 
 
 def run_command(
     main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, prints_answers: bool = False
 ) -> NoReturn:
-    """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
-    prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
+    """Run `main`, print an error as one line on stderr, and exit with 0 or the error's code.
+
+    Args:
+        main: A command of this module.
+        argv: Its arguments, by default those of the process.
+        prints_answers: What it prints is its result. The command then ends when nobody reads stdout any more; else it
+            goes on without printing.
+    """
     argv = sys.argv[1:] if argv is None else argv
     open_closed()
     streams = sys.stdout, sys.stderr
@@ -213,14 +268,14 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
     except Stopped as stop:
         if is_main():
             print(stop, file=sys.stderr)
-        _leave(0 if may_restart() else stop.exit_code)  # torchrun would start again what was asked to stop
+        _leave(0 if may_restart() else stop.exit_code)  # torchrun would restart a run that was asked to stop
     except SoftpromptError as error:
-        ended = isinstance(error, PushError) and may_restart()  # the run itself
-        everywhere = error.exit_code == 2 or isinstance(error, Elsewhere)
-        _exit(str(error), 0 if ended else error.exit_code, everywhere)
+        run_is_whole = isinstance(error, PushError) and may_restart()  # torchrun would train it again
+        met_by_all = error.exit_code == 2 or isinstance(error, Elsewhere)
+        _exit(str(error), 0 if run_is_whole else error.exit_code, met_by_all)
     except KeyboardInterrupt:
         _exit("stopped", 130)
-    except BrokenPipeError:  # `… | head` has read enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has read enough
         sys.exit(0)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and not hasattr(error, "output_dir"):  # before a run began
@@ -231,15 +286,15 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
     sys.exit(0)
 
 
-def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
-    """What all of torchrun's ranks meet or have told each other, rank 0 tells; what befell one alone, that one."""
-    if is_main() or not everywhere:
+def _exit(message: str, code: int, met_by_all: bool = False) -> NoReturn:
+    """Print an error and exit. Of an error that all ranks of torchrun meet, only rank 0 prints it."""
+    if is_main() or not met_by_all:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """The connections of several ranks have threads, and an interpreter that ends beneath them may abort."""
+    """Exit; as one of several ranks without unloading, since the threads of their connections may then abort."""
     if several():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,35 +9,43 @@ import dataclasses
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from softprompt.config.infer_args import GenerationArguments
-from softprompt.config.schema import AUTO, hints, members, takes_auto, takes_list
+from softprompt.config.schema import AUTO, setting_types, takes_auto, takes_list, union_members
 from softprompt.config.train_args import NEWEST
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 
 HINT = r"one that starts with - is written \1=VALUE"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-BARE = {"resume_from_checkpoint": NEWEST}  # what a flag means that is given without a value
+WITHOUT_VALUE = {"resume_from_checkpoint": NEWEST}  # what such a flag means when it is given without a value
 
 
 class FlagParser(argparse.ArgumentParser):
     """An argparse parser with one argument group per dataclass, which raises ConfigError instead of printing usage.
 
-    Every field becomes a flag of its name, with underscores or hyphens. `--flag` alone sets a boolean; a boolean that
-    is on by default also has `--no_flag`. A field of a list takes several values, and may be repeated.
+    Every field becomes a flag of its name, with underscores or hyphens. `--flag` alone sets a boolean, and
+    `--flag false` clears it. A flag that takes several values may also be repeated.
     """
 
-    def __init__(self, groups: Sequence[type], program: str, description: str, usage: str = "[--flag value …]"):
-        super().__init__(prog=program, description=description, usage=f"{program} {usage}".strip(), allow_abbrev=False)
+    def __init__(
+        self,
+        groups: Sequence[type],
+        program: str = "",
+        description: str = "",
+        usage: str = "[--flag value …]",
+        hidden: Collection[str] = (),
+    ):
+        """Make a parser of the fields of `groups`; flags named in `hidden` are parsed, and not shown by --help."""
+        super().__init__(prog=program, description=description, usage=f"{program} {usage}", allow_abbrev=False)
         for group in groups:
             arguments = self.add_argument_group(group._argument_group_name)  # type: ignore[attr-defined]
             types = get_type_hints(group)
             for field in dataclasses.fields(group):
-                _add_flag(arguments, field, types[field.name])
+                _add_flag(arguments, field, types[field.name], field.name in hidden)
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
@@ -58,25 +66,28 @@ class FlagParser(argparse.ArgumentParser):
             action.default = argparse.SUPPRESS
         namespace, rest = self.parse_known_args(list(argv))
         if rest:
-            flag = next((a for a in rest if a.startswith("-")), rest[0]).split("=")[0]
-            if not flag.startswith("-"):
-                raise ConfigError(f"unknown argument {flag}")
-            known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
-            raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
+            self._refuse(rest)
         return vars(namespace)
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        flag = next((a for a in unknown if a.startswith("-")), unknown[0]).split("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"unknown argument {flag}")
+        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+        raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
 
 
 def parse_setting(name: str, value: str) -> dict[str, Any]:
-    """Parse one generation setting of infer.py from its text, as its flag would.
+    """Parse one generation setting from its text, as its flag would.
 
     Raises:
         ConfigError: no such setting, or a value of another type.
     """
-    return FlagParser((GenerationArguments,), "", "").parse([f"--{name}={value}"])
+    return FlagParser([GenerationArguments]).parse([f"--{name}={value}"])
 
 
 def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
-    """Read a TOML file of settings for the dataclasses `groups`, and of `preset`.
+    """Read a TOML file of `preset` and the settings of the dataclasses `groups`.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or holds an unknown setting.
@@ -88,24 +99,21 @@ def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
     except ValueError as error:  # not UTF-8, not TOML
         raise ConfigError(f"--config {name}: not TOML: {error}") from None
     if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
-        raise ConfigError(f"--config {name}: {', '.join(twice)} is there twice, with - and with _; keep one")
+        raise ConfigError(f"--config {name}: {', '.join(twice)} is given twice, with - and with _; keep one")
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    known: Mapping[str, Any] = {"preset": str, **hints(groups)}
+    known: Mapping[str, Any] = {"preset": str, **setting_types(groups)}
     if unknown := [f"unknown setting {key!r}{advice(key, known)}" for key in values if key not in known]:
         raise ConfigError(f"--config {name}: {'; '.join(unknown)}")
     return values
 
 
-def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any, hidden: bool) -> None:
     text = field.metadata["help"].replace("%", "%%")
     shown = "" if field.default is None or "(default" in text else " (default: %(default)s)"
-    kwargs: dict[str, Any] = {"default": field.default, "help": text + shown, **_value_of(hint)}
-    if field.name in BARE:
-        kwargs |= {"nargs": "?", "const": BARE[field.name]}
+    kwargs = {"default": field.default, "help": argparse.SUPPRESS if hidden else text + shown, **_value_of(hint)}
+    if field.name in WITHOUT_VALUE:
+        kwargs |= {"nargs": "?", "const": WITHOUT_VALUE[field.name]}
     arguments.add_argument(*_spellings(field.name), **kwargs)
-    if field.default is True:
-        off = {"action": "store_false", "dest": field.name, "default": False, "help": text}
-        arguments.add_argument(*_spellings(f"no_{field.name}"), **off)
 
 
 def _spellings(name: str) -> list[str]:
@@ -113,15 +121,15 @@ def _spellings(name: str) -> list[str]:
 
 
 def _value_of(hint: Any) -> dict[str, Any]:
-    """What argparse must know of a field's values, from its type."""
-    kinds = [member for member in members(hint) if member is not type(None)]
-    if bool in kinds:
+    """Return what argparse must know about the values of a field of this type."""
+    types = [member for member in union_members(hint) if member is not type(None)]
+    if bool in types:
         return {"type": _boolean, "nargs": "?", "const": True}
-    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
+    if choices := [choice for kind in types if get_origin(kind) is Literal for choice in get_args(kind)]:
         return {"choices": choices}
     if takes_list(hint):
-        return {"type": get_args(kinds[0])[0], "nargs": "+", "action": "extend"}
-    return {"type": _or_auto(kinds[0]) if takes_auto(hint) else kinds[0]}
+        return {"type": get_args(types[0])[0], "nargs": "+", "action": "extend"}
+    return {"type": _or_auto(types[0]) if takes_auto(hint) else types[0]}
 
 
 def _boolean(text: str) -> bool:
@@ -134,5 +142,5 @@ def _or_auto(convert: Any) -> Callable[[str], Any]:
     def converted(text: str) -> Any:
         return text if text == AUTO else convert(text)
 
-    converted.__name__ = getattr(convert, "__name__", str(convert))  # argparse names it where a value is wrong
+    converted.__name__ = getattr(convert, "__name__", str(convert))  # argparse shows this name if a value is wrong
     return converted

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from softprompt.config.schema import build, hints, option, type_faults
+from softprompt.config.schema import build, option, setting_types, type_faults
 from softprompt.config.validation import bits_faults, parse_columns, parse_labels, precision_faults, seed_faults
 from softprompt.utils.errors import ConfigError
 
@@ -191,7 +191,7 @@ def generation_faults(values: dict[str, Any]) -> list[str]:
     limits = {"max_length": 1, "max_new_tokens": 1, "top_k": 0, "batch_size": 1, "no_repeat_ngram_size": 0}
     limits |= {"num_return_sequences": 1, "num_beams": 1}
     given = {name: value for name, value in values.items() if value is not None}
-    if faults := type_faults(given, hints([GenerationArguments])):
+    if faults := type_faults(given, setting_types([GenerationArguments])):
         return faults
     faults = seed_faults(given.get("seed", 0))
     faults += [

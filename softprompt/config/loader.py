@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.config.schema import AUTO, build, nearest, with_plain_paths
+from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
     DEFAULT_LEARNING_RATES,
     SECRETS,
@@ -73,7 +73,7 @@ class TrainConfig:
 def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
     """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
     if preset is not None and str(preset) not in PRESETS:
-        hint = nearest(str(preset), PRESETS)
+        hint = closest_name(str(preset), PRESETS)
         raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{hint}")
     return preset or (None if given.get("model_name_or_path") else "mini")
 
@@ -86,11 +86,11 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
         ConfigError: an unknown preset or field, a value of a wrong type or out of range, settings that contradict
             each other; every fault is in the one message.
     """
-    config = unchecked(preset, given)
-    return config if config.training.resume_from_checkpoint else checked(config)
+    config = unvalidated_config(preset, given)
+    return config if config.training.resume_from_checkpoint else validated(config)
 
 
-def unchecked(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
     """Settings of known names and right types; whether they are in range and go together is yet to be `checked`.
 
     Raises:
@@ -100,7 +100,7 @@ def unchecked(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
         if given.get(name):
             hide(str(given[name]))
     named = {} if preset is None else {"preset": preset}
-    given = with_plain_paths(given)
+    given = expand_paths(given)
     preset = preset_of(preset, given)
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):
@@ -108,7 +108,7 @@ def unchecked(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
 
 
-def checked(config: TrainConfig) -> TrainConfig:
+def validated(config: TrainConfig) -> TrainConfig:
     """The same settings.
 
     Raises:

@@ -24,7 +24,7 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def hints(groups: Sequence[type]) -> dict[str, Any]:
+def setting_types(groups: Sequence[type]) -> dict[str, Any]:
     """Every setting of the dataclasses `groups` and its type."""
     return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
 
@@ -35,7 +35,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     Raises:
         ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
     """
-    known, values = hints(groups), with_plain_paths(values)
+    known, values = setting_types(groups), expand_paths(values)
     faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
     values = {name: _coerced(value, known[name]) for name, value in values.items() if name in known}
     if faults := faults + type_faults(values, known):
@@ -43,7 +43,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     return [group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in groups]
 
 
-def with_plain_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with path objects as texts, and a leading ~ as the home folder: no shell expands it in a file of
     settings, in Python, or behind a `--flag=`."""
     return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
@@ -70,7 +70,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def closest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A clause that suggests the known name most like `name`, where one is."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
@@ -78,15 +78,15 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def takes_auto(hint: Any) -> bool:
     """Whether a setting may be left to the program, and so be given as `auto`."""
-    return type(None) in members(hint) and str not in members(hint) and not takes_list(hint)
+    return type(None) in union_members(hint) and str not in union_members(hint) and not takes_list(hint)
 
 
 def takes_list(hint: Any) -> bool:
     """Whether a setting may have several values."""
-    return any(get_origin(member) is list for member in members(hint))
+    return any(get_origin(member) is list for member in union_members(hint))
 
 
-def members(hint: Any) -> tuple[Any, ...]:
+def union_members(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is the former
 
@@ -98,11 +98,11 @@ def _coerced(value: Any, hint: Any) -> Any:
         return None
     if takes_list(hint) and value is not None:
         return list(value) if isinstance(value, list | tuple) else [value]
-    return float(value) if float in members(hint) and type(value) is int else value
+    return float(value) if float in union_members(hint) and type(value) is int else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    for member in members(hint):
+    for member in union_members(hint):
         if get_origin(member) is Literal:
             if type(value) is str and value in get_args(member):
                 return True
@@ -116,8 +116,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _expected(hint: Any) -> str:
     names = {str: "a text in UTF-8", int: "a whole number", float: "a finite number", bool: "true or false"}
-    choices = [c for m in members(hint) if get_origin(m) is Literal for c in get_args(m)]
+    choices = [c for m in union_members(hint) if get_origin(m) is Literal for c in get_args(m)]
     if takes_list(hint):
-        each = next(get_args(m)[0] for m in members(hint) if get_origin(m) is list)
+        each = next(get_args(m)[0] for m in union_members(hint) if get_origin(m) is list)
         return f"one or several, each {names[each]}"
-    return f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in members(hint) if m in names)
+    return (
+        f"one of {', '.join(choices)}" if choices else " or ".join(names[m] for m in union_members(hint) if m in names)
+    )

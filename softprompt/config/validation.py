@@ -68,7 +68,7 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
     return faults
 
 
-def bits_of(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
+def quantization_bits(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
     """Of a weight of a quantised base."""
     return 8 if load_in_8bit else 4 if load_in_4bit else None
 
@@ -182,9 +182,9 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
     if data.eval_split and data.eval_rows:
         yield "--eval_split and --eval_rows exclude each other; give one of them"
-    if is_made(data.dataset) and data.dataset_split != "train":
+    if is_mini_task(data.dataset) and data.dataset_split != "train":
         yield f"--dataset_split {data.dataset_split}: {data.dataset} has no splits; leave that out"
-    if data.eval_split and is_made(data.held_out):
+    if data.eval_split and is_mini_task(data.held_out):
         yield f"--eval_split {data.eval_split}: {data.held_out} has held-out rows of its own; leave that out"
     if data.eval_rows < 0:
         yield f"--eval_rows {data.eval_rows} must not be negative"
@@ -192,7 +192,7 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         yield "--buffer_size is only used with --streaming; add that flag"
     if not 0 < data.buffer_size <= MOST_BUFFERED:
         yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
-    if data.streaming and is_made(data.dataset):
+    if data.streaming and is_mini_task(data.dataset):
         yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
@@ -202,7 +202,7 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         yield str(error)
 
 
-def is_made(dataset: str | None) -> bool:
+def is_mini_task(dataset: str | None) -> bool:
     return str(dataset).startswith("mini:")
 
 
@@ -223,7 +223,7 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
     yield from seed_faults(training.seed)
     if training.max_time:
         try:
-            seconds_of(training.max_time)
+            parse_duration(training.max_time)
         except ConfigError as error:
             yield str(error)
 
@@ -238,7 +238,7 @@ def _evaluation_faults(data: DataArguments, training: TrainingArguments) -> Iter
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
 
 
-def seconds_of(text: str) -> float:
+def parse_duration(text: str) -> float:
     """`3h30m`, `45m`, `90s` or plain minutes → seconds.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import is_made
+from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import Row, check_fields, check_row, check_rows, rows_of
 from softprompt.data.readers import path_of
@@ -73,7 +73,7 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
         rows, held_out = rows[: -data.eval_rows], _Part(rows[-data.eval_rows :])
     else:
         held_out = _held_out(config, template, extent)
-    doubled = [] if is_made(dataset) else _doubled(rows, held_out.rows)
+    doubled = [] if is_mini_task(dataset) else _doubled(rows, held_out.rows)
     return Rows(rows, held_out.rows, notes=[*notes, *held_out.notes, *doubled])
 
 
@@ -94,7 +94,7 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
 
 
 def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
-    if is_made(dataset):
+    if is_mini_task(dataset):
         return _Part(_made_rows(dataset, "train", template))
     data = config.data
     splits = splits_of(dataset, data.dataset_config_name)
@@ -108,7 +108,7 @@ def _held_out(config: TrainConfig, template: Template, training: Extent | None) 
     data, dataset = config.data, config.data.held_out
     if dataset is None:
         return _Part([])
-    if is_made(dataset):
+    if is_mini_task(dataset):
         return _Part(_made_rows(dataset, "eval", template))
     flag, name = "--eval_split", data.dataset_config_name
     if data.streaming and path_of(dataset) is None:
@@ -151,7 +151,7 @@ def _hash(row: Row) -> int:
 def _check_config_name(config: TrainConfig) -> None:
     data = config.data
     there = [name for name in (data.dataset, data.held_out) if name]
-    if data.dataset_config_name and not any(not is_made(name) and path_of(name) is None for name in there):
+    if data.dataset_config_name and not any(not is_mini_task(name) and path_of(name) is None for name in there):
         raise ConfigError(
             f"--dataset_config_name {data.dataset_config_name} is for a hub dataset, which {data.dataset} is not; "
             "leave it out"

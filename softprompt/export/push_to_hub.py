@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.config.train_args import SharingArguments
-from softprompt.prompt.adapter_io import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.runs.run_files import run_files
 from softprompt.utils import hub

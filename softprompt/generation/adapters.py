@@ -15,7 +15,8 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import Template, saved_template
 from softprompt.generation.encode_questions import Question, encoded, merged_settings
 from softprompt.models.loading import base_path
-from softprompt.prompt.adapter_io import SETTINGS_FILE, Adapter, load_adapter, newest_adapter
+from softprompt.prompt.adapter_io import Adapter, load_adapter, newest_adapter
+from softprompt.prompt.file_names import SETTINGS_FILE
 from softprompt.prompt.initial import check_fits
 from softprompt.utils.errors import AdapterError, ConfigError
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.loader import TrainConfig
-from softprompt.prompt.adapter_io import CARD_FILE, Adapter, adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.prompt.file_names import CARD_FILE
 from softprompt.utils.redact import redacted
 
 

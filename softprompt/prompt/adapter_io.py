@@ -20,16 +20,14 @@ from torch import Tensor
 
 from softprompt.config.schema import is_text
 from softprompt.prompt.adapter_kinds import check_kind
+from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.utils.atomic_io import open_inside, read_inside
 from softprompt.utils.errors import AdapterError
 from softprompt.utils.model_config import layers_and_heads
+from softprompt.utils.shell_commands import command
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SETTINGS_FILE = "softprompt.json"
 PROMPT_KEY = "prompt_embeddings"
 PEFT_VERSION = "0.21.2"  # whose format this is
-CARD_FILE = "README.md"
 CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # pattern of a folder's name
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
@@ -135,7 +133,7 @@ def newest_adapter(runs: Path) -> Path:
     # a finished run's own files are written after its last checkpoint
     if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
         return max(found)[1].parent
-    raise AdapterError(f"no trained adapter under {runs}/; run `python train.py` first, or name one with --adapter")
+    raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
 
 
 def _written(path: Path) -> int | None:

@@ -18,7 +18,7 @@ from softprompt.runs.file_names import FACTS_FILE, MARK
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.errors import ReportError
 from softprompt.utils.redact import redacted
-from softprompt.utils.shell_commands import flag
+from softprompt.utils.shell_commands import command, flag
 
 TEMPLATE = "report.html.jinja"
 SHOWN = 600  # characters of a text
@@ -103,7 +103,7 @@ def _view(record: RunRecord, name: str, painter: Painter | None) -> dict[str, An
         "ended": record.ended,
         "status": _status(record),
         "go_on": None if record.ended else _go_on(record),
-        "ask": f"python infer.py{flag('adapter', str(record.folder))}{bits} --prompt …",
+        "ask": f"{command('infer')}{flag('adapter', str(record.folder))}{bits} --prompt …",
         "figures": list(_figures(record)),
         "curves": list(_curves(record, painter)) if painter else [],
         "sweep": facts.get("sweep"),
@@ -149,8 +149,8 @@ def _status(record: RunRecord) -> str:
 def _go_on(record: RunRecord) -> str | None:
     if record.runs_now or not record.checkpoint:
         return None
-    program = "torchrun --nproc_per_node=N" if record.arguments.get("shard_base") else "python"
-    return f"{program} train.py{flag('resume_from_checkpoint', str(record.folder))}"
+    launcher = "torchrun --nproc_per_node=N" if record.arguments.get("shard_base") else "python"
+    return f"{command('train', launcher)}{flag('resume_from_checkpoint', str(record.folder))}"
 
 
 def _figures(record: RunRecord) -> Iterable[tuple[str, str | None, str]]:

@@ -1,6 +1,6 @@
 """Names of the files that a run's folder and its checkpoints hold."""
 
-from softprompt.prompt.adapter_io import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
 REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
 MARK = '<meta name="generator" content="softprompt.report">'  # by which a report is known

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from softprompt.prompt.adapter_io import CARD_FILE, CHECKPOINT, CONFIG_FILE, PROMPT_KEY, SETTINGS_FILE, WEIGHTS_FILE
+from softprompt.prompt.adapter_io import CHECKPOINT, PROMPT_KEY
+from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.checkpoints import checkpoints, step_of, surplus
 from softprompt.runs.file_names import (
     CHECKSUMS_FILE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt.prompt.adapter_io import CONFIG_FILE
+from softprompt.prompt.file_names import CONFIG_FILE
 from softprompt.runs.checkpoints import checkpoints, newest_whole
 from softprompt.runs.file_names import FACTS_FILE, METRICS_FILE, RESULTS_FILE, STATE_FILE
 from softprompt.runs.state import Metrics

@@ -22,7 +22,7 @@ from softprompt.runs.checkpoints import checkpoints, fault_of, newest_whole
 from softprompt.runs.file_names import METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, STATE_FILES
 from softprompt.runs.state import Step, TrainingState
 from softprompt.utils.errors import CheckpointError, ConfigError
-from softprompt.utils.shell_commands import TRAIN, flag, script
+from softprompt.utils.shell_commands import command, flag
 from softprompt.utils.torchrun_env import launched
 
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
@@ -45,9 +45,9 @@ def resume_command(output_dir: Path) -> str:
     """Return the command that resumes a run, with torchrun on as many nodes if this process was started so."""
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
-    program = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
+    launcher = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
     folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
-    return f"{program} {script(TRAIN)}{flag('resume_from_checkpoint', folder)}"
+    return f"{command('train', launcher)}{flag('resume_from_checkpoint', folder)}"
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from softprompt.config.infer_args import Voting
 from softprompt.config.loader import GROUPS, TrainConfig, train_config
-from softprompt.config.schema import is_text, nearest
+from softprompt.config.schema import closest_name, is_text
 from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.config.unknown_names import advice
 from softprompt.config.validation import seed_faults
@@ -135,7 +135,7 @@ def refuse(path: Path, faults: Mapping[str, list[str]]) -> None:
 def _faults(found: Mapping[str, Any]) -> Iterator[str]:
     for key in found:
         if key not in KEYS:
-            yield f"unknown key {key!r}{nearest(key, KEYS) or '; there are ' + ', '.join(KEYS)}"
+            yield f"unknown key {key!r}{closest_name(key, KEYS) or '; there are ' + ', '.join(KEYS)}"
     for key in ("title", "about", "output_dir"):
         if key in found and not (is_text(found[key]) and found[key] and "\0" not in found[key]):
             yield f"{key} {found[key]!r} is not a text"

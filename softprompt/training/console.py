@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import bits_of
+from softprompt.config.validation import quantization_bits
 from softprompt.data.dataloader import WindowLoader, rows_of_a_step
 from softprompt.data.dataset import Row
 from softprompt.data.template import never_written
@@ -70,7 +70,7 @@ def print_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -
         print(model)
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
-    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
     print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:

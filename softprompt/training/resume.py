@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.config.loader import TrainConfig, checked
+from softprompt.config.loader import TrainConfig, validated
 from softprompt.data.dataloader import rows_of_a_step
 from softprompt.data.template import DEFAULT
 from softprompt.runs.checkpoints import fault_of
@@ -59,7 +59,7 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
     """
     checkpoint = find_checkpoint(config, print)
     if not checkpoint:
-        return StartingPoint(checked(config), rows_of_a_step(config.training, devices))
+        return StartingPoint(validated(config), rows_of_a_step(config.training, devices))
     state, saved = load_state(checkpoint)
     config = merge_settings(config, checkpoint, saved, print)
     rows_per_step = rows_of_steps(config, saved, devices)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.config.loader import TrainConfig, checked, unchecked
+from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import ConfigError
@@ -55,10 +55,10 @@ def merge_settings(
     searched = bool(old.pop("find_learning_rate", False))  # the learning rate that was found is among the settings
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}
-    resumed = unchecked(saved.get("preset"), {**kept, **given})
+    resumed = unvalidated_config(saved.get("preset"), {**kept, **given})
     _print_differences(config, resumed, saved, dropped, checkpoint.name, say)
     try:
-        checked(resumed)
+        validated(resumed)
     except ConfigError as error:
         raise ConfigError(f"{error} (what is not given is as in {checkpoint})") from None
     return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
@@ -101,4 +101,4 @@ def _print_differences(
 def saved_config(saved: Mapping[str, Any]) -> TrainConfig:
     """Return the settings that a checkpoint was saved with."""
     arguments = {name: value for name, value in saved["arguments"].items() if name != "preset"}
-    return unchecked(saved["arguments"].get("preset"), arguments)
+    return unvalidated_config(saved["arguments"].get("preset"), arguments)

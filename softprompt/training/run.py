@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import seconds_of
+from softprompt.config.validation import parse_duration
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import SoftPromptedModel
 from softprompt.runs.crash_report import crashes_in
@@ -78,7 +78,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     world.agree(lambda: _refuse_unlike(world.gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
+        stop = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None))
         output_dir = Path(world.gather(str(world.agree(lambda: _claimed(setup, world, stack))))[0])
         stack.enter_context(crashes_in(output_dir))
         stack.enter_context(deterministic(args.deterministic))

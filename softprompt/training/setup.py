@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import bits_of
+from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import make_loader, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import WindowLoader
 from softprompt.data.dataset import Row
@@ -40,6 +40,7 @@ from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.fingerprints import fingerprint_of_base
 from softprompt.utils.safetensors_io import StoredTensor
+from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched
 
@@ -99,7 +100,7 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
     if config.model.shard_base and not launched():
         raise ConfigError(
             "--shard_base shares a base out among processes, and this is one alone; start several with "
-            "torchrun --nproc_per_node=N train.py …, or give --shard_base false"
+            f"{command('train', 'torchrun --nproc_per_node=N')} …, or give --shard_base false"
         )
     if config.model.shard_base and world.size == 1:
         print("--shard_base: there is one process, which holds the whole base")
@@ -160,7 +161,7 @@ def freeze_base(config: TrainConfig, base: Base) -> Base:
     """Quantize the base if the settings ask for it, freeze it, and move it to its device."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    bits = bits_of(config.model.load_in_8bit, config.model.load_in_4bit)
+    bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     quantized = quantize_blocks(base.model, bits, device) if bits else None
     model = place(freeze(base.model, dtype), device)
     return base._replace(model=model, blocks=quantized or base.blocks)

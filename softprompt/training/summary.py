@@ -3,13 +3,13 @@
 import os
 
 from softprompt.config.train_args import RUNS
-from softprompt.config.validation import bits_of
+from softprompt.config.validation import quantization_bits
 from softprompt.evaluation.evaluator import question_ids, text_of
 from softprompt.generation.adapters import NONE
 from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run
-from softprompt.utils.shell_commands import flag, script
+from softprompt.utils.shell_commands import command, flag
 from softprompt.utils.text_table import columns, table
 
 EXAMPLES = 3
@@ -20,7 +20,8 @@ def summary(run: Run) -> str:
     """Return a table of metrics, held-out examples before and after, and the infer.py command or why there is none."""
     parts = [_figures(run), _examples(run)]
     if run.no_answers:
-        parts.append(f"No answers: {run.no_answers}; infer.py --choices and --eval_dataset work without it")
+        ask = command("infer")
+        parts.append(f"No answers: {run.no_answers}; --choices and --eval_dataset of {ask} work without it")
     elif run.question:
         parts.append(f"Try: {infer_command(run, run.question)}")
     return "\n" + "\n\n".join(part for part in parts if part)
@@ -29,12 +30,12 @@ def summary(run: Run) -> str:
 def infer_command(run: Run, question: FirstQuestion) -> str:
     """Return the command that asks the trained prompt, with the base quantized as in training. The run's folder is
     named unless infer.py finds it by itself."""
-    bits = bits_of(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
+    bits = quantization_bits(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
     folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
     words += [f" --load_in_{bits}bit"] if bits else []
     asked = question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)}
-    return f"python {script('infer.py')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
+    return f"{command('infer')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
 
 
 def _figures(run: Run) -> str:

@@ -1,41 +1,55 @@
-"""Commands as they are printed: a POSIX shell runs them as they stand, from the folder that this process runs in."""
+"""Commands as they are printed: a POSIX shell runs them unchanged, in the working directory of this process."""
 
 import os
 import shlex
+import shutil
 import sys
 from importlib.machinery import PathFinder
 
-TRAIN = "train.py"
+SCRIPTS = ("train.py", "infer.py")  # stand beside the package in a clone; an installed package is without them
 
 
-def script(name: str) -> str:
-    """The path of one of the programs beside train.py, as train.py's own was given to this process."""
-    return shlex.quote(os.path.join(os.path.dirname(_program()), name))
+def program_name(name: str) -> str:
+    """Return what was typed to start the command `name`, for its usage line: `train.py`, `softprompt train` or
+    `python -m softprompt train`."""
+    started = os.path.basename(sys.argv[0])
+    if started in SCRIPTS:
+        return started
+    return f"python -m softprompt {name}" if started == "__main__.py" else f"softprompt {name}"
 
 
-def command(name: str) -> str:
-    """`python -m softprompt NAME`, with the folder of train.py in PYTHONPATH if Python finds the package only there."""
-    folder = os.path.dirname(_program())
-    found = not folder or PathFinder.find_spec("softprompt", sys.path[1:]) is not None
-    return f"{'' if found else f'PYTHONPATH={shlex.quote(folder)} '}python -m softprompt {name}"
+def command(name: str, launcher: str = "python") -> str:
+    """Return the beginning of a shell command that runs the command `name` of softprompt.
+
+    It starts the command as this process was started: by the script beside train.py or infer.py, by the installed
+    `softprompt`, else by `python -m softprompt`. `launcher` replaces `python`, to start several processes by torchrun.
+    """
+    folder, started = os.path.split(sys.argv[0])
+    if started in SCRIPTS:
+        if f"{name}.py" in SCRIPTS:
+            return f"{launcher} {shlex.quote(os.path.join(folder, f'{name}.py'))}"
+        importable = not folder or PathFinder.find_spec("softprompt", sys.path[1:]) is not None
+        return f"{'' if importable else f'PYTHONPATH={shlex.quote(folder)} '}{launcher} -m softprompt {name}"
+    if started == "softprompt" and launcher == "python":
+        on_path = shutil.which(started)
+        same = on_path is not None and os.path.realpath(on_path) == os.path.realpath(sys.argv[0])
+        return f"{started if same else shlex.quote(sys.argv[0])} {name}"
+    return f"{launcher} -m softprompt {name}"
 
 
 def flag(name: str, value: str) -> str:
-    """` --NAME VALUE`; one that starts with - would be taken for a flag of its own."""
-    return f" --{name}{'=' if value.startswith('-') else ' '}{quoted(value)}"
+    """Return ` --NAME VALUE`, or ` --NAME=VALUE` for a value that argparse would take for another flag."""
+    return f" --{name}{'=' if value.startswith('-') else ' '}{_quoted(value)}"
 
 
 def argument(path: str) -> str:
-    """A path that is no flag's value."""
-    return quoted(os.path.join(".", path) if path.startswith("-") else path)
+    """Return a path as a positional argument."""
+    return _quoted(os.path.join(".", path) if path.startswith("-") else path)
 
 
-def quoted(text: str) -> str:
-    """For a shell, in double quotes where nothing within them has a meaning of its own: other shells know them, too."""
+def _quoted(text: str) -> str:
+    """Quote `text` for a shell: in double quotes, which shells other than POSIX ones know too, unless it holds a
+    character that has a meaning inside them."""
     if shlex.quote(text) == text or set(text) & set('"$`\\!'):
         return shlex.quote(text)
     return f'"{text}"'
-
-
-def _program() -> str:
-    return sys.argv[0] if os.path.basename(sys.argv[0]) == TRAIN else ""

@@ -229,7 +229,7 @@ FLAG_FAULTS = [
     (["--seed"], "--seed: expected one argument"),
     (["--template", "-{a}"], "starts with - is written --template=VALUE"),
     (["--max-length", "long"], "--max_length: invalid int value: 'long'"),
-    (["--bf16", "perhaps"], "--bf16: Truthy value expected"),
+    (["--bf16", "perhaps"], "--bf16: 'perhaps' is neither true nor false"),
     (["--truncation_side", "left"], "--truncation_side: invalid choice: 'left' (choose from 'output', 'input')"),
 ]
 

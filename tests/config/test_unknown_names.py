@@ -5,7 +5,7 @@ import pytest
 import softprompt
 from softprompt.cli import parse_export, parse_inference, parse_training
 from softprompt.config.loader import GROUPS
-from softprompt.config.schema import hints
+from softprompt.config.schema import setting_types
 from softprompt.config.unknown_names import ALIASES, SECOND, advice
 from softprompt.generation.encode_questions import merged_settings
 from softprompt.study.grid import read_study
@@ -62,7 +62,7 @@ def test_no_name_of_transformers_is_answered_with_another_setting():
 
     from transformers import TrainingArguments
 
-    ours = hints(GROUPS)
+    ours = setting_types(GROUPS)
     for field in dataclasses.fields(TrainingArguments):
         if field.name not in {*ours, *ALIASES, *SECOND}:
             assert "did you mean" not in advice(field.name, ours), field.name

@@ -38,7 +38,7 @@ from softprompt.export.chat_template import SAMPLES, new_words, teach
 from softprompt.export.plain_model import export, generation_config
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import base_path
-from softprompt.prompt.adapter_io import CONFIG_FILE, SETTINGS_FILE
+from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE
 from softprompt.utils.errors import AdapterError, ModelError, SoftpromptError
 
 QUESTIONS = ["我爱这部电影", "这家酒店太差了！ 1 < 2", "hello\n  world {x} {{ y }}"]

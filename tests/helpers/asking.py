@@ -24,7 +24,7 @@ def called(argv: list, capsys, monkeypatch) -> str:
 
 def refusal(program: ModuleType, argv: list, capsys, monkeypatch) -> str:
     """The one line with which a program refuses its arguments."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as ended:
         run_command(program.main)
     err = capsys.readouterr().err

@@ -23,7 +23,7 @@ def listing(folder: Path) -> list[str]:
 def refused(program, argv: list, capsys, monkeypatch, folder: Path) -> str:
     """Run a program in `folder` that must refuse; returns its one line."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, argv)])
     before = listing(folder)
     with pytest.raises(SystemExit) as ended:
         run_command(program.main)

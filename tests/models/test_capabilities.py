@@ -114,7 +114,7 @@ def rows_file(folder: Path, rows=ROWS) -> Path:
 
 def called(program, argv, capsys, monkeypatch) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a program, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as ended:
         run_command(program.main)
     return ended.value.code, *capsys.readouterr()

@@ -15,7 +15,7 @@ from helpers.interrupting import Killed, interrupted, restated  # noqa: F401 (Ki
 from helpers.interruptions import ROWS, outcome
 
 import softprompt
-from softprompt.config.validation import seconds_of
+from softprompt.config.validation import parse_duration
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.train_state import resume_command
 from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
@@ -234,10 +234,10 @@ def test_time_runs_out(tmp_path):
 
 @pytest.mark.parametrize("text, seconds", [("3h30m", 12600), ("45m", 2700), ("90s", 90), ("10", 600), ("1h1s", 3601)])
 def test_times(text, seconds):
-    assert seconds_of(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "1.5h", "m", "3m2h", ""])
 def test_what_is_no_time(text):
     with pytest.raises(ConfigError, match="is no time such as 3h30m"):
-        seconds_of(text)
+        parse_duration(text)

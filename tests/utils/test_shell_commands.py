@@ -21,8 +21,9 @@ from softprompt.export.push_to_hub import upload_command
 from softprompt.runs.train_state import resume_command
 from softprompt.training.first_question import first_question
 from softprompt.training.summary import infer_command
-from softprompt.utils.shell_commands import argument, command, flag, script
+from softprompt.utils.shell_commands import argument, command, flag, program_name
 
+ROOT = Path(__file__).parents[2]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT
 TEXTS = [
@@ -36,7 +37,6 @@ TEXTS = [
     "a\tb",
     "长" * 500,
     "=x",
-    " ",
 ]
 
 
@@ -45,16 +45,17 @@ def conversation(*pairs):
 
 
 def asked_in_a_shell(question_, folder: Path, output_dir: str = "run"):
-    """What infer.py understands of the printed command, as bash splits it."""
+    """What `infer` understands of the printed command, as bash splits it."""
     (folder / output_dir).mkdir(exist_ok=True)
     if question_.flags is None:
         (folder / output_dir / "question.jsonl").write_text(json.dumps(question_.row), encoding="utf-8")
     model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
     run = SimpleNamespace(config=SimpleNamespace(model=model), output_dir=Path(output_dir))
     line = infer_command(run, question_)
-    assert line.startswith("python infer.py --adapter") and "\n" not in line
+    start = "python -m softprompt infer"
+    assert line.startswith(f"{start} --adapter") and "\n" not in line
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    shell = line.replace("python infer.py", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}", 1)
+    shell = line.replace(start, f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}", 1)
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=folder, check=True)
     return parse_inference(json.loads(done.stdout))
 
@@ -133,19 +134,66 @@ def test_of_a_conversation_the_last_user_message_is_asked(chat_template, pairs, 
     assert rendered(config, template, tokenizer) == text
 
 
-def test_programs_are_named_where_they_are(monkeypatch):
+def test_commands_of_a_script_name_the_scripts_beside_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["../my code/train.py"])
-    assert script("infer.py") == "'../my code/infer.py'"
+    assert command("infer") == "python '../my code/infer.py'"
     assert resume_command(Path("run")) == "python '../my code/train.py' --resume_from_checkpoint run"
     monkeypatch.setattr(sys, "path", ["/x"])
     assert command("report") == "PYTHONPATH='../my code' python -m softprompt report"
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert script("infer.py") == "infer.py" and command("report") == "python -m softprompt report"
+    assert command("infer") == "python infer.py" and command("report") == "python -m softprompt report"
+    assert program_name("train") == "train.py"
+
+
+def test_commands_of_the_installed_command_name_it(tmp_path, monkeypatch):
+    installed = tmp_path / "my bin" / "softprompt"
+    installed.parent.mkdir()
+    installed.write_text("#!/bin/sh\n")
+    installed.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(installed)])
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert resume_command(Path("run")) == "softprompt train --resume_from_checkpoint run"
+    assert program_name("train") == "softprompt train"
+    assert command("train", "torchrun --nproc_per_node=2") == "torchrun --nproc_per_node=2 -m softprompt train"
+    monkeypatch.setenv("PATH", "")
+    assert shlex.split(command("infer")) == [str(installed), "infer"]
+
+
+def test_commands_of_the_module_and_of_python_name_the_module(monkeypatch):
+    for started in ("/x/softprompt/__main__.py", "notebook", ""):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert command("infer") == "python -m softprompt infer"
+
+
+def test_a_value_that_looks_like_a_flag_is_joined_to_its_flag():
     assert flag("adapter", "-x y") == ' --adapter="-x y"'
 
 
+STARTS = {"script": [str(ROOT / "train.py")], "module": ["-m", "softprompt", "train"]}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_printed_lines_run(start, tiny_base, tmp_path):
+    """What a run says to try, and what a run that --max_time stopped says to go on with: each in a shell."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "x"}) + "\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    here = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}}
+    flags = ["--model_name_or_path", str(tiny_base), "--dataset", "rows.jsonl", "--output_dir", "my run"]
+    argv = [sys.executable, *STARTS[start], *flags, "--max_steps", "1000000", "--max_time", "1s"]
+    stopped = subprocess.run(argv, capture_output=True, text=True, **here)
+    assert stopped.returncode == 124, stopped.stderr
+    go_on = stopped.stderr.strip().rpartition("go on with: ")[2]
+    state = next((tmp_path / "my run").glob("checkpoint-*/trainer_state.json"))
+    last = json.loads(state.read_text())["step"] + 1
+    ended = subprocess.run(
+        ["bash", "-c", f"{go_on} --max_steps {last}"], capture_output=True, text=True, check=True, **here
+    )
+    (line,) = [line.removeprefix("Try: ") for line in ended.stdout.splitlines() if line.startswith("Try: ")]
+    subprocess.run(["bash", "-c", f"{line} --max_new_tokens 2"], check=True, **here)
+
+
 def ended(program, argv, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *argv])
     with pytest.raises(SystemExit) as end:
         run_command(program.main)
     out = capsys.readouterr()

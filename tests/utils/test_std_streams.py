@@ -29,7 +29,7 @@ class Stream(io.TextIOWrapper):
 
 def ended(program, argv, monkeypatch, **streams):
     """The exit code of a program over other streams."""
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, argv)])
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(SystemExit) as end:
