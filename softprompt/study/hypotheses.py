@@ -65,7 +65,7 @@ class Finding:
     by_seed: tuple[float, ...] = ()
 
 
-def test_all(points: Sequence[Point]) -> list[Finding]:
+def evaluate_hypotheses(points: Sequence[Point]) -> list[Finding]:
     """A sentence on each claim that the cells say anything about. Cells that failed are left out."""
     points = [p for p in points if not p.failed]
     return [

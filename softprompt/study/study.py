@@ -11,7 +11,7 @@ from tqdm import tqdm
 from softprompt.report.svg import INSTALL
 from softprompt.study.charts import PICTURE_FILES, pictures
 from softprompt.study.grid import Study
-from softprompt.study.hypotheses import Finding, test_all
+from softprompt.study.hypotheses import Finding, evaluate_hypotheses
 from softprompt.study.page import csv_of, failures, page, table_of
 from softprompt.study.plan import Planned, planned
 from softprompt.study.results import point
@@ -72,7 +72,7 @@ def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
 
 def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
     points = [point(result) for result in results]
-    lines, found, drawn = table_of(points), test_all(points), pictures(points)
+    lines, found, drawn = table_of(points), evaluate_hypotheses(points), pictures(points)
     broken = failures(points)
     print("\n" + table(lines) + "\n")
     for text in broken:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,9 +31,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from softprompt import SoftPromptModel
+from softprompt import SoftPromptModel, cli
 from softprompt.data.template import Template
-from softprompt.export import plain_model as exporter
+from softprompt.export import plain_model
 from softprompt.export.bake_prompt import HOPELESS, silent_row
 from softprompt.export.chat_template import SAMPLES, new_words, teach
 from softprompt.export.plain_model import export, generation_config
@@ -43,6 +44,7 @@ from softprompt.utils.errors import AdapterError, ModelError, SoftpromptError
 
 QUESTIONS = ["我爱这部电影", "这家酒店太差了！ 1 < 2", "hello\n  world {x} {{ y }}"]
 NEW_TOKENS = 9
+EXPORT = SimpleNamespace(main=cli.export)
 
 
 def write_base(folder: Path, base: Any, tokenizer: Any = None) -> Path:
@@ -113,7 +115,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         export(adapter, root / name, dtype=dtype)
     jobs = [{"folder": str(root / m[0]), "questions": QUESTIONS, "new_tokens": NEW_TOKENS} for m in made]
     (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, Path(__file__).parents[1] / "plain_reader.py", root / "jobs.json", root / "results.pt"]
+    command = [
+        sys.executable,
+        Path(__file__).parents[1] / "helpers" / "plain_reader.py",
+        root / "jobs.json",
+        root / "results.pt",
+    ]
     subprocess.run(list(map(str, command)), check=True, cwd=root, stderr=subprocess.DEVNULL)
     read = torch.load(root / "results.pt")
     return {m[0]: Case(m[1], m[2], root / m[0], result) for m, result in zip(made, read, strict=True)}
@@ -383,14 +390,14 @@ def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):
 def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", llama())
     adapter = write_adapter(tmp_path / "adapter", llama(), str(base), 2)
-    read = exporter.read_base
+    read = plain_model.read_base
 
     def shifted(name: str) -> Any:
         base = read(name)
         base.get_input_embeddings().register_forward_hook(lambda module, ids, rows: rows + 1)
         return base
 
-    monkeypatch.setattr(exporter, "read_base", shifted)
+    monkeypatch.setattr(plain_model, "read_base", shifted)
     with pytest.raises(ModelError, match="LlamaForCausalLM does more with a word than look up its row"):
         export(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -435,7 +442,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tiny_base, capsys, m
     cases = bad(tmp_path, tiny_base)
     capsys.readouterr()
     for name, (argv, message) in cases.items():
-        line = refused(exporter, argv, capsys, monkeypatch, tmp_path)
+        line = refused(EXPORT, argv, capsys, monkeypatch, tmp_path)
         assert re.search(message, line), (name, line)
 
 
@@ -446,7 +453,7 @@ def test_a_disk_without_room_is_said_before_and_while_writing(tmp_path, tiny_bas
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        assert "needs 0.07 GB, but" in refused(exporter, argv, capsys, monkeypatch, tmp_path)
+        assert "needs 0.07 GB, but" in refused(EXPORT, argv, capsys, monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
 
         def full(self, folder, **kwargs):
@@ -454,7 +461,7 @@ def test_a_disk_without_room_is_said_before_and_while_writing(tmp_path, tiny_bas
             raise OSError(28, "No space left on device")
 
         patch.setattr(BloomForCausalLM, "save_pretrained", full)
-        line = refused(exporter, argv, capsys, monkeypatch, tmp_path)
+        line = refused(EXPORT, argv, capsys, monkeypatch, tmp_path)
         assert "deep/out: cannot be written" in line and "No space left on device" in line
 
 

@@ -34,7 +34,7 @@ def pages(tiny_base, tmp_path_factory):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
     longer = {"output_dir": str(folder / ("a_run_with_a_very_long_name" * 3)), "num_virtual_tokens": 30}
     other = softprompt.train(**{**settings, **longer, "max_length": 1024}).output_dir
-    both = report.report(folder / "run", other, output_file=folder / "both.html")
+    both = report(folder / "run", other, output_file=folder / "both.html")
     return {"one": folder / "run/report.html", "long": other / "report.html", "both": both}
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +18,20 @@ from safetensors.torch import load_file, save
 
 import softprompt
 import train
-from softprompt.cli import parse_report
+from softprompt import cli
 from softprompt.prompt.nearest_tokens import EmbeddingSpace
-from softprompt.report import after_training as ending
+from softprompt.report import after_training
 from softprompt.report import collect as facts
-from softprompt.report import page, report
+from softprompt.report.page import _status as status
+from softprompt.report.page import page
+from softprompt.report.writer import report
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import ConfigError, ReportError, SomeFailed
 
 pytestmark = pytest.mark.reports
+REPORT = SimpleNamespace(main=cli.report)
 
 
 class Seen(HTMLParser):
@@ -89,7 +93,7 @@ def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path
     facts_file.write_text(json.dumps(told), encoding="utf-8")
     before = read_run(run).series("learning_rate")
     assert read_run(folder).series("learning_rate") == before and before
-    report.report(folder)
+    report(folder)
     assert "0.001: 3.2500, 0.7: 1.5000." in seen(folder).text
     assert "--find_learning_rate compared" not in seen(run).text
 
@@ -192,15 +196,14 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, 
     def broken(*_):
         raise MemoryError("nothing\nleft")
 
-    monkeypatch.setattr(ending, where, broken)
+    monkeypatch.setattr(after_training, where, broken)
     argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
     out, err = called(train, argv, capsys, monkeypatch)
     assert "Try: python infer.py" in out and (tmp_path / "run/all_results.json").exists()
     if where == "page":
         (line,) = [line for line in err.splitlines() if "report" in line]
-        assert line.startswith(
-            "warning: no report.html: MemoryError: nothing left; the run itself is not concerned; try: python -m"
-        )
+        assert line.startswith("warning: no report.html: MemoryError: nothing left; ")
+        assert line.endswith(f"python -m softprompt report {tmp_path / 'run'}")
         assert not (tmp_path / "run/report.html").exists()
     elif where == "loss_picture":
         assert "warning: no loss.png: MemoryError: nothing left" in err and (tmp_path / "run/report.html").exists()
@@ -218,7 +221,7 @@ def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
     told = seen(tmp_path / "run")
     assert "svg" not in {tag for tag, _ in told.elements} and "pip install matplotlib" in told.text
     assert "What the virtual tokens resemble" in told.text and "Before and after" in told.text
-    out, err = called(report, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
+    out, err = called(REPORT, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
     assert out == f"{tmp_path / 'a.html'}\n" and "warning: no pictures" in err
 
 
@@ -239,7 +242,7 @@ def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
 
 def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, monkeypatch):
     interrupted(settings, 5)
-    out, _ = called(report, [tmp_path / "run"], capsys, monkeypatch)
+    out, _ = called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
     assert "not finished: step 4 of 6 is the last in its metrics" in told and "Ask it" not in told
@@ -250,7 +253,7 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     start = tmp_path / "run" / START_FILE
     whole = start.read_bytes()
     start.write_bytes(whole[:-5])
-    called(report, [tmp_path / "run"], capsys, monkeypatch)
+    called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert "Where the prompt started was not recorded." in seen(tmp_path / "run").text
     start.write_bytes(whole)
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
@@ -262,21 +265,21 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
 )
 def test_why_a_run_ended_before_its_last_step(patience, why):
     facts = {"prompt": [1, 8], "end": {}, "total_steps": 10, "arguments": {"early_stopping_patience": patience}}
-    assert page._status(RunRecord(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
-    assert page._status(RunRecord(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
+    assert status(RunRecord(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
+    assert status(RunRecord(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
 
 
 def test_a_run_goes_on_after_its_end(settings, tmp_path):
     softprompt.train(**settings)
     interrupted({"max_steps": 9, "resume_from_checkpoint": str(tmp_path / "run")}, 9)
-    report.report(tmp_path / "run")
+    report(tmp_path / "run")
     assert "not finished: step 8 of 9" in seen(tmp_path / "run").text
 
 
 def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     softprompt.train(**{**settings, "learning_rate": 0.01, "num_virtual_tokens": 3, "output_dir": "另一个"})
-    out, _ = called(report, [run, "另一个"], capsys, monkeypatch)
+    out, _ = called(REPORT, [run, "另一个"], capsys, monkeypatch)
     assert out.splitlines()[-1] == "report.html"
     told = seen(".")
     assert "2 runs compared" in told.text and "Training loss" in told.text and "另一个, base alone" not in told.text
@@ -284,7 +287,7 @@ def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch)
         assert text in told.text
     assert "model_name_or_path" not in told.text[: told.text.index("learned from")]
     (Path("report.html")).write_text("mine")
-    line = refused(report, [run, "另一个"], capsys, monkeypatch, tmp_path)
+    line = refused(REPORT, [run, "另一个"], capsys, monkeypatch, tmp_path)
     assert "is there already and is no report" in line
 
 
@@ -302,21 +305,21 @@ def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
         folder = spoiled(run, tmp_path, name, content)
     second = shutil.copytree(run, tmp_path / "second")
     with pytest.raises(SomeFailed, match="1 of 3 runs cannot be shown") as failed:
-        report.report(run, folder, second)
+        report(run, folder, second)
     assert failed.value.exit_code == 1 and str(folder) in str(failed.value)
     told = seen(".")
     assert "2 runs compared" in told.text and f"A run is not shown: {folder}" in told.text.replace("\n", " ")
     with pytest.raises(ReportError) as refused:  # a wrong name, or nothing else to show
-        report.report(run, tmp_path / "nowhere")
+        report(run, tmp_path / "nowhere")
     assert refused.value.exit_code == 2
     shutil.copytree(folder, tmp_path / "broken too")
     with pytest.raises(ReportError):
-        report.report(folder, tmp_path / "broken too")
+        report(folder, tmp_path / "broken too")
 
 
 def test_runs_of_one_name_are_told_by_their_paths(run, tmp_path):
     shutil.copytree(run, tmp_path / "other" / run.name)
-    path = report.report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
+    path = report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
     assert str(tmp_path / "other" / run.name) in Seen(path.read_text()).text
 
 
@@ -324,7 +327,7 @@ def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
     old = shutil.copytree(run, tmp_path / "old")
     (old / "report.json").unlink()
     (old / "prompt_start.safetensors").unlink()
-    report.report(old)
+    report(old)
     told = seen(old).text
     assert "its rows and settings are not known" in told and "Loss" in told
     assert "Where the prompt started was not recorded" in told
@@ -336,7 +339,7 @@ def test_a_base_of_another_size_by_now(run, tmp_path):
     prompt = torch.zeros(config["num_virtual_tokens"], 8)
     (folder / "adapter_config.json").write_text(json.dumps({**config, "token_dim": 8}))
     (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": prompt}))
-    report.report(folder)
+    report(folder)
     assert "No likenesses: adapter" in seen(folder).text and "virtual tokens have size 8" in seen(folder).text
 
 
@@ -370,19 +373,19 @@ def spoiled(run, tmp_path, name, content) -> Path:
 )
 def test_runs_that_cannot_be_reported(name, content, told, run, tmp_path, capsys, monkeypatch):
     folder = spoiled(run, tmp_path, name, content)
-    line = refused(report, [folder], capsys, monkeypatch, tmp_path)
+    line = refused(REPORT, [folder], capsys, monkeypatch, tmp_path)
     assert told in line and str(folder) in line
 
 
 def test_the_last_line_of_a_killed_run_may_be_half(run, tmp_path):
     folder = spoiled(run, tmp_path, "metrics.jsonl", '{"step": 1, "loss": 2.5, "grad_norm": null}\n{"step": 2, "lo')
-    report.report(folder)
+    report(folder)
     assert "held-out loss" in seen(folder).text
 
 
 def test_a_name_that_is_not_utf_8():
     with pytest.raises(ConfigError, match="is not UTF-8; rename that folder"):
-        report.report("caf\udce9")
+        report("caf\udce9")
 
 
 def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
@@ -398,7 +401,7 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
         run / "checkpoint-6": "is a checkpoint; name its run",
     }
     for folder, told in cases.items():
-        line = refused(report, [tmp_path / folder], capsys, monkeypatch, tmp_path)
+        line = refused(REPORT, [tmp_path / folder], capsys, monkeypatch, tmp_path)
         assert told in line and str(folder) in line
     for argv, told in {
         (): "RUN",
@@ -406,13 +409,13 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
         (run, f"{run}/"): "named twice",
         (run, "--output_file="): "--output_file is empty",
     }.items():
-        assert told in refused(report, argv, capsys, monkeypatch, tmp_path)
-    line = refused(report, [run, "--output_file", tmp_path], capsys, monkeypatch, tmp_path)
+        assert told in refused(REPORT, argv, capsys, monkeypatch, tmp_path)
+    line = refused(REPORT, [run, "--output_file", tmp_path], capsys, monkeypatch, tmp_path)
     assert "is no file" in line
     with pytest.raises(ReportError):
-        report.report(tmp_path / "nowhere")
+        report(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
-        parse_report(["--help"])
+        cli.parse_report(["--help"])
 
 
 def test_long_curves_are_averaged():
@@ -430,7 +433,7 @@ def test_a_secret_is_not_told(run, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "not_to_be_told")
     record = read_run(run)
     record.facts["arguments"]["dataset"] = "https://u:not_to_be_told@x/y"
-    assert "not_to_be_told" not in page.page([record])
+    assert "not_to_be_told" not in page([record])
 
 
 def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):

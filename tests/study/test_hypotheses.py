@@ -12,10 +12,10 @@ from softprompt.study.hypotheses import (
     UNDECIDED,
     Compared,
     conclusion,
+    evaluate_hypotheses,
     of_every_seed,
     student_t,
     t_interval,
-    test_all,
 )
 from softprompt.study.results import Point, at_best_rate
 
@@ -62,8 +62,8 @@ def test_the_interval_is_students():
 
 def test_a_longer_prompt_that_halves_the_loss_with_each_doubling():
     cells = [p for tokens, loss in ((1, 8.0), (2, 4.0), (8, 1.0)) for p in seeds(loss, virtual_tokens=tokens)]
-    found = test_all(cells)[LENGTHS]
-    assert found.verdict == HOLDS
+    found = evaluate_hypotheses(cells)[LENGTHS]
+    assert found.conclusion == HOLDS
     assert found.gains == pytest.approx([math.log(2)] * 3)
     assert "(1 to 8) changed the held-out loss by -50.0 %" in found.sentence and "n = 3" in found.sentence
 
@@ -72,7 +72,7 @@ def test_cells_that_differ_in_more_than_the_claim_are_not_compared():
     """Longer, but of another start, another context, another number of rows, or another seed."""
     others = [{"init": "TEXT"}, {"context": "{1}"}, {"rows": 7}, {"seed": 9}, {"dataset": "e"}, {"base": "c"}]
     cells = points({}, *({"virtual_tokens": 20, "loss": 0.1, **other} for other in others))
-    assert test_all(cells)[LENGTHS].sentence.endswith("(no cells of the study can be compared).")
+    assert evaluate_hypotheses(cells)[LENGTHS].sentence.endswith("(no cells of the study can be compared).")
 
 
 def test_lengths_are_compared_each_at_its_best_rate():
@@ -80,55 +80,57 @@ def test_lengths_are_compared_each_at_its_best_rate():
     long = [*seeds(5.0, learning_rate=1e-1, virtual_tokens=20), *seeds(1.0, learning_rate=1e-3, virtual_tokens=20)]
     kept = at_best_rate(short + long)
     assert {(p.virtual_tokens, p.learning_rate) for p in kept} == {(10, 1e-1), (20, 1e-3)}
-    assert test_all(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
+    assert evaluate_hypotheses(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
 
 
 def test_no_length_gains_by_a_rate_that_the_other_was_not_given():
     short = seeds(2.0, learning_rate=1e-2)
     long = [*seeds(2.0, learning_rate=1e-2, virtual_tokens=20), *seeds(1.0, learning_rate=1e-1, virtual_tokens=20)]
-    assert test_all(short + long)[LENGTHS].gains == pytest.approx([0.0] * 3)
+    assert evaluate_hypotheses(short + long)[LENGTHS].gains == pytest.approx([0.0] * 3)
     text = seeds(2.0, init="TEXT", learning_rate=1e-2) + seeds(1.0, init="TEXT", learning_rate=1e-1)
     others = seeds(3.0, init="SAMPLE_VOCAB", learning_rate=1e-3)
-    assert test_all(short + text + others)[STARTS].gains == pytest.approx([0.0] * 3)
+    assert evaluate_hypotheses(short + text + others)[STARTS].gains == pytest.approx([0.0] * 3)
 
 
 def test_a_hard_prompt_is_the_best_text_and_a_soft_one_the_best_setting():
     texts = points({"loss": 0.5, "start": "a"}, {"loss": 3.0, "start": "b"}, trained=False, init="TEXT")
     soft = [*seeds(1.0, wobble=0.0), *seeds(2.0, virtual_tokens=1), *seeds(4.0, rows=8, wobble=0.0)]
-    found = test_all(texts + soft)[TEXTS]
-    assert found.verdict == HOLDS
+    found = evaluate_hypotheses(texts + soft)[TEXTS]
+    assert found.conclusion == HOLDS
     assert sorted(found.gains) == pytest.approx([math.log(2)] * 3 + [math.log(8)] * 3)
     worse = points({"loss": 2.5}, trained=False, init="TEXT")
-    assert test_all(worse + seeds(1.0))[TEXTS].verdict == HOLDS_NOT
+    assert evaluate_hypotheses(worse + seeds(1.0))[TEXTS].conclusion == HOLDS_NOT
     elsewhere = points({"loss": 0.1, "dataset": "e"}, trained=False, init="TEXT")
-    assert test_all(elsewhere + seeds(1.0))[TEXTS].verdict == UNDECIDED
+    assert evaluate_hypotheses(elsewhere + seeds(1.0))[TEXTS].conclusion == UNDECIDED
 
 
 def test_a_start_from_text_beside_noise():
     cells = seeds(1.0) + seeds(0.5, init="TEXT", start="a text", learning_rate=1e-2)
-    assert test_all(cells)[STARTS].verdict == HOLDS
-    assert test_all(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
+    assert evaluate_hypotheses(cells)[STARTS].conclusion == HOLDS
+    assert evaluate_hypotheses(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
 
 
 def test_bases_whose_answers_are_cut_otherwise_are_not_compared():
     small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
-    assert test_all(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)
-    found = test_all(small + [replace(p, targets=60) for p in large])[BASES]
-    assert found.verdict == UNDECIDED and "different tokens" in found.sentence
+    assert evaluate_hypotheses(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)
+    found = evaluate_hypotheses(small + [replace(p, targets=60) for p in large])[BASES]
+    assert found.conclusion == UNDECIDED and "different tokens" in found.sentence
 
 
 def test_more_held_out_rows_are_no_other_cut():
     cells = [replace(p, context=c, targets=t) for p in seeds(1.0) for c, t in (("{1}", 50), ("{2}", 90))]
-    assert "no cells of the study can be compared" in test_all(cells)[BASES].sentence
+    assert "no cells of the study can be compared" in evaluate_hypotheses(cells)[BASES].sentence
 
 
 def test_a_text_is_not_compared_on_other_held_out_rows():
     texts = points({"loss": 0.1, "targets": 9}, {"loss": 3.0}, trained=False, init="TEXT")
-    assert test_all(texts + seeds(1.0, wobble=0.0))[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
+    assert evaluate_hypotheses(texts + seeds(1.0, wobble=0.0))[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
 
 
 def test_more_rows():
-    assert test_all(seeds(2.0, rows=8) + seeds(1.0, rows=32))[ROWS].gains == pytest.approx([math.log(2) / 2] * 3)
+    assert evaluate_hypotheses(seeds(2.0, rows=8) + seeds(1.0, rows=32))[ROWS].gains == pytest.approx(
+        [math.log(2) / 2] * 3
+    )
 
 
 def test_the_best_rate_is_chosen_on_the_other_seeds():
@@ -138,23 +140,23 @@ def test_the_best_rate_is_chosen_on_the_other_seeds():
         for s in range(3)
         for i, rate in enumerate((1e-3, 1e-2, 1e-1))
     ]
-    assert test_all(seeds(1.0, wobble=0.0) + lucky)[DEFAULT].gains == (0.0, 0.0, 0.0)
+    assert evaluate_hypotheses(seeds(1.0, wobble=0.0) + lucky)[DEFAULT].gains == (0.0, 0.0, 0.0)
     one_seeds_luck = [replace(ONE, seed=s, learning_rate=1e-1, loss=loss) for s, loss in enumerate((0.1, 1.2, 1.2))]
-    gains = test_all(seeds(1.0, wobble=0.0) + one_seeds_luck)[DEFAULT].gains
+    gains = evaluate_hypotheses(seeds(1.0, wobble=0.0) + one_seeds_luck)[DEFAULT].gains
     assert gains == pytest.approx([0.0, -math.log(1.2), -math.log(1.2)])
     better = seeds(0.5, wobble=0.0, learning_rate=1e-1)
-    assert test_all(seeds(1.0, wobble=0.0) + better)[DEFAULT].gains == pytest.approx([math.log(2)] * 3)
+    assert evaluate_hypotheses(seeds(1.0, wobble=0.0) + better)[DEFAULT].gains == pytest.approx([math.log(2)] * 3)
 
 
 def test_the_articles_rate():
-    found = test_all(seeds(1.0) + seeds(3.0, learning_rate=5e-5))[ARTICLE]
-    assert found.verdict == HOLDS and found.gains == pytest.approx([math.log(3)] * 3)
+    found = evaluate_hypotheses(seeds(1.0) + seeds(3.0, learning_rate=5e-5))[ARTICLE]
+    assert found.conclusion == HOLDS and found.gains == pytest.approx([math.log(3)] * 3)
 
 
 def test_a_loss_that_is_not_finite_decides_nothing():
     cells = seeds(1.0) + points({"loss": math.inf, "virtual_tokens": 20}) + seeds(0.5, virtual_tokens=40)
-    found = test_all(cells)[LENGTHS]
-    assert found.verdict == UNDECIDED and "finite" in found.sentence
+    found = evaluate_hypotheses(cells)[LENGTHS]
+    assert found.conclusion == UNDECIDED and "finite" in found.sentence
 
 
 def test_an_ensemble_is_compared_with_the_prompts_that_are_in_it():
@@ -166,14 +168,14 @@ def test_an_ensemble_is_compared_with_the_prompts_that_are_in_it():
     )
     together = points({"loss": 1.5, "exact_match": 0.8}, trained=False, voting="majority_vote", members=2)
     worse = points({"loss": 0.1, "learning_rate": 1e-4}, trained=False, voting="majority_vote", members=1)
-    by_loss, by_average, by_best = test_all([*alone, *together, *worse])[ARTICLE + 1 :]
+    by_loss, by_average, by_best = evaluate_hypotheses([*alone, *together, *worse])[ARTICLE + 1 :]
     assert by_loss.gains == pytest.approx([math.log(2)]) and by_average.gains == pytest.approx([0.2])
     assert by_best.gains == pytest.approx([0.1]) and "exact match by +10.0 points" in by_best.sentence
-    assert [f.gains for f in test_all([*alone, *together])[: ARTICLE + 1]] == [
-        f.gains for f in test_all(alone)[: ARTICLE + 1]
+    assert [f.gains for f in evaluate_hypotheses([*alone, *together])[: ARTICLE + 1]] == [
+        f.gains for f in evaluate_hypotheses(alone)[: ARTICLE + 1]
     ]
     unmatched = points({"loss": 1.5}, trained=False, voting="mean_likelihood", members=2)
-    assert len(test_all([*alone, *unmatched])) == ARTICLE + 2  # long answers have no exact match
+    assert len(evaluate_hypotheses([*alone, *unmatched])) == ARTICLE + 2  # long answers have no exact match
 
 
 def noise(draw, spread):
@@ -221,7 +223,7 @@ def test_a_95_percent_interval_holds_the_truth_in_95_of_100_studies(cells, claim
     over all of them would hold it far less often."""
     draw, studies, covered = random.Random(0), 300, 0
     for _ in range(studies):
-        found = test_all([p for seed in range(5) for p in cells(draw, seed)])[claim]
+        found = evaluate_hypotheses([p for seed in range(5) for p in cells(draw, seed)])[claim]
         _, low, high = t_interval(found.by_seed)
         covered += low <= 0.2 <= high
     assert 0.92 <= covered / studies <= 0.98
@@ -230,15 +232,15 @@ def test_a_95_percent_interval_holds_the_truth_in_95_of_100_studies(cells, claim
 def test_one_seed_decides_nothing_however_many_comparisons_it_has():
     cells = [replace(ONE, loss=2.0)]
     cells += [replace(ONE, init="TEXT", start=str(n), loss=1.0 + n / 1e3) for n in range(9)]
-    found = test_all(cells)[STARTS]
-    assert found.verdict == UNDECIDED and len(found.gains) == 9 and len(found.by_seed) == 1
+    found = evaluate_hypotheses(cells)[STARTS]
+    assert found.conclusion == UNDECIDED and len(found.gains) == 9 and len(found.by_seed) == 1
     assert "no interval" in found.sentence and "9 of 9 comparisons" in found.sentence
 
 
 def test_the_gains_of_a_seed_are_averaged_before_the_interval():
     cells = seeds(1.0, wobble=0.1) + seeds(0.5, wobble=0.0, init="TEXT", start="a")
     cells += seeds(0.4, wobble=0.0, init="TEXT", start="b")
-    found = test_all(cells)[STARTS]
+    found = evaluate_hypotheses(cells)[STARTS]
     middle = (math.log(2) + math.log(2.5)) / 2
     assert found.by_seed == pytest.approx([middle - 0.1, middle, middle + 0.1]) and len(found.gains) == 6
     assert "n = 3 seeds, 6 comparisons" in found.sentence
@@ -249,15 +251,15 @@ def test_a_cell_that_failed_leaves_all_seeds_with_the_same_comparisons():
     easy = [*seeds(1.0, dataset="easy"), *seeds(0.5, dataset="easy", virtual_tokens=20)]
     hard = [*seeds(1.0, dataset="hard"), *seeds(0.9, dataset="hard", virtual_tokens=20)]
     hard[-1] = replace(hard[-1], loss=math.inf, failed="out of memory")
-    found = test_all(easy + hard)[LENGTHS]
+    found = evaluate_hypotheses(easy + hard)[LENGTHS]
     assert found.by_seed == pytest.approx([math.log(2)] * 3) and "2 more were left out" in found.sentence
-    assert found.verdict == HOLDS  # what failed is no loss that is not finite
+    assert found.conclusion == HOLDS  # what failed is no loss that is not finite
 
 
 def test_a_slope_is_over_the_same_lengths_for_every_seed():
     cells = [p for P, loss in ((1, 8.0), (2, 2.0), (4, 1.0)) for p in seeds(loss, virtual_tokens=P)]
     cells[0] = replace(cells[0], loss=math.inf, failed="no")  # else the slope of seed 0 would be the smaller one
-    assert test_all(cells)[LENGTHS].by_seed == pytest.approx([math.log(8) / 2] * 2)
+    assert evaluate_hypotheses(cells)[LENGTHS].by_seed == pytest.approx([math.log(8) / 2] * 2)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_the_best_trained_setting_is_chosen_on_the_other_seeds():
         for n, P in enumerate((1, 2, 4))
     ]
     texts = points({"loss": 1.0}, trained=False, init="TEXT")
-    assert test_all(texts + seeds(1.0, wobble=0.0) + lucky)[TEXTS].by_seed == pytest.approx([0.0] * 3)
+    assert evaluate_hypotheses(texts + seeds(1.0, wobble=0.0) + lucky)[TEXTS].by_seed == pytest.approx([0.0] * 3)
 
 
 def test_a_text_is_compared_on_its_own_held_out_rows_even_where_others_have_as_many_targets():
@@ -299,16 +301,16 @@ def test_a_text_is_compared_on_its_own_held_out_rows_even_where_others_have_as_m
         {"loss": 0.1, "held_out": "other rows"}, {"loss": 3.0, "held_out": "rows"}, trained=False, init="TEXT"
     )
     soft = seeds(1.0, wobble=0.0, held_out="rows")
-    assert test_all(texts + soft)[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
+    assert evaluate_hypotheses(texts + soft)[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
 
 
 def test_an_ensemble_is_not_compared_with_some_of_its_members():
     together = points({"loss": 1.5}, trained=False, voting="majority_vote", members=3)
-    assert len(test_all([*seeds(2.0, n=2), *together])) == ARTICLE + 1
+    assert len(evaluate_hypotheses([*seeds(2.0, n=2), *together])) == ARTICLE + 1
 
 
 def test_all_ensembles_of_a_study_are_of_one_set_of_seeds():
     cells = [p for name in "abcd" for p in seeds(2.0, dataset=name)]
     cells += points(*({"dataset": d, "loss": 1.5} for d in "abcd"), trained=False, voting="majority_vote", members=3)
-    found = test_all(cells)[ARTICLE + 1]
-    assert found.verdict == UNDECIDED and len(found.gains) == 4 and "one set of seeds" in found.sentence
+    found = evaluate_hypotheses(cells)[ARTICLE + 1]
+    assert found.conclusion == UNDECIDED and len(found.gains) == 4 and "one set of seeds" in found.sentence

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, BloomForCausalLM
 
 import softprompt
 from softprompt.cli import parse_study, run_command
+from softprompt.cli import study as study_command
 from softprompt.data.template import Template
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.study import plan as study_plan
 from softprompt.study import runner as cells_module
-from softprompt.study import study as study_module
 from softprompt.study.plan import planned
 from softprompt.study.runner import finished, subset
 from softprompt.study.study import run_study
@@ -342,7 +342,7 @@ def test_the_command(place, monkeypatch, capsys):
     (place.folder / "s.toml").write_text("sed = 1", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
     with pytest.raises(SystemExit) as ended:
-        run_command(study_module.main)
+        run_command(study_command)
     captured = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and captured.count("\n") == 0 and "unknown key 'sed'" in captured
 
@@ -493,7 +493,7 @@ def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch
     Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
     monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
     with pytest.raises(SystemExit) as ended:
-        run_command(study_module.main)
+        run_command(study_command)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 1 and len(said) == 1 and "ValueError: no" in said[0] and "study.md" in said[0]
 
