@@ -20,11 +20,11 @@ from softprompt.config.schema import is_text
 from softprompt.config.validation import bits_of
 from softprompt.data.dataset import load_prompts
 from softprompt.data.splits import splits_of
-from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_cut, report
+from softprompt.evaluation.comparison_report import comparison_report
+from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
-from softprompt.generation.adapters import load as read_adapter
 from softprompt.generation.chat import Chat
-from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, noted_seed
+from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
 from softprompt.runs.crash_report import failure
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, SomeFailed
 from softprompt.utils.std_streams import can_show
@@ -93,7 +93,7 @@ def load(config: InferConfig, asked: Sequence[Asked]) -> SoftPromptModel:
     for name, at in wanted.items():
         if name in model.adapters:
             continue
-        base = read_adapter(str(name)).base
+        base = LoadedAdapter.from_folder(str(name)).base
         if where.model_name_or_path is None and base and base_identity(base) != base_identity(model.name):
             raise AdapterError(
                 f"{at}: adapter {name} is for {base}, and this is {model.name}; ask those of one base at a time, or "
@@ -179,7 +179,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
         splits = splits_of(dataset, None)
         for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
-    cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
+    cut = common_truncation(tuned, config.generation.max_length, question.truncation_side)
     judge = AdapterEvaluator(
         model.engine,
         model.generator,
@@ -194,10 +194,10 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
     )
     found, fault = _judged(judge, model.adapters)
     if question.ensemble and not fault:
-        found[f"ensemble of {len(found)}"] = judge.together(list(found.values()), question.voting)
+        found[f"ensemble of {len(found)}"] = judge.evaluate_ensemble(list(found.values()), question.voting)
     passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
-    told = [*cut.told, *([f"passages of --max_length {cut.max_length} tokens"] if passages else [])]
-    return report(found, told), fault
+    told = [*cut.notes, *([f"passages of --max_length {cut.max_length} tokens"] if passages else [])]
+    return comparison_report(found, told), fault
 
 
 def _judged(judge: AdapterEvaluator, adapters: Mapping[str, LoadedAdapter]) -> tuple[dict[str, AdapterResult], str]:
@@ -240,7 +240,7 @@ def _settings(config: InferConfig) -> dict[str, Any]:
     given = asdict(config.generation)
     if given["seed"] is None:
         output = config.question.output_file
-        kept = noted_seed(output) if output is not None and not config.question.overwrite_output_file else None
+        kept = saved_seed(output) if output is not None and not config.question.overwrite_output_file else None
         given["seed"] = secrets.randbits(31) if kept is None else kept
     return given
 

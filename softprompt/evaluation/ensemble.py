@@ -1,4 +1,4 @@
-"""What the prompts of an ensemble make of held-out rows together."""
+"""Evaluate a prompt ensemble on held-out rows: the loss of its mean likelihood, and the answers that it votes for."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,21 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines.base import Engine
-from softprompt.evaluation.evaluator import Evaluation, compared, question_ids
+from softprompt.evaluation.evaluator import Evaluation, compare_answers, question_ids
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
-from softprompt.generation.voting import majority
+from softprompt.generation.voting import vote_answer
 
 
 @dataclass(frozen=True)
-class Member:
-    """A prompt [P, H] (None: the bare base), the rows, the examples that its template makes of them, its answers to
-    them, which are absent where answers are not compared, and what is `missing` of the expected ones, as of
-    `data.Tokenized`."""
+class EnsembleMember:
+    """A prompt of an ensemble, and what it made of the rows.
+
+    Attributes:
+        prompt: [P, H]; None is the bare base.
+        examples: the rows in this member's template.
+        answers: its answers to the rows; None if answers are not compared.
+        missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
+    """
 
     prompt: Tensor | None
     template: Template
@@ -32,40 +37,45 @@ class Member:
     missing: Sequence[int] = ()
 
 
-def joint_evaluation(
-    engine: Engine, tokenizer: Any, members: Sequence[Member], voting: Voting = "majority_vote"
+def evaluate_ensemble(
+    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], voting: Voting = "majority_vote"
 ) -> Evaluation:
-    """The loss of the mean of the members' likelihoods, row by row, and the answers that they elect as of
-    `ensemble.majority`. The rows and their answers must be the same for each member."""
+    """Evaluate members that have the same rows and expected answers.
+
+    The ensemble's likelihood of a row is the mean of its members' likelihoods; the loss is -log of it, summed over the
+    rows and divided by the number of targets. Its answer to a row is the one that `voting.vote_answer` chooses.
+    """
     examples = members[0].examples
-    of_rows = [engine.losses(one.prompt, one.examples) for one in members]  # [k][rows]
-    total = sum(-_log_mean([-loss for loss in losses]) for losses in zip(*of_rows, strict=True))
-    loss, given = total / sum(map(count_targets, examples)), [one.answers for one in members]
-    if any(answers is None for answers in given):
+    of_members = [engine.losses(member.prompt, member.examples) for member in members]  # [members][rows]
+    total = sum(-_log_mean_exp([-loss for loss in losses]) for losses in zip(*of_members, strict=True))
+    loss, answers = total / sum(map(count_targets, examples)), [member.answers for member in members]
+    if any(texts is None for texts in answers):
         return Evaluation(loss, None, None)
-    answers = [
-        majority(texts, voting, partial(_of_members, engine, tokenizer, members, row))
-        for row, texts in enumerate(zip(*(a for a in given if a is not None), strict=True))
+    voted = [
+        vote_answer(texts, voting, partial(_score_row, engine, tokenizer, members, row))
+        for row, texts in enumerate(zip(*(a for a in answers if a is not None), strict=True))
     ]
-    return compared(loss, answers, examples, members[0].missing, tokenizer)
+    return compare_answers(loss, voted, examples, members[0].missing, tokenizer)
 
 
-def scores(
-    engine: Engine, tokenizer: Any, member: Member, answers: Sequence[str], rows: slice = slice(None)
+def score_answers(
+    engine: Engine, tokenizer: Any, member: EnsembleMember, answers: Sequence[str], rows: slice = slice(None)
 ) -> list[list[float]]:
-    """The log-likelihood of each of the answers behind each of the rows."""
-    texts = [question_ids(e) for e in member.examples[rows]]
-    behind = answer_examples(texts, member.rows[rows], answers, [member.template] * len(texts), tokenizer)
-    return log_likelihoods(engine, [member.prompt] * len(texts), behind)
+    """Compute the log-likelihood of each of the answers to each of the rows."""
+    questions = [question_ids(example) for example in member.examples[rows]]
+    templates = [member.template] * len(questions)
+    examples = answer_examples(questions, member.rows[rows], answers, templates, tokenizer)
+    return log_likelihoods(engine, [member.prompt] * len(questions), examples)
 
 
-def _of_members(
-    engine: Engine, tokenizer: Any, members: Sequence[Member], row: int, answers: Sequence[str]
+def _score_row(
+    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
 ) -> list[list[float]]:
-    return [scores(engine, tokenizer, one, answers, slice(row, row + 1))[0] for one in members]
+    """Each member's log-likelihoods of the answers to one row."""
+    return [score_answers(engine, tokenizer, member, answers, slice(row, row + 1))[0] for member in members]
 
 
-def _log_mean(values: Sequence[float]) -> float:
-    """log of the mean of numbers whose logs these are."""
-    most = max(values)
-    return most + math.log(sum(math.exp(value - most) for value in values) / len(values))
+def _log_mean_exp(values: Sequence[float]) -> float:
+    """log of the mean of exp(value); the largest is factored out, so that no exp underflows for all."""
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values) / len(values))

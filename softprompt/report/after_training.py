@@ -12,8 +12,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.evaluation.evaluator import Evaluation
 from softprompt.export.push_to_hub import check_hub, push
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import Generator
+from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.collect import examples_of, facts_of, likeness, start_of
@@ -108,7 +107,7 @@ def _generator(run: Prepared) -> Generator | None:
     if run.config.model.stream_base or (run.config.model.shard_base and run.world.size > 1):
         return None
     engine = run.engine.engine if isinstance(run.engine, DataParallelEngine) else run.engine
-    return generator_beside(engine, run.base, run.tokenizer)
+    return make_generator(engine, run.base, run.tokenizer)
 
 
 def _start(run: Prepared) -> Tensor | None:

@@ -21,9 +21,7 @@ from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
 from softprompt.engines.padded import SoftPromptedModel
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
-from softprompt.generation.data_parallel import DataParallelGenerator
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import Generator
+from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
 from softprompt.models.capabilities import Extent, check_extent, check_start, check_vocabulary, why_no_answers
 from softprompt.models.fsdp import Shards, shard
 from softprompt.models.loading import base_config, base_path, freeze, load_tokenizer, place, read_base, weight_files
@@ -215,7 +213,7 @@ def _loaded(
     prompt = PromptEmbedding(values).to(device)
     shards = shard(base, stored, world) if sharded and stored else None
     engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
-    generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
+    generator = None if config.model.stream_base else make_generator(engine, base, tokenizer)
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)
     print_model(config, SoftPromptedModel(prompt, base), engine)
@@ -240,8 +238,8 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
         print(f"held-out rows: loss and perplexity alone; {why_no_answers(loaded.base)}")
     batch_size = config.training.per_device_eval_batch_size
     evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
-    if evaluator.told:
-        print(f"Held out: {evaluator.told}")
+    if evaluator.exact_match_note:
+        print(f"Held out: {evaluator.exact_match_note}")
     _check_metric(config, evaluator)
     return evaluator
 
