@@ -1,5 +1,8 @@
-"""The sides of `generate.py`: PEFT's `generate`, transformers' own behind the same prompts, and this project's
-generator. All answer the same questions greedily, to lengths that are given, as no end token is ever taken."""
+"""The contestants of `generate.py`: PEFT's `generate`, transformers' own `generate` behind the same prompts, and this
+project's generator.
+
+All answer the same questions greedily. No end token is ever taken, so each answer has exactly the length asked for.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,66 +14,69 @@ from measure import clock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.generation.continuous_batching import PackedGenerator
-from softprompt.generation.hf_generate import behind, padded
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.hf_generate import pad_left, prepend_prompt
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.bloom_weights import ResidentWeights
 
 
 class Question(NamedTuple):
-    """A text's token ids, the number of its adapter, and how many tokens its answer has."""
+    """Token ids of a text, the index of its adapter, and the number of tokens of its answer."""
 
     ids: list[int]
     adapter: int
     new_tokens: int
 
 
-class Lap(NamedTuple):
-    """Seconds of answering, and how many tokens the answers had that were asked for."""
+class Timing(NamedTuple):
+    """Seconds that all answers took, and the number of tokens asked for."""
 
     seconds: float
     tokens: int
 
 
-class Side:
-    """What answers `questions`, `batch` at a time; `prompts` are the adapters' [P, H]."""
+class Contestant:
+    """Answers questions with adapters over one base. `prompts` are the adapters' prompts, each [P, H]."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Tensor]):
         self.base, self.tokenizer, self.prompts = base, tokenizer, prompts
         self.device = base.get_input_embeddings().weight.device
 
-    def lap(self, questions: Sequence[Question], batch: int) -> Lap:
+    def time(self, questions: Sequence[Question], batch_size: int) -> Timing:
         with quiet():
-            began = clock(self.device)
-            self.answer(questions, batch)
-            return Lap(clock(self.device) - began, sum(q.new_tokens for q in questions))
+            start = clock(self.device)
+            self.answer(questions, batch_size)
+            return Timing(clock(self.device) - start, sum(q.new_tokens for q in questions))
 
-    def answer(self, questions: Sequence[Question], batch: int) -> None:
-        """A library that has one adapter at a time takes batches of one adapter each, and lets each batch run until its
-        longest answer is done; questions of an adapter are sorted by that, which serves it best."""
+    def answer(self, questions: Sequence[Question], batch_size: int) -> None:
+        """Answer in batches of one adapter each, for libraries that have one active adapter at a time.
+
+        A batch runs until its longest answer is finished. Questions are sorted by the length of their answers, which is
+        the best case for such a library.
+        """
         for adapter in dict.fromkeys(q.adapter for q in questions):
             some = sorted((q for q in questions if q.adapter == adapter), key=lambda q: q.new_tokens)
-            for start in range(0, len(some), batch):
-                self.answer_batch(adapter, some[start : start + batch])
+            for start in range(0, len(some), batch_size):
+                self.answer_batch(adapter, some[start : start + batch_size])
 
     def answer_batch(self, adapter: int, questions: Sequence[Question]) -> None:
         raise NotImplementedError
 
 
-class Transformers(Side):
-    """transformers' own `generate`, its cache on, the prompt before the words, rows padded on the left."""
+class Transformers(Contestant):
+    """transformers' own `generate` with its KV cache: embeddings of prompt and text, rows padded on the left."""
 
     @torch.no_grad()
     def answer_batch(self, adapter: int, questions: Sequence[Question]) -> None:
-        words, mask = padded([behind(self.base, q.ids, self.prompts[adapter]) for q in questions])
+        words, mask = pad_left([prepend_prompt(self.base, q.ids, self.prompts[adapter]) for q in questions])
         most = max(q.new_tokens for q in questions)
         self.base.generate(  # type: ignore[operator]
             inputs_embeds=words, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0
         )
 
 
-class Peft(Side):
-    """PEFT's `generate`, all adapters loaded, switched with `set_adapter`."""
+class Peft(Contestant):
+    """PEFT's `generate`. All adapters are loaded; `set_adapter` switches between batches."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Tensor]):
         super().__init__(base, tokenizer, prompts)
@@ -90,7 +96,7 @@ class Peft(Side):
         ids = torch.tensor([[0] * (width - len(q.ids)) + q.ids for q in questions], device=self.device)
         mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in questions], device=self.device)
         self.model.set_adapter(str(adapter))
-        # peft 0.21.2's cached generation does not run on transformers 5.24, so every step is the whole row once more
+        # without a cache, since peft 0.21.2 fails with one on transformers 5.24: every step runs the whole row again
         self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -101,21 +107,21 @@ class Peft(Side):
         )
 
 
-class Packed(Side):
-    """This project's generator: any mixture in one batch."""
+class Packed(Contestant):
+    """This project's generator: one batch with any mixture of adapters and lengths."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Tensor]):
         super().__init__(base, tokenizer, prompts)
         dtype = base.transformer.h[0].mlp.dense_h_to_4h.weight.dtype
-        self.generator = PackedGenerator(ResidentWeights(base, dtype), tokenizer)
-        self.never = (base.config.vocab_size,)
+        self.generator = ContinuousBatchingGenerator(ResidentWeights(base, dtype), tokenizer)
+        self.end_token_ids = (base.config.vocab_size,)  # an id that is never chosen
 
-    def answer(self, questions: Sequence[Question], batch: int) -> None:
-        given = {"do_sample": False, "eos_token_id": self.never}
+    def answer(self, questions: Sequence[Question], batch_size: int) -> None:
+        given = {"do_sample": False, "eos_token_id": self.end_token_ids}
         settings = {n: GenerationSettings(max_new_tokens=n, **given) for n in {q.new_tokens for q in questions}}
         requests = [Request(q.ids, settings[q.new_tokens], self.prompts[q.adapter]) for q in questions]
-        for number, answer in self.generator.generate(requests, batch):
-            assert len(answer) == questions[number].new_tokens
+        for index, answer in self.generator.generate(requests, batch_size):
+            assert len(answer) == questions[index].new_tokens
 
 
-SIDES: dict[str, Callable[..., Side]] = {"peft": Peft, "transformers": Transformers, "packed": Packed}
+CONTESTANTS: dict[str, Callable[..., Contestant]] = {"peft": Peft, "transformers": Transformers, "packed": Packed}

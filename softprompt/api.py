@@ -20,20 +20,17 @@ from softprompt.distributed.process_group import World
 from softprompt.engines.factory import engine_for_inference
 from softprompt.generation.adapters import (
     NONE,
-    EncodedQuestion,
+    AdapterNames,
     LoadedAdapter,
-    Names,
     check_adapter,
     check_name,
-    encode_questions,
     find_adapter,
-    load,
     load_adapters,
     parse_adapter_specs,
 )
-from softprompt.generation.encode_questions import Question, merged_settings, warn_if_no_room
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import search_beams
+from softprompt.generation.encode_questions import EncodedQuestion, Question, encode_questions, naming_question
+from softprompt.generation.generator import make_generator
+from softprompt.generation.hf_generate import beam_search
 from softprompt.generation.likelihood import (
     ChoiceResult,
     answer_examples,
@@ -42,7 +39,7 @@ from softprompt.generation.likelihood import (
     log_likelihoods,
 )
 from softprompt.generation.outputs import stream_answers
-from softprompt.generation.requests import GenerationSettings, Request, seed_of
+from softprompt.generation.requests import GenerationSettings, Request, merge_settings, sample_seed
 from softprompt.generation.voting import Ensemble
 from softprompt.models.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
 from softprompt.models.loading import base_path, load_base, load_tokenizer, refuse_quantised, word_embeddings
@@ -103,7 +100,7 @@ class SoftPromptModel:
         self.active_adapter, self.quantised = "default", quantised is not None
         check_vocabulary(tokenizer, base, self.name)
         self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
-        self.generator = generator_beside(self.engine, base, tokenizer)
+        self.generator = make_generator(self.engine, base, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -155,7 +152,7 @@ class SoftPromptModel:
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
-        self._add(name, LoadedAdapter() if str(folder) == NONE else load(folder))
+        self._add(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -165,7 +162,7 @@ class SoftPromptModel:
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
         """These adapters (by default all) as one, whose `generate`, `stream` and `classify` are as those here. `voting`
-        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `ensemble.majority`.
+        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `voting.vote_answer`.
 
         Raises:
             ConfigError: fewer than two adapters, or another voting.
@@ -202,7 +199,7 @@ class SoftPromptModel:
         self,
         prompts: Sequence[Question],
         *,
-        adapter: Names = None,
+        adapter: AdapterNames = None,
         seed: int | None = None,
         batch_size: int = 8,
         skip: int = 0,
@@ -214,7 +211,7 @@ class SoftPromptModel:
         row with the columns of its adapter's template; `adapter` names one for all or one for each.
 
         `settings` are GenerationSettings' fields, over those saved beside the adapter; None is as good as not given.
-        With a `seed` each sample has a seed of its own (see `requests.seed_of`), so it depends on no other;
+        With a `seed` each sample has a seed of its own (see `requests.sample_seed`), so it depends on no other;
         `batch_size` answers are written at a time. The first `skip` questions are checked and not answered. `where`
         names the questions in messages. `on_text` is handed the pieces of a single question's single answer as they
         come.
@@ -232,15 +229,16 @@ class SoftPromptModel:
             raise ModelError(f"{self.name}: {why_no_answers(self.base)}; --choices and --eval_dataset work without it")
         asked, positions = [], max_positions(self.base)
         for number, one in enumerate(self._posed(prompts, adapter, where)):
-            chosen = merged_settings(one.tuned.generation, settings)
+            chosen = merge_settings(one.adapter.generation, settings)
             if chosen.num_beams > 1 and self.quantised:
                 raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
             samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
-            seeds = [seed_of(seed, number, sample) for sample in samples]
-            requests = [Request(one.ids, chosen, one.tuned.prompt, each) for each in seeds]
-            warn_if_no_room(one.where, requests[0].new_tokens, positions)
+            seeds = [sample_seed(seed, number, sample) for sample in samples]
+            requests = [Request(one.input_ids, chosen, one.adapter.prompt, each) for each in seeds]
+            with naming_question(one.where):
+                requests[0].new_token_budget(positions)
             asked.append(requests)
-        search = partial(search_beams, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
+        search = partial(beam_search, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
         return stream_answers(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
     def classify(
@@ -248,7 +246,7 @@ class SoftPromptModel:
         prompts: Sequence[Question],
         choices: Sequence[str],
         *,
-        adapter: Names = None,
+        adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[ChoiceResult]:
         """The likeliest of some answers to each question, with the probability of each among them.
@@ -267,7 +265,7 @@ class SoftPromptModel:
         prompts: Sequence[Question],
         answers: Sequence[str],
         *,
-        adapter: Names = None,
+        adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[list[float]]:
         """log p(answer and its end | question) of each of the answers, a list for each question.
@@ -283,7 +281,7 @@ class SoftPromptModel:
         Raises:
             ConfigError: an unknown or impossible setting.
         """
-        return merged_settings(self._tuned(adapter or self.active_adapter).generation, given)
+        return merge_settings(self._tuned(adapter or self.active_adapter).generation, given)
 
     def _add(self, name: str, tuned: LoadedAdapter) -> None:
         check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
@@ -293,19 +291,21 @@ class SoftPromptModel:
         """The adapter of a checked name; the bare base is always there."""
         return self.adapters.get(name) or LoadedAdapter()
 
-    def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[EncodedQuestion]:
+    def _posed(
+        self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None
+    ) -> list[EncodedQuestion]:
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
-            check_ids(one.ids, self.base, one.where)
+            check_ids(one.input_ids, self.base, one.where)
         return asked
 
     def _scores(self, asked: Sequence[EncodedQuestion], answers: Sequence[str]) -> list[list[float]]:
-        texts, rows = [one.ids for one in asked], [one.row for one in asked]
-        templates = [one.tuned.template for one in asked]
+        texts, rows = [one.input_ids for one in asked], [one.row for one in asked]
+        templates = [one.adapter.template for one in asked]
         examples = answer_examples(texts, rows, answers, templates, self.tokenizer)
         positions = max_positions(self.base)
         for one, behind in zip(asked, examples, strict=True):
-            P = 0 if one.tuned.prompt is None else len(one.tuned.prompt)
+            P = 0 if one.adapter.prompt is None else len(one.adapter.prompt)
             for example in behind:
                 check_positions(positions, P, len(example.input_ids), one.where, "shorten it or the choices")
-        return log_likelihoods(self.engine, [one.tuned.prompt for one in asked], examples)
+        return log_likelihoods(self.engine, [one.adapter.prompt for one in asked], examples)

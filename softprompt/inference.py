@@ -23,11 +23,11 @@ from softprompt.config.schema import is_text
 from softprompt.config.validation import quantization_bits
 from softprompt.data.dataset import load_prompts
 from softprompt.data.splits import splits_of
-from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_cut, report
+from softprompt.evaluation.comparison_report import comparison_report
+from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
-from softprompt.generation.adapters import load as read_adapter
 from softprompt.generation.chat import Chat
-from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, noted_seed
+from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
 from softprompt.runs.crash_report import failure
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, SomeFailed
 from softprompt.utils.shell_commands import command
@@ -114,7 +114,7 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
     for name, where in named.items():
         if name in model.adapters:
             continue
-        base = read_adapter(str(name)).base
+        base = LoadedAdapter.from_folder(str(name)).base
         if settings.model_name_or_path is None and base and base_identity(base) != base_identity(model.name):
             raise AdapterError(
                 f"{where}: adapter {name} is for base {base}, but {model.name} is loaded; ask the adapters of one base "
@@ -208,7 +208,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         splits = splits_of(dataset, None)
         for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
-    cut = common_cut(adapters, config.generation.max_length, question.truncation_side)
+    cut = common_truncation(adapters, config.generation.max_length, question.truncation_side)
     evaluator = AdapterEvaluator(
         model.engine,
         model.generator,
@@ -223,11 +223,11 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     )
     results, fault = _evaluated(evaluator, model.adapters)
     if question.ensemble and not fault:
-        results[f"ensemble of {len(results)}"] = evaluator.together(list(results.values()), question.voting)
+        results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
     in_passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
-    told = [*cut.told, *([f"passages of --max_length {cut.max_length} tokens"] if in_passages else [])]
+    told = [*cut.notes, *([f"passages of --max_length {cut.max_length} tokens"] if in_passages else [])]
     _tell(model.description)
-    print(report(results, told))
+    print(comparison_report(results, told))
     if fault:
         raise SomeFailed(fault)
 
@@ -268,7 +268,7 @@ def _generation_settings(config: InferConfig) -> dict[str, Any]:
     given = asdict(config.generation)
     if given["seed"] is None:
         output = config.question.output_file
-        noted = noted_seed(output) if output is not None and not config.question.overwrite_output_file else None
+        noted = saved_seed(output) if output is not None and not config.question.overwrite_output_file else None
         given["seed"] = secrets.randbits(31) if noted is None else noted
     return given
 

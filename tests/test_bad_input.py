@@ -19,7 +19,7 @@ from softprompt.config.loader import train_config
 from softprompt.data.build_data import read_rows
 from softprompt.data.dataset import question
 from softprompt.data.template import Template
-from softprompt.generation.adapters import load
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, SoftpromptError
@@ -359,8 +359,8 @@ FROM_PYTHON = {
     "batch_size below 1": (["a", "b"], {"batch_size": -1}, "--batch_size -1 must be at least 1"),
     "batch_size of another kind": (["a"], {"batch_size": 1.5}, "--batch_size 1.5 is not a whole number"),
     "a seed that is none": (["a"], {"seed": "x"}, "--seed 'x' is not a whole number"),
-    "half a character": (["a", "\ud800"], {}, "question 2 is no text and no row"),
-    "a number": ([5], {}, "question 1 is no text and no row: 5"),
+    "half a character": (["a", "\ud800"], {}, "question 2 is neither a text nor a row"),
+    "a number": ([5], {}, "question 1 is neither a text nor a row: 5"),
 }
 
 
@@ -418,7 +418,7 @@ def test_what_stands_beside_an_adapter_is_named_by_its_file(settings, fault, tmp
     config = peft_config("mini", make_bloom().config, prompt, "RANDOM")
     write_folder(folder, adapter_files(Adapter(prompt, config, settings)))
     with pytest.raises(AdapterError, match=re.escape(f"{folder / 'softprompt.json'}: {fault}")):
-        load(folder)
+        LoadedAdapter.from_folder(folder)
 
 
 def test_an_empty_question_of_a_file_is_refused():

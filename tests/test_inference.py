@@ -14,9 +14,9 @@ import infer
 import softprompt
 from softprompt.cli import parse_inference
 from softprompt.data.template import Template
-from softprompt.evaluation.confusion import Confusion
+from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
-from softprompt.generation.outputs import TextStream
+from softprompt.generation.outputs import CallbackStreamer
 from softprompt.generation.resumable_jsonl import ResumableJsonl
 from softprompt.utils.errors import ConfigError, OutputError, SoftpromptError
 
@@ -111,8 +111,8 @@ def note(place: Path, **known: str) -> None:
 
 
 OTHER_RUNS = {
-    other_prompts: "line 1: answers another prompt than number 1; name another file, or give --overwrite_output_file",
-    fewer_prompts: "holds 5 answers, and there are 4 prompts",
+    other_prompts: "line 1: does not answer prompt 1; name another file, or give --overwrite_output_file",
+    fewer_prompts: "holds 5 answers, but there are 4 prompts",
     other_adapter: "is from another run, with adapters",
     other_tokenizer: "is from another run, with tokenizer",
     broken_line: "line 1: not JSON",
@@ -179,7 +179,7 @@ REFUSED = {
     "--adapter a --adapter other --prompt 好": "adapters are for several bases: a for .*, other for some/base; ask those of one base",
     "--adapter a --prompts_file far.jsonl": "far.jsonl, line 2: adapter other is for some/base, and this is .*; ask those of one base",
     "--adapter a --adapter wide --prompt 好": "virtual tokens have size 16, but .* has hidden size 32",
-    "--adapter a --adapter a --prompt 好": "--adapter a is there twice",
+    "--adapter a --adapter a --prompt 好": "--adapter a is given twice",
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
     "--adapter none=a --prompt 好": "--adapter none=a: expected FOLDER",
     "--adapter x=nothing --prompt 好": "adapter nothing: no such folder",
@@ -268,7 +268,7 @@ def test_pieces_are_whole_characters(tokenizer):
     """The test's tokenizer spells most Chinese characters in three tokens, one for each byte."""
     for text in ("今天 天气很好。", "hello, Assistant: ok\n\n好  ", " a😀b 天", "ok", "  ", ""):
         shown = []
-        pieces = TextStream(tokenizer, shown.append)
+        pieces = CallbackStreamer(tokenizer, shown.append)
         for _ in range(2):
             for token in tokenizer(text)["input_ids"]:
                 pieces.add(token)
@@ -344,7 +344,7 @@ def test_side_by_side(place, capsys, monkeypatch):
         "accuracy (likelier label)",
         "macro F1",
     ]
-    assert all(f"\n{name}:\n" in out for name in ("x", "b", "none")) and "row \\ taken for" in out
+    assert all(f"\n{name}:\n" in out for name in ("x", "b", "none")) and "expected \\ predicted" in out
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     right = sum(
         v.label == r["output"]
@@ -355,7 +355,7 @@ def test_side_by_side(place, capsys, monkeypatch):
 
 def test_figures_of_a_confusion():
     counts = {("a", "a"): 3, ("a", "b"): 1, ("b", "a"): 2, ("c", "b"): 1}
-    confusion = Confusion(["a", "b", "c"], counts)
+    confusion = ConfusionMatrix(["a", "b", "c"], counts)
     assert confusion.accuracy == pytest.approx(3 / 7)
     assert confusion.macro_f1 == pytest.approx((2 * 3 / (4 + 5) + 0 + 0) / 3)
     assert [line.split() for line in str(confusion).splitlines()[2:]] == [

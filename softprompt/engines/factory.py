@@ -88,7 +88,7 @@ def engine_for_inference(
     batch_size: int = 8,
     quantised: QuantizedBlocks | None = None,
 ) -> Engine:
-    """The engine that `--engine` names, for scores; `generator_beside` makes the one for answers. Over a base whose
+    """The engine that `--engine` names, for scores; `make_generator` makes the one for answers. Over a base whose
     blocks are `quantised` it is the packed one.
 
     Raises:

@@ -1,4 +1,9 @@
-"""Held-out rows: loss and perplexity over all their targets, and exact match over whole answers where all are short."""
+"""Evaluate a prompt on held-out rows.
+
+loss, perplexity   over all targets of all rows
+exact match        share of the rows whose greedy answer equals the expected one; computed only if all expected answers
+                   are short, over the rows whose expected answer was not truncated by max_length
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +14,22 @@ from torch import Tensor
 
 from softprompt.data.tokenization import IGNORE, Example, count_targets, end_tokens
 from softprompt.engines.base import Engine
-from softprompt.generation.hf_generate import Generator, in_order
+from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 
-SHORT_ANSWER = 32  # tokens, the end token among them
+SHORT_ANSWER = 32  # the most tokens of an answer that is compared, its end token included
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over all targets of the rows. `answers` are greedy ones to all rows, and `exact_match` is the
-    share that is right among the `compared` rows, those whose expected answer is whole; both are None where answers are
-    not compared."""
+    """Result of an evaluation.
+
+    Attributes:
+        loss: mean loss over all targets of the rows.
+        answers: greedy answers to all rows; None if answers are not compared.
+        exact_match: share of the compared rows whose answer equals the expected one; None if answers are not compared.
+        compared: number of rows whose answers are compared: those whose expected answer is whole.
+    """
 
     loss: float
     answers: list[str] | None
@@ -28,24 +38,29 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """e to the loss; None where that overflows."""
+        """exp(loss); None if it overflows."""
         return math.exp(self.loss) if self.loss < 700 else None
 
     def metrics(self, suffix: str = "") -> dict[str, float | None]:
-        """Under Trainer's names: eval_loss, eval_perplexity, eval_exact_match, and eval_exact_match_rows where not all
-        rows were compared."""
+        """Return the metrics named as by transformers' Trainer: eval_loss, eval_perplexity, eval_exact_match, and
+        eval_exact_match_rows if only some of the rows were compared. A metric that does not apply, or that JSON cannot
+        hold (infinity, NaN), is left out."""
         some = self.compared if self.answers and self.compared < len(self.answers) else None
-        named = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
-        named["exact_match_rows"] = some
-        # a comparison that does not apply has no entry, nor has what JSON cannot hold
-        return {f"eval_{name}{suffix}": v for name, v in named.items() if v is not None and math.isfinite(v)}
+        metrics = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
+        metrics["exact_match_rows"] = some
+        return {f"eval_{name}{suffix}": v for name, v in metrics.items() if v is not None and math.isfinite(v)}
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Held-out rows and the means to evaluate any prompt on them; `batch_size` rows are answered together, and none
-    without a generator. `missing` counts the tokens that each row's answer has lost, as in `data.Tokenized`; when it is
-    empty, all answers are whole."""
+    """Evaluate any prompt on the same held-out rows.
+
+    Attributes:
+        generator: writes the answers for exact match; None computes the loss alone.
+        examples: the tokenised rows.
+        batch_size: number of rows that are answered at the same time.
+        missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
+    """
 
     engine: Engine
     generator: Generator | None
@@ -54,84 +69,89 @@ class Evaluator:
     batch_size: int
     missing: Sequence[int] = ()
 
-    @property
-    def compares_answers(self) -> bool:
-        """Whether answers can be written, all expected ones are short, and some of these are whole."""
-        return self.generator is not None and are_short(self.examples, self.missing) and self._whole > 0
-
-    @property
-    def _whole(self) -> int:
-        """Rows whose answer is whole."""
-        return len(self.examples) - sum(n > 0 for n in self.missing)
-
-    @property
-    def told(self) -> str | None:
-        """A sentence on the exact match where it is not that of all rows; None where it is, or where no answer can be
-        written."""
-        n, whole = len(self.examples), self._whole
-        if self.generator is None or (self.compares_answers and whole == n):
-            return None
-        if self.compares_answers:
-            return f"exact match over the {whole:,} of {n:,} rows whose answer is whole; max_length cuts the others"
-        if not whole:
-            short = are_short(self.examples, self.missing)  # else answers are not compared as wholes either
-            hint = " (a larger --max_length keeps them)" if short else ""
-            return f"no exact match: max_length cuts the answers of all {n:,} rows{hint}"
-        long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
-        return f"no exact match: {long:,} of {n:,} answers have more than {SHORT_ANSWER} tokens"
-
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
         loss_sum, targets = self.engine.evaluate(prompt, self.examples)
         loss = loss_sum.item() / targets
         if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
-        return compared(loss, self._answers(self.generator, prompt), self.examples, self.missing, self.tokenizer)
+        return compare_answers(loss, self._answers(self.generator, prompt), self.examples, self.missing, self.tokenizer)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether exact match is computed: there is a generator, all expected answers are short, and at least one of
+        them is whole."""
+        return self.generator is not None and are_short(self.examples, self.missing) and self._whole_answers > 0
+
+    @property
+    def exact_match_note(self) -> str | None:
+        """A sentence for the user if exact match covers only some of the rows, or none of them; None if it covers all,
+        or if there is no generator."""
+        n, whole = len(self.examples), self._whole_answers
+        if self.generator is None or (self.compares_answers and whole == n):
+            return None
+        if self.compares_answers:
+            return f"exact match is over the {whole:,} of {n:,} rows whose answer max_length does not truncate"
+        if not whole:
+            short = are_short(self.examples, self.missing)  # longer answers are not compared even if they are whole
+            hint = " (a larger --max_length keeps them whole)" if short else ""
+            return f"no exact match: max_length truncates the answers of all {n:,} rows{hint}"
+        long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
+        return f"no exact match: {long:,} of {n:,} answers have more than {SHORT_ANSWER} tokens"
+
+    @property
+    def _whole_answers(self) -> int:
+        """Number of rows whose answer is not truncated."""
+        return len(self.examples) - sum(n > 0 for n in self.missing)
 
     def _answers(self, generator: Generator, prompt: Tensor | None) -> list[str]:
+        """Answer all rows greedily, with at most SHORT_ANSWER tokens each."""
         ends = tuple(end_tokens(self.examples, self.tokenizer))
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False, eos_token_id=ends)
-        requests = [Request(question_ids(e), settings, prompt) for e in self.examples]
-        return [text_of(self.tokenizer, ids) for ids in in_order(generator.generate(requests, self.batch_size))]
+        requests = [Request(question_ids(example), settings, prompt) for example in self.examples]
+        answers = in_request_order(generator.generate(requests, self.batch_size))
+        return [decode_text(self.tokenizer, ids) for ids in answers]
 
 
-def compared(
+def compare_answers(
     loss: float, answers: list[str], examples: Sequence[Example], missing: Sequence[int], tokenizer: Any
 ) -> Evaluation:
-    """The evaluation of answers to rows, of which those are compared whose expected answer is whole."""
-    each = zip(answers, examples, missing or [0] * len(examples), strict=True)
-    whole = [(answer, example) for answer, example, cut_off in each if not cut_off]
+    """Compare the answers with the expected ones, on the rows whose expected answer is whole."""
+    rows = zip(answers, examples, missing or [0] * len(examples), strict=True)
+    whole = [(answer, example) for answer, example, truncated in rows if not truncated]
     if not whole:
         return Evaluation(loss, None, None)
-    right = sum(answer == expected_answer(tokenizer, example) for answer, example in whole)
-    return Evaluation(loss, answers, right / len(whole), len(whole))
+    correct = sum(answer == expected_answer(tokenizer, example) for answer, example in whole)
+    return Evaluation(loss, answers, correct / len(whole), len(whole))
 
 
 def question_ids(example: Example) -> list[int]:
-    """Ids of a row before its first target."""
+    """Token ids of a row before its first target."""
     first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
     return example.input_ids[:first]
 
 
 def expected_answer(tokenizer: Any, example: Example) -> str:
-    return text_of(tokenizer, answer_ids(example))
+    """Text of a row's own answer, as far as it is not truncated."""
+    return decode_text(tokenizer, answer_ids(example))
 
 
 def answer_ids(example: Example) -> list[int]:
-    """Ids of a row's targets."""
+    """Token ids of a row's targets."""
     return [label for label in example.labels if label != IGNORE]
 
 
 def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> list[int]:
-    """Tokens of each row's whole answer, those that were cut off among them."""
-    each = zip(examples, missing or [0] * len(examples), strict=True)
-    return [count_targets(example) + cut_off for example, cut_off in each]
+    """Number of tokens of each row's whole answer, truncated tokens included."""
+    rows = zip(examples, missing or [0] * len(examples), strict=True)
+    return [count_targets(example) + truncated for example, truncated in rows]
 
 
 def are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
-    """Whether all answers of the rows are, as wholes."""
+    """Whether the whole answers of all rows have at most SHORT_ANSWER tokens."""
     return max(answer_lengths(examples, missing)) <= SHORT_ANSWER
 
 
-def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decode token ids without special tokens and without white space at the ends."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -1,5 +1,14 @@
-"""Adapters side by side on a file of rows with answers: loss, perplexity, exact match, and for labels accuracy, macro
-F1 and which label was taken for which; on a plain text loss and perplexity."""
+"""Evaluate adapters side by side on one dataset.
+
+What is compared, over which rows, under which names of the table:
+
+loss, perplexity            over all targets of the rows; on a plain text, over all tokens but the first
+exact match                 over the rows whose short answer is whole; see `evaluator`
+accuracy (likelier label)   if the answers are labels: over all rows, how often the likeliest label is the row's own
+macro F1                    of the same classification; a confusion matrix of each adapter follows the table
+
+All adapters are evaluated on the same rows, truncated in the same way.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,146 +21,180 @@ from softprompt.data.passages import passages
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.engines.base import Engine
-from softprompt.evaluation.confusion import Confusion
-from softprompt.evaluation.ensemble_eval import Member, joint_evaluation, scores
+from softprompt.evaluation.confusion_matrix import ConfusionMatrix
+from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble, score_answers
 from softprompt.evaluation.evaluator import Evaluation, Evaluator, are_short
 from softprompt.generation.adapters import LoadedAdapter
-from softprompt.generation.hf_generate import Generator
+from softprompt.generation.generator import Generator
 from softprompt.generation.likelihood import ChoiceResult, check_choices, choice_result
-from softprompt.generation.voting import joint_verdict
+from softprompt.generation.voting import vote_choice
 from softprompt.utils.errors import ConfigError, DataError
-from softprompt.utils.text_table import table
 
-MOST_LABELS = 20  # among the answers; a file with more is no classification
+MAX_LABELS = 20  # a dataset with more different answers is not a classification
 
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """What was found of an adapter: the examples that it was judged by, their rows, the rows' own answers (as they are
-    shown), its evaluation, what a reader must know of these rows, and a verdict on each row where the answers are
-    labels."""
+    """Result of evaluating one adapter.
 
-    tuned: LoadedAdapter
+    Attributes:
+        template: the template in which the rows were tokenised (the bare base has none of its own).
+        data: the tokenised rows.
+        rows: the same rows as texts.
+        expected: the rows' own answers, without white space at the ends.
+        notes: what the user should know about these rows.
+        predictions: the classification of each row; None if the answers are not labels.
+    """
+
+    adapter: LoadedAdapter
     template: Template
     data: Tokenized
     rows: Sequence[Row]
     expected: Sequence[str]
     evaluation: Evaluation
-    told: Sequence[str] = ()
-    verdicts: Sequence[ChoiceResult] | None = None
+    notes: Sequence[str] = ()
+    predictions: Sequence[ChoiceResult] | None = None
 
     @property
-    def member(self) -> Member:
+    def member(self) -> EnsembleMember:
+        """This adapter as a member of an ensemble."""
         data, answers = self.data, self.evaluation.answers
-        return Member(self.tuned.prompt, self.template, self.rows, data.examples, answers, data.missing)
+        return EnsembleMember(self.adapter.prompt, self.template, self.rows, data.examples, answers, data.missing)
 
     @property
-    def confusion(self) -> Confusion | None:
-        return None if self.verdicts is None else Confusion.of(self.expected, self.verdicts)
+    def confusion_matrix(self) -> ConfusionMatrix | None:
+        """None if the answers are not labels."""
+        if self.predictions is None:
+            return None
+        return ConfusionMatrix.from_predictions(self.expected, self.predictions)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How rows are cut: the same for all adapters that are judged side by side, so that they are judged by the same
-    rows. `told` says which settings were taken where those of the adapters differ."""
+class Truncation:
+    """How rows are truncated, the same for all adapters. `notes` say which settings were chosen if the adapters were
+    trained with different ones."""
 
     max_length: int
     truncation_side: str
-    told: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
-def common_cut(
+def common_truncation(
     adapters: Sequence[LoadedAdapter], max_length: int | None = None, truncation_side: str | None = None
-) -> Cut:
-    """What is given, else what the adapters were trained with. Where they differ, the largest length is taken, and the
-    question is what is cut: so the most answers are whole. The bare base counts only where there is nothing else."""
-    some = [one for one in adapters if one.prompt is not None] or list(adapters)
-    lengths = sorted({one.max_length for one in some})
-    sides = sorted({one.truncation_side for one in some})
-    taken = (max_length or lengths[-1], truncation_side or sides[0])
-    told = []
+) -> Truncation:
+    """Choose how rows are truncated: as given, else as in the adapters' training.
+
+    If the adapters differ, the largest max_length is taken, and the side "input": so as many answers as possible are
+    whole. The bare base only counts if it is the only adapter.
+    """
+    trained = [adapter for adapter in adapters if adapter.prompt is not None] or list(adapters)
+    lengths = sorted({adapter.max_length for adapter in trained})
+    sides = sorted({adapter.truncation_side for adapter in trained})
+    length, side = max_length or lengths[-1], truncation_side or sides[0]
+    notes = []
     if max_length is None and len(lengths) > 1:
-        told.append(
-            f"the adapters were trained with --max_length {', '.join(map(str, lengths))}; all are judged with "
-            f"{taken[0]}, which --max_length changes"
+        notes.append(
+            f"the adapters were trained with --max_length {', '.join(map(str, lengths))}; all are evaluated with "
+            f"{length}, which --max_length changes"
         )
     if truncation_side is None and len(sides) > 1:
-        told.append(
-            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are judged with {taken[1]}, "
+        notes.append(
+            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are evaluated with {side}, "
             "which --truncation_side changes"
         )
-    return Cut(*taken, told)
+    return Truncation(length, side, notes)
 
 
 @dataclass(frozen=True)
 class AdapterEvaluator:
-    """What evaluates any adapter on the rows of `dataset`: a dataset as train.py takes it, mini:TASK, or a .txt, whose
-    text stands behind the prompt as it is. Labels are the `choices`, else the answers that occur, where they are short
-    and at most 20. `columns` are for all adapters, over each one's own, which count as far as the dataset has them. The
-    bare base (whose prompt is None) is asked as `like`, in its template and with its columns."""
+    """Evaluate any adapter on the rows of one dataset.
+
+    Attributes:
+        generator: writes the answers for exact match; None leaves exact match out.
+        dataset: a dataset as train.py takes it, mini:TASK, or a .txt file, whose text follows the prompt as it is.
+        batch_size: number of rows that are answered at the same time.
+        choices: the labels; None takes the answers that occur, if they are short and at most MAX_LABELS.
+        like: the adapter whose template and columns the bare base is evaluated with.
+        columns: the dataset's names of columns, for all adapters; they override each adapter's own, which count as far
+            as the dataset has such columns.
+        split: split of the dataset, as --eval_split names it.
+    """
 
     engine: Engine
     generator: Generator | None
     tokenizer: Any
     dataset: str
-    cut: Cut
+    truncation: Truncation
     batch_size: int
     choices: Sequence[str] | None
     like: LoadedAdapter
     columns: Mapping[str, str] = field(default_factory=dict)
-    split: str | None = None  # of the dataset, as --eval_split names it
+    split: str | None = None
 
-    def __call__(self, tuned: LoadedAdapter) -> AdapterResult:
-        """Raises DataError as of `rows.load_rows` and `data.tokenize`, or where no row's answer is among the choices;
-        ConfigError for choices that are none, or that stand beside a plain text."""
-        like = self.like if tuned.prompt is None else tuned
-        template, length = like.template, self.cut.max_length
-        if self.dataset.lower().endswith(".txt"):
-            if self.choices is not None:
-                raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
-            examples = passages(self.dataset, self.tokenizer, length)
-            evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
-            data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
-            return AdapterResult(tuned, template, data, [], [], evaluator(tuned.prompt))
-        read = self._rows(like)
-        data = tokenize(read, self.tokenizer, template, length, self.cut.truncation_side)
-        rows = [read[number] for number in data.kept]
-        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
-        answers = [template.own_answer(row) for row in rows]
-        expected = [answer.strip() for answer in answers]
-        labels = self._labels(data, answers)
-        told = [self._told(data), *([evaluator.told] if evaluator.told else [])]
-        judged = AdapterResult(tuned, template, data, rows, expected, evaluator(tuned.prompt), told)
-        if not labels:
-            return judged
-        each = scores(self.engine, self.tokenizer, judged.member, list(labels.values()))
-        return replace(judged, verdicts=[choice_result(one, list(labels)) for one in each])
-
-    def together(self, members: Sequence[AdapterResult], voting: Voting | None) -> AdapterResult:
-        """The members' ensemble. Its loss is that of the mean of their likelihoods, row by row.
+    def __call__(self, adapter: LoadedAdapter) -> AdapterResult:
+        """Evaluate one adapter.
 
         Raises:
-            ConfigError: members whose templates leave different rows.
+            DataError: as raised by `dataset.load_rows` and `tokenization.tokenize`, or no row has one of the choices
+                as its answer.
+            ConfigError: invalid choices, or choices for a plain text.
+        """
+        like = self.like if adapter.prompt is None else adapter
+        if self.dataset.lower().endswith(".txt"):
+            return self._evaluate_text(adapter, like.template)
+        all_rows, template, length = self._rows(like), like.template, self.truncation.max_length
+        data = tokenize(all_rows, self.tokenizer, template, length, self.truncation.truncation_side)
+        rows = [all_rows[number] for number in data.kept]
+        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
+        answers = [template.own_answer(row) for row in rows]
+        labels = self._labels(data, answers)
+        notes = [self._describe(data), *([evaluator.exact_match_note] if evaluator.exact_match_note else [])]
+        expected = [answer.strip() for answer in answers]
+        result = AdapterResult(adapter, template, data, rows, expected, evaluator(adapter.prompt), notes)
+        if not labels:
+            return result
+        scores = score_answers(self.engine, self.tokenizer, result.member, list(labels.values()))
+        return replace(result, predictions=[choice_result(row, list(labels)) for row in scores])
+
+    def _evaluate_text(self, adapter: LoadedAdapter, template: Template) -> AdapterResult:
+        """Evaluate an adapter on a plain text, cut into passages of max_length tokens."""
+        if self.choices is not None:
+            raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
+        examples = passages(self.dataset, self.tokenizer, self.truncation.max_length)
+        evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
+        data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
+        return AdapterResult(adapter, template, data, [], [], evaluator(adapter.prompt))
+
+    def evaluate_ensemble(self, members: Sequence[AdapterResult], voting: Voting | None) -> AdapterResult:
+        """Evaluate the ensemble of adapters that have been evaluated one by one; see `ensemble.evaluate_ensemble` and,
+        for labels, `voting.vote_choice`.
+
+        Raises:
+            ConfigError: the members' templates keep different rows or answers at this max_length.
         """
         first = members[0]
         kept = [[(row, cut > 0) for row, cut in zip(one.data.kept, one.data.missing, strict=True)] for one in members]
         if any(one != kept[0] for one in kept):
             raise ConfigError(
-                f"--ensemble: at --max_length {self.cut.max_length} the adapters' templates keep different answers of "
-                f"{self.dataset}; give a larger one"
+                f"--ensemble: at --max_length {self.truncation.max_length} the adapters' templates keep different "
+                f"answers of {self.dataset}; give a larger one"
             )
-        evaluation = joint_evaluation(
+        evaluation = evaluate_ensemble(
             self.engine, self.tokenizer, [one.member for one in members], voting or "majority_vote"
         )
-        verdicts = None
-        if first.verdicts is not None:
-            each = zip(*(one.verdicts or () for one in members), strict=True)
-            verdicts = [joint_verdict(some, voting or "mean_likelihood") for some in each]
-        return replace(first, evaluation=evaluation, verdicts=verdicts)
+        predictions = None
+        if first.predictions is not None:
+            by_row = zip(*(one.predictions or () for one in members), strict=True)
+            predictions = [vote_choice(results, voting or "mean_likelihood") for results in by_row]
+        return replace(first, evaluation=evaluation, predictions=predictions)
 
     def _labels(self, data: Tokenized, answers: Sequence[str]) -> dict[str, str]:
-        """The labels as they are shown, and as the rows have them, with the space that may stand before or behind; none
-        where the rows are no classification. `answers` are the rows' own."""
+        """Find the labels. Each maps, as it is shown, to the text that is scored: as the rows have it, with the white
+        space at its ends that training learned. Empty if the rows are not a classification.
+
+        Args:
+            answers: the rows' own answers.
+        """
         texts: dict[str, str] = {}
         for answer in answers:
             texts.setdefault(answer.strip(), answer)
@@ -159,64 +202,24 @@ class AdapterEvaluator:
             check_choices(self.choices)
             if not set(texts) & set(self.choices):
                 raise DataError(
-                    f"--choices {','.join(self.choices)}: no row of {self.dataset} has one of them for its answer; the "
+                    f"--choices {','.join(self.choices)}: no row of {self.dataset} has one of them as its answer; the "
                     f"first has {next(iter(texts))!r:.80}"
                 )
             return {choice: texts.get(choice, choice) for choice in self.choices}
         short = are_short(data.examples, data.missing)
-        return texts if short and 2 <= len(texts) <= MOST_LABELS and all(texts) else {}
+        return texts if short and 2 <= len(texts) <= MAX_LABELS and all(texts) else {}
 
     def _rows(self, like: LoadedAdapter) -> list[Row]:
         task = self.dataset.removeprefix("mini:")
         if task != self.dataset:
-            made = enumerate(mini.rows(task, "eval"), start=1)
-            return [check_fields(f"{self.dataset}, row {number}", row, like.template) for number, row in made]
+            rows = enumerate(mini.rows(task, "eval"), start=1)
+            return [check_fields(f"{self.dataset}, row {number}", row, like.template) for number, row in rows]
         return load_rows(
             self.dataset, like.template, self.columns, usual_columns=like.columns, split=self.split, flag="--eval_split"
         )
 
-    def _told(self, data: Tokenized) -> str:
-        cut, n = self.cut, len(data.examples)
+    def _describe(self, data: Tokenized) -> str:
+        """Say how many rows there are, and how they were truncated."""
+        how, n = self.truncation, len(data.examples)
         rows = data.described(f"{n:,}{f' of {data.rows:,}' if n < data.rows else ''} rows")
-        return f"{self.dataset} at --max_length {cut.max_length} --truncation_side {cut.truncation_side}: {rows}"
-
-
-def report(found: Mapping[str, AdapterResult], told: Sequence[str] = ()) -> str:
-    """Adapters as columns, figures that some have as rows, then what is to be known of the rows, and each adapter's
-    confusion. `told` is what is to be known besides."""
-    figures: dict[str, list[str]] = {}
-    for one in found.values():
-        evaluation, confusion = one.evaluation, one.confusion
-        perplexity, match = evaluation.perplexity, evaluation.exact_match
-        values = {
-            "loss": f"{evaluation.loss:.4f}",
-            "perplexity": "–" if perplexity is None else f"{perplexity:,.4g}",
-            "exact match": "–" if match is None else f"{match:.1%}",
-            "accuracy (likelier label)": "–" if confusion is None else f"{confusion.accuracy:.1%}",
-            "macro F1": "–" if confusion is None else f"{confusion.macro_f1:.3f}",
-        }
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-    kept = {name: values for name, values in figures.items() if set(values) != {"–"}}
-    shown = [table([["", *found], *([name, *values] for name, values in kept.items())])]
-    if said := [*_told_of_rows(found), *told]:
-        shown.append("\n".join(said))
-    shown += [f"{name}:\n{one.confusion}" for name, one in found.items() if one.confusion]
-    return "\n\n".join([*shown, *_told_of_others(next(iter(found.values())))])
-
-
-def _told_of_rows(found: Mapping[str, AdapterResult]) -> list[str]:
-    """Once where it is the same of all adapters, else with the adapter's name."""
-    different = {tuple(one.told) for one in found.values()}
-    if len(different) == 1:
-        return list(different.pop())
-    return [f"{name}: {sentence}" for name, one in found.items() for sentence in one.told]
-
-
-def _told_of_others(one: AdapterResult) -> list[str]:
-    """Rows with an answer that is none of the choices."""
-    if not one.verdicts:
-        return []
-    others = [answer for answer in one.expected if answer not in one.verdicts[0].probabilities]
-    told = f"{len(others):,} of {len(one.expected):,} rows have an answer that is none of the choices"
-    return [f"{told}, the first {others[0]!r:.80}; they count as wrong"] if others else []
+        return f"{self.dataset} at --max_length {how.max_length} --truncation_side {how.truncation_side}: {rows}"

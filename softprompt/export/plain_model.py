@@ -22,9 +22,8 @@ from softprompt.export.args import ExportConfig, export_config
 from softprompt.export.bake_prompt import to_plain
 from softprompt.export.chat_template import prompt_words, teach
 from softprompt.export.model_card import plain_model_card
-from softprompt.generation.adapters import tuned_of
-from softprompt.generation.encode_questions import merged_settings
-from softprompt.generation.requests import GenerationSettings
+from softprompt.generation.adapters import LoadedAdapter
+from softprompt.generation.requests import GenerationSettings, merge_settings
 from softprompt.models.capabilities import check_vocabulary
 from softprompt.models.loading import base_path, load_tokenizer, read_base, word_embeddings
 from softprompt.prompt.adapter_io import Adapter, load_adapter
@@ -60,7 +59,7 @@ def write_plain_model(config: ExportConfig) -> str:
     name = config.model_name_or_path or adapter.base_model_name_or_path
     if name is None:
         raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
-    tuned = tuned_of(config.adapter, adapter)
+    tuned = LoadedAdapter.from_files(config.adapter, adapter)
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)
@@ -70,7 +69,7 @@ def write_plain_model(config: ExportConfig) -> str:
     _check_room(output, base, P, dtype)
     ids = teach(tokenizer, tuned.template, P)
     constant = to_plain(base, adapter.prompt, ids, dtype)
-    settings = merged_settings(tuned.generation, {})
+    settings = merge_settings(tuned.generation, {})
     base.generation_config = generation_config(tokenizer, settings, ids)
     words = tokenizer.convert_ids_to_tokens(ids)
     _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))

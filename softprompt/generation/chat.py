@@ -1,5 +1,5 @@
-"""A small conversation on a terminal: each line a question by itself, answered as the adapter has learned, or behind
-earlier turns where that is wished."""
+"""Chat in a terminal: each line is a question of its own, answered as the adapter was trained to, or optionally a
+question behind earlier turns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from softprompt.generation.adapters import NONE
 from softprompt.utils.errors import SoftpromptError
 
 HELP = """/adapter NAME    answer with another adapter: a name given with --adapter, or a folder
-/base            answer with the bare base
-/history N       put N earlier turns before a question; 0 at first, since prompts learn single questions
-/set NAME VALUE  such as /set temperature 0.7, /set do_sample false; /set alone shows what is set
-/help            this; Ctrl-C stops an answer, arrow keys bring lines back
-/quit            as Ctrl-D does"""
+/base            answer with the bare base, without a prompt
+/history N       put the last N turns before each question; 0 by default, since prompts are trained on single questions
+/set NAME VALUE  change a setting, such as /set temperature 0.7 or /set do_sample false; /set alone shows all settings
+/help            show this help; Ctrl-C stops an answer, the arrow keys bring earlier lines back
+/quit            end the chat, like Ctrl-D"""
 
 
-class Answers(Protocol):
-    """What the conversation needs of `api.SoftPromptModel`."""
+class ChatModel(Protocol):
+    """What a chat needs of `api.SoftPromptModel`."""
 
     adapters: Any
     active_adapter: str
@@ -29,10 +29,20 @@ class Answers(Protocol):
 
 @dataclass
 class Chat:
-    """`read` asks for a line and raises EOFError at the end, `write` shows a text as it is, without a line break;
-    `parse` turns a setting's name and value into that setting, as the command line's flags do."""
+    """A chat with a model.
 
-    model: Answers
+    Attributes:
+        given: generation settings of this chat by name.
+        parse: turns the name and the text of a setting into that setting, as the command line's flags do.
+        read: shows a prompt and returns the next line; raises EOFError at the end.
+        write: shows a text as it is, without adding a line break.
+        stream: whether an answer is shown while it is written.
+        adapter: name of the adapter that answers.
+        history: how many earlier turns stand before a question.
+        turns: all turns so far, each a question and its answer.
+    """
+
+    model: ChatModel
     given: dict[str, Any]
     parse: Callable[[str, str], dict[str, Any]]
     read: Callable[[str], str]
@@ -46,68 +56,85 @@ class Chat:
         self.adapter = self.model.active_adapter
 
     def run(self) -> None:
-        """Until /quit or the end of input. What is wrong with a line is told, and the next one is read."""
-        self.write("A line is a question; /help shows what else there is.\n")
+        """Read and answer lines until /quit or the end of input. An error is shown, and the chat goes on."""
+        self.write("Each line is a question; /help lists the commands.\n")
         while True:
             try:
                 line = self.read(f"{self.adapter}> ").strip()
             except EOFError:
                 return self.write("\n")
-            except KeyboardInterrupt:  # a line that was begun is thrown away
+            except KeyboardInterrupt:  # discard the line that is being typed
                 self.write("\n")
                 continue
             if line == "/quit":
                 return None
             try:
-                self.obey(line) if line.startswith("/") else self.answer(line)
+                self.run_command(line) if line.startswith("/") else self.answer(line)
             except SoftpromptError as error:
                 self.write(f"error: {' '.join(str(error).split())}\n")
             except KeyboardInterrupt:
                 self.write(" …stopped\n")
 
-    def answer(self, line: str) -> None:
-        if not line:
+    def answer(self, question: str) -> None:
+        """Answer a question and remember the turn. Several samples are shown one per line; the first is remembered."""
+        if not question:
             return
-        single = self.model.settings(self.adapter, **self._settings()).num_return_sequences == 1
-        streamed = self.write if self.stream and single else None
-        answer = self.model.generate(self._behind_turns(line), adapter=self.adapter, on_text=streamed, **self.given)
+        single = self.model.settings(self.adapter, **self._answer_settings(self.given)).num_return_sequences == 1
+        on_text = self.write if self.stream and single else None
+        answer = self.model.generate(self._with_history(question), adapter=self.adapter, on_text=on_text, **self.given)
         texts = [answer] if isinstance(answer, str) else answer
-        self.write("\n" if streamed else "".join(f"{text}\n" for text in texts))
-        self.turns.append((line, texts[0]))
+        self.write("\n" if on_text else "".join(f"{text}\n" for text in texts))
+        self.turns.append((question, texts[0]))
 
-    def obey(self, line: str) -> None:
-        name, *rest = line.split(maxsplit=2)
+    def run_command(self, line: str) -> None:
+        """Run a line that begins with a slash."""
+        name, *arguments = line.split(maxsplit=2)
         if name == "/help":
             self.write(HELP + "\n")
         elif name == "/base":
             self.adapter = NONE
-        elif name == "/adapter" and len(rest) == 1:
-            if rest[0] not in (*self.model.adapters, NONE):
-                self.model.load_adapter(rest[0])
-            self.adapter = rest[0]
         elif name == "/adapter":
-            self.write(f"/adapter NAME, one of {', '.join(dict.fromkeys([*self.model.adapters, NONE]))}, or a folder\n")
-        elif name == "/history" and len(rest) == 1 and rest[0].isdecimal():
-            self.history = int(rest[0])
+            self._set_adapter(arguments)
         elif name == "/history":
-            self.write(f"/history N, a number of earlier turns; it is {self.history}\n")
-        elif name == "/set" and len(rest) == 2:
-            changed = {**self.given, **self.parse(rest[0], rest[1])}
-            self.model.settings(self.adapter, **self._settings(changed))  # what is wrong is not kept
-            self.given = changed
+            self._set_history(arguments)
         elif name == "/set":
-            self.write(f"{self.model.settings(self.adapter, **self._settings())}\n")
+            self._set(arguments)
         else:
             self.write(f"no such command: {line}\n{HELP}\n")
 
-    def _behind_turns(self, line: str) -> Any:
-        """The question, behind the last turns."""
+    def _set_adapter(self, arguments: list[str]) -> None:
+        if len(arguments) != 1:
+            names = ", ".join(dict.fromkeys([*self.model.adapters, NONE]))
+            return self.write(f"/adapter NAME, where NAME is one of {names}, or a folder\n")
+        (name,) = arguments
+        if name not in (*self.model.adapters, NONE):
+            self.model.load_adapter(name)
+        self.adapter = name
+        return None
+
+    def _set_history(self, arguments: list[str]) -> None:
+        if len(arguments) == 1 and arguments[0].isdecimal():
+            self.history = int(arguments[0])
+        else:
+            self.write(f"/history N, where N is a number of earlier turns; now {self.history}\n")
+
+    def _set(self, arguments: list[str]) -> None:
+        if len(arguments) == 2:
+            changed = {**self.given, **self.parse(*arguments)}
+            self.model.settings(self.adapter, **self._answer_settings(changed))  # raises before a bad value is kept
+            self.given = changed
+        else:
+            self.write(f"{self.model.settings(self.adapter, **self._answer_settings(self.given))}\n")
+
+    def _with_history(self, question: str) -> Any:
+        """The question as it is, or as the last message of a conversation behind the last turns."""
         earlier = self.turns[-self.history :] if self.history else []
         if not earlier:
-            return line
+            return question
         said = [(role, text) for turn in earlier for role, text in zip(("user", "assistant"), turn, strict=True)]
-        return {"messages": [{"role": role, "content": text} for role, text in [*said, ("user", line)]]}
+        return {"messages": [{"role": role, "content": text} for role, text in [*said, ("user", question)]]}
 
-    def _settings(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
-        given = self.given if given is None else given
+    @staticmethod
+    def _answer_settings(given: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what belongs to a call and not to an answer."""
         return {name: value for name, value in given.items() if name not in ("seed", "batch_size")}

@@ -1,157 +1,133 @@
-"""The generator over frozen BLOOM: one forward a step for all answers that are being written, whatever stands before
-them.
+"""Generation over frozen BLOOM with continuous batching (Yu et al. 2022, "Orca", OSDI): one forward pass per step over
+all answers that are being written, whatever their prompts and lengths.
 
-Every answer has a place in preallocated memory of keys and values: its prompt's, computed once per prompt and kept,
-then its own. A step runs the last token of each answer, and the whole text of those that have just been given a place,
-as one stream through the blocks. An answer that ends leaves its place to one that waits.
+Each answer occupies a slot: a row of a preallocated KV cache, which holds the keys and values of its soft prompt (P
+positions, computed once per prompt), its text (T positions) and its answer so far. Slots 0 … n-1 are in use, n at most
+`batch_size`. A step has four phases:
+
+    evict    finished answers leave their slots
+    refill   requests from the queue take the free slots; if the queue is empty, the last slot moves into the gap, so
+             that the slots in use stay contiguous
+    forward  one packed stream [S]: the whole text of each slot that was just refilled (prefill), and the newest token
+             of each other slot (decode step); result: logits [n, V] of the token that follows in each slot
+    sample   each slot's next token is chosen and appended to its answer
+
+So an answer never waits for a longer one in its batch, and no pad token is computed.
 """
 
-import hashlib
-import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix, norm, run_blocks, run_prompt
+from softprompt.engines.bloom import norm, run_blocks
 from softprompt.engines.memory_estimate import MOST_TOKENS
 from softprompt.engines.small_linear import project
-from softprompt.generation.kv_cache import KVCache, Slot, Step, StepAttention
-from softprompt.generation.requests import Request
-from softprompt.generation.sampling import OnToken, Writer, Writers, choose
+from softprompt.generation.kv_cache import KVCache, PrefixCache
+from softprompt.generation.packed_step import PackedStep, Slot, StepAttention
+from softprompt.generation.requests import OnToken, Request
+from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
 from softprompt.models.bloom_weights import Weights
 from softprompt.utils.out_of_memory import fewer_at_once
 
-KEPT_BYTES = 256 * 2**20  # of the prompts' keys and values that stay in memory
 
+class ContinuousBatchingGenerator:
+    """Answer requests over BLOOM's weights; see the module's docstring for the phases of a step.
 
-class _Kept(NamedTuple):
-    """A prompt's keys and values, and a reference to the prompt that asked for them last; it takes them out of the
-    cache when that prompt is deleted."""
+    The KV cache has `batch_size` slots (fewer if there are fewer requests), each as wide as the longest row can become:
+    2 · L · H numbers per position, fp32 on the CPU. When memory runs out, the number of slots is halved; answers that
+    were begun go on from the tokens they have.
 
-    prefix: Prefix
-    prompt: weakref.ref[Tensor] | None
-
-
-class Prefixes:
-    """Least-recently-used cache of the prompts' keys and values, of at most `KEPT_BYTES`. They are found by the
-    prompt's content, so one that was trained further, or replaced, is never served from before. They stay no longer
-    than the prompt itself: what an evaluation during training asks for once is not kept."""
-
-    def __init__(self, weights: Weights):
-        self._weights, self._kept = weights, OrderedDict[bytes, _Kept]()
-
-    @torch.inference_mode()
-    def __call__(self, prompt: Tensor | None) -> Prefix:
-        """prompt: [P, H], or None for none. Its content is hashed at every call, so call it once for many requests."""
-        device = self._weights.head.device
-        values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
-        digest = hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
-        kept = self._kept.pop(digest, None)
-        prefix = kept.prefix if kept else run_prompt(self._weights, values.to(device))
-        owner = None if prompt is None else weakref.ref(prompt, lambda _: self._kept.pop(digest, None))
-        self._kept[digest] = _Kept(prefix, owner)
-        while self.kept_bytes > KEPT_BYTES:
-            self._kept.popitem(last=False)
-        return prefix
-
-    @property
-    def kept_bytes(self) -> int:
-        """Memory that the cache holds."""
-        return sum(layer.nbytes for kept in self._kept.values() for layer in kept.prefix.layers)
-
-
-class PackedGenerator:
-    """Answers requests over any provider of BLOOM's weights.
-
-    Memory for keys and values is that of `batch_size` places, or of as many as there are requests, each as wide as the
-    longest of them may become with its virtual tokens: 2 · L · H numbers a position (fp32 on the CPU). At most
-    `tokens_per_step` tokens of texts come in with a step, or one text that has more. Where memory runs out, there are
-    half as many places, and answers that were begun go on from what is written of them.
+    Args:
+        weights: any provider of BLOOM's weights.
+        prefill_tokens_per_step: limit on the text tokens that one step prefills; a longer text is prefilled alone. The
+            default is `MOST_TOKENS` of the device.
     """
 
-    def __init__(self, weights: Weights, tokenizer: Any, tokens_per_step: int | None = None):
-        self.weights, self.writers, self.prefixes = weights, Writers(tokenizer), Prefixes(weights)
+    def __init__(self, weights: Weights, tokenizer: Any, prefill_tokens_per_step: int | None = None):
+        self.weights, self.states, self.prefix_cache = weights, RequestStates(tokenizer), PrefixCache(weights)
         self.device = weights.head.device
-        self.tokens_per_step = tokens_per_step or MOST_TOKENS[self.device.type]
-
-    def generate(
-        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
-    ) -> Iterator[tuple[int, list[int]]]:
-        """See `generate.Generator`. At most `batch_size` answers are written at a time."""
-        writers = [self.writers(number, request) for number, request in enumerate(requests)]
-        return self._generate(writers, batch_size, on_token)
+        self.prefill_tokens_per_step = prefill_tokens_per_step or MOST_TOKENS[self.device.type]
 
     def __str__(self) -> str:
         return "packed engine"
 
-    def _generate(
-        self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, list[int]]]:
-        prompts = {id(w.prompt): w.prompt for w in writers}
-        prefixes = {key: self.prefixes(prompt) for key, prompt in prompts.items()}
-        waiting = deque(Slot(w, prefixes[id(w.prompt)]) for w in writers)
-        most = min(batch_size, len(waiting))
-        while waiting:
-            places: list[Slot] = []
+        """See `Generator.generate`."""
+        states = [self.states.create(index, request) for index, request in enumerate(requests)]
+        return self._generate(states, batch_size, on_token)
+
+    def _generate(
+        self, states: Sequence[RequestState], batch_size: int, on_token: OnToken | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        prompts = {id(state.prompt): state.prompt for state in states}
+        prefixes = {key: self.prefix_cache(prompt) for key, prompt in prompts.items()}
+        queue = deque(Slot(state, prefixes[id(state.prompt)]) for state in states)
+        num_slots = min(batch_size, len(queue))
+        while queue:
+            slots: list[Slot] = []
             try:
-                yield from self._write(places, waiting, most, on_token)
+                yield from self._run(slots, queue, num_slots, on_token)
                 return
-            except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                most = fewer_at_once(error, most)
-            waiting.extendleft(place.again() for place in reversed(places) if not place.writer.done)
+            except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
+                num_slots = fewer_at_once(error, num_slots)
+            queue.extendleft(slot.restarted() for slot in reversed(slots) if not slot.state.finished)
             torch.cuda.empty_cache()
 
-    def _write(
-        self, places: list[Slot], waiting: deque[Slot], most: int, on_token: OnToken | None
+    def _run(
+        self, slots: list[Slot], queue: deque[Slot], num_slots: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
-        """Until no one waits, or memory runs out: then `places` holds whose answers are not finished."""
-        width = max(place.P + place.writer.most for place in waiting)
-        memory = self._memory(most, width, waiting[0].prefix.layers[0])  # in the dtype that attention takes
-        while self._let_in_and_out(memory, places, waiting, most):
-            tokens = choose(self._run(memory, places), [place.writer for place in places])
-            for place, token in zip(places, tokens, strict=True):
-                if place.writer.take(token) and on_token:
-                    on_token(place.writer.number, token)
-            yield from [(p.writer.number, p.writer.answer) for p in places if p.writer.done]
+        """Run steps until slots and queue are empty. If memory runs out, `slots` keeps the unfinished requests."""
+        width = max(slot.P + slot.state.max_tokens for slot in queue)
+        cache = self._allocate(num_slots, width, queue[0].prefix.layers[0])  # in the dtype that attention computes in
+        while self._evict_and_refill(cache, slots, queue, num_slots):
+            tokens = next_tokens(self._forward(cache, slots), [slot.state for slot in slots])
+            for slot, token in zip(slots, tokens, strict=True):
+                if slot.state.append(token) and on_token:
+                    on_token(slot.state.index, token)
+            yield from [(slot.state.index, slot.state.answer_ids) for slot in slots if slot.state.finished]
 
     @torch.inference_mode()
-    def _memory(self, places: int, width: int, like: Tensor) -> KVCache:
-        return KVCache(self.weights.shape, places, width, like)
+    def _allocate(self, num_slots: int, width: int, like: Tensor) -> KVCache:
+        return KVCache(self.weights.shape, num_slots, width, like)
 
     @torch.inference_mode()
-    def _run(self, memory: KVCache, places: Sequence[Slot]) -> Tensor:
-        """One step of all places: logits [n, V] of the token that follows each."""
-        weights, step = self.weights, Step(places, self.device)
-        x = norm(weights.embed(step.ids), weights.embedding_layernorm, weights.shape.epsilon)  # [S, H]
-        x = run_blocks(weights, x, StepAttention(memory, step), step.last if step.parts else None)  # [n, H]
-        for place, position in zip(places, step.positions, strict=True):
-            place.held = position + 1
-        return project(norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype), weights.head)
-
-    @torch.inference_mode()
-    def _let_in_and_out(self, memory: KVCache, places: list[Slot], waiting: deque[Slot], most: int) -> bool:
-        """Who is done goes; one who waits, else the last in the row, takes the place, so that there is no gap. Returns
-        whether anyone is there."""
-        tokens = 0
-
-        def coming() -> Iterator[Slot]:
-            nonlocal tokens
-            while waiting and (not tokens or tokens + len(waiting[0].writer.ids) <= self.tokens_per_step):
-                tokens += len(waiting[0].writer.ids)
-                yield waiting.popleft()
-
-        come = coming()
-        for b in reversed([b for b, place in enumerate(places) if place.writer.done]):
-            if new := next(come, None):
-                places[b] = new
-            elif b == len(places) - 1:
-                places.pop()
+    def _evict_and_refill(self, cache: KVCache, slots: list[Slot], queue: deque[Slot], num_slots: int) -> bool:
+        """Evict finished requests and refill their slots from the queue; where it gives none, move the last slot into
+        the gap. Return whether any slot is in use."""
+        admitted = self._admit(queue)
+        for b in reversed([b for b, slot in enumerate(slots) if slot.state.finished]):
+            if new := next(admitted, None):
+                slots[b] = new
+            elif b == len(slots) - 1:
+                slots.pop()
             else:
-                places[b] = places.pop()
-                memory.move(len(places), b, places[b].held)
-        while len(places) < most and (new := next(come, None)):
-            places.append(new)
-        return bool(places)
+                slots[b] = slots.pop()
+                cache.move(len(slots), b, slots[b].cached)
+        while len(slots) < num_slots and (new := next(admitted, None)):
+            slots.append(new)
+        return bool(slots)
+
+    def _admit(self, queue: deque[Slot]) -> Iterator[Slot]:
+        """Take requests from the queue for one step: as many as `prefill_tokens_per_step` allows, at least one."""
+        tokens = 0
+        while queue and (not tokens or tokens + len(queue[0].state.token_ids) <= self.prefill_tokens_per_step):
+            tokens += len(queue[0].state.token_ids)
+            yield queue.popleft()
+
+    @torch.inference_mode()
+    def _forward(self, cache: KVCache, slots: Sequence[Slot]) -> Tensor:
+        """Run one step of all n slots, prefill and decode together, and return the logits [n, V] of the token that
+        follows in each."""
+        weights, step = self.weights, PackedStep(slots, self.device)
+        epsilon = weights.shape.epsilon
+        x = norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
+        last_index = step.last_index if step.prefills else None  # without a prefill the stream is the last tokens
+        x = run_blocks(weights, x, StepAttention(cache, step), last_index)  # [n, H]
+        for slot, position in zip(slots, step.positions, strict=True):
+            slot.cached = position + 1
+        return project(norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)

@@ -1,66 +1,103 @@
-"""From a question as it is asked to token ids and settings, every fault naming the question."""
+"""From questions to token ids behind their adapters. Every error names the question."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from softprompt.config.infer_args import generation_faults
-from softprompt.config.schema import AUTO, is_text
-from softprompt.config.unknown_names import advice
+from softprompt.config.schema import is_text
 from softprompt.data.dataset import Row, question
 from softprompt.data.template import Template
 from softprompt.data.tokenization import prompt_ids
-from softprompt.generation.requests import GenerationSettings
+from softprompt.generation.adapters import NONE, AdapterNames, LoadedAdapter, find_adapter
 from softprompt.utils.errors import ConfigError, DataError
 
 Question = str | Mapping[str, Any]  # a text, or a row with the template's columns
-SEVERAL = {"suppress_tokens", "stop_strings", "eos_token_id"}
 
 
-def merged_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationSettings:
-    """What is given (not None, not "auto"), over what is saved beside the adapter, over the article's.
+class EncodedQuestion(NamedTuple):
+    """A question that is ready for the base.
+
+    Attributes:
+        where: how error messages name the question.
+        adapter_name: name of its adapter.
+        adapter: the adapter itself.
+        row: the question as a checked row of the adapter's template.
+        input_ids: token ids of the row in the adapter's template, at least one.
+    """
+
+    where: str
+    adapter_name: str
+    adapter: LoadedAdapter
+    row: Row
+    input_ids: list[int]
+
+
+def encode_questions(
+    questions: Sequence[Question],
+    adapters: Mapping[str, LoadedAdapter],
+    active_adapter: str,
+    names: AdapterNames,
+    where: Sequence[str] | None,
+    tokenizer: Any,
+) -> list[EncodedQuestion]:
+    """Check questions and encode each in the template of its adapter.
+
+    Args:
+        adapters: the known adapters by name.
+        active_adapter: the adapter of questions that name none.
+        names: one adapter for all questions, one for each, or None.
+        where: how error messages name the questions; by default by number.
 
     Raises:
-        ConfigError: an unknown or impossible setting.
+        ConfigError: the number of names is not that of the questions, or a question has no token.
+        AdapterError: a name that is neither a known adapter nor `none`.
+        DataError: a row without the template's columns.
     """
-    merged = {**saved, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
-    if given.get("max_length") is not None and given.get("max_new_tokens") is None:
-        merged.pop("max_new_tokens", None)  # a limit that is asked for beats a saved one
-    known = [f.name for f in fields(GenerationSettings)]
-    if unknown := [name for name in merged if name not in known]:
-        told = "; ".join(f"unknown generation setting {name!r}{advice(name, known)}" for name in unknown)
-        raise ConfigError(f"{told}; they are {', '.join(known)}")
-    if faults := generation_faults(merged):
-        raise ConfigError("; ".join(faults))
-    several = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in merged.items() if n in SEVERAL}
-    return GenerationSettings(**{**merged, **several})
+    where = where or [f"question {number}" for number in range(1, len(questions) + 1)]
+    given = [names] * len(where) if isinstance(names, str) or names is None else names
+    of_each = [name or active_adapter for name in given]
+    if len(of_each) != len(where):
+        raise ConfigError(f"adapter names {len(of_each)} for {len(where)} questions; give one, or one for each")
+    encoded = []
+    for place, asked, name in zip(where, questions, of_each, strict=True):
+        adapter = adapters.get(name, LoadedAdapter()) if name == NONE else find_adapter(adapters, name, place)
+        row, input_ids = encode_question(place, asked, adapter.template, tokenizer)
+        encoded.append(EncodedQuestion(place, name, adapter, row, input_ids))
+    return encoded
 
 
-def encoded(place: str, asked: Question, template: Template, tokenizer: Any) -> tuple[Row, list[int]]:
-    """The question as a checked row, and the token ids of its prompt text, at least one; `place` names the question in
-    messages.
+def encode_question(where: str, asked: Question, template: Template, tokenizer: Any) -> tuple[Row, list[int]]:
+    """Check a question and encode it in a template.
+
+    Args:
+        where: how error messages name the question.
+
+    Returns:
+        The question as a row of the template, and the token ids of its prompt text, at least one.
 
     Raises:
-        DataError: no text and no row, a row without the template's columns, or one that a chat template refuses.
-        ConfigError: a template that a text alone does not fill, or a question without a token.
+        DataError: neither a text nor a row, a row without the template's columns, or one that a chat template refuses.
+        ConfigError: a template that one text cannot fill, or a question that has no token.
     """
-    if not isinstance(asked, Mapping) and not is_text(asked):
-        raise DataError(f"{place} is no text and no row: {asked!r:.80}")
-    is_row = isinstance(asked, Mapping)
-    row = question(place, dict(asked), template) if is_row else warn_if_no_room(place, template.row, asked)
-    try:
+    if isinstance(asked, Mapping):
+        row = question(where, dict(asked), template)
+    elif is_text(asked):
+        with naming_question(where):
+            row = template.row(asked)
+    else:
+        raise DataError(f"{where} is neither a text nor a row: {asked!r:.80}")
+    with naming_question(where):
         text = template.render(row, tokenizer)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
-    (ids,) = prompt_ids(tokenizer, [text], template)
-    if not ids:
-        raise ConfigError(f"{place} is empty: the template makes no token of it; write something")
-    return row, ids
+    (input_ids,) = prompt_ids(tokenizer, [text], template)
+    if not input_ids:
+        raise ConfigError(f"{where} is empty: it has no token in the template; write something")
+    return row, input_ids
 
 
-def warn_if_no_room(place: str, run: Callable[[Any], Any], value: Any) -> Any:
-    """run(value), whose fault names the question."""
+@contextmanager
+def naming_question(where: str) -> Iterator[None]:
+    """Put the name of a question in front of the message of a ConfigError or DataError."""
     try:
-        return run(value)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{where}: {error}") from None

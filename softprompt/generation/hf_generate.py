@@ -1,10 +1,22 @@
-"""Answers from a frozen base: what a generator is, and the one for any causal language model, transformers' own
-`generate` with the prompt before the text."""
+"""Generation with transformers' own `generate`, for any causal language model: padded batches behind soft prompts, and
+beam search.
+
+Rows of one batch have different prompts (P virtual tokens) and different texts (T tokens). Each becomes one sequence of
+embeddings [P + T, H], `[virtual tokens; embedded text]`, and the batch is padded on the left to [B, W, H] with an
+attention mask [B, W], so that all rows end in the same column, where their answers continue:
+
+    row 0   · · · · v v t t t t   v virtual token, t token of the text, · padding
+    row 1   v v v v v t t t t t
+
+    prefill      transformers runs the embeddings [B, W, H] once and keeps their keys and values
+    decode step  one token per row; `sampling.next_tokens` chooses it, and a logits processor makes transformers take it
+    finished     a finished row gets pad tokens until all rows of the batch are finished; then the next batch starts
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,49 +29,25 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from softprompt.generation.requests import Request
-from softprompt.generation.sampling import OnToken, Writer, Writers, choose
+from softprompt.generation.requests import OnToken, Request
+from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.utils.out_of_memory import fewer_at_once
 
 
-class Generator(Protocol):
-    """What answers requests. An answer is the one that it would be alone: its neighbours, their prompts and their
-    number change nothing but the order of sums."""
-
-    def generate(
-        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Each request's number and its answer's token ids, without the end token, as they are finished; requests are
-        checked at once, answers made as they are asked for. `on_token` is told of every token when it is chosen.
-
-        Raises:
-            ConfigError: a text that leaves no room for an answer.
-        """
-        ...
-
-
-def in_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
-    """The answers in the order of their requests, each as soon as those before it are finished."""
-    finished: dict[int, list[int]] = {}
-    following = 0
-    for number, answer in answers:
-        finished[number] = answer
-        while following in finished:
-            yield finished.pop(following)
-            following += 1
-
-
 class TransformersGenerator:
-    """Batches of texts, padded on the left, through the base's own forward and cache. Of what the base's files say of
-    generation nothing counts, as with every generator. A batch ends where its longest row has used up the base's
-    positions; the others go on in the next one."""
+    """Answer requests in left-padded batches through the base's own forward and KV cache.
+
+    The generation_config in the base's files is ignored, as by every generator of this package. For a base with a
+    limited number of positions, a batch ends when its longest row has used them up; the other rows go on in the next
+    batch. When memory runs out, the batch size is halved.
+    """
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, compute_dtype: torch.dtype):
         self.base, self.compute_dtype, self.max_positions = base, compute_dtype, max_positions(base)
-        self.writers = Writers(tokenizer, self.max_positions)
+        self.states = RequestStates(tokenizer, self.max_positions)
         self.pad_token_id = tokenizer.pad_token_id
 
     def __str__(self) -> str:
@@ -68,68 +56,72 @@ class TransformersGenerator:
     def generate(
         self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, list[int]]]:
-        writers = [self.writers(number, request) for number, request in enumerate(requests)]
-        return self._generate(writers, batch_size, on_token)
+        """See `Generator.generate`."""
+        states = [self.states.create(index, request) for index, request in enumerate(requests)]
+        return self._generate(states, batch_size, on_token)
 
     def _generate(
-        self, writers: Sequence[Writer], batch_size: int, on_token: OnToken | None
+        self, states: Sequence[RequestState], batch_size: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
-        for ends, alike in groupby(writers, lambda w: self.writers.ends(w.settings)):
-            rows = deque(alike)
-            while rows:
-                some = [rows.popleft() for _ in range(min(batch_size, len(rows)))]
+        # transformers takes one set of end tokens for a whole batch
+        for end_token_ids, group in groupby(states, lambda state: self.states.end_token_ids(state.settings)):
+            queue = deque(group)
+            while queue:
+                batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
                 try:
-                    self._write(some, ends, on_token)
-                except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                    batch_size = fewer_at_once(error, len(some))
+                    self._run_batch(batch, end_token_ids, on_token)
+                except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
+                    batch_size = fewer_at_once(error, len(batch))
                     torch.cuda.empty_cache()
-                for writer in reversed([w for w in some if not w.done]):
-                    writer.rewind()
-                    rows.appendleft(writer)
-                yield from ((w.number, w.answer) for w in some if w.done)
+                for state in reversed([state for state in batch if not state.finished]):
+                    state.restore_rng()
+                    queue.appendleft(state)
+                yield from ((state.index, state.answer_ids) for state in batch if state.finished)
 
     @torch.no_grad()
-    def _write(self, writers: Sequence[Writer], ends: Sequence[int], on_token: OnToken | None) -> None:
-        embeddings, mask = padded([behind(self.base, w.ids, w.prompt) for w in writers])
-        pen = _Pen(writers, self.pad_token_id, on_token)
-        most = max(w.most - len(w.ids) for w in writers)
+    def _run_batch(
+        self, states: Sequence[RequestState], end_token_ids: Sequence[int], on_token: OnToken | None
+    ) -> None:
+        """Prefill one batch and decode until all its rows are finished, or its longest row has no position left."""
+        embeddings, mask = pad_left([prepend_prompt(self.base, s.token_ids, s.prompt) for s in states])
+        max_new_tokens = max(state.max_tokens - len(state.token_ids) for state in states)
         if self.max_positions is not None:
-            most = min(most, self.max_positions - mask.shape[1])
-        settings = GenerationConfig(
-            max_new_tokens=most,
-            eos_token_id=list(ends),
+            max_new_tokens = min(max_new_tokens, self.max_positions - mask.shape[1])
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(end_token_ids),
             pad_token_id=self.pad_token_id,
-            do_sample=False,  # the pen has drawn already
+            do_sample=False,  # _NextTokenProcessor has sampled already
         )
         with autocast(embeddings.device, self.compute_dtype):
             _generate(
                 self.base,
-                settings,
+                config,
                 inputs_embeds=embeddings,
                 attention_mask=mask,
-                logits_processor=LogitsProcessorList([pen]),
-                stopping_criteria=StoppingCriteriaList([_AllWritten(writers)]),
+                logits_processor=LogitsProcessorList([_NextTokenProcessor(states, self.pad_token_id, on_token)]),
+                stopping_criteria=StoppingCriteriaList([_FinishedCriteria(states)]),
             )
 
 
 @torch.no_grad()
-def search_beams(
-    base: PreTrainedModel, tokenizer: Any, request: Request, compute_dtype: torch.dtype
-) -> list[list[int]]:
-    """transformers' beam search, with sampling where that is set: the `num_return_sequences` best answers' token ids,
-    without the end token, best first.
+def beam_search(base: PreTrainedModel, tokenizer: Any, request: Request, compute_dtype: torch.dtype) -> list[list[int]]:
+    """Answer one request with transformers' beam search (with sampling, if `do_sample` is set).
+
+    Returns:
+        Token ids of the `num_return_sequences` best answers, without the end token, the best first.
 
     Raises:
-        ConfigError: a text that leaves no room for an answer.
+        ConfigError: the text leaves no room for an answer.
     """
     settings, device = request.settings, word_embeddings(base).weight.device
-    writers = Writers(tokenizer, max_positions(base))
-    writer, text = writers(0, request), torch.tensor([list(request.ids)], device=device)
-    embeddings, mask = padded([behind(base, request.ids, request.prompt)])
-    shape = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-    wanted = GenerationConfig(
-        max_new_tokens=writer.most - writer.text,
-        eos_token_id=list(writers.ends(settings)),
+    states = RequestStates(tokenizer, max_positions(base))
+    state, input_ids = states.create(0, request), torch.tensor([list(request.input_ids)], device=device)
+    embeddings, mask = pad_left([prepend_prompt(base, request.input_ids, request.prompt)])
+    warpers = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    config = GenerationConfig(
+        max_new_tokens=state.max_tokens - state.text_tokens,
+        eos_token_id=list(states.end_token_ids(settings)),
         pad_token_id=tokenizer.pad_token_id,
         num_beams=settings.num_beams,
         num_return_sequences=settings.num_return_sequences,
@@ -138,43 +130,49 @@ def search_beams(
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
         suppress_tokens=list(settings.suppress_tokens) or None,
         stop_strings=list(settings.stop_strings) or None,
-        **({**shape, "min_p": settings.min_p} if settings.do_sample else {}),
+        **({**warpers, "min_p": settings.min_p} if settings.do_sample else {}),
     )
     with torch.random.fork_rng(), autocast(device, compute_dtype):
         torch.manual_seed(request.seed)
-        found = _generate(
-            base, wanted, input_ids=text, inputs_embeds=embeddings, attention_mask=mask, tokenizer=tokenizer
+        sequences = _generate(
+            base, config, input_ids=input_ids, inputs_embeds=embeddings, attention_mask=mask, tokenizer=tokenizer
         )
     answers = []
-    for ids in found[:, text.shape[1] :].tolist():
-        again = writers(0, request)
-        for token in ids:  # what stands behind an answer's end is padding
-            if not again.done:
-                again.take(token)
-        answers.append(again.answer)
+    for token_ids in sequences[:, input_ids.shape[1] :].tolist():
+        replayed = states.create(0, request)
+        for token in token_ids:  # tokens after the end of an answer are padding
+            if not replayed.finished:
+                replayed.append(token)
+        answers.append(replayed.answer_ids)
     return answers
 
 
-def _generate(base: PreTrainedModel, settings: GenerationConfig, **inputs: Any) -> Tensor:
-    """The base's `generate` with these settings alone: transformers fills in what they leave out from the
-    generation_config of the base's files, so that is set aside."""
-    of_files, base.generation_config = base.generation_config, GenerationConfig()
+def _generate(base: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
+    """Call the base's `generate` with this configuration alone.
+
+    transformers would fill in what `config` leaves out from the generation_config of the base's files, so that one is
+    set aside during the call.
+    """
+    saved, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        return cast(Any, base).generate(generation_config=settings, **inputs)
+        return cast(Any, base).generate(generation_config=config, **inputs)
     finally:
-        base.generation_config = of_files
+        base.generation_config = saved
 
 
-def behind(base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None) -> Tensor:
-    """The embeddings [P + T, H] of a text behind its prompt [P, H], in the dtype of the base's words."""
+def prepend_prompt(base: PreTrainedModel, input_ids: Sequence[int], prompt: Tensor | None) -> Tensor:
+    """Embed a text of T tokens behind its prompt [P, H] (None: no prompt): [P + T, H] in the dtype of the base's word
+    embeddings."""
     embed = word_embeddings(base)
-    words = embed(torch.tensor(list(ids), device=embed.weight.device))  # [T, H]
+    words = embed(torch.tensor(list(input_ids), device=embed.weight.device))  # [T, H]
     return words if prompt is None else torch.cat([prompt.to(words), words])
 
 
-def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [t, H] of any lengths → [B, W, H] and a mask [B, W] int64. Answers continue a row at its right end, so
-    padding stands on the left whatever the tokenizer's habit."""
+def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad rows of embeddings [length, H] to the longest: embeddings [B, W, H] and an attention mask [B, W] int64.
+
+    An answer continues its row on the right, so padding is on the left whatever the tokenizer's padding_side.
+    """
     width = max(map(len, rows))
     embeddings = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
     mask = torch.zeros(len(rows), width, dtype=torch.int64, device=embeddings.device)
@@ -183,27 +181,30 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeddings, mask
 
 
-class _Pen(LogitsProcessor):
-    """Chooses each row's next token as every generator does, and leaves transformers no other."""
+class _NextTokenProcessor(LogitsProcessor):
+    """Choose each row's next token with `sampling.next_tokens`, and give it a score of 0 and all others -inf, so that
+    transformers' greedy search takes it. Finished rows take the pad token."""
 
-    def __init__(self, writers: Sequence[Writer], pad_token_id: int, on_token: OnToken | None):
-        self.writers, self.pad_token_id, self.on_token = writers, pad_token_id, on_token
+    def __init__(self, states: Sequence[RequestState], pad_token_id: int, on_token: OnToken | None):
+        self.states, self.pad_token_id, self.on_token = states, pad_token_id, on_token
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        tokens = [self.pad_token_id] * len(self.writers)
-        writing = [b for b, writer in enumerate(self.writers) if not writer.done]
-        chosen = choose(scores[torch.tensor(writing, device=scores.device)], [self.writers[b] for b in writing])
-        for b, token in zip(writing, chosen, strict=True):
+        tokens = [self.pad_token_id] * len(self.states)
+        unfinished = [b for b, state in enumerate(self.states) if not state.finished]
+        logits = scores[torch.tensor(unfinished, device=scores.device)]
+        for b, token in zip(unfinished, next_tokens(logits, [self.states[b] for b in unfinished]), strict=True):
             tokens[b] = token
-            if self.writers[b].take(token) and self.on_token:
-                self.on_token(self.writers[b].number, token)
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
+            if self.states[b].append(token) and self.on_token:
+                self.on_token(self.states[b].index, token)
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter_(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
 
 
-class _AllWritten(StoppingCriteria):
-    def __init__(self, writers: Sequence[Writer]):
-        self.writers = writers
+class _FinishedCriteria(StoppingCriteria):
+    """Stop the rows whose answers are finished, for whatever reason (end token, stop string, limit)."""
+
+    def __init__(self, states: Sequence[RequestState]):
+        self.states = states
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.tensor([writer.done for writer in self.writers], device=input_ids.device)
+        return torch.tensor([state.finished for state in self.states], device=input_ids.device)

@@ -1,150 +1,90 @@
-"""Where the keys and values of answers lie while they are written, and attention over them."""
+"""Storage of keys and values: those of the answers that are being written, and those of the soft prompts."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import weakref
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix
-from softprompt.engines.prefix_attention import Group, alibi_slopes, attend, causal_alibi, group_rows
-from softprompt.generation.sampling import Writer
-from softprompt.models.bloom_weights import Shape
+from softprompt.engines.bloom import Prefix, run_prompt
+from softprompt.engines.prefix_attention import alibi_slopes
+from softprompt.models.bloom_weights import Shape, Weights
 
-
-@dataclass
-class Slot:
-    """An answer in its place. `held`: positions whose keys and values are in memory, the virtual tokens among them."""
-
-    writer: Writer
-    prefix: Prefix
-    held: int = 0
-
-    @property
-    def P(self) -> int:
-        return len(self.prefix.layers[0])
-
-    def again(self) -> "Slot":
-        """As it comes in anew: with its text and what is written of the answer."""
-        self.writer.rewind()
-        self.held = 0
-        return self
-
-
-class PrefixGroup(NamedTuple):
-    """Texts that come in behind the same prompt, longest first: the places they take, the groups of attention, and
-    where in the stream they are."""
-
-    prefix: Prefix
-    places: list[int]
-    lengths: list[int]
-    groups: list[Group]
-    stream: slice
-
-
-class Step:
-    """What one forward runs: the stream is the last token of each place that is held, in the places' order, then the
-    texts that come in, part by part. `last` is where in it each place's last token stands, `positions` how many tokens
-    stand before that in its row, virtual ones included."""
-
-    def __init__(self, places: Sequence[Slot], device: torch.device):
-        self.device, self.positions = device, [place.P + len(place.writer.ids) - 1 for place in places]
-        self.held = [b for b, place in enumerate(places) if place.held]
-        stream, last = [places[b].writer.ids[-1] for b in self.held], [0] * len(places)
-        for at, b in enumerate(self.held):
-            last[b] = at
-        self.parts: list[PrefixGroup] = []
-        for prefix, fresh in _by_prefix(places):
-            start = len(stream)
-            for b in fresh:
-                stream += places[b].writer.ids
-                last[b] = len(stream) - 1
-            lengths = [len(places[b].writer.ids) for b in fresh]
-            self.parts.append(
-                PrefixGroup(prefix, fresh, lengths, group_rows(lengths, device), slice(start, len(stream)))
-            )
-        self.ids = torch.tensor(stream, device=device)  # [S]
-        self.last = torch.tensor(last, device=device)  # [n]
-
-
-def _by_prefix(places: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
-    """The places whose texts come in, by the prompt before them, longest text first."""
-    fresh = [b for b, place in enumerate(places) if not place.held]
-    for prefix in {id(places[b].prefix): places[b].prefix for b in fresh}.values():
-        some = [b for b in fresh if places[b].prefix is prefix]
-        yield prefix, sorted(some, key=lambda b: -len(places[b].writer.ids))
+MAX_PREFIX_BYTES = 256 * 2**20  # limit on the memory of a PrefixCache
 
 
 class KVCache:
-    """Keys and values of B places, W positions each: for each layer two tensors [B, N, W, D]. They begin as zeros: what
-    lies behind a row's end is weighted with 0, and must be a number."""
+    """Preallocated keys and values of B slots with W positions each.
 
-    def __init__(self, shape: Shape, places: int, width: int, like: Tensor):
-        size = (places, shape.N, width, shape.D)
+    The tensors start as zeros: positions after the end of a row get attention weight 0, and 0 times an uninitialised
+    value could be NaN.
+
+    Args:
+        shape: sizes of the base.
+        slots: B, how many answers can be written at the same time.
+        width: W, the most positions that a row (virtual tokens, text and answer) can take.
+        like: a tensor of the dtype and device that the cache should have.
+
+    Attributes:
+        layers: for each of the L layers a pair (keys, values), each [B, N, W, D].
+        slopes: ALiBi slopes of the heads [N], in at least fp32: distances are exact integers, and bf16 has no 257.
+    """
+
+    def __init__(self, shape: Shape, slots: int, width: int, like: Tensor):
+        size = (slots, shape.N, width, shape.D)
         self.width, self.layers = width, [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.L)]
-        wide = torch.promote_types(like.dtype, torch.float32)  # for distances: bf16 has no 257
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.slopes = torch.tensor(alibi_slopes(shape.N), dtype=wide, device=like.device)  # [N]
 
-    def move(self, source: int, target: int, held: int) -> None:
-        """One place's keys and values to another place."""
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         for layer in self.layers:
-            for memory in layer:
-                memory[target, :, :held] = memory[source, :, :held]
+            for cache in layer:
+                cache[target, :, :length] = cache[source, :, :length]
 
 
-class StepAttention:
-    """Attention of one step's stream (see `bloom.run_blocks`): the last tokens of the places that are held look at
-    their rows in memory, all places in one product; texts that come in look at their prompt and at themselves. New keys
-    and values are written into the places."""
+class _CachedPrefix(NamedTuple):
+    """A prompt's keys and values, and a weak reference to the prompt tensor that asked for them last. When that tensor
+    is freed, the reference's callback removes the entry from the cache."""
 
-    def __init__(self, memory: KVCache, step: Step):
-        N = len(memory.slopes)
-        self.memory, self.step, self.n = memory, step, len(step.positions)
-        self.width = 1 + max((step.positions[b] for b in step.held), default=0)
-        rows = [(b * N + h) * memory.width + step.positions[b] for b in step.held for h in range(N)]
-        self.rows = torch.tensor(rows, device=step.device)  # [held · N]: where new keys and values go
-        self.held = torch.tensor(step.held, device=step.device)
-        dtype = memory.layers[0][0].dtype
-        self.bias = self._bias().to(dtype)  # [n · N, 1, width]
-        longest = max((part.lengths[0] for part in step.parts), default=0)
-        self.behind = max((len(part.prefix.layers[0]) for part in step.parts), default=0)
-        text_bias = causal_alibi(N, longest, self.behind, memory.slopes)  # [1, N, longest, behind + longest]
-        self.text_bias = text_bias.to(dtype)
+    prefix: Prefix
+    prompt: weakref.ref[Tensor] | None
 
-    def __call__(self, i: int, q: Tensor, kv: Tensor) -> Tensor:
-        held, out = len(self.step.held), []
-        if held:
-            for memory, new in zip(self.memory.layers[i], kv[:held].unbind(2), strict=True):  # new: [held, N, D]
-                memory.view(-1, memory.shape[-1]).index_copy_(0, self.rows, new.flatten(0, 1))
-            out.append(self._of_held(i, q))
-        for part in self.step.parts:
-            before = part.prefix.layers[i]  # [P, N, 2, D]
-            bias = self.text_bias[..., self.behind - len(before) :]
-            out.append(attend(q[part.stream], kv[part.stream], before, bias, part.groups))
-            self._write(i, part, before, kv[part.stream])
-        return torch.cat(out) if self.step.parts else out[0]
 
-    def _of_held(self, i: int, q: Tensor) -> Tensor:
-        """softmax(q · keysᵀ / √D + bias) · values of the places' last tokens: [S, N, D] → [held, N · D]."""
-        keys, values = (m[: self.n, :, : self.width].flatten(0, 1) for m in self.memory.layers[i])  # [n · N, width, D]
-        if self.step.parts:
-            q = q.index_select(0, self.step.last)
-        q = q.reshape(len(keys), 1, -1)  # [n · N, 1, D]
-        scores = torch.baddbmm(self.bias, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # [n · N, 1, width]
-        out = torch.bmm(scores.softmax(-1), values).view(self.n, -1)  # [n, N · D]
-        return out.index_select(0, self.held) if self.step.parts else out
+class PrefixCache:
+    """Keys and values of soft prompts: a least-recently-used cache of at most `MAX_PREFIX_BYTES`.
 
-    def _write(self, i: int, part: PrefixGroup, before: Tensor, kv: Tensor) -> None:
-        P = len(before)
-        for b, pairs in zip(part.places, kv.split(part.lengths), strict=True):  # [T, N, 2, D]
-            for memory, virtual, new in zip(self.memory.layers[i], before.unbind(2), pairs.unbind(2), strict=True):
-                memory[b, :, :P] = virtual.transpose(0, 1)
-                memory[b, :, P : P + len(new)] = new.transpose(0, 1)
+    Entries are keyed by a hash of the prompt's values, so a prompt that was trained further or replaced never gets
+    outdated keys and values. An entry lives no longer than its prompt tensor: an evaluation during training uses each
+    prompt once, and nothing of it stays.
+    """
 
-    def _bias(self) -> Tensor:
-        """ALiBi of each place's last token on the positions up to its own: slope · distance, and -inf behind."""
-        here = torch.tensor(self.step.positions, device=self.step.device)[:, None]  # [n, 1]
-        distance = torch.arange(self.width, device=self.step.device) - here  # [n, width]
-        reach = distance.to(self.memory.slopes.dtype).masked_fill_(distance > 0, -torch.inf)
-        return (self.memory.slopes[:, None] * reach[:, None]).flatten(0, 1)[:, None]
+    def __init__(self, weights: Weights):
+        self._weights, self._entries = weights, OrderedDict[bytes, _CachedPrefix]()
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Tensor | None) -> Prefix:
+        """Return the keys and values of a prompt; run the prompt through the base if they are not cached.
+
+        The values are hashed at each call, so call this once for all requests behind the same prompt.
+
+        Args:
+            prompt: [P, H], or None for the bare base (P = 0).
+        """
+        device = self._weights.head.device
+        values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
+        digest = hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
+        entry = self._entries.pop(digest, None)
+        prefix = entry.prefix if entry else run_prompt(self._weights, values.to(device))
+        owner = None if prompt is None else weakref.ref(prompt, lambda _: self._entries.pop(digest, None))
+        self._entries[digest] = _CachedPrefix(prefix, owner)
+        while self.num_bytes > MAX_PREFIX_BYTES:
+            self._entries.popitem(last=False)
+        return prefix
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the cached keys and values take."""
+        return sum(layer.nbytes for entry in self._entries.values() for layer in entry.prefix.layers)

@@ -1,4 +1,4 @@
-"""How likely given answers are: the sum of their tokens' log-probabilities, and the likelier of several."""
+"""Score given answers by their log-likelihood, and classify by the likeliest of several choices."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,71 +13,88 @@ from softprompt.utils.errors import ConfigError
 
 
 class ChoiceResult(NamedTuple):
-    """The likeliest of the choices, and each one's probability among them; they add up to 1."""
+    """The likeliest choice, and the probability of each choice; the probabilities sum to 1."""
 
     label: str
     probabilities: dict[str, float]
 
     @property
     def probability(self) -> float:
+        """Probability of the likeliest choice."""
         return self.probabilities[self.label]
 
 
 def check_choices(choices: Sequence[str]) -> None:
-    """Raises ConfigError for fewer than two answers, an empty one, or one that is there twice."""
+    """Raise ConfigError for fewer than two choices, an empty one, or one that is given twice."""
     if len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices)):
         raise ConfigError(f"--choices {','.join(choices)}: expected two or more different answers, joined by commas")
 
 
 def answer_examples(
-    texts: Sequence[Sequence[int]],
+    input_ids: Sequence[Sequence[int]],
     rows: Sequence[Mapping[str, Any]],
     answers: Sequence[str],
     templates: Sequence[Template],
     tokenizer: Any,
 ) -> list[list[Example]]:
-    """Each text with each of the answers behind it, as training joins them: the answer's tokens and its end are
-    targets. `texts` are the token ids that the `templates`, one for each text, make of the `rows`; an answer stands in
-    the place of the row's own.
+    """Join each question with each of the answers, as training does: the tokens of the answer and its end token are the
+    targets.
+
+    Args:
+        input_ids: token ids of each question in its template.
+        rows: the questions as rows; an answer takes the place of a row's own, if it has one.
+        answers: texts.
+        templates: the template of each question.
+
+    Returns:
+        For each question one example per answer.
 
     Raises:
         DataError: a chat template refuses an answer.
     """
-    if not answers or not texts:
-        return [[] for _ in texts]
-    of_rows = zip(rows, templates, strict=True)
-    behind = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in of_rows]
-    different = list(dict.fromkeys(end for ends in behind for end in ends))
-    ids = dict(zip(different, tokenizer(different, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    if not answers or not input_ids:
+        return [[] for _ in input_ids]
+    pairs = zip(rows, templates, strict=True)
+    rendered = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in pairs]
+    distinct = list(dict.fromkeys(text for texts in rendered for text in texts))  # mostly the same for all questions
+    ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
     return [
-        [Example([*text, *ids[end]], [IGNORE] * len(text) + list(ids[end])) for end in ends]
-        for text, ends in zip(texts, behind, strict=True)
+        [Example([*question, *ids[text]], [IGNORE] * len(question) + list(ids[text])) for text in texts]
+        for question, texts in zip(input_ids, rendered, strict=True)
     ]
 
 
 def log_likelihoods(
     engine: Engine, prompts: Sequence[Tensor | None], examples: Sequence[Sequence[Example]]
 ) -> list[list[float]]:
-    """log p(targets | what stands before them) of each question's examples behind the question's prompt [P, H] (None:
-    the bare base); what stands behind the same prompt is run together."""
-    found: list[list[float]] = [[]] * len(examples)
-    together: dict[int, list[int]] = {}
+    """Compute log p(targets | tokens before them) of each example, behind the prompt of its question.
+
+    Args:
+        prompts: the prompt [P, H] of each question; None is the bare base. Questions with the same tensor are run
+            together.
+        examples: the examples of each question.
+
+    Returns:
+        For each question one log-likelihood per example, summed over its targets.
+    """
+    scores: list[list[float]] = [[]] * len(examples)
+    questions_by_prompt: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        together.setdefault(id(prompt), []).append(number)
-    for numbers in together.values():
-        some = [example for n in numbers for example in examples[n]]
-        each = iter(engine.losses(prompts[numbers[0]], some) if some else [])
+        questions_by_prompt.setdefault(id(prompt), []).append(number)
+    for numbers in questions_by_prompt.values():
+        rows = [example for number in numbers for example in examples[number]]
+        losses = iter(engine.losses(prompts[numbers[0]], rows) if rows else [])
         for number in numbers:
-            found[number] = [-next(each) for _ in examples[number]]
-    return found
+            scores[number] = [-next(losses) for _ in examples[number]]
+    return scores
 
 
-def shares(scores: Sequence[float], answers: Sequence[str]) -> dict[str, float]:
-    """Each answer's probability among the answers, from their log-likelihoods; they add up to 1."""
-    return dict(zip(answers, torch.tensor(scores, dtype=torch.float64).softmax(0).tolist(), strict=True))
+def choice_probabilities(scores: Sequence[float], choices: Sequence[str]) -> dict[str, float]:
+    """Normalise the log-likelihoods of the choices to probabilities that sum to 1 (softmax)."""
+    return dict(zip(choices, torch.tensor(scores, dtype=torch.float64).softmax(0).tolist(), strict=True))
 
 
 def choice_result(scores: Sequence[float], choices: Sequence[str]) -> ChoiceResult:
-    """From the log-likelihoods of the choices."""
-    probabilities = shares(scores, choices)
+    """Choose the likeliest of the choices by their log-likelihoods; the first of several that are equally likely."""
+    probabilities = choice_probabilities(scores, choices)
     return ChoiceResult(max(probabilities, key=lambda choice: probabilities[choice]), probabilities)

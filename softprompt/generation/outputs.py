@@ -1,4 +1,4 @@
-"""From requests to the texts of their answers, in order, shown piece by piece where that is wished."""
+"""From requests to the texts of their answers, in the order of the questions, streamed piece by piece on demand."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -6,56 +6,66 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from softprompt.generation.hf_generate import Generator, in_order
+from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import Request
 
-Search = Callable[[Request], list[list[int]]]  # a request with beams → its answers' token ids, best first
+BeamSearch = Callable[[Request], list[list[int]]]  # request → token ids of its answers, the best first
 
 
 def stream_answers(
     generator: Generator,
-    search: Search,
+    beam_search: BeamSearch,
     tokenizer: Any,
-    asked: Sequence[Sequence[Request]],
+    requests: Sequence[Sequence[Request]],
     batch_size: int,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[Any]:
-    """To each question's requests (one a sample, or one for a whole search) a text, or a list of texts where several
-    were asked for. `on_text` is handed the pieces of one text after the other as they come; a search has one piece."""
-    pieces = TextStream(tokenizer, on_text) if on_text else None
-    on_token = (lambda _, token: pieces.add(token)) if pieces else None
-    drawn = [request for requests in asked for request in requests if request.settings.num_beams == 1]
-    written = in_order(generator.generate(drawn, batch_size, on_token))
-    for requests in asked:
-        settings = requests[0].settings
-        found = search(requests[0]) if settings.num_beams > 1 else [next(written) for _ in requests]
-        if pieces:
-            for token in found[0] if settings.num_beams > 1 else ():
-                pieces.add(token)
-            pieces.finish()
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    """Answer each question; yield a text, or a list of texts if `num_return_sequences` is above 1.
+
+    Args:
+        requests: for each question one request per sample, or a single one for beam search.
+        batch_size: number of answers that are written at the same time.
+        on_text: called with the pieces of a text as they are written, if a single answer is asked for (the tokens of
+            answers that are written together are not told apart). Beam search has its text only when it ends.
+    """
+    streamer = CallbackStreamer(tokenizer, on_text) if on_text else None
+    on_token = (lambda _, token: streamer.add(token)) if streamer else None
+    to_generate = [request for samples in requests for request in samples if request.settings.num_beams == 1]
+    generated = in_request_order(generator.generate(to_generate, batch_size, on_token))
+    for samples in requests:
+        settings = samples[0].settings
+        answers = beam_search(samples[0]) if settings.num_beams > 1 else [next(generated) for _ in samples]
+        if streamer:
+            for token in answers[0] if settings.num_beams > 1 else ():
+                streamer.add(token)
+            streamer.finish()
+        texts = [tokenizer.decode(token_ids, skip_special_tokens=True).strip() for token_ids in answers]
         yield texts if settings.num_return_sequences > 1 else texts[0]
 
 
-class TextStream(TextStreamer):
-    """transformers' TextStreamer, which waits for whole words and Chinese characters, to a function instead of stdout,
-    and without the white space at an answer's ends."""
+class CallbackStreamer(TextStreamer):
+    """transformers' TextStreamer with a function in place of stdout.
+
+    Text is held back until a word or a Chinese character is complete. White space at both ends of an answer is omitted.
+    """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_special_tokens=True)
-        self._on_text, self._begun, self._space = on_text, False, ""
+        self._on_text, self._started, self._held_space = on_text, False, ""
 
     def add(self, token: int) -> None:
+        """Take the next token of the answer."""
         self.put(torch.tensor([token]))
 
     def finish(self) -> None:
-        """What is still held back; the next token begins another answer."""
+        """Flush the text that is held back; the next token starts another answer."""
         self.end()
-        self._begun, self._space = False, ""
+        self._started, self._held_space = False, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = self._space + text if self._begun else text.lstrip()
+        """Pass on a piece, but hold back white space at its end: it may be the end of the answer."""
+        text = self._held_space + text if self._started else text.lstrip()
         shown = text.rstrip()
         if shown:
             self._on_text(shown)
-        self._begun, self._space = self._begun or bool(shown), text[len(shown) :]
+        self._started, self._held_space = self._started or bool(shown), text[len(shown) :]

@@ -1,20 +1,34 @@
-"""What is asked of a generator: texts as token ids, each with the prompt before it, its settings and its seed."""
+"""What a generator is asked for: the token ids of a text, the prompt before it, generation settings and a seed."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
+from softprompt.config.infer_args import generation_faults
+from softprompt.config.schema import AUTO
+from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
+
+OnToken = Callable[[int, int], None]  # (index of the request, token id), called when a token has been chosen
+LIST_SETTINGS = {"suppress_tokens", "stop_strings", "eos_token_id"}  # a single value stands for a list of one
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """transformers' GenerationConfig words; the defaults are the article's. `max_length` counts text and new tokens but
-    not virtual ones, as in PEFT, for each row by itself; `max_new_tokens` counts new tokens alone and wins over it.
-    `eos_token_id` stands in the place of the tokenizer's own. An answer that ends with one of `stop_strings` keeps it.
-    With `num_beams` above 1 transformers searches."""
+    """Settings of one answer, named as in transformers' GenerationConfig; the defaults are those of the article.
+
+    Attributes:
+        max_length: limit on the tokens of text and answer together. Virtual tokens do not count, as in PEFT, and each
+            row of a batch is counted by itself.
+        max_new_tokens: limit on the tokens of the answer alone; takes precedence over `max_length`.
+        stop_strings: an answer ends when one of these strings has been written, and keeps it.
+        eos_token_id: tokens that end an answer, in place of the tokenizer's eos_token.
+        num_return_sequences: number of samples for each question.
+        num_beams: above 1, transformers' beam search writes the answer.
+    """
 
     max_length: int = 256
     max_new_tokens: int | None = None
@@ -31,48 +45,81 @@ class GenerationSettings:
     num_return_sequences: int = 1
     num_beams: int = 1
 
-    def new_tokens(self, text_tokens: int) -> int:
-        """How many tokens an answer to a text of this many tokens may have.
+    def new_token_budget(self, text_tokens: int) -> int:
+        """Return the largest number of tokens that an answer to a text of `text_tokens` tokens may have.
 
         Raises:
-            ConfigError: the text fills max_length by itself.
+            ConfigError: the text alone reaches max_length.
         """
-        room = self.max_new_tokens or self.max_length - text_tokens
-        if room < 1:
+        budget = self.max_new_tokens or self.max_length - text_tokens
+        if budget < 1:
             raise ConfigError(
                 f"--max_length {self.max_length} leaves no room for an answer to a prompt of {text_tokens} tokens; "
                 "raise it, or give --max_new_tokens"
             )
-        return room
+        return budget
+
+
+def merge_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationSettings:
+    """Merge settings: those given (unless None or "auto") override those saved beside the adapter, which override the
+    defaults.
+
+    Raises:
+        ConfigError: an unknown or impossible setting.
+    """
+    merged = {**saved, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
+    if given.get("max_length") is not None and given.get("max_new_tokens") is None:
+        merged.pop("max_new_tokens", None)  # otherwise a saved max_new_tokens would override the max_length given now
+    known = [f.name for f in fields(GenerationSettings)]
+    if unknown := [name for name in merged if name not in known]:
+        messages = "; ".join(f"unknown generation setting {name!r}{advice(name, known)}" for name in unknown)
+        raise ConfigError(f"{messages}; the settings are {', '.join(known)}")
+    if faults := generation_faults(merged):
+        raise ConfigError("; ".join(faults))
+    lists = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in merged.items() if n in LIST_SETTINGS}
+    return GenerationSettings(**{**merged, **lists})
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One answer to a text of T token ids, T ≥ 1, behind a prompt [P, H] fp32 (None: the bare base)."""
+    """A request for one answer to one text.
 
-    ids: Sequence[int]
+    Attributes:
+        input_ids: token ids of the text, T ≥ 1 of them; virtual tokens are not among them.
+        prompt: virtual tokens [P, H] fp32 that stand before the text; None asks the bare base.
+        seed: seed of this answer's random numbers.
+    """
+
+    input_ids: Sequence[int]
     settings: GenerationSettings
     prompt: Tensor | None = None
     seed: int = 0
 
-    def new_tokens(self, max_positions: int | None = None) -> int:
-        """How many tokens the answer may have over a base of `max_positions` (None: as many as one likes).
+    def new_token_budget(self, max_positions: int | None = None) -> int:
+        """Return the largest number of tokens that the answer may have.
+
+        Args:
+            max_positions: number of positions that the base has; None if it has no limit.
 
         Raises:
-            ConfigError: as of `GenerationSettings.new_tokens`, or the text fills the base's positions by itself.
+            ConfigError: the text alone reaches max_length, or it fills the base's positions together with the prompt.
         """
-        room, P = self.settings.new_tokens(len(self.ids)), 0 if self.prompt is None else len(self.prompt)
+        P, T = 0 if self.prompt is None else len(self.prompt), len(self.input_ids)
+        budget = self.settings.new_token_budget(T)
         if max_positions is None:
-            return room
-        if P + len(self.ids) >= max_positions:
+            return budget
+        if max_positions <= P + T:
             raise ConfigError(
-                f"{P} virtual tokens and a prompt of {len(self.ids)} leave no room for an answer within the "
-                f"{max_positions:,} positions of this base; shorten the prompt"
+                f"{P} virtual tokens and a prompt of {T} leave no room for an answer within the {max_positions:,} "
+                "positions of this base; shorten the prompt"
             )
-        return min(room, max_positions - P - len(self.ids))
+        return min(budget, max_positions - P - T)
 
 
-def seed_of(seed: int, number: int, sample: int = 0) -> int:
-    """Seed of one answer: the first 8 bytes of BLAKE2b over "seed number sample" in decimal digits. It depends on
-    nothing but the seed that was given, the question's number (from 0) and the sample's (from 0)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {number} {sample}".encode(), digest_size=8).digest(), "big")
+def sample_seed(seed: int, question: int, sample: int = 0) -> int:
+    """Derive the seed of one answer from the user's seed and the numbers (from 0) of the question and the sample.
+
+    It is the first 8 bytes of BLAKE2b over "seed question sample" in decimal digits. Nothing else enters, so an answer
+    does not depend on the other questions, on their order in a batch or on the batch size.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {question} {sample}".encode(), digest_size=8).digest(), "big")

@@ -1,7 +1,7 @@
-"""A .jsonl of answers that grows line by line: whole lines are kept whatever happens, and the same command goes on.
+"""Write answers to a .jsonl file line by line, so that an interrupted command resumes after the last complete line.
 
-Beside it, under `.NAME.run.json`, stands what the answers depend on: settings, seed, the base's name, and tokenizer and
-adapters by content.
+A note beside the file, `.NAME.run.json`, holds what the answers depend on: the settings, the seed, the name of the
+base, and hashes of the tokenizer and the adapters. A file is only resumed if its note and its lines match.
 """
 
 import json
@@ -16,17 +16,28 @@ from softprompt.utils.errors import DataError, OutputError
 from softprompt.utils.file_lock import flock
 
 Line = Mapping[str, Any]
-MOST_BYTES = 1 << 20  # of a line that is looked at
-TOKENIZER = "tokenizer"
+MAX_LINE_BYTES = 1 << 20  # how much of a line is read to see whose file it is
+TOKENIZER = "tokenizer"  # key of the note
 
 
 class ResumableJsonl:
-    """Answers to `asked`, lines without their answers, in their order. `done` of them are there already; a last line
-    that was torn off is taken away.
+    """An output file with one line per prompt, in the order of the prompts.
+
+    Use it as a context manager and `write` the lines from number `done` on. A last line that was not written completely
+    is cut off when the file is opened.
+
+    Args:
+        asked: for each prompt, its line without the columns of the answer.
+        depends_on: the content of the note.
+        overwrite: start anew. The old file must be one of ours: a note is beside it, or its first line has the columns
+            of `asked` and more.
+
+    Attributes:
+        done: number of lines that the file has already.
 
     Raises:
-        OutputError: the file holds answers to other questions, with other settings, or is not one of ours. One that is
-            to be overwritten must be one of ours, too: with a note beside it, or an answer in its first line.
+        OutputError: the file holds answers to other prompts or with other settings, or it is not one of ours.
+        DataError: a line of the file is not JSON.
     """
 
     def __init__(self, path: str, asked: Sequence[Line], depends_on: Line, overwrite: bool = False):
@@ -44,7 +55,7 @@ class ResumableJsonl:
                 self._check_is_ours(asked)
             else:
                 self._check_note()
-                self._read(asked)
+                self._check_lines(asked)
 
     def __enter__(self) -> "ResumableJsonl":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +76,11 @@ class ResumableJsonl:
         self._file.close()
 
     def _refuse_held(self, file: IO[bytes], shared: bool = False) -> None:
-        """Take the file's lock, which ends when `file` is closed. Raises OutputError where another process has it."""
+        """Take the file's lock, which is released when `file` is closed.
+
+        Raises:
+            OutputError: another process holds the lock.
+        """
         if not flock(file.fileno(), shared):
             raise OutputError(
                 f"--output_file {self.path}: another process is writing its answers there; wait for its end, or name "
@@ -73,40 +88,44 @@ class ResumableJsonl:
             )
 
     def write(self, line: Line) -> None:
+        """Append a line and flush it."""
         self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         self._file.flush()
 
     def _check_is_ours(self, asked: Sequence[Line]) -> None:
-        if noted(self.note) is not None:
+        """Raise OutputError, rather than overwrite a file that is not one of ours."""
+        if read_note(self.note) is not None:
             return
         try:
             with open(self.path, "rb") as file:
-                first = json.loads(file.readline(MOST_BYTES))
+                first = json.loads(file.readline(MAX_LINE_BYTES))
         except (OSError, ValueError, RecursionError):
             first = None
         if not isinstance(first, dict) or not first.keys() > set(asked[0] if asked else ()):
             raise OutputError(
-                f"--output_file {self.path} holds no answers of infer.py, and is not overwritten; name another file, "
+                f"--output_file {self.path} holds no answers of infer.py, so it is not overwritten; name another file, "
                 "or remove it"
             )
 
     def _check_note(self) -> None:
-        found = noted(self.note)
+        """Raise OutputError if the answers in the file depend on something else than `depends_on`."""
+        found = read_note(self.note)
         if found is None:
             raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
         expected = json.loads(json.dumps(self.depends_on))
-        found.setdefault(TOKENIZER, expected.get(TOKENIZER))  # earlier versions did not note it
+        found.setdefault(TOKENIZER, expected.get(TOKENIZER))  # earlier versions did not write it
         if other := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-            told = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
-            raise OutputError(f"--output_file {self.path} is from another run, with {told:.300}; {_WAY_OUT}")
+            values = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
+            raise OutputError(f"--output_file {self.path} is from another run, with {values:.300}; {_WAY_OUT}")
 
-    def _read(self, asked: Sequence[Line]) -> None:
+    def _check_lines(self, asked: Sequence[Line]) -> None:
+        """Check that each complete line of the file answers its prompt, and count them."""
         content = self.path.read_bytes()
         self._whole = content.rfind(b"\n") + 1
         lines = content[: self._whole].split(b"\n")[:-1]
         if len(lines) > len(asked):
             raise OutputError(
-                f"--output_file {self.path} holds {len(lines)} answers, and there are {len(asked)} prompts; {_WAY_OUT}"
+                f"--output_file {self.path} holds {len(lines)} answers, but there are {len(asked)} prompts; {_WAY_OUT}"
             )
         for number, (line, wanted) in enumerate(zip(lines, asked, strict=False), start=1):
             try:
@@ -115,24 +134,25 @@ class ResumableJsonl:
                 raise DataError(f"--output_file {self.path}, line {number}: not JSON; {_WAY_OUT}") from None
             if not isinstance(found, dict) or any(found.get(name) != value for name, value in wanted.items()):
                 raise OutputError(
-                    f"--output_file {self.path}, line {number}: answers another prompt than number {number}; {_WAY_OUT}"
+                    f"--output_file {self.path}, line {number}: does not answer prompt {number}; {_WAY_OUT}"
                 )
         self.done = len(lines)
 
 
-def noted(note: Path) -> dict[str, Any] | None:
-    """What stands beside an output file; None where that is nothing of ours."""
+def read_note(path: Path) -> dict[str, Any] | None:
+    """Read the note beside an output file; None if there is none, or if the file is not a note."""
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def noted_seed(path: str) -> int | None:
-    """The seed that an output file was begun with, where none was given: its other samples go on with it."""
-    found = noted(Path(path).parent / f".{Path(path).name}.run.json") if Path(path).exists() else None
-    seed = (found or {}).get("seed")
+def saved_seed(path: str) -> int | None:
+    """Return the seed with which an output file was begun, so that a command without --seed resumes with it; None if
+    there is none."""
+    note = read_note(Path(path).parent / f".{Path(path).name}.run.json") if Path(path).exists() else None
+    seed = (note or {}).get("seed")
     return seed if isinstance(seed, int) else None
 
 

@@ -1,7 +1,11 @@
-"""From logits to the next tokens, the same for every generator: transformers' own logits processors and stopping
-criteria, each answer with its own history and its own random numbers."""
+"""Choose the next token of each answer from its logits, in the same way for every generator.
 
-from collections.abc import Callable, Sequence
+The logits processors and stopping criteria are transformers' own, in the order in which its `generate` applies them.
+Every answer is processed with its own token history and draws from its own random number generator, so it does not
+depend on the other answers in its batch.
+"""
+
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,144 +24,200 @@ from transformers.generation import (
 
 from softprompt.generation.requests import GenerationSettings, Request
 
-OnToken = Callable[[int, int], None]  # number of the request, token id
 
+class RequestState:
+    """A request while its answer is being written: the tokens so far, what ends the answer, and its random numbers.
 
-class Writer:
-    """One answer as it grows: `ids` are the text's and the answer's tokens so far, as PEFT shows them to processors and
-    criteria: no virtual ones, no padding. `number` is the request's among its fellows."""
+    Attributes:
+        index: position of the request in the list that the generator was given.
+        token_ids: ids of the text, then of the answer so far. Virtual tokens and padding are not among them; PEFT shows
+            the same ids to logits processors and stopping criteria.
+        text_tokens: number of tokens of the text.
+        max_tokens: length of `token_ids` at which the answer ends.
+        rng: random number generator of this answer alone.
+        finished: whether the answer has ended.
+    """
 
     def __init__(
         self,
-        number: int,
+        index: int,
         request: Request,
-        ends: frozenset[int],
-        stop: StopStringCriteria | None,
+        end_token_ids: frozenset[int],
+        stop_strings: StopStringCriteria | None,
         max_positions: int | None = None,
     ):
-        self.number, self.settings, self.prompt = number, request.settings, request.prompt
-        self.ids = list(request.ids)
-        self.text = len(self.ids)  # tokens of the text alone
-        self.most = self.text + request.new_tokens(max_positions)
-        self.seed, self.generator = request.seed, torch.Generator()
-        self.done = False
-        self.rewind()
-        self._ends, self._stop = ends, stop
+        self.index, self.settings, self.prompt = index, request.settings, request.prompt
+        self.token_ids = list(request.input_ids)
+        self.text_tokens = len(self.token_ids)
+        self.max_tokens = self.text_tokens + request.new_token_budget(max_positions)
+        self.seed, self.rng = request.seed, torch.Generator()
+        self.finished = False
+        self.restore_rng()
+        self._end_token_ids, self._stop_strings = end_token_ids, stop_strings
 
-    def take(self, token: int) -> bool:
-        """Add a token, or end the answer where it is an end token, which the answer then goes without; returns whether
-        it was added."""
-        if token in self._ends:
-            self.done = True
+    def append(self, token: int) -> bool:
+        """Append a chosen token to the answer. An end token finishes the answer and is not appended.
+
+        Returns:
+            Whether the token was appended.
+        """
+        if token in self._end_token_ids:
+            self.finished = True
             return False
-        self.ids.append(token)
-        self.done = len(self.ids) == self.most
-        if self._stop is not None:
-            self.done |= bool(self._stop(torch.tensor([self.ids]), None))
+        self.token_ids.append(token)
+        self.finished = len(self.token_ids) == self.max_tokens
+        if self._stop_strings is not None:
+            self.finished |= bool(self._stop_strings(torch.tensor([self.token_ids]), None))
         return True
 
-    def rewind(self) -> None:
-        """Random numbers go on as they would behind the answer's tokens so far, whatever was drawn since."""
-        self.generator.manual_seed(self.seed)
-        for _ in self.answer if self.settings.do_sample else ():
-            drawn_number(self.generator)
+    def restore_rng(self) -> None:
+        """Reseed, and replay one draw for each token of the answer.
+
+        A step that ran out of memory may have drawn a number without appending a token; after this, a retry continues
+        identically.
+        """
+        self.rng.manual_seed(self.seed)
+        for _ in self.answer_ids if self.settings.do_sample else ():
+            _uniform(self.rng)
 
     @property
-    def answer(self) -> list[int]:
-        return self.ids[self.text :]
+    def answer_ids(self) -> list[int]:
+        """Token ids of the answer so far."""
+        return self.token_ids[self.text_tokens :]
 
 
-class Writers:
-    """Makes writers: knows the tokenizer's end token and the base's `max_positions`, and keeps what is costly to make
-    for its vocabulary."""
+class RequestStates:
+    """Create the states of requests to one base.
+
+    Building a `StopStringCriteria` takes long with a large vocabulary, so one is kept for each set of stop strings.
+
+    Args:
+        max_positions: number of positions that the base has; None if it has no limit.
+    """
 
     def __init__(self, tokenizer: Any, max_positions: int | None = None):
-        self._max_positions = max_positions
-        self._tokenizer, self._stops = tokenizer, dict[tuple[str, ...], StopStringCriteria]()
+        self._tokenizer, self._max_positions = tokenizer, max_positions
+        self._criteria = dict[tuple[str, ...], StopStringCriteria]()
 
-    def __call__(self, number: int, request: Request) -> Writer:
-        """Raises ConfigError where a text leaves no room for an answer."""
+    def create(self, index: int, request: Request) -> RequestState:
+        """Create the state of the request at `index`.
+
+        Raises:
+            ConfigError: the text leaves no room for an answer.
+        """
         settings = request.settings
-        if settings.stop_strings and settings.stop_strings not in self._stops:
-            self._stops[settings.stop_strings] = StopStringCriteria(self._tokenizer, list(settings.stop_strings))
-        ends, stop = frozenset(self.ends(settings)), self._stops.get(settings.stop_strings)
-        return Writer(number, request, ends, stop, self._max_positions)
+        if settings.stop_strings and settings.stop_strings not in self._criteria:
+            self._criteria[settings.stop_strings] = StopStringCriteria(self._tokenizer, list(settings.stop_strings))
+        end_token_ids, stop_strings = frozenset(self.end_token_ids(settings)), self._criteria.get(settings.stop_strings)
+        return RequestState(index, request, end_token_ids, stop_strings, self._max_positions)
 
-    def ends(self, settings: GenerationSettings) -> tuple[int, ...]:
+    def end_token_ids(self, settings: GenerationSettings) -> tuple[int, ...]:
+        """Return the tokens that end an answer: those of the settings, else the tokenizer's eos_token."""
         return settings.eos_token_id or (self._tokenizer.eos_token_id,)
 
 
-def choose(logits: Tensor, writers: Sequence[Writer]) -> list[int]:
-    """The next token of each answer, from logits [n, V] of any float dtype. Answers with the same settings are
-    processed together, row by row as if each were alone."""
-    if all(_takes_likeliest(w.settings) for w in writers):
+def next_tokens(logits: Tensor, states: Sequence[RequestState]) -> list[int]:
+    """Choose the next token of each answer.
+
+    Answers with the same settings are processed together, but row by row as if each were alone.
+
+    Args:
+        logits: [n, V] of any float dtype, one row for each of the n states.
+    """
+    if all(_is_argmax(state.settings) for state in states):
         return logits.argmax(-1).tolist()
-    alike: dict[GenerationSettings, list[int]] = {}
-    for at, writer in enumerate(writers):
-        alike.setdefault(writer.settings, []).append(at)
-    tokens = [0] * len(writers)
-    for settings, rows in alike.items():
-        some = logits if len(rows) == len(writers) else logits[torch.tensor(rows, device=logits.device)]
-        for at, token in zip(rows, _choose(some, [writers[at] for at in rows], settings), strict=True):
-            tokens[at] = token
+    rows_by_settings: dict[GenerationSettings, list[int]] = {}
+    for row, state in enumerate(states):
+        rows_by_settings.setdefault(state.settings, []).append(row)
+    tokens = [0] * len(states)
+    for settings, rows in rows_by_settings.items():
+        group = logits if len(rows) == len(states) else logits[torch.tensor(rows, device=logits.device)]
+        chosen = _next_tokens_of_group(group, [states[row] for row in rows], settings)
+        for row, token in zip(rows, chosen, strict=True):
+            tokens[row] = token
     return tokens
 
 
-def processed(logits: Tensor, histories: Sequence[Sequence[int]], settings: GenerationSettings) -> Tensor:
-    """Scores [n, V] fp32 behind all processors of `settings`; `histories` are the rows' tokens so far."""
-    of_history, of_scores = processors(settings, logits.device)
+def process_logits(logits: Tensor, token_ids: Sequence[Sequence[int]], settings: GenerationSettings) -> Tensor:
+    """Apply the logits processors of `settings`.
+
+    Args:
+        logits: [n, V] of any float dtype.
+        token_ids: the n token histories, text and answer so far.
+
+    Returns:
+        Scores [n, V] fp32.
+    """
+    history_processors, score_processors = logits_processors(settings, logits.device)
     scores = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if of_history:
-        for row, ids in enumerate(histories):
-            seen = torch.tensor([list(ids)], device=logits.device)  # [1, T]
-            scores[row : row + 1] = of_history(seen, scores[row : row + 1])
-    return of_scores(None, scores)  # type: ignore[arg-type]  # none of these reads the tokens
+    if history_processors:
+        for row, ids in enumerate(token_ids):  # one by one, since histories differ in length
+            history = torch.tensor([list(ids)], device=logits.device)  # [1, T]
+            scores[row : row + 1] = history_processors(history, scores[row : row + 1])
+    return score_processors(None, scores)  # type: ignore[arg-type]  # none of these reads the tokens
 
 
 @lru_cache(maxsize=64)
-def processors(settings: GenerationSettings, device: torch.device) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """transformers' processors in the order in which its `generate` applies them: those that read a row's tokens, then
-    those that read its scores alone. The latter shape the distribution, so greedy decoding takes few of them."""
-    of_history, of_scores = LogitsProcessorList(), LogitsProcessorList()
+def logits_processors(
+    settings: GenerationSettings, device: torch.device
+) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """Build transformers' logits processors in the order in which its `generate` applies them.
+
+    Returns:
+        The processors that read a row's token history, and those that read its scores alone. Temperature, top-k, top-p
+        and min-p shape the distribution that is sampled from, so greedy decoding omits them.
+    """
+    history_processors, score_processors = LogitsProcessorList(), LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
-        of_history.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        history_processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
-        of_history.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+        history_processors.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
     if settings.suppress_tokens:
-        of_scores.append(SuppressTokensLogitsProcessor(list(settings.suppress_tokens), device=str(device)))
+        score_processors.append(SuppressTokensLogitsProcessor(list(settings.suppress_tokens), device=str(device)))
     if settings.do_sample:
         if settings.temperature != 1.0:
-            of_scores.append(TemperatureLogitsWarper(settings.temperature))
+            score_processors.append(TemperatureLogitsWarper(settings.temperature))
         if settings.top_k:
-            of_scores.append(TopKLogitsWarper(settings.top_k))
+            score_processors.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1.0:
-            of_scores.append(TopPLogitsWarper(settings.top_p))
+            score_processors.append(TopPLogitsWarper(settings.top_p))
         if settings.min_p is not None:
-            of_scores.append(MinPLogitsWarper(settings.min_p))
-    return of_history, of_scores
+            score_processors.append(MinPLogitsWarper(settings.min_p))
+    return history_processors, score_processors
 
 
-def drawn_number(generator: torch.Generator) -> Tensor:
-    """fp64 scalar from 0 up to 1."""
-    return torch.rand((), generator=generator, dtype=torch.float64)
+def sample(probabilities: Tensor, rngs: Sequence[torch.Generator]) -> list[int]:
+    """Sample one token from each row by inverting its cumulative distribution.
+
+    `torch.multinomial` takes one generator for all rows; here each row takes one uniform number from its own generator,
+    so that its sample does not depend on the other rows.
+
+    Args:
+        probabilities: [n, V].
+        rngs: n random number generators.
+    """
+    cumulative = probabilities.double().cumsum(-1)  # [n, V]
+    uniform = torch.stack([_uniform(rng) for rng in rngs])  # [n]
+    threshold = (
+        uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    )  # [n, 1]; the last sum is 1 but for rounding
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)  # [n, 1]
+    return tokens[:, 0].tolist()
 
 
-def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """One word of each row [n, V] by one number of the row's own generator: the first whose cumulated probability
-    exceeds it."""
-    edges = probabilities.double().cumsum(-1)  # [n, V]
-    numbers = torch.stack([drawn_number(g) for g in generators])
-    thrown = numbers.to(edges.device)[:, None] * edges[:, -1:]  # [n, 1]
-    return torch.searchsorted(edges, thrown, right=True).clamp_(max=edges.shape[1] - 1)[:, 0].tolist()
+def _uniform(rng: torch.Generator) -> Tensor:
+    """Draw an fp64 scalar from [0, 1)."""
+    return torch.rand((), generator=rng, dtype=torch.float64)
 
 
-def _takes_likeliest(settings: GenerationSettings) -> bool:
-    changed = settings.repetition_penalty != 1.0 or settings.no_repeat_ngram_size or settings.suppress_tokens
-    return not (settings.do_sample or changed)
+def _is_argmax(settings: GenerationSettings) -> bool:
+    """Whether the next token is simply the one with the largest logit."""
+    changes_logits = settings.repetition_penalty != 1.0 or settings.no_repeat_ngram_size or settings.suppress_tokens
+    return not (settings.do_sample or changes_logits)
 
 
-def _choose(logits: Tensor, writers: Sequence[Writer], settings: GenerationSettings) -> list[int]:
-    scores = processed(logits, [w.ids for w in writers], settings)
+def _next_tokens_of_group(logits: Tensor, states: Sequence[RequestState], settings: GenerationSettings) -> list[int]:
+    scores = process_logits(logits, [state.token_ids for state in states], settings)
     if not settings.do_sample:
         return scores.argmax(-1).tolist()
-    return draw(scores.softmax(-1), [w.generator for w in writers])
+    return sample(scores.softmax(-1), [state.rng for state in states])

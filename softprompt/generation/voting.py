@@ -1,5 +1,5 @@
-"""Several prompts of one task as one: each question is put to all of them in one mixed batch, and they vote (Lester et
-al. 2021, arXiv:2104.08691, section 6: an ensemble of prompts over one frozen model)."""
+"""Prompt ensembles: several prompts of one task over the same base answer together by voting (Lester et al. 2021,
+arXiv:2104.08691, section 6). Each question is put to all prompts in one mixed batch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,39 +8,48 @@ from typing import Any, Protocol, get_args
 from softprompt.config.infer_args import Voting
 from softprompt.generation.adapters import NONE, find_adapter
 from softprompt.generation.encode_questions import Question
-from softprompt.generation.likelihood import ChoiceResult, shares
+from softprompt.generation.likelihood import ChoiceResult, choice_probabilities
 from softprompt.utils.errors import ConfigError
 
-Scores = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # answers [c] → each member's log-likelihoods [k][c]
+ScoreAnswers = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # A answers → [members][A] log-likelihoods
 
 
-def majority(given: Sequence[str], voting: Voting, scores: Scores) -> str:
-    """The answer of an ensemble whose members gave these. `majority_vote`: the one that most of them gave, and among
-    several of these the likeliest; `mean_likelihood`: the likeliest of all. How likely an answer is, is the mean over
-    the members of its probability among those that are left; of equally likely ones the first given is taken."""
-    votes = Counter(given)  # in the order in which they were given
+def vote_answer(answers: Sequence[str], voting: Voting, score: ScoreAnswers) -> str:
+    """Choose the ensemble's answer among those that its members gave.
+
+    The candidates are, with `majority_vote`, the answers that the most members gave; with `mean_likelihood`, all of
+    them. Each member's log-likelihoods of the candidates are normalised to probabilities; the candidate with the
+    largest mean probability over the members wins, the first given if several are equal.
+
+    Args:
+        score: computes the members' log-likelihoods of the candidates; called only if there is more than one.
+    """
+    votes = Counter(answers)  # in the order in which they were given
     most = max(votes.values())
-    left = [answer for answer, n in votes.items() if n == most or voting == "mean_likelihood"]
-    if len(left) == 1:
-        return left[0]
-    likely = mean([shares(of_member, left) for of_member in scores(left)])
-    return max(left, key=lambda answer: likely[answer])
+    candidates = [answer for answer, n in votes.items() if n == most or voting == "mean_likelihood"]
+    if len(candidates) == 1:
+        return candidates[0]
+    mean = mean_probabilities([choice_probabilities(scores, candidates) for scores in score(candidates)])
+    return max(candidates, key=lambda answer: mean[answer])
 
 
-def joint_verdict(of_members: Sequence[ChoiceResult], voting: Voting) -> ChoiceResult:
-    """The choice of an ensemble, with the mean of its members' probabilities: the largest of these, or, by
-    `majority_vote`, the one that most members take, and among several of these the one with the largest."""
-    likely = mean([one.probabilities for one in of_members])
-    votes = Counter(one.label for one in of_members)
-    first = votes if voting == "majority_vote" else Counter[str]()
-    return ChoiceResult(max(likely, key=lambda choice: (first[choice], likely[choice])), likely)
+def vote_choice(results: Sequence[ChoiceResult], voting: Voting) -> ChoiceResult:
+    """Combine the members' results on one question.
+
+    The probabilities are the mean of the members'. The label is, with `mean_likelihood`, the most probable choice; with
+    `majority_vote`, the one that the most members chose, the most probable one if several have the most votes.
+    """
+    mean = mean_probabilities([result.probabilities for result in results])
+    votes = Counter(result.label for result in results) if voting == "majority_vote" else Counter[str]()
+    return ChoiceResult(max(mean, key=lambda choice: (votes[choice], mean[choice])), mean)
 
 
-def mean(of_members: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {answer: sum(one[answer] for one in of_members) / len(of_members) for answer in of_members[0]}
+def mean_probabilities(of_members: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the members' probabilities of the same choices."""
+    return {choice: sum(one[choice] for one in of_members) / len(of_members) for choice in of_members[0]}
 
 
-class Answers(Protocol):
+class EnsembleModel(Protocol):
     """What an ensemble needs of `api.SoftPromptModel`."""
 
     adapters: Any
@@ -51,14 +60,22 @@ class Answers(Protocol):
 
 
 class Ensemble:
-    """Adapters of a model that answer together. `voting` is as of `majority`; None votes on answers and takes the mean
-    likelihood of choices."""
+    """Several adapters of a model that answer together.
 
-    def __init__(self, model: Answers, adapters: Sequence[str], voting: Voting | None = None):
-        """Raises ConfigError for fewer than two adapters or another voting, AdapterError for an unknown adapter."""
+    Args:
+        adapters: names of two or more adapters of the model.
+        voting: `majority_vote` (the default for answers) or `mean_likelihood` (the default for choices); see
+            `vote_answer` and `vote_choice`.
+
+    Raises:
+        ConfigError: fewer than two adapters, or an unknown kind of voting.
+        AdapterError: an unknown adapter.
+    """
+
+    def __init__(self, model: EnsembleModel, adapters: Sequence[str], voting: Voting | None = None):
         if len(adapters) < 2:
-            told = ", ".join(adapters) or "no adapter"
-            raise ConfigError(f"an ensemble of {told}: name two or more adapters of one task")
+            given = ", ".join(adapters) or "no adapter"
+            raise ConfigError(f"an ensemble of {given}: name two or more adapters of one task")
         if voting not in (None, *get_args(Voting)):
             raise ConfigError(f"voting {voting!r} is not one of {', '.join(get_args(Voting))}")
         for name in adapters:
@@ -67,7 +84,7 @@ class Ensemble:
         self.model, self.adapters, self.voting = model, list(adapters), voting
 
     def generate(self, prompts: Question | Sequence[Question], **settings: Any) -> Any:
-        """Answer one question (→ str) or several (→ list); see `stream`."""
+        """Answer one question (→ str) or several (→ list of str); see `stream`."""
         if isinstance(prompts, str | Mapping):
             return next(self.stream([prompts], **settings))
         return list(self.stream(prompts, **settings))
@@ -75,47 +92,52 @@ class Ensemble:
     def stream(
         self, prompts: Sequence[Question], *, skip: int = 0, where: Sequence[str] | None = None, **settings: Any
     ) -> Iterator[str]:
-        """The elected answers, one by one in the questions' order; all else is as of `SoftPromptModel.stream`. All
-        members' answers to all questions are one mixed batch, and every sample of a member has a vote."""
-        each = self._places(prompts, where)
-        given = self.model.stream(
-            self._of_each(prompts),
+        """Yield the ensemble's answers in the order of the questions.
+
+        The members answer all questions in one mixed batch, and every sample of every member has one vote. Arguments
+        and errors are those of `SoftPromptModel.stream`.
+        """
+        where = self._names_of(prompts, where)
+        answers = self.model.stream(
+            self._for_each_member(prompts),
             adapter=self.adapters * len(prompts),
             skip=skip * len(self.adapters),
-            where=self._of_each(each),
+            where=self._for_each_member(where),
             **settings,
         )
-        return self._elected(prompts[skip:], each[skip:], given)
+        return self._vote(prompts[skip:], where[skip:], answers)
 
-    def _elected(self, prompts: Sequence[Question], where: Sequence[str], given: Iterator[Any]) -> Iterator[str]:
+    def _vote(self, prompts: Sequence[Question], where: Sequence[str], answers: Iterator[Any]) -> Iterator[str]:
         for prompt, place in zip(prompts, where, strict=True):
-            of_members = [next(given) for _ in self.adapters]
+            of_members = [next(answers) for _ in self.adapters]  # each a text, or a list of samples
             texts = [text for some in of_members for text in ([some] if isinstance(some, str) else some)]
-            yield majority(texts, self.voting or "majority_vote", self._scores(prompt, place))
+            yield vote_answer(texts, self.voting or "majority_vote", self._scorer(prompt, place))
 
-    def _scores(self, prompt: Question, place: str) -> Scores:
+    def _scorer(self, prompt: Question, where: str) -> ScoreAnswers:
         members = len(self.adapters)
 
-        def scores(answers: Sequence[str]) -> Sequence[Sequence[float]]:
+        def score(answers: Sequence[str]) -> Sequence[Sequence[float]]:
             return self.model.log_likelihoods(
-                [prompt] * members, answers, adapter=self.adapters, where=[place] * members
+                [prompt] * members, answers, adapter=self.adapters, where=[where] * members
             )
 
-        return scores
+        return score
 
     def classify(
         self, prompts: Sequence[Question], choices: Sequence[str], *, where: Sequence[str] | None = None
     ) -> list[ChoiceResult]:
-        """As `SoftPromptModel.classify`, with the mean of the members' probabilities."""
-        k, places = len(self.adapters), self._of_each(self._places(prompts, where))
+        """Classify each question as `SoftPromptModel.classify` does, with the members' results combined by
+        `vote_choice`."""
+        members, where = len(self.adapters), self._for_each_member(self._names_of(prompts, where))
         names = self.adapters * len(prompts)
-        each = self.model.classify(self._of_each(prompts), choices, adapter=names, where=places)
+        results = self.model.classify(self._for_each_member(prompts), choices, adapter=names, where=where)
         voting = self.voting or "mean_likelihood"
-        return [joint_verdict(each[start : start + k], voting) for start in range(0, len(each), k)]
+        return [vote_choice(results[start : start + members], voting) for start in range(0, len(results), members)]
 
-    def _of_each(self, values: Sequence[Any]) -> list[Any]:
-        """Every value once for each member."""
+    def _for_each_member(self, values: Sequence[Any]) -> list[Any]:
+        """Repeat every value once for each member."""
         return [value for value in values for _ in self.adapters]
 
-    def _places(self, prompts: Sequence[Question], where: Sequence[str] | None) -> list[str]:
+    def _names_of(self, prompts: Sequence[Question], where: Sequence[str] | None) -> list[str]:
+        """How error messages name the questions; by default by number."""
         return list(where or [f"question {number}" for number in range(1, len(prompts) + 1)])

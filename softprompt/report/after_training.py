@@ -11,8 +11,7 @@ from torch import Tensor
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.export.push_to_hub import check_hub, push
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import Generator
+from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.collect import examples_of, facts_of, likeness, start_of
@@ -111,7 +110,7 @@ def _generator(run: Run, ranks: int) -> Generator | None:
         return None
     setup = run.setup
     engine = setup.engine.engine if isinstance(setup.engine, DataParallelEngine) else setup.engine
-    return generator_beside(engine, setup.base, setup.data.tokenizer)
+    return make_generator(engine, setup.base, setup.data.tokenizer)
 
 
 def _start(run: Run) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.data.tokenization import Example, Tokenized, count_targets, end_tokens
 from softprompt.evaluation.evaluator import answer_ids, question_ids
-from softprompt.generation.hf_generate import Generator, in_order
+from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_no_answers
 from softprompt.prompt.adapter_io import PROMPT_KEY
@@ -157,7 +157,7 @@ def _answers(run: Run, generator: Generator, examples: Sequence[Example]) -> lis
     ends = tuple(end_tokens(examples, tokenizer))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
     asked = [Request(question_ids(e), settings, behind) for e in examples for behind in (None, prompt)]
-    texts = [_text(tokenizer, ids) for ids in in_order(generator.generate(asked, len(asked)))]
+    texts = [_text(tokenizer, ids) for ids in in_request_order(generator.generate(asked, len(asked)))]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

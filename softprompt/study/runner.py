@@ -29,9 +29,9 @@ from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, count_targets, end_tokens
 from softprompt.engines.factory import make_engine
-from softprompt.evaluation.ensemble_eval import Member, joint_evaluation
+from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
-from softprompt.generation.factory import generator_beside
+from softprompt.generation.generator import make_generator
 from softprompt.models.loading import base_path, freeze, place, read_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
@@ -159,8 +159,8 @@ def failed(one: Planned, why: str) -> Result:
 
 def _bare(evaluator: Evaluator, dataset: str) -> Evaluation:
     """Of the base alone; what is to be known of the exact match is said."""
-    if evaluator.told:
-        print(f"{dataset}: {evaluator.told}")
+    if evaluator.exact_match_note:
+        print(f"{dataset}: {evaluator.exact_match_note}")
     return evaluator(None)
 
 
@@ -199,7 +199,7 @@ class _Bench:
 
     def evaluator(self, one: Planned, P: int = 0) -> Evaluator:
         engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)
-        generator = generator_beside(engine, self.base, one.material.tokenizer)
+        generator = make_generator(engine, self.base, one.material.tokenizer)
         batch_size = one.cell.config.training.per_device_eval_batch_size
         material = one.material
         return Evaluator(
@@ -255,7 +255,7 @@ class _Bench:
         device, template = word_embeddings(self.base).weight.device, make_template(one.cell.config)
         material = one.material
         members = [
-            Member(
+            EnsembleMember(
                 load_adapter(folder).prompt.to(device),
                 template,
                 material.held_out_rows,
@@ -266,7 +266,7 @@ class _Bench:
             for folder, result in zip(one.members, results, strict=True)
         ]
         voting = one.cell.voting or "majority_vote"
-        found = joint_evaluation(self.evaluator(one, P).engine, one.material.tokenizer, members, voting)
+        found = evaluate_ensemble(self.evaluator(one, P).engine, one.material.tokenizer, members, voting)
         return _Made(P, found.metrics(), found.answers)
 
     def _described(self, one: Planned) -> Result:

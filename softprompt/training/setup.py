@@ -19,9 +19,7 @@ from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
-from softprompt.generation.data_parallel import DataParallelGenerator
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import Generator
+from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
 from softprompt.models.capabilities import Extent, check_extent, check_start, check_vocabulary, why_no_answers
 from softprompt.models.fsdp import Shards, shard
 from softprompt.models.loading import base_config, base_path, freeze, load_tokenizer, place, read_base, weight_files
@@ -195,7 +193,7 @@ def make_engines(
     sharded = isinstance(base.blocks, Mapping) and _is_sharded(config, world)
     blocks = shard(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
     engine = make_engine(config, base.model, tokenizer, dtype, P, blocks)
-    generator = None if config.model.stream_base else generator_beside(engine, base.model, tokenizer)
+    generator = None if config.model.stream_base else make_generator(engine, base.model, tokenizer)
     if world.size == 1:
         return engine, generator
     rest = [blocks.rest] if isinstance(blocks, Shards) else []
@@ -219,8 +217,8 @@ def make_evaluator(
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
     evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)
-    if evaluator.told:
-        print(f"Held out: {evaluator.told}")
+    if evaluator.exact_match_note:
+        print(f"Held out: {evaluator.exact_match_note}")
     args = config.training
     wanted = args.load_best_model_at_end or args.early_stopping_patience
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:

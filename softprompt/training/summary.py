@@ -4,7 +4,7 @@ import os
 
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
-from softprompt.evaluation.evaluator import question_ids, text_of
+from softprompt.evaluation.evaluator import decode_text, question_ids
 from softprompt.generation.adapters import NONE
 from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
@@ -61,7 +61,7 @@ def _examples(run: Run) -> str:
     rows = [("held-out row", "base alone", "with prompt")]
     shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
     for example, before, after in shown:
-        question = text_of(run.evaluator.tokenizer, question_ids(example))
+        question = decode_text(run.evaluator.tokenizer, question_ids(example))
         rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
     return table(rows)
 

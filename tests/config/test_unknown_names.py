@@ -7,7 +7,7 @@ from softprompt.cli import parse_export, parse_inference, parse_training
 from softprompt.config.loader import GROUPS
 from softprompt.config.schema import setting_types
 from softprompt.config.unknown_names import ALIASES, SECOND, advice
-from softprompt.generation.encode_questions import merged_settings
+from softprompt.generation.requests import merge_settings
 from softprompt.study.grid import read_study
 from softprompt.utils.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_the_same_in_files_and_in_python(tmp_path):
     assert "did you mean learning_rate?" in line and "AdamW" in line
     line = fault(softprompt.train, lr=1, optim="x", top_n=3)
     assert "'lr'; did you mean learning_rate?; unknown setting 'optim'; AdamW" in line and line.endswith("'top_n'")
-    line = fault(merged_settings, {}, {"max_tokens": 3, "temperature": 1.0})
+    line = fault(merge_settings, {}, {"max_tokens": 3, "temperature": 1.0})
     assert "'max_tokens'; did you mean max_new_tokens?" in line and "'temperature'" not in line
     (tmp_path / "s.toml").write_text("[settings]\nlr = 1\n[[grid]]\noptim = ['x']", encoding="utf-8")
     line = fault(read_study, tmp_path / "s.toml")

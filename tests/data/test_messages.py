@@ -14,7 +14,7 @@ from softprompt.config.validation import parse_columns
 from softprompt.data.dataset import load_rows, question
 from softprompt.data.template import Template, ignored_keys
 from softprompt.data.tokenization import encode, tokenize
-from softprompt.generation.encode_questions import encoded
+from softprompt.generation.encode_questions import encode_question
 from softprompt.utils.errors import ConfigError, DataError
 
 CHAT = Template("chat")
@@ -92,7 +92,7 @@ def test_tools_and_calls_reach_the_chat_template(arguments, bare, as_text, tmp_p
     (found,) = encode(rows, ["row 1"], tokenizer, CHAT, 400, "output")
     assert not found.empty and "weather" in tokenizer.decode([label for label in found.example.labels if label != -100])
     asked = {"messages": [Q, row["messages"][1], {"role": "tool", "content": "晴"}], "tools": row["tools"]}
-    text = tokenizer.decode(encoded("q", asked, CHAT, tokenizer)[1])
+    text = tokenizer.decode(encode_question("q", asked, CHAT, tokenizer)[1])
     assert text == expected + "\n<tool>晴</s>\n<assistant>"
 
 
@@ -106,7 +106,7 @@ def test_tools_that_the_chat_template_does_not_write_are_refused(tmp_path):
         with pytest.raises(DataError, match=f"row 1: the tokenizer's chat template writes no {what}; take them out"):
             text_of(tmp_path / "r.jsonl", row)
     with pytest.raises(DataError, match="writes no tools"):
-        encoded("q", {"messages": [Q], "tools": TOOLS}, CHAT, templated(PLAIN))[1]
+        encode_question("q", {"messages": [Q], "tools": TOOLS}, CHAT, templated(PLAIN))[1]
     with pytest.raises(DataError, match="no place for tools"):
         question("q", {"messages": [Q], "tools": TOOLS}, Template())
 

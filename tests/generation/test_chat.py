@@ -1,4 +1,4 @@
-"""The conversation of infer.py: its commands, its memory, what interrupts it, and the terminal it is held on."""
+"""The chat of infer.py: its commands, its history, Ctrl-C, and a real terminal."""
 
 import contextlib
 import copy
@@ -20,13 +20,13 @@ from softprompt.generation.chat import Chat
 
 
 class Typist:
-    """Types lines, a Ctrl-C where one is asked for, and Ctrl-D at the end."""
+    """A user at the keyboard: types the lines, a Ctrl-C for KeyboardInterrupt, and Ctrl-D at the end."""
 
     def __init__(self, *lines):
-        self.lines, self.asked = list(lines), []
+        self.lines, self.prompts = list(lines), []
 
-    def __call__(self, question):
-        self.asked.append(question)
+    def __call__(self, prompt):
+        self.prompts.append(prompt)
         if not self.lines:
             raise EOFError
         line = self.lines.pop(0)
@@ -41,44 +41,43 @@ def talk(model, *lines, **given):
     return "".join(shown), typist
 
 
-def test_a_conversation(place):
+def test_each_line_is_answered_by_the_current_adapter(place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter=["first=a"])
     greedy = {"do_sample": False, "max_new_tokens": 5}
     shown, typist = talk(model, "今天", "/adapter b", "今天", "/base", "今天", "", "/adapter first", "/quit", "今天")
     answers = [model.generate("今天", adapter=name, **greedy) for name in ("first", "b", "none")]
     assert shown.split("\n")[1:] == [*answers, ""]
-    assert typist.asked == ["first> ", "first> ", "b> ", "b> ", "none> ", "none> ", "none> ", "first> "]
+    assert typist.prompts == ["first> ", "first> ", "b> ", "b> ", "none> ", "none> ", "none> ", "first> "]
     assert typist.lines == ["今天"]
 
 
-def test_what_is_set_in_a_conversation(place):
+def test_settings_of_a_chat(place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     shown, _ = talk(
         model, "/set max_new_tokens 2", "今天", "/set temperature hot", "/set temperature 0", "/set", "/set beams 2"
     )
     lines = shown.split("\n")[1:]
     assert lines[0] == model.generate("今天", do_sample=False, max_new_tokens=2)
-    assert lines[1] == "error: --temperature: invalid float value: 'hot'"
-    assert lines[2] == "error: --temperature 0.0 must be above 0"
+    assert lines[1].startswith("error: --temperature") and "'hot'" in lines[1]
+    assert lines[2].startswith("error: --temperature 0.0")
     assert "max_new_tokens=2" in lines[3] and "temperature=1.0" in lines[3]
-    assert lines[4].startswith("error: unknown flag --beams")
+    assert lines[4].startswith("error:") and "--beams" in lines[4]
 
 
-def test_earlier_turns_stand_before_a_question(place):
-    """As many as are asked for, in each adapter's template as training joined them; an answer that was stopped is none
-    of them."""
+def test_history_puts_earlier_turns_before_a_question(place):
+    """As many turns as /history says, joined as in training, in the template of the adapter that answers."""
     model = softprompt.SoftPromptModel.from_pretrained(adapter=["a", "b"])
     greedy, asked = {"do_sample": False, "max_new_tokens": 5}, []
     generate = model.generate
 
-    def noted(prompts, **given):
+    def recorded(prompts, **given):
         asked.append(prompts)
         return generate(prompts, **given)
 
-    model.generate = noted
+    model.generate = recorded
     shown, _ = talk(model, "一", "/history", "/history 1", "二", "/adapter b", "三", "/history 0", "四")
     one, told, two, three, four = shown.split("\n")[1:6]
-    assert told == "/history N, a number of earlier turns; it is 0" and asked[0] == "一" and asked[3] == "四"
+    assert told.startswith("/history N") and told.endswith(" 0") and asked[0] == "一" and asked[3] == "四"
     texts = [
         f"Human: 一\n\nAssistant: {one}</s>Human: 二\n\nAssistant: ",
         f"问：二\n答：{two}</s>问：三\n答：",
@@ -89,7 +88,7 @@ def test_earlier_turns_stand_before_a_question(place):
     assert four == generate("四", adapter="b", **greedy)
 
 
-def test_a_conversation_is_rendered_as_an_exported_model_does(tokenizer):
+def test_history_is_rendered_as_in_an_exported_model(tokenizer):
     messages = [{"role": r, "content": c} for r, c in (("user", " a\n"), ("assistant", "b"), ("user", "你好"))]
     for spec in ("default", "Q: {x}\nA: "):
         template, taught = Template(spec), copy.deepcopy(tokenizer)
@@ -99,7 +98,7 @@ def test_a_conversation_is_rendered_as_an_exported_model_does(tokenizer):
         assert exported == "<|softprompt_0|>" + template.render(row, tokenizer)
 
 
-def test_messages_are_a_question_for_a_chat_template_too(tokenizer):
+def test_a_chat_template_renders_messages(tokenizer):
     taught = copy.deepcopy(tokenizer)
     turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     taught.chat_template = turns + "{% if add_generation_prompt %}<bot>{% endif %}"
@@ -110,7 +109,7 @@ def test_messages_are_a_question_for_a_chat_template_too(tokenizer):
     assert Template("chat").render(row, taught) == "<system>s</s><user>a</s><assistant>b</s><user>c</s><bot>"
 
 
-def test_a_conversation_survives_mistakes_and_ctrl_c(place, monkeypatch):
+def test_a_chat_survives_errors_and_ctrl_c(place, monkeypatch):
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     generate = model.generate
     interrupted = iter([True])
@@ -123,14 +122,14 @@ def test_a_conversation_survives_mistakes_and_ctrl_c(place, monkeypatch):
 
     monkeypatch.setattr(model, "generate", stopped)
     shown, _ = talk(model, "今天", KeyboardInterrupt, "/adapter nothing", "/adapter", "/jump", "/help", "今天")
-    assert "半 …stopped" in shown and "error: adapter nothing: no such folder" in shown
-    assert "/adapter NAME, one of a, none, or a folder" in shown and "no such command: /jump" in shown
+    assert "半 …stopped" in shown and "error: adapter nothing" in shown
+    assert "a, none, or a folder" in shown and "no such command: /jump" in shown
     assert shown.count("/quit") >= 2 and shown.rstrip("\n").endswith(
         generate("今天", do_sample=False, max_new_tokens=5)
     )
 
 
-def test_a_terminal_without_a_prompt_is_for_chat(place, capsys, monkeypatch):
+def test_infer_without_a_prompt_chats_on_a_terminal(place, capsys, monkeypatch):
     typist = Typist("今天", "/quit")
     monkeypatch.setattr("builtins.input", typist)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -141,8 +140,8 @@ def test_a_terminal_without_a_prompt_is_for_chat(place, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_on_a_real_terminal_arrow_keys_bring_lines_back(place):
-    """In a process of its own, behind a pseudo-terminal."""
+def test_arrow_keys_bring_lines_back_on_a_real_terminal(place):
+    """In another process, behind a pseudo-terminal."""
     argv = [sys.executable, infer.__file__, "--adapter", "a", *GREEDY]
     child, terminal = pty.fork()
     if child == 0:

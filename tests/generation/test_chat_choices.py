@@ -1,4 +1,4 @@
-"""Choices and labels stand behind the row's own messages, as a chat template renders the whole conversation."""
+"""Choices and labels are scored as the last message of a conversation, as the chat template renders the whole of it."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def conversation(name: str, question: str, answer: str | None = None) -> dict:
 
 @pytest.fixture(params=TEMPLATES)
 def chat(request, tiny_base, tmp_path, monkeypatch) -> str:
-    """The name of a template that the base of the adapter `a` has."""
+    """Name of the chat template of the base under the adapter `a`."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "chat_template.jinja").write_text(TEMPLATES[request.param], encoding="utf-8")
     write_adapter(tmp_path / "a", base, 3, "chat", seed=1)
@@ -49,7 +49,7 @@ def chat(request, tiny_base, tmp_path, monkeypatch) -> str:
 
 
 def naive(model, name: str, question: str, choice: str) -> float:
-    """log p of what the template writes behind its generation prompt for the whole conversation, its end included."""
+    """log p of what the template writes after its generation prompt for the whole conversation, end token included."""
     tokenizer, messages = model.tokenizer, conversation(name, question, choice)["messages"]
     asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
@@ -73,7 +73,7 @@ def test_likelihoods_are_those_of_the_whole_conversation(chat):
 
 
 def test_a_choice_takes_the_place_of_the_own_answer_of_a_row(chat):
-    """A row of a dataset has its own answer; a question must not have one, since it would silently be dropped."""
+    """A row of a dataset may end with its answer; messages of a question may not (see tests/data/test_messages.py)."""
     tokenizer, template = softprompt.SoftPromptModel.from_pretrained(adapter="a").tokenizer, Template("chat")
     asked, answered = conversation(chat, "好不好"), conversation(chat, "好不好", "别的")
     ids = tokenizer(template.render(asked, tokenizer))["input_ids"]
@@ -85,8 +85,8 @@ def test_a_choice_takes_the_place_of_the_own_answer_of_a_row(chat):
 def test_labels_are_the_texts_of_the_rows(chat, capsys, monkeypatch):
     written("rows.jsonl", [conversation(chat, *row) for row in ROWS])
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
-    verdicts = model.classify([conversation(chat, question) for question, _ in ROWS], ["负面", "正面"])
-    right = sum(one.label == answer for one, (_, answer) in zip(verdicts, ROWS, strict=True))
+    results = model.classify([conversation(chat, question) for question, _ in ROWS], ["负面", "正面"])
+    right = sum(one.label == answer for one, (_, answer) in zip(results, ROWS, strict=True))
     argv = ["--adapter", "a", "--eval_dataset", "rows.jsonl"]
     for choices in ([], ["--choices", "负面,正面"]):
         out = called([*argv, *choices], capsys, monkeypatch)
@@ -106,7 +106,7 @@ def test_choices_of_prompts(chat, capsys, monkeypatch):
 
 
 def test_an_ensemble_of_conversations(chat, tmp_path, capsys, monkeypatch):
-    """Members that disagree are scored behind the rows, too."""
+    """Rows on which members disagree are scored in the same way."""
     write_adapter(tmp_path / "b", tmp_path / "base", 5, "chat", seed=2)
     write_adapter(tmp_path / "c", tmp_path / "base", 4, "chat", seed=3)
     written("rows.jsonl", [conversation(chat, *row) for row in ROWS])
@@ -115,8 +115,8 @@ def test_an_ensemble_of_conversations(chat, tmp_path, capsys, monkeypatch):
     assert "ensemble of 3:" in out and "exact match" in out
 
 
-def test_a_generated_answer_is_not_given_twice_what_the_template_adds(tokenizer):
-    """It has that already, as it was generated behind the generation prompt."""
+def test_a_generated_answer_keeps_a_single_think_block(tokenizer):
+    """A generated answer contains what the template adds before an answer, since it follows the generation prompt."""
     before, tokenizer.chat_template = tokenizer.chat_template, TEMPLATES["think"]
     try:
         row, template = conversation("think", "你好"), Template("chat")

@@ -1,4 +1,4 @@
-"""The generator over frozen BLOOM: each answer is the one that it would be alone, and a step is one forward for all."""
+"""Continuous batching: each answer is the one that its request gets alone, and a step is one forward pass for all."""
 
 import copy
 import functools
@@ -9,13 +9,14 @@ from helpers.bases import make_bloom
 from helpers.peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from softprompt.engines import small_linear as products
+from softprompt.engines import small_linear
 from softprompt.engines.bloom import run_prompt
 from softprompt.engines.small_linear import project
-from softprompt.generation import continuous_batching as decode
-from softprompt.generation.continuous_batching import PackedGenerator
-from softprompt.generation.requests import GenerationSettings, Request, seed_of
-from softprompt.generation.sampling import choose
+from softprompt.generation import continuous_batching, kv_cache
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.kv_cache import KVCache, PrefixCache
+from softprompt.generation.requests import GenerationSettings, Request, sample_seed
+from softprompt.generation.sampling import next_tokens
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.utils.errors import TrainingError
@@ -24,8 +25,9 @@ FP32 = torch.float32
 GREEDY = GenerationSettings(max_new_tokens=9, do_sample=False)
 
 
-def drawn(n, longest, vocab_size=300, seed=0, virtual=(None, 1, 5, 40)):
-    """`n` texts of 1 to `longest` tokens, each with one of as many prompts (None: no prompt), all at random."""
+def random_questions(n, longest, vocab_size=300, seed=0, virtual=(None, 1, 5, 40)):
+    """`n` random texts of 1 to `longest` tokens, the first of a single token, with random prompts of `virtual` tokens
+    in turn (None: no prompt)."""
     draw = torch.Generator().manual_seed(seed)
     prompts = [P if P is None else torch.randn(P, 32, generator=draw) for P in virtual]
     lengths = torch.randint(1, longest + 1, (n,), generator=draw).tolist()
@@ -34,16 +36,16 @@ def drawn(n, longest, vocab_size=300, seed=0, virtual=(None, 1, 5, 40)):
     return [(text, prompts[i % len(prompts)]) for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("places", [1, 4, 20])
+@pytest.mark.parametrize("batch_size", [1, 4, 20])
 @pytest.mark.parametrize("kind, tokens_per_step", [("packed", 1), ("packed", 20), ("packed", 1000), ("padded", 0)])
-def test_a_mixed_batch_gives_each_the_answer_it_would_get_alone(kind, places, tokens_per_step, tokenizer, monkeypatch):
+def test_a_mixed_batch_gives_each_request_its_own_answer(kind, batch_size, tokens_per_step, tokenizer, monkeypatch):
     """Prompts of several lengths and none, texts of several lengths, one of them a single token."""
-    monkeypatch.setitem(decode.MOST_TOKENS, "cpu", tokens_per_step)
+    monkeypatch.setitem(continuous_batching.MOST_TOKENS, "cpu", tokens_per_step)
     base = freeze(make_bloom(seed=2, n_layer=3), FP32)
-    asked = drawn(13, 14)
-    ends = tuple(range(100, 130))  # a random base needs many for some answers to end early
+    asked = random_questions(13, 14)
+    ends = tuple(range(100, 130))  # many, so that some answers of a random base end early
     settings = GenerationSettings(max_new_tokens=9, do_sample=False, eos_token_id=ends)
-    answers = answers_of(kind, base, tokenizer, asked, settings, places)
+    answers = answers_of(kind, base, tokenizer, asked, settings, batch_size)
     assert answers == [greedy_alone(base, text, prompt, 9, ends) for text, prompt in asked]
     assert len({len(answer) for answer in answers}) > 2
 
@@ -59,12 +61,14 @@ def test_other_shapes_of_bloom(n_head, tied, after, tokenizer):
         apply_residual_connection_post_layernorm=after,
         initializer_range=0.2,
     )
-    asked = [(text, torch.randn(3, n_head * 10)) for text, _ in drawn(6, 9, 61)]
+    asked = [(text, torch.randn(3, n_head * 10)) for text, _ in random_questions(6, 9, 61)]
     answers = answers_of("packed", freeze(base, FP32), tokenizer, asked, GREEDY, 4)
     assert answers == [greedy_alone(base, text, prompt, 9) for text, prompt in asked]
 
 
-class Counted(ResidentWeights):
+class CountedWeights(ResidentWeights):
+    """Weights that note the number of each layer that is read."""
+
     def __init__(self, base, dtype):
         super().__init__(base, dtype)
         self.calls = []
@@ -75,13 +79,13 @@ class Counted(ResidentWeights):
             yield layer
 
 
-def test_one_forward_a_step_serves_the_whole_mixture(tokenizer):
-    """Seven answers of 9 tokens in three places, whatever prompts they have: ⌈7 / 3⌉ · 9 forwards, each place refilled
-    in the step after it came free; a prompt is run once, however many ask behind it."""
-    weights = Counted(freeze(make_bloom(), FP32), FP32)
-    generator = PackedGenerator(weights, tokenizer)
+def test_one_forward_per_step_serves_all_prompts(tokenizer):
+    """Seven answers of 9 tokens in three slots take ⌈7 / 3⌉ · 9 forward passes, whatever prompts they have. Each prompt
+    is run once, however many requests it has."""
+    weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
+    generator = ContinuousBatchingGenerator(weights, tokenizer)
     endless = GenerationSettings(max_new_tokens=9, do_sample=False, eos_token_id=(299,), suppress_tokens=(299,))
-    requests = [Request(text, endless, prompt) for text, prompt in drawn(7, 9)]
+    requests = [Request(text, endless, prompt) for text, prompt in random_questions(7, 9)]
     answers = dict(generator.generate(requests, 3))
     assert all(len(answer) == 9 for answer in answers.values())
     prompts = 4
@@ -92,16 +96,16 @@ def test_one_forward_a_step_serves_the_whole_mixture(tokenizer):
     assert len(weights.calls) == 2 * 3 * 9
 
 
-def test_a_place_that_comes_free_is_taken_in_the_next_step(tokenizer):
-    """Answers of 2, 7, 3 and 4 tokens in two places: 2 + 3 + 4 steps at one place, 7 at the other, so 9 in all."""
-    weights = Counted(freeze(make_bloom(), FP32), FP32)
+def test_a_free_slot_is_refilled_in_the_next_step(tokenizer):
+    """Answers of 2, 7, 3 and 4 tokens in two slots: 2 + 3 + 4 steps in one slot, 7 in the other, so 9 in all."""
+    weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
     never = {"do_sample": False, "eos_token_id": (299,), "suppress_tokens": (299,)}
     requests = [Request([5, 6], GenerationSettings(max_new_tokens=n, **never)) for n in (2, 7, 3, 4)]
-    order = [number for number, _ in PackedGenerator(weights, tokenizer).generate(requests, 2)]
+    order = [number for number, _ in ContinuousBatchingGenerator(weights, tokenizer).generate(requests, 2)]
     assert order == [0, 2, 1, 3] and len(weights.calls) == 2 * (1 + 9)
 
 
-def test_a_changed_prompt_is_never_served_from_before(tokenizer):
+def test_a_changed_prompt_is_never_served_from_the_cache(tokenizer):
     base = freeze(make_bloom(seed=2), FP32)
     generator = generator_of("packed", base, tokenizer)
     prompt, text = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), [9, 8, 7]
@@ -110,75 +114,75 @@ def test_a_changed_prompt_is_never_served_from_before(tokenizer):
         change()
         assert dict(generator.generate([Request(text, GREEDY, prompt)]))[0] == greedy_alone(base, text, prompt, 9)
         with torch.inference_mode():
-            kept, anew = generator.prefixes(prompt), run_prompt(generator.weights, prompt)
-        assert torch.allclose(kept.last, anew.last) and torch.allclose(kept.layers[1], anew.layers[1])
+            cached, expected = generator.prefix_cache(prompt), run_prompt(generator.weights, prompt)
+        assert torch.allclose(cached.last, expected.last) and torch.allclose(cached.layers[1], expected.layers[1])
 
 
-def test_prompts_are_kept_up_to_so_many_bytes(tokenizer, monkeypatch):
-    """2 layers · keys and values · 2 tokens · 32 numbers of 4 bytes = 1,024 bytes a prompt."""
-    monkeypatch.setattr(decode, "KEPT_BYTES", 2 * 1024)
-    weights = Counted(freeze(make_bloom(), FP32), FP32)
-    prefixes = decode.Prefixes(weights)
+def test_the_prefix_cache_evicts_the_least_recently_used_prompt(tokenizer, monkeypatch):
+    """2 layers · keys and values · 2 tokens · 32 numbers of 4 bytes = 1,024 bytes per prompt."""
+    monkeypatch.setattr(kv_cache, "MAX_PREFIX_BYTES", 2 * 1024)
+    weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
+    prefixes = PrefixCache(weights)
     a, b, c = (torch.full((2, 32), value) for value in (1.0, 2.0, 3.0))
-    for prompt in (a, b, a, c, a, b):  # b goes when c comes, as a was asked for later
+    for prompt in (a, b, a, c, a, b):  # c evicts b, since a was used after it
         prefixes(prompt)
-        assert prefixes.kept_bytes <= 2 * 1024
+        assert prefixes.num_bytes <= 2 * 1024
     assert len(weights.calls) == 2 * 4
-    large = torch.ones(5, 32)  # 2,560 bytes: served, and not kept
-    assert len(prefixes(large).layers[0]) == 5 and prefixes.kept_bytes <= 2 * 1024
+    large = torch.ones(5, 32)  # 2,560 bytes: run, but not cached
+    assert len(prefixes(large).layers[0]) == 5 and prefixes.num_bytes <= 2 * 1024
 
 
-def test_what_is_kept_of_a_prompt_goes_with_it(tokenizer):
-    """Every evaluation during training asks for another prompt, once; one that stays is run once."""
-    weights = Counted(freeze(make_bloom(), FP32), FP32)
-    generator = PackedGenerator(weights, tokenizer)
-    stays, parameter = torch.ones(2, 32), torch.nn.Parameter(torch.randn(2, 32))
+def test_an_entry_of_the_prefix_cache_is_freed_with_its_prompt(tokenizer):
+    """Every evaluation during training uses another prompt, once. A prompt that stays alive is run once."""
+    weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
+    generator = ContinuousBatchingGenerator(weights, tokenizer)
+    constant, parameter = torch.ones(2, 32), torch.nn.Parameter(torch.randn(2, 32))
     for _ in range(5):
-        for prompt in (stays, parameter.detach()):
+        for prompt in (constant, parameter.detach()):
             dict(generator.generate([Request([5, 6], GREEDY, prompt)]))
         del prompt
         parameter.data.add_(1.0)
-        assert generator.prefixes.kept_bytes == 1024
+        assert generator.prefix_cache.num_bytes == 1024
     weights.calls.clear()
-    generator.prefixes(stays)
+    generator.prefix_cache(constant)
     assert not weights.calls
 
 
-def test_a_prompt_is_hashed_once_for_all_requests_behind_it(tokenizer, monkeypatch):
-    hashed, blake2b = [], decode.hashlib.blake2b
-    monkeypatch.setattr(decode.hashlib, "blake2b", lambda content: hashed.append(content) or blake2b(content))
+def test_a_prompt_is_hashed_once_for_all_its_requests(tokenizer, monkeypatch):
+    hashed, blake2b = [], kv_cache.hashlib.blake2b
+    monkeypatch.setattr(kv_cache.hashlib, "blake2b", lambda content: hashed.append(content) or blake2b(content))
     generator, prompt = generator_of("packed", freeze(make_bloom(), FP32), tokenizer), torch.randn(2, 32)
     dict(generator.generate([Request([5 + i], GREEDY, prompt) for i in range(20)], 4))
     assert len(hashed) == 1
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded"])
-@pytest.mark.parametrize("places", [1, 3, 8])
-def test_samples_do_not_depend_on_neighbours(kind, places, tokenizer):
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_samples_do_not_depend_on_the_batch(kind, batch_size, tokenizer):
     base = freeze(make_bloom(seed=2), FP32)
     settings = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)
-    requests = [Request(t, settings, p, seed_of(7, i)) for i, (t, p) in enumerate(drawn(8, 9))]
+    requests = [Request(t, settings, p, sample_seed(7, i)) for i, (t, p) in enumerate(random_questions(8, 9))]
     generator = generator_of("packed", base, tokenizer)
     alone = [dict(generator.generate([request]))[0] for request in requests]
-    together = dict(generator_of(kind, base, tokenizer).generate(requests[::-1], places))
+    together = dict(generator_of(kind, base, tokenizer).generate(requests[::-1], batch_size))
     assert [together[7 - i] for i in range(8)] == alone
 
 
-class Cramped(PackedGenerator):
-    """Runs out of memory in steps of more than `room` places, and in step number `once`: before anything is computed,
-    or `late`, when keys and values are written and random numbers drawn."""
+class SmallMemoryGenerator(ContinuousBatchingGenerator):
+    """Runs out of memory in steps of more than `room` slots, and in step number `once`: before anything is computed,
+    or, if `late`, after keys and values have been written and random numbers drawn."""
 
     def __init__(self, base, tokenizer, room, once=None, late=False):
         super().__init__(ResidentWeights(base, FP32), tokenizer)
         self.room, self.once, self.late, self.steps = room, once, late, 0
 
-    def _run(self, memory, places):
+    def _forward(self, cache, slots):
         self.steps += 1
-        if len(places) > self.room or self.steps == self.once:
+        if len(slots) > self.room or self.steps == self.once:
             if self.late:
-                choose(super()._run(memory, places), [place.writer for place in places])
+                next_tokens(super()._forward(cache, slots), [slot.state for slot in slots])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super()._run(memory, places)
+        return super()._forward(cache, slots)
 
 
 SAMPLED = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)
@@ -187,86 +191,86 @@ SAMPLED = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("room, once, halvings", [(3, None, [4, 2]), (1, None, [4, 2, 1]), (1000, 5, [4])])
-def test_where_memory_runs_out_fewer_answers_are_written_at_a_time(
-    room, once, halvings, late, settings, tokenizer, capsys
-):
-    """The answers stay the same, those that were begun among them, and none of their tokens is told twice."""
+def test_out_of_memory_halves_the_slots(room, once, halvings, late, settings, tokenizer, capsys):
+    """The answers stay the same, also those that were begun, and `on_token` is called once per token."""
     base = freeze(make_bloom(seed=2), FP32)
-    requests = [Request(text, settings, prompt, seed_of(7, i)) for i, (text, prompt) in enumerate(drawn(9, 9))]
-    expected = dict(PackedGenerator(ResidentWeights(base, FP32), tokenizer).generate(requests, 8))
-    told: dict[int, list[int]] = {number: [] for number in expected}
-    cramped = Cramped(base, tokenizer, room, once, late)
-    assert dict(cramped.generate(requests, 8, lambda number, token: told[number].append(token))) == expected == told
+    requests = [
+        Request(text, settings, prompt, sample_seed(7, i)) for i, (text, prompt) in enumerate(random_questions(9, 9))
+    ]
+    expected = dict(ContinuousBatchingGenerator(ResidentWeights(base, FP32), tokenizer).generate(requests, 8))
+    tokens: dict[int, list[int]] = {index: [] for index in expected}
+    small = SmallMemoryGenerator(base, tokenizer, room, once, late)
+    assert dict(small.generate(requests, 8, lambda index, token: tokens[index].append(token))) == expected == tokens
     assert [line for line in capsys.readouterr().err.splitlines() if line] == [
         f"out of memory: {n} answers at a time instead of {2 * n}, the same ones" for n in halvings
     ]
 
 
-def test_keys_and_values_that_do_not_fit_are_fewer(tokenizer, monkeypatch, capsys):
+def test_a_kv_cache_that_cannot_be_allocated_is_halved(tokenizer, monkeypatch, capsys):
     base = freeze(make_bloom(seed=2), FP32)
-    requests = [Request(text, GREEDY, prompt) for text, prompt in drawn(9, 9)]
-    generator = PackedGenerator(ResidentWeights(base, FP32), tokenizer)
-    expected, memory = dict(generator.generate(requests, 8)), decode.Memory
+    requests = [Request(text, GREEDY, prompt) for text, prompt in random_questions(9, 9)]
+    generator = ContinuousBatchingGenerator(ResidentWeights(base, FP32), tokenizer)
+    expected = dict(generator.generate(requests, 8))
 
-    def small(shape, places, width, like):
-        if places > 2:
+    def small(shape, slots, width, like):
+        if slots > 2:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return memory(shape, places, width, like)
+        return KVCache(shape, slots, width, like)
 
-    monkeypatch.setattr(decode, "KVCache", small)
+    monkeypatch.setattr(continuous_batching, "KVCache", small)
     assert dict(generator.generate(requests, 8)) == expected
     assert capsys.readouterr().err.count("out of memory") == 2
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_batch_of_transformers_that_does_not_fit_is_halved(settings, tokenizer, monkeypatch, capsys):
+def test_out_of_memory_halves_the_batch_of_transformers(settings, tokenizer, monkeypatch, capsys):
     base = freeze(make_bloom(seed=2), FP32)
-    requests = [Request(text, settings, prompt, seed_of(7, i)) for i, (text, prompt) in enumerate(drawn(9, 9))]
+    requests = [
+        Request(text, settings, prompt, sample_seed(7, i)) for i, (text, prompt) in enumerate(random_questions(9, 9))
+    ]
     expected = dict(generator_of("padded", base, tokenizer).generate(requests, 8))
     forward, calls = base.forward, []
 
-    @functools.wraps(forward)  # transformers reads its signature
-    def cramped(*args, **kwargs):
+    @functools.wraps(forward)  # transformers inspects the signature
+    def limited(*args, **kwargs):
         calls.append(next(len(value) for value in kwargs.values() if isinstance(value, torch.Tensor)))
-        if calls[-1] > 3 and len(calls) > 4:  # behind the first tokens
+        if calls[-1] > 3 and len(calls) > 4:  # after the first tokens
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(base, "forward", cramped)
+    monkeypatch.setattr(base, "forward", limited)
     assert dict(generator_of("padded", base, tokenizer).generate(requests, 8)) == expected
     assert calls[0] == 8 and calls[-1] <= 3 and capsys.readouterr().err.count("out of memory") == 2
 
 
-def test_no_room_for_a_single_answer_is_said_and_other_errors_stay(tokenizer):
+def test_no_memory_for_one_answer_is_an_error_and_other_errors_pass_through(tokenizer):
     base = freeze(make_bloom(), FP32)
     with pytest.raises(TrainingError, match="out of memory with one answer at a time; give a smaller --max_length"):
-        list(Cramped(base, tokenizer, 0).generate([Request([5], GREEDY)] * 3, 2))
+        list(SmallMemoryGenerator(base, tokenizer, 0).generate([Request([5], GREEDY)] * 3, 2))
 
-    def broken(number, token):
+    def broken(index, token):
         raise RuntimeError("another one")
 
     with pytest.raises(RuntimeError, match="another one"):
         list(generator_of("packed", base, tokenizer).generate([Request([5], GREEDY)] * 3, 2, broken))
 
 
-def test_tokens_are_told_as_they_come(tokenizer):
+def test_on_token_gets_every_token(tokenizer):
     base = freeze(make_bloom(seed=2), FP32)
     for kind in ("packed", "padded"):
-        told = {}
-        requests = [Request(text, GREEDY, prompt) for text, prompt in drawn(5, 9)]
+        tokens = {index: [] for index in range(5)}
+        requests = [Request(text, GREEDY, prompt) for text, prompt in random_questions(5, 9)]
         generator = generator_of(kind, base, tokenizer)
-        answers = dict(
-            generator.generate(requests, 2, lambda number, token, t=told: t.setdefault(number, []).append(token))
-        )
-        assert {n: told.get(n, []) for n in range(5)} == answers
+        answers = dict(generator.generate(requests, 2, lambda index, token, t=tokens: t[index].append(token)))
+        assert tokens == answers
 
 
 def test_bf16_follows_fp32(tokenizer):
-    """The same words where one leads clearly; on a random base answers soon part."""
+    """The first tokens are mostly the same; later ones diverge, since a random base has no clear favourite."""
     base = make_bloom(seed=2)
-    asked = drawn(6, 9)
+    asked = random_questions(6, 9)
     exact = answers_of("packed", freeze(copy.deepcopy(base), FP32), tokenizer, asked, GREEDY)
-    generator = PackedGenerator(ResidentWeights(freeze(base, torch.bfloat16), torch.bfloat16), tokenizer)
+    generator = ContinuousBatchingGenerator(ResidentWeights(freeze(base, torch.bfloat16), torch.bfloat16), tokenizer)
     requests = [Request(text, GREEDY, prompt) for text, prompt in asked]
     rounded = dict(generator.generate(requests))
     assert sum(rounded[i][:1] == exact[i][:1] for i in range(6)) >= 5
@@ -275,7 +279,7 @@ def test_bf16_follows_fp32(tokenizer):
 @pytest.mark.parametrize("S", [0, 1, 2, 33, 64, 65])
 @pytest.mark.parametrize("words", [1, 2, 7, 64])
 @torch.no_grad()
-def test_products_of_few_rows(S, words):
+def test_project_of_few_rows(S, words):
     x, weight, bias = torch.randn(16, S).T, torch.randn(words, 16), torch.randn(words)
     for shift in (None, bias):
         expected = x.double() @ weight.double().T + (0 if shift is None else shift.double())
@@ -284,25 +288,26 @@ def test_products_of_few_rows(S, words):
 
 @pytest.mark.parametrize("few, transposed", [(0, 0), (10**6, 0), (10**6, 10**6)])
 @torch.no_grad()
-def test_other_thresholds_give_the_same_products(few, transposed, monkeypatch):
-    """They were chosen for speed, on one machine."""
-    monkeypatch.setattr(products, "FEW", few)
-    monkeypatch.setattr(products, "TRANSPOSED", transposed)
+def test_the_thresholds_of_project_do_not_change_its_results(few, transposed, monkeypatch):
+    """They were chosen for speed on one machine."""
+    monkeypatch.setattr(small_linear, "FEW", few)
+    monkeypatch.setattr(small_linear, "TRANSPOSED", transposed)
     for S in (1, 15, 64, 200):
-        test_products_of_few_rows(S, 7)
+        test_project_of_few_rows(S, 7)
 
 
 @pytest.fixture(scope="module")
 def base_46k(shared):
-    """A random BLOOM with the 46,145 words, and their tokenizer."""
+    """A random BLOOM with a vocabulary of 46,145 tokens, and the tokenizer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(shared / "tokenizer-46k")
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=46145, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2)
     return BloomForCausalLM(config).eval().requires_grad_(False), tokenizer
 
 
-def test_answers_with_46145_words_are_pefts(base_46k):
-    """Alone, batched with padding on the left, and in a mixed batch, each beside PEFT with its adapter alone."""
+def test_answers_equal_those_of_peft_with_a_vocabulary_of_46145(base_46k):
+    """PEFT answers each adapter's questions in one left-padded batch; ours answer alone, and both adapters in one mixed
+    batch."""
     base, tokenizer = base_46k
     questions = ["如何写好一个简历?", "Human: 写一首诗\n\nAssistant: ", "好", "给出三个保持健康的建议。"]
     prompts = [torch.randn(P, 64, generator=torch.Generator().manual_seed(P)) for P in (10, 3)]

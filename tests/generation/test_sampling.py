@@ -1,4 +1,4 @@
-"""From logits to tokens: transformers' own processors in transformers' order, and random numbers of one's own."""
+"""From logits to tokens: transformers' own processors in their order, and one random number generator per answer."""
 
 import math
 
@@ -8,9 +8,10 @@ from helpers.bases import make_bloom
 from helpers.peers import answers_of, generator_of
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from softprompt.generation.hf_generate import in_order, search_beams
-from softprompt.generation.requests import GenerationSettings, Request, seed_of
-from softprompt.generation.sampling import draw, processed
+from softprompt.generation.generator import in_request_order
+from softprompt.generation.hf_generate import beam_search
+from softprompt.generation.requests import GenerationSettings, Request, sample_seed
+from softprompt.generation.sampling import process_logits, sample
 from softprompt.models.loading import freeze
 
 FP32 = torch.float32
@@ -26,8 +27,8 @@ SETTINGS = [
 ]
 
 
-class Given(LogitsProcessor):
-    """Stands first and puts known logits in the place of the model's."""
+class KnownLogits(LogitsProcessor):
+    """Replaces the model's logits by known ones."""
 
     def __init__(self, logits):
         self.logits = logits
@@ -37,7 +38,7 @@ class Given(LogitsProcessor):
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_scores_behind_the_processors_are_transformers(given):
+def test_processed_logits_equal_those_of_transformers(given):
     base = make_bloom()
     settings = GenerationSettings(**given)
     ids = torch.tensor([[8, 9, 8, 5, 9, 8], [4, 4, 4, 4, 4, 4]])
@@ -55,55 +56,55 @@ def test_scores_behind_the_processors_are_transformers(given):
         "eos_token_id": 2,
         **shape,
     }
-    out = base.generate(ids, logits_processor=LogitsProcessorList([Given(logits)]), **asked)
-    # Given comes behind the penalties in transformers' list, so those are taken from the model's own logits
+    out = base.generate(ids, logits_processor=LogitsProcessorList([KnownLogits(logits)]), **asked)
+    # KnownLogits comes after the penalties in transformers' list, so those are taken from the model's own logits
     if settings.repetition_penalty != 1.0 or settings.no_repeat_ngram_size or settings.suppress_tokens:
         out = base.generate(ids, output_logits=True, **asked)
         logits = out.logits[0]
-    mine = processed(logits, ids.tolist(), settings)
+    mine = process_logits(logits, ids.tolist(), settings)
     assert torch.equal(mine, out.scores[0])
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     n = 20_000
-    words = draw(probabilities.expand(n, -1), [torch.Generator().manual_seed(seed) for seed in range(n)])
-    shares = torch.bincount(torch.tensor(words), minlength=6) / n
+    tokens = sample(probabilities.expand(n, -1), [torch.Generator().manual_seed(seed) for seed in range(n)])
+    shares = torch.bincount(torch.tensor(tokens), minlength=6) / n
     for share, p in zip(shares.tolist(), probabilities.tolist(), strict=True):
         assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_a_certain_word_is_drawn():
+def test_a_certain_token_is_sampled():
     for at in (0, 2, 4):
         row = torch.zeros(1, 5)
         row[0, at] = 1
-        assert draw(row, [torch.Generator()]) == [at]
+        assert sample(row, [torch.Generator()]) == [at]
 
 
 def test_seeds_depend_on_the_question_and_the_sample():
-    seeds = {seed_of(s, n, k) for s in range(3) for n in range(10) for k in range(4)}
+    seeds = {sample_seed(s, n, k) for s in range(3) for n in range(10) for k in range(4)}
     assert len(seeds) == 120 and all(0 <= seed < 2**64 for seed in seeds)
-    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) and seed_of(1, 2, 3) != seed_of(1, 23)
+    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3) and sample_seed(1, 2, 3) != sample_seed(1, 23)
 
 
 KINDS = pytest.mark.parametrize("kind", ["packed", "padded"])
 
 
 @KINDS
-def test_ends_of_answers(kind, tokenizer):
-    """An end token of one's own, several of them, and one's own in the tokenizer's place, in one batch."""
+def test_end_tokens_of_the_settings(kind, tokenizer):
+    """Requests of one batch with one end token and with several, in place of the tokenizer's."""
     base, text = freeze(make_bloom(seed=2), FP32), [9, 8, 7]
     distinct = {"max_new_tokens": 9, "do_sample": False, "no_repeat_ngram_size": 1}
     (whole,) = answers_of(kind, base, tokenizer, [(text, None)], GenerationSettings(**distinct, eos_token_id=(0,)))
     assert len(whole) == len(set(whole)) == 9
     ends = [(whole[3],), (0, whole[5], whole[7]), (0,)]
     requests = [Request(text, GenerationSettings(**distinct, eos_token_id=e)) for e in ends]
-    answers = list(in_order(generator_of(kind, base, tokenizer).generate(requests)))
+    answers = list(in_request_order(generator_of(kind, base, tokenizer).generate(requests)))
     assert answers == [whole[:3], whole[:5], whole]
 
 
 @KINDS
-def test_a_stop_string_ends_an_answer_that_keeps_it(kind, tokenizer):
+def test_a_stop_string_ends_an_answer_and_stays_in_it(kind, tokenizer):
     base, text, words = freeze(make_bloom(seed=2), FP32), tokenizer("hello")["input_ids"], tokenizer("ok")["input_ids"]
     greedy = {"max_new_tokens": 9, "do_sample": False, "no_repeat_ngram_size": 1, "eos_token_id": (0,)}
     (whole,) = answers_of(kind, base, tokenizer, [(text, None)], GenerationSettings(**greedy))
@@ -118,8 +119,8 @@ def test_a_stop_string_ends_an_answer_that_keeps_it(kind, tokenizer):
         assert answer == undisturbed or stop in tokenizer.decode(answer)
 
 
-def test_limits_are_pefts(tokenizer):
-    """max_length counts the text, not the virtual tokens; max_new_tokens wins over it."""
+def test_limits_count_as_in_peft(tokenizer):
+    """max_length counts the text but not the virtual tokens; max_new_tokens takes precedence over it."""
     base, prompt = freeze(make_bloom(seed=2), FP32), torch.randn(5, 32)
     never = {"do_sample": False, "eos_token_id": (299,), "suppress_tokens": (299,)}
     for kind in ("packed", "padded"):
@@ -130,15 +131,15 @@ def test_limits_are_pefts(tokenizer):
         assert [len(a) for a in answers_of(kind, base, tokenizer, asked, both)] == [6, 6]
 
 
-def test_beams_are_transformers(tokenizer):
+def test_beam_search_equals_that_of_transformers(tokenizer):
     base, text, prompt = freeze(make_bloom(seed=2), FP32), [9, 8, 7], torch.randn(3, 32)
     words = torch.cat([prompt, base.get_input_embeddings()(torch.tensor(text))])[None]
     given = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
     theirs = base.generate(inputs_embeds=words, pad_token_id=3, eos_token_id=2, **given).tolist()
-    found = search_beams(base, tokenizer, Request(text, GenerationSettings(**given), prompt), FP32)
+    found = beam_search(base, tokenizer, Request(text, GenerationSettings(**given), prompt), FP32)
     assert found == [ids[: ids.index(2)] if 2 in ids else ids for ids in theirs]
     sampled = [
-        search_beams(base, tokenizer, Request(text, GenerationSettings(num_beams=2, max_new_tokens=6), prompt, 5), FP32)
+        beam_search(base, tokenizer, Request(text, GenerationSettings(num_beams=2, max_new_tokens=6), prompt, 5), FP32)
         for _ in range(2)
     ]
     assert sampled[0] == sampled[1]

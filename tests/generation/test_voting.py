@@ -1,4 +1,4 @@
-"""Several prompts as one: votes and mean likelihoods by their definitions, in Python, infer.py and evaluation."""
+"""Ensembles: votes and mean likelihoods beside naive references, in Python, in infer.py and in evaluation."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ import softprompt
 from softprompt.data.tokenization import Example
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.generation.likelihood import ChoiceResult
-from softprompt.generation.voting import joint_verdict, majority
+from softprompt.generation.voting import vote_answer, vote_choice
 from softprompt.utils.errors import AdapterError, ConfigError
 
 QUESTIONS = ["今天", "hello", "明天怎么样", "这部电影"]
@@ -25,7 +25,7 @@ VOTINGS = ("majority_vote", "mean_likelihood")
 
 @pytest.fixture
 def place(tiny_base, tmp_path, monkeypatch):
-    """Five prompts of different lengths, two of them the same, one with a template of its own."""
+    """Five prompts of different lengths; two are equal, and one has another template."""
     for number, seed in enumerate((1, 2, 2, 3)):
         write_adapter(tmp_path / f"p{number}", tiny_base, 3 + seed, seed=seed)
     write_adapter(tmp_path / "other", tiny_base, 2, "问：{q}\\n答：", seed=5)
@@ -37,19 +37,19 @@ NAMES = ["p0", "p1", "p2", "p3", "other"]
 
 
 def naive_scores(model, name, question, answers):
-    """Log-likelihood of each answer and its end, one row after the other through the base's own forward."""
-    tuned, scores = model.adapters[name], []
-    text = tuned.template.render(tuned.template.row(question), model.tokenizer)
+    """Log-likelihood of each answer with its end token, row by row through the base's own forward."""
+    adapter, scores = model.adapters[name], []
+    text = adapter.template.render(adapter.template.row(question), model.tokenizer)
     ids = model.tokenizer(text)["input_ids"]
     for answer in answers:
         end = model.tokenizer(answer + model.tokenizer.eos_token)["input_ids"]
         row = Example(ids + end, [-100] * len(ids) + end)
-        scores.append(-naive_loss(model.base, tuned.prompt, [row]).item() * len(end))
+        scores.append(-naive_loss(model.base, adapter.prompt, [row]).item() * len(end))
     return scores
 
 
 def naive_shares(model, names, question, answers):
-    """Mean over the members of exp(score) / Σ exp(score)."""
+    """Mean over the members of exp(score) / Σ exp(score), for each answer."""
     of_members = []
     for name in names:
         powers = [math.exp(score) for score in naive_scores(model, name, question, answers)]
@@ -58,7 +58,7 @@ def naive_shares(model, names, question, answers):
 
 
 def naive_winner(model, names, question, answers, voting):
-    """From the members' answers."""
+    """The answer that wins among those of the members."""
     left = list(dict.fromkeys(answers))
     if voting == "majority_vote":
         left = [a for a in left if answers.count(a) == max(map(answers.count, answers))]
@@ -77,8 +77,8 @@ def test_log_likelihoods_are_those_of_rows_run_alone(place):
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[:3], ["p0", "p3"], ["p1", "p2"]])
 @pytest.mark.parametrize("voting", VOTINGS)
-def test_answers_are_elected_from_those_of_the_members(names, voting, place):
-    """Ties and clear votes among them."""
+def test_an_ensemble_answers_with_the_winner_among_its_members_answers(names, voting, place):
+    """The questions include ties and clear votes."""
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
     greedy = {"do_sample": False, "max_new_tokens": 3}
     each = {name: model.generate(QUESTIONS, adapter=name, **greedy) for name in names}
@@ -92,43 +92,43 @@ def test_answers_are_elected_from_those_of_the_members(names, voting, place):
 
 
 @pytest.mark.parametrize("voting", VOTINGS)
-def test_choices_are_elected_from_the_members_probabilities(voting, place):
+def test_an_ensemble_classifies_by_its_members_probabilities(voting, place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
     choices = ["正面", "负面", "ok"]
-    for question, verdict in zip(QUESTIONS, model.ensemble(NAMES, voting).classify(QUESTIONS, choices), strict=True):
+    for question, result in zip(QUESTIONS, model.ensemble(NAMES, voting).classify(QUESTIONS, choices), strict=True):
         shares = naive_shares(model, NAMES, question, choices)
-        assert list(verdict.probabilities.values()) == pytest.approx(shares, abs=1e-5)
+        assert list(result.probabilities.values()) == pytest.approx(shares, abs=1e-5)
         labels = [model.classify([question], choices, adapter=name)[0].label for name in NAMES]
         left = [c for c in choices if voting != "majority_vote" or labels.count(c) == max(map(labels.count, labels))]
-        assert verdict.label == max(left, key=lambda c: shares[choices.index(c)])
-        assert verdict.probability == verdict.probabilities[verdict.label]
+        assert result.label == max(left, key=lambda c: shares[choices.index(c)])
+        assert result.probability == result.probabilities[result.label]
 
 
-def unasked(answers):
-    raise AssertionError("no need to score")
+def must_not_be_called(answers):
+    raise AssertionError("a clear vote needs no scores")
 
 
 def test_votes():
-    assert majority(["a", "b", "b"], "majority_vote", unasked) == "b"
-    assert majority(["a", "a"], "mean_likelihood", unasked) == "a"
-    # a is likelier to two of three by a little, b to one of them by far
+    assert vote_answer(["a", "b", "b"], "majority_vote", must_not_be_called) == "b"
+    assert vote_answer(["a", "a"], "mean_likelihood", must_not_be_called) == "a"
+    # for two of three members a is slightly likelier than b, for the third b is far likelier
     scores = {"a": [-1.0, -1.0, -9.0], "b": [-1.1, -1.1, -0.1], "c": [-0.5, -0.5, -0.5]}
 
     def of(answers):
         return [[scores[answer][member] for answer in answers] for member in range(3)]
 
-    assert majority(["a", "b", "a", "b", "c"], "majority_vote", of) == "b"
-    assert majority(["a", "b", "c"], "mean_likelihood", of) == "c"
-    assert majority(["b", "a"], "majority_vote", lambda answers: [[-1.0] * len(answers)] * 3) == "b"
+    assert vote_answer(["a", "b", "a", "b", "c"], "majority_vote", of) == "b"
+    assert vote_answer(["a", "b", "c"], "mean_likelihood", of) == "c"
+    assert vote_answer(["b", "a"], "majority_vote", lambda answers: [[-1.0] * len(answers)] * 3) == "b"
     a, b = ChoiceResult("x", {"x": 0.6, "y": 0.4}), ChoiceResult("y", {"x": 0.0, "y": 1.0})
-    assert joint_verdict([a, b, a], "majority_vote") == ChoiceResult(
+    assert vote_choice([a, b, a], "majority_vote") == ChoiceResult(
         "x", {"x": pytest.approx(0.4), "y": pytest.approx(0.6)}
     )
-    assert joint_verdict([a, b, a], "mean_likelihood").label == "y"
-    assert joint_verdict([a, b], "majority_vote").label == "y"
+    assert vote_choice([a, b, a], "mean_likelihood").label == "y"
+    assert vote_choice([a, b], "majority_vote").label == "y"
 
 
-def test_members_are_asked_in_one_mixed_batch(place, monkeypatch):
+def test_members_answer_in_one_mixed_batch(place, monkeypatch):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
     batches, generate = [], model.generator.generate
     monkeypatch.setattr(
@@ -167,9 +167,9 @@ def test_on_the_command_line(place, capsys, monkeypatch):
     line = refused(infer, [*into, "--voting", "mean_likelihood"], capsys, monkeypatch, place)
     assert_line(line, 'is from another run, with ensemble "default"')
     choices = ["--choices", "正面, 负面"]
-    (verdict,) = model.ensemble().classify([QUESTIONS[0]], ["正面", "负面"])
+    (result,) = model.ensemble().classify([QUESTIONS[0]], ["正面", "负面"])
     label, probability = called([*ask, *choices, "--prompt", QUESTIONS[0]], capsys, monkeypatch).split()
-    assert label == verdict.label and float(probability) == pytest.approx(verdict.probability, abs=1e-4)
+    assert label == result.label and float(probability) == pytest.approx(result.probability, abs=1e-4)
     found = called([*ask, *choices, "--prompts_file", "p.txt"], capsys, monkeypatch).splitlines()
     assert [json.loads(line)["text"] for line in found] == [
         one.label for one in model.ensemble().classify(QUESTIONS, ["正面", "负面"])
@@ -228,7 +228,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_is_refused(flags, place, tiny_base, capsys, monkeypatch):
+def test_refused_flags(flags, place, tiny_base, capsys, monkeypatch):
     write_adapter(place / "stray", place / "nothing", 3)
     (place / "stray/adapter_config.json").write_text(
         (place / "stray/adapter_config.json").read_text().replace(str(place / "nothing"), "some/base")
@@ -242,7 +242,7 @@ def test_what_is_refused(flags, place, tiny_base, capsys, monkeypatch):
     assert_line(refused(infer, flags.split(), capsys, monkeypatch, place), REFUSED[flags])
 
 
-def test_what_is_refused_from_python(place):
+def test_refused_arguments(place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={"a": "p0", "b": "p1"})
     for names, voting, kind, message in (
         (["a"], None, ConfigError, "an ensemble of a: name two or more adapters"),

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from softprompt.data.collate import Batch, collate_padded
 from softprompt.data.tokenization import Example
 from softprompt.engines.factory import engine_for_inference
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import Generator, in_order
+from softprompt.generation.generator import Generator, in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 
 
@@ -71,7 +70,7 @@ def naive_loss(base: PreTrainedModel, prompt: Tensor, rows: Sequence[Example]) -
 
 
 def generator_of(kind: str, base: PreTrainedModel, tokenizer: Any) -> Generator:
-    return generator_beside(engine_for_inference(kind, base, tokenizer, torch.float32), base, tokenizer)
+    return make_generator(engine_for_inference(kind, base, tokenizer, torch.float32), base, tokenizer)
 
 
 def answers_of(
@@ -84,7 +83,7 @@ def answers_of(
 ) -> list[list[int]]:
     """Answers of the packed or the padded engine to texts behind their prompts [P, H], in order."""
     requests = [Request(ids, settings, prompt) for ids, prompt in asked]
-    return list(in_order(generator_of(kind, base, tokenizer).generate(requests, batch_size)))
+    return list(in_request_order(generator_of(kind, base, tokenizer).generate(requests, batch_size)))
 
 
 @torch.no_grad()

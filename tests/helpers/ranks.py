@@ -22,9 +22,7 @@ from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
-from softprompt.generation.data_parallel import DataParallelGenerator
-from softprompt.generation.factory import generator_beside
-from softprompt.generation.hf_generate import in_order
+from softprompt.generation.generator import DataParallelGenerator, in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
 from softprompt.models.bloom_weights import ResidentWeights
@@ -122,20 +120,25 @@ def run(name, world=None, folder=None):
     torch.manual_seed(0)
     prompt = PromptEmbedding(random_init(P)(base.get_input_embeddings().weight))
     engine, seen = engine_of(name, base, shards, world), Losses()
-    generator = generator_beside(engine, base, AutoTokenizer.from_pretrained(BASE_DIR))
+    generator = make_generator(engine, base, AutoTokenizer.from_pretrained(BASE_DIR))
     if world:
         rest = [shards.rest] if shards else []
         engine, generator = DataParallelEngine(engine, world, *rest), DataParallelGenerator(generator, world, *rest)
     settings = GenerationSettings(max_new_tokens=4, do_sample=False)
     asked = [Request(row.input_ids, settings, prompt.weight.detach().clone()) for row in held_out]
-    first = list(in_order(generator.generate(asked[:1], 2)))  # one rank alone passes through the base before training
+    first = list(
+        in_request_order(generator.generate(asked[:1], 2))
+    )  # one rank alone passes through the base before training
     args = TrainingArguments(max_steps=STEPS, per_device_train_batch_size=rows_per_step, gradient_accumulation_steps=1)
     train(engine, prompt, ListLoader(rows, args), args, 1e-2, seen)
     values = prompt.weight.detach()
     (loss, targets), (bare, _) = engine.evaluate(values, held_out), engine.evaluate(None, held_out)
     found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.losses(values, held_out)}
     asked = [Request(row.input_ids, settings, values) for row in held_out]
-    found["answers"] = [first, *(list(in_order(generator.generate(some, 2))) for some in (asked[:1], asked[:5]))]
+    found["answers"] = [
+        first,
+        *(list(in_request_order(generator.generate(some, 2))) for some in (asked[:1], asked[:5])),
+    ]
     return seen.steps, values, found
 
 

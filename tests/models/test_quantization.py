@@ -15,7 +15,7 @@ import softprompt
 import train
 from softprompt.config.loader import train_config
 from softprompt.engines.factory import make_engine
-from softprompt.generation.continuous_batching import PackedGenerator
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
 from softprompt.models.bloom_weights import MODULES
@@ -114,7 +114,7 @@ def test_answers_are_those_of_the_rounded_weights(bits, tokenizer):
     prompts = [torch.randn(P, 64, generator=torch.Generator().manual_seed(P)) for P in (2, 5)]
     asked = [([9, 8, 7], prompts[0]), ([5], prompts[1]), ([20, 30, 40, 50], None)]
     settings = GenerationSettings(max_new_tokens=6, do_sample=False)
-    generator = PackedGenerator(QuantizedWeights(base, rounded, FP32), tokenizer)
+    generator = ContinuousBatchingGenerator(QuantizedWeights(base, rounded, FP32), tokenizer)
     found = dict(generator.generate([Request(ids, settings, prompt) for ids, prompt in asked]))
     assert [found[n] for n in range(3)] == [greedy_alone(naive, ids, prompt, 6) for ids, prompt in asked]
 

@@ -18,7 +18,7 @@ from softprompt.data.tokenization import Example
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
 from softprompt.evaluation.evaluator import Evaluator
-from softprompt.generation.factory import generator_beside
+from softprompt.generation.generator import make_generator
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
@@ -155,7 +155,7 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     before = copy.deepcopy(base.state_dict())
     engine = engine_of(kind, base, tokenizer, 4, dtype)
     prompt = PromptEmbedding(values)
-    Evaluator(engine, generator_beside(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
+    Evaluator(engine, make_generator(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
     args = TrainingArguments(max_steps=6)
     train(engine, prompt, ListLoader(rows, args), args, 1e-2, Kept())

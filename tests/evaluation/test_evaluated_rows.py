@@ -1,4 +1,4 @@
-"""Which rows a figure is of: answers that are whole, rows that are read and cut as the adapter's own training did."""
+"""Which rows a metric covers: those with whole answers, read and truncated as in the adapter's training."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import infer
 import softprompt
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
-from softprompt.generation.adapters import load
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.models.loading import load_tokenizer
 from softprompt.study.page import table_of
 from softprompt.training.summary import summary
@@ -24,13 +24,13 @@ def written(path: str, rows: list[dict]) -> str:
 
 
 def row(question: int, answer: int, label: str = "b") -> dict:
-    """A row of so many letters, each of which is a token."""
+    """A row with a question and an answer of that many letters, each of which is a token."""
     return {"instruction": "a" * question, "output": label * answer}
 
 
 @pytest.fixture
 def settings(tiny_base, tmp_path, monkeypatch) -> dict:
-    """Of a short run with held-out rows in rows.jsonl."""
+    """Settings of a short run with held-out rows in rows.jsonl."""
     monkeypatch.chdir(tmp_path)
     written("train.jsonl", [row(3, 2)] * 4)
     flags = {"dataset": "train.jsonl", "eval_dataset": "rows.jsonl", "max_steps": 2, "gradient_accumulation_steps": 1}
@@ -38,7 +38,7 @@ def settings(tiny_base, tmp_path, monkeypatch) -> dict:
 
 
 def kept_whole(rows: list[dict], base: str, max_length: int) -> tuple[int, int]:
-    """How many rows keep a target, and how many of these their whole answer, by a naive count of tokens."""
+    """How many rows keep a target, and how many of these keep their whole answer, by a naive count of tokens."""
     tokenizer, kept, whole = load_tokenizer(base), 0, 0
     for one in rows:
         asked = len(tokenizer(f"Human: {one['instruction']}\n\nAssistant: ")["input_ids"])
@@ -47,7 +47,7 @@ def kept_whole(rows: list[dict], base: str, max_length: int) -> tuple[int, int]:
     return kept, whole
 
 
-def test_exact_match_is_over_whole_answers(settings, capsys, monkeypatch):
+def test_exact_match_covers_rows_with_whole_answers(settings, capsys, monkeypatch):
     rows = [row(n, 9) for n in (3, 10, 20, 38, 42, 60)]
     written("rows.jsonl", rows)
     kept, whole = kept_whole(rows, settings["model_name_or_path"], 50)
@@ -70,8 +70,8 @@ def test_exact_match_is_over_whole_answers(settings, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [20, 100])
-def test_no_exact_match_where_no_answer_is_whole(answer, settings, capsys):
-    """However short what is left of it; a metric that is not there cannot choose the best prompt."""
+def test_no_exact_match_if_no_answer_is_whole(answer, settings, capsys):
+    """However short the rest of an answer is; a metric that is missing cannot select the best prompt."""
     written("rows.jsonl", [row(9, answer)] * 3)
     tokens = kept_whole([row(9, answer)], settings["model_name_or_path"], 30)
     assert tokens == (1, 0)
@@ -92,7 +92,7 @@ def test_no_exact_match_where_no_answer_is_whole(answer, settings, capsys):
     assert not Path("other").exists()
 
 
-def test_what_is_missing_of_an_answer(tokenizer):
+def test_tokenize_counts_the_truncated_tokens_of_answers(tokenizer):
     rows = [row(5, 10), row(30, 10), row(34, 10), row(99, 10)]
     whole = tokenize(rows, tokenizer, Template(), 1000)
     assert whole.kept == [0, 1, 2, 3] and whole.missing == [0, 0, 0, 0]
@@ -106,8 +106,8 @@ def test_what_is_missing_of_an_answer(tokenizer):
                 assert left == targets[: len(targets) - missing]
 
 
-def test_one_prompt_scores_the_same_in_both_programs(settings, capsys, monkeypatch):
-    """With the run's own length, side of the cut and columns, which stand beside the adapter."""
+def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
+    """The adapter folder holds the run's max_length, truncation_side and columns."""
     rows = [row(n, 2, label) for n, label in zip((3, 30, 90, 4, 120), "bcbcc", strict=True)]
     theirs = [{"text": one["instruction"], "label": one["output"]} for one in rows]
     written("rows.jsonl", theirs)
@@ -125,7 +125,7 @@ def test_one_prompt_scores_the_same_in_both_programs(settings, capsys, monkeypat
     figures, out = evaluated("rows.jsonl")
     assert figures["loss"] == f"{run.metrics['eval_loss']:.4f}" and "2 rows cut" in out
     assert figures["exact match"] == f"{run.metrics['eval_exact_match']:.1%}"
-    written("ours.jsonl", rows)  # a dataset of other columns is read by those that it has
+    written("ours.jsonl", rows)  # the run's columns do not apply to a dataset that has others
     assert evaluated("ours.jsonl")[0]["loss"] == figures["loss"]
     both = [{**mine, "text": "zzz", "label": "z"} for mine in rows]
     given = evaluated(written("both.jsonl", both), "--columns", "instruction=instruction,output=output")
@@ -144,21 +144,21 @@ def beside(folder: str, **settings) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def test_adapters_that_were_cut_otherwise_are_judged_by_the_same_rows(place, tiny_base, capsys, monkeypatch):
+def test_adapters_trained_with_other_lengths_are_evaluated_on_the_same_rows(place, tiny_base, capsys, monkeypatch):
     write_adapter(place / "c", tiny_base, 4, seed=3)
     beside("a", max_length=40, truncation_side="output")
     beside("c", max_length=300, truncation_side="input")
     written("rows.jsonl", [row(n, 2, label) for n, label in ((3, "b"), (60, "c"), (90, "b"))])
     argv = ["--adapter", "a", "--adapter", "c", "--adapter", "none", "--eval_dataset", "rows.jsonl"]
     out = called(argv, capsys, monkeypatch)
-    assert "--max_length 40, 300; all are judged with 300" in out and "all are judged with input" in out
+    assert "--max_length 40, 300; all are evaluated with 300" in out and "all are evaluated with input" in out
     given = called([*argv, "--max_length", "300", "--truncation_side", "input"], capsys, monkeypatch)
     assert out.splitlines()[:8] == given.splitlines()[:8] and "were trained with" not in given
     alone = called(["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 40 --truncation_side output: 1 of 3 rows" in alone and "were trained with" not in alone
 
 
-def test_an_adapter_that_does_not_say_how_rows_were_cut(place, capsys, monkeypatch):
+def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys, monkeypatch):
     written("rows.jsonl", [row(3, 2), row(300, 2)])
     out = called(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 256 --truncation_side output: 1 of 2 rows" in out
@@ -175,11 +175,11 @@ def test_an_adapter_that_does_not_say_how_rows_were_cut(place, capsys, monkeypat
         *({"columns": value} for value in ("a=b", ["a"], {"a": 1}, None, {"a": "\ud800"})),
     ],
 )
-def test_settings_beside_an_adapter_that_are_none(settings, place):
+def test_invalid_settings_in_an_adapter_folder(settings, place):
     beside("a", **settings)
     (name,) = settings
     with pytest.raises(AdapterError, match=f"softprompt.json: {name} must be .*mend it there"):
-        load("a")
+        LoadedAdapter.from_folder("a")
 
 
 @pytest.mark.parametrize(
@@ -193,24 +193,24 @@ def test_settings_beside_an_adapter_that_are_none(settings, place):
         "--eval_dataset rows.jsonl --truncation_side left",
     ],
 )
-def test_flags_for_rows_that_do_not_apply(flags, place, capsys, monkeypatch):
+def test_flags_that_do_not_apply(flags, place, capsys, monkeypatch):
     line = refusal(infer, ["--adapter", "a", *flags.split()], capsys, monkeypatch)
     assert f"--{'columns' if 'columns' in flags else 'truncation_side'}" in line
 
 
-def test_labels_keep_the_space_that_the_rows_have(place, capsys, monkeypatch):
-    """Training learned them with it, so they are scored with it."""
+def test_labels_are_scored_with_the_white_space_of_the_rows(place, capsys, monkeypatch):
+    """Training learned them with that white space."""
     rows = [{"instruction": f"第{n}", "output": " 正面" if n % 2 else " 负面"} for n in range(4)]
     written("rows.jsonl", rows)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
-    verdicts = model.classify([one["instruction"] for one in rows], [" 负面", " 正面"])
-    right = sum(v.label == one["output"] for v, one in zip(verdicts, rows, strict=True))
+    results = model.classify([one["instruction"] for one in rows], [" 负面", " 正面"])
+    right = sum(v.label == one["output"] for v, one in zip(results, rows, strict=True))
     for choices in ([], ["--choices", "负面,正面"]):
         out = called(["--adapter", "a", "--eval_dataset", "rows.jsonl", *choices], capsys, monkeypatch)
         assert f"accuracy (likelier label)  {right / 4:.1%}" in out
 
 
-def test_a_study_says_over_how_many_rows(tmp_path, tiny_base, monkeypatch, capsys):
+def test_a_study_says_how_many_rows_exact_match_covers(tmp_path, tiny_base, monkeypatch, capsys):
     from softprompt.study.grid import read_study
     from softprompt.study.results import point
     from softprompt.study.study import run_study

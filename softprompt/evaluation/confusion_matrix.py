@@ -1,0 +1,49 @@
+"""Accuracy, macro F1 and confusion matrix of classified rows."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from softprompt.generation.likelihood import ChoiceResult
+from softprompt.utils.text_table import table
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """How often rows with one label were classified as another.
+
+    Attributes:
+        labels: the choices in their order, then the answers of rows that are none of the choices; such a row is never
+            classified correctly.
+        counts: number of rows by (expected label, predicted label).
+    """
+
+    labels: Sequence[str]
+    counts: Mapping[tuple[str, str], int]
+
+    @classmethod
+    def from_predictions(cls, expected: Sequence[str], predicted: Sequence[ChoiceResult]) -> "ConfusionMatrix":
+        """Count the pairs of expected answers and predictions, at least one, row by row."""
+        labels = dict.fromkeys([*predicted[0].probabilities, *expected])
+        return cls(list(labels), Counter(zip(expected, (one.label for one in predicted), strict=True)))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the rows that are classified correctly."""
+        return sum(self.counts.get((label, label), 0) for label in self.labels) / sum(self.counts.values())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean of the labels' F1 scores, 2 · correct / (rows with the label + rows predicted as it); a label with no
+        such rows counts as 0."""
+        scores = []
+        for label in self.labels:
+            expected, predicted = (sum(n for pair, n in self.counts.items() if pair[side] == label) for side in (0, 1))
+            correct = self.counts.get((label, label), 0)
+            scores.append(2 * correct / (expected + predicted) if expected + predicted else 0.0)
+        return sum(scores) / len(scores)
+
+    def __str__(self) -> str:
+        head = ["expected \\ predicted", *self.labels]
+        rows = [[a, *(str(self.counts.get((a, b), 0)) for b in self.labels)] for a in self.labels]
+        return table([head, *rows])

@@ -1,0 +1,81 @@
+"""Evaluate a prompt ensemble on held-out rows: the loss of its mean likelihood, and the answers that it votes for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.config.infer_args import Voting
+from softprompt.data.dataset import Row
+from softprompt.data.template import Template
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.engines.base import Engine
+from softprompt.evaluation.evaluator import Evaluation, compare_answers, question_ids
+from softprompt.generation.likelihood import answer_examples, log_likelihoods
+from softprompt.generation.voting import vote_answer
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """A prompt of an ensemble, and what it made of the rows.
+
+    Attributes:
+        prompt: [P, H]; None is the bare base.
+        examples: the rows in this member's template.
+        answers: its answers to the rows; None if answers are not compared.
+        missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
+    """
+
+    prompt: Tensor | None
+    template: Template
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+    answers: Sequence[str] | None
+    missing: Sequence[int] = ()
+
+
+def evaluate_ensemble(
+    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], voting: Voting = "majority_vote"
+) -> Evaluation:
+    """Evaluate members that have the same rows and expected answers.
+
+    The ensemble's likelihood of a row is the mean of its members' likelihoods; the loss is -log of it, summed over the
+    rows and divided by the number of targets. Its answer to a row is the one that `voting.vote_answer` chooses.
+    """
+    examples = members[0].examples
+    of_members = [engine.losses(member.prompt, member.examples) for member in members]  # [members][rows]
+    total = sum(-_log_mean_exp([-loss for loss in losses]) for losses in zip(*of_members, strict=True))
+    loss, answers = total / sum(map(count_targets, examples)), [member.answers for member in members]
+    if any(texts is None for texts in answers):
+        return Evaluation(loss, None, None)
+    voted = [
+        vote_answer(texts, voting, partial(_score_row, engine, tokenizer, members, row))
+        for row, texts in enumerate(zip(*(a for a in answers if a is not None), strict=True))
+    ]
+    return compare_answers(loss, voted, examples, members[0].missing, tokenizer)
+
+
+def score_answers(
+    engine: Engine, tokenizer: Any, member: EnsembleMember, answers: Sequence[str], rows: slice = slice(None)
+) -> list[list[float]]:
+    """Compute the log-likelihood of each of the answers to each of the rows."""
+    questions = [question_ids(example) for example in member.examples[rows]]
+    templates = [member.template] * len(questions)
+    examples = answer_examples(questions, member.rows[rows], answers, templates, tokenizer)
+    return log_likelihoods(engine, [member.prompt] * len(questions), examples)
+
+
+def _score_row(
+    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
+) -> list[list[float]]:
+    """Each member's log-likelihoods of the answers to one row."""
+    return [score_answers(engine, tokenizer, member, answers, slice(row, row + 1))[0] for member in members]
+
+
+def _log_mean_exp(values: Sequence[float]) -> float:
+    """log of the mean of exp(value); the largest is factored out, so that no exp underflows for all."""
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values) / len(values))

@@ -1,0 +1,88 @@
+"""The generator interface, and which generator answers for an engine: alone, or with the ranks of a run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from softprompt.distributed.process_group import World, assign_rows, chosen
+from softprompt.engines.base import Engine
+from softprompt.engines.packed import PackedEngine
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.hf_generate import TransformersGenerator
+from softprompt.generation.requests import OnToken, Request
+from softprompt.models.capabilities import why_no_answers
+
+
+class Generator(Protocol):
+    """Answers requests in batches.
+
+    Each answer is the one that the request would get alone: which other requests share its batch, and how many, changes
+    nothing but the order of floating-point sums.
+    """
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Answer the requests, at most `batch_size` at a time.
+
+        All requests are checked at the call; answers are computed while the iterator is consumed.
+
+        Args:
+            on_token: called with the index of the request and the token id whenever a token has been chosen.
+
+        Returns:
+            (index of the request, token ids of its answer without the end token), in the order in which the answers are
+            finished.
+
+        Raises:
+            ConfigError: a text that leaves no room for an answer.
+        """
+        ...
+
+
+def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
+    """Make the generator that answers over the weights of `engine`; None if the base cannot answer behind a soft prompt
+    (`capabilities.why_no_answers` says why)."""
+    if isinstance(engine, PackedEngine):
+        return ContinuousBatchingGenerator(engine.weights, tokenizer)
+    if why_no_answers(base):
+        return None
+    return TransformersGenerator(base, tokenizer, engine.compute_dtype)
+
+
+class DataParallelGenerator:
+    """Distribute requests over the ranks of a run. Each rank answers its share; every rank returns all answers, in the
+    order of the requests, once all ranks have finished.
+
+    Args:
+        rest: run after this rank's share, before the ranks meet; see `DataParallelEngine`.
+    """
+
+    def __init__(self, generator: Generator, world: World, rest: Callable[[], None] = lambda: None):
+        self.generator, self.world, self.rest = generator, world, rest
+
+    def __str__(self) -> str:
+        return str(self.generator)
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """See `Generator.generate`."""
+        my_share = assign_rows([len(request.input_ids) for request in requests], self.world.size)[self.world.rank]
+        answers = self.generator.generate(chosen(requests, my_share), batch_size, on_token)
+        mine = [(my_share[index], answer) for index, answer in answers]
+        self.rest()
+        yield from sorted((index, answer) for share in self.world.gather(mine) for index, answer in share)
+
+
+def in_request_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
+    """Reorder what `Generator.generate` returns: yield the answers in the order of their requests, each as soon as it
+    and all before it are finished."""
+    finished: dict[int, list[int]] = {}
+    next_index = 0
+    for index, answer in answers:
+        finished[index] = answer
+        while next_index in finished:
+            yield finished.pop(next_index)
+            next_index += 1

@@ -1,0 +1,184 @@
+"""One forward pass of continuous batching: the tokens that it runs, and their attention over the KV cache.
+
+A pass runs one packed stream of S tokens without padding, which mixes slots in two phases:
+
+    stream   newest token of slot 0 | newest token of slot 3 | text of slot 2 (T tokens) | text of slot 1 (T tokens)
+             decode: 1 token of each slot in the cache         prefill: all tokens of slots that were just filled
+
+Layer norms, projections and MLPs see the S tokens as one matrix. Only attention tells them apart: a decoded token
+attends to its slot's row in the cache; a prefilled text attends to its prompt and, causally, to itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softprompt.engines.bloom import Prefix
+from softprompt.engines.prefix_attention import Group, attend, causal_alibi, group_rows
+from softprompt.generation.kv_cache import KVCache
+from softprompt.generation.sampling import RequestState
+
+
+@dataclass
+class Slot:
+    """A request that occupies a row of the KV cache, or waits for one.
+
+    Attributes:
+        prefix: keys and values of the request's prompt.
+        cached: number of positions of its row that are in the cache, virtual tokens included; 0 before prefill.
+    """
+
+    state: RequestState
+    prefix: Prefix
+    cached: int = 0
+
+    @property
+    def P(self) -> int:
+        """Number of virtual tokens before the text."""
+        return len(self.prefix.layers[0])
+
+    def restarted(self) -> "Slot":
+        """Return this slot as it was before prefill. The tokens of the answer so far stay: they are prefilled together
+        with the text."""
+        self.state.restore_rng()
+        self.cached = 0
+        return self
+
+
+class PrefillGroup(NamedTuple):
+    """Slots whose texts are prefilled behind the same prompt, the longest text first.
+
+    Attributes:
+        slots: indices of the slots.
+        lengths: number of tokens of each text.
+        attention_groups: how `attend` batches the texts.
+        span: where the texts are in the stream.
+    """
+
+    prefix: Prefix
+    slots: list[int]
+    lengths: list[int]
+    attention_groups: list[Group]
+    span: slice
+
+
+class PackedStep:
+    """The stream of one forward pass over n slots: the newest tokens of the slots that decode, then the texts of the
+    slots that are prefilled, grouped by prompt.
+
+    Attributes:
+        decoding: indices of the slots that decode, in the order of the stream.
+        prefills: the groups of slots that are prefilled.
+        positions: position of each slot's last token in its row, counted from 0 with the virtual tokens.
+        input_ids: the stream [S] int64.
+        last_index: index of each slot's last token in the stream [n] int64.
+    """
+
+    def __init__(self, slots: Sequence[Slot], device: torch.device):
+        self.device, self.positions = device, [slot.P + len(slot.state.token_ids) - 1 for slot in slots]
+        self.decoding = [b for b, slot in enumerate(slots) if slot.cached]
+        stream, last_index = [slots[b].state.token_ids[-1] for b in self.decoding], [0] * len(slots)
+        for index, b in enumerate(self.decoding):
+            last_index[b] = index
+        self.prefills: list[PrefillGroup] = []
+        for prefix, filled in _filled_by_prefix(slots):
+            start = len(stream)
+            for b in filled:
+                stream += slots[b].state.token_ids
+                last_index[b] = len(stream) - 1
+            lengths = [len(slots[b].state.token_ids) for b in filled]
+            span = slice(start, len(stream))
+            self.prefills.append(PrefillGroup(prefix, filled, lengths, group_rows(lengths, device), span))
+        self.input_ids = torch.tensor(stream, device=device)  # [S]
+        self.last_index = torch.tensor(last_index, device=device)  # [n]
+
+
+def _filled_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
+    """Group the indices of slots that have nothing in the cache yet by their prompt, the longest text first."""
+    filled = [b for b, slot in enumerate(slots) if not slot.cached]
+    for prefix in {id(slots[b].prefix): slots[b].prefix for b in filled}.values():
+        group = [b for b in filled if slots[b].prefix is prefix]
+        yield prefix, sorted(group, key=lambda b: -len(slots[b].state.token_ids))
+
+
+class StepAttention:
+    """Attention of one packed step, called once per layer by `bloom.run_blocks`. It also writes the new keys and values
+    into the cache.
+
+    Decoding slots attend in one batched product over the cache, up to the longest row among them; the bias hides what
+    lies after the end of shorter rows. Texts attend through `prefix_attention.attend`, group by group.
+    """
+
+    def __init__(self, cache: KVCache, step: PackedStep):
+        N = len(cache.slopes)
+        self.cache, self.step, self.n = cache, step, len(step.positions)
+        self.width = 1 + max((step.positions[b] for b in step.decoding), default=0)
+        rows = [(b * N + h) * cache.width + step.positions[b] for b in step.decoding for h in range(N)]
+        self.write_rows = torch.tensor(rows, device=step.device)  # [decoding · N], into the cache as [B · N · W, D]
+        self.decoding = torch.tensor(step.decoding, device=step.device)
+        dtype = cache.layers[0][0].dtype
+        self.decode_bias = self._decode_bias().to(dtype)  # [n · N, 1, width]
+        longest_text = max((group.lengths[0] for group in step.prefills), default=0)
+        self.longest_prefix = max((len(group.prefix.layers[0]) for group in step.prefills), default=0)
+        bias = causal_alibi(N, longest_text, self.longest_prefix, cache.slopes)
+        self.prefill_bias = bias.to(dtype)  # [1, N, longest text, longest prefix + longest text]
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            q: queries [S, N, D].
+            kv: keys and values [S, N, 2, D].
+
+        Returns:
+            [S, N · D]
+        """
+        decoding, outputs = len(self.step.decoding), []
+        if decoding:
+            new = kv[:decoding].unbind(2)  # keys and values, each [decoding, N, D]
+            for cache, values in zip(self.cache.layers[layer], new, strict=True):
+                cache.view(-1, cache.shape[-1]).index_copy_(0, self.write_rows, values.flatten(0, 1))
+            outputs.append(self._decode(layer, q))
+        for group in self.step.prefills:
+            prefix = group.prefix.layers[layer]  # [P, N, 2, D]
+            bias = self.prefill_bias[..., self.longest_prefix - len(prefix) :]
+            outputs.append(attend(q[group.span], kv[group.span], prefix, bias, group.attention_groups))
+            self._store(layer, group, prefix, kv[group.span])
+        return torch.cat(outputs) if self.step.prefills else outputs[0]
+
+    def _decode(self, layer: int, q: Tensor) -> Tensor:
+        """Compute softmax(q · keysᵀ / √D + bias) · values for the newest tokens: [S, N, D] → [decoding, N · D].
+
+        All n slots take part, so that the cache is read as a view without a copy; rows of slots in prefill are dropped
+        from the result.
+        """
+        keys, values = (
+            c[: self.n, :, : self.width].flatten(0, 1) for c in self.cache.layers[layer]
+        )  # [n · N, width, D]
+        if self.step.prefills:
+            q = q.index_select(0, self.step.last_index)
+        q = q.reshape(len(keys), 1, -1)  # [n · N, 1, D]
+        scores = torch.baddbmm(
+            self.decode_bias, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5
+        )  # [n · N, 1, width]
+        out = torch.bmm(scores.softmax(-1), values).view(self.n, -1)  # [n, N · D]
+        return out.index_select(0, self.decoding) if self.step.prefills else out
+
+    def _store(self, layer: int, group: PrefillGroup, prefix: Tensor, kv: Tensor) -> None:
+        """Copy the keys and values of the prompt [P, N, 2, D] and of the texts [tokens, N, 2, D] into the cache."""
+        P = len(prefix)
+        for b, text in zip(group.slots, kv.split(group.lengths), strict=True):  # text: [T, N, 2, D]
+            for cache, virtual, new in zip(self.cache.layers[layer], prefix.unbind(2), text.unbind(2), strict=True):
+                cache[b, :, :P] = virtual.transpose(0, 1)
+                cache[b, :, P : P + len(new)] = new.transpose(0, 1)
+
+    def _decode_bias(self) -> Tensor:
+        """Bias of each slot's newest token on the positions of its row: ALiBi slope · distance up to the token's own
+        position, -inf after it; [n · N, 1, width]."""
+        position = torch.tensor(self.step.positions, device=self.step.device)[:, None]  # [n, 1]
+        distance = torch.arange(self.width, device=self.step.device) - position  # [n, width]
+        masked = distance.to(self.cache.slopes.dtype).masked_fill_(distance > 0, -torch.inf)
+        return (self.cache.slopes[:, None] * masked[:, None]).flatten(0, 1)[:, None]
