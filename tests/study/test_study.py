@@ -19,7 +19,7 @@ from softprompt.cli import parse_study, run_command
 from softprompt.cli import study as study_command
 from softprompt.data.template import Template
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.study import cell_runner
+from softprompt.study import cell_runner, runner
 from softprompt.study import plan as study_plan
 from softprompt.study.cell_runner import subset
 from softprompt.study.plan import plan_study
