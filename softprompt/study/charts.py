@@ -1,4 +1,4 @@
-"""Pictures of a study: the held-out loss along each thing that it varies, with the spread over the seeds."""
+"""Charts of a study: the held-out loss along each setting that varies, with its standard deviation over the seeds."""
 
 import io
 import math
@@ -7,37 +7,43 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from softprompt.study.results import Point, at_best_rate, grouped, other_settings, without
+from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, varied_context
 
-MOST_LINES = 8  # in a picture; more cannot be told apart
-MOST_LETTERS = 30  # of a text or a setting in a line's name
+MAX_LINES = 8  # in one chart; more cannot be distinguished
+MAX_LABEL = 30  # characters of a text or a setting in a line's label
 
 
 class Axis(NamedTuple):
-    """Something that a study varies: the field of a Point that tells its values apart, what stands on the axis, and the
-    place of a point on it; `texts` are put beside each other, numbers on a logarithmic scale."""
+    """A setting that a study varies.
+
+    Args:
+        field: The field of a CellResult that distinguishes its values.
+        label: Label of the axis.
+        value: Position of a result on the axis.
+        categorical: Whether the values are texts, which are put side by side. Numbers are on a logarithmic scale.
+    """
 
     field: str
     label: str
-    value: Callable[[Point], Any]
-    texts: bool = False
+    value: Callable[[CellResult], Any]
+    categorical: bool = False
 
 
 AXES = (
-    Axis("virtual_tokens", "virtual tokens", lambda p: p.virtual_tokens),
-    Axis("init", "start", lambda p: p.init, texts=True),
-    Axis("learning_rate", "learning rate", lambda p: p.learning_rate),
-    Axis("rows", "training rows", lambda p: p.rows),
-    Axis("base", "parameters of the base", lambda p: p.parameters),
+    Axis("virtual_tokens", "virtual tokens", lambda r: r.virtual_tokens),
+    Axis("init", "start", lambda r: r.init, categorical=True),
+    Axis("learning_rate", "learning rate", lambda r: r.learning_rate),
+    Axis("rows", "training rows", lambda r: r.rows),
+    Axis("base", "parameters of the base", lambda r: r.parameters),
 )
-PICTURE_FILES = {f"study-{axis.field}.svg" for axis in AXES}
+CHART_FILES = {f"study-{axis.field}.svg" for axis in AXES}
 
 
-def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
-    """SVG files by name, one for each axis with several values; None where matplotlib is not installed.
+def charts(results: Sequence[CellResult]) -> dict[str, bytes] | None:
+    """Return SVG files by name, one for each axis with several values; None if matplotlib is not installed.
 
-    A line is of points that differ along the axis and in the seed alone, each at its best learning rate unless that is
-    the axis; the error bars are a standard deviation over seeds to either side.
+    The cells of a line differ only in the axis and the seed. Each is at its best learning rate, unless that is the
+    axis. The error bars are one standard deviation over the seeds to each side.
     """
     try:
         import matplotlib
@@ -46,89 +52,92 @@ def pictures(points: Sequence[Point]) -> dict[str, bytes] | None:
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "softprompt", "svg.fonttype": "none", "axes.grid": True}):
         for axis in AXES:
-            lines = _lines(_finite(_shown(points, axis)), axis)
+            lines = _lines(_finite(_cells_on(results, axis)), axis)
             if lines:
-                files[f"study-{axis.field}.svg"] = _drawn(lines, axis)
+                files[f"study-{axis.field}.svg"] = _draw(lines, axis)
     return files
 
 
-def _shown(points: Sequence[Point], axis: Axis) -> list[Point]:
-    """Trained ones at their rates; starts differ in their defaults, so each is at the best of its own."""
+def _cells_on(results: Sequence[CellResult], axis: Axis) -> list[CellResult]:
+    """Return the trained cells that an axis shows, at their best learning rates.
+
+    Initialisations have different default rates, so each is at its own best one.
+    """
     if axis.field == "learning_rate":
-        return [p for p in points if p.trained and not p.failed]
-    return at_best_rate(points, *([] if axis.texts else [axis.field]))
+        return [r for r in results if r.trained and not r.failed]
+    return at_best_learning_rate(results, *([] if axis.categorical else [axis.field]))
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
-    """Without settings of which a seed did not end in finite numbers: the mean of the others would flatter them."""
-    settings = grouped(points, without("seed")).values()
-    return [p for same in settings if all(p.loss < math.inf for p in same) for p in same]
+def _finite(results: Sequence[CellResult]) -> list[CellResult]:
+    """Leave out settings whose loss is not finite for some seed: the mean of the other seeds would flatter them."""
+    settings = group_by(results, key_without("seed")).values()
+    return [r for cells in settings if all(r.loss < math.inf for r in cells) for r in cells]
 
 
-def _lines(points: Sequence[Point], axis: Axis) -> list[tuple[str, list[Point]]]:
-    """The lines that have several places along the axis, with their names; the fullest, if there are too many."""
-    apart = without(axis.field, "learning_rate", "seed", *(["start"] if axis.field == "init" else []))
-    groups = [same for same in grouped(points, apart).values() if len({axis.value(p) for p in same}) > 1]
-    groups = sorted(groups, key=len, reverse=True)[:MOST_LINES]
-    flat = [p for same in groups for p in same]
-    names = [_named(same[0], flat, axis) for same in groups]
-    if len(set(names)) < len(names):  # long texts that begin alike, or bases of one name in several folders
-        names = [_named(same[0], flat, axis, whole=True) for same in groups]
-    return list(zip(names, groups, strict=True))
+def _lines(results: Sequence[CellResult], axis: Axis) -> list[tuple[str, list[CellResult]]]:
+    """Return the labels and cells of the lines with several values on the axis; if there are too many, the longest."""
+    setting = key_without(axis.field, "learning_rate", "seed", *(["start"] if axis.field == "init" else []))
+    groups = [cells for cells in group_by(results, setting).values() if len({axis.value(r) for r in cells}) > 1]
+    groups = sorted(groups, key=len, reverse=True)[:MAX_LINES]
+    shown = [r for cells in groups for r in cells]
+    labels = [_label(cells[0], shown, axis) for cells in groups]
+    if len(set(labels)) < len(labels):  # long texts with the same beginning, or bases of one name in several folders
+        labels = [_label(cells[0], shown, axis, shorten=False) for cells in groups]
+    return list(zip(labels, groups, strict=True))
 
 
-def _named(p: Point, among: Sequence[Point], axis: Axis, whole: bool = False) -> str:
-    """What tells a line from the others, shortened unless it is to be `whole`."""
-    told = {
-        "base": p.base if whole else p.base.rsplit("/", 1)[-1],
-        "dataset": p.dataset,
-        "init": p.init,
-        "virtual_tokens": f"{p.virtual_tokens} virtual token" + "s" * (p.virtual_tokens > 1),
-        "rows": f"{p.rows:,} row" + "s" * (p.rows > 1),
-        "start": p.start,
-        "context": other_settings(among)(p),
+def _label(r: CellResult, shown: Sequence[CellResult], axis: Axis, shorten: bool = True) -> str:
+    """Return the settings that distinguish a line from the others."""
+    values = {
+        "base": r.base.rsplit("/", 1)[-1] if shorten else r.base,
+        "dataset": r.dataset,
+        "init": r.init,
+        "virtual_tokens": f"{r.virtual_tokens} virtual token" + "s" * (r.virtual_tokens > 1),
+        "rows": f"{r.rows:,} row" + "s" * (r.rows > 1),
+        "start": r.start,
+        "context": varied_context(shown)(r),
     }
-    along = ("init", "start") if axis.field == "init" else (axis.field,)
-    rivals = {"start": [q for q in among if q.init == p.init]}  # another start's text or labels tell nothing more
-    varied = [f for f in told if f not in along and len({getattr(q, f) for q in rivals.get(f, among)}) > 1]
-    return ", ".join(_short(told[f], whole) for f in varied) or "held-out loss"
+    on_axis = ("init", "start") if axis.field == "init" else (axis.field,)
+    rivals = {"start": [q for q in shown if q.init == r.init]}  # other initialisations are distinguished by their name
+    varied = [f for f in values if f not in on_axis and len({getattr(q, f) for q in rivals.get(f, shown)}) > 1]
+    return ", ".join(_printable(values[f], shorten) for f in varied) or "held-out loss"
 
 
-def _short(text: str, whole: bool) -> str:
+def _printable(text: str, shorten: bool) -> str:
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if whole or len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + "…"
+    return text[:MAX_LABEL] + "…" if shorten and len(text) > MAX_LABEL else text
 
 
-def _drawn(lines: Sequence[tuple[str, list[Point]]], axis: Axis) -> bytes:
+def _draw(lines: Sequence[tuple[str, list[CellResult]]], axis: Axis) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     handles: list[Any] = []
-    places = sorted({axis.value(p) for _, same in lines for p in same})
-    for _, same in lines:
-        of_places = grouped(same, axis.value)
-        here = sorted(of_places)
-        losses = [[p.loss for p in of_places[place]] for place in here]
-        spread = [stdev(some) if len(some) > 1 else 0.0 for some in losses]
-        at = [places.index(place) for place in here] if axis.texts else here
-        line = {"linestyle": "none"} if axis.texts else {}
-        means = [mean(some) for some in losses]
-        handles.append(axes.errorbar(at, means, spread, marker="o", capsize=3, **line))
-    if axis.texts:
-        axes.set_xticks(range(len(places)), places)
+    values = sorted({axis.value(r) for _, cells in lines for r in cells})
+    for _, cells in lines:
+        by_value = group_by(cells, axis.value)
+        here = sorted(by_value)
+        losses = [[r.loss for r in by_value[value]] for value in here]
+        deviations = [stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in losses]
+        positions = [values.index(value) for value in here] if axis.categorical else here
+        style = {"linestyle": "none"} if axis.categorical else {}
+        means = [mean(of_seeds) for of_seeds in losses]
+        handles.append(axes.errorbar(positions, means, deviations, marker="o", capsize=3, **style))
+    if axis.categorical:
+        axes.set_xticks(range(len(values)), values)
     else:
         axes.set_xscale("log")
         if axis.field != "base":
-            axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
+            axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
             axes.minorticks_off()
     axes.set_yscale("log")
     axes.set(xlabel=axis.label, ylabel="held-out loss (nats per target)")
-    legend = axes.legend(handles, [name for name, _ in lines], fontsize="small")
+    legend = axes.legend(handles, [label for label, _ in lines], fontsize="small")
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a path or a text may hold $
-    picture = io.BytesIO()
+        text.set_parse_math(False)  # a path or a text may contain $
+    image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font lacks: they stay text here
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": "softprompt"})
-    return picture.getvalue()
+        warnings.simplefilter("ignore", UserWarning)  # about missing glyphs: text stays text in the SVG
+        figure.savefig(image, format="svg", metadata={"Date": None, "Creator": "softprompt"})
+    return image.getvalue()

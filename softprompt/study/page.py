@@ -1,4 +1,4 @@
-"""What a study leaves to read: a table of means and spreads, for the terminal, as CSV and in a page with the rest."""
+"""The outputs of a study that are read: a table of means and standard deviations, a CSV file, and a Markdown page."""
 
 import csv
 import io
@@ -7,150 +7,162 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 from string import punctuation
 
-from softprompt.study.hypotheses import HOLDS, HOLDS_NOT, LEAST, UNDECIDED, Finding
-from softprompt.study.results import Point, grouped, other_settings, without
+from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding
+from softprompt.study.results import CellResult, group_by, key_without, varied_context
 
 RULE = (
-    "Compared are cells that differ in nothing but what a claim is about, the seed included, each at the learning rate "
-    "that was best for it, of those that all of them were run at, if there is any. A comparison's gain is the "
-    "logarithm of the ratio of the two held-out losses. Comparisons of one seed are not independent, so their gains "
-    "are averaged first; the 95 % interval (Student's t) is that of the mean of the seeds' averages, and a single seed "
-    f"has none. A claim *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval "
-    f"lies below {100 * LEAST:g} % of the loss; all else is *{UNDECIDED}*. For exact match the gain is the difference, "
-    "and one point is what matters."
+    "Two cells are compared if they differ in nothing but what a hypothesis is about; the seed is the same. Each is at "
+    "the learning rate that was best for it, of those that all compared cells were run at, if there are any. The gain "
+    "of a comparison is the logarithm of the ratio of the two held-out losses. Comparisons of the same seed are not "
+    "independent, so their gains are averaged first; the 95 % confidence interval (Student's t) is that of the mean of "
+    f"these averages, and a single seed has none. A hypothesis *{HOLDS}* if the interval lies above 0; it "
+    f"*{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
+    "exact match the gain is the difference, and the threshold is one percentage point."
 )
-COLUMNS: dict[str, Callable[[Point], str]] = {
-    "base": lambda p: p.base,
-    "dataset": lambda p: p.dataset,
-    "start": lambda p: f"{p.init}, {p.voting}" if p.voting else p.init if p.trained else "hard prompt",
-    "text or labels": lambda p: _line(p.start),
-    "virtual tokens": lambda p: str(p.virtual_tokens),
-    "learning rate": lambda p: f"{p.learning_rate:g}" if p.trained or p.voting else "",
-    "rows": lambda p: f"{p.rows:,}" if p.trained or p.voting else "",
+COLUMNS: dict[str, Callable[[CellResult], str]] = {
+    "base": lambda r: r.base,
+    "dataset": lambda r: r.dataset,
+    "start": lambda r: f"{r.init}, {r.voting}" if r.voting else r.init if r.trained else "hard prompt",
+    "text or labels": lambda r: _one_line(r.start),
+    "virtual tokens": lambda r: str(r.virtual_tokens),
+    "learning rate": lambda r: f"{r.learning_rate:g}" if r.trained or r.voting else "",
+    "rows": lambda r: f"{r.rows:,}" if r.trained or r.voting else "",
 }
-MARKS = rf"[|<&*`\[]|\\(?=[{re.escape(punctuation)}])"  # of Markdown, in a line of a table
-ALWAYS = ("start", "virtual tokens")
+ALWAYS_SHOWN = ("start", "virtual tokens")
+MARKUP = rf"[|<&*`\[]|\\(?=[{re.escape(punctuation)}])"  # characters that Markdown interprets in a line of a table
 FAILED = "failed"
 
 
-def table_of(points: Sequence[Point]) -> list[list[str]]:
-    """A head and a line for each setting: what varies, the number of seeds, mean ± standard deviation over them. For
-    every base and dataset (and template or held-out rows, where these vary) the line without a prompt comes first, then
-    texts that are not trained."""
-    others, bare = other_settings(points), _bare_losses(points)
-    cells = {**COLUMNS, "other settings": lambda p: _line(others(p))}
-    shown = [name for name, cell in cells.items() if name in ALWAYS or len(set(map(cell, points))) > 1]
+def result_table(results: Sequence[CellResult]) -> list[list[str]]:
+    """Return a header and one line for each setting, with the mean and standard deviation over its seeds.
+
+    The columns are what varies among the cells, the number of seeds, the held-out loss and the exact match. For every
+    base and dataset, and every template or choice of held-out rows if these vary, the first line is the base without a
+    prompt; hard prompts follow.
+    """
+    context, base_losses = varied_context(results), _base_losses(results)
+    columns = {**COLUMNS, "other settings": lambda r: _one_line(context(r))}
+    shown = [name for name, cell in columns.items() if name in ALWAYS_SHOWN or len(set(map(cell, results))) > 1]
     lines = [[*shown, "seeds", "held-out loss", "exact match"]]
-    for here in grouped(points, lambda p: (*_asked(p), f"{bare[p]:.4f}")).values():
-        lines.append(_bare(min(here, key=lambda p: bool(p.failed)), shown))
-        in_order = sorted(here, key=lambda p: bool(p.trained or p.voting))
-        for same in grouped(in_order, lambda p: (p.trained, p.voting, without("seed")(p))).values():
-            seeds = max(len(same), same[0].members)
-            lines.append([*(cells[name](same[0]) for name in shown), str(seeds), _losses(same), _exact(same)])
+    for group in group_by(results, lambda r: (*_evaluated_on(r), f"{base_losses[r]:.4f}")).values():
+        lines.append(_line_without_prompt(min(group, key=lambda r: bool(r.failed)), shown))
+        hard_first = sorted(group, key=lambda r: bool(r.trained or r.voting))
+        for cells in group_by(hard_first, lambda r: (r.trained, r.voting, key_without("seed")(r))).values():
+            seeds = max(len(cells), cells[0].members)
+            values = [columns[name](cells[0]) for name in shown]
+            lines.append([*values, str(seeds), _loss(cells), _exact_match(cells)])
     return lines
 
 
-def failures(points: Sequence[Point]) -> list[str]:
-    """Each reason for which cells failed, with their number."""
-    of_reasons = grouped([p for p in points if p.failed], lambda p: p.failed)
+def failure_lines(results: Sequence[CellResult]) -> list[str]:
+    """Return a line for each reason why cells failed, with the number of cells."""
+    by_reason = group_by([r for r in results if r.failed], lambda r: r.failed)
     return [
-        f"{len(some):,} cell{'s' * (len(some) > 1)}, the first {_named(some[0])}: {_line(why)}"
-        for why, some in of_reasons.items()
+        f"{len(cells):,} cell{'s' * (len(cells) > 1)}, the first {_description(cells[0])}: {_one_line(why)}"
+        for why, cells in by_reason.items()
     ]
 
 
-def csv_of(points: Iterable[Point]) -> bytes:
-    """A line for each cell."""
-    names = [name for name in Point.__dataclass_fields__]
+def csv_bytes(results: Iterable[CellResult]) -> bytes:
+    """Return a CSV file with a header and a line for each cell."""
+    names = [name for name in CellResult.__dataclass_fields__]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(names)
-    writer.writerows([getattr(p, name) for name in names] for p in points)
+    writer.writerows([getattr(r, name) for name in names] for r in results)
     return text.getvalue().encode()
 
 
 def page(
     head: Sequence[str],
     table: Sequence[Sequence[str]],
-    found: Iterable[Finding],
-    pictures: Iterable[str],
-    failed: Sequence[str] = (),
+    findings: Iterable[Finding],
+    charts: Iterable[str],
+    failures: Sequence[str] = (),
 ) -> bytes:
-    """Markdown; `head` are its first paragraphs, `failed` is of `failures`."""
+    """Return the page in Markdown.
+
+    Args:
+        head: The first paragraphs; empty ones are left out.
+        table: As of `result_table`.
+        findings: As of `hypotheses.evaluate_hypotheses`.
+        charts: Names of image files beside the page.
+        failures: As of `failure_lines`.
+    """
     lines = [line for text in head if text for line in (text.strip(), "")]
-    if failed:
-        lines += ["## Cells that failed", "", "They are left out of the findings and the pictures.", ""]
-        lines += [*(f"- {_marked(text)}" for text in failed), ""]
-    lines += ["## Findings", "", *(f"- {finding.sentence}" for finding in found), "", RULE, ""]
-    if names := list(pictures):
-        lines += ["## Pictures", "", "Means over the seeds; the bars are a standard deviation to either side.", ""]
+    if failures:
+        lines += ["## Cells that failed", "", "They are left out of the findings and the charts.", ""]
+        lines += [*(f"- {_escaped(text)}" for text in failures), ""]
+    lines += ["## Findings", "", *(f"- {finding.sentence}" for finding in findings), "", RULE, ""]
+    if names := list(charts):
+        lines += ["## Charts", "", "Means over the seeds; the bars are one standard deviation to each side.", ""]
         lines += [f"![held-out loss over {name.removesuffix('.svg').split('-')[-1]}]({name})" for name in names] + [""]
-    top, *rest = table
+    header, *rest = table
     lines += ["## Table", "", "Mean ± standard deviation over the seeds.", ""]
-    lines += [_row(top), "|" + "---|" * len(top), *map(_row, rest), ""]
+    lines += [_table_line(header), "|" + "---|" * len(header), *map(_table_line, rest), ""]
     return "\n".join(lines).encode()
 
 
-def _asked(p: Point) -> tuple[str, str, str]:
-    return p.base, p.dataset, p.held_out
+def _evaluated_on(r: CellResult) -> tuple[str, str, str]:
+    return r.base, r.dataset, r.held_out
 
 
-def _bare_losses(points: Sequence[Point]) -> dict[Point, float]:
-    """Of each point, the loss without a prompt; of one that failed, that of another on the same held-out rows."""
-    known = {_asked(p): p.base_loss for p in reversed(points) if not p.failed}
-    return {p: known.get(_asked(p), p.base_loss) if p.failed else p.base_loss for p in points}
+def _base_losses(results: Sequence[CellResult]) -> dict[CellResult, float]:
+    """Return each cell's loss without a prompt; for one that failed, that of another on the same held-out rows."""
+    known = {_evaluated_on(r): r.base_loss for r in reversed(results) if not r.failed}
+    return {r: known.get(_evaluated_on(r), r.base_loss) if r.failed else r.base_loss for r in results}
 
 
-def _bare(p: Point, shown: Sequence[str]) -> list[str]:
-    """The line of a base and a dataset without a prompt."""
-    told = {"base": p.base, "dataset": p.dataset, "start": "no prompt"}
-    exact = f"{p.base_exact_match:.1%}{_of_rows(p)}" if p.base_exact_match is not None else ""
-    loss = FAILED if p.failed else _spread([p.base_loss], "{:.4f}")
-    return [*(told.get(name, "") for name in shown), "", loss, exact]
+def _line_without_prompt(r: CellResult, shown: Sequence[str]) -> list[str]:
+    """Return the line of a base and a dataset without a prompt."""
+    values = {"base": r.base, "dataset": r.dataset, "start": "no prompt"}
+    exact_match = f"{r.base_exact_match:.1%}{_row_count(r)}" if r.base_exact_match is not None else ""
+    loss = FAILED if r.failed else _mean_and_deviation([r.base_loss], "{:.4f}")
+    return [*(values.get(name, "") for name in shown), "", loss, exact_match]
 
 
-def _losses(same: Sequence[Point]) -> str:
-    """Mean and spread of the cells that did not fail."""
-    left = [p.loss for p in same if not p.failed]
-    if not left:
+def _loss(cells: Sequence[CellResult]) -> str:
+    """Return the mean and standard deviation of the cells that did not fail."""
+    losses = [r.loss for r in cells if not r.failed]
+    if not losses:
         return FAILED
-    failed = len(same) - len(left)
-    return _spread(left, "{:.4f}") + (f" ({failed} {FAILED})" if failed else "")
+    failed = len(cells) - len(losses)
+    return _mean_and_deviation(losses, "{:.4f}") + (f" ({failed} {FAILED})" if failed else "")
 
 
-def _exact(same: Sequence[Point]) -> str:
-    left = [p for p in same if not p.failed]
-    values = [p.exact_match for p in left if p.exact_match is not None]
-    return _spread(values, "{:.1%}") + _of_rows(left[0]) if values and len(values) == len(left) else ""
+def _exact_match(cells: Sequence[CellResult]) -> str:
+    succeeded = [r for r in cells if not r.failed]
+    values = [r.exact_match for r in succeeded if r.exact_match is not None]
+    complete = values and len(values) == len(succeeded)
+    return _mean_and_deviation(values, "{:.1%}") + _row_count(succeeded[0]) if complete else ""
 
 
-def _of_rows(p: Point) -> str:
-    """Over how many rows an exact match is, where it is not over all."""
-    return "" if p.exact_match_rows is None else f" of {p.exact_match_rows:,} rows"
+def _row_count(r: CellResult) -> str:
+    """Return how many rows an exact match is over, if it is not over all held-out rows."""
+    return "" if r.exact_match_rows is None else f" of {r.exact_match_rows:,} rows"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def _mean_and_deviation(values: Sequence[float], form: str) -> str:
     if float("inf") in values:
         return "not finite"
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
-def _named(p: Point) -> str:
-    """A cell by what is in its line of the table, and its seed."""
-    told = [f"{name} {text}" for name, cell in COLUMNS.items() if (text := cell(p))]
-    return ", ".join([*told, *([f"seed {p.seed}"] if p.trained else [])])
+def _description(r: CellResult) -> str:
+    """Describe a cell by the values in its line of the table, and its seed."""
+    values = [f"{name} {text}" for name, cell in COLUMNS.items() if (text := cell(r))]
+    return ", ".join([*values, *([f"seed {r.seed}"] if r.trained else [])])
 
 
-def _line(text: str) -> str:
-    """A text without line breaks and other control characters."""
+def _one_line(text: str) -> str:
+    """Return a text with escape sequences in place of line breaks and other control characters."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
-def _row(cells: Sequence[str]) -> str:
-    """Of a Markdown table."""
-    return "| " + " | ".join(map(_marked, cells)) + " |"
+def _table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
 
 
-def _marked(text: str) -> str:
-    """A text whose Markdown marks are letters like others."""
-    return re.sub(MARKS, r"\\\g<0>", text)
+def _escaped(text: str) -> str:
+    """Return a text in which Markdown interprets no character."""
+    return re.sub(MARKUP, r"\\\g<0>", text)

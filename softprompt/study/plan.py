@@ -1,4 +1,5 @@
-"""What a study is to run: its cells beside the rows, tokenizers and bases that they name, all checked beforehand."""
+"""Plan a study: read the rows, tokenizers and base configurations that its cells name, and check every cell before any
+of them runs."""
 
 import hashlib
 import json
@@ -28,19 +29,30 @@ from softprompt.models.loading import base_config, base_path, load_tokenizer, we
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initialiser
 from softprompt.runs.crash_report import Failure, failure
-from softprompt.study.grid import Cell, Study, refuse
+from softprompt.study.cell import Cell
+from softprompt.study.grid import Study, raise_cell_errors
 from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
-MOST_LETTERS, MOST_BYTES = 100, 150  # of a folder's name, before its hash; Chinese letters have three bytes each
+# Length of a folder's name before its hash. File systems limit names to 255 bytes, and a Chinese character has three.
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 
 
 @dataclass(frozen=True)
-class Material:
-    """What cells over the same base and rows share: the base's modules on the meta device and its tokenizer, examples
-    to train on and held-out ones, the rows that the latter were made of and what is missing of their answers (as of
-    `data.Tokenized`), how far all examples reach, and the fingerprints of all that is in files."""
+class CellInputs:
+    """What the cells over one base and one dataset share.
+
+    Args:
+        base: The base on the meta device: its modules without weights.
+        tokenizer: The base's tokenizer.
+        examples: Training examples.
+        held_out: Held-out examples.
+        held_out_rows: The row of each held-out example.
+        held_out_missing: How many tokens of each held-out answer were cut off (see `data.tokenization.Tokenized`).
+        extent: The largest length and token id of all examples.
+        fingerprints: Fingerprints of the base, the tokenizer and the rows.
+    """
 
     base: PreTrainedModel
     tokenizer: Any
@@ -52,179 +64,195 @@ class Material:
     fingerprints: dict[str, str]
 
 
-NO_MATERIAL = Material(None, None, [], [], [], [], Extent(0, 0), {})
+NO_INPUTS = CellInputs(None, None, [], [], [], [], Extent(0, 0), {})
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A cell with its material and its folder; `steps` are 0 where nothing is trained. An ensemble stands behind its
-    `members`, whose folders these are. `failed` says why there is no material: a library failed
-    over it, or it is unfit."""
+class PlannedCell:
+    """A cell that has been checked.
+
+    Args:
+        cell: The cell.
+        inputs: Its base, tokenizer and examples.
+        folder: Folder of its result.
+        steps: Number of optimizer steps; 0 if nothing is trained.
+        members: Folders of an ensemble's members. An ensemble comes after them in the plan.
+        failed: Why there are no inputs, if reading them failed; the cell is then not run.
+    """
 
     cell: Cell
-    material: Material
+    inputs: CellInputs
     folder: Path
     steps: int
     members: tuple[Path, ...] = ()
     failed: Failure | None = None
 
 
-def planned(study: Study) -> list[Planned]:
-    """Read all rows, tokenise them, look at all bases' tokenizers and files, and check every cell against them. Of
-    cells that come to the same (10 virtual tokens by default and by name, all rows and as many) the first is kept.
+def plan_study(study: Study) -> list[PlannedCell]:
+    """Read and tokenize all rows, read the configuration and tokenizer of each base, and check every cell.
 
-    A base or rows that are there and turn out to be unfit fail their own cells, and the others can go on.
+    Cells that mean the same run (10 virtual tokens by default or given, all rows or their number) are planned once.
+    If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
 
     Raises:
-        SoftpromptError: the study's file is wrong: a base or rows that are not there, a cell that cannot work, or no
-            cell that can; nothing has been run or written.
+        SoftpromptError: A base or dataset does not exist, a cell has settings that cannot work, or no cell can run.
+            Nothing has been run or written.
     """
-    shelf, cells = _Shelf(), study.output_dir / "cells"
-    found: dict[str, Planned] = {}
-    faults: dict[str, list[str]] = {}
+    cache, cells_folder = _InputCache(), study.output_dir / "cells"
+    plan: dict[str, PlannedCell] = {}
+    errors: dict[str, list[str]] = {}
     for cell in study.cells:
-        material = shelf.material(cell)
+        inputs = cache.inputs(cell)
         try:
-            one = _planned(cell, material, cells)
+            planned = _planned_cell(cell, inputs, cells_folder)
         except ConfigError as error:
-            faults.setdefault(str(error), []).append(str(cell))
+            errors.setdefault(str(error), []).append(str(cell))
         else:
-            found.setdefault(_identity(cell, one.material), one)
-    refuse(study.path, faults)
-    if shelf.refused and all(one.failed for one in found.values()):
-        raise shelf.refused[0]
-    return list(found.values())
+            plan.setdefault(_identity(cell, planned.inputs), planned)
+    raise_cell_errors(study.path, errors)
+    if cache.refused and all(planned.failed for planned in plan.values()):
+        raise cache.refused[0]
+    return list(plan.values())
 
 
-def _planned(cell: Cell, material: Material | Failure, cells: Path) -> Planned:
-    """Raises ConfigError where the cell cannot work."""
-    if isinstance(material, Failure):
-        return Planned(cell, NO_MATERIAL, cells / _name(cell, NO_MATERIAL), 0, failed=material)
-    _check(cell, material)
-    steps = total_steps(cell.rows or len(material.examples), cell.config.training) if cell.trained else 0
-    members = tuple(cells / _name(one, material) for one in cell.members())
-    return Planned(cell, material, cells / _name(cell, material), steps, members)
+def virtual_tokens(cell: Cell, inputs: CellInputs) -> int:
+    """Return the number of a cell's virtual tokens: as given, else that of its initial text, else the default."""
+    prompt = cell.config.prompt
+    if prompt.num_virtual_tokens:
+        return prompt.num_virtual_tokens
+    if prompt.prompt_tuning_init == "TEXT" and inputs.tokenizer:
+        return len(inputs.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
+    return DEFAULT_NUM_VIRTUAL_TOKENS
 
 
-class _Examples(NamedTuple):
-    """What a tokenizer makes of a dataset: examples to train on, held-out ones with their rows, and the fingerprint of
-    all rows."""
+def _planned_cell(cell: Cell, inputs: CellInputs | Failure, cells_folder: Path) -> PlannedCell:
+    """Check a cell. Raises ConfigError if its settings cannot work."""
+    if isinstance(inputs, Failure):
+        return PlannedCell(cell, NO_INPUTS, cells_folder / _folder_name(cell, NO_INPUTS), 0, failed=inputs)
+    _check(cell, inputs)
+    steps = total_steps(cell.rows or len(inputs.examples), cell.config.training) if cell.trained else 0
+    members = tuple(cells_folder / _folder_name(member, inputs) for member in cell.members())
+    return PlannedCell(cell, inputs, cells_folder / _folder_name(cell, inputs), steps, members)
 
-    data: Tokenized
+
+class _TokenizedRows(NamedTuple):
+    """A dataset as one tokenizer encodes it, and the fingerprint of all its rows."""
+
+    train: Tokenized
     held_out: Tokenized | None
     held_out_rows: list[Row]
     fingerprint: str
 
 
-class _Shelf:
-    """Materials; each base's tokenizer is loaded once, each dataset read once, and tokenised once for a tokenizer.
-    `refused` are this project's errors among those for which there is none."""
+class _InputCache:
+    """Loads each tokenizer once, reads each dataset once, and tokenizes it once for each different tokenizer.
+
+    `refused` holds this project's errors among those for which a cell has no inputs.
+    """
 
     def __init__(self) -> None:
         self.bases: dict[str, tuple[PreTrainedModel, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], _Examples] = {}
+        self.tokenized: dict[tuple[DataArguments, str], _TokenizedRows] = {}
         self.failures: dict[tuple[str, DataArguments], Failure] = {}
         self.refused: list[SoftpromptError] = []
 
-    def material(self, cell: Cell) -> Material | Failure:
-        """Raises SoftpromptError where the cell names a base or rows that are not there, or in a wrong way."""
+    def inputs(self, cell: Cell) -> CellInputs | Failure:
+        """Return the inputs of a cell, or why its base or its rows cannot be used.
+
+        Raises:
+            SoftpromptError: The base or the dataset does not exist, or the settings that name it are wrong.
+        """
         key = str(cell.config.model.model_name_or_path), cell.config.data
         if key in self.failures:
             return self.failures[key]
         try:
-            return self._material(cell)
+            return self._load(cell)
         except SoftpromptError as error:
-            if isinstance(error, ConfigError) or not _are_there(cell):
+            if isinstance(error, ConfigError) or not _inputs_exist(cell):
                 raise
             self.refused.append(error)
             return self.failures.setdefault(key, failure(error))
         except Exception as error:
             return self.failures.setdefault(key, failure(error))
 
-    def _material(self, cell: Cell) -> Material:
+    def _load(self, cell: Cell) -> CellInputs:
         config, name = cell.config, str(cell.config.model.model_name_or_path)
         if name not in self.bases:
-            self.bases[name] = _base(name)
-        base, tokenizer, prints = self.bases[name]
-        template = make_template(config)
+            self.bases[name] = _read_base(name)
+        base, tokenizer, fingerprints = self.bases[name]
+        key = (config.data, fingerprints["tokenizer"])
+        if key not in self.tokenized:
+            self.tokenized[key] = self._tokenize(cell, tokenizer)
+        train, held_out, held_out_rows, of_rows = self.tokenized[key]
+        held = (held_out.examples, held_out_rows, held_out.missing) if held_out else ([], [], [])
+        extent = Extent.of(e.input_ids for e in (*train.examples, *held[0]))
+        return CellInputs(base, tokenizer, train.examples, *held, extent, {**fingerprints, "dataset": of_rows})
+
+    def _tokenize(self, cell: Cell, tokenizer: Any) -> _TokenizedRows:
+        config, template = cell.config, make_template(cell.config)
         if config.data not in self.rows:
             self.rows[config.data] = read_rows(config, template)
         rows = self.rows[config.data]
-        key = (config.data, prints["tokenizer"])
-        if key not in self.tokenized:
-            data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
-            _tell(config.data.dataset, rows, data, of_held_out)
-            of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
-            kept = [rows.held_out[number] for number in of_held_out.kept] if of_held_out else []
-            self.tokenized[key] = _Examples(data, of_held_out, kept, of_rows)
-        data, of_held_out, kept, of_rows = self.tokenized[key]
-        held_out = (of_held_out.examples, kept, of_held_out.missing) if of_held_out else ([], [], [])
-        extent = Extent.of(e.input_ids for e in (*data.examples, *held_out[0]))
-        return Material(base, tokenizer, data.examples, *held_out, extent, {**prints, "dataset": of_rows})
+        train, held_out = tokenize_rows(config, template, tokenizer, rows)
+        _print_row_counts(config.data.dataset, rows, train, held_out)
+        kept = [rows.held_out[number] for number in held_out.kept] if held_out else []
+        return _TokenizedRows(train, held_out, kept, fingerprint_of_rows([*rows.train, *rows.held_out]))
 
 
-def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized | None) -> None:
-    """What was found in the rows, as a run says it."""
-    for line in (*rows.notes, f"{dataset}, training: {data}", *([f"held out: {held_out}"] if held_out else [])):
+def _print_row_counts(dataset: str | None, rows: Rows, train: Tokenized, held_out: Tokenized | None) -> None:
+    for line in (*rows.notes, f"{dataset}, training: {train}", *([f"held out: {held_out}"] if held_out else [])):
         print(line)
 
 
-def _are_there(cell: Cell) -> bool:
-    """Whether the base and the rows that a cell names are on this machine."""
+def _inputs_exist(cell: Cell) -> bool:
+    """Return whether the base and the rows that a cell names are on this machine."""
     data = cell.config.data
     rows = [name for name in (data.dataset, data.eval_dataset) if name and not name.startswith("mini:")]
     return all(map(os.path.exists, [base_path(str(cell.config.model.model_name_or_path)), *rows]))
 
 
-def _base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
-    """A base without its values, its tokenizer, and the fingerprints of the tokenizer and of the base's files."""
+def _read_base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
+    """Return a base on the meta device, its tokenizer, and the fingerprints of the tokenizer and the base's files."""
     path = base_path(name)
     config = base_config(path)
     tokenizer = load_tokenizer(path)
     files = weight_files(path)
     if not files and Path(path).is_dir():
-        raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
-    prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_stored_base(config, files)}
+        raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a folder with all files of the base")
+    fingerprints = {
+        "tokenizer": fingerprint_of_tokenizer(tokenizer),
+        "base": fingerprint_of_stored_base(config, files),
+    }
     base = on_meta_device(config, name)
     check_takes_prompt(base, name)
     check_vocabulary(tokenizer, base, name)
-    return base, tokenizer, prints
+    return base, tokenizer, fingerprints
 
 
-def _check(cell: Cell, material: Material) -> None:
-    """Raises ConfigError where a cell cannot work."""
-    trains_packed(cell.config, material.base.config, resolve_device(cell.config.model.device))
-    if not material.held_out:
-        raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
-    initialiser(cell.config, material.tokenizer, len(material.tokenizer))
-    check_start(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
-    check_extent(material.base, virtual_tokens(cell, material), cell.config.data.max_length, material.extent)
-    if cell.rows and cell.rows > len(material.examples):
-        there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
-        raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")
+def _check(cell: Cell, inputs: CellInputs) -> None:
+    """Raise ConfigError if a cell's settings cannot work with its base and rows."""
+    trains_packed(cell.config, inputs.base.config, resolve_device(cell.config.model.device))
+    if not inputs.held_out:
+        raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
+    initialiser(cell.config, inputs.tokenizer, len(inputs.tokenizer))
+    check_start(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
+    check_extent(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
+    if cell.rows and cell.rows > len(inputs.examples):
+        available = f"{len(inputs.examples):,} rows of {cell.config.data.dataset}"
+        raise ConfigError(f"rows {cell.rows:,} is more than the {available} that can be trained on")
 
 
-def virtual_tokens(cell: Cell, material: Material) -> int:
-    """How many a cell's prompt has: as many as are given, else those of its text, else the default."""
-    prompt = cell.config.prompt
-    if prompt.num_virtual_tokens:
-        return prompt.num_virtual_tokens
-    if prompt.prompt_tuning_init == "TEXT" and material.tokenizer:
-        return len(material.tokenizer(prompt.prompt_tuning_init_text)["input_ids"])
-    return DEFAULT_NUM_VIRTUAL_TOKENS
+def _identity(cell: Cell, inputs: CellInputs) -> str:
+    """Return what a cell's settings amount to, so that cells that mean the same run have the same identity."""
+    rows = None if cell.rows == len(inputs.examples) else cell.rows
+    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs), "rows": rows})
 
 
-def _identity(cell: Cell, material: Material) -> str:
-    """What its settings come to with its rows and its tokenizer."""
-    rows = None if cell.rows == len(material.examples) else cell.rows
-    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, material), "rows": rows})
-
-
-def _name(cell: Cell, material: Material) -> str:
-    """Readable, and another for every other setting or content."""
-    content = json.dumps([cell.settings(), material.fingerprints], sort_keys=True)
+def _folder_name(cell: Cell, inputs: CellInputs) -> str:
+    """Return a readable name with a hash of the settings and of the content of base, tokenizer and rows."""
+    content = json.dumps([cell.settings(), inputs.fingerprints], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MOST_LETTERS]
-    readable = readable.encode()[:MOST_BYTES].decode(errors="ignore")
+    readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MAX_NAME_CHARACTERS]
+    readable = readable.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
     return f"{readable}-{digest}"

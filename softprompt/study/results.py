@@ -1,27 +1,59 @@
-"""A study's finished cells as points, and how they are put together to be compared."""
+"""The results of a study's finished cells, and how they are selected and grouped for comparison."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
-from softprompt.study.grid import OF_THE_BASE, OF_THE_ROWS
+from softprompt.prompt.adapter_io import json_bytes
+from softprompt.runs.checkpoints import with_checksums
+from softprompt.runs.file_names import CHECKSUMS_FILE
+from softprompt.study.cell import BASE_SETTINGS, DATA_SETTINGS
 
 T = TypeVar("T")
-NAMED = ("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows")
-OF_A_KIND = ("trained", "voting", "seeds")
-HELD_OUT = (*OF_THE_BASE, *OF_THE_ROWS)  # what a loss on held-out rows depends on, whatever the prompt
+CELL_FILE = "cell.json"
+# The content of a cell.json. That of a cell that failed is not written; "failed" says why, and its metrics are empty.
+CellRecord = dict[str, Any]
+START_SETTINGS = ("prompt_tuning_init_text", "class_labels", "vocab_population")
+# Settings with a field of their own in CellResult. All others are its `context`.
+FIELD_SETTINGS = (
+    *("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows"),
+    *("trained", "voting", "seeds", *START_SETTINGS),
+)
+EVALUATION_SETTINGS = (*BASE_SETTINGS, *DATA_SETTINGS)  # what a held-out loss depends on, besides the prompt
+COMPARED_FIELDS = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
 
 
 @dataclass(frozen=True)
-class Point:
-    """A finished cell. `loss` is inf where training did not end in finite numbers; `targets` are the held-out ones,
-    whose number shows whether losses per target can be compared; `exact_match_rows` is None where the exact match is
-    over all rows. An ensemble has a `voting` and several `members`, and is not `trained`. `start` is the text or the
-    labels that the prompt starts from, and `context` all that no claim is about. `held_out` names the held-out rows and
-    how the base reads them. `failed` says why a cell has no result: it is shown, and compared with nothing."""
+class CellResult:
+    """What is compared of a finished cell.
+
+    Args:
+        base: The base's name or path.
+        parameters: The base's number of parameters.
+        dataset: The dataset's name or path.
+        init: The setting prompt_tuning_init.
+        virtual_tokens: Number of virtual tokens.
+        learning_rate: The peak learning rate.
+        rows: Number of training rows.
+        seed: The seed.
+        trained: Whether the prompt was trained: not a hard prompt, and not an ensemble.
+        voting: How an ensemble votes; empty for all other cells.
+        members: Number of an ensemble's members; 1 for all other cells.
+        loss: Held-out loss per target token; inf if training did not end in finite numbers.
+        exact_match: Share of held-out answers that are generated exactly; None if answers were not generated.
+        base_loss: Held-out loss of the base without a prompt.
+        base_exact_match: Exact match of the base without a prompt.
+        targets: Number of held-out target tokens. Losses per token are comparable only if it is equal.
+        start: The text, labels or vocabulary size that the prompt starts from.
+        context: All settings that no hypothesis is about, as JSON.
+        held_out: The settings that determine the held-out rows and how the base reads them, as JSON.
+        failed: Why the cell has no result. Such a cell is shown, and compared with nothing.
+        exact_match_rows: Number of rows of the exact match; None if that is all held-out rows.
+    """
 
     base: str
     parameters: int
@@ -46,82 +78,94 @@ class Point:
     exact_match_rows: int | None = None
 
 
-Key = Callable[[Point], Any]
+Key = Callable[[CellResult], Any]
 
 
-def point(result: Mapping[str, Any]) -> Point:
-    """From the content of a cell.json."""
-    s, metrics = result["settings"], result["metrics"]
-    texts = ("prompt_tuning_init_text", "class_labels", "vocab_population")
-    context = {k: v for k, v in s.items() if k not in (*NAMED, *texts, *OF_A_KIND)}
-    start = ", ".join(str(s[name]) for name in texts if s[name] is not None)
-    return Point(
-        s["model_name_or_path"],
-        result["parameters"],
-        s["dataset"],
-        s["prompt_tuning_init"],
-        result["virtual_tokens"],
-        s["learning_rate"],
-        result["rows"],
-        s["seed"],
-        s["trained"],
-        s.get("voting", ""),
-        len(s.get("seeds", (1,))),
-        metrics.get("eval_loss", math.inf),
-        metrics.get("eval_exact_match"),
-        metrics.get("eval_loss_base", math.inf),
-        metrics.get("eval_exact_match_base"),
-        result["held_out_targets"],
-        start,
-        json.dumps(context, sort_keys=True),
-        json.dumps({k: v for k, v in context.items() if k in HELD_OUT}, sort_keys=True),
-        result.get("failed", ""),
-        metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
+def read_finished(folder: Path) -> CellRecord | None:
+    """Return the record in a cell's folder; None if there is none, or a file differs from its checksum."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        content = {name: (folder / Path(name).name).read_bytes() for name in checksums}
+        whole = with_checksums(content)[CHECKSUMS_FILE] == json_bytes(checksums)
+        return json.loads(content[CELL_FILE]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def cell_result(record: Mapping[str, Any]) -> CellResult:
+    """Return the result in the content of a cell.json."""
+    s, metrics = record["settings"], record["metrics"]
+    context = {k: v for k, v in s.items() if k not in FIELD_SETTINGS}
+    return CellResult(
+        base=s["model_name_or_path"],
+        parameters=record["parameters"],
+        dataset=s["dataset"],
+        init=s["prompt_tuning_init"],
+        virtual_tokens=record["virtual_tokens"],
+        learning_rate=s["learning_rate"],
+        rows=record["rows"],
+        seed=s["seed"],
+        trained=s["trained"],
+        voting=s.get("voting", ""),
+        members=len(s.get("seeds", (1,))),
+        loss=metrics.get("eval_loss", math.inf),
+        exact_match=metrics.get("eval_exact_match"),
+        base_loss=metrics.get("eval_loss_base", math.inf),
+        base_exact_match=metrics.get("eval_exact_match_base"),
+        targets=record["held_out_targets"],
+        start=", ".join(str(s[name]) for name in START_SETTINGS if s[name] is not None),
+        context=json.dumps(context, sort_keys=True),
+        held_out=json.dumps({k: v for k, v in context.items() if k in EVALUATION_SETTINGS}, sort_keys=True),
+        failed=record.get("failed", ""),
+        exact_match_rows=metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
     )
 
 
-def at_best_rate(points: Iterable[Point], *varied: str) -> list[Point]:
-    """Of trained cells that differ in learning rate and seed alone, those at the rate whose mean loss is lowest. Cells
-    that differ in the fields `varied`, too, are to be compared: it is the best of the rates that all of them were run
-    at, if there is any, so that none gains by a rate that another one was not given. The means are those over the
-    seeds that all rates were run with, if there is any."""
-    kept = []
-    trained = [p for p in points if p.trained and not p.failed]
-    for compared in grouped(trained, without("learning_rate", "seed", *varied)).values():
-        settings = grouped(compared, without("learning_rate", "seed")).values()
-        shared = set.intersection(*({p.learning_rate for p in same} for same in settings))
-        for same in settings:
-            of_rates = grouped([p for p in same if p.learning_rate in shared or not shared], lambda p: p.learning_rate)
-            kept += lowest(of_rates.values())
+def at_best_learning_rate(results: Iterable[CellResult], *varied: str) -> list[CellResult]:
+    """Return the trained cells of each setting at its best learning rate: the one with the lowest mean loss over seeds.
+
+    Settings that differ in the fields `varied` are compared with each other later. To be fair to each, only the
+    learning rates that all of them were run at are considered, if there are any. Likewise, means are over the seeds
+    that all learning rates were run with, if there are any.
+    """
+    kept: list[CellResult] = []
+    trained = [r for r in results if r.trained and not r.failed]
+    for compared in group_by(trained, key_without("learning_rate", "seed", *varied)).values():
+        settings = group_by(compared, key_without("learning_rate", "seed")).values()
+        shared = set.intersection(*({r.learning_rate for r in cells} for cells in settings))
+        for cells in settings:
+            candidates = [r for r in cells if r.learning_rate in shared or not shared]
+            kept += lowest_mean_loss(group_by(candidates, lambda r: r.learning_rate).values())
     return kept
 
 
-def lowest(settings: Iterable[Sequence[Point]], left_out: int | None = None) -> Sequence[Point]:
-    """Of several settings, each with a cell for each seed, the one whose mean loss is lowest: over the seeds that all
-    of them have, if there is any, without the one `left_out`."""
+def lowest_mean_loss(settings: Iterable[Sequence[CellResult]], left_out: int | None = None) -> Sequence[CellResult]:
+    """Return the setting with the lowest mean loss over the seeds that all settings have, except the seed `left_out`.
+
+    Each setting is a list of cells, one for each seed. If the settings share no other seed, the mean is over all cells.
+    """
     every = list(settings)
-    seeds = set.intersection(*({p.seed for p in cells} for cells in every)) - {left_out}
-    return min(every, key=lambda cells: mean(p.loss for p in cells if p.seed in seeds or not seeds))
+    seeds = set.intersection(*({r.seed for r in cells} for cells in every)) - {left_out}
+    return min(every, key=lambda cells: mean(r.loss for r in cells if r.seed in seeds or not seeds))
 
 
-def without(*names: str) -> Key:
-    """All that tells a cell from another, but for the fields named."""
-    told = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
-    left = [name for name in told if name not in names]
-    return lambda p: tuple(getattr(p, name) for name in left)
+def key_without(*names: str) -> Key:
+    """Return a grouping key of all fields that distinguish two cells, except the fields `names`."""
+    kept = [name for name in COMPARED_FIELDS if name not in names]
+    return lambda r: tuple(getattr(r, name) for name in kept)
 
 
-def other_settings(points: Iterable[Point]) -> Key:
-    """Of a point, the settings of its context that are not the same in all contexts."""
-    contexts = {p.context: json.loads(p.context) for p in points}
+def varied_context(results: Iterable[CellResult]) -> Key:
+    """Return a function that describes a result by those settings of its context that differ among `results`."""
+    contexts = {r.context: json.loads(r.context) for r in results}
     every = list(contexts.values())
-    varied = [name for name in (every[0] if every else ()) if any(one.get(name) != every[0][name] for one in every)]
-    return lambda p: ", ".join(f"{name} {contexts[p.context].get(name)}" for name in varied)
+    varied = [name for name in (every[0] if every else ()) if any(c.get(name) != every[0][name] for c in every)]
+    return lambda r: ", ".join(f"{name} {contexts[r.context].get(name)}" for name in varied)
 
 
-def grouped(things: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Those with the same key together, in the order in which the keys first come."""
+def group_by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Group items by their key, in the order in which the keys first appear."""
     groups: dict[Any, list[T]] = {}
-    for thing in things:
-        groups.setdefault(key(thing), []).append(thing)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups

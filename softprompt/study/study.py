@@ -1,4 +1,4 @@
-"""A grid of training runs, and what it says: `python -m softprompt study STUDY.toml` (see grid.py for the file)."""
+"""Run a study and write what it found: `python -m softprompt study STUDY.toml` (see `grid` for the file)."""
 
 import shlex
 import sys
@@ -9,13 +9,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from softprompt.report.svg import INSTALL
-from softprompt.study.charts import PICTURE_FILES, pictures
+from softprompt.study.charts import CHART_FILES, charts
+from softprompt.study.findings import Finding
 from softprompt.study.grid import Study
-from softprompt.study.hypotheses import Finding, evaluate_hypotheses
-from softprompt.study.page import csv_of, failures, page, table_of
-from softprompt.study.plan import Planned, planned
-from softprompt.study.results import point
-from softprompt.study.runner import Result, finished, run_cells
+from softprompt.study.hypotheses import evaluate_hypotheses
+from softprompt.study.page import csv_bytes, failure_lines, page, result_table
+from softprompt.study.plan import PlannedCell, plan_study
+from softprompt.study.results import CellRecord, cell_result, read_finished
+from softprompt.study.runner import run_cells
 from softprompt.utils.atomic_io import check_writable, remove_leftovers, write_files
 from softprompt.utils.errors import OutputError, SomeFailed
 from softprompt.utils.file_lock import FolderLock
@@ -26,97 +27,101 @@ PAGE_FILE, CSV_FILE = "study.md", "study.csv"
 
 
 def run_study(study: Study) -> list[Finding]:
-    """Run the cells that are not finished yet, then write and print the table, the findings and the pictures.
+    """Run the cells that are not finished yet, then write and print the table, the findings and the charts.
 
     Raises:
-        SoftpromptError: as of `planned` and `run_cells`, or an output_dir that cannot be written to.
-        SomeFailed: cells failed; everything that could be done without them is done and written.
+        SoftpromptError: As of `plan_study` and `run_cells`, or the output folder cannot be written to.
+        SomeFailed: Some cells failed. Everything that does not need them is done and written.
     """
     check_writable(study.output_dir, "--output_dir")
-    _refuse_other(study.output_dir)
-    plan = planned(study)
-    with messages(), _claimed(study.output_dir):
+    _refuse_foreign_files(study.output_dir)
+    plan = plan_study(study)
+    with messages(), _lock(study.output_dir):
         remove_leftovers(study.output_dir / "cells", ".+")
-        results = {one.folder: result for one in plan if (result := finished(one.folder))}
-        left = [one for one in plan if one.folder not in results]
-        print(f"{study.path}: {len(plan):,} cells, {len(results):,} of them finished before → {study.output_dir}/")
+        records = {planned.folder: record for planned in plan if (record := read_finished(planned.folder))}
+        remaining = [planned for planned in plan if planned.folder not in records]
+        print(f"{study.path}: {len(plan):,} cells, {len(records):,} of them finished before → {study.output_dir}/")
         began = time.perf_counter()
-        _run(left, results)
-        if left:
-            print(f"{len(left):,} cells in {time.perf_counter() - began:.0f} s")
-        found = _report(study, [results[one.folder] for one in plan])
-    if broken := [(one, why) for one in plan if (why := results[one.folder].get("failed"))]:
-        one, why = broken[0]
+        _run(remaining, records)
+        if remaining:
+            print(f"{len(remaining):,} cells in {time.perf_counter() - began:.0f} s")
+        findings = _write_results(study, [records[planned.folder] for planned in plan])
+    if failed := [(planned, why) for planned in plan if (why := records[planned.folder].get("failed"))]:
+        planned, why = failed[0]
         raise SomeFailed(
-            f"{len(broken):,} of {len(plan):,} cells failed ({one.cell}: {why}); {study.output_dir / PAGE_FILE} has "
-            "the others, and the same command tries again those that failed"
+            f"{len(failed):,} of {len(plan):,} cells failed ({planned.cell}: {why}); {study.output_dir / PAGE_FILE} "
+            "has the others, and the same command tries the failed cells again"
         )
-    return found
+    return findings
 
 
-def _run(left: Sequence[Planned], results: dict[Path, Result]) -> None:
-    """Run what is left, under one bar over all optimizer steps; without a terminal, a line for every cell."""
-    live = sys.stderr.isatty()
-    with tqdm(total=sum(one.steps for one in left), unit="step", desc="study", disable=not live) as bar:
+def _run(remaining: Sequence[PlannedCell], records: dict[Path, CellRecord]) -> None:
+    """Run the remaining cells and add their records. On a terminal, show one progress bar over all optimizer steps;
+    otherwise print a line for each cell."""
+    on_terminal = sys.stderr.isatty()
+    steps = sum(planned.steps for planned in remaining)
+    with tqdm(total=steps, unit="step", desc="study", disable=not on_terminal) as bar:
 
-        def done(one: Planned, result: Result) -> None:
-            results[one.folder] = result
-            why = result.get("failed")
-            if why or not live:
-                loss = result["metrics"].get("eval_loss")
-                said = f"held-out loss {loss:.4f}" if loss is not None else result["metrics"].get("error", "not finite")
-                bar.write(f"{one.cell}: {f'failed: {why}' if why else said}", file=sys.stderr)
+        def on_cell(planned: PlannedCell, record: CellRecord) -> None:
+            records[planned.folder] = record
+            why = record.get("failed")
+            if why or not on_terminal:
+                metrics = record["metrics"]
+                loss = metrics.get("eval_loss")
+                line = f"held-out loss {loss:.4f}" if loss is not None else metrics.get("error", "not finite")
+                bar.write(f"{planned.cell}: {f'failed: {why}' if why else line}", file=sys.stderr)
 
-        run_cells(left, lambda: bar.update(), done)
+        run_cells(remaining, lambda: bar.update(), on_cell)
 
 
-def _report(study: Study, results: Sequence[Result]) -> list[Finding]:
-    points = [point(result) for result in results]
-    lines, found, drawn = table_of(points), evaluate_hypotheses(points), pictures(points)
-    broken = failures(points)
+def _write_results(study: Study, records: Sequence[CellRecord]) -> list[Finding]:
+    results = [cell_result(record) for record in records]
+    lines, findings, images = result_table(results), evaluate_hypotheses(results), charts(results)
+    failures = failure_lines(results)
     print("\n" + table(lines) + "\n")
-    for text in broken:
+    for text in failures:
         print(f"failed: {text}")
-    for finding in found:
+    for finding in findings:
         print(f"- {finding.sentence}")
-    if drawn is None:
-        print(f"no pictures: matplotlib is not installed; {INSTALL}")
-    head = (f"# {study.title}", study.about, _origin(study, results))
-    written = page(head, lines, found, drawn or (), broken)
-    write_files(study.output_dir, {CSV_FILE: csv_of(points), PAGE_FILE: written, **(drawn or {})})
-    if drawn is not None:
-        for name in PICTURE_FILES - set(drawn):
-            (study.output_dir / name).unlink(missing_ok=True)  # of something that the study varies no more
+    if images is None:
+        print(f"no charts: matplotlib is not installed; {INSTALL}")
+    head = (f"# {study.title}", study.about, _origin(study, records))
+    content = page(head, lines, findings, images or (), failures)
+    write_files(study.output_dir, {CSV_FILE: csv_bytes(results), PAGE_FILE: content, **(images or {})})
+    if images is not None:
+        for name in CHART_FILES - set(images):
+            (study.output_dir / name).unlink(missing_ok=True)  # of something that the study no longer varies
     print(f"\n→ {study.output_dir / PAGE_FILE}")
-    return found
+    return findings
 
 
-def _origin(study: Study, results: Sequence[Result]) -> str:
-    """Where the figures come from."""
-    minutes = sum(result["seconds"] for result in results) / 60
-    done = [result for result in results if "failed" not in result]
-    places = sorted({f"{result['device']} with {result['threads']} threads" for result in done})
-    date = max((result["date"] for result in done), default=time.strftime("%Y-%m-%d"))
+def _origin(study: Study, records: Sequence[CellRecord]) -> str:
+    """Return the sentence that says how the results were made."""
+    minutes = sum(record["seconds"] for record in records) / 60
+    done = [record for record in records if "failed" not in record]
+    devices = sorted({f"{record['device']} with {record['threads']} threads" for record in done})
+    date = max((record["date"] for record in done), default=time.strftime("%Y-%m-%d"))
     command = shlex.join(["python", "-m", "softprompt", "study", *study.arguments])
-    failed = f", of which {len(results) - len(done):,} failed," if len(done) < len(results) else ""
+    failed = f", of which {len(records) - len(done):,} failed," if len(done) < len(records) else ""
     return (
-        f"`{command}`: {len(results):,} cells{failed} in {minutes:.1f} minutes of "
-        f"training and evaluation on {', '.join(places) or 'no device'}; {date}."
+        f"`{command}`: {len(records):,} cells{failed} in {minutes:.1f} minutes of "
+        f"training and evaluation on {', '.join(devices) or 'no device'}; {date}."
     )
 
 
-def _refuse_other(output_dir: Path) -> None:
-    """Raises OutputError where a file of the name of ours is there that no study has written."""
+def _refuse_foreign_files(output_dir: Path) -> None:
+    """Raise OutputError if the folder holds a page or a table that no study wrote."""
     for name in (PAGE_FILE, CSV_FILE):
         if (output_dir / name).exists() and not (output_dir / "cells").is_dir():
             raise OutputError(f"--output_dir {output_dir}: holds a {name} that no study wrote; name another folder")
 
 
-def _claimed(output_dir: Path) -> FolderLock:
+def _lock(output_dir: Path) -> FolderLock:
+    """Create the folder and lock it."""
     try:
         (output_dir / "cells").mkdir(parents=True, exist_ok=True)
         return FolderLock(output_dir).take()
     except OSError as error:
         raise OutputError(
-            f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
+            f"--output_dir {output_dir}: cannot be created ({error.strerror}); name another folder"
         ) from None

@@ -13,7 +13,7 @@ from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.models.loading import load_tokenizer
-from softprompt.study.page import table_of
+from softprompt.study.page import result_table
 from softprompt.training.summary import summary
 from softprompt.utils.errors import AdapterError, ConfigError
 
@@ -212,7 +212,7 @@ def test_labels_are_scored_with_the_white_space_of_the_rows(place, capsys, monke
 
 def test_a_study_says_how_many_rows_exact_match_covers(tmp_path, tiny_base, monkeypatch, capsys):
     from softprompt.study.grid import read_study
-    from softprompt.study.results import point
+    from softprompt.study.results import cell_result
     from softprompt.study.study import run_study
 
     monkeypatch.chdir(tmp_path)
@@ -227,6 +227,6 @@ def test_a_study_says_how_many_rows_exact_match_covers(tmp_path, tiny_base, monk
     run_study(read_study(Path("s.toml")))
     assert "over the 1 of 2 rows" in capsys.readouterr().out
     cells = [json.loads(path.read_text()) for path in Path("runs").rglob("cell.json")]
-    points = [point(cell) for cell in cells]
-    assert {p.exact_match_rows for p in points} == {1}
-    assert all(line[-1].endswith(" of 1 rows") for line in table_of(points)[1:])
+    results = [cell_result(cell) for cell in cells]
+    assert {p.exact_match_rows for p in results} == {1}
+    assert all(line[-1].endswith(" of 1 rows") for line in result_table(results)[1:])

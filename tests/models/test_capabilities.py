@@ -26,7 +26,7 @@ from softprompt.generation.requests import GenerationSettings
 from softprompt.models.capabilities import max_positions, on_meta_device, why_no_answers
 from softprompt.models.loading import freeze, load_base, word_embeddings
 from softprompt.study.grid import read_study
-from softprompt.study.plan import planned
+from softprompt.study.plan import plan_study
 from softprompt.study.study import run_study
 from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.model_config import layers_and_heads
@@ -199,7 +199,7 @@ def test_a_study_looks_at_positions_and_words_before_its_first_cell(tmp_path):
         lines = ["seeds = [1]", "[settings]", f"model_name_or_path = '{tmp_path / base}'", settings]
         lines += [f"dataset = '{tmp_path / 'rows.jsonl'}'", "eval_rows = 2", "[[grid]]", "num_virtual_tokens = [2, 10]"]
         (tmp_path / "s.toml").write_text("\n".join(lines), encoding="utf-8")
-        return planned(read_study(tmp_path / "s.toml"))
+        return plan_study(read_study(tmp_path / "s.toml"))
 
     assert len(study("gpt2")) == 2
     with pytest.raises(ConfigError, match="--max_length 54"):

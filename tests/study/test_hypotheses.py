@@ -6,20 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from softprompt.study.hypotheses import (
-    HOLDS,
-    HOLDS_NOT,
-    UNDECIDED,
-    Compared,
-    conclusion,
-    evaluate_hypotheses,
-    of_every_seed,
-    student_t,
-    t_interval,
-)
-from softprompt.study.results import Point, at_best_rate
+from softprompt.study.confidence import t_interval, t_quantile
+from softprompt.study.findings import HOLDS, HOLDS_NOT, UNDECIDED, Comparison, balanced_over_seeds, conclusion
+from softprompt.study.hypotheses import evaluate_hypotheses
+from softprompt.study.results import CellResult, at_best_learning_rate
 
-ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
+ONE = CellResult("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
 LENGTHS, TEXTS, STARTS, BASES, ROWS, DEFAULT, ARTICLE = range(7)  # of the findings
 
 
@@ -31,9 +23,12 @@ def seeds(loss, wobble=0.01, n=3, **given):
     return points(*({"seed": s, "loss": loss * math.exp(wobble * (s - 1))} for s in range(n)), **given)
 
 
-@pytest.mark.parametrize("degrees, value", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (10, 2.2281), (30, 2.0423)])
-def test_student_t_is_that_of_printed_tables(degrees, value):
-    assert student_t(degrees) == pytest.approx(value, abs=1e-4)
+@pytest.mark.parametrize(
+    "degrees, value",
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (10, 2.2281), (11, 2.2010), (30, 2.0423), (120, 1.9799), (10**6, 1.9600)],
+)
+def test_t_quantiles_are_those_of_printed_tables(degrees, value):
+    assert t_quantile(degrees) == pytest.approx(value, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +73,7 @@ def test_cells_that_differ_in_more_than_the_claim_are_not_compared():
 def test_lengths_are_compared_each_at_its_best_rate():
     short = [*seeds(2.0, learning_rate=1e-1), *seeds(9.0, learning_rate=1e-3)]
     long = [*seeds(5.0, learning_rate=1e-1, virtual_tokens=20), *seeds(1.0, learning_rate=1e-3, virtual_tokens=20)]
-    kept = at_best_rate(short + long)
+    kept = at_best_learning_rate(short + long)
     assert {(p.virtual_tokens, p.learning_rate) for p in kept} == {(10, 1e-1), (20, 1e-3)}
     assert evaluate_hypotheses(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
 
@@ -274,15 +269,17 @@ def test_a_slope_is_over_the_same_lengths_for_every_seed():
     ],
 )
 def test_every_seed_has_the_same_comparisons(made, kept):
-    compared = [Compared(what, seed, 0.0) for what, seeds in made.items() for seed in seeds]
-    assert of_every_seed(compared) == [Compared(what, seed, 0.0) for what, seeds in kept.items() for seed in seeds]
+    compared = [Comparison(what, seed, 0.0) for what, seeds in made.items() for seed in seeds]
+    assert balanced_over_seeds(compared) == [
+        Comparison(what, seed, 0.0) for what, seeds in kept.items() for seed in seeds
+    ]
 
 
 def test_rates_are_compared_over_the_seeds_that_all_of_them_have():
     """The rate whose worst seed failed has the lower mean of what is left, and loses to the other on each seed."""
     good = points({"seed": 0, "loss": 1.0}, {"seed": 1, "loss": 3.0})
     bad = points({"seed": 0, "loss": 1.5}, {"seed": 1, "failed": "no"}, learning_rate=1e-3)
-    assert {p.learning_rate for p in at_best_rate(good + bad)} == {ONE.learning_rate}
+    assert {p.learning_rate for p in at_best_learning_rate(good + bad)} == {ONE.learning_rate}
 
 
 def test_the_best_trained_setting_is_chosen_on_the_other_seeds():

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from softprompt.study.charts import pictures
-from softprompt.study.page import failures, page, table_of
-from softprompt.study.results import Point
+from softprompt.study.charts import charts
+from softprompt.study.page import failure_lines, page, result_table
+from softprompt.study.results import CellResult
 
-ONE = Point("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
+ONE = CellResult("b", 1000, "d", "RANDOM", 10, 3e-2, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
 
 
 def context(**settings):
@@ -17,22 +17,22 @@ def context(**settings):
 
 
 def test_settings_that_vary_are_named():
-    points = [replace(ONE, context=context(eval_rows=n), seed=s) for n in (5, 9) for s in (0, 1)]
-    (head, _, five, nine) = table_of(points)
+    results = [replace(ONE, context=context(eval_rows=n), seed=s) for n in (5, 9) for s in (0, 1)]
+    (head, _, five, nine) = result_table(results)
     at = head.index("other settings")
     assert (five[at], nine[at]) == ("eval_rows 5", "eval_rows 9")
 
 
 def test_the_base_is_shown_on_the_rows_and_in_the_template_of_the_cells_below():
-    points = [replace(ONE, context=context(eval_rows=n), base_loss=loss) for n, loss in ((5, 4.0), (9, 6.0))]
-    lines = [line[-2] for line in table_of(points)[1:]]
+    results = [replace(ONE, context=context(eval_rows=n), base_loss=loss) for n, loss in ((5, 4.0), (9, 6.0))]
+    lines = [line[-2] for line in result_table(results)[1:]]
     assert lines == ["4.0000", "1.0000", "6.0000", "1.0000"]
 
 
 def test_texts_are_letters_in_a_table():
     text = "a|b\\|c <script>x</script> *d*\r\n`e`"
-    points = [ONE, replace(ONE, init="TEXT", start=text)]
-    lines = page((), table_of(points), [], []).decode().split("\n")
+    results = [ONE, replace(ONE, init="TEXT", start=text)]
+    lines = page((), result_table(results), [], []).decode().split("\n")
     (line,) = [line for line in lines if "TEXT" in line]
     assert r"| a\|b\\\|c \<script>x\</script> \*d\*\r\n\`e\` |" in line
 
@@ -40,44 +40,47 @@ def test_texts_are_letters_in_a_table():
 @pytest.mark.filterwarnings("error")
 def test_every_line_of_a_picture_is_there_under_its_name():
     texts = ("判断", "costs $5 and $6^{$", "_")
-    points = [
+    results = [
         replace(ONE, init="TEXT", start=text, virtual_tokens=P, loss=loss)
         for text, loss in zip(texts, (1.0, 2.0, 3.0), strict=True)
         for P in (1, 10)
     ]
-    drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
+    drawn = (charts(results) or {})["study-virtual_tokens.svg"].decode()
     assert drawn.count('id="LineCollection_') == 2 * len(texts)  # a spread and one in the legend
     assert all(f">{text}</text>" in drawn for text in texts)
 
 
 def test_lines_of_a_picture_whose_short_names_are_the_same_have_their_whole_names():
     texts = ["这条评论的情感" * 6 + end for end in "ab"]
-    points = [
+    results = [
         replace(ONE, base=base, init="TEXT", start=text, virtual_tokens=P)
         for base in ("one/x", "two/x")
         for text in texts
         for P in (1, 10)
     ]
-    drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
+    drawn = (charts(results) or {})["study-virtual_tokens.svg"].decode()
     assert all(f">{base}, {text}</text>" in drawn for base in ("one/x", "two/x") for text in texts)
 
 
 def test_a_setting_of_which_a_seed_is_not_finite_is_in_no_picture():
     """As its line of the table has no mean either: the others alone would flatter it."""
-    points = [replace(ONE, virtual_tokens=P, seed=s) for P in (1, 3, 10) for s in (0, 1)]
-    points[0] = replace(points[0], loss=float("inf"))
-    drawn = (pictures(points) or {})["study-virtual_tokens.svg"].decode()
+    results = [replace(ONE, virtual_tokens=P, seed=s) for P in (1, 3, 10) for s in (0, 1)]
+    results[0] = replace(results[0], loss=float("inf"))
+    drawn = (charts(results) or {})["study-virtual_tokens.svg"].decode()
     assert ">3</text>" in drawn and ">1</text>" not in drawn
 
 
 def test_cells_that_failed_have_lines_and_reasons():
     gone = replace(ONE, loss=float("inf"), base_loss=float("inf"), parameters=0)
-    points = [ONE, replace(gone, seed=1, failed="a | b"), replace(gone, base="c", seed=0, failed="no\nroom")]
-    first, failed = [line[-2] for line in table_of(points)[1:]][:2], [line[-2] for line in table_of(points)[3:]]
+    results = [ONE, replace(gone, seed=1, failed="a | b"), replace(gone, base="c", seed=0, failed="no\nroom")]
+    first, failed = (
+        [line[-2] for line in result_table(results)[1:]][:2],
+        [line[-2] for line in result_table(results)[3:]],
+    )
     assert first == ["4.0000", "1.0000 (1 failed)"] and failed == ["failed", "failed"]
-    told = failures(points)
+    told = failure_lines(results)
     assert len(told) == 2 and "seed 1: a | b" in told[0] and "base c" in told[1] and told[1].endswith("no\\nroom")
-    lines = page((), table_of(points), [], [], told).decode().split("\n")
+    lines = page((), result_table(results), [], [], told).decode().split("\n")
     assert any(line.startswith("- 1 cell, the first") and r"a \| b" in line for line in lines)
-    drawn = pictures(points)
+    drawn = charts(results)
     assert not drawn

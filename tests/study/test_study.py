@@ -19,10 +19,11 @@ from softprompt.cli import parse_study, run_command
 from softprompt.cli import study as study_command
 from softprompt.data.template import Template
 from softprompt.prompt.adapter_io import load_adapter
+from softprompt.study import cell_runner, runner
 from softprompt.study import plan as study_plan
-from softprompt.study import runner as cells_module
-from softprompt.study.plan import planned
-from softprompt.study.runner import finished, subset
+from softprompt.study.cell_runner import subset
+from softprompt.study.plan import plan_study
+from softprompt.study.results import read_finished
 from softprompt.study.study import run_study
 from softprompt.utils.errors import ConfigError, DataError, ModelError, OutputError, SomeFailed, Stopped
 from softprompt.utils.file_lock import FolderLock
@@ -78,7 +79,7 @@ def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not
         "seeds = [0, 1]\nhard_prompts = ['好']",
         GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
     )
-    loads, trained = Counted(monkeypatch, cells_module, "read_base"), Counted(monkeypatch, cells_module, "train")
+    loads, trained = Counted(monkeypatch, cell_runner, "read_base"), Counted(monkeypatch, cell_runner, "train")
     tokenised = Counted(monkeypatch, study_plan, "tokenize_rows")
     run_study(study)
     assert (loads.calls, tokenised.calls, trained.calls) == (2, 1, 16)
@@ -98,21 +99,21 @@ def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not
 def test_a_half_written_cell_is_repeated_and_comes_out_the_same(file, place, monkeypatch):
     study = place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]")
     run_study(study)
-    one = planned(study)[1].folder
+    one = plan_study(study)[1].folder
     before = (one / "adapter_model.safetensors").read_bytes()
     whole = (one / file).read_bytes()
     (one / file).write_bytes(whole[: len(whole) // 2])
-    assert finished(one) is None
-    trained = Counted(monkeypatch, cells_module, "train")
+    assert read_finished(one) is None
+    trained = Counted(monkeypatch, cell_runner, "train")
     run_study(study)
-    assert trained.calls == 1 and finished(one)
+    assert trained.calls == 1 and read_finished(one)
     assert (one / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, monkeypatch, tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "base")
     study = place(grid=f'[[grid]]\nmodel_name_or_path = "{tmp_path / "base"}"')
-    trained = Counted(monkeypatch, cells_module, "train")
+    trained = Counted(monkeypatch, cell_runner, "train")
     run_study(study)
     (place.folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[1:]), encoding="utf-8")
     run_study(study)
@@ -136,11 +137,11 @@ def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
     path = tmp_path / "other" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
-    plan = planned(place(grid=grid))
-    ends = [{e.input_ids[-1] for e in one.material.examples + one.material.held_out} for one in plan]
+    plan = plan_study(place(grid=grid))
+    ends = [{e.input_ids[-1] for e in one.inputs.examples + one.inputs.held_out} for one in plan]
     assert ends == [{2}, {1 if "eos_token" in change else 2}]
     path.write_text((tiny_base / file).read_text())
-    (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], planned(place(grid=grid))[1]))
+    (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], plan_study(place(grid=grid))[1]))
     assert before != after
 
 
@@ -158,14 +159,16 @@ def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
         output_dir=str(tmp_path / "run"),
     )
     assert torch.equal(load_adapter(folder).prompt, load_adapter(run.output_dir).prompt)
-    metrics = finished(folder)["metrics"]
+    metrics = read_finished(folder)["metrics"]
     for name in ("eval_loss", "eval_loss_base", "eval_exact_match"):
         assert metrics[name] == run.metrics[name]
 
 
 def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
     run_study(place("hard_prompts = ['这家好']", "[[grid]]\nnum_virtual_tokens = 1"))
-    (hard,) = [r for f in (place.folder / "out" / "cells").iterdir() if not (r := finished(f))["settings"]["trained"]]
+    (hard,) = [
+        r for f in (place.folder / "out" / "cells").iterdir() if not (r := read_finished(f))["settings"]["trained"]
+    ]
     tokenizer, base = AutoTokenizer.from_pretrained(tiny_base), BloomForCausalLM.from_pretrained(tiny_base).eval()
     total, targets = 0.0, 0
     for row in ROWS[-5:]:
@@ -184,7 +187,7 @@ def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_pat
     """Its loss is that of the mean of their likelihoods, and its answers are those of infer.py's."""
     grid = "[[grid]]\nnum_virtual_tokens = 3\nlearning_rate = 1.0"
     run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", grid))
-    found = {f: finished(f) for f in (place.folder / "out" / "cells").iterdir()}
+    found = {f: read_finished(f) for f in (place.folder / "out" / "cells").iterdir()}
     (together,) = [r for r in found.values() if r["settings"].get("voting")]
     folders = [f for f, r in found.items() if r["settings"]["trained"]]
     model = softprompt.SoftPromptModel.from_pretrained(adapter=[str(f) for f in folders])
@@ -210,8 +213,8 @@ def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
     )
     length = len(AutoTokenizer.from_pretrained(tiny_base)("好")["input_ids"])
     grids = ["rows = ['all', 13, 4]", "num_virtual_tokens = 10", text, f"{text}\nnum_virtual_tokens = {length}"]
-    every = planned(place(head, "\n[[grid]]\n".join(["", *grids])))
-    some = planned(place(head, "\n[[grid]]\n".join(["", "rows = ['all', 4]", text])))
+    every = plan_study(place(head, "\n[[grid]]\n".join(["", *grids])))
+    some = plan_study(place(head, "\n[[grid]]\n".join(["", "rows = ['all', 4]", text])))
     assert [one.folder for one in every] == [one.folder for one in some] and len(some) == 9
 
 
@@ -228,21 +231,21 @@ def test_few_shot_rows_are_drawn_by_the_seed_and_are_among_those_of_a_larger_num
 
 
 def test_a_cell_trains_on_its_rows_alone(place, monkeypatch):
-    study, seen, real = place("seeds = [0, 1]", "[[grid]]\nrows = [4, 'all']"), [], cells_module.train
+    study, seen, real = place("seeds = [0, 1]", "[[grid]]\nrows = [4, 'all']"), [], cell_runner.train
 
     def train(engine, prompt, feed, *args):
         seen.append(feed.examples)
         return real(engine, prompt, feed, *args)
 
-    monkeypatch.setattr(cells_module, "train", train)
+    monkeypatch.setattr(cell_runner, "train", train)
     run_study(study)
-    every = planned(study)[0].material.examples
+    every = plan_study(study)[0].inputs.examples
     assert seen == [subset(every, 4, 0), subset(every, 4, 1), every, every]
 
 
 def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, monkeypatch):
     study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 2")
-    real, calls = cells_module.train, []
+    real, calls = cell_runner.train, []
 
     def train(*args, **kwargs):
         calls.append(1)
@@ -250,13 +253,13 @@ def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, mon
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cells_module, "train", train)
+    monkeypatch.setattr(cell_runner, "train", train)
     with pytest.raises(Stopped, match="the same command goes on") as stopped:
         run_study(study)
     assert stopped.value.exit_code == 130
-    assert sum(bool(finished(one.folder)) for one in planned(study)) == 1
+    assert sum(bool(read_finished(one.folder)) for one in plan_study(study)) == 1
     run_study(study)
-    assert len(calls) == 4 and all(finished(one.folder) for one in planned(study))
+    assert len(calls) == 4 and all(read_finished(one.folder) for one in plan_study(study))
 
 
 def test_what_is_left_to_read(place, capsys):
@@ -301,13 +304,13 @@ def test_a_run_without_finite_numbers_is_a_result(place, capsys):
     [
         ("[[grid]]\nrows = [4, 99]", ConfigError, "rows 99 seed 42: rows 99 is more than the 13 rows of"),
         ("[[grid]]\ndevice = ['cpu', 'cuda:97']", ConfigError, "the cell .*--device cuda:97"),
-        ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows to compare by; give eval_dataset or eval_rows"),
+        ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows .*eval_rows"),
         ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, "no such folder"),
         ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
     ],
 )
 def test_cells_that_cannot_work_are_told_before_the_first_one_runs(grid, error, message, place, monkeypatch):
-    trained = Counted(monkeypatch, cells_module, "train")
+    trained = Counted(monkeypatch, cell_runner, "train")
     with pytest.raises(error, match=message):
         run_study(place(grid="[[grid]]\nnum_virtual_tokens = 1\n" + grid))
     assert trained.calls == 0 and not (place.folder / "out").exists()
@@ -324,7 +327,7 @@ def test_a_setting_of_an_engine_that_a_cell_does_not_take(place, tmp_path, tiny_
     config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
     config |= {"slow_but_exact": True, "pretraining_tp": 2}
     (tmp_path / "sliced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    trained = Counted(monkeypatch, cells_module, "train")
+    trained = Counted(monkeypatch, cell_runner, "train")
     grid = f"[[grid]]\ngradient_checkpointing = true\nmodel_name_or_path = ['{tiny_base}', '{tmp_path / 'sliced'}']"
     with pytest.raises(ConfigError, match=r"the cell .*sliced.*--gradient_checkpointing are settings of the packed"):
         run_study(place(grid=grid))
@@ -382,11 +385,11 @@ ERRORS = {
 def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, monkeypatch, capsys):
     study = place("seeds = [0, 1]", "[[grid]]\nnum_virtual_tokens = [1, 3, 2]")
     with monkeypatch.context() as patch:
-        Failing(patch, cells_module, "train", of_three, error)
+        Failing(patch, cell_runner, "train", of_three, error)
         with pytest.raises(SomeFailed, match="2 of 6 cells failed") as failed:
             run_study(study)
     assert failed.value.exit_code == 1 and "num_virtual_tokens 3" in str(failed.value)
-    done = [one for one in planned(study) if finished(one.folder)]
+    done = [one for one in plan_study(study) if read_finished(one.folder)]
     assert [one.cell.config.prompt.num_virtual_tokens for one in done] == [1, 1, 2, 2]
     page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     assert "## Cells that failed" in page and told in page and "| RANDOM | 3 | 2 | failed |  |" in page
@@ -394,7 +397,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, mon
     traces = list((place.folder / "out" / "cells").glob("*.error.txt"))
     assert len(traces) == (0 if isinstance(error, DataError) else 2)
     assert all("Traceback" in trace.read_text(encoding="utf-8") for trace in traces)
-    trained = Counted(monkeypatch, cells_module, "train")
+    trained = Counted(monkeypatch, cell_runner, "train")
     run_study(study)  # tries again what failed, and that alone
     assert trained.calls == 2 and "failed" not in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     assert not list((place.folder / "out" / "cells").glob("*.error.txt"))
@@ -402,10 +405,10 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, mon
 
 def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatch):
     study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 3")
-    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
     with pytest.raises(SomeFailed):
         run_study(study)
-    left = [finished(one.folder)["metrics"]["eval_loss"] for one in planned(study) if finished(one.folder)]
+    left = [read_finished(one.folder)["metrics"]["eval_loss"] for one in plan_study(study) if read_finished(one.folder)]
     page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     assert f"| RANDOM | 3 | 3 | {sum(left) / 2:.4f} ± " in page and "(1 failed) |" in page
 
@@ -418,7 +421,7 @@ def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, pla
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         error = ModelError("takes no inputs_embeds")
-        Failing(monkeypatch, cells_module, "read_base", lambda path: "bad" in str(path), error)
+        Failing(monkeypatch, cell_runner, "read_base", lambda path: "bad" in str(path), error)
     grid = f"[[grid]]\nmodel_name_or_path = {json.dumps([str(bad), str(tiny_base)])}"
     with pytest.raises(SomeFailed, match="3 of 6 cells failed"):
         run_study(place("seeds = [0, 1]\nvoting = ['majority_vote']", grid))
@@ -454,16 +457,16 @@ def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
 def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, monkeypatch):
     study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
     with monkeypatch.context() as patch:
-        Failing(patch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+        Failing(patch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
         with pytest.raises(SomeFailed, match="2 of 3 cells failed"):
             run_study(study)
     assert "1 of the ensemble's 2 prompts failed" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     run_study(study)
-    assert all(finished(one.folder) for one in planned(study))
+    assert all(read_finished(one.folder) for one in plan_study(study))
 
 
 def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
-    Failing(monkeypatch, cells_module, "train", lambda *_: True, ValueError("no"))
+    Failing(monkeypatch, cell_runner, "train", lambda *_: True, ValueError("no"))
     with pytest.raises(SomeFailed, match="1 of 1 cells failed"):
         run_study(place())
     assert "ValueError: no" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
@@ -471,8 +474,8 @@ def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), OSError(28, "No space left on device")])
 def test_what_is_no_matter_of_a_cell_ends_the_study(error, place, monkeypatch):
-    name = "write_folder" if isinstance(error, OSError) else "train"
-    Failing(monkeypatch, cells_module, name, lambda *_: True, error)
+    module, name = (runner, "write_folder") if isinstance(error, OSError) else (cell_runner, "train")
+    Failing(monkeypatch, module, name, lambda *_: True, error)
     with pytest.raises(type(error)):
         run_study(place("seeds = [0, 1]"))
 
@@ -482,7 +485,7 @@ def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, mon
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError("no")
 
-    monkeypatch.setattr(cells_module, "train", train)
+    monkeypatch.setattr(cell_runner, "train", train)
     with pytest.raises(Stopped) as stopped:
         run_study(place("seeds = [0, 1]"))
     assert stopped.value.exit_code == 143
@@ -490,7 +493,7 @@ def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, mon
 
 def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch, capsys):
     place("seeds = [0, 1]")
-    Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
+    Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
     monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
     with pytest.raises(SystemExit) as ended:
         run_command(study_command)
@@ -502,7 +505,7 @@ def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch
 def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
     """Its tensors are looked for when the next one is read; a cell's error does not keep them either."""
     shutil.copytree(tiny_base, tmp_path / "twin")
-    alive, real = [], cells_module.read_base
+    alive, real = [], cell_runner.read_base
 
     def read_base(path):
         assert not [ref for ref in alive if ref() is not None]
@@ -510,14 +513,14 @@ def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, 
         alive.extend(map(weakref.ref, [*base.parameters(), *base.buffers()]))
         return base
 
-    monkeypatch.setattr(cells_module, "read_base", read_base)
+    monkeypatch.setattr(cell_runner, "read_base", read_base)
     study = place(
         "seeds = [0, 1]\nvoting = ['majority_vote']",
         "[[grid]]\nnum_virtual_tokens = 3\nengine = ['packed', 'padded']\n"
         f"model_name_or_path = {json.dumps([str(tiny_base), str(tmp_path / 'twin')])}",
     )
     if fails:
-        Failing(monkeypatch, cells_module, "train", lambda e, p, feed, args, *_: args.seed == 1, RuntimeError("no"))
+        Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, RuntimeError("no"))
         with pytest.raises(SomeFailed, match="8 of 12 cells failed"):
             run_study(study)
     else:

@@ -1,0 +1,74 @@
+"""A cell of a study: the settings of one training run, of a hard prompt, or of an ensemble of trained prompts."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from softprompt.config.infer_args import Voting
+from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
+
+ALL = "all"
+BASE_SETTINGS = ("model_name_or_path", "device", "bf16", "fp16", "engine")
+DATA_SETTINGS = (
+    *("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length", "truncation_side"),
+    *("eval_dataset", "eval_split", "eval_rows"),
+)
+PROMPT_SETTINGS = (
+    *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
+)
+TRAINING_SETTINGS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_microbatch", "gradient_checkpointing"),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "deterministic", "per_device_eval_batch_size"),
+)
+SETTINGS = (*BASE_SETTINGS, *DATA_SETTINGS, *PROMPT_SETTINGS, *TRAINING_SETTINGS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Args:
+        config: The settings of the run, its seed included.
+        rows: How many training rows it uses, drawn by the seed. None: all.
+        trained: Whether the prompt is trained. False for a hard prompt, which is the embeddings of a text, and for an
+            ensemble.
+        voting: How the members of an ensemble vote; None unless the cell is an ensemble.
+        seeds: The seeds whose trained prompts are the members of the ensemble.
+    """
+
+    config: TrainConfig
+    rows: int | None = None
+    trained: bool = True
+    voting: Voting | None = None
+    seeds: tuple[int, ...] = ()
+
+    def members(self) -> list["Cell"]:
+        """Return the cells whose prompts vote in this ensemble, one for each seed."""
+        return [Cell(with_seed(self.config, seed), self.rows) for seed in self.seeds]
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that the result depends on, except the content of files, as JSON types."""
+        every = {**self.config.as_dict(), "learning_rate": self.config.learning_rate}
+        kept = {name: every[name] for name in (*SETTINGS, "seed")}
+        ensemble = {"voting": self.voting, "seeds": list(self.seeds)} if self.voting else {}
+        return {**kept, "rows": self.rows, "trained": self.trained, **ensemble}
+
+    def __str__(self) -> str:
+        c = self.config
+        if not (self.trained or self.voting):
+            return f"{c.model.model_name_or_path} {c.data.dataset} hard prompt {c.prompt.prompt_tuning_init_text!r}"
+        tokens = c.prompt.num_virtual_tokens
+        length = tokens or ("of its text" if c.prompt.prompt_tuning_init == "TEXT" else DEFAULT_NUM_VIRTUAL_TOKENS)
+        seeds = (
+            f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
+        )
+        return (
+            f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} num_virtual_tokens {length} "
+            f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} {seeds}"
+        )
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """Return `config` with another seed."""
+    return replace(config, training=replace(config.training, seed=seed))

@@ -1,0 +1,177 @@
+"""Run one cell of a study over a base that is in memory, with the parts of a training run."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from softprompt.config.train_args import DataArguments, ModelArguments
+from softprompt.data.build_data import make_template
+from softprompt.data.dataloader import ListLoader
+from softprompt.data.tokenization import Example, count_targets, end_tokens
+from softprompt.engines.factory import make_engine
+from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
+from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.generation.generator import make_generator
+from softprompt.models.loading import base_path, freeze, place, read_base, word_embeddings
+from softprompt.models.precision import resolve_device, resolve_dtype
+from softprompt.prompt.adapter_folder import adapter_folder
+from softprompt.prompt.adapter_io import load_adapter
+from softprompt.prompt.initial import initial_prompt
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.runs.state import Metrics
+from softprompt.study.plan import PlannedCell
+from softprompt.study.results import CellRecord, read_finished
+from softprompt.training.determinism import deterministic
+from softprompt.training.loop import QuietCallbacks, train
+from softprompt.utils.errors import NotFinite, TrainingError
+
+
+class FinishedCell(NamedTuple):
+    """The record of a cell and the files of its adapter; an ensemble has no adapter."""
+
+    record: CellRecord
+    adapter: Mapping[str, bytes]
+
+
+class _Outcome(NamedTuple):
+    """What training or voting gave: the number of virtual tokens, metrics, held-out answers, and adapter files."""
+
+    virtual_tokens: int
+    metrics: Metrics
+    answers: list[str] | None = None
+    adapter: Mapping[str, bytes] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base on its device, for any number of cells.
+
+    Args:
+        base: The base.
+        dtype: The dtype that training computes in.
+        without_prompt: The evaluation of the base without a prompt, for each dataset so far.
+    """
+
+    base: PreTrainedModel
+    dtype: torch.dtype
+    without_prompt: dict[DataArguments, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, model: ModelArguments) -> "LoadedBase":
+        """Load the base that `model` names.
+
+        Raises:
+            ModelError: The base cannot be loaded.
+        """
+        device = resolve_device(model.device)
+        dtype = resolve_dtype(device, model.bf16, model.fp16)
+        return cls(place(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
+
+    def run(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
+        """Run one cell. If training does not end in finite numbers, that is its result."""
+        data = planned.cell.config.data
+        if data not in self.without_prompt:
+            evaluator = self._evaluator(planned)
+            if evaluator.exact_match_note:
+                print(f"{data.dataset}: {evaluator.exact_match_note}")
+            self.without_prompt[data] = evaluator(None)
+        began = time.perf_counter()
+        outcome = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
+        record = {
+            **self._description(planned),
+            "virtual_tokens": outcome.virtual_tokens,
+            "metrics": {**outcome.metrics, **self.without_prompt[data].metrics("_base")},
+            "answers": outcome.answers,
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        return FinishedCell(record, outcome.adapter)
+
+    def _evaluator(self, planned: PlannedCell, P: int = 0) -> Evaluator:
+        inputs = planned.inputs
+        engine = make_engine(planned.cell.config, self.base, inputs.tokenizer, self.dtype, P)
+        generator = make_generator(engine, self.base, inputs.tokenizer)
+        batch_size = planned.cell.config.training.per_device_eval_batch_size
+        return Evaluator(engine, generator, inputs.tokenizer, inputs.held_out, batch_size, inputs.held_out_missing)
+
+    def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> _Outcome:
+        """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text."""
+        config, inputs = planned.cell.config, planned.inputs
+        values = initial_prompt(config, inputs.tokenizer, self.base)
+        prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
+        evaluator, answers = self._evaluator(planned, len(values)), None
+        metrics: Metrics = {}
+        try:
+            if planned.cell.trained:
+                examples = subset(inputs.examples, planned.cell.rows, config.training.seed)
+                with deterministic(config.training.deterministic):
+                    loader = ListLoader(examples, config.training)
+                    train(evaluator.engine, prompt, loader, config.training, config.learning_rate, callbacks)
+            if callbacks.code is None:
+                evaluation = evaluator(prompt.weight.detach())
+                metrics, answers = evaluation.metrics(), evaluation.answers
+        except NotFinite as error:
+            metrics = {"error": str(error)}
+        ends = end_tokens(inputs.examples, inputs.tokenizer)
+        learned, settings = prompt.weight.detach(), planned.cell.settings()
+        files = adapter_folder(config, self.base.config, learned, ends, (), settings, metrics)
+        return _Outcome(len(values), metrics, answers, files)
+
+    def _run_ensemble(self, planned: PlannedCell) -> _Outcome:
+        """Evaluate the prompts of an ensemble's members together.
+
+        Raises:
+            TrainingError: A member failed.
+        """
+        records = [record for folder in planned.members if (record := read_finished(folder))]
+        if missing := len(planned.members) - len(records):
+            raise TrainingError(f"{missing:,} of the ensemble's {len(planned.members):,} prompts failed")
+        P = records[0]["virtual_tokens"]
+        if any("error" in record["metrics"] for record in records):
+            return _Outcome(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
+        device, template = word_embeddings(self.base).weight.device, make_template(planned.cell.config)
+        inputs = planned.inputs
+        members = [
+            EnsembleMember(
+                load_adapter(folder).prompt.to(device),
+                template,
+                inputs.held_out_rows,
+                inputs.held_out,
+                record["answers"],
+                inputs.held_out_missing,
+            )
+            for folder, record in zip(planned.members, records, strict=True)
+        ]
+        voting = planned.cell.voting or "majority_vote"
+        evaluation = evaluate_ensemble(self._evaluator(planned, P).engine, inputs.tokenizer, members, voting)
+        return _Outcome(P, evaluation.metrics(), evaluation.answers)
+
+    def _description(self, planned: PlannedCell) -> CellRecord:
+        """Return the part of a cell's record that is known before it runs."""
+        inputs = planned.inputs
+        return {
+            "settings": planned.cell.settings(),
+            "rows": planned.cell.rows or len(inputs.examples),
+            "steps": planned.steps,
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "held_out_targets": sum(map(count_targets, inputs.held_out)),
+            "fingerprints": inputs.fingerprints,
+            "device": str(word_embeddings(self.base).weight.device),
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
+
+def subset(examples: Sequence[Example], rows: int | None, seed: int) -> list[Example]:
+    """Return `rows` of the examples, drawn by the seed; None returns all.
+
+    With the same seed, a smaller subset is part of a larger one.
+    """
+    if rows is None:
+        return list(examples)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order[:rows].tolist()]

@@ -1,0 +1,119 @@
+"""What a study says about a hypothesis: a conclusion drawn from comparisons, by the same rule for all."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, NamedTuple
+
+from softprompt.study.confidence import t_interval
+from softprompt.study.results import group_by
+
+MIN_GAIN = 0.01  # the smallest gain that matters: one percent of the loss
+HOLDS, HOLDS_NOT, UNDECIDED = "holds", "does not hold", "not decided by this data"
+
+
+class Comparison(NamedTuple):
+    """The gain of one comparison. `what` identifies the compared settings, and is the same for every seed."""
+
+    what: Any
+    seed: int
+    gain: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study says about a hypothesis.
+
+    Args:
+        hypothesis: The hypothesis, as a sentence without a full stop.
+        conclusion: HOLDS, HOLDS_NOT or UNDECIDED.
+        sentence: The hypothesis, the conclusion and the reason for it.
+        gains: The gain of each comparison: the logarithm of a ratio of losses, or a difference of exact matches.
+        by_seed: The mean gain of each seed.
+    """
+
+    hypothesis: str
+    conclusion: str
+    sentence: str
+    gains: tuple[float, ...] = ()
+    by_seed: tuple[float, ...] = ()
+
+
+def conclusion(by_seed: Sequence[float]) -> str:
+    """Return what the mean gains of the seeds say.
+
+    A hypothesis holds if the 95 % interval of their mean lies above 0. It does not hold if the interval lies below
+    MIN_GAIN. Otherwise it is undecided.
+    """
+    _, low, high = t_interval(by_seed)
+    return HOLDS if low > 0 else HOLDS_NOT if high < MIN_GAIN else UNDECIDED
+
+
+def balanced_over_seeds(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the largest subset in which every comparison was made with every seed.
+
+    Otherwise the mean of one seed would be over other comparisons than the mean of another seed.
+    """
+    seeds = {what: frozenset(c.seed for c in group) for what, group in group_by(comparisons, lambda c: c.what).items()}
+
+    def size(subset: frozenset[int]) -> tuple[int, int]:
+        return (len(subset) - 1) * sum(subset <= each for each in seeds.values()), len(subset)  # degrees of freedom
+
+    chosen = max(dict.fromkeys(seeds.values()), key=size, default=frozenset[int]())
+    return [c for c in comparisons if c.seed in chosen and chosen <= seeds[c.what]]
+
+
+def finding(
+    hypothesis: str,
+    comparisons: Sequence[Comparison],
+    change: str,
+    metric: str = "held-out loss",
+    describe: Callable[[float], str] | None = None,
+    sampled: str = "seed",
+) -> Finding:
+    """Return the finding of some comparisons.
+
+    Args:
+        hypothesis: The hypothesis.
+        comparisons: Its comparisons, of which the balanced ones are used.
+        change: What was changed between the compared cells.
+        metric: The metric that changed.
+        describe: Turns a gain into the change of the metric. By default, the change of the loss in percent.
+        sampled: What each averaged gain belongs to.
+    """
+    describe = describe or percent
+    if not comparisons:
+        return Finding(hypothesis, UNDECIDED, f"{hypothesis}: {UNDECIDED} (no cells of the study can be compared).")
+    kept = balanced_over_seeds(comparisons)
+    gains = tuple(c.gain for c in kept)
+    by_seed = tuple(mean(c.gain for c in group) for group in group_by(kept, lambda c: c.seed).values())
+    finite = all(math.isfinite(c.gain) for c in comparisons)
+    found, (average, low, high) = conclusion(by_seed) if finite else UNDECIDED, t_interval(by_seed)
+    count = f"{len(gains):,} comparison" + "s" * (len(gains) > 1)
+    if not finite:
+        why = "some of its runs did not end in finite numbers"
+    elif len(by_seed) < 2:
+        better = f"a gain in {sum(gain > 0 for gain in gains):,} of {count}"
+        why = f"{change} changed the {metric} by {describe(average)} ({better}; one {sampled} gives no interval)"
+    else:
+        ends = " to ".join(map(describe, (high, low) if describe is percent else (low, high)))
+        n = f"n = {len(by_seed)} seeds, {count}"
+        why = f"{change} changed the {metric} by {describe(average)} (95 % interval {ends}; {n})"
+    if left_out := len(comparisons) - len(kept):
+        why += f"; {left_out:,} more were left out, as not every seed has them"
+    return Finding(hypothesis, found, f"{hypothesis}: {found}; {why}.", gains, by_seed)
+
+
+def percent(gain: float) -> str:
+    """Return the change of a loss that a gain means."""
+    return f"{_one_decimal(100 * math.expm1(-gain))} %" if gain > -20 else "more than a millionfold"
+
+
+def points(gain: float) -> str:
+    """Return the change of an exact match that a gain means."""
+    return f"{_one_decimal(100 * gain)} points"
+
+
+def _one_decimal(value: float) -> str:
+    return f"{round(value, 1) + 0:+.1f}"  # adding 0 turns -0.0 into 0.0
