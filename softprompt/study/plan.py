@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +46,10 @@ class Material:
 
     base: PreTrainedModel
     tokenizer: Any
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
     held_out_rows: list[Row]
-    held_out_missing: list[int]
+    held_out_missing: Sequence[int]
     extent: Extent
     fingerprints: dict[str, str]
 
@@ -155,12 +157,12 @@ class _Shelf:
         if key not in self.tokenized:
             data, of_held_out = tokenize_rows(config, template, tokenizer, rows)
             _tell(config.data.dataset, rows, data, of_held_out)
-            of_rows = fingerprint_of_rows([*rows.train, *rows.held_out])
+            of_rows = fingerprint_of_rows(chain(rows.train, rows.held_out))
             kept = [rows.held_out[number] for number in of_held_out.kept] if of_held_out else []
             self.tokenized[key] = _Examples(data, of_held_out, kept, of_rows)
         data, of_held_out, kept, of_rows = self.tokenized[key]
         held_out = (of_held_out.examples, kept, of_held_out.missing) if of_held_out else ([], [], [])
-        extent = Extent.of(e.input_ids for e in (*data.examples, *held_out[0]))
+        extent = Extent.of(*(some.examples for some in (data, of_held_out) if some))
         return Material(base, tokenizer, data.examples, *held_out, extent, {**prints, "dataset": of_rows})
 
 

@@ -283,9 +283,9 @@ class _Bench:
         }
 
 
-def subset(examples: Sequence[Example], rows: int | None, seed: int) -> list[Example]:
+def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:
     """`rows` of the examples, drawn by the seed; a smaller number's are among those of a larger one. None: all."""
     if rows is None:
-        return list(examples)
+        return examples
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:rows].tolist()]

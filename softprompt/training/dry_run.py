@@ -1,6 +1,7 @@
 """`--dry_run`: what a run will do, before it does it."""
 
 import copy
+import heapq
 import time
 from contextlib import closing
 from itertools import islice
@@ -32,13 +33,13 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     run = world.agree(lambda: prepare(config, world))
     feed, examples = run.feed, run.data.examples
     rows, n = feed.rows_per_step, feed.rows
-    tokens = sum(len(e.input_ids) for e in examples)
+    tokens = len(examples.input_ids)
     total, each = feed.total_steps, tokens / len(examples)
     in_all = round(each * _rows_in_all(total, n, rows))
     with deterministic(config.training.deterministic):
         speed = measured_speed(run)
     base = held_bytes(run.base)
-    heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
+    heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = run.engine.activation_bytes(len(run.prompt.weight), heaviest)
     lines = [
         "",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from softprompt.config.loader import TrainConfig, checked
 from softprompt.config.validation import bits_of
 from softprompt.data.build_data import Rows, make_loader, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import WindowLoader, rows_of_a_step
-from softprompt.data.dataset import Row
-from softprompt.data.template import ignored_keys
+from softprompt.data.row_store import RowStore
+from softprompt.data.template import CHAT, ignored_keys
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
@@ -68,7 +69,7 @@ class Prepared:
 
     config: TrainConfig
     output_dir: Path
-    rows: list[Row]
+    rows: RowStore
     data: Tokenized
     held_out: Tokenized | None
     tokenizer: Any
@@ -137,12 +138,12 @@ def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pat
     print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
     tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
-    ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
+    ignored = ignored_keys(chain(rows.train, rows.held_out), tokenizer) if template.spec == CHAT else {}
     print_data(data, held_out, config.data.buffer_size if rows.source else None, ignored)
     end = template.end(rows.train[0], tokenizer)
     tell_end(end, tokenizer)
     feed = make_loader(config, rows, data, tokenizer, begun.rows_per_step)
-    extent = Extent.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
+    extent = Extent.of(*(some.examples for some in (data, held_out) if some))
     loaded = _loaded(begun, rows, extent, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None
     print_steps(config, feed, world.size, output_dir, searches)
