@@ -42,9 +42,9 @@ def write_rows(path: Path, n: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(contestant: str, path: str) -> None:
-    """Prints a row of the table."""
-    settings = {"streaming": True} if contestant == "streamed" else {}
+def measure(contestant: str, path: str, workers: int) -> None:
+    """Print a row of the table."""
+    settings = {"streaming": True} if contestant == "streamed" else {"preprocessing_num_workers": workers}
     with watched_memory() as memory:
         before, began = memory(), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -52,7 +52,7 @@ def measure(contestant: str, path: str) -> None:
         speed, ready = measured_speed(run), time.perf_counter()
         rows, position, step = whole_pass(run)
         passed = time.perf_counter()
-        going_on = f"{seconds_to_go_on(run, step, position):.1f}" if settings else ""
+        going_on = f"{seconds_to_go_on(run, step, position):.1f}" if contestant == "streamed" else ""
         print(
             f"| {contestant} | {ready - began:.0f} | {rows / (passed - ready):,.0f} | {speed:,.0f} | {going_on} | "
             f"{before / GIB:.2f} | {memory() / GIB:.2f} |"
@@ -83,12 +83,13 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", choices=["streamed", "held"], default=["streamed", "held"])
     parser.add_argument("--limit_gib", type=float, help="RLIMIT_DATA of each contestant")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the rows are written for the while")
+    parser.add_argument("--workers", type=int, default=2, help="--preprocessing_num_workers of the rows that are held")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         if args.limit_gib:
             resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit_gib * GIB), resource.RLIM_INFINITY))
-        return measure(args.contestants[0], args.measure)
+        return measure(args.contestants[0], args.measure, args.workers)
     with tempfile.TemporaryDirectory(dir=args.folder) as made:
         path = Path(made) / "rows.jsonl"
         write_rows(path, args.rows)
@@ -97,8 +98,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|", flush=True)
         limit = ["--limit_gib", str(args.limit_gib)] if args.limit_gib else []
         for contestant in args.contestants:
-            command = [sys.executable, __file__, "--contestants", contestant, "--measure", str(path), *limit]
-            subprocess.run(command, check=True)
+            command = [sys.executable, __file__, "--contestants", contestant, "--measure", str(path)]
+            subprocess.run([*command, "--workers", str(args.workers), *limit], check=True)
 
 
 if __name__ == "__main__":

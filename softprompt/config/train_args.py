@@ -91,6 +91,9 @@ class DataArguments:
         "output", "Where a row that is too long is cut: at its end (output), or in its input, so the answer is kept."
     )
     overwrite_cache: bool = option(False, "Tokenise anew where the cache of token ids has these rows.")
+    preprocessing_num_workers: int | None = option(
+        None, "Number of processes that tokenise the rows before training; the result is the same. (default: 1)"
+    )
     streaming: bool = option(
         False,
         "Read --dataset (.jsonl, .parquet, folders of these or of Dataset.save_to_disk, hub ids) while training, "

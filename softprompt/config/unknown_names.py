@@ -70,7 +70,7 @@ REASONS = {
     r"save_strategy|save_only_model": "--save_steps N saves, and the last step always",
     r"logging_strategy|logging_first_step": "--logging_steps N logs",
     r"logging_dir|run_name|project|trackio_.*": "--report_to tensorboard writes into OUTPUT_DIR/runs",
-    r"dataloader_.*|preprocessing_num_workers|group_by_length|train_sampling_strategy": (
+    r"dataloader_.*|group_by_length|train_sampling_strategy": (
         "rows are tokenised before the training, and no workers load them"
     ),
     r"(bf16|fp16)_full_eval|half_precision_backend|fp16_backend|fp16_opt_level|tf32|dtype|torch_dtype": (

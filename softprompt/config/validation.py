@@ -190,6 +190,8 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         yield f"--eval_rows {data.eval_rows} must not be negative"
     if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
         yield "--buffer_size is only used with --streaming; add that flag"
+    if data.preprocessing_num_workers is not None and data.preprocessing_num_workers < 1:
+        yield f"--preprocessing_num_workers {data.preprocessing_num_workers} must be at least 1"
     if not 0 < data.buffer_size <= MOST_BUFFERED:
         yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
     if data.streaming and is_mini_task(data.dataset):

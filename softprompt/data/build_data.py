@@ -1,15 +1,17 @@
 """From settings to rows, to examples, to what the loop is fed with."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
-from softprompt.data.dataset import Row, check_fields, check_row, check_rows, rows_of
+from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
 from softprompt.data.readers import path_of
+from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Extent, splits_of
 from softprompt.data.stream_loader import StreamLoader
 from softprompt.data.stream_sources import Behind, Raw, Source, head, open_source, placed
@@ -18,7 +20,6 @@ from softprompt.data.token_cache import cached
 from softprompt.data.tokenization import Encoded, Tokenized, encode, tokenize
 from softprompt.mini import rows as mini_rows
 from softprompt.utils.errors import ConfigError, DataError
-from softprompt.utils.fingerprints import fingerprint_of_rows
 from softprompt.utils.torchrun_env import is_main
 
 HEAD = 1000  # rows at the beginning of a stream that are looked at before the run
@@ -32,21 +33,21 @@ class Rows(NamedTuple):
     """Training rows, held-out ones, and with --streaming what all training rows are read from; then `train` is the
     first of them. `notes` say what a user should know of which rows these are."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: RowStore
+    held_out: RowStore
     source: Source | None = None
     notes: Sequence[str] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        of_training = self.source.fingerprint if self.source else fingerprint_of_rows(self.train)
-        return {"dataset": of_training, "held-out rows": fingerprint_of_rows(self.held_out)}
+        of_training = self.source.fingerprint if self.source else self.train.fingerprint
+        return {"dataset": of_training, "held-out rows": self.held_out.fingerprint}
 
 
 class _Part(NamedTuple):
     """Rows of a dataset, which they are (None: made in memory), and what is to be said of them."""
 
-    rows: list[Row]
+    rows: RowStore
     extent: Extent | None = None
     notes: Sequence[str] = ()
 
@@ -70,10 +71,10 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
             raise DataError(
                 f"--eval_rows {data.eval_rows} leaves none of the {len(rows):,} rows of {dataset} to train on"
             )
-        rows, held_out = rows[: -data.eval_rows], _Part(rows[-data.eval_rows :])
+        held_out = _Part(rows.split_off(data.eval_rows))
     else:
         held_out = _held_out(config, template, extent)
-    doubled = [] if is_mini_task(dataset) else _doubled(rows, held_out.rows)
+    doubled = [] if is_mini_task(dataset) else _describe_duplicates(rows, held_out.rows)
     return Rows(rows, held_out.rows, notes=[*notes, *held_out.notes, *doubled])
 
 
@@ -89,7 +90,7 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
     if held >= len(first):
         raise DataError(f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on")
     held_out = _Part(first[:held]) if held else _held_out(config, template, source.extent)
-    notes = [*source.notes, *held_out.notes, *_doubled(first[held:], held_out.rows, "the first ")]
+    notes = [*source.notes, *held_out.notes, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
     return Rows(first[held:], held_out.rows, Behind(source, held), notes)
 
 
@@ -107,7 +108,7 @@ def _held_out(config: TrainConfig, template: Template, training: Extent | None) 
     """Rows of --eval_dataset; of a hub's, no other split is downloaded with --streaming."""
     data, dataset = config.data, config.data.held_out
     if dataset is None:
-        return _Part([])
+        return _Part(RowStore())
     if is_mini_task(dataset):
         return _Part(_made_rows(dataset, "eval", template))
     flag, name = "--eval_split", data.dataset_config_name
@@ -131,21 +132,13 @@ def _refuse_training_rows(dataset: str, held_out: Extent, training: Extent | Non
         )
 
 
-def _doubled(train: Sequence[Row], held_out: Sequence[Row], which: str = "") -> Iterator[str]:
-    """How many rows are there before."""
-    seen: set[int] = set()
-    again = 0
-    for known in map(_hash, train):
-        again += known in seen
-        seen.add(known)
-    if again:
+def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
+    """Sentences about training rows that stand there more than once, and about held-out rows that are trained on."""
+    different = np.unique(train.hashes)
+    if again := len(train) - len(different):
         yield f"{again:,} of {which}{len(train):,} training rows are there before"
-    if both := sum(known in seen for known in map(_hash, held_out)):
+    if both := int(np.isin(held_out.hashes, different).sum()):
         yield f"warning: {both:,} of {len(held_out):,} held-out rows are among {which or 'the '}training rows, too"
-
-
-def _hash(row: Row) -> int:
-    return hash(json.dumps(row, sort_keys=True))
 
 
 def _check_config_name(config: TrainConfig) -> None:
@@ -165,8 +158,8 @@ def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any
     template, cut = make_template(config), (config.data.max_length, config.data.truncation_side)
 
     def encoded(raws: Sequence[Raw]) -> list[Encoded]:
-        check_fields = [check_row(*placed(raw), template, config.columns) for raw in raws]
-        return encode(check_fields, [place for place, _ in raws], tokenizer, template, *cut)
+        checked = [check_row(*placed(raw), template, config.columns) for raw in raws]
+        return encode(checked, [place for place, _ in raws], tokenizer, template, *cut)
 
     name = str(config.data.dataset)
     return StreamLoader(rows.source, encoded, config.training, rows_per_step, config.data.buffer_size, name)
@@ -183,9 +176,9 @@ def tokenize_rows(
     progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)
 
-    def examples(rows: list[Row]) -> Tokenized:
+    def examples(rows: RowStore) -> Tokenized:
         def make() -> Tokenized:
-            return tokenize(rows, tokenizer, template, *cut, progress)
+            return tokenize(rows, tokenizer, template, *cut, progress, config.data.preprocessing_num_workers)
 
         if template.spec == CHAT:  # may depend on whatever the template looks at, the date for one
             return make()
@@ -195,6 +188,6 @@ def tokenize_rows(
     return examples(rows.train), examples(rows.held_out) if rows.held_out else None
 
 
-def _made_rows(dataset: str, split: str, template: Template) -> list[Row]:
+def _made_rows(dataset: str, split: str, template: Template) -> RowStore:
     made = mini_rows(dataset.removeprefix("mini:"), split)
-    return [check_fields(f"{dataset}, row {number}", row, template) for number, row in enumerate(made, start=1)]
+    return RowStore(check_fields(f"{dataset}, row {n}", row, template) for n, row in enumerate(made, start=1))

@@ -10,11 +10,11 @@ from typing import Any
 from softprompt.config.schema import is_text
 from softprompt.data.messages import CONVERSATIONS, kind_of, messages, tools
 from softprompt.data.readers import Located, read_jsonl, text_of
+from softprompt.data.row_store import Row, RowStore
 from softprompt.data.splits import TRAIN, splits_of
 from softprompt.data.template import CHAT, Template
 from softprompt.utils.errors import ConfigError, DataError
 
-Row = dict[str, Any]
 OF_CHAT = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")  # columns of a chat's rows
 MOST_NAMED = 20  # columns in a message
 
@@ -28,7 +28,7 @@ def load_rows(
     split: str | None = TRAIN,
     flag: str = "--dataset_split",
     usual_columns: Mapping[str, str] | None = None,
-) -> list[Row]:
+) -> RowStore:
     """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
     it; `flag` names it), its columns renamed by `columns` (ours → theirs). `usual_columns` are those of another
     dataset: they count where `columns` say nothing and the first row has THEIRS.
@@ -45,7 +45,7 @@ def load_rows(
     return rows_of(source, located, template, columns)
 
 
-def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> list[Row]:
+def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> RowStore:
     """Rows of a dataset, checked.
 
     Raises:
@@ -59,11 +59,11 @@ def rows_of(source: str, located: Located, template: Template, columns: Mapping[
 
 def check_rows(
     source: str, placed: Iterable[tuple[str, Any]], template: Template, columns: Mapping[str, str]
-) -> list[Row]:
+) -> RowStore:
     """Rows that begin a dataset, each with its place, checked; `columns` must be there in the first."""
-    rows: list[Row] = []
+    rows = RowStore()
     for place, row in placed:
-        if not rows and isinstance(row, dict):
+        if not len(rows) and isinstance(row, dict):
             _check_mapping(source, row, template, columns)
         rows.append(check_row(place, row, template, columns))
     return rows

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """Order of `n` rows in 0-based `epoch`: the permutation that Trainer's seeded random sampler draws."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Order of `n` rows in 0-based `epoch`, [n] int64: the permutation that Trainer's seeded random sampler draws."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
 
 
 def steps_per_epoch(n: int, rows_per_step: int) -> int:
@@ -25,5 +26,5 @@ def windows(n: int, rows_per_step: int, seed: int, first_step: int = 0) -> Itera
     while True:
         order = epoch_order(n, seed, epoch)
         for start in range(skip * rows_per_step, n, rows_per_step):
-            yield order[start : start + rows_per_step]
+            yield order[start : start + rows_per_step].tolist()
         epoch, skip = epoch + 1, 0

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import BEGINNING, Position, Window, total_steps
 from softprompt.data.stream_sources import Raw, Source
-from softprompt.data.tokenization import CHUNK, Encoded, count_targets, found_on_the_way
+from softprompt.data.tokenization import CHUNK, Encoded, count_targets, describe_losses
 from softprompt.utils.errors import DataError
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class StreamLoader:
 
     def told(self, position: Position) -> str:
         at = Mark(**position)
-        found = found_on_the_way(at.cut, at.without_target, at.empty_answers)
+        found = describe_losses(at.cut, at.without_target, at.empty_answers)
         return "; ".join([f"Training: {at.rows:,} rows were read", *found])
 
     def windows(self, step: int = 0, position: Position = BEGINNING) -> Generator[Window, None, None]:

@@ -1,8 +1,11 @@
-"""Token ids of large datasets, kept by content: the same rows, template, tokenizer and cuts are tokenised once.
+"""A cache of token ids of large datasets: the same rows, template, tokenizer and cuts are tokenised once.
 
-A file of the cache is safetensors: `ids` [all tokens] int32, and of each example (all [rows] int32) `lengths`, `asked`,
-the tokens before its first target, `missing`, the tokens of its answer that were cut off, and `kept`, its row's number;
-the counts of `Tokenized` and a checksum are its metadata.
+A file of the cache is safetensors. It holds the arrays of `Examples` under their names, and of each example (int32
+[rows]) `missing` and `kept` as in `Tokenized`; the counts of `Tokenized` and a checksum are its metadata. The arrays of
+a cache that is read are memory-mapped, so a file is replaced or removed, but never written to.
+
+The cache of `datasets.map` does not serve here: it is keyed by a pickle of the tokenizer, which changes between
+processes, stores ids and labels as int64 lists, and is never cleaned up.
 """
 
 import dataclasses
@@ -15,30 +18,38 @@ from typing import Any
 import numpy as np
 import tokenizers
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from softprompt.data.tokenization import IGNORE, Example, Tokenized
+from softprompt.data.examples import Examples
+from softprompt.data.row_store import RowStore
+from softprompt.data.tokenization import Tokenized
 from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
 KEPT = 20  # files; the least recently written go first
-VERSION = "3"  # of the format, and of what `tokenize` does
-ARRAYS = ("ids", "lengths", "asked", "missing", "kept")
+VERSION = "4"  # of the format, and of what `tokenize` does
+ARRAYS = {  # in the order of their places in a file; the widest first, so that each is aligned
+    "offsets": np.dtype(np.int64),
+    **dict.fromkeys(("input_ids", "first_targets", "missing", "kept"), np.dtype(np.int32)),
+}
 COUNTS = ("rows", "cut", "without_target", "empty_answers")
 
 
 def cached(
     make: Callable[[], Tokenized],
-    rows: Sequence[Mapping[str, Any]],
+    rows: RowStore,
     tokenizer: Any,
     *settings: Any,
     read: bool = True,
     write: bool = True,
 ) -> Tokenized:
-    """What `make` makes of the rows, from the cache where it has it, else made and kept there.
+    """Return the cached result of `make` for these rows, or call `make` and cache what it returns.
 
-    `settings` are all else that it depends on, JSON-able. A cache that cannot be read or written is as good as none.
+    A cache that cannot be read or written is treated as if there were none. What was just written is memory-mapped,
+    too, so that it does not stay in memory.
+
+    Args:
+        settings: everything else that the result depends on, JSON-able.
     """
     if len(rows) < LEAST_ROWS or getattr(tokenizer, "backend_tokenizer", None) is None:
         return make()
@@ -48,56 +59,68 @@ def cached(
     if found is not None:
         return dataclasses.replace(found, cache=str(path))
     made = make()
-    if write:
-        _keep(path, made)
-    return made
+    return (_read(path) or made) if write and _write(path, made) else made
 
 
-def _key(rows: Sequence[Mapping[str, Any]], tokenizer: str, settings: Sequence[Any]) -> str:
-    digest = hashlib.sha256(json.dumps([VERSION, tokenizer, settings]).encode())
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+def _key(rows: RowStore, tokenizer: str, settings: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps([VERSION, tokenizer, settings, rows.fingerprint]).encode()).hexdigest()
 
 
 def _read(path: Path) -> Tokenized | None:
+    """Memory-map a file of the cache; None where it cannot be read or is broken."""
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="pt") as file:  # as numpy arrays they would be copied
             metadata = file.metadata()
-            arrays = [file.get_tensor(name) for name in ARRAYS]
+            arrays = {name: file.get_tensor(name).numpy() for name in ARRAYS}
+        if any(arrays[name].dtype != dtype for name, dtype in ARRAYS.items()):
+            return None
         if metadata["sha256"] != _checksum(arrays, metadata):
             return None
-        ids, lengths, asked, missing, kept = arrays
-        rows = np.split(ids, lengths.cumsum()[:-1])
-        examples = [_example(row.tolist(), int(n)) for row, n in zip(rows, asked, strict=True)]
+        examples = Examples(*(arrays[name] for name in ("input_ids", "offsets", "first_targets")))
         counts = {name: int(metadata[name]) for name in COUNTS}
-        return Tokenized(examples, kept.tolist(), missing.tolist(), **counts)
+        return Tokenized(examples, memoryview(arrays["kept"]), memoryview(arrays["missing"]), **counts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def _checksum(arrays: Sequence[np.ndarray], counts: Mapping[str, str]) -> str:
+def _checksum(arrays: Mapping[str, np.ndarray], counts: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps([counts[name] for name in COUNTS]).encode())
-    for array in arrays:
-        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    for name in ARRAYS:
+        digest.update(f"{arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].data)
     return digest.hexdigest()
 
 
-def _example(ids: list[int], asked: int) -> Example:
-    return Example(ids, [IGNORE] * asked + ids[asked:])
-
-
-def _keep(path: Path, made: Tokenized) -> None:
-    ids = [token for e in made.examples for token in e.input_ids]
-    asked = [next(i for i, label in enumerate(e.labels) if label != IGNORE) for e in made.examples]
-    lengths = [len(e.input_ids) for e in made.examples]
-    arrays = [np.array(values, dtype=np.int32) for values in (ids, lengths, asked, made.missing, made.kept)]
+def _write(path: Path, made: Tokenized) -> bool:
+    """Add a file to the cache and remove the oldest ones; False where that fails, which must not stop a run."""
+    examples = made.examples
+    arrays: dict[str, np.ndarray] = {
+        "offsets": examples.offsets,
+        "input_ids": examples.input_ids,
+        "first_targets": examples.first_targets,
+        "missing": np.frombuffer(made.missing, dtype=np.int32),
+        "kept": np.frombuffer(made.kept, dtype=np.int32),
+    }
     metadata = {name: str(getattr(made, name)) for name in COUNTS}
     metadata["sha256"] = _checksum(arrays, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # a reader of ids can read the rows
-        write_files(path.parent, {path.name: save(dict(zip(ARRAYS, arrays, strict=True)), metadata=metadata)})
+        write_files(path.parent, {path.name: [_header(arrays, metadata), *(array.data for array in arrays.values())]})
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
             old.unlink()
     except OSError:
-        pass  # a cache is a convenience: a full disk or a home that takes no files must not stop a run
+        return False
+    return True
+
+
+def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file; the library's own `save` would copy every array."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, array in arrays.items():
+        dtype = f"I{8 * array.itemsize}"
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

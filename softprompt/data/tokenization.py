@@ -1,35 +1,35 @@
 """Rows → token ids with labels. Knows the tokenizer and the template; nothing of padding, devices or the prompt."""
 
+import sys
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from softprompt.data.examples import IGNORE, Example, Examples, count_targets
+from softprompt.data.parallel import map_in_processes
 from softprompt.data.template import CHAT, Template, answer_message
 from softprompt.utils.errors import DataError
 
-IGNORE = -100
-CHUNK = 512
+__all__ = ["IGNORE", "Encoded", "Example", "Examples", "Tokenized", "count_targets", "encode", "end_tokens", "tokenize"]
 
-
-class Example(NamedTuple):
-    """One row as the model sees it, T token ids and T labels; labels are -100 where no loss is taken, always at a row's
-    first token: the bare base has nothing to predict it from."""
-
-    input_ids: list[int]
-    labels: list[int]
+CHUNK = 512  # rows that are tokenised together
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Examples that have a target, and what was found on the way to them. Of each example, `kept` holds its row's
-    number (from 0) and `missing` the tokens of its answer that were cut off, 0 where the answer is whole; `cache` is
-    the file they were read from."""
+    """The examples that have a target, and what was counted while they were made.
 
-    examples: list[Example]
-    kept: list[int]
-    missing: list[int]
+    `kept` holds the row number of each example, from 0. `missing` holds the number of tokens that each example's answer
+    lost to `max_length`, 0 where the answer is whole. The other counts are of all rows. `cache` is the file that the
+    examples were read from.
+    """
+
+    examples: Examples
+    kept: Sequence[int]
+    missing: Sequence[int]
     rows: int
     cut: int
     without_target: int
@@ -40,18 +40,17 @@ class Tokenized:
         return self.described(f"{len(self.examples):,} rows")
 
     def described(self, rows: str) -> str:
-        """`rows` say how many these are."""
-        tokens = sum(len(e.input_ids) for e in self.examples)
-        targets = sum(map(count_targets, self.examples))
+        """One line of counts; `rows` is the text for the number of rows."""
+        tokens, targets = len(self.examples.input_ids), self.examples.targets
         parts = [f"{rows}, {tokens:,} tokens, {targets:,} of them targets"]
-        parts += found_on_the_way(self.cut, self.without_target, self.empty_answers)
+        parts += describe_losses(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
         return "; ".join(parts)
 
 
-def found_on_the_way(cut: int, without_target: int, empty_answers: int) -> list[str]:
-    """What a user should know of rows that became examples, or did not."""
+def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[str]:
+    """Describe rows that were cut, left out, or have an empty answer; each argument is a number of rows."""
     parts = []
     if cut:
         parts.append(f"{cut:,} rows cut at max_length")
@@ -65,17 +64,13 @@ def found_on_the_way(cut: int, without_target: int, empty_answers: int) -> list[
     return parts
 
 
-def count_targets(example: Example) -> int:
-    """Positions that a loss is taken at: every label but -100."""
-    return len(example.labels) - example.labels.count(IGNORE)
-
-
 def end_tokens(examples: Sequence[Example], tokenizer: Any, end: str | None = None) -> list[int]:
     """Ids of the tokens that end an answer: the tokenizer's eos_token, the one that the chat template writes there
     (`end`, as of `Template.end`), and other special tokens at the end of an example's targets."""
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
-    others = {e.labels[-1] for e in examples} & special - {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    last = examples.last_ids if isinstance(examples, Examples) else {e.labels[-1] for e in examples}
+    others = last & special - {tokenizer.eos_token_id, tokenizer.unk_token_id}
     if end not in (None, tokenizer.eos_token):
         others.add(tokenizer.convert_tokens_to_ids(end))
     return [*sorted(others), tokenizer.eos_token_id]
@@ -88,33 +83,98 @@ def tokenize(
     max_length: int,
     truncation_side: str = "output",
     progress: bool = False,
+    workers: int | None = None,
 ) -> Tokenized:
-    """Prompt and answer are tokenised apart and joined, labels are -100 over the prompt, and both are cut at
-    `max_length` (int, tokens), as in the article. `truncation_side="input"` shortens the prompt's longest text instead,
-    as far as needed for the answer to fit, then the next one; an answer that is too long by itself is cut all the same.
+    """Tokenise prompt and answer separately, join them, mask the prompt's labels, and cut both at `max_length` tokens.
+
+    This is what the article does. `truncation_side="input"` shortens the prompt's longest text instead, as far as is
+    needed for the answer to fit, then the next longest; an answer that is too long by itself is still cut.
+
+    Args:
+        progress: show a progress bar on stderr.
+        workers: the number of worker processes; None or 1 tokenises in this process. The result is the same.
 
     Raises:
-        DataError: no row keeps a target, or the chat template refuses one.
+        DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
     """
-    encoded: list[Encoded] = []
-    bar = tqdm(total=len(rows), desc="tokenising", unit=" rows", disable=not progress, leave=False)
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        places = [f"row {number}" for number in range(start + 1, start + len(chunk) + 1)]
-        encoded += encode(chunk, places, tokenizer, template, max_length, truncation_side)
-        bar.update(len(chunk))
-    bar.close()
-    kept = [number for number, e in enumerate(encoded) if count_targets(e.example)]
-    if not kept:
-        raise no_targets(min(e.asked for e in encoded), max_length)
-    examples, missing = [encoded[n].example for n in kept], [encoded[n].missing for n in kept]
-    cut, empty = sum(e.cut for e in encoded), sum(e.empty for e in encoded)
-    return Tokenized(examples, kept, missing, len(rows), cut, len(encoded) - len(kept), empty)
+    settings = (tokenizer, template, max_length, truncation_side)
+    starts = range(0, len(rows), CHUNK)
+    chunks = ((start, rows[start : start + CHUNK]) for start in starts)
+    if workers and workers > 1 and len(starts) > 1:
+        columns = map_in_processes(_tokenize_chunk, settings, chunks, min(workers, len(starts)))
+    else:
+        columns = (_tokenize_chunk(settings, chunk) for chunk in chunks)
+    whole = _Columns()
+    with tqdm(total=len(rows), desc="tokenising", unit=" rows", disable=not progress, leave=False) as bar:
+        for part in columns:
+            whole.extend(part)
+            bar.update(part.rows)
+    if not whole.kept:
+        raise no_targets(whole.shortest_prompt, max_length)
+    return whole.tokenized()
+
+
+def _tokenize_chunk(settings: tuple[Any, Template, int, str], chunk: tuple[int, Sequence[Any]]) -> "_Columns":
+    """Tokenise consecutive rows, of which the first has the number `chunk[0]`."""
+    start, rows = chunk[0], list(chunk[1])
+    places = [f"row {number}" for number in range(start + 1, start + len(rows) + 1)]
+    columns = _Columns()
+    for number, row in enumerate(encode(rows, places, *settings), start=start):
+        columns.append(number, row)
+    return columns
+
+
+def _ints() -> "array[int]":
+    return array("i")
+
+
+@dataclass
+class _Columns:
+    """Examples in growing arrays, and the counts of `Tokenized`; small to send from one process to another."""
+
+    input_ids: "array[int]" = field(default_factory=_ints)
+    lengths: "array[int]" = field(default_factory=_ints)
+    first_targets: "array[int]" = field(default_factory=_ints)
+    kept: "array[int]" = field(default_factory=_ints)
+    missing: "array[int]" = field(default_factory=_ints)
+    rows: int = 0
+    cut: int = 0
+    empty_answers: int = 0
+    shortest_prompt: int = sys.maxsize
+
+    def append(self, number: int, row: "Encoded") -> None:
+        self.rows += 1
+        self.cut += row.cut
+        self.empty_answers += row.empty
+        self.shortest_prompt = min(self.shortest_prompt, row.asked)
+        first_target = row.example.labels.count(IGNORE)
+        if first_target < len(row.example.labels):
+            self.input_ids.extend(row.example.input_ids)
+            self.lengths.append(len(row.example.input_ids))
+            self.first_targets.append(first_target)
+            self.kept.append(number)
+            self.missing.append(row.missing)
+
+    def extend(self, other: "_Columns") -> None:
+        for name in ("input_ids", "lengths", "first_targets", "kept", "missing"):
+            getattr(self, name).extend(getattr(other, name))
+        self.rows += other.rows
+        self.cut += other.cut
+        self.empty_answers += other.empty_answers
+        self.shortest_prompt = min(self.shortest_prompt, other.shortest_prompt)
+
+    def tokenized(self) -> Tokenized:
+        examples = Examples.from_columns(self.input_ids, self.lengths, self.first_targets)
+        left_out = self.rows - len(examples)
+        return Tokenized(examples, self.kept, self.missing, self.rows, self.cut, left_out, self.empty_answers)
 
 
 class Encoded(NamedTuple):
-    """A row's example, with or without a target; whether it was cut, whether its answer is empty, the tokens of its
-    prompt before any cut, and those of its answer that were cut off."""
+    """One row as an example, which may have no target.
+
+    `cut` says whether tokens were cut off, `empty` whether the answer is empty. `asked` is the number of the prompt's
+    tokens before any cut, `missing` the number of the answer's tokens that were cut off.
+    """
 
     example: Example
     cut: bool
@@ -216,7 +276,8 @@ def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Temp
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of the texts alone; not `verbose`, lest the tokenizer warn of rows that are about to be cut."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    without = {"return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False, **without)["input_ids"]
 
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:

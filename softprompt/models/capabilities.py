@@ -3,7 +3,7 @@ meta device can be looked at as well."""
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.config.train_args import DEFAULT_MAX_LENGTH
+from softprompt.data.examples import Examples
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config
 
@@ -109,10 +110,10 @@ class Extent(NamedTuple):
     largest_id: int
 
     @classmethod
-    def of(cls, rows: Iterable[Sequence[int]]) -> "Extent":
-        """Of one row or more of token ids, each with one or more."""
-        reach = [(len(ids), max(ids)) for ids in rows]
-        return cls(max(length for length, _ in reach), max(largest for _, largest in reach))
+    def of(cls, *parts: Examples) -> "Extent":
+        """The extent of all these examples together; there is at least one."""
+        some = [part for part in parts if len(part)]
+        return cls(max(int(part.lengths.max()) for part in some), max(int(part.input_ids.max()) for part in some))
 
 
 def check_extent(base: PreTrainedModel, P: int, max_length: int, rows: Extent, streamed: bool = False) -> None:

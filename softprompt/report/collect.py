@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from softprompt.data.tokenization import Example, Tokenized, count_targets, end_tokens
+from softprompt.data.tokenization import Example, Tokenized, end_tokens
 from softprompt.evaluation.evaluator import answer_ids, question_ids
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
@@ -56,12 +56,12 @@ def facts_of(run: Run, arguments: Mapping[str, Any]) -> Facts:
 
 def rows_of(data: Tokenized) -> Facts:
     """How many rows, how long in tokens, and what was cut."""
-    lengths = sorted(len(example.input_ids) for example in data.examples)
+    lengths = sorted(data.examples.lengths.tolist())
     return {
         "rows": data.rows,
         "used": len(data.examples),
         "tokens": sum(lengths),
-        "targets": sum(map(count_targets, data.examples)),
+        "targets": data.examples.targets,
         "cut at max_length": data.cut,
         "left out, no answer left": data.without_target,
         "with an empty answer": data.empty_answers,

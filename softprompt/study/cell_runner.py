@@ -166,12 +166,12 @@ class LoadedBase:
         }
 
 
-def subset(examples: Sequence[Example], rows: int | None, seed: int) -> list[Example]:
+def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:
     """Return `rows` of the examples, drawn by the seed; None returns all.
 
     With the same seed, a smaller subset is part of a larger one.
     """
     if rows is None:
-        return list(examples)
+        return examples
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:rows].tolist()]

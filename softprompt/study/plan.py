@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +58,10 @@ class CellInputs:
 
     base: PreTrainedModel
     tokenizer: Any
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
     held_out_rows: list[Row]
-    held_out_missing: list[int]
+    held_out_missing: Sequence[int]
     extent: Extent
     fingerprints: dict[str, str]
 
@@ -186,7 +188,7 @@ class _InputCache:
             self.tokenized[key] = self._tokenize(cell, tokenizer)
         train, held_out, held_out_rows, of_rows = self.tokenized[key]
         held = (held_out.examples, held_out_rows, held_out.missing) if held_out else ([], [], [])
-        extent = Extent.of(e.input_ids for e in (*train.examples, *held[0]))
+        extent = Extent.of(*(some.examples for some in (train, held_out) if some))
         return CellInputs(base, tokenizer, train.examples, *held, extent, {**fingerprints, "dataset": of_rows})
 
     def _tokenize(self, cell: Cell, tokenizer: Any) -> _TokenizedRows:
@@ -197,7 +199,7 @@ class _InputCache:
         train, held_out = tokenize_rows(config, template, tokenizer, rows)
         _print_row_counts(config.data.dataset, rows, train, held_out)
         kept = [rows.held_out[number] for number in held_out.kept] if held_out else []
-        return _TokenizedRows(train, held_out, kept, fingerprint_of_rows([*rows.train, *rows.held_out]))
+        return _TokenizedRows(train, held_out, kept, fingerprint_of_rows(chain(rows.train, rows.held_out)))
 
 
 def _print_row_counts(dataset: str | None, rows: Rows, train: Tokenized, held_out: Tokenized | None) -> None:

@@ -1,6 +1,7 @@
 """`--dry_run`: describe a run without training: rows, steps, memory and time."""
 
 import copy
+import heapq
 import time
 from contextlib import closing
 from itertools import islice
@@ -33,13 +34,13 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     setup = world.agree(lambda: set_up(config, world))
     prompt, base, loader = setup.prompt.weight, setup.base, setup.data.loader
     examples, rows, n = setup.data.train.examples, loader.rows_per_step, loader.rows
-    tokens = sum(len(e.input_ids) for e in examples)
+    tokens = len(examples.input_ids)
     total, each = loader.total_steps, tokens / len(examples)
     in_all = round(each * _rows_in_all(total, n, rows))
     with deterministic(config.training.deterministic):
         speed = measured_speed(setup)
     held = held_bytes(base)
-    heaviest = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)[:rows]
+    heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = setup.engine.activation_bytes(len(prompt), heaviest)
     lines = [
         "",

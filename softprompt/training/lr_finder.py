@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from softprompt.config.train_args import TrainingArguments
@@ -148,11 +149,11 @@ def find_learning_rate(
     return Sweep(found, "", start, losses)
 
 
-def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Sequence[Example]]:
     """Split the examples into those by which rates are compared, drawn with the seed, and the rest to train on."""
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in order[:aside]], [examples[i] for i in order[aside:]]
+    return [examples[i] for i in order[:aside]], Subset(examples, order[aside:])
 
 
 def short_schedule(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:

@@ -39,7 +39,7 @@ from softprompt.utils.torchrun_env import start as process_start
 
 MAY_DIFFER = {  # settings that ranks may have of their own: where things are on their machine
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
-    *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers"),
 }
 
 

@@ -2,6 +2,7 @@
 stdout; nothing is written."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import make_loader, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import WindowLoader
 from softprompt.data.dataset import Row
-from softprompt.data.template import Template, ignored_keys
+from softprompt.data.template import CHAT, Template, ignored_keys
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
@@ -120,7 +121,8 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
     tokenizer = load_tokenizer(_path_of_base(config))
     train, held_out = tokenize_rows(config, template, tokenizer, rows)
-    ignored = ignored_keys([*rows.train, *rows.held_out], tokenizer)
+    is_chat = template.spec == CHAT
+    ignored = ignored_keys(chain(rows.train, rows.held_out), tokenizer) if is_chat else {}
     print_data(train, held_out, config.data.buffer_size if rows.source else None, ignored)
     end = template.end(rows.train[0], tokenizer)
     print_answer_end(end, tokenizer)
@@ -177,8 +179,8 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     check_start(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
     saved = load_adapter(start.checkpoint).prompt if start.checkpoint else None
     values = initial_prompt(config, data.tokenizer, base) if saved is None else saved
-    rows = [example.input_ids for some in (data.train, data.held_out) if some for example in some.examples]
-    check_extent(base, len(values), config.data.max_length, Extent.of(rows), streamed=data.streamed)
+    extent = Extent.of(*(some.examples for some in (data.train, data.held_out) if some))
+    check_extent(base, len(values), config.data.max_length, extent, streamed=data.streamed)
     return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
 
 

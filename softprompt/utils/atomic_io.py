@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from softprompt.utils.errors import OutputError
 
-Files = Mapping[str, bytes]  # name → content
+Files = Mapping[str, bytes | Sequence[Any]]  # name → content, or buffers that make it up
 NEW, OLD, GONE = "new", "old", "gone"  # hidden folders end in what is in them: written, set aside, to be removed
 
 
@@ -174,8 +174,9 @@ def _put_back(aside: Path, path: Path) -> None:
         (aside / path.name).rename(path)
 
 
-def _write_and_flush(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+def _write_and_flush(path: Path, content: bytes | Sequence[Any]) -> None:
+    with open(path, "wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
     _flush(path)
 
 

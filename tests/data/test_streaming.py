@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from helpers.distributed import finished, torchrun
 from helpers.interruptions import interrupted, outcome
 from helpers.refusals import refused
@@ -47,7 +48,7 @@ def settings(tiny_base, tmp_path, monkeypatch):
 
 
 def test_the_file_s_order_is_the_in_memory_run_of_that_order(settings, monkeypatch):
-    monkeypatch.setattr(sampler, "epoch_order", lambda n, seed, epoch: list(range(n)))
+    monkeypatch.setattr(sampler, "epoch_order", lambda n, seed, epoch: torch.arange(n))
     Path("held.jsonl").write_text(lines(ROWS[:4]))
     settings |= {"eval_rows": 0, "eval_dataset": "held.jsonl", "max_length": 20}  # some rows are cut
     softprompt.train(**settings | {"streaming": False, "buffer_size": 10_000})

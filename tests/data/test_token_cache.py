@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.bases import make_tokenizer
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from softprompt.data import token_cache
+from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
 
@@ -24,20 +25,51 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def made(rows=ROWS, tokenizer=None, max_length=40, **options):
-    tokenizer = tokenizer or make_tokenizer()
+    tokenizer, rows = tokenizer or make_tokenizer(), RowStore(rows)
     return token_cache.cached(
         lambda: tokenize(rows, tokenizer, Template(), max_length), rows, tokenizer, "default", max_length, **options
     )
+
+
+def columns_of(found):
+    """All that is kept of every example."""
+    examples = found.examples
+    return [list(map(int, column)) for column in (
+        examples.input_ids, examples.offsets, examples.first_targets, found.kept, found.missing
+    )]  # fmt: skip
 
 
 def test_the_second_time_the_cache_gives_the_same(folder):
     first, second = made(), made()
     (file,) = folder.iterdir()
     assert first.cache is None and second.cache == str(file)
-    assert second.examples == first.examples and all(type(e.input_ids[0]) is int for e in second.examples)
+    fresh = tokenize(ROWS, make_tokenizer(), Template(), 40)
+    assert columns_of(first) == columns_of(second) == columns_of(fresh) and list(second.examples) == list(
+        fresh.examples
+    )
+    assert all(type(number) is int for e in second.examples for number in (*e.input_ids, *e.labels))
+    assert type(second.kept[0]) is type(second.missing[0]) is int
     assert (second.rows, second.cut, second.without_target, second.empty_answers) == (10, 1, 1, 3)
     assert str(second) == f"{first}; token ids from the cache {file}"
     assert made(read=False).cache is None
+
+
+def test_a_cached_array_is_a_view_of_the_file(folder, tmp_path):
+    """The arrays are not copied into memory: /proc/self/maps shows the file, and no array owns its data."""
+    for found in (made(), made()):
+        (file,) = folder.iterdir()
+        columns = (found.examples.input_ids, found.examples.offsets, found.examples.first_targets)
+        assert not any(column.flags.owndata for column in columns)
+        if Path("/proc/self/maps").exists():
+            assert str(file) in Path("/proc/self/maps").read_text()
+
+
+def test_the_file_is_what_safetensors_reads(folder):
+    found = made()
+    (file,) = folder.iterdir()
+    arrays = load_file(file)
+    assert {name: array.dtype for name, array in arrays.items()} == token_cache.ARRAYS
+    assert arrays["input_ids"].tolist() == found.examples.input_ids.tolist()
 
 
 def other_tokenizer():
@@ -95,6 +127,7 @@ def test_a_broken_cache_is_none(fault, folder):
     first = made()
     (file,) = folder.iterdir()
     whole = file.read_bytes()
+    file.unlink()  # it is memory-mapped: whoever cut it in place would take the ids away
     file.write_bytes(SPOILED[fault](whole))
     assert file.read_bytes() != whole
     again = made()

@@ -95,7 +95,7 @@ def test_no_exact_match_if_no_answer_is_whole(answer, settings, capsys):
 def test_tokenize_counts_the_truncated_tokens_of_answers(tokenizer):
     rows = [row(5, 10), row(30, 10), row(34, 10), row(99, 10)]
     whole = tokenize(rows, tokenizer, Template(), 1000)
-    assert whole.kept == [0, 1, 2, 3] and whole.missing == [0, 0, 0, 0]
+    assert list(whole.kept) == [0, 1, 2, 3] and list(whole.missing) == [0, 0, 0, 0]
     for max_length in (30, 47, 52, 56):
         for side in ("output", "input"):
             found = tokenize(rows, tokenizer, Template(), max_length, side)

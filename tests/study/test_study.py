@@ -138,7 +138,7 @@ def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
     plan = plan_study(place(grid=grid))
-    ends = [{e.input_ids[-1] for e in one.inputs.examples + one.inputs.held_out} for one in plan]
+    ends = [{e.input_ids[-1] for e in (*one.inputs.examples, *one.inputs.held_out)} for one in plan]
     assert ends == [{2}, {1 if "eos_token" in change else 2}]
     path.write_text((tiny_base / file).read_text())
     (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], plan_study(place(grid=grid))[1]))

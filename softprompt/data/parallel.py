@@ -1,0 +1,85 @@
+"""Work in several processes, with its results in order."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+from softprompt.utils.errors import DataError
+
+Item, Result, Common = TypeVar("Item"), TypeVar("Result"), TypeVar("Common")
+AHEAD = 4  # items of each worker that are queued or under way; a bound for memory
+
+
+def map_in_processes(
+    function: Callable[[Common, Item], Result], common: Common, items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Yield `function(common, item)` for every item, in the items' order; `common` is sent to each worker once.
+
+    On Linux workers are forked, so a script that has no `if __name__ == "__main__"` works, too.
+
+    Raises:
+        DataError: a worker was killed; errors of `function` are raised at their item.
+    """
+    method = "fork" if sys.platform == "linux" else None  # forking is not safe on macOS, and absent on Windows
+    left = iter(items)
+    with _no_threads_of_tokenizers():
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (function, common))
+        try:
+            waiting = deque(pool.submit(_work, item) for item in islice(left, AHEAD * workers))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(_work, item) for item in islice(left, 1))
+                yield result
+        except BrokenProcessPool:
+            raise DataError(
+                f"--preprocessing_num_workers {workers}: a worker process was killed, perhaps for want of memory; "
+                "give fewer workers, or leave the flag out"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _no_threads_of_tokenizers() -> Iterator[None]:
+    """The library tokenizers cannot use its threads in a forked process; unless it is told so, it warns of that."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_worker: list[Any] = []  # in a worker process: its function, and what is common to all items
+
+
+def _start_worker(function: Callable[..., Any], common: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker[:] = [function, common]
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next item for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _work(item: Any) -> Any:
+    function, common = _worker
+    return function(common, item)
