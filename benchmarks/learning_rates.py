@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.train_args import DEFAULT_LEARNING_RATES
-from softprompt.distributed.process_group import join
+from softprompt.distributed.process_group import init_world
 from softprompt.mini import TASKS
 from softprompt.training.lr_finder import RATES as SWEPT
 from softprompt.training.lr_finder import sweep_steps
@@ -161,7 +161,7 @@ def found(case: Case) -> dict[str, Any]:
     run's."""
     with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
         config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
-        run = with_found_rate(prepare(config, join()), request)
+        run = with_found_rate(prepare(config, init_world()), request)
     total = run.feed.total_steps
     is_found = "found none" not in told.getvalue()
     return {"rate": run.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}

@@ -17,10 +17,10 @@ from softprompt.config.unknown_names import advice
 from softprompt.export.args import ExportArguments, ExportConfig, export_config
 from softprompt.report.args import ReportArguments, ReportConfig, report_config
 from softprompt.study.grid import Study, read_study, relocated
-from softprompt.utils.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
+from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
-from softprompt.utils.std_streams import abandon, answers, messages, open_closed
-from softprompt.utils.torchrun_env import is_main, may_restart, several
+from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
+from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
 
 
 class Command(NamedTuple):
@@ -193,17 +193,17 @@ def run_command(
     """Run `main` on the command line's arguments and exit: 0, or an error's one line on stderr and its code. What it
     prints only accompanies its work, unless it `prints_answers`; then a reader of stdout that leaves ends it."""
     argv = sys.argv[1:] if argv is None else argv
-    open_closed()
+    reopen_closed_streams()
     streams = sys.stdout, sys.stderr
     try:
-        with answers() if prints_answers else messages():
+        with answers_on_stdout() if prints_answers else tolerant_streams():
             _run(main, argv)
     finally:
         for stream in streams:
             try:
                 stream.flush()
             except (OSError, ValueError):
-                abandon(stream)
+                discard_buffer(stream)
 
 
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
@@ -216,7 +216,7 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
         _leave(0 if may_restart() else stop.exit_code)  # torchrun would start again what was asked to stop
     except SoftpromptError as error:
         ended = isinstance(error, PushError) and may_restart()  # the run itself
-        everywhere = error.exit_code == 2 or isinstance(error, Elsewhere)
+        everywhere = error.exit_code == 2 or isinstance(error, OtherRankError)
         _exit(str(error), 0 if ended else error.exit_code, everywhere)
     except KeyboardInterrupt:
         _exit("stopped", 130)
@@ -240,7 +240,7 @@ def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """The connections of several ranks have threads, and an interpreter that ends beneath them may abort."""
-    if several():
+    if is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -26,7 +26,7 @@ from softprompt.generation.adapters import load as read_adapter
 from softprompt.generation.chat import Chat
 from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, noted_seed
 from softprompt.runs.crash_report import failure
-from softprompt.utils.errors import AdapterError, ConfigError, DataError, SomeFailed
+from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError
 from softprompt.utils.std_streams import can_show
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
@@ -55,7 +55,7 @@ def infer(config: InferConfig) -> None:
         _tell(model.description)
         print(table)
         if fault:
-            raise SomeFailed(fault)
+            raise PartialFailureError(fault)
     elif asked:
         answer_file(config, model, asked)
     elif to_chat:

@@ -235,11 +235,11 @@ def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    hub.prepare.cache_clear()
-    hub.prepare()
+    hub.check_reachable.cache_clear()
+    hub.check_reachable()
     assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "http://127.0.0.1:9 was asked: " in hub.way_out() and hub.HELP in hub.way_out()
-    hub.prepare.cache_clear()
+    assert "http://127.0.0.1:9 was asked: " in hub.advice() and hub.HELP in hub.advice()
+    hub.check_reachable.cache_clear()
 
 
 def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
@@ -256,11 +256,11 @@ def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
     line = refused(train, ["--dataset", "some/rows"], capsys, monkeypatch, tmp_path)
     assert "CERTIFICATE_VERIFY_FAILED" in line and "SSL_CERT_FILE" in line
     monkeypatch.setattr(hub, "_failure", None)
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
 
 
 ADAPTERS = {

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from softprompt.distributed.rendezvous import rendezvous
 from softprompt.distributed.watchdog import SILENCE, Watchdog
-from softprompt.utils.errors import Elsewhere, SoftpromptError, TrainingError
+from softprompt.utils.errors import OtherRankError, SoftpromptError, TrainingError
 from softprompt.utils.out_of_memory import is_out_of_memory
-from softprompt.utils.std_streams import nowhere
+from softprompt.utils.std_streams import null_stream
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for a rank that has yet to come
@@ -46,7 +46,7 @@ class AgreedStop:
 
     @property
     def exit_code(self) -> int | None:
-        return self.world.agreed
+        return self.world.agreed_exit_code
 
 
 class World:
@@ -114,7 +114,7 @@ class World:
         if self.is_main and fault:
             raise fault
         message, code = told[first]
-        raise Elsewhere(f"rank {first}: {message}", code)
+        raise OtherRankError(f"rank {first}: {message}", code)
 
     def together(self, communicate: Callable[[], T]) -> T:
         """What the ranks' communication returns.
@@ -144,7 +144,7 @@ class World:
         ends = time.monotonic() + (2 * SILENCE if self.heartbeat and others else GRACE)
         while time.monotonic() < ends:
             if self.heartbeat and self.heartbeat.words:
-                return Elsewhere(*next(iter(self.heartbeat.words.values())))
+                return OtherRankError(*next(iter(self.heartbeat.words.values())))
             if gone := [f"rank {rank} (process {pid})" for rank, pid in here if not _runs(pid)]:
                 return TrainingError(f"rank {self.rank}: {', '.join(gone)} died ({why})")
             time.sleep(0.1)
@@ -152,7 +152,7 @@ class World:
         return TrainingError(f"rank {self.rank}: a rank on {where} does not answer ({why})")
 
 
-def join() -> World:
+def init_world() -> World:
     """The world that torchrun's environment describes; every rank must call this."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
@@ -165,16 +165,16 @@ def join() -> World:
     world = World(rank, size)
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(rendezvous(store, rank, size, PATIENCE), store)
-    own_cards = of_all(store, rank, size, own_card)
+    own_cards = true_on_all_ranks(store, rank, size, own_card)
     backend = "cpu:gloo,cuda:nccl" if own_cards else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     if own_cards:
-        world.reduces_on = torch.device("cuda", local)
-    world.roll, world.store = world.gather([platform.node(), os.getpid()]), store
+        world.reduce_device = torch.device("cuda", local)
+    world.members, world.store = world.all_gather([platform.node(), os.getpid()]), store
     return world
 
 
-def of_all(store: dist.Store, rank: int, size: int, mine: bool) -> bool:
+def true_on_all_ranks(store: dist.Store, rank: int, size: int, mine: bool) -> bool:
     """Whether it is so of every rank: nodes may differ, and ranks that exchanged their sums in different ways would
     wait for each other for ever. Waits for all of them."""
     store.set(f"own card {rank}", str(int(mine)))
@@ -185,15 +185,15 @@ def of_all(store: dist.Store, rank: int, size: int, mine: bool) -> bool:
 def process_group() -> Iterator[World]:
     """The world, in which only rank 0 prints, and a rank that is lost ends the others. Who ends well parts from the
     others in good order."""
-    world = join()
+    world = init_world()
     with ExitStack() as stack:
         if world.store:
-            names = [f"rank {rank} (host {host}, process {pid})" for rank, (host, pid) in enumerate(world.roll)]
+            names = [f"rank {rank} (host {host}, process {pid})" for rank, (host, pid) in enumerate(world.members)]
             heartbeat = Watchdog(world.store, world.rank, names)
-            world.gather("all have theirs")
-            world.heartbeat = stack.enter_context(heartbeat)
+            world.all_gather("all have theirs")
+            world.watchdog = stack.enter_context(heartbeat)
         if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(nowhere())))
+            stack.enter_context(redirect_stdout(stack.enter_context(null_stream())))
         yield world
     if world.store:
         dist.destroy_process_group()
@@ -211,7 +211,7 @@ def assign_rows(costs: Sequence[int], size: int) -> list[list[int]]:
     return hands
 
 
-def chosen(rows: Sequence[T], numbers: Iterable[int]) -> list[T]:
+def select(rows: Sequence[T], numbers: Iterable[int]) -> list[T]:
     return [rows[number] for number in numbers]
 
 

@@ -22,7 +22,7 @@ from softprompt.generation.kv_cache import KVCache, Slot, Step, StepAttention
 from softprompt.generation.requests import Request
 from softprompt.generation.sampling import OnToken, Writer, Writers, choose
 from softprompt.models.bloom_weights import Weights
-from softprompt.utils.out_of_memory import fewer_at_once
+from softprompt.utils.out_of_memory import smaller_batch
 
 KEPT_BYTES = 256 * 2**20  # of the prompts' keys and values that stay in memory
 
@@ -100,7 +100,7 @@ class PackedGenerator:
                 yield from self._write(places, waiting, most, on_token)
                 return
             except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                most = fewer_at_once(error, most)
+                most = smaller_batch(error, most)
             waiting.extendleft(place.again() for place in reversed(places) if not place.writer.done)
             torch.cuda.empty_cache()
 

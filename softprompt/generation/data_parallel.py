@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from softprompt.distributed.process_group import World, assign_rows, chosen
+from softprompt.distributed.process_group import World, assign_rows, select
 from softprompt.generation.hf_generate import Generator
 from softprompt.generation.requests import Request
 from softprompt.generation.sampling import OnToken
@@ -22,7 +22,7 @@ class DataParallelGenerator:
         self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         mine = assign_rows([len(request.ids) for request in requests], self.world.size)[self.world.rank]
-        answers = self.generator.generate(chosen(requests, mine), batch_size, on_token)
+        answers = self.generator.generate(select(requests, mine), batch_size, on_token)
         made = [(mine[number], answer) for number, answer in answers]
         self.rest()
-        yield from sorted((number, answer) for some in self.world.gather(made) for number, answer in some)
+        yield from sorted((number, answer) for some in self.world.all_gather(made) for number, answer in some)

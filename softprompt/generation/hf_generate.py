@@ -22,7 +22,7 @@ from softprompt.generation.sampling import OnToken, Writer, Writers, choose
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
-from softprompt.utils.out_of_memory import fewer_at_once
+from softprompt.utils.out_of_memory import smaller_batch
 
 
 class Generator(Protocol):
@@ -81,7 +81,7 @@ class TransformersGenerator:
                 try:
                     self._write(some, ends, on_token)
                 except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-                    batch_size = fewer_at_once(error, len(some))
+                    batch_size = smaller_batch(error, len(some))
                     torch.cuda.empty_cache()
                 for writer in reversed([w for w in some if not w.done]):
                     writer.rewind()

@@ -12,22 +12,16 @@ from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOC
 from softprompt.config.validation import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import (
-    EmbeddedWords,
     Initialiser,
+    InputEmbeddings,
     class_label_init,
     random_init,
-    sample_of_init,
+    sample_tokens_init,
     sample_vocab_init,
     token_init,
 )
 from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
 from softprompt.utils.errors import AdapterError, ConfigError
-
-
-def goes_on_in(output_dir: Path, checkpoint: Path | None) -> bool:
-    """Whether the run in `output_dir` is the one that `checkpoint` is of; all else that stands there is another's."""
-    here = output_dir.resolve()
-    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
@@ -37,7 +31,7 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
         ConfigError: as of `initialiser`, or --num_virtual_tokens beside --init_adapter and another than its number.
         AdapterError: --init_adapter does not hold a prompt for a base of this hidden size.
     """
-    words = EmbeddedWords(base)  # [V, H]
+    words = InputEmbeddings(base)  # [V, H]
     if config.prompt.init_adapter:
         return _from_adapter(config, words.shape[1])
     torch.manual_seed(config.training.seed)
@@ -60,7 +54,7 @@ def initialiser(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Initial
     if init == "SAMPLE_VOCAB" and prompt.vocab_population is None:
         return sample_vocab_init(length)
     most = prompt.vocab_population or DEFAULT_VOCAB_POPULATION
-    sampled = sample_of_init(frequent_tokens(tokenizer, most, vocabulary), length)
+    sampled = sample_tokens_init(frequent_tokens(tokenizer, most, vocabulary), length)
     if init == "SAMPLE_VOCAB":
         return sampled
     return class_label_init(label_tokens(tokenizer, parse_labels(str(prompt.class_labels))), sampled)

@@ -39,7 +39,7 @@ def embedding_space(base: Any) -> EmbeddingSpace:
     return EmbeddingSpace(base.get_input_embeddings().weight.detach(), layernorm)
 
 
-def nearest(space: EmbeddingSpace, vectors: Tensor, k: int, among: int | None = None) -> tuple[Tensor, Tensor]:
+def nearest_tokens(space: EmbeddingSpace, vectors: Tensor, k: int, among: int | None = None) -> tuple[Tensor, Tensor]:
     """The k words of the largest cosine to each of `vectors` [n, H]: ids [n, k] int64 and cosines [n, k] fp32, on the
     CPU, the nearest first; of the first `among` words alone, where given. The vocabulary passes in chunks, so memory
     does not grow with it."""
@@ -56,19 +56,19 @@ def nearest(space: EmbeddingSpace, vectors: Tensor, k: int, among: int | None = 
     return ids.cpu(), cosines.cpu()
 
 
-def noise(space: EmbeddingSpace, n: int = 16) -> Tensor:
+def random_vectors(space: EmbeddingSpace, n: int = 16) -> Tensor:
     """Random vectors [n, H] fp32, the same ones each time: what a virtual token is nearer to its nearest word than
     they to theirs says something."""
     return torch.randn(n, space.words.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-def similarities(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
+def cosine_matrix(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
     """The cosines [n, n] fp32 of `vectors` [n, H] with each other, on the CPU."""
     directions = space.directions(vectors)
     return (directions @ directions.T).cpu()
 
 
-def shown(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Words as one can read them: a space at the edge is ␣, and a piece of a character is told by its bytes."""
     return [_word(tokenizer, token) for token in ids]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from softprompt.utils.errors import ConfigError
 
 
-class WordVectors(Protocol):
+class EmbeddingTable(Protocol):
     """Word embeddings [V, H] that are indexed by token ids [n] int64; a tensor is one."""
 
     @property
@@ -26,7 +26,7 @@ class WordVectors(Protocol):
     def __getitem__(self, ids: Tensor) -> Tensor: ...
 
 
-Initialiser = Callable[[WordVectors], Tensor]
+Initialiser = Callable[[EmbeddingTable], Tensor]
 
 
 class PromptEmbedding(nn.Module):
@@ -50,7 +50,7 @@ class PromptEmbedding(nn.Module):
 def random_init(num_virtual_tokens: int) -> Initialiser:
     """Unit-variance normal noise: with the same torch seed, the numbers that PEFT's RANDOM draws."""
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
 
     return init
@@ -73,14 +73,14 @@ def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
     """Embeddings of words drawn evenly from the whole vocabulary, each as often as it comes: with the same torch seed,
     the words that PEFT draws."""
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
         return word_embeddings[torch.randint(0, len(word_embeddings), (num_virtual_tokens,)).to(word_embeddings.device)]
 
     return init
 
 
-def sample_of_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
+def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
     """Embeddings of words drawn evenly from the token ids `population`, none twice unless more are wanted than there
     are (google-research/prompt-tuning, `from_sample_of_embeddings`).
 
@@ -90,7 +90,7 @@ def sample_of_init(population: Sequence[int], num_virtual_tokens: int) -> Initia
     if not population:
         raise ConfigError("--vocab_population: this tokenizer has no words but special tokens and bytes; leave it out")
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         n = len(population)
         again = num_virtual_tokens > n
         drawn = torch.randint(n, (num_virtual_tokens,)) if again else torch.randperm(n)[:num_virtual_tokens]
@@ -103,7 +103,7 @@ def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Init
     """A prompt from `rest` whose first tokens are replaced, one for each label, by the mean of the embeddings of the
     label's token ids (Lester et al. 2021, section 3.2; google-research/prompt-tuning, `from_embedded_list`)."""
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         values = rest(word_embeddings).to(torch.float32).clone()
         for place, ids in enumerate(labels):
             values[place] = word_embeddings[torch.tensor(ids, device=word_embeddings.device)].float().mean(0)
@@ -112,7 +112,7 @@ def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Init
     return init
 
 
-class EmbeddedWords:
+class InputEmbeddings:
     """What the base makes of its words before its first block, [V, H] in the dtype of its embeddings: indexing by token
     ids [n] int64 calls the embedding module, which may do more than look up rows of its table (Gemma's scales them)."""
 

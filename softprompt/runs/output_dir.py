@@ -7,7 +7,6 @@ from pathlib import Path
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import RUNS
-from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.checkpoints import step_of
 from softprompt.runs.run_files import refuse_foreign_files, refuse_other_run
 from softprompt.utils.atomic_io import check_writable
@@ -60,10 +59,16 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
     return lock
 
 
+def is_run_of_checkpoint(output_dir: Path, checkpoint: Path | None) -> bool:
+    """Return whether `output_dir` holds the run that `checkpoint` belongs to, which may then be continued there."""
+    here = output_dir.resolve()
+    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+
+
 def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
     if not locked and is_main():
         FolderLock(path).refuse_if_held()
-    goes_on = goes_on_in(path, checkpoint)
+    goes_on = is_run_of_checkpoint(path, checkpoint)
     if not goes_on:
         refuse_other_run(path, config.training.overwrite_output_dir)
     board = config.sharing.report_to == "tensorboard"

@@ -48,7 +48,7 @@ from softprompt.training.determinism import deterministic
 from softprompt.training.loop import QuietCallbacks, train
 from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.atomic_io import write_files, write_folder
-from softprompt.utils.errors import NotFinite, Stopped, TrainingError
+from softprompt.utils.errors import NonFiniteError, Stopped, TrainingError
 
 T = TypeVar("T")
 CELL_FILE = "cell.json"
@@ -238,7 +238,7 @@ class _Bench:
             if watch.code is None:
                 found = evaluator(prompt.weight.detach())
                 metrics, answers = found.metrics(), found.answers
-        except NotFinite as error:
+        except NonFiniteError as error:
             metrics = {"error": str(error)}
         ends = end_tokens(one.material.examples, one.material.tokenizer)
         files = adapter_folder(config, self.base.config, prompt.weight.detach(), ends, (), one.cell.settings(), metrics)

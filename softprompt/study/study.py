@@ -17,9 +17,9 @@ from softprompt.study.plan import Planned, planned
 from softprompt.study.results import point
 from softprompt.study.runner import Result, finished, run_cells
 from softprompt.utils.atomic_io import check_writable, remove_leftovers, write_files
-from softprompt.utils.errors import OutputError, SomeFailed
+from softprompt.utils.errors import OutputError, PartialFailureError
 from softprompt.utils.file_lock import FolderLock
-from softprompt.utils.std_streams import messages
+from softprompt.utils.std_streams import tolerant_streams
 from softprompt.utils.text_table import table
 
 PAGE_FILE, CSV_FILE = "study.md", "study.csv"
@@ -30,12 +30,12 @@ def run_study(study: Study) -> list[Finding]:
 
     Raises:
         SoftpromptError: as of `planned` and `run_cells`, or an output_dir that cannot be written to.
-        SomeFailed: cells failed; everything that could be done without them is done and written.
+        PartialFailureError: cells failed; everything that could be done without them is done and written.
     """
     check_writable(study.output_dir, "--output_dir")
     _refuse_other(study.output_dir)
     plan = planned(study)
-    with messages(), _claimed(study.output_dir):
+    with tolerant_streams(), _claimed(study.output_dir):
         remove_leftovers(study.output_dir / "cells", ".+")
         results = {one.folder: result for one in plan if (result := finished(one.folder))}
         left = [one for one in plan if one.folder not in results]
@@ -47,7 +47,7 @@ def run_study(study: Study) -> list[Finding]:
         found = _report(study, [results[one.folder] for one in plan])
     if broken := [(one, why) for one in plan if (why := results[one.folder].get("failed"))]:
         one, why = broken[0]
-        raise SomeFailed(
+        raise PartialFailureError(
             f"{len(broken):,} of {len(plan):,} cells failed ({one.cell}: {why}); {study.output_dir / PAGE_FILE} has "
             "the others, and the same command tries again those that failed"
         )

@@ -29,7 +29,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     if world is None:
         with process_group() as world:
             return dry_run(config, world)
-    run = world.agree(lambda: prepare(config, world))
+    run = world.run_on_all(lambda: prepare(config, world))
     feed, examples = run.feed, run.data.examples
     rows, n = feed.rows_per_step, feed.rows
     tokens = sum(len(e.input_ids) for e in examples)

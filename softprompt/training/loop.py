@@ -16,7 +16,7 @@ from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
-from softprompt.utils.errors import DataError, NotFinite
+from softprompt.utils.errors import DataError, NonFiniteError
 
 
 class QuietCallbacks:
@@ -101,7 +101,7 @@ def train(
     Between steps the callbacks may want to stop; what was done is saved first.
 
     Raises:
-        NotFinite: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
+        NonFiniteError: a loss, gradient or prompt that is not finite (fp16 steps that the scaler skips are no fault, as
             long as its scale does not fall to nothing).
         DataError: of the feed; what was done before is saved.
     """
@@ -248,9 +248,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NotFinite:
+def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NonFiniteError:
     some = ", ".join(places[:NAMED]) + (" …" if len(places) > NAMED else "")
-    return NotFinite(
+    return NonFiniteError(
         f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it "
         f"({named.format(some)}); lower --learning_rate"
     )

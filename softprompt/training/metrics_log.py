@@ -15,7 +15,7 @@ from softprompt.runs.run_files import run_files
 from softprompt.runs.state import Metrics, Step
 from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.redact import redacted
-from softprompt.utils.std_streams import nowhere
+from softprompt.utils.std_streams import null_stream
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class MetricsLog:
         try:
             show()
         except (OSError, ValueError):
-            instead = nowhere()
+            instead = null_stream()
             if self.stream is sys.stderr:
                 sys.stderr = instead  # what it still holds would fail once more at the end
             self.stream = instead
@@ -155,7 +155,7 @@ class SilentMetricsLog(MetricsLog):
     """That of a rank that neither shows nor writes anything."""
 
     def __init__(self, total: int):
-        super().__init__(total, Path(os.devnull), nowhere())
+        super().__init__(total, Path(os.devnull), null_stream())
 
     def _write(self, write: Callable[[], None]) -> None: ...
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import seconds_of
 from softprompt.distributed.process_group import StopSource, World, process_group
-from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.crash_report import crashes_in
-from softprompt.runs.output_dir import claim_output_dir
+from softprompt.runs.output_dir import claim_output_dir, is_run_of_checkpoint
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, resume_settings
 from softprompt.training.callbacks import Run, RunCallbacks, clear_output_dir
@@ -27,7 +26,7 @@ from softprompt.training.lr_finder import find_learning_rate, sweep_steps
 from softprompt.training.setup import Prepared, prepare
 from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
-from softprompt.utils.torchrun_env import launched, start
+from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
 PLACES = {
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
@@ -63,15 +62,17 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
-    starts = world.gather(start()) if launched() else []
-    goes_on = world.gather(has_saved(config, starts))[0]
-    run = world.agree(lambda: prepare(resume_settings(config, goes_on), world, observer.check if observer else None))
-    world.agree(lambda: _refuse_unlike(world.gather(_known_by(run))))
+    starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
+    goes_on = world.all_gather(has_saved(config, starts))[0]
+    run = world.run_on_all(
+        lambda: prepare(resume_settings(config, goes_on), world, observer.check if observer else None)
+    )
+    world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(run))))
     args = run.config.training
     with ExitStack() as stack:
         request = stack.enter_context(StopRequest(seconds_of(args.max_time) if args.max_time else None))
-        claimed = world.agree(lambda: _claimed(run, stack))
-        folder = Path(world.gather(str(claimed))[0])  # where none is named, each rank's clock named one
+        claimed = world.run_on_all(lambda: _claimed(run, stack))
+        folder = Path(world.all_gather(str(claimed))[0])  # where none is named, each rank's clock named one
         stack.enter_context(crashes_in(folder))
         stack.enter_context(deterministic(args.deterministic))
         return _trained(replace(run, output_dir=folder, starts=starts), request, observer)
@@ -100,7 +101,7 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
         return run.output_dir
     folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
     try:
-        clear_output_dir(folder, goes_on_in(folder, run.checkpoint))
+        clear_output_dir(folder, is_run_of_checkpoint(folder, run.checkpoint))
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"
@@ -128,8 +129,8 @@ def with_found_rate(run: Prepared, request: StopSource) -> Prepared:
 
 def _trained(run: Prepared, request: StopRequest, observer: Observer | None) -> Run:
     with torch.no_grad():
-        run.prompt.weight.copy_(run.world.from_main(run.prompt.weight))
-    wish = run.world.share(request)
+        run.prompt.weight.copy_(run.world.broadcast(run.prompt.weight))
+    wish = run.world.share_stop_request(request)
     if run.searches:
         run = with_found_rate(run, wish)
     recorder = RunCallbacks(run, wish)

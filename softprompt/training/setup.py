@@ -54,7 +54,7 @@ from softprompt.utils.errors import ConfigError
 from softprompt.utils.fingerprints import fingerprint_of_base
 from softprompt.utils.safetensors_io import StoredTensor
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
-from softprompt.utils.torchrun_env import launched
+from softprompt.utils.torchrun_env import launched_by_torchrun
 
 SAMPLED = 100  # rows that are kept as texts, to show one of them
 
@@ -248,7 +248,7 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
 
 def _is_sharded(config: TrainConfig, world: World) -> bool:
     """Whether the base is shared out; a single process that torchrun started has a share of one."""
-    if config.model.shard_base and not launched():
+    if config.model.shard_base and not launched_by_torchrun():
         raise ConfigError(
             "--shard_base shares a base out among processes, and this is one alone; start several with "
             "torchrun --nproc_per_node=N train.py …, or give --shard_base false"

@@ -9,7 +9,7 @@ from softprompt.generation.adapters import NONE
 from softprompt.training.callbacks import QUESTION_FILE, Run
 from softprompt.training.first_question import FirstQuestion
 from softprompt.utils.shell_commands import flag, script
-from softprompt.utils.text_table import columns, table
+from softprompt.utils.text_table import display_width, table
 
 EXAMPLES = 3
 WIDTH = 44
@@ -71,8 +71,8 @@ def _plain(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    if columns(text) <= WIDTH:
+    if display_width(text) <= WIDTH:
         return text
-    while columns(text) > WIDTH - 1:
+    while display_width(text) > WIDTH - 1:
         text = text[:-1]
     return text + "…"

@@ -44,7 +44,7 @@ class Stopped(SoftpromptError):
         self.exit_code = exit_code
 
 
-class Elsewhere(SoftpromptError):
+class OtherRankError(SoftpromptError):
     """What another rank of a distributed run met, with its exit code; rank 0 tells it."""
 
     def __init__(self, message: str, exit_code: int):
@@ -66,7 +66,7 @@ class PushError(SoftpromptError):
     exit_code = 1
 
 
-class SomeFailed(SoftpromptError):
+class PartialFailureError(SoftpromptError):
     """Some of many that are independent of each other, as the cells of a study; what could be done without them is
     done."""
 
@@ -79,10 +79,10 @@ class TrainingError(SoftpromptError):
     exit_code = 1
 
 
-class NotFinite(TrainingError):
+class NonFiniteError(TrainingError):
     """A loss, a gradient or a prompt that is not finite: of all ranks of a run, as they have the same numbers."""
 
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells report them
-TIME_IS_UP = 124  # as timeout(1) has it
-EXIT_CODES = (*CODES.values(), TIME_IS_UP)
+SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells report them
+TIMEOUT_EXIT_CODE = 124  # as timeout(1) has it
+EXIT_CODES = (*SIGNAL_EXIT_CODES.values(), TIMEOUT_EXIT_CODE)

@@ -52,12 +52,12 @@ def fingerprint_of_base(
     config, tensors = _configured(base.config), {**base.state_dict(), **(blocks or {})}
     if sum(t.nbytes for t in tensors.values()) < CACHED_FROM or not files:
         return _hash(config, tensors, sampled=False)
-    places = [place_of(path) for path in sorted(files)]
+    places = [file_identity(path) for path in sorted(files)]
     key = hashlib.sha256(json.dumps([places, _hash(config, tensors, sampled=True)]).encode()).hexdigest()
-    return remembered(key, lambda: _hash(config, tensors, sampled=False), "[0-9a-f]{64}", keep)
+    return cached_text(key, lambda: _hash(config, tensors, sampled=False), "[0-9a-f]{64}", keep)
 
 
-def remembered(key: str, make: Callable[[], str], pattern: str, keep: bool = True) -> str:
+def cached_text(key: str, make: Callable[[], str], pattern: str, keep: bool = True) -> str:
     """What was kept under `key` and matches `pattern`, else what `make` makes, which is kept (if `keep`)."""
     path = cache_dir("fingerprints") / key
     with contextlib.suppress(OSError, ValueError):
@@ -71,7 +71,7 @@ def remembered(key: str, make: Callable[[], str], pattern: str, keep: bool = Tru
     return made
 
 
-def place_of(path: Path) -> list[Any]:
+def file_identity(path: Path) -> list[Any]:
     """What tells that a file is still the one that was read, without reading it."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]

@@ -4,7 +4,7 @@ import logging
 import os
 from functools import cache
 
-from softprompt.utils.redact import Redacting, redacted
+from softprompt.utils.redact import RedactingFilter, redacted
 
 HELP = (
     "where no hub is reachable, name a local folder or file, or run the default preset, which needs no network; "
@@ -28,7 +28,7 @@ def prepare() -> None:
     _failure = None
     for logger in map(logging.getLogger, LOGGERS):
         for place in (logger, *logger.handlers):
-            place.addFilter(Redacting())
+            place.addFilter(RedactingFilter())
     if constants.HF_HUB_OFFLINE:
         return
     try:

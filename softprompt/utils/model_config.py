@@ -16,7 +16,7 @@ def layers_and_heads(config: Any) -> tuple[int, int]:
     return found[0] or 1, found[1] or 1
 
 
-def sizes_named(config: Any) -> dict[str, int | None]:
+def peft_sizes(config: Any) -> dict[str, int | None]:
     """The same under PEFT's names; None where the configuration does not say a whole number."""
     text = text_config(config)
     return {

@@ -13,7 +13,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def fewer_at_once(error: RuntimeError, at_once: int) -> int:
+def smaller_batch(error: RuntimeError, at_once: int) -> int:
     """How many answers to write together after `error`: half as many, which is told, where memory has run out.
 
     Raises:

@@ -13,7 +13,7 @@ HIDDEN = "***"
 _told: set[str] = set()  # secrets that came by another way than the environment
 
 
-def hide(secret: str) -> None:
+def add_secret(secret: str) -> None:
     """From now on `secret` is one, too."""
     _told.add(secret.strip())
 
@@ -27,7 +27,7 @@ def redacted(text: str) -> str:
     return text
 
 
-class Redacting(logging.Filter):
+class RedactingFilter(logging.Filter):
     """For the handlers of libraries that log the addresses they ask."""
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import Any, TextIO
 
 
-class Lasting:
+class BestEffortStream:
     """A text stream for messages that only accompany the work. Once `stream` cannot be written to any more (a closed
     terminal, a pipe whose reader has gone, a full disk), what is written is dropped and nothing is raised."""
 
@@ -26,46 +26,46 @@ class Lasting:
         try:
             getattr(self._stream, method)(*arguments)
         except (OSError, ValueError):  # ValueError: it has been closed
-            self._stream = nowhere()
+            self._stream = null_stream()
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding …
         return getattr(self._stream, name)
 
 
-def nowhere() -> TextIO:
+def null_stream() -> TextIO:
     """A stream that takes any text and drops it."""
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 @contextmanager
-def messages() -> Iterator[None]:
+def tolerant_streams() -> Iterator[None]:
     """Everything that is printed inside only accompanies the work: no character and no reader of stdout or stderr can
     end it."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             stack.enter_context(_escaping(stream))
-        stack.enter_context(redirect_stdout(Lasting(sys.stdout)))
-        stack.enter_context(redirect_stderr(Lasting(sys.stderr)))
+        stack.enter_context(redirect_stdout(BestEffortStream(sys.stdout)))
+        stack.enter_context(redirect_stderr(BestEffortStream(sys.stderr)))
         yield
 
 
 @contextmanager
-def answers() -> Iterator[None]:
+def answers_on_stdout() -> Iterator[None]:
     """What is printed to stdout inside is the work itself: a reader that leaves ends it (BrokenPipeError)."""
     stdout = sys.stdout
-    with messages(), redirect_stdout(stdout):
+    with tolerant_streams(), redirect_stdout(stdout):
         yield
 
 
-def open_closed() -> None:
+def reopen_closed_streams() -> None:
     """Give streams that were closed before the process began (`>&-`, pythonw) a place to read from or write to."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
-    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
+    sys.stdout, sys.stderr = sys.stdout or null_stream(), sys.stderr or null_stream()
 
 
-def abandon(stream: Any) -> None:
+def discard_buffer(stream: Any) -> None:
     """Send what `stream` still holds nowhere: the interpreter flushes it once more at its end, and would fail again."""
-    with suppress(OSError, ValueError), nowhere() as instead:  # it may have no file of the system
+    with suppress(OSError, ValueError), null_stream() as instead:  # it may have no file of the system
         os.dup2(instead.fileno(), stream.fileno())
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def launched() -> bool:
+def launched_by_torchrun() -> bool:
     """Whether torchrun started this process, be it the only one."""
     return "RANK" in os.environ
 
@@ -16,7 +16,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this is one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -26,7 +26,7 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def start() -> tuple[str, str]:
+def launch_ids() -> tuple[str, str]:
     """What names this node's torchrun, the same at each start and another one's never, and what names this process.
 
     Its own id is "none" unless it was given one, so the folder stands for it that it makes for its workers' last words;

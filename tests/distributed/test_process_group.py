@@ -23,7 +23,7 @@ from softprompt.training.auto_resume import has_saved, resume_settings
 from softprompt.training.run import _refuse_unlike
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.torchrun_env import start
+from softprompt.utils.torchrun_env import launch_ids
 
 
 def prompt_in(folder):
@@ -40,8 +40,8 @@ def test_rows_are_dealt_by_length(lengths, size):
 
 def test_alone_there_is_nothing_to_agree_on():
     world = World()
-    assert world.is_main and world.gather({"a": 1}) == [{"a": 1}] and world.agree(lambda: 3) == 3
-    assert world.share(request := object()) is request
+    assert world.is_main and world.all_gather({"a": 1}) == [{"a": 1}] and world.run_on_all(lambda: 3) == 3
+    assert world.share_stop_request(request := object()) is request
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -153,12 +153,12 @@ def test_only_what_an_earlier_start_of_this_launch_has_saved_is_gone_on_with(tmp
 def test_a_launch_is_known_at_each_of_its_starts(monkeypatch):
     """Also through a shell script between torchrun and Python."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/1/error.json")
-    launch, process = start()
+    launch, process = launch_ids()
     assert launch.endswith("/tmp/torchelastic_x/none_y") and str(os.getpid()) in process
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_1/0/error.json")
-    assert start()[0] == launch
+    assert launch_ids()[0] == launch
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
-    assert start()[0] != launch and str(os.getppid()) in start()[0]
+    assert launch_ids()[0] != launch and str(os.getppid()) in launch_ids()[0]
 
 
 def test_ranks_that_have_prepared_something_else_are_named():

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from softprompt.distributed import rendezvous as meeting
-from softprompt.distributed.process_group import of_all
+from softprompt.distributed.process_group import true_on_all_ranks
 from softprompt.distributed.rendezvous import START, rendezvous
 
 SIZE = 3
@@ -63,7 +63,7 @@ def test_ranks_agree_on_how_they_exchange_their_sums_though_their_nodes_differ(c
 
     def rank(number):
         mine = dist.TCPStore("localhost", store.port, timeout=timedelta(seconds=20))
-        return of_all(dist.PrefixStore("start", mine), number, 3, cards[number])
+        return true_on_all_ranks(dist.PrefixStore("start", mine), number, 3, cards[number])
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(rank, range(3))) == [all(cards)] * 3

@@ -69,7 +69,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"files": modes})
         if self.path.endswith(".git/info/lfs/objects/batch"):
             return self.answer(
-                200, {"transfer": "basic", "objects": [self.place_of(o) for o in json.loads(asked)["objects"]]}
+                200, {"transfer": "basic", "objects": [self.file_identity(o) for o in json.loads(asked)["objects"]]}
             )
         if self.path == "/api/validate-yaml":  # of the card's front matter
             base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
@@ -93,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.stored[hashlib.sha256(content).hexdigest()] = content
         self.answer(200, {})
 
-    def place_of(self, wanted):
+    def file_identity(self, wanted):
         upload = {"href": f"{self.server.url}/storage/{wanted['oid']}", "header": {}}
         return {**wanted, "actions": {} if wanted["oid"] in self.server.stored else {"upload": upload}}
 
@@ -128,10 +128,10 @@ def server(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, not git LFS's
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # of processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
     yield served
     served.shutdown()
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
 
 
 @pytest.fixture

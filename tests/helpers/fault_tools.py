@@ -24,7 +24,7 @@ import train
 from softprompt.cli import run_command
 from softprompt.engines import packed
 from softprompt.evaluation.evaluator import Evaluator
-from softprompt.prompt import initial as build
+from softprompt.runs import output_dir as build
 from softprompt.training import loop as trainer
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils import atomic_io as files

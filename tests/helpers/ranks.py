@@ -78,7 +78,7 @@ def shared_out(name, world, folder):
     """The base of a case in files, and this rank's share of it."""
     if world.is_main:
         base_of(name).save_pretrained(folder, max_shard_size="60KB")
-    world.gather("it is written")
+    world.all_gather("it is written")
     base, stored = load_meta_model(str(folder))
     base = freeze(base, CASES[name][1])
     shards = shard(base, stored, world)
@@ -143,7 +143,7 @@ def main(folder):
     with process_group() as world:
         for name in CASES:
             steps, values, found = run(name, world, folder / "base")
-            alike = world.gather(values.tolist())
+            alike = world.all_gather(values.tolist())
             assert all(one == alike[0] for one in alike), "the ranks' prompts differ"
             if world.is_main:
                 save_file({"prompt": values}, folder / f"{name}.safetensors")

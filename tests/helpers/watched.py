@@ -33,7 +33,7 @@ def rank(number, size, port, folder, silence, main, *given):
 
 
 def ready(world, folder):
-    world.gather("here")
+    world.all_gather("here")
     (folder / f"ready-{world.rank}").touch()
 
 
@@ -44,7 +44,7 @@ def waits(folder, waiting):
         ready(world, folder)
         if world.rank == waiting:
             time.sleep(LONG)
-        world.gather("never")
+        world.all_gather("never")
 
 
 def late(folder, seconds):
@@ -52,7 +52,7 @@ def late(folder, seconds):
     with process_group() as world:
         ready(world, folder)
         time.sleep(seconds * world.rank)
-        world.gather("at last")
+        world.all_gather("at last")
         if world.is_main:
             time.sleep(seconds)
 

@@ -17,7 +17,7 @@ from softprompt.config.loader import train_config
 from softprompt.config.validation import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import initial_prompt
-from softprompt.prompt.nearest_tokens import embedding_space, nearest
+from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens
 from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
 from softprompt.utils.errors import ConfigError
 
@@ -131,7 +131,7 @@ def test_other_starts_are_what_the_embedding_module_returns(given, tokenizer):
             torch.testing.assert_close(vector, vectors[tokenizer(label)["input_ids"]].mean(0))
         prompt = prompt[2:]
     assert set(rows_of(prompt, vectors)) <= set(frequent_tokens(tokenizer, 5000, 300))
-    ids, cosines = nearest(embedding_space(base), prompt, 1, len(tokenizer))
+    ids, cosines = nearest_tokens(embedding_space(base), prompt, 1, len(tokenizer))
     assert ids[:, 0].tolist() == rows_of(prompt, vectors) and cosines.min() > 0.9999
 
 
