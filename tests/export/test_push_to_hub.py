@@ -69,10 +69,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"files": modes})
         if self.path.endswith(".git/info/lfs/objects/batch"):
             return self.answer(
-                200, {"transfer": "basic", "objects": [self.file_identity(o) for o in json.loads(asked)["objects"]]}
+                200, {"transfer": "basic", "objects": [self.place_of(o) for o in json.loads(asked)["objects"]]}
             )
         if self.path == "/api/validate-yaml":  # of the card's front matter
-            base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
+            base = re.search(r"^base_model: (.*)$", json.loads(asked)["content"], re.M)
             good = not base or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base[1])
             faults = [] if good else [{"message": '"base_model" is not valid. Use a model id'}]
             return self.answer(400 if faults else 200, {"errors": faults, "warnings": []})
@@ -93,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.stored[hashlib.sha256(content).hexdigest()] = content
         self.answer(200, {})
 
-    def file_identity(self, wanted):
+    def place_of(self, wanted):
         upload = {"href": f"{self.server.url}/storage/{wanted['oid']}", "header": {}}
         return {**wanted, "actions": {} if wanted["oid"] in self.server.stored else {"upload": upload}}
 
@@ -160,7 +160,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     repo = server.repos["org/soft"]
     assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
     assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
-    assert b'library_name: "peft"' in repo["files"]["README.md"]
+    assert b"library_name: peft" in repo["files"]["README.md"]
     told_nowhere(tmp_path, out, err)
     code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
     assert code == 0 and server.commits == 2
