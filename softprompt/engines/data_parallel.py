@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.distributed.process_group import World, assign_rows, select
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import EXIT_CODES

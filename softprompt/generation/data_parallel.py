@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from softprompt.distributed.process_group import World, assign_rows, select
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.generation.hf_generate import Generator
 from softprompt.generation.requests import Request
 from softprompt.generation.sampling import OnToken

@@ -67,7 +67,9 @@ def public_name(value: Any) -> Any:
 
 
 def _is_local(value: Any) -> bool:
-    return bool(value) and isinstance(value, str) and (os.path.exists(value) or os.path.isabs(value) or value[0] in "~.")
+    return (
+        bool(value) and isinstance(value, str) and (os.path.exists(value) or os.path.isabs(value) or value[0] in "~.")
+    )
 
 
 def _loading_code(base: str) -> list[str]:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from softprompt.config.loader import train_config
 from softprompt.config.train_args import NEWEST
-from softprompt.distributed.process_group import World, assign_rows
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows
 from softprompt.runs.checkpoints import with_checksums
 from softprompt.runs.file_names import OF_A_CHECKPOINT, STATE_FILE
 from softprompt.training.auto_resume import has_saved, resume_settings
@@ -47,7 +48,7 @@ def test_alone_there_is_nothing_to_agree_on():
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def of_ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    finished(torchrun(request.param, ROOT / "tests/ranks.py", folder))
+    finished(torchrun(request.param, "--module", "helpers.ranks", folder))
     return folder
 
 

@@ -7,9 +7,9 @@ from threading import Event
 import pytest
 import torch.distributed as dist
 
-from softprompt.distributed import rendezvous as meeting
+from softprompt.distributed import rendezvous as rendezvous_module
 from softprompt.distributed.process_group import true_on_all_ranks
-from softprompt.distributed.rendezvous import START, rendezvous
+from softprompt.distributed.rendezvous import NAME_KEY, rendezvous
 
 SIZE = 3
 
@@ -40,10 +40,10 @@ def test_every_start_has_a_name_of_its_own(late):
 def test_a_start_in_which_a_rank_died_is_not_met_again(monkeypatch):
     """Rank 2 answers an invitation that rank 0 does not live to repeat; the next start has other processes."""
     store = dist.HashStore()
-    store.set(START, "dead")
+    store.set(NAME_KEY, "dead")
     store.set("dead 1", "of a process that is gone")
     store.set("dead 1 heard", "of a process that is gone")
-    monkeypatch.setattr(meeting, "LOOK", 0.01)
+    monkeypatch.setattr(rendezvous_module, "POLL_SECONDS", 0.01)
     found = start(store, late=0)
     assert len(set(found)) == 1 and found[0] != "dead"
 

@@ -20,7 +20,7 @@ SILENCE = 2.0  # seconds
 def forks():
     """Processes come from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["watched", "softprompt.training.run"])
+    context.set_forkserver_preload(["helpers.watched", "softprompt.training.run"])
     with pytest.MonkeyPatch.context() as patch:  # older Pythons do not tell it their sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         forkserver.ensure_running()

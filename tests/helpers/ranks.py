@@ -1,6 +1,6 @@
-"""What each rank of tests/test_distributed.py does under torchrun: train a few small cases, and leave what came out.
+"""What each rank of tests/distributed/test_process_group.py does: train a few small cases, and write the results.
 
-torchrun --nproc_per_node=2 tests/ranks.py FOLDER
+PYTHONPATH=.:tests torchrun --nproc_per_node=2 --module helpers.ranks FOLDER
 """
 
 import json

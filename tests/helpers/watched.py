@@ -1,4 +1,4 @@
-"""What the processes of tests/test_heartbeat.py do: forked from one that has imported torch, as that takes a while."""
+"""What the processes of tests/distributed/test_watchdog.py do. They are forked from one that has imported torch."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 
 from softprompt.cli import run_command
-from softprompt.distributed import watchdog as heartbeat
+from softprompt.distributed import watchdog
 from softprompt.distributed.process_group import process_group
 from softprompt.utils.errors import DataError
 
@@ -27,7 +27,7 @@ def rank(number, size, port, folder, silence, main, *given):
     os.environ |= {name: str(value) for name, value in told.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{number}", os.O_WRONLY | os.O_CREAT), descriptor)
-    heartbeat.BEAT, heartbeat.SILENCE = silence / 10, silence
+    watchdog.BEAT_SECONDS, watchdog.SILENCE_SECONDS = silence / 10, silence
     sys.argv = ["train.py", *map(str, given)]
     run_command(lambda argv: main(folder, *given))
 
