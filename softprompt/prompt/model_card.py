@@ -30,8 +30,8 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         front_matter(base, "peft"),
         f"# A soft prompt for {public_name(base) or 'a causal language model'}",
         "",
-        f"{adapter.prompt.shape[0]} virtual tokens of size {adapter.prompt.shape[1]}, learned with softprompt; the base "
-        "is unchanged. The files are in PEFT's format.",
+        f"{adapter.prompt.shape[0]} virtual tokens of size {adapter.prompt.shape[1]}, learned with softprompt; "
+        "the base is unchanged. The files are in PEFT's format.",
         "",
         *_loading_code(base),
         "",

@@ -104,8 +104,8 @@ class ProcessLock:
         except OSError:
             holder = ""
         return OutputError(
-            f"{self.target}: process {holder or '(unknown)'} is writing there; wait until it has ended, or name another "
-            f"{self.kind}"
+            f"{self.target}: process {holder or '(unknown)'} is writing there; wait until it has ended, "
+            f"or name another {self.kind}"
         )
 
 

@@ -1,11 +1,11 @@
-"""Plain tables for a terminal, on which a Chinese character takes two columns."""
+"""Plain-text tables for a terminal, where a Chinese character is two columns wide."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head."""
+    """Format rows as aligned columns; the first row is the header."""
     widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
@@ -16,5 +16,5 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns of a terminal that a text takes."""
+    """Return how many columns of a terminal a text occupies."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
