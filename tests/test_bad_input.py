@@ -276,16 +276,16 @@ ADAPTERS = {
     ),
     "foreign": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(2)})),
-        "holds w, expected one tensor 'prompt_embeddings'; give a folder that PEFT or train.py wrote",
+        "holds w, expected one tensor 'prompt_embeddings'; give an adapter folder that PEFT or train.py",
     ),
     "of another hidden size": (lambda f: write_adapter(f, 16), "have size 16, but .* has hidden size 32"),
     "of another kind": (
         lambda f: spoil_json(f / "adapter_config.json", peft_type="LORA"),
-        "peft_type is 'LORA', expected 'PROMPT_TUNING'; adapters of other kinds are for PEFT itself",
+        "peft_type is 'LORA', expected 'PROMPT_TUNING': it changes the layers of the base",
     ),
     "with a base that is no name": (
         lambda f: spoil_json(f / "adapter_config.json", base_model_name_or_path=3),
-        "base_model_name_or_path is 3, no name or path of a base; write it there, or null and give --model_name",
+        "base_model_name_or_path is 3, which is not a name or path; correct it, or set it to null and give --model_name",
     ),
     "with a size that is none": (
         lambda f: spoil_json(f / "adapter_config.json", token_dim="many"),

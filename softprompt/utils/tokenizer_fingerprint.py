@@ -29,8 +29,8 @@ IGNORED_ARGUMENTS = (
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
     """Return a hash of each part of a tokenizer, by name.
 
-    "tokenizer" is the content of tokenizer.json (of a tokenizer implemented in Python, its vocabulary). The others, such
-    as "tokenizer.eos_token", are what tokenizer_config.json and chat_template.jinja add.
+    "tokenizer" is the content of tokenizer.json (for a tokenizer implemented in Python, its vocabulary). The others,
+    such as "tokenizer.eos_token", are what tokenizer_config.json and chat_template.jinja add.
     """
     special = dict(getattr(tokenizer, "special_tokens_map", {}))
     named = {name: special.pop(name, None) for name in MAIN_SPECIAL_TOKENS}

@@ -16,9 +16,8 @@ import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.validation import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import initial_prompt
+from softprompt.prompt.initial import frequent_tokens, initial_prompt, label_tokens
 from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens
-from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
 from softprompt.utils.errors import ConfigError
 
 

@@ -50,7 +50,7 @@ def test_nearest_words_are_those_of_plain_loops(normed, V, H, P, k, dtype, chunk
 
 def test_only_words_that_the_tokenizer_has():
     words = torch.eye(6)
-    ids, _ = nearest_tokens(EmbeddingSpace(words, None), torch.tensor([[0.0, 0, 0, 0.1, 0, 1]]), 2, among=5)
+    ids, _ = nearest_tokens(EmbeddingSpace(words, None), torch.tensor([[0.0, 0, 0, 0.1, 0, 1]]), 2, vocab_size=5)
     assert ids[0, 0] == 3 and 5 not in ids
 
 
