@@ -289,7 +289,7 @@ ADAPTERS = {
     ),
     "with a size that is none": (
         lambda f: spoil_json(f / "adapter_config.json", token_dim="many"),
-        "token_dim is 'many', expected a number from 1 to .*; copy the whole folder again",
+        "token_dim is 'many', expected an integer from 1 to .*; copy the whole folder again",
     ),
     "of another size than it says": (
         lambda f: spoil_json(f / "adapter_config.json", num_virtual_tokens=7),

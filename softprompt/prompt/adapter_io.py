@@ -217,7 +217,7 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
     prompt = tensors[PROMPT_KEY]
     if tuple(prompt.shape) != expected or prompt.dtype not in FLOATS:
         found = f"{str(prompt.dtype).removeprefix('torch.')} {tuple(prompt.shape)}"
-        raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected}, of floats; {AGAIN}")
+        raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected} of floats; {AGAIN}")
     prompt = prompt.float()
     if not prompt.isfinite().all():
         raise AdapterError(f"{path}: holds values that are not finite; train it anew or use an earlier checkpoint")

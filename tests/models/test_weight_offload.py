@@ -179,7 +179,7 @@ def test_files_that_are_not_what_they_should_be(fault, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b.safetensors"}}'])
 def test_an_index_that_is_none(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ModelError, match=r"index.json: not an index of safetensors \("):
+    with pytest.raises(ModelError, match=r"index.json: not an index of safetensors files \("):
         list_stored_tensors(tmp_path)
 
 
