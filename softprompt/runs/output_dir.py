@@ -59,7 +59,7 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
     return lock
 
 
-def is_run_of_checkpoint(output_dir: Path, checkpoint: Path | None) -> bool:
+def continues_in(output_dir: Path, checkpoint: Path | None) -> bool:
     """Return whether `output_dir` holds the run that `checkpoint` belongs to, which may then be continued there."""
     here = output_dir.resolve()
     return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
@@ -68,7 +68,7 @@ def is_run_of_checkpoint(output_dir: Path, checkpoint: Path | None) -> bool:
 def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
     if not locked and is_main():
         FolderLock(path).refuse_if_held()
-    goes_on = is_run_of_checkpoint(path, checkpoint)
+    goes_on = continues_in(path, checkpoint)
     if not goes_on:
         refuse_other_run(path, config.training.overwrite_output_dir)
     board = config.sharing.report_to == "tensorboard"

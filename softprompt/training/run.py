@@ -15,7 +15,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import seconds_of
 from softprompt.distributed.process_group import StopSource, World, process_group
 from softprompt.runs.crash_report import crashes_in
-from softprompt.runs.output_dir import claim_output_dir, is_run_of_checkpoint
+from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, resume_settings
 from softprompt.training.callbacks import Run, RunCallbacks, clear_output_dir
@@ -101,7 +101,7 @@ def _claimed(run: Prepared, stack: ExitStack) -> Path:
         return run.output_dir
     folder = stack.enter_context(claim_output_dir(run.config, run.output_dir, run.checkpoint)).folder
     try:
-        clear_output_dir(folder, is_run_of_checkpoint(folder, run.checkpoint))
+        clear_output_dir(folder, continues_in(folder, run.checkpoint))
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

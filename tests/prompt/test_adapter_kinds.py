@@ -108,7 +108,7 @@ def test_every_entrance_refuses_another_kind(place, tiny_base, capsys, monkeypat
     programs = [
         (infer, [["--adapter", "a", "--prompt", "好"], ["--adapter", "b", "--prompts_file", "p.jsonl"]]),
         (train, [of_train]),
-        (SimpleNamespace(main=cli.export), [["a", "--output", "plain"]]),
+        (SimpleNamespace(__name__="export", main=cli.export), [["a", "--output", "plain"]]),
     ]
     for program, calls in programs:
         for argv in calls:
