@@ -156,8 +156,8 @@ def work(args: argparse.Namespace, world: World) -> None:
     start, steps = random_init(args.num_virtual_tokens)(torch.empty(1, size.hidden_size)), args.steps + 1
     with watched_memory() as memory:
         times, loss = run(name, args, tokenizer, start, rows, steps, world)
-        most = max(world.gather(memory()))
-    products = sum(world.gather(matmul_rate(torch.float32, torch.device(args.device))))
+        most = max(world.all_gather(memory()))
+    products = sum(world.all_gather(matmul_rate(torch.float32, torch.device(args.device))))
     counted = list(islice(windows(len(rows), ROWS, SEED), 1, steps))
     tokens = sum(len(rows[row].input_ids) for step in counted for row in step)
     found = {
@@ -214,7 +214,7 @@ def reduction_seconds(start: Tensor, world: World) -> float:
     vector, seconds = torch.ones(start.numel(), dtype=torch.float64), []
     for _ in range(50):
         began = time.perf_counter()
-        world.add_up(vector)
+        world.all_reduce(vector)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.train_args import DEFAULT_LEARNING_RATES
-from softprompt.distributed.process_group import join
+from softprompt.distributed.process_group import init_world
 from softprompt.mini import TASKS
 from softprompt.training.lr_finder import RATES as SWEPT
 from softprompt.training.lr_finder import sweep_steps, with_found_rate
@@ -160,7 +160,7 @@ def found(case: Case) -> dict[str, Any]:
     run's."""
     with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
         config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
-        setup = with_found_rate(set_up(config, join()), request, show_bar=False)
+        setup = with_found_rate(set_up(config, init_world()), request, show_bar=False)
     total = setup.data.loader.total_steps
     is_found = "found none" not in told.getvalue()
     return {"rate": setup.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}

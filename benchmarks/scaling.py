@@ -26,7 +26,7 @@ from contestants import SEED
 
 from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.distributed.process_group import assign_rows
+from softprompt.distributed.row_assignment import assign_rows
 from softprompt.engines.memory_estimate import GIB, base_bytes
 from softprompt.models.bloom_weights import Shape
 from softprompt.utils.errors import EXIT_CODES

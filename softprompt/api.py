@@ -49,7 +49,7 @@ from softprompt.report.after_training import ReportAndPush
 from softprompt.training.result import Run
 from softprompt.training.run import run_training
 from softprompt.utils.errors import ConfigError, ModelError
-from softprompt.utils.std_streams import messages
+from softprompt.utils.std_streams import tolerant_streams
 
 
 def train(preset: str | None = None, **settings: Any) -> Run:
@@ -58,7 +58,7 @@ def train(preset: str | None = None, **settings: Any) -> Run:
     Raises:
         SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
     """
-    with messages():
+    with tolerant_streams():
         run = run_and_report(train_config(preset, **settings))
         if run.not_pushed:
             print(f"warning: {run.not_pushed}", file=sys.stderr)

@@ -20,11 +20,11 @@ from softprompt.config.unknown_names import advice
 from softprompt.export.args import ExportArguments, ExportConfig, export_config
 from softprompt.report.args import ReportArguments, ReportConfig, report_config
 from softprompt.study.grid import Study, read_study, relocated
-from softprompt.utils.errors import ConfigError, Elsewhere, PushError, SoftpromptError, Stopped
+from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import command, program_name
-from softprompt.utils.std_streams import abandon, answers, messages, open_closed
-from softprompt.utils.torchrun_env import is_main, may_restart, several
+from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
+from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
 
 
 def train(argv: Sequence[str]) -> None:
@@ -248,17 +248,17 @@ def run_command(
             goes on without printing.
     """
     argv = sys.argv[1:] if argv is None else argv
-    open_closed()
+    reopen_closed_streams()
     streams = sys.stdout, sys.stderr
     try:
-        with answers() if prints_answers else messages():
+        with answers_on_stdout() if prints_answers else tolerant_streams():
             _run(main, argv)
     finally:
         for stream in streams:
             try:
                 stream.flush()
             except (OSError, ValueError):
-                abandon(stream)
+                discard_buffer(stream)
 
 
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
@@ -271,7 +271,7 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
         _leave(0 if may_restart() else stop.exit_code)  # torchrun would restart a run that was asked to stop
     except SoftpromptError as error:
         run_is_whole = isinstance(error, PushError) and may_restart()  # torchrun would train it again
-        met_by_all = error.exit_code == 2 or isinstance(error, Elsewhere)
+        met_by_all = error.exit_code == 2 or isinstance(error, OtherRankError)
         _exit(str(error), 0 if run_is_whole else error.exit_code, met_by_all)
     except KeyboardInterrupt:
         _exit("stopped", 130)
@@ -295,7 +295,7 @@ def _exit(message: str, code: int, met_by_all: bool = False) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """Exit; as one of several ranks without unloading, since the threads of their connections may then abort."""
-    if several():
+    if is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

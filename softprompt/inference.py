@@ -29,7 +29,7 @@ from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, f
 from softprompt.generation.chat import Chat
 from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
 from softprompt.runs.crash_report import failure
-from softprompt.utils.errors import AdapterError, ConfigError, DataError, SomeFailed
+from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError
 from softprompt.utils.shell_commands import command
 from softprompt.utils.std_streams import can_show
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
@@ -229,7 +229,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     _tell(model.description)
     print(comparison_report(results, told))
     if fault:
-        raise SomeFailed(fault)
+        raise PartialFailureError(fault)
 
 
 def _evaluated(

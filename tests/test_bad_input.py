@@ -235,11 +235,11 @@ def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    hub.prepare.cache_clear()
-    hub.prepare()
+    hub.check_reachable.cache_clear()
+    hub.check_reachable()
     assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "http://127.0.0.1:9 was asked: " in hub.way_out() and hub.HELP in hub.way_out()
-    hub.prepare.cache_clear()
+    assert "http://127.0.0.1:9 was asked: " in hub.advice() and hub.HELP in hub.advice()
+    hub.check_reachable.cache_clear()
 
 
 def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
@@ -256,11 +256,11 @@ def test_why_the_hub_failed_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
     line = refused(train, ["--dataset", "some/rows"], capsys, monkeypatch, tmp_path)
     assert "CERTIFICATE_VERIFY_FAILED" in line and "SSL_CERT_FILE" in line
     monkeypatch.setattr(hub, "_failure", None)
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
 
 
 ADAPTERS = {
@@ -276,20 +276,20 @@ ADAPTERS = {
     ),
     "foreign": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(2)})),
-        "holds w, expected one tensor 'prompt_embeddings'; give a folder that PEFT or train.py wrote",
+        "holds w, expected one tensor 'prompt_embeddings'; give an adapter folder that PEFT or train.py",
     ),
     "of another hidden size": (lambda f: write_adapter(f, 16), "have size 16, but .* has hidden size 32"),
     "of another kind": (
         lambda f: spoil_json(f / "adapter_config.json", peft_type="LORA"),
-        "peft_type is 'LORA', expected 'PROMPT_TUNING'; adapters of other kinds are for PEFT itself",
+        "peft_type is 'LORA', expected 'PROMPT_TUNING': it changes the layers of the base",
     ),
     "with a base that is no name": (
         lambda f: spoil_json(f / "adapter_config.json", base_model_name_or_path=3),
-        "base_model_name_or_path is 3, no name or path of a base; write it there, or null and give --model_name",
+        "base_model_name_or_path is 3, which is not a name or path; correct it, or set it to null and give --model_name",
     ),
     "with a size that is none": (
         lambda f: spoil_json(f / "adapter_config.json", token_dim="many"),
-        "token_dim is 'many', expected a number from 1 to .*; copy the whole folder again",
+        "token_dim is 'many', expected an integer from 1 to .*; copy the whole folder again",
     ),
     "of another size than it says": (
         lambda f: spoil_json(f / "adapter_config.json", num_virtual_tokens=7),

@@ -20,7 +20,14 @@ from safetensors.torch import save
 import infer
 import train
 from softprompt.cli import run_command
-from softprompt.utils.errors import ConfigError, DataError, PushError, SoftpromptError, SomeFailed, TrainingError
+from softprompt.utils.errors import (
+    ConfigError,
+    DataError,
+    PartialFailureError,
+    PushError,
+    SoftpromptError,
+    TrainingError,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,7 @@ def test_how_a_program_ends(raised, code, line, capsys):
 def test_every_error_for_bad_input_ends_with_2():
     """The others stand for work that had begun: a run, an upload of a whole run, some of many."""
     others = {kind for kind in SoftpromptError.__subclasses__() if kind.exit_code != 2}
-    assert others == {TrainingError, PushError, SomeFailed}
+    assert others == {TrainingError, PushError, PartialFailureError}
 
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError("by\n0"), OSError("odd")], ids=repr)

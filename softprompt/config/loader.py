@@ -21,7 +21,7 @@ from softprompt.config.train_args import (
 )
 from softprompt.config.validation import faults, parse_columns
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.redact import hide
+from softprompt.utils.redact import add_secret
 
 GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments, SharingArguments)
 _BLOOM = {"model_name_or_path": "Langboat/bloom-1b4-zh", "dataset": "alpaca_data_zh"}
@@ -98,7 +98,7 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     """
     for name in SECRETS:
         if given.get(name):
-            hide(str(given[name]))
+            add_secret(str(given[name]))
     named = {} if preset is None else {"preset": preset}
     given = expand_paths(given)
     preset = preset_of(preset, given)

@@ -237,13 +237,13 @@ def from_hub(source: str, load: Callable[[], Any]) -> Any:
     Raises:
         DataError: it fails.
     """
-    hub.prepare()
+    hub.check_reachable()
     try:
         return load()
     except Exception as error:
         raise DataError(
             f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
-            f"({first_line(error)}); {hub.way_out()}"
+            f"({first_line(error)}); {hub.advice()}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from softprompt.data.readers import first_line, from_hub, is_blank, jsonl_lines, parquet_rows, parsed_line, path_of
 from softprompt.data.splits import TRAIN, Extent, choose, hub_home, splits_of
 from softprompt.utils.errors import ConfigError, DataError
-from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, place_of, remembered
+from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 
 Raw = tuple[str, Any]  # the place of a row, and the row, or the line of a file that it is still to be made of
 READ = (".jsonl", ".parquet")  # files that can be read from any row on
@@ -60,7 +60,7 @@ def open_source(
     source: str, config_name: str | None, split: str | None, keep: bool = True, flag: str = "--dataset_split"
 ) -> Source:
     """A split of what `--dataset` names, for `--streaming`. Local files are gone through once, to count and to hash
-    them; what was found of large ones is remembered (if `keep`) for as long as they stay as they are.
+    them; what was found of large ones is cached_text (if `keep`) for as long as they stay as they are.
 
     Raises:
         DataError: it is not there, has no such split, or holds no rows that can be read.
@@ -133,8 +133,8 @@ def _remembered(path: Path, make: Callable[[], str], pattern: str, keep: bool) -
         return make()
     with open(path, "rb") as file:
         parts = [(file.seek(at), file.read(SAMPLE))[1] for at in (0, size // 2, max(0, size - SAMPLE))]
-    key = hashlib.sha256(json.dumps([pattern, place_of(path)]).encode() + b"".join(parts)).hexdigest()
-    return remembered(key, make, pattern, keep)
+    key = hashlib.sha256(json.dumps([pattern, file_identity(path)]).encode() + b"".join(parts)).hexdigest()
+    return cached_text(key, make, pattern, keep)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Several processes in one run: torchrun's ranks, their rendezvous, and the watchdog that names a lost rank.
+"""Several processes in one run: torchrun's ranks, their rendezvous, and the watchdog that detects a lost rank.
 
-In: what torchrun puts into the environment. Out: a `World` with the collective operations that a run needs.
+In: the environment variables that torchrun sets. Out: a `World`, which has the collective operations that a run needs.
 """

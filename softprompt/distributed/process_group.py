@@ -1,14 +1,14 @@
-"""Several processes, one run: torchrun's ranks deal out the rows of each step and add up their gradients.
+"""The ranks of a run: joining the process group, and the collective operations of a run.
 
-There is no launcher here and no other way to start: what torchrun puts into the environment is all that is read.
+torchrun starts the processes; its environment variables are the only configuration. Training divides the rows of each
+optimizer step among the ranks and sums their gradients.
 """
 
-import heapq
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -20,202 +20,225 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softprompt.distributed.rendezvous import rendezvous
-from softprompt.distributed.watchdog import SILENCE, Watchdog
-from softprompt.utils.errors import Elsewhere, SoftpromptError, TrainingError
+from softprompt.distributed.watchdog import SILENCE_SECONDS, Watchdog
+from softprompt.utils.errors import OtherRankError, SoftpromptError, TrainingError
 from softprompt.utils.out_of_memory import is_out_of_memory
-from softprompt.utils.std_streams import nowhere
+from softprompt.utils.std_streams import null_stream
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # for a rank that has yet to come
-WORK = timedelta(hours=6)  # for one that is late, and may read hundreds of GB; who is lost, the heartbeat tells sooner
-GRACE = 5.0  # seconds in which the system tells that a process is dead
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # to wait for ranks that have not started yet
+# A rank may legitimately be late by hours (it may read hundreds of GB); the watchdog detects lost ranks much sooner.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+GRACE_SECONDS = 5.0  # after a failed collective, until the system reports a local process as dead
 
 
 class StopSource(Protocol):
-    """To stop, with an exit code."""
+    """Something that may ask the run to stop, such as a signal or a time limit."""
 
     @property
-    def exit_code(self) -> int | None: ...
+    def exit_code(self) -> int | None:
+        """The exit code to stop with; None to continue."""
+        ...
 
 
 class AgreedStop:
-    """What all ranks have agreed on, which is what one of them wished before the last step's reduction."""
+    """The stop request that all ranks agreed on in the reduction of the last step."""
 
     def __init__(self, world: "World"):
         self.world = world
 
     @property
     def exit_code(self) -> int | None:
-        return self.world.agreed
+        return self.world.agreed_exit_code
 
 
 class World:
-    """This process among the `size` of a run; alone, rank 0 of 1, where there is no torchrun."""
+    """This process as one rank of a run, with the collective operations. Without torchrun it is rank 0 of 1.
+
+    Every rank must call each collective operation, in the same order.
+
+    Attributes:
+        rank, size: This process's rank, and the number of ranks.
+        agreed_exit_code: The exit code that all ranks agreed to stop with after the current step; None to continue.
+        members: Host name and process id of every rank, by rank; empty for a single process.
+        store: The store through which the ranks met; None for a single process.
+        watchdog: Detects lost ranks while `process_group` is open; None for a single process.
+        reduce_device: Where `all_reduce` and `broadcast` run: the rank's GPU with NCCL, else the CPU with Gloo.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self.wish: Callable[[], int | None] = lambda: None  # this rank's, to stop with an exit code
-        self.agreed: int | None = None
-        self.roll: list[Any] = []  # host and process of every rank
+        self.agreed_exit_code: int | None = None
+        self.members: list[Any] = []
         self.store: dist.Store | None = None
-        self.heartbeat: Watchdog | None = None
-        self.reduces_on = torch.device("cpu")
+        self.watchdog: Watchdog | None = None
+        self.reduce_device = torch.device("cpu")
+        self._stop_source: StopSource | None = None
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
-    def share(self, request: StopSource) -> StopSource:
-        """This rank's wish becomes one of all; alone it is the agreement."""
-        self.wish = lambda: request.exit_code
-        return request if self.size == 1 else AgreedStop(self)
+    def share_stop_request(self, source: StopSource) -> StopSource:
+        """Register this rank's stop source; return the one that all ranks agree on (of a single process, `source`)."""
+        self._stop_source = source
+        return source if self.size == 1 else AgreedStop(self)
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, by rank."""
+    def requested_exit_code(self) -> int | None:
+        """Return the exit code with which this rank asks to stop; None to continue."""
+        return self._stop_source.exit_code if self._stop_source else None
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the value of every rank, by rank. Values must be serialisable as JSON.
+
+        `torch.distributed.all_gather_object` would do the same with pickle.
+        """
         if self.size == 1:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self.together(lambda: dist.all_gather(sizes, torch.tensor([len(content)])))
+        self.collective(lambda: dist.all_gather(sizes, torch.tensor([len(content)])))
         longest = int(max(sizes))
-        found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        mine = torch.cat([content, content.new_zeros(longest - len(content))])
-        self.together(lambda: dist.all_gather(found, mine))
-        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes, strict=True)]
+        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.cat([content, content.new_zeros(longest - len(content))])
+        self.collective(lambda: dist.all_gather(gathered, padded))
+        return [json.loads(bytes(one[: int(n)].tolist())) for one, n in zip(gathered, sizes, strict=True)]
 
-    def add_up(self, numbers: Tensor) -> Tensor:
-        """The sum over ranks of a vector, on its device and the same bits on every rank."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on the tensor's device and bit-identical on every rank."""
         if self.size == 1:
-            return numbers
-        total = numbers.to(self.reduces_on)
-        self.together(lambda: dist.all_reduce(total))
-        return total.to(numbers.device)
+            return values
+        total = values.to(self.reduce_device)
+        self.collective(lambda: dist.all_reduce(total))
+        return total.to(values.device)
 
-    def from_main(self, value: Tensor) -> Tensor:
-        """Rank 0's tensor, which has the same shape and dtype on every rank."""
+    def broadcast(self, value: Tensor) -> Tensor:
+        """Return rank 0's tensor; `value` has the same shape and dtype on every rank."""
         if self.size == 1:
             return value
-        told = value.to(self.reduces_on, copy=True)
-        self.together(lambda: dist.broadcast(told, src=0))
-        return told.to(value.device)
+        received = value.to(self.reduce_device, copy=True)
+        self.collective(lambda: dist.broadcast(received, src=0))
+        return received.to(value.device)
 
-    def agree(self, do: Callable[[], T]) -> T:
-        """What `do` returns here, if it succeeds on every rank. Else rank 0 raises the first error, and the others end
-        with it."""
+    def run_on_all(self, do: Callable[[], T]) -> T:
+        """Call `do` on every rank, and return this rank's result once all ranks have succeeded.
+
+        Raises:
+            SoftpromptError: `do` failed on a rank. Rank 0 raises its own error if it has one.
+            OtherRankError: `do` failed on another rank; the message is that of the lowest failed rank.
+        """
         fault: SoftpromptError | None = None
         try:
             result = do()
         except SoftpromptError as error:
             fault = error
-        told = self.gather([str(fault), fault.exit_code] if fault else None)
-        first = next((rank for rank, error in enumerate(told) if error), None)
+        faults = self.all_gather([str(fault), fault.exit_code] if fault else None)
+        first = next((rank for rank, error in enumerate(faults) if error), None)
         if first is None:
             return result
         if self.is_main and fault:
             raise fault
-        message, code = told[first]
-        raise Elsewhere(f"rank {first}: {message}", code)
+        message, code = faults[first]
+        raise OtherRankError(f"rank {first}: {message}", code)
 
-    def together(self, communicate: Callable[[], T]) -> T:
-        """What the ranks' communication returns.
+    def collective(self, communicate: Callable[[], T]) -> T:
+        """Call `communicate`, a collective operation of torch, and return its result.
 
         Raises:
-            TrainingError: it broke off; the message names the rank that died.
-            Elsewhere: it broke off because a rank ended with a fault.
+            TrainingError: it failed; the message names the rank that died, or says that memory ran out.
+            OtherRankError: it failed because another rank ended with an error.
         """
         try:
             return communicate()
-        except RuntimeError as error:  # DistBackendError is one
+        except RuntimeError as error:  # includes DistBackendError
             if is_out_of_memory(error):
                 raise TrainingError(
-                    f"rank {self.rank}: out of memory for what the ranks exchange; give a smaller "
-                    "--tokens_per_microbatch, or share the work out among more of them"
+                    f"rank {self.rank}: out of memory in a collective operation; give a smaller "
+                    "--tokens_per_microbatch, or start more ranks"
                 ) from None
-            raise self._missing(shorten(str(error).splitlines()[0], 160, placeholder=" …")) from None
+            raise self._lost_rank(shorten(str(error).splitlines()[0], 160, placeholder=" …")) from None
 
-    def _missing(self, why: str) -> SoftpromptError:
-        """Who does not answer. What a rank said at its end is known at once, of ranks on this machine the system knows
-        it within moments, and of the others the heartbeat, which then ends this process."""
-        here = [(rank, pid) for rank, (host, pid) in enumerate(self.roll) if host == platform.node()]
-        others = sorted({host for host, _ in self.roll} - {platform.node()})
-        if self.heartbeat:
+    def _lost_rank(self, reason: str) -> SoftpromptError:
+        """Find out which rank broke a collective operation, and return the error that names it.
+
+        Three sources tell: the last message that a rank left in the store, at once; the process table, for ranks of
+        this machine, within moments; and the watchdog, for other machines, which then ends this process.
+        """
+        local = [(rank, pid) for rank, (host, pid) in enumerate(self.members) if host == platform.node()]
+        other_hosts = sorted({host for host, _ in self.members} - {platform.node()})
+        if self.watchdog:
             with suppress(RuntimeError):
-                self.heartbeat.look()
-        ends = time.monotonic() + (2 * SILENCE if self.heartbeat and others else GRACE)
-        while time.monotonic() < ends:
-            if self.heartbeat and self.heartbeat.words:
-                return Elsewhere(*next(iter(self.heartbeat.words.values())))
-            if gone := [f"rank {rank} (process {pid})" for rank, pid in here if not _runs(pid)]:
-                return TrainingError(f"rank {self.rank}: {', '.join(gone)} died ({why})")
+                self.watchdog.read_beats()
+        deadline = time.monotonic() + (2 * SILENCE_SECONDS if self.watchdog and other_hosts else GRACE_SECONDS)
+        while time.monotonic() < deadline:
+            if self.watchdog and self.watchdog.last_messages:
+                return OtherRankError(*next(iter(self.watchdog.last_messages.values())))
+            if dead := [f"rank {rank} (process {pid})" for rank, pid in local if not _is_running(pid)]:
+                return TrainingError(f"rank {self.rank}: {', '.join(dead)} died ({reason})")
             time.sleep(0.1)
-        where = ", ".join(others) or "this machine"
-        return TrainingError(f"rank {self.rank}: a rank on {where} does not answer ({why})")
-
-
-def join() -> World:
-    """The world that torchrun's environment describes; every rank must call this."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        return World(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    cards = torch.cuda.device_count()
-    if cards:
-        torch.cuda.set_device(local % cards)
-    own_card = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL takes no two ranks of one card
-    world = World(rank, size)
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(rendezvous(store, rank, size, PATIENCE), store)
-    own_cards = of_all(store, rank, size, own_card)
-    backend = "cpu:gloo,cuda:nccl" if own_cards else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
-    if own_cards:
-        world.reduces_on = torch.device("cuda", local)
-    world.roll, world.store = world.gather([platform.node(), os.getpid()]), store
-    return world
-
-
-def of_all(store: dist.Store, rank: int, size: int, mine: bool) -> bool:
-    """Whether it is so of every rank: nodes may differ, and ranks that exchanged their sums in different ways would
-    wait for each other for ever. Waits for all of them."""
-    store.set(f"own card {rank}", str(int(mine)))
-    return all(found == b"1" for found in store.multi_get([f"own card {other}" for other in range(size)]))
+        where = ", ".join(other_hosts) or "this machine"
+        return TrainingError(f"rank {self.rank}: a rank on {where} does not answer ({reason})")
 
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """The world, in which only rank 0 prints, and a rank that is lost ends the others. Who ends well parts from the
-    others in good order."""
-    world = join()
+    """Join the ranks, and leave them in order at the end of the block.
+
+    Inside the block only rank 0 prints to stdout, and the watchdog ends the other ranks when one is lost.
+    """
+    world = init_world()
     with ExitStack() as stack:
         if world.store:
-            names = [f"rank {rank} (host {host}, process {pid})" for rank, (host, pid) in enumerate(world.roll)]
-            heartbeat = Watchdog(world.store, world.rank, names)
-            world.gather("all have theirs")
-            world.heartbeat = stack.enter_context(heartbeat)
+            names = [f"rank {rank} (host {host}, process {pid})" for rank, (host, pid) in enumerate(world.members)]
+            watchdog = Watchdog(world.store, world.rank, names)
+            world.all_gather("watchdog created")
+            world.watchdog = stack.enter_context(watchdog)
         if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(nowhere())))
+            stack.enter_context(redirect_stdout(stack.enter_context(null_stream())))
         yield world
     if world.store:
         dist.destroy_process_group()
 
 
-def assign_rows(costs: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the rows of each of `size` ranks, so that their costs are about equal: the most costly first, each to
-    the rank that has least (Graham 1969, doi:10.1137/0117039). The same on every rank."""
-    hands: list[list[int]] = [[] for _ in range(size)]
-    loads = [(0, rank) for rank in range(size)]  # a heap: the least first, of equal ones the lowest rank
-    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
-        load, rank = loads[0]
-        hands[rank].append(row)
-        heapq.heapreplace(loads, (load + costs[row], rank))
-    return hands
+def init_world() -> World:
+    """Initialise torch's process group from torchrun's environment variables; every rank must call this.
+
+    Returns:
+        The world; rank 0 of 1 without torchrun. If a process group exists already, its rank and size.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        return World(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local_rank % gpus)
+    own_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL refuses two ranks on one GPU
+    world = World(rank, size)
+    store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    store = dist.PrefixStore(rendezvous(store, rank, size, RENDEZVOUS_TIMEOUT), store)
+    use_nccl = true_on_all_ranks(store, rank, size, own_gpu)
+    backend = "cpu:gloo,cuda:nccl" if use_nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    if use_nccl:
+        world.reduce_device = torch.device("cuda", local_rank)
+    world.members, world.store = world.all_gather([platform.node(), os.getpid()]), store
+    return world
 
 
-def chosen(rows: Sequence[T], numbers: Iterable[int]) -> list[T]:
-    return [rows[number] for number in numbers]
+def true_on_all_ranks(store: dist.Store, rank: int, size: int, value: bool) -> bool:
+    """Return whether `value` is true on every rank; wait for all of them.
+
+    Used to choose the backend before there is a process group: nodes may differ, and ranks with different backends
+    would wait for each other forever.
+    """
+    store.set(f"own gpu {rank}", str(int(value)))
+    return all(found == b"1" for found in store.multi_get([f"own gpu {other}" for other in range(size)]))
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
+    """Return whether a process of this machine is alive; a zombie is not."""
     with suppress(OSError):
         status = Path(f"/proc/{pid}/stat").read_text()
         return status.rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -225,4 +248,4 @@ def _runs(pid: int) -> bool:
         return False
     except OSError:
         return True
-    return not Path("/proc/self").exists()  # where there is no /proc, it does run
+    return not Path("/proc/self").exists()  # with /proc, the process ended between the two checks

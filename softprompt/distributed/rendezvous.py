@@ -1,5 +1,8 @@
-"""How the ranks of one start find each other in torchrun's store, which may still hold what those of an earlier start
-left. torchrun's count of restarts would not tell starts apart: each node has its own."""
+"""How the ranks of one launch find each other in torchrun's store.
+
+After a restart the store still contains the keys of the earlier attempt, and torchrun's restart count cannot tell
+attempts apart, because each node counts its own restarts.
+"""
 
 import time
 import uuid
@@ -7,38 +10,44 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-LOOK = 0.2  # seconds between a rank's looks for rank 0's answer
-START = "softprompt start"
+POLL_SECONDS = 0.2  # between a rank's looks for rank 0's reply
+NAME_KEY = "softprompt start"
 
 
-def rendezvous(store: dist.Store, rank: int, size: int, patience: timedelta) -> str:
-    """A name for this start, the same on every rank and never that of another.
+def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """Agree on a name for this attempt that is the same on every rank and differs from that of every other attempt.
 
-    Rank 0 draws it, and repeats to each rank a word that it has drawn. Who reads the name of an earlier start finds its
-    own word repeated there by nobody, and reads again.
+    Rank 0 draws the name. Each other rank writes a random token under that name, and rank 0 copies the token to show
+    that it is alive. A rank that has read the name of an earlier attempt finds no copy of its token, and reads again.
+
+    Args:
+        store: torchrun's store.
+        rank: This process's rank.
+        size: The number of ranks.
+        timeout: How long to wait for the other ranks.
 
     Raises:
-        RuntimeError: a rank did not come (torch's, of the store).
+        RuntimeError: a rank did not come in time (on rank 0 it is raised by torch's store).
     """
-    return _invite(store, size, patience) if rank == 0 else _join(store, rank, patience)
+    return _invite(store, size, timeout) if rank == 0 else _join(store, rank, timeout)
 
 
-def _invite(store: dist.Store, size: int, patience: timedelta) -> str:
+def _invite(store: dist.Store, size: int, timeout: timedelta) -> str:
     name = uuid.uuid4().hex
-    store.set(START, name)
+    store.set(NAME_KEY, name)
     for rank in range(1, size):
-        store.wait([f"{name} {rank}"], patience)
+        store.wait([f"{name} {rank}"], timeout)
         store.set(f"{name} {rank} heard", store.get(f"{name} {rank}"))
     return name
 
 
-def _join(store: dist.Store, rank: int, patience: timedelta) -> str:
-    word, ends = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
-    while time.monotonic() < ends:
-        name = store.get(START).decode()
-        store.set(f"{name} {rank}", word)
-        heard = f"{name} {rank} heard"
-        if store.check([heard]) and store.get(heard).decode() == word:
+def _join(store: dist.Store, rank: int, timeout: timedelta) -> str:
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get(NAME_KEY).decode()
+        store.set(f"{name} {rank}", token)
+        reply = f"{name} {rank} heard"
+        if store.check([reply]) and store.get(reply).decode() == token:
             return name
-        time.sleep(LOOK)
-    raise RuntimeError(f"rank 0 did not come within {patience}")
+        time.sleep(POLL_SECONDS)
+    raise RuntimeError(f"rank 0 did not come within {timeout}")

@@ -1,8 +1,8 @@
-"""Signs of life of a run's ranks, in the store by which they met: they name who is lost, hangs or has ended, also where
-no connection breaks, and where the main thread waits in a collective that never returns.
+"""A heartbeat between the ranks, which names a rank that is lost, hangs or has ended with an error.
 
-Rank 0 looks at all others, the others look at rank 0 alone, and its last word ends them: a thousand ranks ask little of
-one store.
+It works where no connection breaks, and where the main thread waits in a collective operation that never returns.
+Rank 0 watches all other ranks; they watch rank 0 only, and its last message ends them. So even with a thousand ranks
+the store receives few requests.
 """
 
 import json
@@ -22,115 +22,130 @@ import torch.distributed as dist
 from softprompt.utils.errors import SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
 
-BEAT = 3.0  # seconds between a rank's signs, and between its looks at the others'
-SILENCE = 45.0  # seconds without any, after which a rank is lost; a single call may hold Python's lock for many
+BEAT_SECONDS = 3.0  # between a rank's beats, and between its looks at the other ranks' beats
+SILENCE_SECONDS = 45.0  # without a beat until a rank counts as lost; one call may hold the GIL for many seconds
 ENDED_WELL = None
-LastWord = tuple[str, int]  # the line with which a rank ended, and its exit code
+LastMessage = tuple[str, int]  # the error message with which a rank ended, and its exit code
 
 
 class Watchdog:
-    """Inside `with`, threads of this process give its signs and look for others'. They end it with one line, whatever
-    its main thread is in, when a rank is silent for too long or ended with a fault, or when the store does not answer.
+    """Two background threads that send this rank's beats and watch those of other ranks.
 
-    Seconds of silence are counted in this process's own looks: one that was stopped or suspended, with all others or
-    alone, accuses nobody when it wakes up."""
+    They are active inside a `with` block. When a rank is silent for SILENCE_SECONDS or has ended with an error, or when
+    the store does not answer, they end this process with a one-line message, whatever its main thread is doing.
+
+    Silence is counted in this process's own looks, not by the clock, so a process that was suspended does not accuse
+    others when it wakes up.
+
+    What a rank writes into the store under its number is its beat: an increasing number while it runs, ENDED_WELL, or
+    its LastMessage.
+    """
 
     def __init__(self, store: dist.Store, rank: int, names: Sequence[str]):
-        """`names` are the ranks', by which messages call them."""
-        self.store = dist.PrefixStore("heartbeat", store.clone())  # of its own: in the other a main thread may wait
+        """Write the first beat. Every rank must have done this before any rank enters its `with` block.
+
+        Args:
+            store: The store of the process group; the watchdog uses a connection of its own.
+            rank: This process's rank.
+            names: How messages call each rank.
+        """
+        self.store = dist.PrefixStore("heartbeat", store.clone())  # the main thread may block the other connection
         self.rank, self.names = rank, names
-        self.words: dict[int, LastWord] = {}  # with which others ended, as far as they are known
+        self.last_messages: dict[int, LastMessage] = {}  # of ranks that ended with an error, as far as known
         self._answers, self._silent = 0, Counter[int]()
         self._lock, self._over = threading.Lock(), threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
-        self._say(0)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch_ranks, self._watch_store)]
+        self._write_beat(0)
 
     def __enter__(self) -> "Watchdog":
-        """Every rank must have made its own before."""
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """What a rank leaves: its fault, or that it ended well."""
-        with suppress(RuntimeError), self._lock:  # the store may have gone with who ended first
+        """Stop the threads, and leave the error of this rank, or that it ended well, in the store."""
+        with suppress(RuntimeError), self._lock:  # the store ends with the process that serves it
             self._over.set()
-            self._say(_last_word(error, self.rank))
+            self._write_beat(_last_message(error, self.rank))
         for thread in self._threads:
-            thread.join(BEAT)
+            thread.join(BEAT_SECONDS)
 
-    def look(self, ranks: Sequence[int] | None = None) -> dict[int, Any]:
-        """The latest signs of some ranks, or of all others; last words among them are kept.
+    def read_beats(self, ranks: Sequence[int] | None = None) -> dict[int, Any]:
+        """Return the latest beat of `ranks` (default: all other ranks), and keep last messages among them.
 
         Raises:
             RuntimeError: the store cannot be reached.
         """
         asked = [rank for rank in range(len(self.names)) if rank != self.rank] if ranks is None else ranks
         found = self.store.multi_get([str(rank) for rank in asked])
-        signs = {rank: json.loads(sign) for rank, sign in zip(asked, found, strict=True)}
-        self.words |= {rank: (sign[0], sign[1]) for rank, sign in signs.items() if isinstance(sign, list)}
-        return signs
+        beats = {rank: json.loads(beat) for rank, beat in zip(asked, found, strict=True)}
+        self.last_messages |= {rank: (beat[0], beat[1]) for rank, beat in beats.items() if isinstance(beat, list)}
+        return beats
 
-    def _beat(self) -> None:
+    def _watch_ranks(self) -> None:
         watched = None if self.rank == 0 else [0]
         numbers, before = count(1), dict[int, Any]()
-        while not self._over.wait(BEAT):
-            with suppress(RuntimeError), self._lock:  # a store that does not answer is _guard's matter
+        while not self._over.wait(BEAT_SECONDS):
+            with suppress(RuntimeError), self._lock:  # _watch_store handles a store that does not answer
                 if self._over.is_set():
                     return
-                self._say(next(numbers))
-                signs = self.look(watched)
+                self._write_beat(next(numbers))
+                beats = self.read_beats(watched)
                 self._answers += 1
-                for rank, sign in signs.items():
-                    silent = sign is not ENDED_WELL and sign == before.get(rank, 0)
+                for rank, beat in beats.items():
+                    silent = beat is not ENDED_WELL and beat == before.get(rank, 0)
                     self._silent[rank] = self._silent[rank] + 1 if silent else 0
-                before = signs
-                self._judge()
+                before = beats
+                self._end_if_lost()
 
-    def _judge(self) -> None:
-        """Who ended with a fault is silent, too, and rank 0 gives itself as long to end by itself, as it may have met
-        the same and be saving what it has; the others have nothing to save."""
+    def _end_if_lost(self) -> None:
+        """End this process if a watched rank has been silent for too long.
+
+        A rank that ended with an error is silent, too. Rank 0 then gives itself the full time to end by itself, because
+        it may have met the same error and be saving its state; other ranks have nothing to save.
+        """
         ((rank, looks),) = self._silent.most_common(1)
-        word = self.words.get(rank)
-        if looks * BEAT < (2 * BEAT if word and rank == 0 else SILENCE):
+        message = self.last_messages.get(rank)
+        if looks * BEAT_SECONDS < (2 * BEAT_SECONDS if message and rank == 0 else SILENCE_SECONDS):
             return
-        line, code = word or (f"rank {self.rank}: {self.names[rank]} has given no sign of life {_since()}", 1)
+        line, code = message or (f"rank {self.rank}: {self.names[rank]} has given no sign of life {_silence()}", 1)
         with suppress(RuntimeError):
-            self._say((line, code))
-        _end(line if self.rank == 0 or not word else "", code)
+            self._write_beat((line, code))
+        _end_process(line if self.rank == 0 or not message else "", code)
 
-    def _guard(self) -> None:
-        """A thread of its own, as the other one may wait for an answer for ever."""
+    def _watch_store(self) -> None:
+        """End this process if the store does not answer. This needs its own thread, because the other one may then wait
+        for an answer forever."""
         before = waited = 0
-        while not self._over.wait(BEAT):
+        while not self._over.wait(BEAT_SECONDS):
             waited = waited + 1 if self._answers == before else 0
             before = self._answers
-            if waited * BEAT >= SILENCE:
+            if waited * BEAT_SECONDS >= SILENCE_SECONDS:
                 place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                beside = "" if self.rank == 0 else f", on the machine of {self.names[0]},"
-                _end(f"rank {self.rank}: the ranks' store at {place}{beside} has not answered {_since()}", 1)
+                host = "" if self.rank == 0 else f", on the machine of {self.names[0]},"
+                _end_process(f"rank {self.rank}: the ranks' store at {place}{host} has not answered {_silence()}", 1)
 
-    def _say(self, sign: Any) -> None:
-        self.store.set(str(self.rank), json.dumps(sign))
+    def _write_beat(self, beat: Any) -> None:
+        self.store.set(str(self.rank), json.dumps(beat))
 
 
-def _last_word(error: BaseException | None, rank: int) -> LastWord | None:
-    if error is None or isinstance(error, Stopped):  # which all do together
+def _last_message(error: BaseException | None, rank: int) -> LastMessage | None:
+    if error is None or isinstance(error, Stopped):  # all ranks stop together
         return ENDED_WELL
     text = str(error) if isinstance(error, SoftpromptError) else f"{type(error).__name__}: {error}"
     line = " ".join(text.split())
-    named = re.match(r"rank \d+: ", line)
-    return line if named else f"rank {rank}: {line}", getattr(error, "exit_code", 1)
+    names_rank = re.match(r"rank \d+: ", line)
+    return line if names_rank else f"rank {rank}: {line}", getattr(error, "exit_code", 1)
 
 
-def _since() -> str:
-    return f"for {SILENCE:.0f} s: it hangs, or its machine or network is lost"
+def _silence() -> str:
+    return f"for {SILENCE_SECONDS:.0f} s: it hangs, or its machine or network is lost"
 
 
-def _end(line: str, code: int) -> NoReturn:
-    """At once, by no way that the main thread could block."""
+def _end_process(line: str, code: int) -> NoReturn:
+    """Print `line` and exit at once, using nothing that the main thread may be blocking."""
     if line:
-        with suppress(OSError, AttributeError, ValueError):  # not print, for which the main thread may hold the lock
+        with suppress(OSError, AttributeError, ValueError):  # not print: the main thread may hold its lock
             start = "\n" if sys.stderr.isatty() else ""  # there may be a progress bar
             os.write(sys.stderr.fileno(), f"{start}error: {redacted(line)}\n".encode())
     with suppress(Exception):

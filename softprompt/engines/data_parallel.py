@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.distributed.process_group import World, assign_rows, chosen
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import EXIT_CODES
@@ -30,26 +31,26 @@ class DataParallelEngine:
         loss, _ = self.engine.accumulate(prompt, self._mine(window), grad_scale)
         self.rest()
         gradient = torch.zeros_like(prompt.weight) if prompt.weight.grad is None else prompt.weight.grad
-        wish = self.world.wish()
+        wish = self.world.requested_exit_code()
         wishes = torch.tensor([float(wish == code) for code in EXIT_CODES], dtype=torch.float64, device=self.device)
-        sums = self.world.add_up(torch.cat([gradient.flatten().double(), loss.double()[None], wishes]))
+        sums = self.world.all_reduce(torch.cat([gradient.flatten().double(), loss.double()[None], wishes]))
         total, loss, wishes = sums.split([gradient.numel(), 1, len(EXIT_CODES)])
         prompt.weight.grad = total.view_as(gradient).to(gradient.dtype) + (0 if before is None else before)
-        self.world.agreed = next((c for c, n in zip(EXIT_CODES, wishes.tolist(), strict=True) if n), None)
+        self.world.agreed_exit_code = next((c for c, n in zip(EXIT_CODES, wishes.tolist(), strict=True) if n), None)
         return loss[0], sum(map(count_targets, window))
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
         loss, targets = self.engine.evaluate(prompt, self._mine(rows))
         self.rest()
         count = torch.tensor([float(targets)], dtype=torch.float64, device=self.device)
-        sums = self.world.add_up(torch.cat([loss.double()[None], count]))
+        sums = self.world.all_reduce(torch.cat([loss.double()[None], count]))
         return sums[0], int(sums[1])
 
     def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
         hands = assign_rows([len(row.input_ids) for row in rows], self.world.size)
-        mine = self.engine.losses(prompt, chosen(rows, hands[self.world.rank]))
+        mine = self.engine.losses(prompt, select(rows, hands[self.world.rank]))
         self.rest()
-        by_row = dict(zip(chain(*hands), chain(*self.world.gather(mine)), strict=True))
+        by_row = dict(zip(chain(*hands), chain(*self.world.all_gather(mine)), strict=True))
         return [by_row[row] for row in range(len(rows))]
 
     def state(self) -> dict[str, Any]:
@@ -62,4 +63,4 @@ class DataParallelEngine:
         return f"{self.engine}, {self.world.size} processes"
 
     def _mine(self, rows: Sequence[Example]) -> list[Example]:
-        return chosen(rows, assign_rows([len(row.input_ids) for row in rows], self.world.size)[self.world.rank])
+        return select(rows, assign_rows([len(row.input_ids) for row in rows], self.world.size)[self.world.rank])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
 from softprompt.models.loading import refuse_quantised, word_embeddings
-from softprompt.prompt.soft_prompt import EmbeddedWords
+from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ModelError
 
 HOPELESS = -1e4  # exp(-1e4 / temperature) is 0 in every dtype, and fp16 holds it
@@ -95,7 +95,7 @@ def _embedded_ones(base: PreTrainedModel, ids: list[int]) -> Tensor:
     """What the embedding module makes of rows of ones, [P, H]: 1, or a factor such as Gemma's √H, by which a prompt's
     rows are divided so that the module gives the prompt back. `_check_same` refuses a module that does not scale."""
     word_embeddings(base).weight[ids] = 1
-    return EmbeddedWords(base)[torch.tensor(ids)]
+    return InputEmbeddings(base)[torch.tensor(ids)]
 
 
 def _head(base: PreTrainedModel) -> nn.Linear:

@@ -1,23 +1,31 @@
-"""Model card of an exported model."""
+"""The model card (README.md) of an exported model."""
 
 import json
 from collections.abc import Sequence
 
-from softprompt.prompt.adapter_folder import _front, _public
 from softprompt.prompt.adapter_io import Adapter
+from softprompt.prompt.model_card import front_matter, public_name
 
 
 def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant: float | None, dtype: str) -> bytes:
-    """Of a base with the prompt as `words`; `constant` is their logit, None where it is the mean of the others'."""
-    front = _front(base, "transformers", ["prompt-tuning"])
-    base, template = _public(base), json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
+    """Return the card of a base whose vocabulary contains the prompt as new words, in UTF-8.
+
+    Args:
+        base: Folder or hub id of the base; a folder is shown by its name only.
+        adapter: The adapter that was exported.
+        words: The new words, one for each virtual token.
+        constant: The constant logit of the new words; None if it is the mean of the other logits.
+        dtype: The dtype of the weights, such as "float32".
+    """
+    front = front_matter(base, "transformers")
+    base, template = public_name(base), json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
     guard = (
         f"their logit is {constant:g} whatever the text"
         if constant is not None
         else "their logit is the mean of all others, so none of them is ever the likeliest"
     )
     lines = [
-        *front,
+        front,
         f"# {base} with a soft prompt",
         "",
         f"A plain transformers model, weights in {dtype}: the base, and {len(words)} new words `{words[0]}` to "

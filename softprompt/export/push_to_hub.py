@@ -35,7 +35,7 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f"--push_to_hub: {_line(error)}; name a repository with --hub_model_id") from None
-    hub.prepare()
+    hub.check_reachable()
     try:
         api = HfApi(token=sharing.hub_token)
         user = api.whoami()["name"]
@@ -74,7 +74,7 @@ def push(folder: Path, sharing: SharingArguments) -> str:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet, name = are_progress_bars_disabled(), repository(sharing, folder)
-    hub.wake()
+    hub.go_online()
     disable_progress_bars()
     try:
         api = HfApi(token=sharing.hub_token)

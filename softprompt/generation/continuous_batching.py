@@ -30,7 +30,7 @@ from softprompt.generation.packed_step import PackedStep, Slot, StepAttention
 from softprompt.generation.requests import OnToken, Request
 from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
 from softprompt.models.bloom_weights import Weights
-from softprompt.utils.out_of_memory import fewer_at_once
+from softprompt.utils.out_of_memory import smaller_batch
 
 
 class ContinuousBatchingGenerator:
@@ -74,7 +74,7 @@ class ContinuousBatchingGenerator:
                 yield from self._run(slots, queue, num_slots, on_token)
                 return
             except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
-                num_slots = fewer_at_once(error, num_slots)
+                num_slots = smaller_batch(error, num_slots)
             queue.extendleft(slot.restarted() for slot in reversed(slots) if not slot.state.finished)
             torch.cuda.empty_cache()
 

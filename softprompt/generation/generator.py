@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from softprompt.distributed.process_group import World, assign_rows, chosen
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
 from softprompt.engines.packed import PackedEngine
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
@@ -70,10 +71,10 @@ class DataParallelGenerator:
     ) -> Iterator[tuple[int, list[int]]]:
         """See `Generator.generate`."""
         my_share = assign_rows([len(request.input_ids) for request in requests], self.world.size)[self.world.rank]
-        answers = self.generator.generate(chosen(requests, my_share), batch_size, on_token)
+        answers = self.generator.generate(select(requests, my_share), batch_size, on_token)
         mine = [(my_share[index], answer) for index, answer in answers]
         self.rest()
-        yield from sorted((index, answer) for share in self.world.gather(mine) for index, answer in share)
+        yield from sorted((index, answer) for share in self.world.all_gather(mine) for index, answer in share)
 
 
 def in_request_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:

@@ -34,7 +34,7 @@ from softprompt.generation.sampling import RequestState, RequestStates, next_tok
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
-from softprompt.utils.out_of_memory import fewer_at_once
+from softprompt.utils.out_of_memory import smaller_batch
 
 
 class TransformersGenerator:
@@ -71,7 +71,7 @@ class TransformersGenerator:
                 try:
                     self._run_batch(batch, end_token_ids, on_token)
                 except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
-                    batch_size = fewer_at_once(error, len(batch))
+                    batch_size = smaller_batch(error, len(batch))
                     torch.cuda.empty_cache()
                 for state in reversed([state for state in batch if not state.finished]):
                     state.restore_rng()

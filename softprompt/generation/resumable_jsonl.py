@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from softprompt.utils.atomic_io import check_writable, write_files
 from softprompt.utils.errors import DataError, OutputError
-from softprompt.utils.file_lock import flock
+from softprompt.utils.file_lock import ProcessLock
 
 Line = Mapping[str, Any]
 MAX_LINE_BYTES = 1 << 20  # how much of a line is read to see whose file it is
@@ -45,9 +45,9 @@ class ResumableJsonl:
         check_writable(self.path.parent, "--output_file")
         if self.path.is_dir():
             raise OutputError(f"--output_file {path} is a folder; name a file")
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                self._refuse_held(file, shared=True)
+        file = self.path.resolve()
+        self._lock = ProcessLock(file.parent / f".{file.name}.lock", f"--output_file {path}", "file")
+        self._lock.refuse_if_held()
         self.depends_on, self.done, self._whole = depends_on, 0, 0
         self._size = None if overwrite else self.path.stat().st_size if self.path.exists() else 0
         if self.path.exists() and self.path.stat().st_size:
@@ -61,11 +61,11 @@ class ResumableJsonl:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab")
         try:
-            self._refuse_held(self._file)
+            self._lock.take()
             if self._size not in (None, os.fstat(self._file.fileno()).st_size):
                 raise OutputError(f"--output_file {self.path}: another process has written there; run this once more")
-        except OutputError:
-            self._file.close()
+        except (OSError, OutputError):
+            self.__exit__(None, None, None)
             raise
         if not self.done:
             write_files(self.note.parent, {self.note.name: json.dumps(self.depends_on, ensure_ascii=False).encode()})
@@ -74,18 +74,7 @@ class ResumableJsonl:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
-
-    def _refuse_held(self, file: IO[bytes], shared: bool = False) -> None:
-        """Take the file's lock, which is released when `file` is closed.
-
-        Raises:
-            OutputError: another process holds the lock.
-        """
-        if not flock(file.fileno(), shared):
-            raise OutputError(
-                f"--output_file {self.path}: another process is writing its answers there; wait for its end, or name "
-                "another file"
-            )
+        self._lock.release()
 
     def write(self, line: Line) -> None:
         """Append a line and flush it."""

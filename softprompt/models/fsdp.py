@@ -52,7 +52,7 @@ class Shards:
         """Of a pass there (1), or there and back (2), or of none here (0); returns the same of any rank that makes one,
         and all who do make the same."""
         mine = torch.tensor([directions > 0, directions > 1], dtype=torch.float64)
-        return int((self.world.add_up(mine) > 0).sum())
+        return int((self.world.all_reduce(mine) > 0).sum())
 
     def _gathered(self, order: Sequence[int]) -> Iterator[Any]:
         """The next block is on its way while one is computed with."""
@@ -65,7 +65,7 @@ class Shards:
 
     def _gather(self, i: int, ahead: bool = False) -> None:
         with torch.inference_mode(False), torch.no_grad():  # its memory is used again, for training too
-            self.world.together(lambda: self.blocks[i].unshard(async_op=ahead))
+            self.world.collective(lambda: self.blocks[i].unshard(async_op=ahead))
 
     def _finish(self) -> None:
         """A pass that somebody broke off is made to its end: the others are on their way."""
@@ -132,4 +132,4 @@ class _Gather:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        return self.world.together(lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op))
+        return self.world.collective(lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op))

@@ -172,7 +172,7 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
                 "a hub id"
             )
         looked = f", neither from the folder {place}, which is not there, nor from the hub"
-        hub.prepare()
+        hub.check_reachable()
     logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
@@ -181,7 +181,7 @@ def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: 
         was_read = isinstance(error, ValueError | KeyError | ImportError) and not isinstance(error, OSError)
         if not looked or was_read:  # no hub would help
             raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason}") from None
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.way_out()})") from None
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.advice()})") from None
     finally:
         logging.enable_progress_bar()
 

@@ -72,7 +72,7 @@ def _folder(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of huggingface_hub, of httpx, of the disk: all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"base model {name_or_path!r} cannot be fetched: {reason} ({hub.way_out()})") from None
+        raise ModelError(f"base model {name_or_path!r} cannot be fetched: {reason} ({hub.advice()})") from None
 
 
 def _dtype(config: Any, files: Iterable[StoredTensor]) -> torch.dtype:

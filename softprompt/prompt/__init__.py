@@ -1,4 +1,4 @@
-"""The soft prompt [P, H]: its parameter, its initial values, and its files in PEFT's format.
+"""The soft prompt [P, H]: its parameter, its initial values, its nearest tokens, and its files in PEFT's format.
 
-In: a base's embedding module and settings, or an adapter folder. Out: a `PromptEmbedding`, or an adapter folder.
+In: settings and a base's embedding module, or an adapter folder. Out: a `PromptEmbedding`, or the files of an adapter.
 """

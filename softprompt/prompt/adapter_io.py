@@ -1,10 +1,10 @@
-"""Adapter folders in PEFT's exact format, with what this project needs beside it; a run's checkpoint folders.
+"""Reading and writing adapter folders in PEFT's format.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
 softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
-README.md                                        a model card
+README.md                                        the model card
 
-What a later run needs to go on stands beside them: see resume.py. safetensors and JSON only, no pickle.
+All files are safetensors or JSON; pickles are not read. Files for resuming a run are in runs/train_state.py.
 """
 
 import json
@@ -27,21 +27,25 @@ from softprompt.utils.model_config import layers_and_heads
 from softprompt.utils.shell_commands import command
 
 PROMPT_KEY = "prompt_embeddings"
-PEFT_VERSION = "0.21.2"  # whose format this is
-CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # pattern of a folder's name
+PEFT_VERSION = "0.21.2"  # the version whose format is written
+CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # regular expression for the name of a checkpoint folder
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
-MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # P and H of a prompt
+MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # largest P and H that are read
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AGAIN = "copy the whole folder again, or take another checkpoint"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A learned prompt [P, H] fp32, the PEFT configuration that names its base, and our settings for using it.
+    """A learned prompt with its configuration.
 
-    `settings` may hold `template` (see Template.spec), `generation` (defaults of infer.py), and how the rows were read
-    and cut (`max_length`, `truncation_side`, `columns`); it is empty for an adapter that PEFT wrote.
+    Attributes:
+        prompt: The virtual tokens [P, H] fp32.
+        config: PEFT's configuration (adapter_config.json), which names the base.
+        settings: This project's settings (softprompt.json); empty for an adapter that PEFT wrote. They may contain
+            `template` (see `Template.spec`), `generation` (defaults of infer.py), and how rows were read and truncated
+            (`max_length`, `truncation_side`, `columns`, `optional_columns`).
     """
 
     prompt: Tensor
@@ -50,7 +54,8 @@ class Adapter:
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        """None where none is named; PEFT writes "" for a base that was made from a configuration."""
+        """Name or path of the base. None if the configuration has none, or an empty one, as PEFT writes it for a base
+        that was created from a configuration."""
         name = self.config.get("base_model_name_or_path")
         return name if name and name.strip() else None
 
@@ -58,10 +63,17 @@ class Adapter:
 def peft_config(
     base_name: str, base_config: Any, prompt: Tensor, init: str, init_text: str | None = None
 ) -> dict[str, Any]:
-    """The keys and values that PEFT's PromptTuningConfig saves for a prompt [P, H] of this base.
+    """Return the keys and values that PEFT's PromptTuningConfig saves.
 
-    PEFT knows no CLASS_LABELS. It takes the name unchecked, but a reader that makes its PromptTuningInit of it fails,
-    so what is written is the nearest that it knows; the card and the checkpoint have the labels.
+    PEFT has no CLASS_LABELS initialisation. Its own reader does not check the name, but code that converts it to
+    `PromptTuningInit` would fail. So SAMPLE_VOCAB is written instead; the model card and checkpoints name the labels.
+
+    Args:
+        base_name: Name or path of the base.
+        base_config: The base's transformers configuration.
+        prompt: The prompt [P, H], of any dtype.
+        init: The value of `--prompt_tuning_init`.
+        init_text: The text of a TEXT initialisation.
     """
     num_layers, num_attention_heads = layers_and_heads(base_config)
     return {
@@ -86,7 +98,11 @@ def peft_config(
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
-    """The adapter's files as PEFT writes them, and softprompt.json."""
+    """Serialise an adapter.
+
+    Returns:
+        The contents of PEFT's two files, byte for byte as PEFT writes them, and of softprompt.json, by file name.
+    """
     values = adapter.prompt.detach().to("cpu", torch.float32).contiguous()
     return {
         WEIGHTS_FILE: save({PROMPT_KEY: values}, metadata={"format": "pt"}),
@@ -96,17 +112,27 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Readable JSON in UTF-8; NaN and infinities are refused, since JSON has none."""
+    """Serialise `value` as indented JSON in UTF-8.
+
+    Raises:
+        ValueError: it contains NaN or an infinity, which JSON does not have.
+    """
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder, ours or PEFT's, and check everything before it is used.
+    """Read and check an adapter folder that this project or PEFT wrote.
+
+    Args:
+        folder: The folder; a leading ~ is the home folder.
+
+    Returns:
+        The adapter, its prompt in fp32 on the CPU.
 
     Raises:
-        AdapterError: no such folder; a file that is absent, unreadable, too large, broken or a link that leads out of
-            the folder; another kind of adapter; a tensor beside the prompt, or of another shape than the configuration
-            says; values that are not finite.
+        AdapterError: there is no such folder; a file is missing, unreadable, too large, broken, or a link that leads
+            out of the folder; it is another kind of adapter; it has other tensors than the prompt; the prompt has
+            another shape than the configuration says, or values that are not finite.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -116,28 +142,31 @@ def load_adapter(folder: str | Path) -> Adapter:
     base = config.get("base_model_name_or_path")
     if base is not None and not (is_text(base) and len(base) < 4096 and base.isprintable()):
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, no name or path of a base; write it "
-            "there, or null and give --model_name_or_path"
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {base!r:.80}, which is not a name or path; "
+            "correct it, or set it to null and give --model_name_or_path"
         )
     settings = _read_json(folder, SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
     return Adapter(_read_prompt(folder, config), config, settings)
 
 
 def newest_adapter(runs: Path) -> Path:
-    """The adapter that was written last under `runs`: a run's own, or a checkpoint of one that has not ended.
+    """Return the folder of the adapter that was written last.
+
+    Args:
+        runs: A folder of runs; adapters are searched in them and in their checkpoints.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: there is no adapter.
     """
     paths = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
-    # a finished run's own files are written after its last checkpoint
+    # A finished run's own files are newer than its last checkpoint.
     if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
         return max(found)[1].parent
     raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
 
 
 def _written(path: Path) -> int | None:
-    """When a file was written, in ns; None where it is gone by now, as a run removes its old checkpoints."""
+    """Return a file's modification time in ns; None if it no longer exists, as runs remove their old checkpoints."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -148,7 +177,7 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
     try:
         return read_inside(folder, name, limit)
     except FileNotFoundError:
-        more = _way_out_of_pickle(folder) if name == WEIGHTS_FILE else ""
+        more = _pickle_advice(folder) if name == WEIGHTS_FILE else ""
         more = more or f"; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}: {AGAIN}"
         raise AdapterError(f"{folder}: {name} is missing{more}") from None
     except (OSError, ValueError) as error:
@@ -167,12 +196,12 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
-    """The prompt [P, H] fp32, whose file may be no larger than the configuration lets it."""
+    """Read the prompt [P, H] fp32. The configuration gives its shape, which limits the size of the file to be read."""
     path, expected = folder / WEIGHTS_FILE, (config.get("num_virtual_tokens"), config.get("token_dim"))
     for name, size, most in zip(("num_virtual_tokens", "token_dim"), expected, (MAX_TOKENS, MAX_SIZE), strict=True):
         if type(size) is not int or not 1 <= size <= most:
             raise AdapterError(
-                f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected a number from 1 to {most:,}; {AGAIN}"
+                f"{folder / CONFIG_FILE}: {name} is {size!r:.80}, expected an integer from 1 to {most:,}; {AGAIN}"
             )
     P, H = expected
     _check_names(path, _names_in_header(folder))
@@ -194,8 +223,11 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
 
 
 def _names_in_header(folder: Path) -> list[str] | None:
-    """The tensors' names, without reading the tensors: a head over the vocabulary is larger than any prompt. None for a
-    header that cannot be read; whoever reads the whole file says why."""
+    """Return the names of the tensors in the weights file, or None if its header cannot be read.
+
+    Only the header is read, because an adapter of another kind may hold a head over the vocabulary, larger than any
+    prompt. A broken header is reported when the whole file is read.
+    """
     try:
         with open_inside(folder, WEIGHTS_FILE) as file:
             length = int.from_bytes(file.read(8), "little")
@@ -206,23 +238,24 @@ def _names_in_header(folder: Path) -> list[str] | None:
 
 
 def _check_names(path: Path, names: Sequence[str] | None) -> None:
-    """Raises AdapterError where a file's tensors, if these are known, are not the prompt alone."""
+    """Raise AdapterError if the names of a file's tensors are known and are not the prompt's alone."""
     if names is None or names == [PROMPT_KEY]:
         return
     others = [name for name in names if name != PROMPT_KEY]
     found = ", ".join(repr(name)[1:-1][:80] for name in others[:3]) or "nothing"
     if PROMPT_KEY not in names:
         raise AdapterError(
-            f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}; give a folder that PEFT or train.py wrote for "
-            "prompt tuning"
+            f"{path}: holds {found}, expected one tensor {PROMPT_KEY!r}; give an adapter folder that PEFT or train.py "
+            "wrote for prompt tuning"
         )
     raise AdapterError(
-        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained with the prompt, which answers "
-        "otherwise without them; use it with PEFT itself"
+        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained together with the prompt, which "
+        "does not work without them; use it with PEFT itself"
     )
 
 
-def _way_out_of_pickle(folder: Path) -> str:
+def _pickle_advice(folder: Path) -> str:
+    """Return what to do about a pickle of weights; an empty string if there is none."""
     if (folder / "adapter_model.bin").exists():
         return (
             "; adapter_model.bin is a pickle and is not read: load it in PEFT and save it again with "

@@ -1,9 +1,12 @@
-"""Initial values of a soft prompt, as `--prompt_tuning_init` or `--init_adapter` names them."""
+"""Initial values of a soft prompt, as chosen by `--prompt_tuning_init` or `--init_adapter`."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,37 +15,47 @@ from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOC
 from softprompt.config.validation import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import (
-    EmbeddedWords,
     Initialiser,
+    InputEmbeddings,
     class_label_init,
     random_init,
-    sample_of_init,
+    sample_tokens_init,
     sample_vocab_init,
     token_init,
 )
-from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
 from softprompt.utils.errors import AdapterError, ConfigError
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
-    """The prompt's first values [P, H] fp32, seeded by --seed.
+    """Return the initial prompt [P, H] fp32, drawn with --seed.
+
+    Args:
+        config: The settings of the run.
+        tokenizer: The base's tokenizer.
+        base: The base.
 
     Raises:
-        ConfigError: as of `initialiser`, or --num_virtual_tokens beside --init_adapter and another than its number.
-        AdapterError: --init_adapter does not hold a prompt for a base of this hidden size.
+        ConfigError: as for `initialiser`; or --num_virtual_tokens differs from that of --init_adapter.
+        AdapterError: --init_adapter is not an adapter for a base of this hidden size.
     """
-    words = EmbeddedWords(base)  # [V, H]
+    embeddings = InputEmbeddings(base)  # [V, H]
     if config.prompt.init_adapter:
-        return _from_adapter(config, words.shape[1])
+        return _from_adapter(config, embeddings.shape[1])
     torch.manual_seed(config.training.seed)
-    return initialiser(config, tokenizer, len(words))(words)
+    return initialiser(config, tokenizer, len(embeddings))(embeddings)
 
 
-def initialiser(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Initialiser:
-    """The way a prompt starts; `vocabulary` is V, the rows of the word embeddings.
+def initialiser(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initialiser:
+    """Return the initialiser that the settings choose.
+
+    Args:
+        config: The settings of the run.
+        tokenizer: The base's tokenizer.
+        vocab_size: V, the number of rows of the word embeddings.
 
     Raises:
-        ConfigError: a text without tokens, a class label that the tokenizer cannot express, or no words to draw from.
+        ConfigError: the text has no tokens, the tokenizer cannot encode a class label, or the vocabulary has no words
+            to draw from.
     """
     prompt = config.prompt
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
@@ -53,15 +66,22 @@ def initialiser(config: TrainConfig, tokenizer: Any, vocabulary: int) -> Initial
         return random_init(length)
     if init == "SAMPLE_VOCAB" and prompt.vocab_population is None:
         return sample_vocab_init(length)
-    most = prompt.vocab_population or DEFAULT_VOCAB_POPULATION
-    sampled = sample_of_init(frequent_tokens(tokenizer, most, vocabulary), length)
+    population = frequent_tokens(tokenizer, prompt.vocab_population or DEFAULT_VOCAB_POPULATION, vocab_size)
+    sampled = sample_tokens_init(population, length)
     if init == "SAMPLE_VOCAB":
         return sampled
     return class_label_init(label_tokens(tokenizer, parse_labels(str(prompt.class_labels))), sampled)
 
 
 def check_fits(adapter_dir: str | Path, prompt: Tensor, hidden_size: int, base_name: str) -> None:
-    """Raises AdapterError where a prompt [P, H] was learned for a base of another hidden size."""
+    """Raise AdapterError if the prompt [P, H] of an adapter was trained for a base of another hidden size.
+
+    Args:
+        adapter_dir: The adapter's folder, for the message.
+        prompt: Its prompt [P, H].
+        hidden_size: H of the base.
+        base_name: The base's name, for the message.
+    """
     if prompt.shape[1] != hidden_size:
         raise AdapterError(
             f"adapter {adapter_dir}: its virtual tokens have size {prompt.shape[1]}, but {base_name} has hidden size "
@@ -76,3 +96,38 @@ def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:
     if wanted not in (None, prompt.shape[0]):
         raise ConfigError(f"--num_virtual_tokens {wanted}: --init_adapter {folder} has {prompt.shape[0]}; leave it out")
     return prompt
+
+
+def frequent_tokens(tokenizer: Any, limit: int, vocab_size: int) -> list[int]:
+    """Return the ids of the most frequent tokens of a vocabulary, in descending order of frequency.
+
+    google-research/prompt-tuning takes the lowest ids, because a SentencePiece vocabulary is sorted by frequency. The
+    vocabulary of BLOOM and of any byte-level BPE is sorted, too, after the special tokens and the 256 single bytes: an
+    id is the rank of a merge, and training merges the most frequent pair first. So these are the lowest ids that are
+    neither special tokens nor single bytes. Embedding rows without a token (BLOOM pads to 250,880) are never returned.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        limit: The largest number of ids to return.
+        vocab_size: V, the number of rows of the word embeddings; only smaller ids are returned.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    tokens = {id: token for token, id in tokenizer.get_vocab().items() if id not in special and id < vocab_size}
+    alphabet = set(ByteLevel.alphabet())
+    ordered = [id for id in sorted(tokens) if tokens[id] not in alphabet and not re.fullmatch("<0x..>", tokens[id])]
+    return ordered[:limit]
+
+
+def label_tokens(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each label, without special tokens.
+
+    Raises:
+        ConfigError: a label has no tokens, or contains the unknown token.
+    """
+    found = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+    unknown = tokenizer.unk_token_id
+    bad = [label for label, ids in zip(labels, found, strict=True) if not ids or unknown in ids]
+    if bad:
+        named = ", ".join(map(repr, bad))
+        raise ConfigError(f"--class_labels {named}: the tokenizer cannot express this; choose words in its vocabulary")
+    return found

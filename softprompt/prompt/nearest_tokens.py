@@ -1,7 +1,7 @@
-"""What virtual tokens resemble: the nearest words by cosine, in the space where BLOOM compares them.
+"""The vocabulary tokens whose embeddings are nearest to virtual tokens, by cosine similarity.
 
-BLOOM puts `word_embeddings_layernorm` over words and virtual tokens alike before anything looks at them, so directions
-are compared behind it. A base without one compares them as they are.
+BLOOM applies `word_embeddings_layernorm` to words and virtual tokens alike before its first block, so similarities are
+computed after it. For a base without this layer norm, embeddings are compared as they are.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_VALUES = 1 << 23  # of the vocabulary that are compared at a time: 32 MiB in fp32
+CHUNK_VALUES = 1 << 23  # embedding values that are compared at a time: 32 MiB in fp32
 
 
 @dataclass(frozen=True)
 class EmbeddingSpace:
-    """Words [V, H] of any float dtype on any device, and the layer norm over them: weight and bias [H] and epsilon, or
-    None."""
+    """The space in which embeddings are compared.
+
+    Attributes:
+        words: Word embeddings [V, H] of any float dtype, on any device.
+        layernorm: Weight [H], bias [H] and epsilon of the layer norm over embeddings; None if the base has none.
+    """
 
     words: Tensor
     layernorm: tuple[Tensor, Tensor, float] | None
 
     def directions(self, vectors: Tensor) -> Tensor:
-        """[n, H] of any float dtype, in the words' space → unit vectors [n, H] fp32 behind the layer norm."""
+        """Return vectors [n, H] of any float dtype as unit vectors [n, H] fp32, after the layer norm."""
         vectors = vectors.detach().to(self.words.device, torch.float32)
         if self.layernorm is not None:
             weight, bias, epsilon = self.layernorm
@@ -33,22 +37,34 @@ class EmbeddingSpace:
 
 
 def embedding_space(base: Any) -> EmbeddingSpace:
-    """That of a transformers model, without copying any of it."""
+    """Return the embedding space of a transformers model; nothing is copied."""
     norm = getattr(getattr(base, "transformer", None), "word_embeddings_layernorm", None)
     layernorm = None if norm is None else (norm.weight.detach(), norm.bias.detach(), norm.eps)
     return EmbeddingSpace(base.get_input_embeddings().weight.detach(), layernorm)
 
 
-def nearest(space: EmbeddingSpace, vectors: Tensor, k: int, among: int | None = None) -> tuple[Tensor, Tensor]:
-    """The k words of the largest cosine to each of `vectors` [n, H]: ids [n, k] int64 and cosines [n, k] fp32, on the
-    CPU, the nearest first; of the first `among` words alone, where given. The vocabulary passes in chunks, so memory
-    does not grow with it."""
-    V = len(space.words) if among is None else min(among, len(space.words))
-    sought, chunk = space.directions(vectors), max(1, CHUNK_VALUES // vectors.shape[1])
-    cosines = sought.new_empty(len(sought), 0)
-    ids = torch.empty(len(sought), 0, dtype=torch.int64, device=sought.device)
+def nearest_tokens(
+    space: EmbeddingSpace, vectors: Tensor, k: int, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the k words with the largest cosine similarity to each vector.
+
+    The vocabulary is compared in chunks, so memory does not grow with it.
+
+    Args:
+        space: The embedding space.
+        vectors: [n, H] of any float dtype.
+        k: The number of words for each vector.
+        vocab_size: Search only the first `vocab_size` words (default: all).
+
+    Returns:
+        Token ids [n, k] int64 and cosines [n, k] fp32, on the CPU, the nearest first.
+    """
+    V = len(space.words) if vocab_size is None else min(vocab_size, len(space.words))
+    queries, chunk = space.directions(vectors), max(1, CHUNK_VALUES // vectors.shape[1])
+    cosines = queries.new_empty(len(queries), 0)
+    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, V, chunk):
-        found = sought @ space.directions(space.words[start : min(start + chunk, V)]).T
+        found = queries @ space.directions(space.words[start : min(start + chunk, V)]).T
         numbers = torch.arange(start, start + found.shape[1], device=ids.device).expand(len(found), -1)
         cosines, ids = torch.cat([cosines, found], dim=1), torch.cat([ids, numbers], dim=1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
@@ -56,24 +72,26 @@ def nearest(space: EmbeddingSpace, vectors: Tensor, k: int, among: int | None = 
     return ids.cpu(), cosines.cpu()
 
 
-def noise(space: EmbeddingSpace, n: int = 16) -> Tensor:
-    """Random vectors [n, H] fp32, the same ones each time: what a virtual token is nearer to its nearest word than
-    they to theirs says something."""
+def random_vectors(space: EmbeddingSpace, n: int = 16) -> Tensor:
+    """Return random vectors [n, H] fp32, the same ones at every call.
+
+    They are a baseline: a virtual token resembles a word only if it is nearer to it than random vectors are to theirs.
+    """
     return torch.randn(n, space.words.shape[1], generator=torch.Generator().manual_seed(0))
 
 
-def similarities(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
-    """The cosines [n, n] fp32 of `vectors` [n, H] with each other, on the CPU."""
+def cosine_matrix(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
+    """Return the cosine similarities [n, n] fp32 of vectors [n, H] with each other, on the CPU."""
     directions = space.directions(vectors)
     return (directions @ directions.T).cpu()
 
 
-def shown(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Words as one can read them: a space at the edge is ␣, and a piece of a character is told by its bytes."""
-    return [_word(tokenizer, token) for token in ids]
+def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return tokens as readable text: an outer space as ␣, and part of a character as the tokenizer's own symbols."""
+    return [_readable(tokenizer, token) for token in ids]
 
 
-def _word(tokenizer: Any, token: int) -> str:
+def _readable(tokenizer: Any, token: int) -> str:
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
     if "\N{REPLACEMENT CHARACTER}" in text or not text:
         return str(piece)

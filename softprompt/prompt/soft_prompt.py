@@ -1,8 +1,8 @@
-"""The soft prompt: P learnable vectors in the space of the word embeddings, and the ways to start them.
+"""The soft prompt, P learnable vectors in the space of the word embeddings, and its initialisers.
 
-An initialiser is a function `word_embeddings [V, H] -> [P, H] fp32`. Word embeddings are what the base's embedding
-module returns, as in PEFT: Gemma's multiplies its table's rows by √H. For BLOOM the vectors stand before
-`word_embeddings_layernorm`, which the base applies to whatever embeddings it is given.
+An initialiser is a function `word_embeddings [V, H] -> prompt [P, H]`. Word embeddings are the outputs of the base's
+embedding module, as in PEFT (Gemma's module multiplies rows of its weight by √H). BLOOM applies
+`word_embeddings_layernorm` to `inputs_embeds`, so its prompts live in the space before that layer norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from softprompt.utils.errors import ConfigError
 
 
-class WordVectors(Protocol):
-    """Word embeddings [V, H] that are indexed by token ids [n] int64; a tensor is one."""
+class EmbeddingTable(Protocol):
+    """Word embeddings [V, H], indexed by token ids [n] int64. A tensor [V, H] is one."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -26,17 +26,21 @@ class WordVectors(Protocol):
     def __getitem__(self, ids: Tensor) -> Tensor: ...
 
 
-Initialiser = Callable[[WordVectors], Tensor]
+Initialiser = Callable[[EmbeddingTable], Tensor]
 
 
 class PromptEmbedding(nn.Module):
-    """P virtual tokens of size H: the only parameters that are trained (Lester et al. 2021, arXiv:2104.08691).
+    """P virtual tokens of size H, the only trained parameters (Lester et al. 2021, arXiv:2104.08691).
 
-    `forward()` returns [P, H] fp32. It has no batch dimension: prepending it to rows is the engine's business.
+    `forward()` returns the prompt [P, H] fp32. It has no batch dimension; engines prepend it to rows.
     """
 
     def __init__(self, values: Tensor):
-        """values: [P, H], the start, from an initialiser or a saved adapter."""
+        """Copy the initial values.
+
+        Args:
+            values: [P, H] of any float dtype, from an initialiser or a saved adapter.
+        """
         super().__init__()
         self.weight = nn.Parameter(values.detach().to(torch.float32).clone())
 
@@ -48,19 +52,23 @@ class PromptEmbedding(nn.Module):
 
 
 def random_init(num_virtual_tokens: int) -> Initialiser:
-    """Unit-variance normal noise: with the same torch seed, the numbers that PEFT's RANDOM draws."""
+    """Return an initialiser that draws from N(0, 1); with the same seed, it draws the numbers of PEFT's RANDOM."""
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
 
     return init
 
 
 def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) -> Initialiser:
-    """Embeddings of `token_ids`, cut or repeated to `num_virtual_tokens` (default: as many as the ids), as PEFT's TEXT.
+    """Return an initialiser from the embeddings of given tokens, as PEFT's TEXT.
+
+    Args:
+        token_ids: The tokens, truncated or repeated to `num_virtual_tokens`.
+        num_virtual_tokens: P; by default the number of token ids.
 
     Raises:
-        ConfigError: no token ids.
+        ConfigError: `token_ids` is empty.
     """
     if not token_ids:
         raise ConfigError("--prompt_tuning_init_text has no tokens; give a longer text")
@@ -70,51 +78,63 @@ def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) 
 
 
 def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
-    """Embeddings of words drawn evenly from the whole vocabulary, each as often as it comes: with the same torch seed,
-    the words that PEFT draws."""
+    """Return an initialiser from embeddings of tokens, drawn uniformly with replacement from the whole vocabulary; with
+    the same seed, it draws the tokens of PEFT's SAMPLE_VOCAB."""
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
         return word_embeddings[torch.randint(0, len(word_embeddings), (num_virtual_tokens,)).to(word_embeddings.device)]
 
     return init
 
 
-def sample_of_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
-    """Embeddings of words drawn evenly from the token ids `population`, none twice unless more are wanted than there
-    are (google-research/prompt-tuning, `from_sample_of_embeddings`).
+def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
+    """Return an initialiser from embeddings of tokens, drawn uniformly from the token ids `population`.
+
+    They are drawn without replacement, unless P is larger than the population (google-research/prompt-tuning,
+    `from_sample_of_embeddings`).
 
     Raises:
-        ConfigError: no token ids.
+        ConfigError: `population` is empty.
     """
     if not population:
-        raise ConfigError("--vocab_population: this tokenizer has no words but special tokens and bytes; leave it out")
+        raise ConfigError(
+            "--vocab_population: this tokenizer has only special tokens and bytes, and no words; leave it out"
+        )
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         n = len(population)
-        again = num_virtual_tokens > n
-        drawn = torch.randint(n, (num_virtual_tokens,)) if again else torch.randperm(n)[:num_virtual_tokens]
+        replacement = num_virtual_tokens > n
+        drawn = torch.randint(n, (num_virtual_tokens,)) if replacement else torch.randperm(n)[:num_virtual_tokens]
         return word_embeddings[torch.tensor(population)[drawn].to(word_embeddings.device)]
 
     return init
 
 
 def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Initialiser:
-    """A prompt from `rest` whose first tokens are replaced, one for each label, by the mean of the embeddings of the
-    label's token ids (Lester et al. 2021, section 3.2; google-research/prompt-tuning, `from_embedded_list`)."""
+    """Return an initialiser whose first virtual tokens are class labels (Lester et al. 2021, section 3.2;
+    google-research/prompt-tuning, `from_embedded_list`).
 
-    def init(word_embeddings: WordVectors) -> Tensor:
+    Args:
+        labels: The token ids of each label; its virtual token is the mean of their embeddings.
+        rest: Initialises the other virtual tokens; P is its P.
+    """
+
+    def init(word_embeddings: EmbeddingTable) -> Tensor:
         values = rest(word_embeddings).to(torch.float32).clone()
-        for place, ids in enumerate(labels):
-            values[place] = word_embeddings[torch.tensor(ids, device=word_embeddings.device)].float().mean(0)
+        for position, ids in enumerate(labels):
+            values[position] = word_embeddings[torch.tensor(ids, device=word_embeddings.device)].float().mean(0)
         return values
 
     return init
 
 
-class EmbeddedWords:
-    """What the base makes of its words before its first block, [V, H] in the dtype of its embeddings: indexing by token
-    ids [n] int64 calls the embedding module, which may do more than look up rows of its table (Gemma's scales them)."""
+class InputEmbeddings:
+    """The outputs [V, H] of a base's embedding module, in the module's dtype.
+
+    Indexing by token ids [n] int64 calls the module and returns [n, H]. The module may do more than look up rows of its
+    weight: Gemma's scales them.
+    """
 
     def __init__(self, base: PreTrainedModel):
         self._embed = cast(nn.Embedding, base.get_input_embeddings())

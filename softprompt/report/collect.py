@@ -19,7 +19,13 @@ from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_no_answers
 from softprompt.prompt.adapter_io import PROMPT_KEY
-from softprompt.prompt.nearest_tokens import EmbeddingSpace, nearest, noise, shown, similarities
+from softprompt.prompt.nearest_tokens import (
+    EmbeddingSpace,
+    cosine_matrix,
+    nearest_tokens,
+    random_vectors,
+    readable_tokens,
+)
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts
 from softprompt.training.result import Run
@@ -122,8 +128,10 @@ def likeness(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tenso
     P, known = len(prompt), start is not None and start.shape == prompt.shape
     prompt = prompt.detach().cpu().float()[:MOST_TOKENS]
     began = start[:MOST_TOKENS].float() if start is not None and known else prompt[:0]
-    ids, cosines = nearest(space, torch.cat([prompt, began, noise(space)]), NEAREST, len(tokenizer))
-    words = [list(zip(shown(tokenizer, row), _rounded(near), strict=True)) for row, near in _rows(ids, cosines)]
+    ids, cosines = nearest_tokens(space, torch.cat([prompt, began, random_vectors(space)]), NEAREST, len(tokenizer))
+    words = [
+        list(zip(readable_tokens(tokenizer, row), _rounded(near), strict=True)) for row, near in _rows(ids, cosines)
+    ]
     sizes = [len(prompt), len(began)]
     tokens: list[Facts] = [{"nearest": near} for near in words[: sizes[0]]]
     moves = zip(tokens, _moves(space, prompt, began), words[sizes[0] : sum(sizes)], strict=True) if known else ()
@@ -134,7 +142,7 @@ def likeness(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tenso
         "layernorm": space.layernorm is not None,
         "chance": round(cosines[sum(sizes) :, 0].mean().item(), 4),
         "tokens": tokens,
-        "similarities": [_rounded(row) for row in similarities(space, prompt).tolist()],
+        "similarities": [_rounded(row) for row in cosine_matrix(space, prompt).tolist()],
     }
 
 

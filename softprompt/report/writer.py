@@ -10,7 +10,7 @@ from softprompt.report.page import page
 from softprompt.runs.file_names import MARK, REPORT_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.utils.atomic_io import write_files
-from softprompt.utils.errors import OutputError, ReportError, SomeFailed
+from softprompt.utils.errors import OutputError, PartialFailureError, ReportError
 
 
 def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:
@@ -20,7 +20,7 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
     Raises:
         ConfigError: no run, or one that is named twice.
         ReportError: a folder that is not there, or holds no run, no metrics, or broken files; of several, the first.
-        SomeFailed: some of several runs cannot be read; the page is written.
+        PartialFailureError: some of several runs cannot be read; the page is written.
         OutputError: `output_file` cannot be written, or is there and no report.
     """
     return write_report(report_config([os.fspath(run) for run in runs], output_file=output_file))
@@ -41,7 +41,7 @@ def write_report(config: ReportConfig) -> Path:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); name a file with --output_file") from None
     if broken:
         told = f"{len(broken):,} of {len(config.runs):,} runs cannot be shown"
-        raise SomeFailed(f"{told} ({broken[0]}); {path} has the others")
+        raise PartialFailureError(f"{told} ({broken[0]}); {path} has the others")
     return path
 
 

@@ -11,13 +11,8 @@ from softprompt.runs.checkpoints import step_of
 from softprompt.runs.run_files import refuse_foreign_files, refuse_other_run
 from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import OutputError
-from softprompt.utils.file_lock import FolderLock, refuse_locked
-
-
-def continues_in(output_dir: Path, checkpoint: Path | None) -> bool:
-    """Whether `checkpoint` belongs to the run in `output_dir`, which is then continued in place."""
-    here = output_dir.resolve()
-    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+from softprompt.utils.file_lock import FolderLock
+from softprompt.utils.torchrun_env import is_main
 
 
 def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
@@ -49,7 +44,8 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
         if config.training.output_dir is None:
             output_dir = next(path for path in _numbered(output_dir) if _made(path))
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(output_dir).take()
+        lock = FolderLock(output_dir)
+        lock.take()
     except OSError as error:
         raise OutputError(
             f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
@@ -63,9 +59,15 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
     return lock
 
 
+def continues_in(output_dir: Path, checkpoint: Path | None) -> bool:
+    """Return whether `output_dir` holds the run that `checkpoint` belongs to, which may then be continued there."""
+    here = output_dir.resolve()
+    return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+
+
 def _refuse_others(config: TrainConfig, path: Path, checkpoint: Path | None, locked: bool = False) -> None:
-    if not locked:
-        refuse_locked(path)
+    if not locked and is_main():
+        FolderLock(path).refuse_if_held()
     goes_on = continues_in(path, checkpoint)
     if not goes_on:
         refuse_other_run(path, config.training.overwrite_output_dir)

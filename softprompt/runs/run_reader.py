@@ -12,8 +12,8 @@ from softprompt.runs.checkpoints import checkpoints, newest_whole
 from softprompt.runs.file_names import FACTS_FILE, METRICS_FILE, RESULTS_FILE, STATE_FILE
 from softprompt.runs.state import Metrics
 from softprompt.utils.atomic_io import read_inside
-from softprompt.utils.errors import OutputError, ReportError
-from softprompt.utils.file_lock import refuse_locked
+from softprompt.utils.errors import ReportError
+from softprompt.utils.file_lock import FolderLock
 
 Facts = dict[str, Any]
 MAX_BYTES = 256 << 20  # of a file that is read
@@ -89,7 +89,7 @@ def read_run(folder: str | Path) -> RunRecord:
     if record.ended:
         return record
     whole = newest_whole(folder)
-    return RunRecord(folder, facts, history, {}, _is_written(folder), whole and whole.name)
+    return RunRecord(folder, facts, history, {}, FolderLock(folder).is_held(), whole and whole.name)
 
 
 def _history(folder: Path) -> list[Metrics]:
@@ -137,11 +137,3 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise ReportError(f"{folder / name}: cannot be read: {reason}") from None
-
-
-def _is_written(folder: Path) -> bool:
-    try:
-        refuse_locked(folder)
-    except OutputError:
-        return True
-    return False

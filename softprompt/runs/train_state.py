@@ -23,7 +23,7 @@ from softprompt.runs.file_names import METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, S
 from softprompt.runs.state import Step, TrainingState
 from softprompt.utils.errors import CheckpointError, ConfigError
 from softprompt.utils.shell_commands import command, flag
-from softprompt.utils.torchrun_env import launched
+from softprompt.utils.torchrun_env import launched_by_torchrun
 
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
 OF_THIS_CALL = (
@@ -45,7 +45,7 @@ def resume_command(output_dir: Path) -> str:
     """Return the command that resumes a run, with torchrun on as many nodes if this process was started so."""
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
-    launcher = f"torchrun --nproc_per_node={local}{nodes}" if launched() else "python"
+    launcher = f"torchrun --nproc_per_node={local}{nodes}" if launched_by_torchrun() else "python"
     folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
     return f"{command('train', launcher)}{flag('resume_from_checkpoint', folder)}"
 

@@ -28,7 +28,7 @@ from softprompt.study.plan import PlannedCell
 from softprompt.study.results import CellRecord, read_finished
 from softprompt.training.determinism import deterministic
 from softprompt.training.loop import QuietCallbacks, train
-from softprompt.utils.errors import NotFinite, TrainingError
+from softprompt.utils.errors import NonFiniteError, TrainingError
 
 
 class FinishedCell(NamedTuple):
@@ -114,7 +114,7 @@ class LoadedBase:
             if callbacks.code is None:
                 evaluation = evaluator(prompt.weight.detach())
                 metrics, answers = evaluation.metrics(), evaluation.answers
-        except NotFinite as error:
+        except NonFiniteError as error:
             metrics = {"error": str(error)}
         ends = end_tokens(inputs.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()

@@ -18,9 +18,9 @@ from softprompt.study.plan import PlannedCell, plan_study
 from softprompt.study.results import CellRecord, cell_result, read_finished
 from softprompt.study.runner import run_cells
 from softprompt.utils.atomic_io import check_writable, remove_leftovers, write_files
-from softprompt.utils.errors import OutputError, SomeFailed
+from softprompt.utils.errors import OutputError, PartialFailureError
 from softprompt.utils.file_lock import FolderLock
-from softprompt.utils.std_streams import messages
+from softprompt.utils.std_streams import tolerant_streams
 from softprompt.utils.text_table import table
 
 PAGE_FILE, CSV_FILE = "study.md", "study.csv"
@@ -31,12 +31,12 @@ def run_study(study: Study) -> list[Finding]:
 
     Raises:
         SoftpromptError: As of `plan_study` and `run_cells`, or the output folder cannot be written to.
-        SomeFailed: Some cells failed. Everything that does not need them is done and written.
+        PartialFailureError: Some cells failed. Everything that does not need them is done and written.
     """
     check_writable(study.output_dir, "--output_dir")
     _refuse_foreign_files(study.output_dir)
     plan = plan_study(study)
-    with messages(), _lock(study.output_dir):
+    with tolerant_streams(), _lock(study.output_dir):
         remove_leftovers(study.output_dir / "cells", ".+")
         records = {planned.folder: record for planned in plan if (record := read_finished(planned.folder))}
         remaining = [planned for planned in plan if planned.folder not in records]
@@ -48,7 +48,7 @@ def run_study(study: Study) -> list[Finding]:
         findings = _write_results(study, [records[planned.folder] for planned in plan])
     if failed := [(planned, why) for planned in plan if (why := records[planned.folder].get("failed"))]:
         planned, why = failed[0]
-        raise SomeFailed(
+        raise PartialFailureError(
             f"{len(failed):,} of {len(plan):,} cells failed ({planned.cell}: {why}); {study.output_dir / PAGE_FILE} "
             "has the others, and the same command tries the failed cells again"
         )

@@ -192,7 +192,7 @@ class RunCallbacks:
         places = [self.output_dir, *([self.start.checkpoint.parent] if self.start.checkpoint else [])]
         faults = {place / name: self._fault_of_best(place / name) for place in places}
         whole = next((str(folder) for folder, fault in faults.items() if not fault), None)
-        folder = self.world.gather(whole)[0]
+        folder = self.world.all_gather(whole)[0]
         if folder is None or not self.evaluator:
             told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
             self.log.say(f"warning: the best prompt, of step {step}, is not there ({told}); the last one is kept")

@@ -31,7 +31,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     if world is None:
         with process_group() as world:
             return dry_run(config, world)
-    setup = world.agree(lambda: set_up(config, world))
+    setup = world.run_on_all(lambda: set_up(config, world))
     prompt, base, loader = setup.prompt.weight, setup.base, setup.data.loader
     examples, rows, n = setup.data.train.examples, loader.rows_per_step, loader.rows
     tokens = len(examples.input_ids)

@@ -20,7 +20,7 @@ from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
-from softprompt.utils.errors import DataError, NotFinite
+from softprompt.utils.errors import DataError, NonFiniteError
 
 LEAST_SCALE = 1e-4  # of a GradScaler: at a smaller scale, an overflow has another cause
 NAMED = 64  # rows of a step that an error names
@@ -255,9 +255,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NotFinite:
+def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NonFiniteError:
     some = ", ".join(places[:NAMED]) + (" …" if len(places) > NAMED else "")
-    return NotFinite(
+    return NonFiniteError(
         f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it "
         f"({named.format(some)}); lower --learning_rate"
     )

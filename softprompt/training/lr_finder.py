@@ -25,7 +25,7 @@ from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.loop import QuietCallbacks, train
 from softprompt.training.result import Setup
-from softprompt.utils.errors import NotFinite, Stopped
+from softprompt.utils.errors import NonFiniteError, Stopped
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
@@ -127,7 +127,7 @@ def find_learning_rate(
         try:
             short = short_schedule(args, steps, total)
             train(engine, prompt, ListLoader(rest, short, rows_per_step), short, rate, watch)
-        except NotFinite:
+        except NonFiniteError:
             return math.inf
         if watch.code is not None:
             raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)

@@ -15,7 +15,7 @@ from softprompt.runs.run_files import run_files
 from softprompt.runs.state import Metrics, Step
 from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.redact import redacted
-from softprompt.utils.std_streams import nowhere
+from softprompt.utils.std_streams import null_stream
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class MetricsLog:
         try:
             show()
         except (OSError, ValueError):
-            instead = nowhere()
+            instead = null_stream()
             if self.stream is sys.stderr:
                 sys.stderr = instead  # flushing its buffer would fail again at exit
             self.stream = instead
@@ -163,7 +163,7 @@ class SilentMetricsLog(MetricsLog):
     """The log of a rank other than 0: it only keeps totals and history."""
 
     def __init__(self, total: int):
-        super().__init__(total, Path(os.devnull), nowhere())
+        super().__init__(total, Path(os.devnull), null_stream())
 
     def _write(self, write: Callable[[], None]) -> None: ...
 

@@ -34,8 +34,7 @@ from softprompt.training.setup import (
 )
 from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
-from softprompt.utils.torchrun_env import launched
-from softprompt.utils.torchrun_env import start as process_start
+from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
 MAY_DIFFER = {  # settings that ranks may have of their own: where things are on their machine
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
@@ -72,14 +71,14 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
-    starts = world.gather(process_start()) if launched() else []
-    config = resume_settings(config, world.gather(has_saved(config, starts))[0])
-    setup = world.agree(lambda: set_up(config, world, observer.check if observer else None))
-    world.agree(lambda: _refuse_unlike(world.gather(_known_by(setup))))
+    starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
+    config = resume_settings(config, world.all_gather(has_saved(config, starts))[0])
+    setup = world.run_on_all(lambda: set_up(config, world, observer.check if observer else None))
+    world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None))
-        output_dir = Path(world.gather(str(world.agree(lambda: _claimed(setup, world, stack))))[0])
+        output_dir = Path(world.all_gather(str(world.run_on_all(lambda: _claimed(setup, world, stack))))[0])
         stack.enter_context(crashes_in(output_dir))
         stack.enter_context(deterministic(args.deterministic))
         return _train(setup, output_dir, world, stop, starts, observer)
@@ -114,8 +113,8 @@ def _train(
     observer: Observer | None,
 ) -> Run:
     with torch.no_grad():
-        setup.prompt.weight.copy_(world.from_main(setup.prompt.weight))
-    stop = world.share(request)
+        setup.prompt.weight.copy_(world.broadcast(setup.prompt.weight))
+    stop = world.share_stop_request(request)
     if setup.start.searches_learning_rate:
         setup = with_found_rate(setup, stop, show_bar=world.is_main)
     setup = setup._replace(output_dir=output_dir)

@@ -41,7 +41,7 @@ from softprompt.utils.fingerprints import fingerprint_of_base
 from softprompt.utils.safetensors_io import StoredTensor
 from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
-from softprompt.utils.torchrun_env import launched
+from softprompt.utils.torchrun_env import launched_by_torchrun
 
 FIRST_ROWS = 100  # that are kept as texts: one of them becomes the question to try
 
@@ -96,7 +96,7 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
         raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
     if config.model.offload_folder:
         check_writable(offload, "--offload_folder")
-    if config.model.shard_base and not launched():
+    if config.model.shard_base and not launched_by_torchrun():
         raise ConfigError(
             "--shard_base shares a base out among processes, and this is one alone; start several with "
             f"{command('train', 'torchrun --nproc_per_node=N')} …, or give --shard_base false"

@@ -8,7 +8,7 @@ import threading
 import time
 from types import FrameType, TracebackType
 
-from softprompt.utils.errors import CODES, TIME_IS_UP
+from softprompt.utils.errors import SIGNAL_EXIT_CODES, TIMEOUT_EXIT_CODE
 
 
 class StopRequest:
@@ -25,12 +25,12 @@ class StopRequest:
     @property
     def exit_code(self) -> int | None:
         if self.signal is not None:
-            return CODES[signal.Signals(self.signal)]
-        return TIME_IS_UP if self.ends is not None and time.monotonic() >= self.ends else None
+            return SIGNAL_EXIT_CODES[signal.Signals(self.signal)]
+        return TIMEOUT_EXIT_CODE if self.ends is not None and time.monotonic() >= self.ends else None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # signal handlers can only be set there
-            self.usual = {number: signal.signal(number, self._asked) for number in CODES}
+            self.usual = {number: signal.signal(number, self._asked) for number in SIGNAL_EXIT_CODES}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise SystemExit(CODES[signal.Signals(number)])
+            raise SystemExit(SIGNAL_EXIT_CODES[signal.Signals(number)])
         self.signal = number
         with contextlib.suppress(OSError, AttributeError):  # print may be what was interrupted
             os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")

@@ -10,7 +10,7 @@ from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run
 from softprompt.utils.shell_commands import command, flag
-from softprompt.utils.text_table import columns, table
+from softprompt.utils.text_table import display_width, table
 
 EXAMPLES = 3
 WIDTH = 44
@@ -73,8 +73,8 @@ def _plain(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    if columns(text) <= WIDTH:
+    if display_width(text) <= WIDTH:
         return text
-    while columns(text) > WIDTH - 1:
+    while display_width(text) > WIDTH - 1:
         text = text[:-1]
     return text + "…"

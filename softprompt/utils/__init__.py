@@ -1,4 +1,4 @@
-"""What every package may use: errors, atomic file writes, locks, hub access, torchrun's environment.
+"""What every package may use: errors, atomic file writes, locks, safetensors reading, hub access, standard streams.
 
-Nothing here knows rows, models or runs.
+It knows nothing of rows, prompts, engines or runs.
 """

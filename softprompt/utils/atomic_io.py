@@ -1,4 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed into it."""
+"""Atomic writes: a file or folder appears under its name only when it is complete and on the disk.
+
+Content is written under a temporary name in the same folder, flushed to the disk, then renamed. The readers are for
+folders that may come from elsewhere: they follow no link that leads out of the folder.
+"""
 
 import contextlib
 import errno
@@ -14,14 +18,19 @@ from typing import Any, BinaryIO
 from softprompt.utils.errors import OutputError
 
 Files = Mapping[str, bytes | Sequence[Any]]  # name → content, or buffers that make it up
-NEW, OLD, GONE = "new", "old", "gone"  # hidden folders end in what is in them: written, set aside, to be removed
+# Suffixes of hidden temporary folders: being written; replaced, but not yet removed; to be removed.
+NEW, OLD, GONE = "new", "old", "gone"
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """See that a folder `path` can be made or written into, without making it.
+    """Check that the folder `path` can be created or written to, without creating it.
+
+    Args:
+        path: The output folder.
+        flag: The flag that named it, for the error message.
 
     Raises:
-        OutputError: it, or the nearest folder above it that exists, is a file or takes no files.
+        OutputError: the path, or its nearest existing parent, is not a folder or cannot be written to.
     """
     nearest = path.absolute()
     while not os.path.lexists(nearest):
@@ -38,20 +47,24 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def cache_dir(kind: str) -> Path:
-    """$XDG_CACHE_HOME/softprompt/KIND, by default under ~/.cache; a relative one is ignored, as the XDG text asks."""
+    """Return $XDG_CACHE_HOME/softprompt/KIND, by default ~/.cache/softprompt/KIND.
+
+    A relative $XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands. For a user without a home
+    folder the result is a path below the null device, where nothing can be created.
+    """
     named = os.environ.get("XDG_CACHE_HOME", "")
     place = Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
-    if not place.is_absolute():  # a user without a home: nothing can be kept below what is no folder
+    if not place.is_absolute():
         place = Path(os.devnull)
     return place / "softprompt" / kind
 
 
 def read_inside(folder: Path, name: str, limit: int) -> bytes:
-    """The content of a file, as of `open_inside`, of a folder that may come from elsewhere.
+    """Return the content of the file `name` in `folder`, opened as by `open_inside`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a link that leads out, no plain file, or more than `limit` bytes.
+        FileNotFoundError: there is no such file.
+        ValueError: it is larger than `limit` bytes, not a regular file, or a link that leads out of the folder.
     """
     with open_inside(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
@@ -61,12 +74,14 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
 
 
 def open_inside(folder: Path, name: str) -> BinaryIO:
-    """A plain file of a folder, to be read. A link is followed only within the folder, and within the cache of the hub,
-    whose snapshots are links to its blobs.
+    """Open the regular file `name` in `folder` for reading.
+
+    A symbolic link is followed only within the folder; from a snapshot of the hub's cache it may also lead to the
+    cache's blobs, as all files of a snapshot do.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a link that leads out, or no plain file.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, or a link that leads out of the folder.
     """
     path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -79,11 +94,17 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
 
 @contextmanager
 def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder beside `path` to write files into. After the block they are flushed to the disk and the folder takes the
-    name `path`, in place of what stood there; where the block or the renaming fails, it is gone and all is as before.
+    """Write a folder atomically: yield a temporary folder beside `path`, and rename it to `path` after the block.
+
+    Its files are flushed to the disk first. If the block or the renaming fails, the temporary folder is removed, and
+    what existed at `path` stays.
+
+    Args:
+        path: The folder to write.
+        replace: Whether to replace what exists at `path`.
 
     Raises:
-        FileExistsError: something stands at `path`, and it is not to be replaced.
+        FileExistsError: something exists at `path` at the end of the block, and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(f".{NEW}", f".{path.name}-", path.parent))
@@ -91,7 +112,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
+                file.chmod(0o666 & ~_umask())  # safetensors lets only the owner read its files
                 _flush(file)
         _flush_folder(temporary)
         temporary.chmod(0o777 & ~_umask())
@@ -104,17 +125,26 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away, first from under its name: what is there by its name is whole at any time. Of a link to a
-    folder, the link alone goes."""
+    """Remove a folder; rename it first, so that an incomplete folder is never seen under its name.
+
+    Of a symbolic link to a folder, only the link is removed.
+    """
     shutil.rmtree(_set_aside(path, GONE))
 
 
 def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> None:
-    """Tidy up after processes that were killed in `new_folder` (for names that match the pattern `folders`) and in
-    `write_files` (of `files`). A folder that was set aside, and whose place nothing took, gets its name back."""
+    """Clean up temporary files of processes that were killed while they wrote into `folder`.
+
+    A folder that was set aside by `new_folder`, and that nothing has replaced, gets its name back.
+
+    Args:
+        folder: Where to look for temporary files.
+        folders: A regular expression for names that were given to `new_folder` or `remove_folder`.
+        files: Names that were given to `write_files`.
+    """
     for path in folder.glob(".*"):
         if found := re.fullmatch(rf"\.({folders})-[a-z0-9_]{{8}}\.({NEW}|{OLD}|{GONE})", path.name):
-            with contextlib.suppress(OSError):  # what cannot be put back stays where it is
+            with contextlib.suppress(OSError):  # a folder that cannot be put back is kept where it is
                 if found[2] == OLD and (path / found[1]).exists():
                     _put_back(path, folder / found[1])
                 shutil.rmtree(path)
@@ -123,15 +153,14 @@ def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> N
 
 
 def write_folder(path: Path, files: Files) -> None:
-    """Write a new folder of `files`; it appears under its name when all of them are on the disk, and one that it
-    replaces goes only then."""
+    """Write a folder of `files` atomically; an existing one is replaced once all files are on the disk."""
     with new_folder(path) as folder:
         for name, content in files.items():
             _write_and_flush(folder / name, content)
 
 
 def write_files(folder: Path, files: Files) -> None:
-    """Write `files` into a folder that is there and may hold others; each is replaced as a whole."""
+    """Write `files` into an existing folder, which may contain others; each file is replaced atomically."""
     for name, content in files.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
@@ -143,7 +172,7 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 def _rename_over(temporary: Path, path: Path) -> None:
-    """Give `temporary` the name `path`. What had that name before gets it back where this fails."""
+    """Rename `temporary` to `path`; if that fails, what existed at `path` gets its name back."""
     aside = _set_aside(path, OLD) if os.path.lexists(path) else None
     try:
         temporary.rename(path)
@@ -153,12 +182,12 @@ def _rename_over(temporary: Path, path: Path) -> None:
             aside.rmdir()
         raise
     _flush_folder(path.parent)
-    if aside:  # the new one is safe; what cannot be removed of this one is left to remove_leftovers
+    if aside:  # what cannot be removed now is left to remove_leftovers
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _set_aside(path: Path, kind: str) -> Path:
-    """Move a folder, or a link to one, into a new hidden folder beside it, which is returned."""
+    """Move a folder, or a link to one, into a new hidden folder beside it, and return the hidden folder."""
     aside = Path(tempfile.mkdtemp(f".{kind}", f".{path.name}-", path.parent))
     try:
         path.rename(aside / path.name)
@@ -169,7 +198,7 @@ def _set_aside(path: Path, kind: str) -> Path:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """Give what `_set_aside` moved its name back, unless that is taken."""
+    """Move back what `_set_aside` moved, unless something else has the name by now."""
     if not os.path.lexists(path):
         (aside / path.name).rename(path)
 
@@ -186,7 +215,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name == "posix":  # on Windows a folder cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

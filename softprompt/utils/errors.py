@@ -1,5 +1,8 @@
-"""The project's own exceptions. Each carries one message of one line that names what is wrong, what was expected and
-what to do; `train.py` and `infer.py` print that line and exit with the exception's `exit_code`."""
+"""The package's exceptions.
+
+Each message is one line that names the fault, what was expected, and what to do. `train.py` and `infer.py` print it and
+exit with the exception's `exit_code`.
+"""
 
 import signal
 
@@ -7,45 +10,48 @@ from softprompt.utils.redact import redacted
 
 
 class SoftpromptError(Exception):
-    """Anything that a user can mend. `exit_code` 2 means: refused before anything was written, or, for a row in the
-    middle of a stream, before anything came of it."""
+    """An error that the user can correct. Secrets in its message are redacted, since it may quote a library's.
+
+    `exit_code` 2 means that nothing had been written when the error was found; for a row in the middle of a stream,
+    that no training step had used it.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(redacted(message))  # it may quote a library's, with the address of a hub in it
+        super().__init__(redacted(message))
 
 
 class ConfigError(SoftpromptError):
-    """A flag, a field of a config file, or a combination of them."""
+    """A wrong flag, a wrong field of a config file, or a combination that is not allowed."""
 
 
 class DataError(SoftpromptError):
-    """A dataset: its place, its format, one of its rows."""
+    """A dataset that cannot be found or read, or one of its rows that is invalid."""
 
 
 class ModelError(SoftpromptError):
-    """A base model or its tokenizer: not there, not loadable, not fit for soft prompts."""
+    """A base model or tokenizer that cannot be found, cannot be loaded, or cannot use soft prompts."""
 
 
 class AdapterError(SoftpromptError):
-    """An adapter folder: files that are absent, broken, of another kind or of another size."""
+    """An adapter folder whose files are missing or broken, or belong to another kind of adapter or another base."""
 
 
 class CheckpointError(SoftpromptError):
-    """A checkpoint that a run cannot go on from: broken, or of another run."""
+    """A checkpoint that is broken or belongs to another run, so that training cannot resume from it."""
 
 
 class Stopped(SoftpromptError):
-    """A run that was asked to stop and has saved what it did; no fault. `exit_code` says who asked."""
+    """Not a fault: a run was asked to stop, and has saved its state. `exit_code` tells by which signal or limit."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class Elsewhere(SoftpromptError):
-    """What another rank of a distributed run met, with its exit code; rank 0 tells it."""
+class OtherRankError(SoftpromptError):
+    """An error of another rank of a distributed run, with that rank's exit code; only rank 0 prints it."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -53,36 +59,35 @@ class Elsewhere(SoftpromptError):
 
 
 class OutputError(SoftpromptError):
-    """A place to write to that cannot be written to."""
+    """An output file or folder that cannot be written to."""
 
 
 class ReportError(SoftpromptError):
-    """A run that cannot be reported: not there, no run, without metrics, or with broken files."""
+    """A run that cannot be reported: it is missing, has no metrics, or has broken files."""
 
 
 class PushError(SoftpromptError):
-    """An upload to the hub that failed; the run that was to be uploaded is whole."""
+    """An upload to the hub failed; the run itself is complete."""
 
     exit_code = 1
 
 
-class SomeFailed(SoftpromptError):
-    """Some of many that are independent of each other, as the cells of a study; what could be done without them is
-    done."""
+class PartialFailureError(SoftpromptError):
+    """Some of several independent tasks failed, such as cells of a study; all others were completed."""
 
     exit_code = 1
 
 
 class TrainingError(SoftpromptError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
     exit_code = 1
 
 
-class NotFinite(TrainingError):
-    """A loss, a gradient or a prompt that is not finite: of all ranks of a run, as they have the same numbers."""
+class NonFiniteError(TrainingError):
+    """A loss, a gradient or a prompt is not finite; all ranks raise it together, as they compute the same values."""
 
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells report them
-TIME_IS_UP = 124  # as timeout(1) has it
-EXIT_CODES = (*CODES.values(), TIME_IS_UP)
+SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as in shells
+TIMEOUT_EXIT_CODE = 124  # as timeout(1) returns
+EXIT_CODES = (*SIGNAL_EXIT_CODES.values(), TIMEOUT_EXIT_CODE)

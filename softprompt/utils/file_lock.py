@@ -1,104 +1,121 @@
-"""One process to an output_dir. The lock is the kernel's (flock) on a file in the folder: it ends with its process, so
-that kill -9 leaves nothing that stands in the way."""
+"""Locks between processes: at most one writes a run's output folder, or a file of answers.
+
+The lock itself is `filelock`'s (a dependency of huggingface_hub and torch). The operating system releases it when its
+process ends, even by SIGKILL, so a lock file that a killed process left behind blocks nobody.
+"""
 
 import contextlib
 import errno
 import os
-import time
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from softprompt.utils.errors import OutputError
 
-LOCK_FILE = ".softprompt.utils.file_lock"
-LOOKING_SECONDS, PAUSE = 5.0, 0.01  # a look takes far less than the first
-NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
+LOCK_FILE = ".softprompt.lock"
+# `is_held` takes the lock for well under a millisecond. Whoever wants the lock retries for this long, so that neither a
+# report that looks at a folder nor two lookers at once can be mistaken for a writer.
+WAIT_SECONDS, RETRY_SECONDS = 1.0, 0.01
+UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # from some network file systems
 
 
-class FolderLock:
-    """The lock of a folder that is there, held from `take` to `release`, at the latest to the end of `with`. Its file
-    holds the process's id. `refuse_locked` takes the same lock shared for a moment, which is waited out."""
+class ProcessLock:
+    """An exclusive lock on the file `path`, held from `take` to `release` or to the end of a `with` block.
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / LOCK_FILE
-        self.descriptor: int | None = None
+    The file contains the holder's process id while the lock is held, and is removed on release. On a file system
+    without locks, `take` always succeeds.
+    """
 
-    def take(self) -> "FolderLock":
-        """Raises OutputError where another process holds it."""
-        give_up = time.monotonic() + LOOKING_SECONDS
-        while self.descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            try:
-                if flock(descriptor):
-                    if _is_file_at(descriptor, self.path):  # its last holder may just have removed it
-                        self.descriptor = descriptor
-                elif not flock(descriptor, shared=True) or time.monotonic() > give_up:
-                    raise _held(self.folder)
-            finally:
-                if self.descriptor is None:
-                    os.close(descriptor)
-            if self.descriptor is None:
-                time.sleep(PAUSE)
-        os.ftruncate(self.descriptor, 0)
-        os.write(self.descriptor, str(os.getpid()).encode())
+    def __init__(self, path: Path, target: str, kind: str):
+        """Prepare a lock; nothing is written before `take`.
+
+        Args:
+            path: The lock file.
+            target: What the lock protects, as error messages name it, such as `--output_dir run`.
+            kind: What the user may name instead: "folder" or "file".
+        """
+        self.path, self.target, self.kind = path, target, kind
+        self._lock = _file_lock(path)
+        self._stat: os.stat_result | None = None  # of the lock file, while the lock is held
+
+    def take(self) -> "ProcessLock":
+        """Take the lock and return it.
+
+        Raises:
+            OutputError: another process holds the lock.
+            OSError: the lock file cannot be created, or it is a symbolic link.
+        """
+        if self.path.is_symlink():  # older versions of filelock would follow it and truncate its target
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))
+        try:
+            self._lock.acquire(timeout=WAIT_SECONDS, poll_interval=RETRY_SECONDS)
+        except Timeout:
+            raise self._refusal() from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return self
+        self.path.write_text(str(os.getpid()), encoding="ascii")
+        self._stat = self.path.stat()
         return self
 
     def release(self) -> None:
-        if self.descriptor is not None:
-            if _is_file_at(self.descriptor, self.path):
-                with contextlib.suppress(OSError):  # a folder that became read-only
-                    self.path.unlink()
-            os.close(self.descriptor)
-            self.descriptor = None
+        """Remove the lock file and release the lock; do nothing if it is not held."""
+        if self._stat is None:
+            return
+        with contextlib.suppress(OSError):  # already removed, or in a folder that has become read-only
+            if os.path.samestat(self._stat, self.path.stat()):  # else another process has put its own file there
+                self.path.unlink()
+        self._stat = None
+        self._lock.release()
 
-    def __enter__(self) -> "FolderLock":
+    def is_held(self) -> bool:
+        """Return whether a process holds the lock. No file is created.
+
+        A lock file that this user may not write to cannot be tested, and counts as not held.
+        """
+        if not self.path.is_file():
+            return False
+        lock = _file_lock(self.path)
+        try:
+            lock.acquire(timeout=WAIT_SECONDS, poll_interval=RETRY_SECONDS)
+        except Timeout:
+            return True
+        except OSError:
+            return False
+        lock.release()
+        return False
+
+    def refuse_if_held(self) -> None:
+        """Raise OutputError if a process holds the lock."""
+        if self.is_held():
+            raise self._refusal()
+
+    def __enter__(self) -> "ProcessLock":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-
-def refuse_locked(folder: Path) -> None:
-    """Raises OutputError where a process holds the folder's lock; writes nothing."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
-    except OSError:  # no folder, or no run in it
-        return
-    try:
-        if not flock(descriptor, shared=True):  # ranks may look at the same time
-            raise _held(folder)
-    finally:
-        os.close(descriptor)
+    def _refusal(self) -> OutputError:
+        try:
+            holder = self.path.read_text(encoding="ascii", errors="replace")[:20]
+        except OSError:
+            holder = ""
+        return OutputError(
+            f"{self.target}: process {holder or '(unknown)'} is writing there; wait until it has ended, "
+            f"or name another {self.kind}"
+        )
 
 
-def flock(descriptor: int, shared: bool = False) -> bool:
-    """Whether the file is ours now, or that of several who share it. Where there are no such locks, everything is."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS_HERE:
-            raise
-    return True
+class FolderLock(ProcessLock):
+    """The lock of an existing output folder; its lock file is `.softprompt.lock` in that folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder / LOCK_FILE, f"--output_dir {folder}", "folder")
+        self.folder = folder
 
 
-def _is_file_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
-
-
-def _held(folder: Path) -> OutputError:
-    try:
-        holder = (folder / LOCK_FILE).read_text(encoding="ascii", errors="replace")[:20]
-    except OSError:
-        holder = ""
-    return OutputError(
-        f"--output_dir {folder}: process {holder or '(unknown)'} is writing a run there; wait for its end, or name "
-        "another folder"
-    )
+def _file_lock(path: Path) -> BaseFileLock:
+    return FileLock(str(path), thread_local=False)  # any thread may release it

@@ -1,5 +1,8 @@
-"""What a run must not be resumed without, by content: its rows and its base. Where they lie and what they are called do
-not matter. See tokenizer_fingerprint.py for the tokenizer."""
+"""Fingerprints (SHA-256) of a run's rows and base, by content; their paths and names do not matter.
+
+A run is resumed only with the same rows and base. See tokenizer_fingerprint.py for the tokenizer.
+`datasets.fingerprint.Hasher` would hash pickles, which differ between versions of Python and of the libraries.
+"""
 
 import contextlib
 import hashlib
@@ -16,13 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.safetensors_io import StoredTensor
 
-CACHED_FROM = 4 << 30  # bytes of weights; hashing fewer takes a few seconds
-SAMPLE = 4096
-PIECE = 1 << 24  # bytes of a stored tensor that are read at a time
-OF_THE_PLACE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
+CACHED_FROM = 4 << 30  # bytes of weights from which a hash is cached; hashing fewer takes a few seconds
+SAMPLE = 4096  # bytes at a time that stand for a tensor in the key of the cache
+CHUNK_BYTES = 1 << 24  # of a stored tensor that are read at a time
+IGNORED_SETTINGS = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
 
 
 def fingerprint_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the fingerprint of rows, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -30,8 +34,8 @@ def fingerprint_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path]) -> str:
-    """Of a base that is not loaded: its configuration, and the content of the files of its weights, in order; a few
-    seconds for each few GiB."""
+    """Return the fingerprint of a base that is not loaded: of its configuration and of the content of its weight files,
+    in order. It takes a few seconds for every few GiB."""
     digest = hashlib.sha256(_configured(config).encode())
     for path in files:
         with open(path, "rb") as file:
@@ -42,44 +46,49 @@ def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path]) 
 def fingerprint_of_base(
     base: PreTrainedModel, files: Sequence[Path], keep: bool = True, blocks: Mapping[str, StoredTensor] | None = None
 ) -> str:
-    """Of the configuration, and of names, shapes, dtypes and bytes of all tensors; a hollow base's `blocks` are read
-    from their files.
+    """Return the fingerprint of a base: of its configuration, and of the name, shape, dtype and bytes of every tensor.
 
-    The hash of a base of more than 4 GiB is kept (if `keep`), and taken as long as the `files` of its weights have the
-    same place, size, time and inode, and the same goes for its configuration, names, shapes, and 4 KiB from both ends
-    and the middle of every tensor. To hash it anew is to read every byte once.
+    Hashing reads every byte once. The hash of a base of at least 4 GiB is therefore cached. The cached one is used as
+    long as the weight files have the same path, size, modification time and inode, and the configuration, all names,
+    shapes and dtypes, and 4 KiB from the beginning, middle and end of every tensor are the same.
+
+    Args:
+        base: The loaded base; its blocks may be on the meta device.
+        files: The files that its weights were loaded from.
+        keep: Whether to write the hash to the cache.
+        blocks: Tensors that are on the meta device in `base`, to be read from their files.
     """
     config, tensors = _configured(base.config), {**base.state_dict(), **(blocks or {})}
     if sum(t.nbytes for t in tensors.values()) < CACHED_FROM or not files:
         return _hash(config, tensors, sampled=False)
-    places = [place_of(path) for path in sorted(files)]
+    places = [file_identity(path) for path in sorted(files)]
     key = hashlib.sha256(json.dumps([places, _hash(config, tensors, sampled=True)]).encode()).hexdigest()
-    return remembered(key, lambda: _hash(config, tensors, sampled=False), "[0-9a-f]{64}", keep)
+    return cached_text(key, lambda: _hash(config, tensors, sampled=False), "[0-9a-f]{64}", keep)
 
 
-def remembered(key: str, make: Callable[[], str], pattern: str, keep: bool = True) -> str:
-    """What was kept under `key` and matches `pattern`, else what `make` makes, which is kept (if `keep`)."""
+def cached_text(key: str, make: Callable[[], str], pattern: str, keep: bool = True) -> str:
+    """Return the cached text for `key` if it matches `pattern`; else call `make`, and cache its result if `keep`."""
     path = cache_dir("fingerprints") / key
     with contextlib.suppress(OSError, ValueError):
         if re.fullmatch(pattern, text := path.read_text(encoding="ascii")):
             return text
     made = make()
     if keep:
-        with contextlib.suppress(OSError):  # a cache is a convenience
+        with contextlib.suppress(OSError):  # the cache is optional
             path.parent.mkdir(parents=True, exist_ok=True)
             write_files(path.parent, {path.name: made.encode()})
     return made
 
 
-def place_of(path: Path) -> list[Any]:
-    """What tells that a file is still the one that was read, without reading it."""
+def file_identity(path: Path) -> list[Any]:
+    """Return what shows, without reading a file, that it has not changed: path, size, modification time and inode."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _configured(config: PreTrainedConfig) -> str:
-    """A base's configuration as JSON, without what only says where it lies and who wrote it."""
-    values = {name: value for name, value in config.to_diff_dict().items() if name not in OF_THE_PLACE}
+    """Return a configuration as JSON, without its path, the version of its writer, and the dtype it was saved in."""
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_SETTINGS}
     return json.dumps(values, sort_keys=True, default=str)
 
 
@@ -96,7 +105,9 @@ def _all(tensor: Tensor | StoredTensor) -> Iterator[Tensor]:
     if isinstance(tensor, Tensor):
         yield _bytes(tensor)
     else:
-        yield from (tensor.bytes(at, min(at + PIECE, tensor.nbytes)) for at in range(0, tensor.nbytes, PIECE))
+        yield from (
+            tensor.bytes(at, min(at + CHUNK_BYTES, tensor.nbytes)) for at in range(0, tensor.nbytes, CHUNK_BYTES)
+        )
 
 
 def _samples(tensor: Tensor | StoredTensor) -> Iterator[Tensor]:

@@ -1,10 +1,13 @@
-"""The hub, where there may be none: one quick question instead of a minute of retries for every file."""
+"""Access to the Hugging Face hub where there may be none: one quick request, instead of a minute of retries per file.
+
+huggingface_hub has an offline mode, but does not turn it on by itself.
+"""
 
 import logging
 import os
 from functools import cache
 
-from softprompt.utils.redact import Redacting, redacted
+from softprompt.utils.redact import RedactingFilter, redacted
 
 HELP = (
     "where no hub is reachable, name a local folder or file, or run the default preset, which needs no network; "
@@ -13,13 +16,16 @@ HELP = (
 TIMEOUT = 10  # seconds
 LOGGERS = ("huggingface_hub", "transformers", "datasets", "httpx", "httpx2")
 CERTIFICATES = ", and SSL_CERT_FILE names the certificates to trust"
-_failure: str | None = None  # what came of asking the hub for a sign of life
+_failure: str | None = None  # why the hub could not be reached, if it was asked
 
 
 @cache
-def prepare() -> None:
-    """Ask the hub (or the mirror that HF_ENDPOINT names) for a sign of life; without one, transformers and datasets
-    work from their caches only, as under HF_HUB_OFFLINE=1. What they log has no secrets from now on."""
+def check_reachable() -> None:
+    """Test once whether the hub (or the mirror in HF_ENDPOINT) can be reached.
+
+    If not, transformers and datasets use their caches only, as with HF_HUB_OFFLINE=1. From now on, secrets are redacted
+    from what these libraries log.
+    """
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -28,27 +34,27 @@ def prepare() -> None:
     _failure = None
     for logger in map(logging.getLogger, LOGGERS):
         for place in (logger, *logger.handlers):
-            place.addFilter(Redacting())
+            place.addFilter(RedactingFilter())
     if constants.HF_HUB_OFFLINE:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # of httpx, of a proxy, of name resolution: in each case there is no way through
+    except Exception as error:  # from httpx, a proxy or name resolution: whatever it is, the hub cannot be reached
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         _failure = redacted(f"{constants.ENDPOINT} was asked: {type(error).__name__}: {reason}")
 
 
-def way_out() -> str:
-    """What to do where something could not be loaded from the hub; before it, why the hub did not answer, if it was
-    asked."""
+def advice() -> str:
+    """Return what a user can do when something could not be loaded; first, if known, why the hub did not answer."""
     if _failure is None:
         return HELP
     return f"{_failure}; {HELP}" + (CERTIFICATES if "SSL" in _failure or "CERT" in _failure else "")
 
 
-def wake() -> None:
-    """Hours later the hub may be there: ask it again, unless the user wants none of it."""
+def go_online() -> None:
+    """Leave the offline mode of `check_reachable`, unless the user has set HF_HUB_OFFLINE: hours later, the hub may be
+    reachable."""
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

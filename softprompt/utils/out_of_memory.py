@@ -1,4 +1,4 @@
-"""Recognise errors that mean out of memory, and retry with smaller pieces."""
+"""Recognise out-of-memory errors, and retry with smaller batches."""
 
 import sys
 
@@ -9,22 +9,25 @@ from softprompt.utils.errors import TrainingError
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no room."""
+    """Return whether `error` means that a device or the CPU is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def fewer_at_once(error: RuntimeError, at_once: int) -> int:
-    """How many answers to write together after `error`: half as many, which is told, where memory has run out.
+def smaller_batch(error: RuntimeError, batch_size: int) -> int:
+    """Return half of `batch_size`, with a message on stderr, if `error` means out of memory.
 
     Raises:
-        RuntimeError: the error itself, where it is another one.
-        TrainingError: there is no room for a single answer.
+        RuntimeError: `error` itself, if it means something else.
+        TrainingError: `batch_size` is 1 already.
     """
     if not is_out_of_memory(error):
         raise error
-    if at_once == 1:
+    if batch_size == 1:
         raise TrainingError(
             "out of memory with one answer at a time; give a smaller --max_length or --max_new_tokens"
         ) from None
-    tqdm.write(f"out of memory: {at_once // 2} answers at a time instead of {at_once}, the same ones", file=sys.stderr)
-    return at_once // 2
+    tqdm.write(
+        f"out of memory: {batch_size // 2} answers at a time instead of {batch_size}; the answers stay the same",
+        file=sys.stderr,
+    )
+    return batch_size // 2

@@ -1,4 +1,4 @@
-"""Secrets of the environment stay out of messages, logs, model cards and crash files."""
+"""Redaction of secrets in messages, logs, model cards and crash reports."""
 
 import logging
 import os
@@ -8,27 +8,30 @@ from urllib.parse import urlsplit
 SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$", re.IGNORECASE)
 USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/'\"]*@", re.IGNORECASE)  # https://user:password@host
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-LEAST = 6  # characters; shorter values are words like `false`, and no secrets
+MIN_LENGTH = 6  # characters; shorter values, such as `false`, are not secrets
 HIDDEN = "***"
-_told: set[str] = set()  # secrets that came by another way than the environment
+_added: set[str] = set()  # secrets that are not in the environment
 
 
-def hide(secret: str) -> None:
-    """From now on `secret` is one, too."""
-    _told.add(secret.strip())
+def add_secret(secret: str) -> None:
+    """Redact `secret` from now on, such as a token that was given by a flag."""
+    _added.add(secret.strip())
 
 
 def redacted(text: str) -> str:
-    """The text without hub tokens, without what stands before the @ of a URL, and without the values of environment
-    variables that are secret by their name or as the password of a URL."""
+    """Return the text with secrets replaced by ***.
+
+    Secrets are hub tokens, the user and password in a URL, environment variables whose name says so (such as
+    *_TOKEN or *_PASSWORD), passwords in URLs in any environment variable, and what was given to `add_secret`.
+    """
     text = HUB_TOKEN.sub(HIDDEN, USERINFO.sub(rf"\1{HIDDEN}@", text))
     for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
 
 
-class Redacting(logging.Filter):
-    """For the handlers of libraries that log the addresses they ask."""
+class RedactingFilter(logging.Filter):
+    """A logging filter that redacts records, for libraries that log the URLs of their requests."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redacted(record.getMessage()), ()
@@ -36,11 +39,11 @@ class Redacting(logging.Filter):
 
 
 def _secrets() -> set[str]:
-    found = _told | {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    found = _added | {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
     for value in os.environ.values():
         if "://" in value and "@" in value:
             found |= _userinfo(value)
-    return {secret for secret in found if len(secret) >= LEAST}
+    return {secret for secret in found if len(secret) >= MIN_LENGTH}
 
 
 def _userinfo(url: str) -> set[str]:

@@ -1,5 +1,5 @@
-"""The standard streams as they are found: closed, of an encoding that lacks a character, or with a reader that leaves
-while there is still work to do."""
+"""Robust standard streams: they may be closed, have an encoding that lacks a character, or lose their reader while the
+program is still working."""
 
 import os
 import sys
@@ -8,9 +8,12 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import Any, TextIO
 
 
-class Lasting:
-    """A text stream for messages that only accompany the work. Once `stream` cannot be written to any more (a closed
-    terminal, a pipe whose reader has gone, a full disk), what is written is dropped and nothing is raised."""
+class BestEffortStream:
+    """A wrapper of a text stream that never raises.
+
+    Once `stream` cannot be written to any more (a closed terminal, a pipe without a reader, a full disk), further
+    output is dropped.
+    """
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -25,52 +28,53 @@ class Lasting:
     def _try(self, method: str, *arguments: Any) -> None:
         try:
             getattr(self._stream, method)(*arguments)
-        except (OSError, ValueError):  # ValueError: it has been closed
-            self._stream = nowhere()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self._stream = null_stream()
 
     def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding …
         return getattr(self._stream, name)
 
 
-def nowhere() -> TextIO:
-    """A stream that takes any text and drops it."""
+def null_stream() -> TextIO:
+    """Open a stream that accepts any text and drops it."""
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 @contextmanager
-def messages() -> Iterator[None]:
-    """Everything that is printed inside only accompanies the work: no character and no reader of stdout or stderr can
-    end it."""
+def tolerant_streams() -> Iterator[None]:
+    """Treat all output as optional: inside the block, no character and no closed pipe makes a print to stdout or
+    stderr fail."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             stack.enter_context(_escaping(stream))
-        stack.enter_context(redirect_stdout(Lasting(sys.stdout)))
-        stack.enter_context(redirect_stderr(Lasting(sys.stderr)))
+        stack.enter_context(redirect_stdout(BestEffortStream(sys.stdout)))
+        stack.enter_context(redirect_stderr(BestEffortStream(sys.stderr)))
         yield
 
 
 @contextmanager
-def answers() -> Iterator[None]:
-    """What is printed to stdout inside is the work itself: a reader that leaves ends it (BrokenPipeError)."""
+def answers_on_stdout() -> Iterator[None]:
+    """Treat stdout as the program's result: inside the block, printing to a pipe without a reader raises
+    BrokenPipeError. stderr is treated as by `tolerant_streams`."""
     stdout = sys.stdout
-    with messages(), redirect_stdout(stdout):
+    with tolerant_streams(), redirect_stdout(stdout):
         yield
 
 
-def open_closed() -> None:
-    """Give streams that were closed before the process began (`>&-`, pythonw) a place to read from or write to."""
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
-    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
+def reopen_closed_streams() -> None:
+    """Replace standard streams that were closed before the process began (`>&-`, pythonw) by the null device."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+    sys.stdout, sys.stderr = sys.stdout or null_stream(), sys.stderr or null_stream()
 
 
-def abandon(stream: Any) -> None:
-    """Send what `stream` still holds nowhere: the interpreter flushes it once more at its end, and would fail again."""
-    with suppress(OSError, ValueError), nowhere() as instead:  # it may have no file of the system
+def discard_buffer(stream: Any) -> None:
+    """Redirect what `stream` has buffered to the null device. Else the interpreter would flush it at exit, and fail."""
+    with suppress(OSError, ValueError), null_stream() as instead:  # the stream may have no file descriptor
         os.dup2(instead.fileno(), stream.fileno())
 
 
 def can_show(text: str) -> bool:
-    """Whether stdout's encoding has every character of the text."""
+    """Return whether stdout's encoding has every character of `text`."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -80,7 +84,7 @@ def can_show(text: str) -> bool:
 
 @contextmanager
 def _escaping(stream: Any) -> Iterator[None]:
-    """A character that the stream's encoding lacks is shown as its escape, such as \\u6b63."""
+    """Inside the block, write characters that the stream's encoding lacks as escapes, such as \\u6b63."""
     if stream is None or not hasattr(stream, "reconfigure"):
         yield
         return

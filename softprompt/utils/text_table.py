@@ -1,19 +1,20 @@
-"""Plain tables for a terminal, on which a Chinese character takes two columns."""
+"""Plain-text tables for a terminal, where a Chinese character is two columns wide."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head."""
-    widths = [max(columns(row[i]) for row in rows) for i in range(len(rows[0]))]
+    """Format rows as aligned columns; the first row is the header."""
+    widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell + " " * (width - columns(cell)) for cell, width in zip(row, widths, strict=True)) for row in rows
+        "  ".join(cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
+        for row in rows
     ]
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
 
 
-def columns(text: str) -> int:
-    """Columns of a terminal that a text takes."""
+def display_width(text: str) -> int:
+    """Return how many columns of a terminal a text occupies."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

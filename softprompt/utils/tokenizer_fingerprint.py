@@ -1,8 +1,7 @@
-"""Fingerprints of a tokenizer, by content: everything that decides which ids a text becomes, how a chat is rendered,
-and how ids become text again. Its name and the folder that it was loaded from do not matter.
+"""Fingerprints (SHA-256) of a tokenizer, by content; its name and path do not matter.
 
-Base and instruct models of one family often share tokenizer.json and differ in end token and chat template, so a hash
-of that file alone is not enough.
+They cover everything that affects encoding, chat templates and decoding. A hash of tokenizer.json is not enough: the
+base model and the instruct model of a family often share that file, and differ in end token and chat template.
 """
 
 import copy
@@ -14,23 +13,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+MAIN_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 SETTINGS = (
     *("split_special_tokens", "clean_up_tokenization_spaces"),
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )
-# Of `init_kwargs`: where a tokenizer lies, what changes neither ids nor text, and what has a part of its own.
-APART = (
+# Entries of `init_kwargs` that are not hashed: the tokenizer's path, what changes neither ids nor text, and what has a
+# fingerprint of its own.
+IGNORED_ARGUMENTS = (
     *("name_or_path", "files_loaded", "is_local", "local_files_only", "backend", "model_max_length", "padding_side"),
-    *("truncation_side", "processor_class", "chat_template", *NAMED),
+    *("truncation_side", "processor_class", "chat_template", *MAIN_SPECIAL_TOKENS),
 )
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
-    """A hash of each part: "tokenizer" is tokenizer.json's content (of a tokenizer in Python its vocabulary), and the
-    others, such as "tokenizer.eos_token", are what tokenizer_config.json and chat_template.jinja add to it."""
+    """Return a hash of each part of a tokenizer, by name.
+
+    "tokenizer" is the content of tokenizer.json (for a tokenizer implemented in Python, its vocabulary). The others,
+    such as "tokenizer.eos_token", are what tokenizer_config.json and chat_template.jinja add.
+    """
     special = dict(getattr(tokenizer, "special_tokens_map", {}))
-    named = {name: special.pop(name, None) for name in NAMED}
+    named = {name: special.pop(name, None) for name in MAIN_SPECIAL_TOKENS}
     extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", None) or ()]
     settings = {name: getattr(tokenizer, name, False) for name in SETTINGS}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -38,7 +41,7 @@ def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
         **named,
         "special_tokens": [special, extra],
         "chat_template": getattr(tokenizer, "chat_template", None),
-        "settings": settings if backend is not None else {**settings, **_in_python(tokenizer)},
+        "settings": settings if backend is not None else {**settings, **_python_parts(tokenizer)},
     }
     content = _serialized(backend) if backend is not None else _json(tokenizer.get_vocab())
     return {
@@ -48,13 +51,12 @@ def tokenizer_fingerprints(tokenizer: Any) -> dict[str, str]:
 
 
 def fingerprint_of_tokenizer(tokenizer: Any) -> str:
-    """One hash of all parts."""
+    """Return one hash of all parts of a tokenizer."""
     return _sha256(_json(tokenizer_fingerprints(tokenizer)))
 
 
 def _serialized(backend: Any) -> str:
-    """As in tokenizer.json, without truncation and padding: each call sets them anew, and what a file says of them is
-    only there until the first call."""
+    """Return the content of tokenizer.json without truncation and padding, which every call sets anew."""
     if backend.truncation is not None or backend.padding is not None:
         backend = copy.deepcopy(backend)
         backend.no_truncation()
@@ -62,24 +64,24 @@ def _serialized(backend: Any) -> str:
     return backend.to_str()
 
 
-def _in_python(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer without tokenizer.json works with beside its vocabulary: its class, the arguments that it was
-    made with, tokens that were added, and the files that it saves (merges, or a sentencepiece model)."""
-    made_with: Mapping[str, Any] = getattr(tokenizer, "init_kwargs", {})
+def _python_parts(tokenizer: Any) -> dict[str, Any]:
+    """Return what defines a tokenizer without tokenizer.json beside its vocabulary: its class, its arguments, added
+    tokens, and the hashes of the files that it saves (merges, or a SentencePiece model)."""
+    arguments: Mapping[str, Any] = getattr(tokenizer, "init_kwargs", {})
     with TemporaryDirectory() as folder:
-        with suppress(NotImplementedError):  # nothing to save
+        with suppress(NotImplementedError):  # it has no such files
             tokenizer.save_vocabulary(folder)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
     return {
         "class": type(tokenizer).__name__,
-        "arguments": {name: value for name, value in made_with.items() if not _is_apart(name)},
+        "arguments": {name: value for name, value in arguments.items() if not _is_ignored(name)},
         "added_tokens": {str(id): repr(token) for id, token in tokenizer.added_tokens_decoder.items()},
         "files": files,
     }
 
 
-def _is_apart(argument: str) -> bool:
-    return argument in APART or argument.endswith("_file")
+def _is_ignored(argument: str) -> bool:
+    return argument in IGNORED_ARGUMENTS or argument.endswith("_file")
 
 
 def _json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What torchrun tells a process that it started, all of it in the environment."""
+"""The environment variables that torchrun sets for the processes it starts."""
 
 import os
 import platform
@@ -6,38 +6,41 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def launched() -> bool:
-    """Whether torchrun started this process, be it the only one."""
+def launched_by_torchrun() -> bool:
+    """Return whether torchrun started this process, even if it is the only one."""
     return "RANK" in os.environ
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, as one process alone is."""
+    """Return whether this is rank 0, as a single process without torchrun is, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def several() -> bool:
-    """Whether this is one of several ranks."""
+def is_distributed() -> bool:
+    """Return whether the run has more than one rank."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def may_restart() -> bool:
-    """Whether torchrun takes every exit code but 0 for a fault, and starts again what ended so."""
+    """Return whether torchrun restarts processes that end with an exit code other than 0 (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def start() -> tuple[str, str]:
-    """What names this node's torchrun, the same at each start and another one's never, and what names this process.
+def launch_ids() -> tuple[str, str]:
+    """Return a name for this node's torchrun, the same at every restart and unique to it, and a name for this process.
 
-    Its own id is "none" unless it was given one, so the folder stands for it that it makes for its workers' last words;
-    without that, its process."""
+    torchrun's run id is "none" by default. So the name is the folder that torchrun creates for its workers' error
+    files; without one, torchrun's process.
+    """
     folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or "/").parents
-    launch = str(folder[2]) if len(folder) > 3 else _named(os.getppid())  # FOLDER/attempt_N/LOCAL_RANK/error.json
-    return f"{platform.node()} {launch}", f"{platform.node()} {_named(os.getpid())}"
+    launch = (
+        str(folder[2]) if len(folder) > 3 else _process_name(os.getppid())
+    )  # FOLDER/attempt_N/LOCAL_RANK/error.json
+    return f"{platform.node()} {launch}", f"{platform.node()} {_process_name(os.getpid())}"
 
 
-def _named(process: int) -> str:
-    """A process and when it began, in ticks since the boot, where the system tells that."""
+def _process_name(process: int) -> str:
+    """Return a process id, followed by the process's start time in clock ticks since boot where /proc has it."""
     with suppress(OSError):
         return f"{process} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
     return str(process)

@@ -260,7 +260,7 @@ def hub(tmp_path, monkeypatch):
         "load_dataset",
         lambda name, config=None, **how: (loaded.append(name), whole(folder, config, **how))[1],
     )
-    monkeypatch.setattr(softprompt.utils.hub, "prepare", lambda: None)
+    monkeypatch.setattr(softprompt.utils.hub, "check_reachable", lambda: None)
     return splits, loaded
 
 

@@ -145,7 +145,7 @@ def hub(settings, monkeypatch):
     Path("hub/b.jsonl").write_text(lines(ROWS[9:]))
     load, folder = datasets.load_dataset_builder, str(Path("hub").resolve())
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config=None: load(folder, config))
-    monkeypatch.setattr(softprompt.utils.hub, "prepare", lambda: None)
+    monkeypatch.setattr(softprompt.utils.hub, "check_reachable", lambda: None)
     return settings | {"dataset": "some/rows"}
 
 

@@ -1,4 +1,4 @@
-"""Several nodes, played by torchruns or folders on one machine: they start anew together, having prepared the same."""
+"""Several nodes, simulated by several torchruns or folders on one machine: they restart together."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def node(port, *command):
-    """One of two nodes with a rank each."""
+    """Start one of two nodes, with one rank each."""
     where = [
         "--nnodes=2",
         "--nproc_per_node=1",
@@ -28,7 +28,7 @@ def node(port, *command):
 
 
 def worker_of(launcher):
-    """Its process and its rank."""
+    """Return the process id and the rank of the worker that a torchrun started."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(launcher.pid):
@@ -42,8 +42,8 @@ def worker_of(launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_nodes_start_anew_together(killed, tmp_path):
-    """Each torchrun counts restarts by itself, and need not count the other's."""
+def test_nodes_restart_together(killed, tmp_path):
+    """Each torchrun counts only its own restarts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -71,8 +71,8 @@ run_command(train.main)
 
 
 @pytest.mark.slow
-def test_nodes_with_disks_of_their_own(tmp_path):
-    """Rank 1 does not see rank 0's folder, or reads other rows."""
+def test_nodes_with_separate_disks(tmp_path):
+    """Rank 1 does not see rank 0's output folder, or reads other rows."""
     (tmp_path / "node.py").write_text(NODES)
     short = ["--dataset", "mini:sentiment", "--max_steps", 4, "--save_steps", 2]
     first = torchrun(2, "node.py", *short, cwd=tmp_path, env=ENV | {"OTHER": ""})

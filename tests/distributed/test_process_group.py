@@ -1,4 +1,4 @@
-"""Several ranks are one run: the single process's trajectory, one set of files, one wish to stop, one way to go on."""
+"""Several ranks train as one process does, write one set of files, and stop and resume together."""
 
 import json
 import os
@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from softprompt.config.loader import train_config
 from softprompt.config.train_args import NEWEST
-from softprompt.distributed.process_group import World, assign_rows
+from softprompt.distributed.process_group import World
+from softprompt.distributed.row_assignment import assign_rows
 from softprompt.runs.checkpoints import with_checksums
 from softprompt.runs.file_names import OF_A_CHECKPOINT, STATE_FILE
 from softprompt.training.auto_resume import has_saved, resume_settings
 from softprompt.training.run import _refuse_unlike
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.torchrun_env import start
+from softprompt.utils.torchrun_env import launch_ids
 
 
 def prompt_in(folder):
@@ -31,29 +32,29 @@ def prompt_in(folder):
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 7))
-def test_rows_are_dealt_by_length(lengths, size):
-    hands = assign_rows(lengths, size)
-    assert len(hands) == size and sorted(row for hand in hands for row in hand) == list(range(len(lengths)))
-    loads = [sum(lengths[row] for row in hand) for hand in hands]
+def test_rows_are_assigned_evenly(lengths, size):
+    assigned = assign_rows(lengths, size)
+    assert len(assigned) == size and sorted(row for rows in assigned for row in rows) == list(range(len(lengths)))
+    loads = [sum(lengths[row] for row in rows) for rows in assigned]
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
-def test_alone_there_is_nothing_to_agree_on():
+def test_a_single_process_communicates_with_nobody():
     world = World()
-    assert world.is_main and world.gather({"a": 1}) == [{"a": 1}] and world.agree(lambda: 3) == 3
-    assert world.share(request := object()) is request
+    assert world.is_main and world.all_gather({"a": 1}) == [{"a": 1}] and world.run_on_all(lambda: 3) == 3
+    assert world.share_stop_request(request := object()) is request
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def of_ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    finished(torchrun(request.param, ROOT / "tests/ranks.py", folder))
+    finished(torchrun(request.param, "--module", "helpers.ranks", folder))
     return folder
 
 
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_the_single_process_s_trajectory(of_ranks, name):
-    near = 1e-6 if ranks.CASES[name][1] == ranks.FP32 else 2e-3  # in bf16 another cut rounds otherwise
+def test_ranks_train_as_a_single_process_does(of_ranks, name):
+    near = 1e-6 if ranks.CASES[name][1] == ranks.FP32 else 2e-3  # in bf16 other batches round differently
     steps, values, held_out = ranks.run(name)
     theirs = json.loads((of_ranks / f"{name}.json").read_text())
     for one, other in zip(steps, theirs["steps"], strict=True):
@@ -74,7 +75,7 @@ def undisturbed(tmp_path_factory):
     return folder, out, err
 
 
-def test_one_run_one_set_of_files(undisturbed):
+def test_ranks_write_one_set_of_files(undisturbed):
     folder, out, err = undisturbed
     assert "40 optimizer steps of 8 rows (2 × 4 × 1, devices × batch × accumulation)" in out
     assert out.count("exact match") == 1 and "packed engine, 1,024 tokens at a time, 2 processes" in out
@@ -84,7 +85,7 @@ def test_one_run_one_set_of_files(undisturbed):
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (16, 24, 32, 40, 8)]
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(undisturbed, tmp_path):
+def test_a_killed_rank_is_named_and_the_run_resumes_by_itself(undisturbed, tmp_path):
     folder = tmp_path / "run"
     command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder]
     launcher = torchrun(2, "--max-restarts", 1, "--monitor-interval", 3, *command)
@@ -99,7 +100,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_by_itself(undisturbed, tmp_p
 
 
 @pytest.mark.slow
-def test_one_rank_s_wish_stops_all_and_other_numbers_of_ranks_go_on(undisturbed, tmp_path):
+def test_a_stop_request_of_one_rank_stops_all_and_one_process_resumes(undisturbed, tmp_path):
     folder = tmp_path / "run"
     launcher = torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder)
     wait_for(folder / "checkpoint-8", launcher)
@@ -115,13 +116,13 @@ def test_one_rank_s_wish_stops_all_and_other_numbers_of_ranks_go_on(undisturbed,
     assert [r["step"] for r in metrics_in(folder) if "loss" in r] == list(range(1, 41))
 
 
-def test_bad_input_is_told_once(tmp_path):
+def test_bad_input_is_reported_once(tmp_path):
     process = torchrun(2, "train.py", "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run")
     _, err = finished(process, 1)
     assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
 
 
-def test_what_may_be_restarted_has_a_folder(monkeypatch):
+def test_a_run_that_may_be_restarted_needs_an_output_dir(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ConfigError, match="--max-restarts finds a run again by its folder"):
         resume_settings(train_config("mini"), False)
@@ -132,9 +133,9 @@ def saved(folder, step, *starts):
     write_folder(folder / f"checkpoint-{step}", with_checksums({name: b"" for name in OF_A_CHECKPOINT} | state))
 
 
-def test_only_what_an_earlier_start_of_this_launch_has_saved_is_gone_on_with(tmp_path):
-    """A refusal is followed by a start as well, older checkpoints may lie in a run's folder, nodes come and go, and a
-    script may train there twice."""
+def test_a_restart_resumes_only_from_checkpoints_of_its_own_launch(tmp_path):
+    """A restart also follows a refused launch; the folder may contain checkpoints of other launches, of fewer nodes, or
+    of an earlier run of the same script."""
     config = train_config("mini", output_dir=str(tmp_path), overwrite_output_dir=True)
     assert not has_saved(config, [["a", "1"]])
     saved(tmp_path, 16, ["another", "1"])
@@ -143,25 +144,25 @@ def test_only_what_an_earlier_start_of_this_launch_has_saved_is_gone_on_with(tmp
     assert has_saved(config, [["a", "5"], ["c", "6"]])
     assert not has_saved(config, [["c", "5"]]) and not has_saved(config, [["a", "5"], ["b", "4"]])
     assert not has_saved(config, [])
-    saved(tmp_path, 32)  # by a process alone
+    saved(tmp_path, 32)  # by a single process
     assert not has_saved(config, [["a", "5"]])
     again = resume_settings(config, True).training
     assert again.resume_from_checkpoint == NEWEST and not again.overwrite_output_dir
     assert resume_settings(config, False) is config
 
 
-def test_a_launch_is_known_at_each_of_its_starts(monkeypatch):
-    """Also through a shell script between torchrun and Python."""
+def test_a_launch_has_the_same_name_at_each_restart(monkeypatch):
+    """Even if a shell script runs between torchrun and Python."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_0/1/error.json")
-    launch, process = start()
+    launch, process = launch_ids()
     assert launch.endswith("/tmp/torchelastic_x/none_y") and str(os.getpid()) in process
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_1/0/error.json")
-    assert start()[0] == launch
+    assert launch_ids()[0] == launch
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
-    assert start()[0] != launch and str(os.getppid()) in start()[0]
+    assert launch_ids()[0] != launch and str(os.getppid()) in launch_ids()[0]
 
 
-def test_ranks_that_have_prepared_something_else_are_named():
+def test_ranks_with_other_settings_or_data_are_named():
     mine = {"step to go on after": 24, "dataset": "one", "base": "x"}
     _refuse_unlike([mine, {"step to go on after": 24, "dataset": "one"}])  # of a sharded base rank 0 alone knows it
     other = {"step to go on after": 16, "dataset": "two"}
@@ -170,7 +171,7 @@ def test_ranks_that_have_prepared_something_else_are_named():
 
 
 @pytest.mark.slow
-def test_another_run_survives_a_torchrun_that_may_restart(tmp_path):
+def test_restarts_do_not_overwrite_another_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
@@ -179,7 +180,7 @@ def test_another_run_survives_a_torchrun_that_may_restart(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_time_ended_is_not_started_again(tmp_path):
+def test_a_run_that_max_time_stopped_is_not_restarted(tmp_path):
     folder = tmp_path / "run"
     command = ["train.py", *RUN, "--max_steps", 4000, "--max_time", "1s", "--output_dir", folder]
     _, err = finished(torchrun(2, "--max-restarts", 1, *command))
@@ -195,8 +196,8 @@ for name in "aba":
 
 
 @pytest.mark.slow
-def test_runs_from_python_are_runs_too(tmp_path):
-    """Each joins the ranks anew and parts from them; rank 0 alone tells."""
+def test_several_runs_from_python_under_torchrun(tmp_path):
+    """Each run joins the process group and leaves it; only rank 0 prints."""
     (tmp_path / "two.py").write_text(FROM_PYTHON)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     out, _ = finished(torchrun(2, "two.py", cwd=tmp_path, env=env))

@@ -1,4 +1,4 @@
-"""The ranks of a start meet under a name of their own, whatever earlier starts have left in the store."""
+"""The ranks of one launch agree on a new name, whatever earlier launches left in the store."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -7,15 +7,15 @@ from threading import Event
 import pytest
 import torch.distributed as dist
 
-from softprompt.distributed import rendezvous as meeting
-from softprompt.distributed.process_group import of_all
-from softprompt.distributed.rendezvous import START, rendezvous
+from softprompt.distributed import rendezvous as rendezvous_module
+from softprompt.distributed.process_group import true_on_all_ranks
+from softprompt.distributed.rendezvous import NAME_KEY, rendezvous
 
 SIZE = 3
 
 
 def start(store, late=None):
-    """All ranks at once, but that `late` one only when the others have looked."""
+    """Start all ranks at once, but rank `late` only after the others have read the store."""
     begun = Event()
 
     def rank(number):
@@ -28,7 +28,7 @@ def start(store, late=None):
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
-def test_every_start_has_a_name_of_its_own(late):
+def test_every_launch_has_its_own_name(late):
     store, names = dist.HashStore(), []
     for _ in range(3):
         found = start(store, late)
@@ -37,13 +37,13 @@ def test_every_start_has_a_name_of_its_own(late):
     assert len(set(names)) == 3
 
 
-def test_a_start_in_which_a_rank_died_is_not_met_again(monkeypatch):
-    """Rank 2 answers an invitation that rank 0 does not live to repeat; the next start has other processes."""
+def test_a_launch_in_which_a_rank_died_is_not_joined_again(monkeypatch):
+    """The store contains the name and the replies of a launch whose rank 0 has died."""
     store = dist.HashStore()
-    store.set(START, "dead")
+    store.set(NAME_KEY, "dead")
     store.set("dead 1", "of a process that is gone")
     store.set("dead 1 heard", "of a process that is gone")
-    monkeypatch.setattr(meeting, "LOOK", 0.01)
+    monkeypatch.setattr(rendezvous_module, "POLL_SECONDS", 0.01)
     found = start(store, late=0)
     assert len(set(found)) == 1 and found[0] != "dead"
 
@@ -56,14 +56,14 @@ def test_a_rank_that_never_comes():
         rendezvous(store, 1, 2, timedelta(seconds=0.5))
 
 
-@pytest.mark.parametrize("cards", [[True] * 3, [True, False, True], [False] * 3])
-def test_ranks_agree_on_how_they_exchange_their_sums_though_their_nodes_differ(cards):
-    """Rank 1's node has no card of its own for it: no rank may wait for it in NCCL."""
+@pytest.mark.parametrize("own_gpu", [[True] * 3, [True, False, True], [False] * 3])
+def test_ranks_agree_on_a_backend_though_their_nodes_differ(own_gpu):
+    """A rank without its own GPU cannot use NCCL, so no rank may wait for it there."""
     store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=20))
 
     def rank(number):
         mine = dist.TCPStore("localhost", store.port, timeout=timedelta(seconds=20))
-        return of_all(dist.PrefixStore("start", mine), number, 3, cards[number])
+        return true_on_all_ranks(dist.PrefixStore("start", mine), number, 3, own_gpu[number])
 
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(rank, range(3))) == [all(cards)] * 3
+        assert list(pool.map(rank, range(3))) == [all(own_gpu)] * 3

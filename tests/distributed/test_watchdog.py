@@ -1,4 +1,4 @@
-"""A rank that is lost, hangs or fails ends the others with a line that names it; one that is alive is left alone."""
+"""A rank that is lost, hangs or fails ends the others with a message that names it; living ranks are not accused."""
 
 import json
 import multiprocessing
@@ -18,10 +18,10 @@ SILENCE = 2.0  # seconds
 
 @pytest.fixture(scope="module")
 def forks():
-    """Processes come from one that has imported everything."""
+    """A fork server that has imported everything, so that processes start quickly."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["watched", "softprompt.training.run"])
-    with pytest.MonkeyPatch.context() as patch:  # older Pythons do not tell it their sys.path
+    context.set_forkserver_preload(["helpers.watched", "softprompt.training.run"])
+    with pytest.MonkeyPatch.context() as patch:  # older Pythons do not pass sys.path on
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         forkserver.ensure_running()
     return context
@@ -29,7 +29,7 @@ def forks():
 
 @pytest.fixture
 def start(forks, tmp_path):
-    """Starts the store, and ranks that do something; returns all of them once the ranks are ready."""
+    """Start a store and ranks that run a function; return their processes once all ranks are ready."""
     started = []
 
     def begin(size, main, *given, silence=SILENCE, until_ready=True):
@@ -61,7 +61,7 @@ def told(folder, *ranks):
 
 
 def ended(*processes):
-    """Their exit codes, and after how many seconds the last was there."""
+    """Wait for processes; return their exit codes, and the seconds that it took."""
     began = time.monotonic()
     for process in processes:
         process.join(30)
@@ -74,7 +74,7 @@ def lost(rank, process):
 
 
 def test_a_stopped_rank_ends_the_others(start, tmp_path):
-    """Rank 0 names it, from where no collective returns, and ends the others."""
+    """Rank 0 names it, though its main thread is in a collective that never returns, and ends the others."""
     _, *ranks = start(3, watched.waits, 0)
     os.kill(ranks[2].pid, signal.SIGSTOP)
     codes, seconds = ended(*ranks[:2])
@@ -84,7 +84,7 @@ def test_a_stopped_rank_ends_the_others(start, tmp_path):
 
 
 def test_a_stopped_rank_0_ends_the_others(start, tmp_path):
-    """And what it says when it wakes up."""
+    """When it wakes up, it prints the same message."""
     _, *ranks = start(2, watched.waits, 1)
     os.kill(ranks[0].pid, signal.SIGSTOP)
     codes, seconds = ended(ranks[1])
@@ -103,8 +103,8 @@ def test_a_store_that_is_lost_ends_all(start, tmp_path):
         assert line.startswith("error: rank 1: the ranks' store at 127.0.0.1:") and place in line
 
 
-def test_who_is_late_or_was_suspended_or_has_ended_is_not_lost(start, tmp_path):
-    """Beyond the limit each: both are suspended, one is late, and one ends while the other goes on."""
+def test_ranks_that_are_late_or_suspended_or_have_ended_are_not_lost(start, tmp_path):
+    """Each for longer than the limit: both are suspended, one is late, and one ends while the other continues."""
     _, *ranks = start(2, watched.late, 1.5 * SILENCE)
     for process in ranks:
         os.kill(process.pid, signal.SIGSTOP)
@@ -126,13 +126,13 @@ def test_who_is_late_or_was_suspended_or_has_ended_is_not_lost(start, tmp_path):
         ),
     ],
 )
-def test_a_rank_that_fails_alone_is_told_of(fault, code, first, second, start, tmp_path):
+def test_an_error_on_one_rank_ends_all(fault, code, first, second, start, tmp_path):
     _, *ranks = start(2, watched.fails, watched.FAULTS[fault])
     assert ended(*ranks)[0] == [code, code] and told(tmp_path, 0, 1) == [first, second]
 
 
-def test_rows_that_one_rank_alone_cannot_read(start, tmp_path):
-    """In the middle of a run that streams them: its line is told once, and both end."""
+def test_a_row_that_only_one_rank_cannot_read(start, tmp_path):
+    """In the middle of a run that streams its rows: the error is printed once, and both ranks end."""
     rows = [json.dumps({"instruction": f"{n}", "output": "b"}) for n in range(2000)]
     for rank, last in enumerate(("", "{")):
         (tmp_path / f"{rank}").mkdir()

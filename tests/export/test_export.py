@@ -370,7 +370,7 @@ def test_a_folder_of_peft_is_exported_with_the_default_template(tmp_path, cases)
 
 def test_the_card_says_what_it_is_and_its_snippet_is_python(cases):
     card = (cases["mini"].folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith('---\nlibrary_name: "transformers"')
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "`<|softprompt_0|>`" in card and "suppress_tokens" in card and "float32" in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
 

@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
                 200, {"transfer": "basic", "objects": [self.place_of(o) for o in json.loads(asked)["objects"]]}
             )
         if self.path == "/api/validate-yaml":  # of the card's front matter
-            base = re.search(r'^base_model: "(.*)"$', json.loads(asked)["content"], re.M)
+            base = re.search(r"^base_model: (.*)$", json.loads(asked)["content"], re.M)
             good = not base or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base[1])
             faults = [] if good else [{"message": '"base_model" is not valid. Use a model id'}]
             return self.answer(400 if faults else 200, {"errors": faults, "warnings": []})
@@ -128,10 +128,10 @@ def server(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, not git LFS's
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # of processes that a test starts
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
     yield served
     served.shutdown()
-    hub.prepare.cache_clear()
+    hub.check_reachable.cache_clear()
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     repo = server.repos["org/soft"]
     assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
     assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
-    assert b'library_name: "peft"' in repo["files"]["README.md"]
+    assert b"library_name: peft" in repo["files"]["README.md"]
     told_nowhere(tmp_path, out, err)
     code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
     assert code == 0 and server.commits == 2

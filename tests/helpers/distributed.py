@@ -17,7 +17,9 @@ RUN = ["--dataset", "mini:sentiment", "--max_steps", "40", "--save_steps", "8", 
 
 
 def torchrun(n, *command, **options):
-    options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    options.setdefault(
+        "env", {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--standalone"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen([*launcher, *map(str, command)], **{**pipes, **options})

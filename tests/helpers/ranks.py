@@ -1,6 +1,6 @@
-"""What each rank of tests/test_distributed.py does under torchrun: train a few small cases, and leave what came out.
+"""What each rank of tests/distributed/test_process_group.py does: train a few small cases, and write the results.
 
-torchrun --nproc_per_node=2 tests/ranks.py FOLDER
+PYTHONPATH=.:tests torchrun --nproc_per_node=2 --module helpers.ranks FOLDER
 """
 
 import json
@@ -76,7 +76,7 @@ def shared_out(name, world, folder):
     """The base of a case in files, and this rank's share of it."""
     if world.is_main:
         base_of(name).save_pretrained(folder, max_shard_size="60KB")
-    world.gather("it is written")
+    world.all_gather("it is written")
     base, stored = load_meta_model(str(folder))
     base = freeze(base, CASES[name][1])
     shards = shard(base, stored, world)
@@ -146,7 +146,7 @@ def main(folder):
     with process_group() as world:
         for name in CASES:
             steps, values, found = run(name, world, folder / "base")
-            alike = world.gather(values.tolist())
+            alike = world.all_gather(values.tolist())
             assert all(one == alike[0] for one in alike), "the ranks' prompts differ"
             if world.is_main:
                 save_file({"prompt": values}, folder / f"{name}.safetensors")

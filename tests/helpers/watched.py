@@ -1,4 +1,4 @@
-"""What the processes of tests/test_heartbeat.py do: forked from one that has imported torch, as that takes a while."""
+"""What the processes of tests/distributed/test_watchdog.py do. They are forked from one that has imported torch."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 
 from softprompt.cli import run_command
-from softprompt.distributed import watchdog as heartbeat
+from softprompt.distributed import watchdog
 from softprompt.distributed.process_group import process_group
 from softprompt.utils.errors import DataError
 
@@ -27,13 +27,13 @@ def rank(number, size, port, folder, silence, main, *given):
     os.environ |= {name: str(value) for name, value in told.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{number}", os.O_WRONLY | os.O_CREAT), descriptor)
-    heartbeat.BEAT, heartbeat.SILENCE = silence / 10, silence
+    watchdog.BEAT_SECONDS, watchdog.SILENCE_SECONDS = silence / 10, silence
     sys.argv = ["train.py", *map(str, given)]
     run_command(lambda argv: main(folder, *given))
 
 
 def ready(world, folder):
-    world.gather("here")
+    world.all_gather("here")
     (folder / f"ready-{world.rank}").touch()
 
 
@@ -44,7 +44,7 @@ def waits(folder, waiting):
         ready(world, folder)
         if world.rank == waiting:
             time.sleep(LONG)
-        world.gather("never")
+        world.all_gather("never")
 
 
 def late(folder, seconds):
@@ -52,7 +52,7 @@ def late(folder, seconds):
     with process_group() as world:
         ready(world, folder)
         time.sleep(seconds * world.rank)
-        world.gather("at last")
+        world.all_gather("at last")
         if world.is_main:
             time.sleep(seconds)
 

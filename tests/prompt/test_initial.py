@@ -1,4 +1,4 @@
-"""The starts that google-research/prompt-tuning has and PEFT has not: class labels, and words from frequent ones."""
+"""Initialisers that google-research/prompt-tuning has and PEFT lacks: class labels, and frequent tokens."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,8 @@ import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.validation import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import initial_prompt
-from softprompt.prompt.nearest_tokens import embedding_space, nearest
-from softprompt.prompt.vocabulary import frequent_tokens, label_tokens
+from softprompt.prompt.initial import frequent_tokens, initial_prompt, label_tokens
+from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens
 from softprompt.utils.errors import ConfigError
 
 
@@ -27,7 +26,7 @@ def start(base, tokenizer, **given):
 
 
 def rows_of(prompt, words):
-    """Which row of the embeddings [V, H] each vector of a prompt is."""
+    """Return, for each vector of a prompt, the row of the embeddings [V, H] that equals it."""
     return [next(i for i, word in enumerate(words) if torch.equal(word, vector)) for vector in prompt]
 
 
@@ -36,12 +35,12 @@ def labelled(labels, **given):
 
 
 def merged_words(tokenizer) -> list[str]:
-    """Words of a byte-level BPE in the order in which training made them, from its own file."""
+    """Return the tokens of a byte-level BPE in the order of its merges."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return ["".join(pair) for pair in merges]
 
 
-def test_the_most_frequent_words_are_the_first_merges(tokenizer):
+def test_frequent_tokens_are_the_first_merges(tokenizer):
     words = tokenizer.get_vocab()
     expected = [words[word] for word in merged_words(tokenizer)]
     assert frequent_tokens(tokenizer, 9999, 300) == expected and len(expected) == 300 - 4 - 256
@@ -49,24 +48,24 @@ def test_the_most_frequent_words_are_the_first_merges(tokenizer):
     assert frequent_tokens(tokenizer, 9999, 270) == [id for id in expected if id < 270]
 
 
-def test_added_words_are_not_frequent_ones(tokenizer):
+def test_added_tokens_are_not_frequent_tokens(tokenizer):
     more = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     more.add_tokens(["⟨mark⟩"])
     more.add_special_tokens({"pad_token": "<pad>"})
     assert frequent_tokens(more, 9999, 400) == frequent_tokens(tokenizer, 9999, 400)
 
 
-def test_frequent_words_of_a_real_vocabulary(shared):
+def test_frequent_tokens_of_a_real_vocabulary(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizer-46k")
     found = frequent_tokens(tokenizer, 5000, 46_145)
     assert len(found) == 5000
     assert {tokenizer.decode([id]) for id in found} >= {" the", "的", "，", "我们"}
     common, rare = (sum(len(tokenizer.decode([id])) for id in ids) for ids in (found[:1000], range(40_000, 41_000)))
-    assert common < rare  # what is seldom is long
+    assert common < rare  # rare tokens are longer
 
 
 @pytest.mark.parametrize("length", [1, 9, 40])
-def test_sampled_words_are_frequent_and_differ(length, tokenizer):
+def test_sampled_tokens_are_frequent_and_distinct(length, tokenizer):
     base = make_bloom()
     words = base.get_input_embeddings().weight.detach()
     settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": length, "vocab_population": 40}
@@ -78,7 +77,7 @@ def test_sampled_words_are_frequent_and_differ(length, tokenizer):
         assert found != rows_of(start(base, tokenizer, **settings, seed=1), words)
 
 
-def test_more_tokens_than_words_to_draw_from_come_twice(tokenizer):
+def test_a_population_smaller_than_P_is_drawn_with_replacement(tokenizer):
     base = make_bloom()
     settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 30, "vocab_population": 4}
     found = rows_of(start(base, tokenizer, **settings), base.get_input_embeddings().weight.detach())
@@ -86,7 +85,7 @@ def test_more_tokens_than_words_to_draw_from_come_twice(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_labels_are_the_means_of_their_sub_words(dtype, tokenizer):
+def test_a_label_is_the_mean_of_its_token_embeddings(dtype, tokenizer):
     base = make_bloom().to(dtype)
     words = base.get_input_embeddings().weight.detach()
     prompt = start(base, tokenizer, **labelled("正面, 很差,ok", num_virtual_tokens=7))
@@ -103,7 +102,7 @@ def test_labels_are_the_means_of_their_sub_words(dtype, tokenizer):
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma3_text", "llama"])
 @pytest.mark.parametrize("init", ["TEXT", "SAMPLE_VOCAB"])
-def test_starts_are_pefts_where_the_embedding_module_scales(kind, init, tokenizer, tmp_path):
+def test_initial_prompts_equal_pefts_where_the_embedding_module_scales(kind, init, tokenizer, tmp_path):
     base, text = small_base(kind), "下面是一段对话" if init == "TEXT" else None
     tokenizer.save_pretrained(tmp_path)
     mine = start(base, tokenizer, prompt_tuning_init=init, prompt_tuning_init_text=text, num_virtual_tokens=7, seed=7)
@@ -121,7 +120,7 @@ def test_starts_are_pefts_where_the_embedding_module_scales(kind, init, tokenize
 
 
 @pytest.mark.parametrize("given", [{"vocab_population": 40}, labelled("正面,很差")], ids=["words", "labels"])
-def test_other_starts_are_what_the_embedding_module_returns(given, tokenizer):
+def test_other_initialisers_use_the_outputs_of_the_embedding_module(given, tokenizer):
     base = small_base("gemma")
     settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 6, **given}
     vectors = base.get_input_embeddings()(torch.arange(300))
@@ -131,7 +130,7 @@ def test_other_starts_are_what_the_embedding_module_returns(given, tokenizer):
             torch.testing.assert_close(vector, vectors[tokenizer(label)["input_ids"]].mean(0))
         prompt = prompt[2:]
     assert set(rows_of(prompt, vectors)) <= set(frequent_tokens(tokenizer, 5000, 300))
-    ids, cosines = nearest(embedding_space(base), prompt, 1, len(tokenizer))
+    ids, cosines = nearest_tokens(embedding_space(base), prompt, 1, len(tokenizer))
     assert ids[:, 0].tolist() == rows_of(prompt, vectors) and cosines.min() > 0.9999
 
 
@@ -156,12 +155,12 @@ def test_labels_may_fill_the_whole_prompt(tokenizer):
     ],
     ids=str,
 )
-def test_settings_that_do_not_go_together(given, message):
+def test_conflicting_settings_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         train_config(**given)
 
 
-def test_a_label_that_the_tokenizer_cannot_express():
+def test_a_label_with_an_unknown_token_is_refused():
     few = Tokenizer(models.WordLevel({"<unk>": 0, "good": 1, "bad": 2}, unk_token="<unk>"))
     few.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=few, unk_token="<unk>")
@@ -170,21 +169,21 @@ def test_a_label_that_the_tokenizer_cannot_express():
         label_tokens(tokenizer, ["正面", "good", "bad 1"])
 
 
-def test_a_label_of_no_tokens():
+def test_a_label_without_tokens_is_refused():
     silent = Tokenizer(models.BPE({}, [], unk_token=None))
     with pytest.raises(ConfigError, match="'x': the tokenizer cannot express"):
         label_tokens(PreTrainedTokenizerFast(tokenizer_object=silent), ["x"])
 
 
-def test_a_tokenizer_of_bytes_alone_has_no_frequent_words():
+def test_a_tokenizer_of_single_bytes_has_no_frequent_tokens():
     letters = {letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])))
-    with pytest.raises(ConfigError, match="--vocab_population: this tokenizer has no words"):
+    with pytest.raises(ConfigError, match="--vocab_population: this tokenizer has only special tokens"):
         start(make_bloom(), tokenizer, prompt_tuning_init="SAMPLE_VOCAB", vocab_population=5)
 
 
-def test_a_run_from_class_labels_is_a_run_of_pefts(tmp_path: Path, tiny_base: Path):
-    """Written with a start that PEFT knows, so that it loads there; the card has the labels."""
+def test_peft_loads_a_run_from_class_labels(tmp_path: Path, tiny_base: Path):
+    """adapter_config.json names an initialisation that PEFT has; the model card names the labels."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "好", "output": "正面"}\n' * 4, encoding="utf-8")
     where = {"model_name_or_path": str(tiny_base), "dataset": str(rows), "output_dir": str(tmp_path / "run")}
@@ -197,5 +196,5 @@ def test_a_run_from_class_labels_is_a_run_of_pefts(tmp_path: Path, tiny_base: Pa
     assert "| class_labels | 正面,负面 |" in card and "| prompt_tuning_init | CLASS_LABELS |" in card
 
 
-def test_labels_may_be_joined_by_the_comma_of_chinese_text():
+def test_labels_may_be_separated_by_chinese_commas():
     assert parse_labels("正面， 负面,中性") == ["正面", "负面", "中性"]

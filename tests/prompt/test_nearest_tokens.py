@@ -1,4 +1,4 @@
-"""Nearest words against plain loops, and the space against the base's own layer norm."""
+"""Nearest tokens against a reference in plain loops, and the embedding space against the base's own layer norm."""
 
 import pytest
 import torch
@@ -6,12 +6,19 @@ from helpers.bases import make_bloom
 from torch.nn import functional as F
 
 from softprompt.models.loading import freeze
-from softprompt.prompt import nearest_tokens as nearest_words
-from softprompt.prompt.nearest_tokens import EmbeddingSpace, embedding_space, nearest, noise, shown, similarities
+from softprompt.prompt import nearest_tokens as nearest_tokens_module
+from softprompt.prompt.nearest_tokens import (
+    EmbeddingSpace,
+    cosine_matrix,
+    embedding_space,
+    nearest_tokens,
+    random_vectors,
+    readable_tokens,
+)
 
 
-def by_hand(words, layernorm, vectors, k):
-    """Each vector with each word alone, in fp64."""
+def reference(words, layernorm, vectors, k):
+    """Compare one vector with one word at a time, in fp64."""
     found = []
     for vector in vectors.double():
         cosines = []
@@ -26,8 +33,8 @@ def by_hand(words, layernorm, vectors, k):
 @pytest.mark.parametrize("chunk", [1, 37, 10_000])
 @pytest.mark.parametrize("V, H, P, k, dtype", [(53, 7, 3, 5, torch.float32), (11, 4, 1, 20, torch.bfloat16)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_nearest_words_are_those_of_plain_loops(normed, V, H, P, k, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(nearest_words, "CHUNK_VALUES", chunk * H)
+def test_nearest_tokens_equal_the_reference(normed, V, H, P, k, dtype, chunk, monkeypatch):
+    monkeypatch.setattr(nearest_tokens_module, "CHUNK_VALUES", chunk * H)
     torch.manual_seed(V)
     words, vectors = torch.randn(V, H).to(dtype), torch.randn(P, H)
     weight, bias = 1 + 0.5 * torch.randn(H), torch.randn(H)
@@ -35,41 +42,41 @@ def test_nearest_words_are_those_of_plain_loops(normed, V, H, P, k, dtype, chunk
     def layernorm(x):
         return F.layer_norm(x, (H,), weight.double(), bias.double(), 1e-5) if normed else x
 
-    ids, cosines = nearest(EmbeddingSpace(words, (weight, bias, 1e-5) if normed else None), vectors, k)
-    expected = by_hand(words, layernorm, vectors, k)
+    ids, cosines = nearest_tokens(EmbeddingSpace(words, (weight, bias, 1e-5) if normed else None), vectors, k)
+    expected = reference(words, layernorm, vectors, k)
     assert ids.tolist() == [[i for i, _ in row] for row in expected]
     assert torch.allclose(cosines.double(), torch.tensor([[c for _, c in row] for row in expected]).double(), atol=1e-6)
 
 
-def test_only_words_that_the_tokenizer_has():
+def test_rows_beyond_the_vocabulary_are_not_found():
     words = torch.eye(6)
-    ids, _ = nearest(EmbeddingSpace(words, None), torch.tensor([[0.0, 0, 0, 0.1, 0, 1]]), 2, among=5)
+    ids, _ = nearest_tokens(EmbeddingSpace(words, None), torch.tensor([[0.0, 0, 0, 0.1, 0, 1]]), 2, vocab_size=5)
     assert ids[0, 0] == 3 and 5 not in ids
 
 
-def test_the_space_is_that_behind_blooms_layer_norm():
+def test_the_space_is_after_blooms_layer_norm():
     base = freeze(make_bloom(), torch.float32)
     prompt = torch.randn(4, 32)
     with torch.no_grad():
         behind = base.transformer.word_embeddings_layernorm(prompt)
     expected = F.cosine_similarity(behind[:, None], behind[None], dim=-1)
-    found = similarities(embedding_space(base), prompt)
+    found = cosine_matrix(embedding_space(base), prompt)
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(found, F.cosine_similarity(prompt[:, None], prompt[None], dim=-1), atol=1e-2)
-    ids, cosines = nearest(embedding_space(base), base.get_input_embeddings().weight[[7, 200]], 1)
+    ids, cosines = nearest_tokens(embedding_space(base), base.get_input_embeddings().weight[[7, 200]], 1)
     assert ids[:, 0].tolist() == [7, 200] and torch.allclose(cosines, torch.ones(2, 1))
 
 
-def test_noise_takes_no_random_numbers_from_the_run():
+def test_random_vectors_are_fixed_and_leave_the_rng_state_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     space = EmbeddingSpace(torch.randn(400, 64, generator=torch.Generator().manual_seed(1)), None)
-    assert torch.equal(noise(space), noise(space)) and torch.equal(torch.get_rng_state(), before)
-    assert 0.2 < nearest(space, noise(space), 1)[1].mean() < 0.6  # about sqrt(2 ln V / H)
+    assert torch.equal(random_vectors(space), random_vectors(space)) and torch.equal(torch.get_rng_state(), before)
+    assert 0.2 < nearest_tokens(space, random_vectors(space), 1)[1].mean() < 0.6  # about sqrt(2 ln V / H)
 
 
-def test_words_can_be_read(tokenizer):
+def test_tokens_are_readable(tokenizer):
     ids = tokenizer("我 a\n")["input_ids"]
-    told = shown(tokenizer, [*ids, tokenizer.eos_token_id])
+    told = readable_tokens(tokenizer, [*ids, tokenizer.eos_token_id])
     assert told[-1] == "</s>" and all(word and word == word.strip() for word in told)
     assert any("␣" in word for word in told) and any("⏎" in word for word in told)

@@ -28,7 +28,7 @@ from softprompt.report.writer import report
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.training.callbacks import RunCallbacks
-from softprompt.utils.errors import ConfigError, ReportError, SomeFailed
+from softprompt.utils.errors import ConfigError, PartialFailureError, ReportError
 
 pytestmark = pytest.mark.reports
 REPORT = SimpleNamespace(main=cli.report)
@@ -150,7 +150,7 @@ def test_likeness_with_everything_known(tokenizer):
     start = words[[10, 20]]
     found = facts.likeness(EmbeddingSpace(words, None), tokenizer, torch.stack([3 * words[30], words[20]]), start)
     first, second = found["tokens"]
-    assert first["nearest"][0] == (facts.shown(tokenizer, [30])[0], 1.0)
+    assert first["nearest"][0] == (facts.readable_tokens(tokenizer, [30])[0], 1.0)
     assert first["moved"] == pytest.approx((3 * words[30] - words[10]).norm().item(), abs=1e-4) and first["of"] == 1
     assert first["cosine"] == pytest.approx((words[30] @ words[10]).item(), abs=1e-4)
     assert second["moved"] == 0 and second["cosine"] == 1 and second["start"][1] == 1
@@ -304,7 +304,7 @@ def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
     else:
         folder = spoiled(run, tmp_path, name, content)
     second = shutil.copytree(run, tmp_path / "second")
-    with pytest.raises(SomeFailed, match="1 of 3 runs cannot be shown") as failed:
+    with pytest.raises(PartialFailureError, match="1 of 3 runs cannot be shown") as failed:
         report(run, folder, second)
     assert failed.value.exit_code == 1 and str(folder) in str(failed.value)
     told = seen(".")

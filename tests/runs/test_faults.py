@@ -259,7 +259,7 @@ def test_two_processes_on_one_folder(world, tmp_path, table):
     for number, more in enumerate([[], ["--resume_from_checkpoint"], ["--overwrite_output_dir"]]):
         second = Child(tmp_path, [*flags, "--output_dir", "run", *more], log=f"log{number}")
         code, told = second.ended()
-        assert code == 2 and f"process {first.pid} is writing a run there" in one_line(told)
+        assert code == 2 and f"process {first.pid} is writing there" in one_line(told)
     assert first.ended()[0] == 0 and outcome(tmp_path / "run") == expected
     table("a second process on the same output_dir", 3, "refused, exit 2; the first unharmed")
 

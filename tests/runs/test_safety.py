@@ -17,14 +17,14 @@ import softprompt
 import train
 from softprompt.export.model_card import plain_model_card
 from softprompt.models.loading import weight_files
-from softprompt.prompt.adapter_folder import model_card
 from softprompt.prompt.adapter_io import Adapter, load_adapter, peft_config
+from softprompt.prompt.model_card import model_card
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.training.determinism import deterministic
 from softprompt.utils import fingerprints
 from softprompt.utils.atomic_io import read_inside
 from softprompt.utils.errors import AdapterError, ModelError, OutputError, TrainingError
-from softprompt.utils.redact import Redacting, redacted
+from softprompt.utils.redact import RedactingFilter, redacted
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrst",
@@ -54,7 +54,7 @@ def test_errors_cards_and_logs_tell_none(secrets, caplog):
     values = torch.ones(3, 32)
     adapter = Adapter(values, peft_config(text, make_bloom().config, values, "RANDOM"), {"template": text})
     record = logging.LogRecord("a", logging.WARNING, "", 0, "%s", (text,), None)
-    Redacting().filter(record)
+    RedactingFilter().filter(record)
     for told in (str(ModelError(text)), model_card(adapter, {"dataset": text}, {}).decode(), record.getMessage()):
         assert "mirror.example/x" in told and not any(secret in told for secret in TOLD)
 

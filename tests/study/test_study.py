@@ -25,7 +25,7 @@ from softprompt.study.cell_runner import subset
 from softprompt.study.plan import plan_study
 from softprompt.study.results import read_finished
 from softprompt.study.study import run_study
-from softprompt.utils.errors import ConfigError, DataError, ModelError, OutputError, SomeFailed, Stopped
+from softprompt.utils.errors import ConfigError, DataError, ModelError, OutputError, PartialFailureError, Stopped
 from softprompt.utils.file_lock import FolderLock
 
 ROWS = [
@@ -386,7 +386,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, mon
     study = place("seeds = [0, 1]", "[[grid]]\nnum_virtual_tokens = [1, 3, 2]")
     with monkeypatch.context() as patch:
         Failing(patch, cell_runner, "train", of_three, error)
-        with pytest.raises(SomeFailed, match="2 of 6 cells failed") as failed:
+        with pytest.raises(PartialFailureError, match="2 of 6 cells failed") as failed:
             run_study(study)
     assert failed.value.exit_code == 1 and "num_virtual_tokens 3" in str(failed.value)
     done = [one for one in plan_study(study) if read_finished(one.folder)]
@@ -406,7 +406,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, mon
 def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatch):
     study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 3")
     Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
-    with pytest.raises(SomeFailed):
+    with pytest.raises(PartialFailureError):
         run_study(study)
     left = [read_finished(one.folder)["metrics"]["eval_loss"] for one in plan_study(study) if read_finished(one.folder)]
     page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
@@ -423,7 +423,7 @@ def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, pla
         error = ModelError("takes no inputs_embeds")
         Failing(monkeypatch, cell_runner, "read_base", lambda path: "bad" in str(path), error)
     grid = f"[[grid]]\nmodel_name_or_path = {json.dumps([str(bad), str(tiny_base)])}"
-    with pytest.raises(SomeFailed, match="3 of 6 cells failed"):
+    with pytest.raises(PartialFailureError, match="3 of 6 cells failed"):
         run_study(place("seeds = [0, 1]\nvoting = ['majority_vote']", grid))
     page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     assert "3 cells, the first base " in page and f"| {tiny_base} | RANDOM |" in page
@@ -436,7 +436,7 @@ def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, 
     failing = Failing(monkeypatch, study_plan, "tokenize_rows", lambda config, *_: "more" in config.data.dataset, error)
     grid = f"[[grid]]\ndataset = {json.dumps([str(tmp_path / name) for name in ('more.jsonl', 'rows.jsonl')])}"
     study = place("seeds = [0, 1]\nvoting = ['majority_vote']", grid)
-    with pytest.raises(SomeFailed, match=r"3 of 6 cells failed .*in a tokenizer"):
+    with pytest.raises(PartialFailureError, match=r"3 of 6 cells failed .*in a tokenizer"):
         run_study(study)
     failing.when = lambda *_: False
     run_study(study)
@@ -446,7 +446,7 @@ def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"instruction": "a"}) + "\n", encoding="utf-8")
     grid = f"[[grid]]\ndataset = {json.dumps([str(bad), str(tmp_path / 'rows.jsonl')])}"
-    with pytest.raises(SomeFailed, match=r"1 of 2 cells failed .*bad\.jsonl"):
+    with pytest.raises(PartialFailureError, match=r"1 of 2 cells failed .*bad\.jsonl"):
         run_study(place(grid=grid))
     page = (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     assert "## Cells that failed" in page and f"| {tmp_path / 'rows.jsonl'} | RANDOM |" in page
@@ -458,7 +458,7 @@ def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, mon
     study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
     with monkeypatch.context() as patch:
         Failing(patch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
-        with pytest.raises(SomeFailed, match="2 of 3 cells failed"):
+        with pytest.raises(PartialFailureError, match="2 of 3 cells failed"):
             run_study(study)
     assert "1 of the ensemble's 2 prompts failed" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
     run_study(study)
@@ -467,7 +467,7 @@ def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, mon
 
 def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
     Failing(monkeypatch, cell_runner, "train", lambda *_: True, ValueError("no"))
-    with pytest.raises(SomeFailed, match="1 of 1 cells failed"):
+    with pytest.raises(PartialFailureError, match="1 of 1 cells failed"):
         run_study(place())
     assert "ValueError: no" in (place.folder / "out" / "study.md").read_text(encoding="utf-8")
 
@@ -521,7 +521,7 @@ def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, 
     )
     if fails:
         Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, RuntimeError("no"))
-        with pytest.raises(SomeFailed, match="8 of 12 cells failed"):
+        with pytest.raises(PartialFailureError, match="8 of 12 cells failed"):
             run_study(study)
     else:
         run_study(study)

@@ -1,15 +1,11 @@
-"""Files and folders that appear whole, and what is left where writing, renaming or reading fails."""
+"""Atomic writes, and what remains when writing or renaming fails or a process is killed."""
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from softprompt.engines.activation_offload import ActivationStore
-from softprompt.mini import make
-from softprompt.utils.atomic_io import new_folder, remove_folder, remove_leftovers, write_folder
-from softprompt.utils.errors import OutputError, TrainingError
+from softprompt.utils.atomic_io import check_writable, new_folder, remove_folder, remove_leftovers, write_folder
+from softprompt.utils.errors import OutputError
 
 
 def names(folder: Path) -> list[str]:
@@ -17,8 +13,8 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def fails(monkeypatch):
-    """The renaming of a new folder to its place fails; a folder that is set aside can be moved."""
+def rename_fails(monkeypatch):
+    """Renaming a new folder fails; a folder that is set aside can still be moved."""
     rename = Path.rename
 
     def failing(self, target):
@@ -29,7 +25,7 @@ def fails(monkeypatch):
     monkeypatch.setattr(Path, "rename", failing)
 
 
-def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(fails, tmp_path):
+def test_a_failed_rename_keeps_the_old_folder(rename_fails, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "old").write_text("0")
     with pytest.raises(OSError, match="No space left"):
@@ -37,8 +33,8 @@ def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(fails, tmp_pa
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["old"]
 
 
-def test_a_folder_that_was_set_aside_by_a_killed_process_comes_back(tmp_path):
-    """Unless another has its place by now; what was to be removed, and what was half written, goes."""
+def test_a_folder_that_a_killed_process_set_aside_is_restored(tmp_path):
+    """Unless another has taken its name; folders to be removed and incomplete ones are deleted."""
     for name, kind in (("checkpoint-5", "old"), ("checkpoint-6", "old"), ("checkpoint-7", "gone")):
         (tmp_path / f".{name}-abcd_123.{kind}" / name).mkdir(parents=True)
         (tmp_path / f".{name}-abcd_123.{kind}" / name / "mine").touch()
@@ -53,7 +49,7 @@ def test_a_folder_that_was_set_aside_by_a_killed_process_comes_back(tmp_path):
     assert names(tmp_path / "checkpoint-5") == ["mine"] and names(tmp_path / "checkpoint-6") == ["newer"]
 
 
-def test_what_cannot_be_put_back_is_not_lost(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_restored_is_kept(tmp_path, monkeypatch):
     aside = tmp_path / ".checkpoint-5-abcd_123.old" / "checkpoint-5"
     aside.mkdir(parents=True)
     with monkeypatch.context() as patch:
@@ -64,7 +60,7 @@ def test_what_cannot_be_put_back_is_not_lost(tmp_path, monkeypatch):
     assert names(tmp_path) == ["checkpoint-5"]
 
 
-def test_of_a_link_to_a_folder_the_link_alone_is_replaced_or_removed(tmp_path):
+def test_only_the_link_to_a_folder_is_replaced_or_removed(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "mine").touch()
     for change in (remove_folder, lambda path: write_folder(path, {"new": b""})):
@@ -74,39 +70,31 @@ def test_of_a_link_to_a_folder_the_link_alone_is_replaced_or_removed(tmp_path):
     assert names(tmp_path) == ["big", "x"] and names(tmp_path / "x") == ["new"]
 
 
-def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+def test_replace_false_keeps_a_folder_that_appeared_meanwhile(tmp_path):
     with pytest.raises(FileExistsError), new_folder(tmp_path / "x", replace=False):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "mine").touch()
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["mine"]
 
 
-def short(descriptor, views, offset):
-    return 0
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path):
+    class Failing(dict):
+        def items(self):
+            yield "a", b"1"
+            raise OSError("disk full")
+
+    write_folder(tmp_path / "x", {"old": b"0"})
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "x", Failing())
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["old"]
+    write_folder(tmp_path / "x", {"new": b"2"})
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["new"]
 
 
-def broken(descriptor, views, offset):
-    raise OSError(5, "Input/output error")
-
-
-@pytest.mark.parametrize("read, told", [(short, "shorter"), (broken, "Input/output error")])
-def test_activations_that_cannot_be_read_back(read, told, tmp_path, monkeypatch):
-    with ActivationStore(0, tmp_path) as borders:
-        borders.put("a", torch.arange(6.0))
-        monkeypatch.setattr(os, "preadv", read)
-        with pytest.raises(TrainingError, match=rf"--offload_folder {tmp_path}: .*{told}"):
-            borders.take("a")
-
-
-def test_activations_that_come_back_in_parts(tmp_path, monkeypatch):
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda descriptor, views, at: real(descriptor, [views[0][:5]], at))
-    with ActivationStore(0, tmp_path) as borders:
-        borders.put("a", torch.arange(6.0))
-        assert torch.equal(borders.take("a"), torch.arange(6.0))
-
-
-def test_a_mini_base_takes_no_folder_that_holds_something(tmp_path, capsys):
-    (tmp_path / "mine").touch()
-    assert make.main(["--output_dir", str(tmp_path)]) == OutputError.exit_code
-    assert f"--output_dir {tmp_path} is not empty" in capsys.readouterr().err and names(tmp_path) == ["mine"]
+def test_check_writable_creates_nothing_and_refuses_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OutputError, match=f"--output_dir {path}"):
+            check_writable(path, "--output_dir")
+    check_writable(tmp_path / "a/b/c", "--output_dir")
+    assert names(tmp_path) == ["file"]

@@ -1,4 +1,4 @@
-"""Standard streams as they are found: of any encoding, closed, or with a reader that has gone."""
+"""Standard streams of any encoding, closed ones, and pipes without a reader."""
 
 import io
 import json
@@ -17,7 +17,7 @@ ROWS = [{"instruction": f"第{i}题😀", "output": "好👍"} for i in range(8)
 
 
 class Stream(io.TextIOWrapper):
-    """Text of an encoding, kept as bytes."""
+    """A text stream of an encoding that keeps its bytes in memory."""
 
     def __init__(self, encoding):
         super().__init__(io.BytesIO(), encoding=encoding, write_through=True)
@@ -45,7 +45,7 @@ def flags(tiny_base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii", "utf-16"])
-def test_no_encoding_ends_a_run(encoding, flags, monkeypatch):
+def test_a_run_succeeds_in_any_encoding(encoding, flags, monkeypatch):
     out = Stream(encoding)
     assert ended(train, [*flags, "--output_dir", "run"], monkeypatch, stdout=out) == 0
     assert "Try: python infer.py" in out.text and out.errors == "strict"
@@ -53,18 +53,18 @@ def test_no_encoding_ends_a_run(encoding, flags, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii"])
-def test_answers_in_an_encoding_that_lacks_them(encoding, place, monkeypatch):
+def test_answers_with_characters_that_the_encoding_lacks(encoding, place, monkeypatch):
     (place / "q.jsonl").write_text('{"prompt": "题😀"}\n', encoding="utf-8")
     out = Stream(encoding)
     asked = ["--adapter", "a", "--prompts_file", "q.jsonl", "--max_new_tokens", "2", "--do_sample", "false"]
     assert ended(infer, asked, monkeypatch, stdout=out) == 0
-    assert json.loads(out.text)["prompt"] == "题😀"  # JSON has escapes of its own
+    assert json.loads(out.text)["prompt"] == "题😀"  # as a JSON escape
     out = Stream(encoding)
     assert ended(infer, ["--adapter", "a", "--prompt", "题", "--max_new_tokens", "2"], monkeypatch, stdout=out) == 0
 
 
-def test_a_run_outlives_the_readers_of_its_messages(flags, tmp_path, monkeypatch):
-    """Both streams are pipes that nobody reads any more, as behind `2>&1 | head -1`."""
+def test_a_run_survives_the_readers_of_its_messages(flags, tmp_path, monkeypatch):
+    """Both streams are pipes without a reader, as after `2>&1 | head -1`."""
     pipes = []
     for _ in range(2):
         reader, writer = os.pipe()
@@ -74,10 +74,10 @@ def test_a_run_outlives_the_readers_of_its_messages(flags, tmp_path, monkeypatch
     assert ended(train, argv, monkeypatch, stdout=pipes[0], stderr=pipes[1]) == 0
     assert (tmp_path / "run/all_results.json").exists()
     for pipe in pipes:
-        pipe.close()  # what it held went nowhere
+        pipe.close()  # its buffer was redirected to the null device
 
 
-def test_a_reader_that_leaves_ends_answers_quietly(place, monkeypatch, capsys):
+def test_infer_ends_quietly_when_its_reader_leaves(place, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     (place / "q.txt").write_text("a\n" * 3, encoding="utf-8")
@@ -87,7 +87,7 @@ def test_a_reader_that_leaves_ends_answers_quietly(place, monkeypatch, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-def test_streams_that_are_closed(place, flags, tmp_path, monkeypatch):
+def test_closed_streams(place, flags, tmp_path, monkeypatch):
     closed = {"stdin": None, "stdout": None, "stderr": None}
     assert ended(train, [*flags, "--output_dir", "run"], monkeypatch, **closed) == 0
     assert (tmp_path / "run/all_results.json").exists()
@@ -95,7 +95,7 @@ def test_streams_that_are_closed(place, flags, tmp_path, monkeypatch):
     assert ended(infer, ["--adapter", "a"], monkeypatch, **closed) == 2  # no terminal to chat on
 
 
-def test_training_from_python_over_another_encoding(flags, tiny_base, monkeypatch):
+def test_training_from_python_in_another_encoding(flags, tiny_base, monkeypatch):
     out = Stream("ascii")
     monkeypatch.setattr(sys, "stdout", out)
     softprompt.train(model_name_or_path=str(tiny_base), dataset="rows.jsonl", max_steps=1, output_dir="run")
@@ -103,7 +103,7 @@ def test_training_from_python_over_another_encoding(flags, tiny_base, monkeypatc
 
 
 def test_paths_of_any_kind(flags, tiny_base, tmp_path, monkeypatch):
-    """A leading ~ is the home folder and path objects are paths, in Python, in TOML and behind `--flag=`."""
+    """A leading ~ is the home folder, in Python, in TOML and after `--flag=`; path objects are accepted."""
     home = tmp_path / "家 dir"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -123,10 +123,10 @@ def test_paths_of_any_kind(flags, tiny_base, tmp_path, monkeypatch):
     assert model.prompt.shape == (3, 32)
 
 
-def test_a_user_without_a_home_leaves_nothing_in_the_working_folder(monkeypatch, tmp_path):
+def test_without_a_home_folder_nothing_is_cached_in_the_working_folder(monkeypatch, tmp_path):
     from softprompt.utils.atomic_io import cache_dir
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where neither HOME nor passwd has one
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as if neither HOME nor passwd named one
     with pytest.raises(OSError):
         cache_dir("tokens").mkdir(parents=True)

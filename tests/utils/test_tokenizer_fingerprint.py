@@ -1,4 +1,4 @@
-"""A tokenizer's fingerprints know all that decides ids and text, and neither its place nor how it was called before."""
+"""A tokenizer's fingerprints cover what affects ids and text, but neither its path nor earlier calls."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_each_part_has_its_own(case, folder, tmp_path):
+def test_a_change_affects_only_the_fingerprint_of_its_part(case, folder, tmp_path):
     change, parts = CHANGES[case]
     shutil.copytree(folder, tmp_path / "b")
     change(tmp_path / "b")
@@ -83,7 +83,7 @@ def test_each_part_has_its_own(case, folder, tmp_path):
     assert fingerprint_of_tokenizer(loaded(folder)) != fingerprint_of_tokenizer(loaded(tmp_path / "b"))
 
 
-def test_neither_place_nor_calls_matter(folder, tmp_path):
+def test_path_and_earlier_calls_do_not_matter(folder, tmp_path):
     before = tokenizer_fingerprints(loaded(folder))
     shutil.copytree(folder, tmp_path / "b")
     reconfigured(model_max_length=7, padding_side="right")(tmp_path / "b")
@@ -91,7 +91,7 @@ def test_neither_place_nor_calls_matter(folder, tmp_path):
     assert tokenizer_fingerprints(tokenizer) == before
     tokenizer([TEXT, "a"], truncation=True, max_length=3, padding=True)
     assert tokenizer_fingerprints(tokenizer) == before
-    tokenizer.save_pretrained(tmp_path / "c")  # tokenizer.json has them now
+    tokenizer.save_pretrained(tmp_path / "c")  # tokenizer.json now contains truncation and padding
     assert '"max_length": 3' in (tmp_path / "c" / "tokenizer.json").read_text()
     again = loaded(tmp_path / "c")
     assert tokenizer_fingerprints(again) == before
@@ -100,8 +100,8 @@ def test_neither_place_nor_calls_matter(folder, tmp_path):
 
 
 @pytest.fixture
-def in_python(tmp_path) -> Path:
-    """A tokenizer that has no tokenizer.json, but a file of merges."""
+def python_tokenizer(tmp_path) -> Path:
+    """The folder of a tokenizer implemented in Python: no tokenizer.json, but a file of merges."""
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b</w>": 1, "ab</w>": 2, "<unk>": 3, "a@@": 4, "b": 5}))
     (tmp_path / "merges.txt").write_text("#version\na b</w>\n")
     CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="b").save_pretrained(tmp_path / "a")
@@ -116,9 +116,9 @@ def in_python(tmp_path) -> Path:
         (own_template, "chat_template"),
     ],
 )
-def test_a_tokenizer_in_python(change, part, in_python, tmp_path):
-    before = tokenizer_fingerprints(loaded(in_python))
-    shutil.copytree(in_python, tmp_path / "b")
+def test_a_python_tokenizer(change, part, python_tokenizer, tmp_path):
+    before = tokenizer_fingerprints(loaded(python_tokenizer))
+    shutil.copytree(python_tokenizer, tmp_path / "b")
     reconfigured(model_max_length=7, padding_side="left")(tmp_path / "b")
     assert tokenizer_fingerprints(loaded(tmp_path / "b")) == before
     change(tmp_path / "b")
