@@ -19,7 +19,7 @@ from softprompt.config.infer_args import InferConfig, has_splits
 from softprompt.config.schema import is_text
 from softprompt.config.validation import bits_of
 from softprompt.data.dataset import load_prompts
-from softprompt.data.splits import splits_of
+from softprompt.data.splits import find_splits
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_cut, report
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
 from softprompt.generation.adapters import load as read_adapter
@@ -176,8 +176,8 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> tuple[str, str]:
     any. Rows are read and cut as in the adapters' training, unless flags say otherwise."""
     tuned, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     if has_splits(dataset):
-        splits = splits_of(dataset, None)
-        for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
+        splits = find_splits(dataset, None)
+        for line in splits.describe_split("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
     cut = common_cut(tuned, config.generation.max_length, question.truncation_side)
     judge = AdapterEvaluator(

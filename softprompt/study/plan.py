@@ -168,7 +168,7 @@ class _Shelf:
 
 def _tell(dataset: str | None, rows: Rows, data: Tokenized, held_out: Tokenized | None) -> None:
     """What was found in the rows, as a run says it."""
-    for line in (*rows.notes, f"{dataset}, training: {data}", *([f"held out: {held_out}"] if held_out else [])):
+    for line in (*rows.notices, f"{dataset}, training: {data}", *([f"held out: {held_out}"] if held_out else [])):
         print(line)
 
 

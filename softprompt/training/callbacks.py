@@ -194,7 +194,7 @@ class RunCallbacks:
         return first_question(rows, self.template, self.run.tokenizer)
 
     def _tell_rows(self) -> None:
-        if told := self.run.feed.told(self.position):
+        if told := self.run.feed.describe_rows_read(self.position):
             done, total = self.progress.totals.steps, self.run.feed.total_steps
             ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
             self.progress.say(told + ended)

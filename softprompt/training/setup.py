@@ -135,7 +135,7 @@ def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pat
     base_config(base_path(str(config.model.model_name_or_path)))  # what cannot be a base is said before rows are read
     template = make_template(config)
     rows = read_rows(config, template)
-    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
+    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notices)
     tokenizer = load_tokenizer(base_path(str(config.model.model_name_or_path)))
     data, held_out = tokenize_rows(config, template, tokenizer, rows)
     ignored = ignored_keys(chain(rows.train, rows.held_out), tokenizer) if template.spec == CHAT else {}

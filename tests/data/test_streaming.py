@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 import softprompt
 import train
 from softprompt.cli import run_command
-from softprompt.data import build_data as intake
-from softprompt.data import sampler
+from softprompt.data import build_data, sampler
 from softprompt.data import stream_sources as sources
 from softprompt.data.stream_loader import ShuffleBuffer
 from softprompt.data.stream_sources import open_source
@@ -38,7 +37,7 @@ def settings(tiny_base, tmp_path, monkeypatch):
     """A run of 13 steps over 19 rows in windows of 4, so that epochs end with a short window, in the folder `run`; two
     of the rows are looked at beforehand."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(intake, "HEAD", 2)
+    monkeypatch.setattr(build_data, "ROWS_CHECKED_FIRST", 2)
     Path("rows.jsonl").write_text(lines(ROWS))
     return {
         **{"model_name_or_path": str(tiny_base), "dataset": "rows.jsonl", "eval_rows": 4, "output_dir": "run"},
@@ -119,7 +118,7 @@ def test_other_places_of_the_same_rows(name, settings, tmp_path):
     assert outcome() == expected
     source = open_source(name, None, "train")
     for first in range(24):
-        read = [sources.placed(raw)[1] for raw in source.read(first)]
+        read = [sources.parse_row(raw)[1] for raw in source.read(first)]
         assert read == ROWS[first:]
 
 
