@@ -22,7 +22,7 @@ from softprompt.config.infer_args import InferConfig, has_splits
 from softprompt.config.schema import is_text
 from softprompt.config.validation import quantization_bits
 from softprompt.data.dataset import load_prompts
-from softprompt.data.splits import splits_of
+from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
@@ -205,8 +205,8 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     """
     adapters, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     if has_splits(dataset):
-        splits = splits_of(dataset, None)
-        for line in splits.told("held-out", splits.choose(question.eval_split, "--eval_split")):
+        splits = find_splits(dataset, None)
+        for line in splits.describe_split("held-out", splits.choose(question.eval_split, "--eval_split")):
             _tell(line)
     cut = common_truncation(adapters, config.generation.max_length, question.truncation_side)
     evaluator = AdapterEvaluator(

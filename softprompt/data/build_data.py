@@ -1,4 +1,4 @@
-"""From settings to rows, to examples, to what the loop is fed with."""
+"""From settings to rows, to examples, to the loader of a run."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
-from softprompt.data.readers import path_of
+from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
-from softprompt.data.splits import Extent, splits_of
+from softprompt.data.splits import Selection, find_splits
 from softprompt.data.stream_loader import StreamLoader
-from softprompt.data.stream_sources import Behind, Raw, Source, head, open_source, placed
+from softprompt.data.stream_sources import Raw, SkipFirst, Source, first_rows, open_source, parse_row
 from softprompt.data.template import CHAT, Template
 from softprompt.data.token_cache import cached
 from softprompt.data.tokenization import Encoded, Tokenized, encode, tokenize
@@ -22,7 +22,7 @@ from softprompt.mini import rows as mini_rows
 from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.torchrun_env import is_main
 
-HEAD = 1000  # rows at the beginning of a stream that are looked at before the run
+ROWS_CHECKED_FIRST = 1000  # rows at the beginning of a stream that are checked before the run
 
 
 def make_template(config: TrainConfig) -> Template:
@@ -30,13 +30,16 @@ def make_template(config: TrainConfig) -> Template:
 
 
 class Rows(NamedTuple):
-    """Training rows, held-out ones, and with --streaming what all training rows are read from; then `train` is the
-    first of them. `notes` say what a user should know of which rows these are."""
+    """Training rows and held-out rows.
+
+    With --streaming, `source` is what the training rows are read from, and `train` holds only the first of them.
+    `notices` are sentences for the user about where the rows come from.
+    """
 
     train: RowStore
     held_out: RowStore
     source: Source | None = None
-    notes: Sequence[str] = ()
+    notices: Sequence[str] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -45,27 +48,29 @@ class Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of a dataset, which they are (None: made in memory), and what is to be said of them."""
+    """Rows of a dataset, the selection that they are (None if they were made in memory), and notices about them."""
 
     rows: RowStore
-    extent: Extent | None = None
-    notes: Sequence[str] = ()
+    selection: Selection | None = None
+    notices: Sequence[str] = ()
 
 
 def read_rows(config: TrainConfig, template: Template) -> Rows:
-    """Held-out rows are from --eval_dataset or --eval_split, from the dataset's end (a stream's beginning), or a mini
-    task's own.
+    """Read training and held-out rows.
+
+    Held-out rows come from --eval_dataset or --eval_split, from the end of the dataset with --eval_rows (from the
+    beginning of a stream), or from a mini task's own held-out sentences.
 
     Raises:
-        DataError: a dataset that cannot be read, has no such split, holds no rows, or none beside --eval_rows; a row
-            without what the template needs (of a stream, among the first); held-out rows that are the training rows.
-        ConfigError: a stream of a length that nobody knows, without --max_steps; a configuration of what has none.
+        DataError: a dataset cannot be read, has no such split or no rows, or --eval_rows leaves none to train on; a row
+            lacks what the template needs (of a stream, one of the first rows); held-out rows are also training rows.
+        ConfigError: a stream of unknown length without --max_steps; --dataset_config_name for a dataset without any.
     """
     data, dataset = config.data, str(config.data.dataset)
     _check_config_name(config)
     if data.streaming:
         return _open(config, template, dataset)
-    rows, extent, notes = _training(config, template, dataset)
+    rows, selection, notices = _training(config, template, dataset)
     if data.eval_rows:
         if data.eval_rows >= len(rows):
             raise DataError(
@@ -73,9 +78,9 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
             )
         held_out = _Part(rows.split_off(data.eval_rows))
     else:
-        held_out = _held_out(config, template, extent)
+        held_out = _held_out(config, template, selection)
     doubled = [] if is_mini_task(dataset) else _describe_duplicates(rows, held_out.rows)
-    return Rows(rows, held_out.rows, notes=[*notes, *held_out.notes, *doubled])
+    return Rows(rows, held_out.rows, notices=[*notices, *held_out.notices, *doubled])
 
 
 def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
@@ -84,56 +89,56 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
     if source.rows is None and config.training.max_steps <= 0:
         raise ConfigError(f"--max_steps is missing: how many rows {dataset} has is not known before they are all read")
     held = data.eval_rows
-    first = check_rows(dataset, map(placed, head(source, held + HEAD)), template, config.columns)
+    first = check_rows(dataset, map(parse_row, first_rows(source, held + ROWS_CHECKED_FIRST)), template, config.columns)
     if not first:
         raise DataError(f"{dataset} holds no rows; expected at least one with instruction and output")
     if held >= len(first):
         raise DataError(f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on")
-    held_out = _Part(first[:held]) if held else _held_out(config, template, source.extent)
-    notes = [*source.notes, *held_out.notes, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
-    return Rows(first[held:], held_out.rows, Behind(source, held), notes)
+    held_out = _Part(first[:held]) if held else _held_out(config, template, source.selection)
+    notices = [*source.notices, *held_out.notices, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
+    return Rows(first[held:], held_out.rows, SkipFirst(source, held), notices)
 
 
 def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
     if is_mini_task(dataset):
         return _Part(_made_rows(dataset, "train", template))
     data = config.data
-    splits = splits_of(dataset, data.dataset_config_name)
-    taken = splits.take(data.dataset_split, "--dataset_split")
-    rows = rows_of(dataset, taken.rows, template, config.columns)
-    return _Part(rows, taken.extent, [*splits.notes, *splits.told("training", taken.split)])
+    splits = find_splits(dataset, data.dataset_config_name)
+    selected = splits.select(data.dataset_split, "--dataset_split")
+    rows = rows_of(dataset, selected.rows, template, config.columns)
+    return _Part(rows, selected.selection, [*splits.notices, *splits.describe_split("training", selected.split)])
 
 
-def _held_out(config: TrainConfig, template: Template, training: Extent | None) -> _Part:
-    """Rows of --eval_dataset; of a hub's, no other split is downloaded with --streaming."""
+def _held_out(config: TrainConfig, template: Template, training: Selection | None) -> _Part:
+    """Read --eval_dataset. With --streaming, no other split of a hub dataset is downloaded."""
     data, dataset = config.data, config.data.held_out
     if dataset is None:
         return _Part(RowStore())
     if is_mini_task(dataset):
         return _Part(_made_rows(dataset, "eval", template))
     flag, name = "--eval_split", data.dataset_config_name
-    if data.streaming and path_of(dataset) is None:
+    if data.streaming and local_path(dataset) is None:
         source = open_source(dataset, name, data.eval_split, flag=flag)
-        _refuse_training_rows(dataset, source.extent, training)
-        return _Part(check_rows(dataset, map(placed, source.read()), template, config.columns), source.extent)
-    splits = splits_of(dataset, name)
-    taken = splits.take(data.eval_split, flag)
-    _refuse_training_rows(dataset, taken.extent, training)
-    notes = [] if dataset == data.dataset else splits.notes
-    rows = rows_of(dataset, taken.rows, template, config.columns)
-    return _Part(rows, taken.extent, [*notes, *splits.told("held-out", taken.split)])
+        _refuse_training_rows(dataset, source.selection, training)
+        return _Part(check_rows(dataset, map(parse_row, source.read()), template, config.columns), source.selection)
+    splits = find_splits(dataset, name)
+    selected = splits.select(data.eval_split, flag)
+    _refuse_training_rows(dataset, selected.selection, training)
+    notices = [] if dataset == data.dataset else splits.notices
+    rows = rows_of(dataset, selected.rows, template, config.columns)
+    return _Part(rows, selected.selection, [*notices, *splits.describe_split("held-out", selected.split)])
 
 
-def _refuse_training_rows(dataset: str, held_out: Extent, training: Extent | None) -> None:
-    if training and held_out.meets(training):
+def _refuse_training_rows(dataset: str, held_out: Selection, training: Selection | None) -> None:
+    if training and held_out.overlaps(training):
         raise DataError(
-            f"--eval_dataset {dataset}: its split {', '.join(held_out.spans)} holds rows that are trained on; name "
+            f"--eval_dataset {dataset}: its split {', '.join(held_out.ranges)} holds rows that are trained on; name "
             "another split with --eval_split, or another dataset, or hold out --eval_rows N"
         )
 
 
 def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
-    """Sentences about training rows that stand there more than once, and about held-out rows that are trained on."""
+    """Describe training rows that occur more than once, and held-out rows that are also training rows."""
     different = np.unique(train.hashes)
     if again := len(train) - len(different):
         yield f"{again:,} of {which}{len(train):,} training rows are there before"
@@ -144,7 +149,7 @@ def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -
 def _check_config_name(config: TrainConfig) -> None:
     data = config.data
     there = [name for name in (data.dataset, data.held_out) if name]
-    if data.dataset_config_name and not any(not is_mini_task(name) and path_of(name) is None for name in there):
+    if data.dataset_config_name and not any(not is_mini_task(name) and local_path(name) is None for name in there):
         raise ConfigError(
             f"--dataset_config_name {data.dataset_config_name} is for a hub dataset, which {data.dataset} is not; "
             "leave it out"
@@ -152,13 +157,13 @@ def _check_config_name(config: TrainConfig) -> None:
 
 
 def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any, rows_per_step: int) -> WindowLoader:
-    """Of all examples, or of a stream's rows, which become examples in time; those then raise DataError."""
+    """Make the loader of a run; a stream's rows are tokenised when they are read, and may raise DataError then."""
     if rows.source is None:
         return ListLoader(data.examples, config.training, rows_per_step)
     template, cut = make_template(config), (config.data.max_length, config.data.truncation_side)
 
     def encoded(raws: Sequence[Raw]) -> list[Encoded]:
-        checked = [check_row(*placed(raw), template, config.columns) for raw in raws]
+        checked = [check_row(*parse_row(raw), template, config.columns) for raw in raws]
         return encode(checked, [place for place, _ in raws], tokenizer, template, *cut)
 
     name = str(config.data.dataset)
@@ -168,10 +173,10 @@ def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any
 def tokenize_rows(
     config: TrainConfig, template: Template, tokenizer: Any, rows: Rows
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Examples of training and held-out rows (of a stream, of its first rows); a bar shows on a terminal.
+    """Tokenise training rows (of a stream, its first rows) and held-out rows; on a terminal a progress bar shows.
 
     Raises:
-        DataError: as of `data.tokenize`.
+        DataError: see `tokenize`.
     """
     progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)
@@ -180,7 +185,7 @@ def tokenize_rows(
         def make() -> Tokenized:
             return tokenize(rows, tokenizer, template, *cut, progress, config.data.preprocessing_num_workers)
 
-        if template.spec == CHAT:  # may depend on whatever the template looks at, the date for one
+        if template.spec == CHAT:  # a chat template may depend on more than the row, such as the date
             return make()
         read, write = not config.data.overwrite_cache, not config.training.dry_run
         return cached(make, rows, tokenizer, template.spec, *cut, read=read, write=write)

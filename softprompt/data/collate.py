@@ -10,7 +10,7 @@ from softprompt.data.tokenization import IGNORE, Example
 
 
 class Batch(NamedTuple):
-    """A padded micro-batch: three times [B, T] int64; pads stand on the right, with mask 0 and label -100."""
+    """A padded micro-batch of three tensors [B, T] int64. Padding is on the right, with mask 0 and label -100."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -30,9 +30,12 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
     tokenizer that pads on the right.
 
-    The side is not the tokenizer's to choose: the prompt is put in front of the batch, so padding on the left would
-    stand between prompt and text, and whatever counts places instead of positions (a sliding window, MPT's ALiBi)
-    would see the text farther from the prompt than it is.
+    The tokenizer's padding side is ignored. The prompt is put in front of the batch, so left padding would be between
+    prompt and text, and mechanisms that count indices instead of positions (sliding windows, MPT's ALiBi) would take
+    the text to be farther from the prompt than it is.
+
+    Returns:
+        A batch of tensors [B, T] int64.
     """
     width = max(len(e.input_ids) for e in examples)
 
@@ -47,11 +50,11 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 class Packed(NamedTuple):
-    """A micro-batch without padding: S tokens of B rows, one row after the other. A row ends where its last target is
-    predicted: what stands behind that has no part in loss or gradient.
+    """A micro-batch without padding: S tokens of B rows, concatenated.
 
-    `predictors` are the positions in the stream whose next token is a target; a row's first token is predicted by the
-    last virtual token, so `first_targets` have no predictor in the stream.
+    A row ends with the token that predicts its last target; later tokens affect neither loss nor gradient. `predictors`
+    are the indices in the stream whose next token is a target. A row's first token is predicted by the last virtual
+    token, so targets in `first_targets` have no predictor in the stream.
     """
 
     input_ids: Tensor  # [S] int64
@@ -65,8 +68,11 @@ class Packed(NamedTuple):
 
 
 def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> Iterator[list[Example]]:
-    """Micro-batches of at most so many tokens, or of one row that has more; longest rows first, so that rows of a
-    micro-batch are about as long as each other, and memory is full at the beginning or never."""
+    """Cut a window into micro-batches of at most `tokens_per_microbatch` tokens, or of one row that has more.
+
+    The longest rows come first: rows of a micro-batch have similar lengths, and if memory does not suffice, the first
+    micro-batch shows it.
+    """
     part: list[Example] = []
     tokens = 0
     for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
@@ -84,7 +90,7 @@ def has_targets(batch: Packed) -> bool:
 
 
 def collate_packed(examples: Sequence[Example]) -> Packed:
-    """Concatenate rows up to their last predictors, and find their targets."""
+    """Concatenate rows, each up to the predictor of its last target, and collect the targets."""
     ids: list[int] = []
     lengths, predictors, targets, first_targets = [], [], [], []
     for row in examples:

@@ -1,4 +1,4 @@
-"""What the loop is fed with: the rows of each optimizer step, and where they end. Here, rows that are all at hand."""
+"""Loaders: they yield the examples of each optimizer step. This module holds the one for examples in memory."""
 
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -14,8 +14,11 @@ BEGINNING: Position = {}
 
 
 class Window(NamedTuple):
-    """The rows of one optimizer step, and what an error calls them. `epoch` is the number of passes over all rows done
-    after it, as a fraction; with the last rows of one it `ends_epoch`. `position` is where its feed goes on."""
+    """The examples of one optimizer step.
+
+    `places` name their rows in error messages. `epoch` is the number of passes over all rows after this step, as a
+    fraction. `ends_epoch` is True for the last window of a pass. `position` is where the loader resumes after it.
+    """
 
     examples: Sequence[Example]
     places: Sequence[str]
@@ -25,7 +28,7 @@ class Window(NamedTuple):
 
 
 class WindowLoader(Protocol):
-    """Rows in windows of `rows_per_step`; `places` is what errors say of the windows' places, a format string."""
+    """Yields examples in windows of `rows_per_step`. `places` is a format string for a window's places in errors."""
 
     @property
     def rows_per_step(self) -> int: ...
@@ -33,33 +36,33 @@ class WindowLoader(Protocol):
     def places(self) -> str: ...
     @property
     def rows(self) -> int | None:
-        """Of one pass, as far as is known; None where it is not."""
+        """The number of rows of one pass; None if it is not known."""
         ...
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run; fewer only where rows of a stream turn out to have no target."""
+        """Optimizer steps of the run. There may be fewer if rows of a stream turn out to have no target."""
         ...
 
     def windows(self, step: int = 0, position: Position = BEGINNING) -> Generator[Window, None, None]:
-        """Those after `step` optimizer steps, the last of which left `position`, without end.
+        """Yield windows without end, starting after `step` optimizer steps; the last of them had this `position`.
 
         Raises:
-            DataError: a row that cannot be read, after the windows before it.
+            DataError: a row cannot be read; the windows before it are yielded first.
         """
         ...
 
     def is_over(self, step: int, position: Position) -> bool:
-        """Whether the run has made all its steps."""
+        """Whether the run has done all its steps."""
         ...
 
-    def told(self, position: Position) -> str:
-        """What was found in the rows up to there, where it could not be told beforehand."""
+    def describe_rows_read(self, position: Position) -> str:
+        """Count the rows read up to `position` that were cut or left out; empty if that was known beforehand."""
         ...
 
 
 def rows_of_a_step(args: TrainingArguments, devices: int = 1) -> int:
-    """Rows of an optimizer step: devices × batch × accumulation, as TrainingArguments means them."""
+    """Rows of an optimizer step: devices × batch size × gradient accumulation, as in Trainer."""
     return devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
@@ -70,7 +73,7 @@ def total_steps(rows: int, args: TrainingArguments, rows_per_step: int | None = 
 
 
 def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_step: int) -> float:
-    """Passes over the rows after this many optimizer steps, counted in micro-batches, as Trainer logs them."""
+    """The epoch after `step` optimizer steps, counted in micro-batches as Trainer logs it."""
     micro = math.ceil(n_examples * args.gradient_accumulation_steps / rows_per_step)
     whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
     return whole + min(part * args.gradient_accumulation_steps, micro) / micro
@@ -78,8 +81,11 @@ def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_st
 
 @dataclass(frozen=True)
 class ListLoader:
-    """All examples of a run, in Trainer's order; the number of steps is the position. `per_step` are rows of an
-    optimizer step, those of one device where it is not given."""
+    """Yields examples that are all in memory (or memory-mapped), in Trainer's order.
+
+    The order follows from the seed, so the number of steps alone is the position. `per_step` is the number of rows of
+    an optimizer step, by default that of one device.
+    """
 
     examples: Sequence[Example]
     args: TrainingArguments
@@ -109,5 +115,5 @@ class ListLoader:
     def is_over(self, step: int, position: Position) -> bool:
         return step >= self.total_steps
 
-    def told(self, position: Position) -> str:
+    def describe_rows_read(self, position: Position) -> str:
         return ""

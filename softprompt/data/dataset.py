@@ -1,4 +1,4 @@
-"""Dataset → checked rows. A row is a dict of texts; every fault names the file and the line or row it stands in."""
+"""Read a dataset into checked rows. A row is a dict of texts; each error names the file and the line or row."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -8,15 +8,23 @@ from types import MappingProxyType
 from typing import Any
 
 from softprompt.config.schema import is_text
-from softprompt.data.messages import CONVERSATIONS, kind_of, messages, tools
-from softprompt.data.readers import Located, read_jsonl, text_of
+from softprompt.data.messages import CONVERSATIONS, describe_type, messages, tools
+from softprompt.data.readers import LocatedRows, read_jsonl, read_text
 from softprompt.data.row_store import Row, RowStore
-from softprompt.data.splits import TRAIN, splits_of
+from softprompt.data.splits import TRAIN, find_splits
 from softprompt.data.template import CHAT, Template
 from softprompt.utils.errors import ConfigError, DataError
 
-OF_CHAT = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")  # columns of a chat's rows
-MOST_NAMED = 20  # columns in a message
+CHAT_COLUMNS = (
+    "messages",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "tools",
+)  # columns of a chat's rows
+MAX_LISTED = 20  # columns listed in a message
 
 
 def load_rows(
@@ -29,14 +37,20 @@ def load_rows(
     flag: str = "--dataset_split",
     usual_columns: Mapping[str, str] | None = None,
 ) -> RowStore:
-    """Read and check every row of a split of `source` (see `--dataset`; None: the held-out one, as `splits.choose` has
-    it; `flag` names it), its columns renamed by `columns` (ours → theirs). `usual_columns` are those of another
-    dataset: they count where `columns` say nothing and the first row has THEIRS.
+    """Read and check all rows of one split.
+
+    Args:
+        source: see `--dataset`.
+        columns: our column name → the dataset's.
+        split: None is the held-out split, see `splits.choose`.
+        flag: the flag that names the split, for messages.
+        usual_columns: the column names of another dataset. They are used for columns that `columns` does not name, if
+            the first row has them.
 
     Raises:
-        DataError: nothing there, no such split, or as of `rows_of`.
+        DataError: there is no such dataset or split; see also `rows_of`.
     """
-    located = splits_of(source, config_name).take(split, flag).rows
+    located = find_splits(source, config_name).select(split, flag).rows
     if usual_columns:
         first = next(located, None)
         located = chain([] if first is None else [first], located)
@@ -45,11 +59,11 @@ def load_rows(
     return rows_of(source, located, template, columns)
 
 
-def rows_of(source: str, located: Located, template: Template, columns: Mapping[str, str]) -> RowStore:
-    """Rows of a dataset, checked.
+def rows_of(source: str, located: LocatedRows, template: Template, columns: Mapping[str, str]) -> RowStore:
+    """Check the rows of a dataset.
 
     Raises:
-        DataError: an unreadable format, no rows, a row without a text that template or answer need.
+        DataError: the format cannot be read, there are no rows, or a row lacks a column that template or answer need.
     """
     rows = check_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
     if not rows:
@@ -58,11 +72,11 @@ def rows_of(source: str, located: Located, template: Template, columns: Mapping[
 
 
 def check_rows(
-    source: str, placed: Iterable[tuple[str, Any]], template: Template, columns: Mapping[str, str]
+    source: str, located: Iterable[tuple[str, Any]], template: Template, columns: Mapping[str, str]
 ) -> RowStore:
-    """Rows that begin a dataset, each with its place, checked; `columns` must be there in the first."""
+    """Check rows that come with their places. The first one must have all of `columns`."""
     rows = RowStore()
-    for place, row in placed:
+    for place, row in located:
         if not len(rows) and isinstance(row, dict):
             _check_mapping(source, row, template, columns)
         rows.append(check_row(place, row, template, columns))
@@ -70,23 +84,25 @@ def check_rows(
 
 
 def check_row(place: str, row: Any, template: Template, columns: Mapping[str, str]) -> Row:
-    """One row under our names for its columns, as `check_fields` has it.
+    """Rename the columns of one row to ours, and keep those that are used; see `check_fields`.
 
     Raises:
-        DataError: it is no row, or lacks a text that template or answer need.
+        DataError: it is not an object, or lacks a text that template or answer need.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object of columns, found {kind_of(row)}")
+        raise DataError(f"{place}: expected an object of columns, found {describe_type(row)}")
     return check_fields(place, _renamed(row, columns), template, columns)
 
 
 def load_prompts(source: str) -> list[tuple[str, Row]]:
-    """Questions of a --prompts_file, each with the line it stands in: a .txt with one a line, or a .jsonl of objects,
-    which are not looked into here.
+    """Read the questions of a --prompts_file: a .txt with one question a line, or a .jsonl of objects.
+
+    Returns:
+        Place and row of each question. The columns of a .jsonl's objects are not checked yet.
 
     Raises:
-        DataError: not there, not readable, no question in it, an empty line of a .txt before its last question (the
-            answers would not stand beside the lines), a line of a .jsonl that is no object.
+        DataError: the file does not exist, cannot be read or holds no question; a .txt has an empty line before its
+            last question (line numbers of questions and answers would differ); a line of a .jsonl is not an object.
     """
     path = Path(source)
     if path.is_dir():
@@ -94,9 +110,9 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     if not path.is_file():
         raise DataError(f"--prompts_file {source}: no such file")
     if path.suffix.lower() == ".txt":
-        # \r\n is read as \n; U+2028 and its kin end no line
-        lines = [line.rstrip("\n") for line in io.StringIO(text_of(path), newline=None)]
-        while not lines[-1].strip():  # what follows the last question is no question
+        # \r\n is read as \n; U+2028 and the like do not end a line
+        lines = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
+        while not lines[-1].strip():  # blank lines after the last question are ignored
             lines.pop()
         if blank := next((number for number, line in enumerate(lines, start=1) if not line.strip()), None):
             raise DataError(f"{source}, line {blank}: prompt is empty; write a question, or take the line out")
@@ -106,22 +122,24 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
     for where, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
+            raise DataError(f"{where}: expected an object of columns, found {describe_type(row)}")
     return rows
 
 
 def question(where: str, row: Any, template: Template) -> Row:
-    """A question's row, checked: `prompt` stands for the template's first column, beside an optional `input`;
-    `messages` are a conversation whose last message is the question.
+    """Check the row of a question.
+
+    `prompt` fills the template's first column, and may come with an `input`. `messages` is a conversation whose last
+    message is the question.
 
     Raises:
-        DataError: it is no row, or lacks a column, or one is not a text; messages that are none, or that a template of
-            single questions has no place for.
+        DataError: it is not an object, a column is missing or not a text, the messages are malformed, or the template
+            cannot express them.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object of columns, found {kind_of(row)}")
+        raise DataError(f"{where}: expected an object of columns, found {describe_type(row)}")
     if "messages" in row and "messages" not in template.fields:
-        return _asked(where, row, template)
+        return _conversation_question(where, row, template)
     if "prompt" not in row or "prompt" in template.fields:
         return _texts(where, row, template.fields or ("instruction", "input"), template.optional_fields)
     given = _texts(where, row, ("prompt", "input"), frozenset({"input"}))
@@ -133,8 +151,8 @@ def question(where: str, row: Any, template: Template) -> Row:
         raise DataError(f"{where}: {error}") from None
 
 
-def _asked(where: str, row: Row, template: Template) -> Row:
-    """A conversation whose last message is the question."""
+def _conversation_question(where: str, row: Row, template: Template) -> Row:
+    """Check a conversation whose last message is the question."""
     asked = _conversation(where, "messages", row, least=1, ends_with_answer=False)
     roles = [message["role"] for message in asked["messages"]]
     if template.spec == CHAT and roles[-1] == "assistant":
@@ -148,7 +166,7 @@ def _asked(where: str, row: Row, template: Template) -> Row:
 
 
 def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[str, str]) -> None:
-    ours_known = (*template.fields, "output") if template.spec != CHAT else OF_CHAT
+    ours_known = (*template.fields, "output") if template.spec != CHAT else CHAT_COLUMNS
     for ours, theirs in columns.items():
         if ours not in ours_known:
             raise DataError(
@@ -159,20 +177,23 @@ def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[s
 
 
 def _columns_of(row: Row) -> str:
-    """Quoted, since a name may be anything."""
-    more = f" and {len(row) - MOST_NAMED:,} more" if len(row) > MOST_NAMED else ""
-    return f"the columns are {', '.join(map(repr, list(row)[:MOST_NAMED]))}{more}" if row else "there are no columns"
+    """Say which columns a row has. Names are quoted, since they may contain anything."""
+    more = f" and {len(row) - MAX_LISTED:,} more" if len(row) > MAX_LISTED else ""
+    return f"the columns are {', '.join(map(repr, list(row)[:MAX_LISTED]))}{more}" if row else "there are no columns"
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """Under our names, and no longer under theirs."""
+    """The row with the dataset's column names replaced by ours."""
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
 def check_fields(where: str, row: Row, template: Template, columns: Mapping[str, str] = MappingProxyType({})) -> Row:
-    """Only the columns that are used, each of the type that is asked for. Of the forms of a row for a chat template it
-    has that which `columns` name, else the first that is there."""
+    """Keep only the columns that are used, and check their types.
+
+    A row for a chat template may have several forms (a conversation, prompt and completion, instruction and output).
+    The form that `columns` names is taken, else the first one that the row has.
+    """
     if template.spec == CHAT and not {"instruction", "input", "output"} & columns.keys():
         if "prompt" not in columns and (name := _conversation_in(row)):
             return _conversation(where, name, row, least=2, ends_with_answer=True)
@@ -190,7 +211,7 @@ def check_fields(where: str, row: Row, template: Template, columns: Mapping[str,
 
 
 def _conversation_in(row: Row) -> str | None:
-    """The column that holds a conversation; only `messages` are none whatever they are."""
+    """The column that holds a conversation. `messages` counts whatever its type is, so that a wrong one is refused."""
     return next(
         (name for name in CONVERSATIONS if name in row and (name == "messages" or isinstance(row[name], list | dict))),
         None,
@@ -209,17 +230,17 @@ def _tools(where: str, row: Row) -> Row:
 
 
 def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str], hint: str = "") -> Row:
-    check_fields = {}
+    checked = {}
     for name in names:
         value = row.get(name)
         if value is None and name in optional:
             value = ""
         if not is_text(value):
-            found = "there is none" if name not in row else f"found {kind_of(value)}"
+            found = "there is none" if name not in row else f"found {describe_type(value)}"
             there = "" if name in row else f"; {_columns_of(row)}"
             raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
-        check_fields[name] = value
-    return check_fields
+        checked[name] = value
+    return checked
 
 
 def _text_or_messages(where: str, row: Row, name: str, ends_with_answer: bool = False) -> Any:

@@ -1,7 +1,8 @@
-"""Conversations as datasets write them → what chat templates take: a list of messages with role and content.
+"""Convert conversations to what chat templates take: a list of messages with role and content.
 
-Known are OpenAI's messages (with tool_calls, and contents that are null or lists of text parts), ShareGPT's
-conversations (from, value), and either with a list for each key in place of a list of messages, as datasets makes them.
+The known forms are OpenAI's messages (with tool_calls, and contents that are null or lists of text parts) and
+ShareGPT's conversations (from, value). Either may be a dict of lists instead of a list of dicts, as datasets stores
+them.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 from softprompt.config.schema import is_text
 from softprompt.utils.errors import DataError
 
-Message = dict[str, Any]  # role and content, texts; what else a chat template may read, JSON-able
+Message = dict[str, Any]  # role and content are texts; other keys are for the chat template and are JSON-able
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -22,11 +23,11 @@ SHAREGPT_ROLES = {
 
 
 def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bool) -> list[Message]:
-    """The conversation of column `name`, `least` messages or more.
+    """Convert the conversation in column `name`, which must have at least `least` messages.
 
     Raises:
-        DataError: it is none, a message is without what it must have, or the last one is not the assistant's though it
-            is to be learned.
+        DataError: it is not a conversation, a message lacks a key, or `ends_with_answer` and the last message is not
+            the assistant's.
     """
     listed = _listed(value)
     number, end = f"{least} or more ", " that ends with the assistant's" if ends_with_answer else ""
@@ -45,10 +46,10 @@ def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bo
 
 
 def tools(where: str, value: Any) -> list[dict[str, Any]]:
-    """The descriptions of a row's tools, from a list of them or its JSON; none where there are none.
+    """The tool descriptions of a row, from a list or from the JSON of one; empty if there are none.
 
     Raises:
-        DataError: it is something else.
+        DataError: it is neither.
     """
     found = _parsed(value) if isinstance(value, str) else value
     if not found:
@@ -85,11 +86,11 @@ def _message(where: str, given: Mapping[str, Any], is_answer: bool) -> Message:
 
 
 def _text(where: str, content: Any) -> str:
-    """A text, or the texts of a list of parts one after the other."""
+    """The text of a content, which is a text or a list of text parts to concatenate."""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if _is_text_part(part) else part for part in parts]
     if wrong := [part for part, text in zip(parts, texts, strict=True) if not is_text(text)]:
-        found = wrong[0].get("type", "object") if isinstance(wrong[0], dict) else kind_of(wrong[0])
+        found = wrong[0].get("type", "object") if isinstance(wrong[0], dict) else describe_type(wrong[0])
         what = f"a part of type {found!r:.40}" if isinstance(wrong[0], dict) else found
         raise DataError(f"{where}: its content must be a text, or a list of text parts, found {what}")
     return "".join(texts)
@@ -100,7 +101,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects, as chat templates ask for; OpenAI writes them as JSON."""
+    """Tool calls with parsed arguments, as chat templates expect; OpenAI writes arguments as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where}: its tool_calls must be a list of objects")
     return [_call({key: value for key, value in call.items() if value is not None}) for call in calls]
@@ -114,7 +115,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What a JSON text says; the text where it is none."""
+    """Parse JSON; return the text itself if it is not JSON."""
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError):
@@ -122,7 +123,7 @@ def _parsed(text: str) -> Any:
 
 
 def _json_able(value: Any) -> Any:
-    """A value that a row may keep: what JSON cannot hold, such as a date of a parquet file, as a text."""
+    """A JSON-able value; one that JSON cannot represent, such as a date of a parquet file, becomes text."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -130,8 +131,8 @@ def _json_able(value: Any) -> Any:
     return value
 
 
-def kind_of(value: Any) -> str:
-    """What a value of a row is, for messages."""
+def describe_type(value: Any) -> str:
+    """The type of a value, in words for messages."""
     names = {
         type(None): "null",
         bool: "true/false",

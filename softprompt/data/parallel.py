@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from softprompt.utils.errors import DataError
 
 Item, Result, Common = TypeVar("Item"), TypeVar("Result"), TypeVar("Common")
-AHEAD = 4  # items of each worker that are queued or under way; a bound for memory
+QUEUED_ITEMS = 4  # items of each worker that are queued or under way; a bound for memory
 
 
 def map_in_processes(
@@ -34,7 +34,7 @@ def map_in_processes(
     with _no_threads_of_tokenizers():
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (function, common))
         try:
-            waiting = deque(pool.submit(_work, item) for item in islice(left, AHEAD * workers))
+            waiting = deque(pool.submit(_work, item) for item in islice(left, QUEUED_ITEMS * workers))
             while waiting:
                 result = waiting.popleft().result()
                 waiting.extend(pool.submit(_work, item) for item in islice(left, 1))

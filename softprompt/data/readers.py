@@ -1,8 +1,8 @@
-"""Files, folders and hub ids → rows as they stand there, one after the other, each with its line or row.
+"""Read rows, unchanged and with their line or row number, from files, folders and hub datasets.
 
 JSON and CSV are read with Python's own modules rather than with `datasets`, whose readers guess types (a column of
-dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken; folders and hub ids are read
-with `datasets`, parquet files with what it reads them with.
+dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken. Folders of save_to_disk and
+hub datasets are read with `datasets`, parquet files with pyarrow.
 """
 
 import csv
@@ -16,15 +16,15 @@ from typing import Any
 from softprompt.utils import hub
 from softprompt.utils.errors import DataError
 
-Located = Iterator[tuple[str, Any]]  # ("line 7", row)
-BATCH = 1024  # rows of a parquet file that become Python objects at a time
+LocatedRows = Iterator[tuple[str, Any]]  # ("line 7", row)
+BATCH = 1024  # rows of a parquet file that are converted at a time
 
 
-def path_of(source: str) -> Path | None:
-    """Where a dataset lies on this machine: a folder, or a file of a known kind; None where it may be a hub id.
+def local_path(source: str) -> Path | None:
+    """The path of a local dataset, which is a folder or a file of a known format; None if it may be a hub id.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is none of these.
     """
     if source.startswith("mini:"):
         raise DataError(f"{source!r} is served by the package itself, not read from a file")
@@ -45,10 +45,10 @@ def path_of(source: str) -> Path | None:
     return None
 
 
-def text_of(path: Path) -> str:
-    """The content of a file of text, which must hold some."""
+def read_text(path: Path) -> str:
+    """Read a text file, which must not be empty."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark, as Windows editors write, is no fault
+        text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise _not_utf8(f"{path}, line {line}") from None
@@ -60,16 +60,16 @@ def text_of(path: Path) -> str:
 
 
 def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Lines that hold a row, from row `first` (counted from 0) on, each with its number in the file, from 1.
+    """Yield the lines that hold a row, from row `first` (from 0) on, with their line numbers (from 1).
 
     Raises:
-        DataError: the file cannot be read, or has no such line at all.
+        DataError: the file cannot be read, or holds no row at all.
     """
     rows = 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if not is_blank(line):
+                if not is_blank_line(line):
                     if rows >= first:
                         yield number, (line.removeprefix(BOM_UTF8) if number == 1 else line).rstrip(b"\n")
                     rows += 1
@@ -79,13 +79,13 @@ def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path} is empty; expected at least one row")
 
 
-def is_blank(line: bytes) -> bool:
-    """Whether a line of a .jsonl holds no row."""
+def is_blank_line(line: bytes) -> bool:
+    """Whether a line of a .jsonl file holds no row."""
     return line.strip() in (b"", BOM_UTF8)
 
 
-def parsed_line(place: str, line: bytes, expected: str = "one object a line") -> Any:
-    """A line of a .jsonl, that stands at `place`.
+def parse_jsonl_line(place: str, line: bytes, expected: str = "one object a line") -> Any:
+    """Parse a line of a .jsonl file; `place` names it in errors.
 
     Raises:
         DataError: it is not UTF-8, or not JSON.
@@ -102,7 +102,7 @@ def _not_utf8(place: str) -> DataError:
 
 
 def _parsed(text: str, place: Callable[[int], str], expected: str) -> Any:
-    """JSON; `place` names a line of it, from 1."""
+    """Parse JSON; `place` returns the name of a line of it, counted from 1."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _Twice as error:
@@ -116,7 +116,7 @@ def _parsed(text: str, place: Callable[[int], str], expected: str) -> Any:
 
 
 class _Twice(Exception):
-    """A name, of which the second would take the place of the first."""
+    """A key that an object has twice; json would silently keep the second value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,27 +130,27 @@ def _first_twice(names: Sequence[str]) -> str | None:
     return next((name for at, name in enumerate(names) if name in names[:at]), None)
 
 
-def read_jsonl(path: Path, expected: str = "one object a line") -> Located:
-    # lines end at "\n" alone: U+2028 and its kin may stand unescaped inside a JSON string
+def read_jsonl(path: Path, expected: str = "one object a line") -> LocatedRows:
+    # lines end at "\n" alone: JSON strings may contain an unescaped U+2028
     for number, line in jsonl_lines(path):
-        yield f"line {number}", parsed_line(f"{path}, line {number}", line, expected)
+        yield f"line {number}", parse_jsonl_line(f"{path}, line {number}", line, expected)
 
 
-def _read_json(path: Path) -> Located:
-    text = text_of(path)
+def _read_json(path: Path) -> LocatedRows:
+    text = read_text(path)
     if not text.lstrip().startswith("["):
-        yield from read_jsonl(path, "a list of objects, or one object a line")  # many a .json file holds the latter
+        yield from read_jsonl(path, "a list of objects, or one object a line")  # many .json files are JSON Lines
     else:
         yield from _numbered(_parsed(text, lambda line: f"{path}, line {line}", "a list of objects"))
 
 
-def _read_csv(path: Path) -> Located:
-    csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a text may have
-    reader, begins = csv.reader(io.StringIO(text_of(path), newline=""), strict=True), 1
+def _read_csv(path: Path) -> LocatedRows:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for long texts
+    reader, begins = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 1
     header: list[str] = []
     try:
         for fields in reader:
-            line, begins = begins, reader.line_num + 1  # a quoted field may go over several lines
+            line, begins = begins, reader.line_num + 1  # a quoted field may span several lines
             if header and fields:
                 if len(fields) != len(header):
                     raise DataError(f"{path}, line {line}: {len(fields)} fields where the header names {len(header)}")
@@ -161,22 +161,22 @@ def _read_csv(path: Path) -> Located:
 
 
 def _header(path: Path, line: int, names: list[str]) -> list[str]:
-    """Columns without a name, as a comma at a line's end makes them, may be several."""
+    """Refuse column names that occur twice, except the empty name, which a comma at the end of a line makes."""
     if (twice := _first_twice([name for name in names if name])) is not None:
         raise DataError(f"{path}, line {line}: the header names {twice!r} twice; rename one of these columns")
     return names
 
 
-def _numbered(rows: Any) -> Located:
+def _numbered(rows: Any) -> LocatedRows:
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
 
 def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
-    """Rows from number `first` (from 0) on; row groups before it are not read.
+    """Yield rows from number `first` (from 0) on; row groups before it are not read.
 
     Raises:
-        DataError: it is not a parquet file, or a broken one.
+        DataError: it is not a parquet file, or it is broken.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -199,15 +199,15 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
         raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
 
 
-def _read_parquet(path: Path) -> Located:
+def _read_parquet(path: Path) -> LocatedRows:
     return _numbered(parquet_rows(path))
 
 
 def load_folder(path: Path) -> Any:
-    """The Dataset or DatasetDict that save_to_disk wrote; its rows stay on the disk until they are asked for.
+    """Load the Dataset or DatasetDict that save_to_disk wrote; its rows are memory-mapped.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder holds none.
     """
     from datasets import load_from_disk
 
@@ -220,11 +220,11 @@ def load_folder(path: Path) -> Any:
         ) from None
 
 
-def load_hub(source: str, config_name: str | None) -> Any:
-    """The DatasetDict of a hub id.
+def load_hub_dataset(source: str, config_name: str | None) -> Any:
+    """Load the DatasetDict of a hub id.
 
     Raises:
-        DataError: it is not there, or the hub is not.
+        DataError: there is no such dataset, or the hub cannot be reached.
     """
     from datasets import load_dataset
 
@@ -232,7 +232,7 @@ def load_hub(source: str, config_name: str | None) -> Any:
 
 
 def from_hub(source: str, load: Callable[[], Any]) -> Any:
-    """What `load` brings from the hub.
+    """Call `load`, which asks the hub, and explain its failure.
 
     Raises:
         DataError: it fails.
@@ -248,11 +248,11 @@ def from_hub(source: str, load: Callable[[], Any]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, in short."""
+    """The first line of a library's error, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-READERS: dict[str, Callable[[Path], Located]] = {
+READERS: dict[str, Callable[[Path], LocatedRows]] = {
     ".json": _read_json,
     ".jsonl": read_jsonl,
     ".csv": _read_csv,

@@ -1,4 +1,4 @@
-"""Order of the rows and windows of one optimizer step, as in Trainer."""
+"""The order of rows, and their division into optimizer steps, as in Trainer."""
 
 from collections.abc import Iterator
 
@@ -17,9 +17,10 @@ def steps_per_epoch(n: int, rows_per_step: int) -> int:
 
 
 def windows(n: int, rows_per_step: int, seed: int, first_step: int = 0) -> Iterator[list[int]]:
-    """Row numbers of optimizer step `first_step`, `first_step + 1`, … without end, epoch after epoch.
+    """Yield the row numbers of optimizer steps `first_step`, `first_step + 1`, … without end, epoch after epoch.
 
-    Equal to Trainer's: micro-batches of B rows, accumulation of A, rows_per_step = A·B, the epoch's last window short.
+    The same as in Trainer with micro-batches of B rows, accumulation A and rows_per_step = A·B; the last window of an
+    epoch may be shorter.
     """
     per_epoch = steps_per_epoch(n, rows_per_step)
     epoch, skip = divmod(first_step, per_epoch)

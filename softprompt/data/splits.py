@@ -1,7 +1,7 @@
-"""The splits of a dataset: which there are, which one is meant, and which rows and files it consists of.
+"""Find the splits of a dataset, choose one of them, and select its rows.
 
-A file is one split called train. So is a folder of files, unless their names (or those of their folders) name splits
-as `datasets` reads them: train-00000-of-00002.parquet, data/test.jsonl, validation/rows.csv.
+A file is one split called train. So is a folder of files, unless the names of files or folders name splits in the way
+that `datasets` reads them: train-00000-of-00002.parquet, data/test.jsonl, validation/rows.csv.
 """
 
 import re
@@ -12,99 +12,117 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softprompt.data.readers import READERS, Located, first_line, load_folder, load_hub, path_of
+from softprompt.data.readers import READERS, LocatedRows, first_line, load_folder, load_hub_dataset, local_path
 from softprompt.utils.errors import DataError
 
 TRAIN = "train"
-HELD_OUT = ("validation", "valid", "val", "dev", "test")  # of these the first that is there, where none is named
+HELD_OUT = ("validation", "valid", "val", "dev", "test")  # the first that exists is held out by default
 WORDS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SHARD = re.compile(r"(\w+(?:\.\w+)*)-(\d{5,})-of-(\d{5,})(?:-\w+)?")  # a file's name as push_to_hub makes it
-OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
-NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a hub dataset
-UNREAD = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tsv", ".arrow", ".feather", ".xlsx")  # rows that are not read
-MOST_NAMED = 20  # files or splits in a message
+SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")
+METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a hub dataset
+UNREADABLE_SUFFIXES = (
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".tsv",
+    ".arrow",
+    ".feather",
+    ".xlsx",
+)  # not supported
+MAX_LISTED = 20  # files or splits listed in a message
 
 
-class Extent(NamedTuple):
-    """Which rows of which dataset: `home` is the same for the same dataset, `spans` are the rows of each split that
-    were taken, `files` are those that they stand in."""
+class Selection(NamedTuple):
+    """Rows of a dataset, by number, to find out whether two selections have rows in common.
 
-    home: str
-    spans: Mapping[str, Sequence[tuple[int, int]]]
+    `dataset_id` identifies the dataset. `ranges` are (start, stop) row numbers of each split, and `files` the files
+    that these rows are in.
+    """
+
+    dataset_id: str
+    ranges: Mapping[str, Sequence[tuple[int, int]]]
     files: frozenset[str] = frozenset()
 
-    def meets(self, other: "Extent") -> bool:
-        """Whether some row is in both."""
-        if self.home != other.home:
+    def overlaps(self, other: "Selection") -> bool:
+        """Whether the two selections have a row in common."""
+        if self.dataset_id != other.dataset_id:
             return bool(self.files & other.files)
         return any(
             max(a[0], b[0]) < min(a[1], b[1])
-            for split, spans in self.spans.items()
-            for a in spans
-            for b in other.spans.get(split, ())
+            for split, ranges in self.ranges.items()
+            for a in ranges
+            for b in other.ranges.get(split, ())
         )
 
 
-class Taken(NamedTuple):
-    """Rows of a dataset, each with its place, and which they are; `split` as it would be named."""
+class SelectedRows(NamedTuple):
+    """The rows of a selection, each with its line or row number. `split` is the name of the split, or its slices."""
 
     split: str
-    rows: Located
-    extent: Extent
+    rows: LocatedRows
+    selection: Selection
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset's splits by name: the files of each, or its Dataset. Where they have no names (`named`), there is one,
-    called train. `notes` say what of the dataset is in none of them."""
+    """The splits of a dataset by name; the value is a list of files, or a `datasets.Dataset`.
+
+    A dataset without named splits (`named` is False) has one split called train. `notices` are sentences about rows of
+    the dataset that belong to no split.
+    """
 
     source: str
-    home: str
+    dataset_id: str
     parts: Mapping[str, Any]
     named: bool = True
-    notes: Sequence[str] = field(default_factory=list)
+    notices: Sequence[str] = field(default_factory=list)
 
     def choose(self, split: str | None, flag: str) -> str:
         """See `choose`."""
         return choose(self.source, list(self.parts) if self.named else [], split, flag)
 
-    def told(self, rows: str, split: str) -> list[str]:
-        """Which split the training or held-out rows are, where there are several."""
+    def describe_split(self, rows: str, split: str) -> list[str]:
+        """Say which split the training or held-out rows come from, if the dataset has several."""
         names = _listed(list(self.parts))
         return [f"{rows} rows: split {split} of {self.source}, which has {names}"] if len(self.parts) > 1 else []
 
-    def extent(self, name: str) -> Extent:
-        """Of a whole split."""
-        return Extent(self.home, {name: [(0, sys.maxsize)]}, self._files(name))
+    def selection(self, name: str) -> Selection:
+        """Select a whole split."""
+        return Selection(self.dataset_id, {name: [(0, sys.maxsize)]}, self._files(name))
 
-    def take(self, split: str | None, flag: str) -> Taken:
-        """The rows of a split, or of slices of splits, as `datasets` spells them: train[:100], train[90%:], a+b.
+    def select(self, split: str | None, flag: str) -> SelectedRows:
+        """Select a split, or slices of splits in the notation of `datasets`: train[:100], train[90%:], a+b.
 
         Raises:
-            DataError: the dataset has no such split, or it is no such slice.
+            DataError: the dataset has no such split, or the slice is malformed.
         """
         spec = self.choose(split, flag)
         if spec in self.parts:
-            return Taken(spec, self._rows(spec), self.extent(spec))
+            return SelectedRows(spec, self._rows(spec), self.selection(spec))
         pieces = _pieces(spec, {name: self._count(name) for name in names_in(spec)}, flag)
-        spans: dict[str, list[tuple[int, int]]] = {}
+        ranges: dict[str, list[tuple[int, int]]] = {}
         for name, start, stop in pieces:
-            spans.setdefault(name, []).append((start, stop))
+            ranges.setdefault(name, []).append((start, stop))
         rows = chain.from_iterable(self._rows(*piece) for piece in pieces)
-        return Taken(spec, rows, Extent(self.home, spans, frozenset().union(*map(self._files, spans))))
+        return SelectedRows(
+            spec, rows, Selection(self.dataset_id, ranges, frozenset().union(*map(self._files, ranges)))
+        )
 
-    def _rows(self, name: str, start: int = 0, stop: int = sys.maxsize) -> Located:
+    def _rows(self, name: str, start: int = 0, stop: int = sys.maxsize) -> LocatedRows:
         part = self.parts[name]
         if not isinstance(part, list):
             some = part if (start, stop) == (0, sys.maxsize) else part.select(range(start, stop))
             return ((f"row {number}", row) for number, row in enumerate(some, start=start + 1))
         return islice(chain.from_iterable(map(self._rows_of_file, part)), start, stop)
 
-    def _rows_of_file(self, file: Path) -> Located:
+    def _rows_of_file(self, file: Path) -> LocatedRows:
         rows, folder = READERS[file.suffix.lower()](file), Path(self.source)
         return rows if file == folder else ((f"{file.relative_to(folder)}, {where}", row) for where, row in rows)
 
@@ -118,11 +136,13 @@ class Splits:
 
 
 def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> str:
-    """The split that is meant, or slices of splits: `split`, else (for held-out rows) the first of HELD_OUT that is
-    there, else the only one. `names` are those of the dataset; without any, all its rows are the split train.
+    """Choose a split, or slices of splits.
+
+    `split` is taken if it is given; else the first of HELD_OUT that the dataset has; else its only split. A dataset
+    without named splits (`names` is empty) has one split called train.
 
     Raises:
-        DataError: there is no such split, or none is named and it is not clear which one is meant.
+        DataError: there is no such split, or no split is named and the dataset has several.
     """
     if split is None:
         held_out = [name for name in HELD_OUT if name in names]
@@ -138,51 +158,50 @@ def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> s
 
 
 def names_in(spec: str) -> list[str]:
-    """The splits whose slices `spec` adds up."""
+    """The names of the splits in a sum of slices such as train[:10]+test."""
     return list(dict.fromkeys(part.split("[")[0].strip() for part in spec.split("+")))
 
 
-def splits_of(source: str, config_name: str | None) -> Splits:
-    """The splits of a dataset (see `--dataset`); files are not opened yet.
+def find_splits(source: str, config_name: str | None) -> Splits:
+    """Find the splits of a dataset (see `--dataset`). Files are not opened yet.
 
     Raises:
-        DataError: nothing there, or no format that can be read.
+        DataError: there is no such dataset, or its format is not supported.
     """
-    path = path_of(source)
+    path = local_path(source)
     if path is None:
-        return _of_datasets(source, hub_home(source, config_name), load_hub(source, config_name))
-    home = str(path.resolve())
+        return _of_datasets(source, hub_dataset_id(source, config_name), load_hub_dataset(source, config_name))
+    dataset_id = str(path.resolve())
     if not path.is_dir():
-        return Splits(source, home, {TRAIN: [path]}, named=False)
-    files = [] if any((path / name).exists() for name in OF_SAVE_TO_DISK) else shards(path)
-    return _of_files(source, home, path, files) if files else _of_datasets(source, home, load_folder(path))
+        return Splits(source, dataset_id, {TRAIN: [path]}, named=False)
+    files = [] if any((path / name).exists() for name in SAVE_TO_DISK_FILES) else shards(path)
+    return _of_files(source, dataset_id, path, files) if files else _of_datasets(source, dataset_id, load_folder(path))
 
 
-def hub_home(source: str, config_name: str | None) -> str:
-    """See `Extent`."""
+def hub_dataset_id(source: str, config_name: str | None) -> str:
+    """See `Selection`."""
     return f"hub {source} {config_name}"
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files of rows of a folder, by name; where it has none itself, those of its folders (data/ in a hub
-    repository)."""
+    """Data files of a folder, sorted by name; if it has none, those in its subfolders (data/ in a hub repository)."""
     return _files_of(folder.iterdir()) or _files_of(folder.rglob("*"), folder)
 
 
 def _files_of(paths: Iterator[Path], folder: Path | None = None) -> list[Path]:
-    """Without hidden files, and below `folder` those of hidden folders."""
+    """Data files, except hidden files and, below `folder`, those in hidden folders."""
     return sorted(
         path
         for path in paths
         if path.suffix.lower() in READERS
-        and path.name not in NO_ROWS
+        and path.name not in METADATA_FILES
         and not any(part.startswith(".") for part in (path.relative_to(folder).parts if folder else (path.name,)))
         and path.is_file()
     )
 
 
-def _of_files(source: str, home: str, folder: Path, files: Sequence[Path]) -> Splits:
-    notes, named = list(_missing(folder, files)), {file: _split_of(file.relative_to(folder)) for file in files}
+def _of_files(source: str, dataset_id: str, folder: Path, files: Sequence[Path]) -> Splits:
+    notices, named = list(_missing(folder, files)), {file: _split_of(file.relative_to(folder)) for file in files}
     names = {name for name in named.values() if name}
     if len(names) == 1 and not _word_in(next(iter(names))):  # data-00000-of-00002
         names, named = set(), dict.fromkeys(files)
@@ -191,18 +210,18 @@ def _of_files(source: str, home: str, folder: Path, files: Sequence[Path]) -> Sp
     if others and TRAIN not in parts:
         parts = {TRAIN: others, **parts}
     elif others:
-        notes.append(f"{source}: left out, since their names name no split: {_relative(folder, others)}")
-    unread = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREAD]
+        notices.append(f"{source}: left out, since their names name no split: {_relative(folder, others)}")
+    unread = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREADABLE_SUFFIXES]
     if unread:
-        notes.append(f"{source}: not read: {_relative(folder, unread)}; rows are read from {', '.join(READERS)}")
+        notices.append(f"{source}: not read: {_relative(folder, unread)}; rows are read from {', '.join(READERS)}")
     below = [] if files[0].parent != folder else _files_of(folder.rglob("*"), folder)
     if nested := [file for file in below if file.parent != folder]:
-        notes.append(f"{source}: left out, in folders beside files of rows: {_relative(folder, nested)}")
-    return Splits(source, home, parts, named=bool(names), notes=notes)
+        notices.append(f"{source}: left out, in folders beside files of rows: {_relative(folder, nested)}")
+    return Splits(source, dataset_id, parts, named=bool(names), notices=notices)
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name or folder names."""
+    """The split named by a file's name, or by one of its folders."""
     if shard := SHARD.fullmatch(path.stem):
         return shard[1]
     return next((word for name in (path.stem, *reversed(path.parts[:-1])) if (word := _word_in(name))), None)
@@ -213,7 +232,7 @@ def _word_in(name: str) -> str | None:
 
 
 def _missing(folder: Path, files: Sequence[Path]) -> Iterator[str]:
-    """Shards that others count, and that are not there."""
+    """Warn about missing shards, by the number of shards in the names of those that exist."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if shard := SHARD.fullmatch(file.stem):
@@ -224,9 +243,9 @@ def _missing(folder: Path, files: Sequence[Path]) -> Iterator[str]:
             yield f"warning: {folder}: {len(there):,} of the {count:,} shards of {name} are there, the others' rows not"
 
 
-def _of_datasets(source: str, home: str, loaded: Any) -> Splits:
+def _of_datasets(source: str, dataset_id: str, loaded: Any) -> Splits:
     named = isinstance(loaded, dict)
-    return Splits(source, home, dict(loaded) if named else {TRAIN: loaded}, named)
+    return Splits(source, dataset_id, dict(loaded) if named else {TRAIN: loaded}, named)
 
 
 def _pieces(spec: str, lengths: Mapping[str, int], flag: str) -> list[tuple[str, int, int]]:
@@ -247,5 +266,5 @@ def _relative(folder: Path, files: Sequence[Path]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")

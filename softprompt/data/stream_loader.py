@@ -1,4 +1,4 @@
-"""The shuffle buffer of a stream, the same for a seed in every version of Python and of every library."""
+"""The loader of streamed rows, and its shuffle buffer, whose order for a seed never changes between versions."""
 
 import dataclasses
 import itertools
@@ -20,12 +20,13 @@ T = TypeVar("T")
 
 
 class ShuffleBuffer(Generic[T]):
-    """Holds `size` items of a stream; each further one takes the place of a random one, which goes out; at the stream's
-    end the rest goes out at random. It is the buffer that the documentation of `datasets.IterableDataset.shuffle`
-    describes (5.2 itself goes by halves). What goes out depends on numbers of items alone, so an order can be followed
-    without them.
+    """Shuffles a stream through a buffer of `size` items.
 
-    `random.random()` is the one draw whose sequence Python promises to keep for a seed.
+    Each further item replaces a random one, which is yielded; at the end of the stream the rest is yielded in random
+    order. This is the buffer that the documentation of `datasets.IterableDataset.shuffle` describes (version 5.2 itself
+    shuffles by halves). The order depends only on the number of items, so it can be replayed without reading them.
+
+    `random.random()` is used because it is the only draw whose sequence for a seed Python promises to keep.
     """
 
     def __init__(self, size: int, seed: int, epoch: int):
@@ -34,7 +35,7 @@ class ShuffleBuffer(Generic[T]):
         self.random = random.Random(f"{seed} {epoch}")
 
     def through(self, items: Iterator[T]) -> Iterator[T]:
-        """The items in their new order; what is already held goes with them."""
+        """Yield the items in shuffled order, including those that the buffer already holds."""
         held, draw, size = self.held, self.random.random, self.size
         for item in items:
             if len(held) < size:
@@ -49,14 +50,17 @@ class ShuffleBuffer(Generic[T]):
             yield held.pop()
 
 
-AHEAD = 2  # windows that are ready before they are asked for
+PREFETCHED = 2  # windows that a thread prepares ahead of the step
 Encode = Callable[[Sequence[Raw]], list[Encoded]]
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Where a stream stands: `epoch` passes are done, and of the next `taken` rows have left the buffer. `length` is
-    how many a pass has, once its end was reached; the others count rows since the run began, as in `data.Tokenized`."""
+class StreamPosition:
+    """A position in a stream: `epoch` passes are done, and `taken` rows of the next one have left the buffer.
+
+    `length` is the number of rows of a pass, once its end has been reached. The other counts are of rows since the
+    beginning of the run, as in `Tokenized`.
+    """
 
     epoch: int = 0
     taken: int = 0
@@ -66,8 +70,8 @@ class Mark:
     without_target: int = 0
     empty_answers: int = 0
 
-    def after(self, row: Encoded) -> "Mark":
-        return Mark(
+    def after(self, row: Encoded) -> "StreamPosition":
+        return StreamPosition(
             self.epoch,
             self.taken + 1,
             self.length,
@@ -79,16 +83,18 @@ class Mark:
 
 
 class StreamLoader:
-    """Rows of a source through a shuffle buffer of `buffer_size`, in another order in each pass, `encode`d in a thread
-    ahead of the step. Where a row stands in a pass follows from seed and pass alone, so a run that goes on follows the
-    order on row numbers, and reads only what the buffer held and what comes after."""
+    """Yields the rows of a source through a shuffle buffer, in a different order in each pass.
+
+    Rows are tokenised (`encode`) in a thread, ahead of the step. The order follows from seed and pass alone, so a
+    resumed run replays it on row numbers, and reads only the rows that the buffer held and those after them.
+    """
 
     places = "{}"
 
     def __init__(
         self, source: Source, encode: Encode, args: TrainingArguments, rows_per_step: int, buffer_size: int, name: str
     ):
-        """`encode` makes a source's rows into examples, raising DataError; `name` is what messages call the source."""
+        """`encode` tokenises raw rows and may raise DataError; `name` is the source's name in messages."""
         self.source, self.encode, self.args, self.name = source, encode, args, name
         self.rows_per_step, self.buffer_size = rows_per_step, buffer_size
         self.length = source.rows if source.counted else None  # of a pass; also once the source has ended
@@ -104,22 +110,22 @@ class StreamLoader:
 
     def is_over(self, step: int, position: Position) -> bool:
         return step >= self.total_steps or (
-            self.args.max_steps <= 0 and self._passes(Mark(**position)) >= self.args.num_train_epochs
+            self.args.max_steps <= 0 and self._passes(StreamPosition(**position)) >= self.args.num_train_epochs
         )
 
-    def _passes(self, at: Mark) -> float:
-        """Passes done; a part of one only counts where rows fell out, else the number of steps says it exactly."""
+    def _passes(self, at: StreamPosition) -> float:
+        """Passes done. A part of a pass counts only if rows were left out; else the number of steps is exact."""
         return at.epoch + (at.taken / self.rows if at.without_target and self.rows else 0)
 
-    def told(self, position: Position) -> str:
-        at = Mark(**position)
+    def describe_rows_read(self, position: Position) -> str:
+        at = StreamPosition(**position)
         found = describe_losses(at.cut, at.without_target, at.empty_answers)
         return "; ".join([f"Training: {at.rows:,} rows were read", *found])
 
     def windows(self, step: int = 0, position: Position = BEGINNING) -> Generator[Window, None, None]:
-        return ahead(self._windows(Mark(**position)), AHEAD)
+        return prefetch(self._windows(StreamPosition(**position)), PREFETCHED)
 
-    def _windows(self, at: Mark) -> Iterator[Window]:
+    def _windows(self, at: StreamPosition) -> Iterator[Window]:
         while True:
             window: list[tuple[str, Encoded]] = []
             full, fault = at, None
@@ -128,7 +134,7 @@ class StreamLoader:
                     at = self._marked(at.after(row))
                     if not count_targets(row.example):
                         continue
-                    if len(window) == self.rows_per_step:  # one more row follows: this does not end the epoch
+                    if len(window) == self.rows_per_step:  # another row follows, so this window does not end the epoch
                         yield self._window(window, full, ends_epoch=False)
                         window = []
                     window.append((place, row))
@@ -142,21 +148,20 @@ class StreamLoader:
             at = self._after_all(at, bool(window))
             yield self._window(window, at, ends_epoch=True)
 
-    def _marked(self, at: Mark) -> Mark:
-        """With the length of a pass where the source had ended before the row was drawn: else the order could not be
-        followed up to there."""
+    def _marked(self, at: StreamPosition) -> StreamPosition:
+        """Note the length of a pass if the source had ended before the row was drawn; replaying the order needs it."""
         drained = self.length is not None and at.taken + self.buffer_size > self.length
         return dataclasses.replace(at, length=self.length) if drained and at.length is None else at
 
-    def _window(self, rows: Sequence[tuple[str, Encoded]], at: Mark, ends_epoch: bool) -> Window:
-        """`epoch` counts whole passes alone where no one knows how long one is."""
+    def _window(self, rows: Sequence[tuple[str, Encoded]], at: StreamPosition, ends_epoch: bool) -> Window:
+        """Make a window. If the length of a pass is not known, its `epoch` counts whole passes only."""
         length = self.rows or (at.length if at.epoch else None)
         places = [place for place, _ in rows]
         epoch = at.epoch + (min(1, at.taken / length) if length else 0)
         return Window([row.example for _, row in rows], places, epoch, ends_epoch, dataclasses.asdict(at))
 
-    def _after_all(self, at: Mark, kept: bool) -> Mark:
-        """The mark at the end of a pass."""
+    def _after_all(self, at: StreamPosition, kept: bool) -> StreamPosition:
+        """The position at the end of a pass; `kept` says whether any of its rows has a target."""
         if self.source.counted and at.taken != self.rows:
             raise self._changed()
         if not kept:
@@ -169,13 +174,13 @@ class StreamLoader:
         while chunk := list(islice(rows, CHUNK)):
             try:
                 encoded = iter(self.encode(chunk))
-            except DataError:  # once more row by row, so that those before the faulty one are trained on
+            except DataError:  # again row by row, so that the rows before the faulty one are used
                 encoded = (self.encode([raw])[0] for raw in chunk)
             for (place, _), row in zip(chunk, encoded, strict=True):
                 yield place, row
 
-    def _drawn(self, at: Mark) -> Iterator[Raw]:
-        """Rows of the pass in their order, from the first that was not taken."""
+    def _drawn(self, at: StreamPosition) -> Iterator[Raw]:
+        """Yield the rows of a pass in shuffled order, from the first one that has not left the buffer."""
         length = self.rows if self.source.counted else at.length
         numbers = itertools.count() if length is None else iter(range(length))
         order: ShuffleBuffer[Any] = ShuffleBuffer(self.buffer_size, self.args.seed, at.epoch)
@@ -192,7 +197,7 @@ class StreamLoader:
         return order.through(rows)
 
     def _counted(self, first: int) -> Iterator[Raw]:
-        """The source's rows from number `first` on; their end is noted."""
+        """Yield the source's rows from number `first` on, and note their number when they end."""
         read = first
         for row in self.source.read(first):
             yield row
@@ -203,8 +208,8 @@ class StreamLoader:
         return DataError(f"{self.name}: has not as many rows as before; it must not change while a run reads it")
 
 
-def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """The items (none of them None), of which a thread makes `depth` before they are asked for."""
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """Yield `items`, none of which may be None, while a thread computes up to `depth` of them ahead."""
     pool = ThreadPoolExecutor(1, "rows")
     try:
         waiting = deque(pool.submit(next, items, None) for _ in range(depth))

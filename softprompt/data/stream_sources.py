@@ -1,6 +1,6 @@
-"""Datasets that are read from the disk or the hub while they are trained on, from any of their rows onwards.
+"""Sources of streamed rows: datasets on disk or on the hub that are read during training, from any row on.
 
-Each says how many rows it has (None where nobody knows before the end) and has a fingerprint of its content.
+Each has a number of rows (None if it is not known before the end) and a fingerprint of its content.
 """
 
 import hashlib
@@ -12,24 +12,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from softprompt.data.readers import first_line, from_hub, is_blank, jsonl_lines, parquet_rows, parsed_line, path_of
-from softprompt.data.splits import TRAIN, Extent, choose, hub_home, splits_of
+from softprompt.data.readers import (
+    first_line,
+    from_hub,
+    is_blank_line,
+    jsonl_lines,
+    local_path,
+    parquet_rows,
+    parse_jsonl_line,
+)
+from softprompt.data.splits import TRAIN, Selection, choose, find_splits, hub_dataset_id
 from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 
-Raw = tuple[str, Any]  # the place of a row, and the row, or the line of a file that it is still to be made of
-READ = (".jsonl", ".parquet")  # files that can be read from any row on
-PIECE = 1 << 22  # bytes of a file that are looked at together
+Raw = tuple[str, Any]  # the place of a row, and the row itself or its unparsed line
+STREAMABLE_SUFFIXES = (".jsonl", ".parquet")  # formats that can be read from any row on
+PIECE = 1 << 22  # bytes of a file that are hashed at a time
 
 
 class Source(Protocol):
-    """`rows` were `counted`, or are what a hub says. `extent` says which rows of which dataset they are, `notes` what
-    of the dataset is not among them."""
+    """Rows that are read during training.
+
+    `rows` is exact if they were `counted`, else the number that the hub states, if any. `selection` identifies the
+    rows. `notices` are sentences about rows of the dataset that are not read.
+    """
 
     @property
-    def extent(self) -> Extent: ...
+    def selection(self) -> Selection: ...
     @property
-    def notes(self) -> Sequence[str]: ...
+    def notices(self) -> Sequence[str]: ...
     @property
     def counted(self) -> bool: ...
     @property
@@ -38,92 +49,98 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
     def read(self, first: int = 0) -> Iterator[Raw]:
-        """Rows from number `first` (from 0) on; reaching it costs less than reading what is before it.
+        """Yield rows from number `first` (from 0) on. Seeking is cheaper than reading all rows before it.
 
         Raises:
-            DataError: what is there cannot be read any more.
+            DataError: a row cannot be read.
         """
         ...
 
 
-def placed(raw: Raw) -> tuple[str, Any]:
-    """The place, and the row itself.
+def parse_row(raw: Raw) -> tuple[str, Any]:
+    """Return the place and the parsed row.
 
     Raises:
-        DataError: its line is not UTF-8, or not JSON.
+        DataError: the line is not UTF-8, or not JSON.
     """
     place, value = raw
-    return place, parsed_line(place, value) if isinstance(value, bytes) else value
+    return place, parse_jsonl_line(place, value) if isinstance(value, bytes) else value
 
 
 def open_source(
     source: str, config_name: str | None, split: str | None, keep: bool = True, flag: str = "--dataset_split"
 ) -> Source:
-    """A split of what `--dataset` names, for `--streaming`. Local files are gone through once, to count and to hash
-    them; what was found of large ones is cached_text (if `keep`) for as long as they stay as they are.
+    """Open a split of a dataset for `--streaming`.
+
+    Local files are read once, to count rows and to hash the content. For large files the result is cached (if `keep`)
+    until the file changes.
 
     Raises:
-        DataError: it is not there, has no such split, or holds no rows that can be read.
-        ConfigError: it is of a kind that is only read as a whole, or slices of splits are asked for.
+        DataError: there is no such dataset or split, or it holds no rows that can be read.
+        ConfigError: the format cannot be streamed, or `split` is a slice.
     """
-    if path_of(source) is None:
+    if local_path(source) is None:
         return _OnTheHub(source, config_name, split, flag)
-    there = splits_of(source, config_name)
+    there = find_splits(source, config_name)
     name = _whole(there.choose(split, flag), there.parts, flag)
-    part, extent, notes = there.parts[name], there.extent(name), [*there.notes, *there.told("training", name)]
+    part, selection, notices = (
+        there.parts[name],
+        there.selection(name),
+        [*there.notices, *there.describe_split("training", name)],
+    )
     if not isinstance(part, list):
-        return _Saved(source, part, extent, notes, keep)
-    if other := next((file for file in part if file.suffix.lower() not in READ), None):
+        return _Saved(source, part, selection, notices, keep)
+    if other := next((file for file in part if file.suffix.lower() not in STREAMABLE_SUFFIXES), None):
         raise ConfigError(
             f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
             f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
         )
-    return Files(part, [survey(file, keep) for file in part], extent, notes)
+    return Files(part, [scan_file(file, keep) for file in part], selection, notices)
 
 
 def _whole(name: str, names: Iterable[str], flag: str) -> str:
-    """The name of a split, which slices of splits are not."""
+    """Refuse slices of splits."""
     if name not in names:
         raise ConfigError(f"{flag} {name}: --streaming reads whole splits; name one, or leave --streaming out")
     return name
 
 
-class Survey(NamedTuple):
-    """Of one file."""
+class FileScan(NamedTuple):
+    """The number of rows of a file, and the hash of its bytes."""
 
     rows: int
     sha256: str
 
 
-def survey(path: Path, keep: bool = True) -> Survey:
-    """How many rows a file of READ has, and the hash of its bytes.
+def scan_file(path: Path, keep: bool = True) -> FileScan:
+    """Count the rows of a file, and hash it.
 
     Raises:
-        DataError: it cannot be read, or is empty.
+        DataError: the file cannot be read, or is empty.
     """
     if path.suffix.lower() == ".parquet":
         next(parquet_rows(path), None)
-        rows, pattern = parquet_count(path), r"[0-9a-f]{64}"
-        return Survey(rows, _remembered(path, lambda: _hashed(path)[0], pattern, keep))
+        rows, pattern = count_parquet_rows(path), r"[0-9a-f]{64}"
+        return FileScan(rows, _remembered(path, lambda: _hashed(path)[0], pattern, keep))
     next(jsonl_lines(path))
     text = _remembered(path, lambda: "{} {}".format(*_hashed(path)), r"[0-9a-f]{64} \d+", keep)
     sha256, count = text.split()
-    return Survey(int(count), sha256)
+    return FileScan(int(count), sha256)
 
 
-def parquet_count(path: Path) -> int:
+def count_parquet_rows(path: Path) -> int:
     from pyarrow.parquet import read_metadata
 
     return read_metadata(path).num_rows
 
 
 def _hashed(path: Path) -> tuple[str, int]:
-    """The hash of a file's bytes, and how many of its lines hold a row."""
+    """The hash of a file's bytes, and the number of its lines that hold a row."""
     digest, rows = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while lines := file.readlines(PIECE):
             digest.update(b"".join(lines))
-            rows += sum(not is_blank(line) for line in lines)
+            rows += sum(not is_blank_line(line) for line in lines)
     return digest.hexdigest(), rows
 
 
@@ -139,24 +156,24 @@ def _remembered(path: Path, make: Callable[[], str], pattern: str, keep: bool) -
 
 @dataclass(frozen=True)
 class Files:
-    """.jsonl and .parquet files, one after the other."""
+    """Reads .jsonl and .parquet files one after the other."""
 
     files: Sequence[Path]
-    surveys: Sequence[Survey]
-    extent: Extent
-    notes: Sequence[str] = ()
+    scans: Sequence[FileScan]
+    selection: Selection
+    notices: Sequence[str] = ()
     counted = True
 
     @property
     def rows(self) -> int:
-        return sum(each.rows for each in self.surveys)
+        return sum(each.rows for each in self.scans)
 
     @property
     def fingerprint(self) -> str:
-        return _hash([each.sha256 for each in self.surveys])
+        return _hash([each.sha256 for each in self.scans])
 
     def read(self, first: int = 0) -> Iterator[Raw]:
-        for path, each in zip(self.files, self.surveys, strict=True):
+        for path, each in zip(self.files, self.scans, strict=True):
             if first < each.rows:
                 yield from _rows_of(path, first)
             first = max(0, first - each.rows)
@@ -175,12 +192,12 @@ def _numbered(name: str, rows: Any, first: int) -> Iterator[Raw]:
 
 
 class _Saved:
-    """What Dataset.save_to_disk wrote: memory-mapped by datasets."""
+    """Reads a folder of Dataset.save_to_disk, which datasets memory-maps."""
 
     counted = True
 
-    def __init__(self, name: str, dataset: Any, extent: Extent, notes: Sequence[str], keep: bool):
-        self.name, self.dataset, self.extent, self.notes = name, dataset, extent, notes
+    def __init__(self, name: str, dataset: Any, selection: Selection, notices: Sequence[str], keep: bool):
+        self.name, self.dataset, self.selection, self.notices = name, dataset, selection, notices
         self.rows = len(self.dataset)
         files = [Path(each["filename"]) for each in self.dataset.cache_files]
         hashes = [_remembered(file, lambda file=file: _hashed(file)[0], r"[0-9a-f]{64}", keep) for file in files]
@@ -192,10 +209,12 @@ class _Saved:
 
 
 class _OnTheHub:
-    """A hub id, read by datasets while it arrives. Its content cannot be hashed beforehand: the fingerprint is of the
-    revision that the hub has, as datasets knows it."""
+    """Reads a hub dataset while it is downloaded.
 
-    counted, notes = False, ()
+    The content cannot be hashed beforehand, so the fingerprint is that of the hub's revision as datasets knows it.
+    """
+
+    counted, notices = False, ()
 
     def __init__(self, source: str, config_name: str | None, split: str | None, flag: str):
         from datasets import load_dataset_builder
@@ -205,7 +224,7 @@ class _OnTheHub:
         files = getattr(builder.config, "data_files", None) or {}
         names = [str(name) for name in builder.info.splits or files]
         split = _whole(choose(source, names, split, flag), names or (TRAIN,), flag)
-        self.extent = Extent(hub_home(source, config_name), {split: [(0, sys.maxsize)]})
+        self.selection = Selection(hub_dataset_id(source, config_name), {split: [(0, sys.maxsize)]})
         self.dataset = from_hub(source, lambda: builder.as_streaming_dataset(split=split))
         known = (builder.info.splits or {}).get(split)
         self.rows = known.num_examples if known and known.num_examples else None
@@ -215,14 +234,17 @@ class _OnTheHub:
     def read(self, first: int = 0) -> Iterator[Raw]:
         try:
             yield from _numbered(self.source, self.dataset.skip(first), first)
-        except Exception as error:  # of the network, after datasets has tried again, or of a file there
+        except Exception as error:  # a network error after the retries of datasets, or a broken file
             raise DataError(f"dataset {self.source!r}: cannot be read on: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
-class Behind:
-    """A source without its first rows. Without others it is another source: rows that were trained on would become
-    held-out ones."""
+class SkipFirst:
+    """A source without its first rows.
+
+    The number of skipped rows is part of the fingerprint: with another number, rows that were trained on could become
+    held-out rows.
+    """
 
     source: Source
     skipped: int
@@ -232,12 +254,12 @@ class Behind:
         return self.source.counted
 
     @property
-    def extent(self) -> Extent:
-        return self.source.extent
+    def selection(self) -> Selection:
+        return self.source.selection
 
     @property
-    def notes(self) -> Sequence[str]:
-        return self.source.notes
+    def notices(self) -> Sequence[str]:
+        return self.source.notices
 
     @property
     def rows(self) -> int | None:
@@ -251,8 +273,8 @@ class Behind:
         return self.source.read(first + self.skipped)
 
 
-def head(source: Source, n: int) -> list[Raw]:
-    """The first rows, at most `n`."""
+def first_rows(source: Source, n: int) -> list[Raw]:
+    """Read the first rows, at most `n`."""
     return list(islice(source.read(), n))
 
 

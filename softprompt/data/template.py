@@ -1,4 +1,4 @@
-"""How a row becomes prompt text. The same object renders training rows and, saved beside the adapter, new prompts."""
+"""Render rows as prompt texts. The template is saved beside the adapter, so new questions are rendered the same way."""
 
 import re
 import string
@@ -11,18 +11,21 @@ from softprompt.utils.errors import ConfigError, DataError
 
 DEFAULT = "default"
 CHAT = "chat"
-PROBE = "softprompt's probe"  # a text that no template writes by itself
+PROBE = "softprompt's probe"  # a text that no template contains
 
 
 @dataclass(frozen=True)
 class Template:
-    """`spec` is "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format
-    string over the columns. In a format string typed in a shell, a literal \\n means a line break. `optional` are
-    columns of a format string that may be left out of a question, as they were empty in some training rows.
+    """A template for prompt texts.
+
+    Args:
+        spec: "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format string
+            over the columns. In a format string a literal \\n, as typed in a shell, means a line break.
+        optional: columns of a format string that a question may leave out, because some training rows had them empty.
 
     Raises:
-        ConfigError: a format string without a column, with anything but plain column names in its braces, or with the
-            answer among them.
+        ConfigError: a format string has no column, has anything but plain column names in braces, or includes the
+            answer.
     """
 
     spec: str = DEFAULT
@@ -51,7 +54,7 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Columns of the prompt, in order of first use; none for chat, whose rows may take several forms."""
+        """The prompt's columns in order of first use; empty for chat, whose rows may have several forms."""
         if self.spec == DEFAULT:
             return ("instruction", "input")
         if self.spec == CHAT:
@@ -64,21 +67,21 @@ class Template:
 
     @property
     def second(self) -> str | None:
-        """The column that a question's `input` fills: that of this name, else the second."""
+        """The column that a question's `input` fills: the one called input, else the second column."""
         others = (self.fields or ("instruction", "input"))[1:]
         return "input" if "input" in others else next(iter(others), None)
 
     def of_rows(self, rows: Sequence[Mapping[str, Any]]) -> "Template":
-        """The same, with the columns optional that are empty in some of the training rows."""
+        """The same template; columns that are empty in some of the training rows become optional."""
         if self.spec in (DEFAULT, CHAT):
             return self
         return replace(self, optional=frozenset(n for n in self.fields if any(not row.get(n) for row in rows)))
 
     def row(self, prompt: str, input: str | None = None) -> dict[str, str]:
-        """A new question as a row: `prompt` is the template's first column, `input` its `second`.
+        """Make a row of a new question: `prompt` fills the template's first column, `input` its `second`.
 
         Raises:
-            ConfigError: the template has more columns than are given and may be left out, or none for `input`.
+            ConfigError: a column that is not optional would be empty, or the template has no column for `input`.
         """
         names, second = self.fields or ("instruction", "input"), self.second
         given = {names[0]: prompt, **({second: input} if second and input is not None else {})}
@@ -94,8 +97,11 @@ class Template:
         return {**dict.fromkeys(self.optional_fields, ""), **given}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
-        """Prompt text of a row; `tokenizer` is asked only by the chat template, and for the end of earlier answers. A
-        conversation (`messages`) is one row with its answer after the other, as in an exported model."""
+        """Render the prompt text of a row.
+
+        The tokenizer is only used for its chat template, and for eos_token after earlier answers. With another template
+        than chat, a conversation (`messages`) is rendered as rows with their answers, as an exported model does.
+        """
         if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
             return "".join(
                 message["content"] + tokenizer.eos_token
@@ -111,13 +117,13 @@ class Template:
         return text.format_map({name: row[name] for name in self.fields})
 
     def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
-        """Text that the model is to produce, with the special token that ends it: the row's own answer, or `text` in
-        its place. That token is the first of those that the chat template writes behind an answer (what follows it,
-        often a line break, is never generated). Where that is none, or one that no base is trained to write, it is
-        eos_token.
+        """The text that the model learns to produce: the row's answer (or `text` instead of it) and its end token.
+
+        The end token is the first special token that the chat template writes after an answer; what follows it, often a
+        line break, is never generated. If there is none, or one that bases are not trained to write, it is eos_token.
 
         Raises:
-            DataError: a chat template that refuses the messages, or does not continue its own generation prompt.
+            DataError: the chat template refuses the messages, or does not continue its own generation prompt.
         """
         if self.spec != CHAT:
             return (row["output"] if text is None else text) + tokenizer.eos_token
@@ -125,16 +131,18 @@ class Template:
             return self._continued(row, answer_message(row), tokenizer)
         said = self._continued(row, {"role": "assistant", "content": text}, tokenizer)
         added = said.partition(text)[0].strip() if text else ""
-        if added and text.startswith(added):  # generated text has what the template puts before an answer (<think> …)
+        if added and text.startswith(
+            added
+        ):  # the template puts this (<think> …) before an answer, and so did the model
             return self.answer(row, tokenizer, text.removeprefix(added).strip())
         return said
 
     def own_answer(self, row: Mapping[str, Any]) -> str:
-        """The text of a row's answer as the row has it."""
+        """The text of a row's answer, without what the template adds."""
         return answer_message(row)["content"] if self.spec == CHAT else row["output"]
 
     def _continued(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
-        """What a chat template puts behind its generation prompt for this answer."""
+        """What the chat template writes after its generation prompt for this answer, up to the end token."""
         prompt = self.render(row, tokenizer)
         whole = _apply_chat(tokenizer, [*prompt_messages(row), answer], row.get("tools"))
         if not whole.startswith(prompt):
@@ -142,35 +150,37 @@ class Template:
                 "the tokenizer's chat template does not continue its own generation prompt; give --template"
             )
         written, behind = whole[len(prompt) :], self._behind_answer(row, answer, tokenizer)
-        if not written.endswith(behind):  # a template that looks at the answer's text
+        if not written.endswith(behind):  # the template depends on the answer's text
             behind = written
         before, end = _split_at_end(behind, tokenizer)
         learned = end if end and end not in never_written(tokenizer) else tokenizer.eos_token
         return written.removesuffix(behind) + before + learned
 
     def end(self, row: Mapping[str, Any], tokenizer: Any) -> str | None:
-        """The special token that stands behind the answer to a row; None where the chat template writes none there."""
+        """The special token that the template writes after the answer; None if the chat template writes none."""
         if self.spec != CHAT:
             return tokenizer.eos_token
         return _split_at_end(self._behind_answer(row, answer_message(row), tokenizer), tokenizer)[1]
 
     def _behind_answer(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
-        """What the chat template writes behind the text of an answer. Another text stands in its place: its own may be
-        empty, or end with what looks like a special token."""
+        """What the chat template writes after an answer's text.
+
+        A probe replaces the text, because the answer itself may be empty or end with what looks like a special token.
+        """
         probe = {**answer, "content": PROBE}
         return _apply_chat(tokenizer, [*prompt_messages(row), probe], row.get("tools")).rpartition(PROBE)[2]
 
 
 def never_written(tokenizer: Any) -> set[str]:
-    """Special tokens that are no targets in the training of a base, so that no prompt can make it write them."""
+    """Special tokens that are never targets when a base is trained, so no prompt can make it write them."""
     return {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token, None}
 
 
 def saved_template(settings: Mapping[str, Any]) -> Template:
-    """The template that stands beside an adapter.
+    """The template saved beside an adapter.
 
     Raises:
-        ConfigError: as of `Template`, or optional columns that it does not have.
+        ConfigError: see `Template`; or optional columns that the template does not have.
     """
     template, optional = Template(settings.get("template", DEFAULT)), settings.get("optional_columns", [])
     if not (isinstance(optional, list) and all(isinstance(n, str) and n in template.fields for n in optional)):
@@ -179,7 +189,7 @@ def saved_template(settings: Mapping[str, Any]) -> Template:
 
 
 def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages before the answer, from `messages`, from `prompt`, or from `instruction` and `input`."""
+    """The messages before the answer, made from `messages`, `prompt`, or `instruction` and `input`."""
     if "messages" in row:
         messages = list(row["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -191,7 +201,7 @@ def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The message to be learned, from `messages`, `completion` or `output`."""
+    """The message that is learned, made from `messages`, `completion` or `output`."""
     if "messages" in row:
         return row["messages"][-1]
     answer = row["completion"] if "completion" in row else row["output"]
@@ -200,7 +210,7 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str | None]:
-    """`text` up to the special tokens that end it, white space between them aside, and the first of these."""
+    """Split off the special tokens (and white space) that end `text`; return the rest and the first of these tokens."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     special = "|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)))
     found = re.search(rf"({special})(?:\s|{special})*\Z", text)
@@ -227,10 +237,10 @@ def _apply_chat(
 
 
 def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
-    """Raises DataError where a row's tools or calls leave no trace in its text, which would teach something else."""
+    """Raise DataError if tools or calls do not change the text: the model would not learn what the row says."""
     try:
         written = without() != text
-    except Exception:  # a template may not do without
+    except Exception:  # a template may fail without them
         written = True
     if not written:
         raise DataError(
@@ -239,7 +249,7 @@ def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
 
 
 def ignored_keys(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, int]:
-    """Keys of messages that the chat template does not read, each with the number of rows that have it."""
+    """Count the rows by message keys that the chat template does not read."""
     own = tokenizer.chat_template or ""
     known = set(re.findall(r"\w+", own if isinstance(own, str) else " ".join(own.values()))) | {"role", "content"}
     found: dict[str, int] = {}

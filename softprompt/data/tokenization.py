@@ -1,4 +1,4 @@
-"""Rows → token ids with labels. Knows the tokenizer and the template; nothing of padding, devices or the prompt."""
+"""Turn rows into token ids with labels, by tokenizer and template; padding, devices and prompts come later."""
 
 import sys
 from array import array
@@ -65,8 +65,11 @@ def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[s
 
 
 def end_tokens(examples: Sequence[Example], tokenizer: Any, end: str | None = None) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's eos_token, the one that the chat template writes there
-    (`end`, as of `Template.end`), and other special tokens at the end of an example's targets."""
+    """Ids of the tokens that end an answer, eos_token last.
+
+    These are eos_token, the token that the chat template writes after an answer (`end`, see `Template.end`), and other
+    special tokens that examples end with.
+    """
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
     last = examples.last_ids if isinstance(examples, Examples) else {e.labels[-1] for e in examples}
@@ -110,7 +113,7 @@ def tokenize(
             whole.extend(part)
             bar.update(part.rows)
     if not whole.kept:
-        raise no_targets(whole.shortest_prompt, max_length)
+        raise no_targets_error(whole.shortest_prompt, max_length)
     return whole.tokenized()
 
 
@@ -146,7 +149,7 @@ class _Columns:
         self.rows += 1
         self.cut += row.cut
         self.empty_answers += row.empty
-        self.shortest_prompt = min(self.shortest_prompt, row.asked)
+        self.shortest_prompt = min(self.shortest_prompt, row.prompt_length)
         first_target = row.example.labels.count(IGNORE)
         if first_target < len(row.example.labels):
             self.input_ids.extend(row.example.input_ids)
@@ -172,14 +175,14 @@ class _Columns:
 class Encoded(NamedTuple):
     """One row as an example, which may have no target.
 
-    `cut` says whether tokens were cut off, `empty` whether the answer is empty. `asked` is the number of the prompt's
-    tokens before any cut, `missing` the number of the answer's tokens that were cut off.
+    `cut` says whether tokens were cut off, `empty` whether the answer is empty. `prompt_length` is the number of tokens
+    of the prompt before any cut, `missing` the number of tokens that the answer lost.
     """
 
     example: Example
     cut: bool
     empty: bool
-    asked: int
+    prompt_length: int
     missing: int = 0
 
 
@@ -191,7 +194,7 @@ def encode(
     max_length: int,
     truncation_side: str,
 ) -> list[Encoded]:
-    """See `tokenize`; `places` name the rows.
+    """Tokenise rows, see `tokenize`; `places` name the rows in errors.
 
     Raises:
         DataError: the chat template refuses a row.
@@ -201,30 +204,29 @@ def encode(
     answers = _ids(tokenizer, [answer for _, answer in texts])
     encoded = []
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        asked, cut = len(prompt), len(prompt) + len(answer) > max_length
+        prompt_length, cut = len(prompt), len(prompt) + len(answer) > max_length
         if cut and truncation_side == "input":
             prompt = _shortened(row, tokenizer, template, max_length - len(answer))
         empty = is_empty(row, template)
         missing = min(len(answer), max(0, len(prompt) + len(answer) - max_length))
-        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, asked, missing))
+        encoded.append(Encoded(_example(prompt, answer, max_length), cut, empty, prompt_length, missing))
     return encoded
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str], template: Template) -> list[list[int]]:
-    """Token ids of prompt texts. A chat template writes its own special tokens; elsewhere the tokenizer's are kept as
-    of `text_ids`."""
+    """Token ids of prompt texts. A chat template writes its own special tokens; else see `text_ids`."""
     return _ids(tokenizer, texts) if template.spec == CHAT else text_ids(tokenizer, texts)
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that something follows: what the tokenizer always puts in front of a text (a begin token) is
-    kept, what it puts behind one (an end token, BERT's [SEP]) is not."""
+    """Token ids of texts that are continued: special tokens that the tokenizer puts before a text are kept (a begin
+    token), those that it puts after it are not (an end token, BERT's [SEP])."""
     front = begin_ids(tokenizer)
     return [[*front, *ids] for ids in _ids(tokenizer, texts)]
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """Token ids that the tokenizer puts in front of every text by itself; none for BLOOM's."""
+    """Token ids that the tokenizer puts before every text; BLOOM's puts none."""
     (bare,) = _ids(tokenizer, ["a"])
     whole = tokenizer("a", verbose=False)["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -232,12 +234,12 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def is_empty(row: Mapping[str, Any], template: Template) -> bool:
-    """Whether the answer of a row says nothing and calls nothing."""
+    """Whether the answer of a row has no text and calls no tool."""
     answer = answer_message(row) if template.spec == CHAT else {"content": row["output"]}
     return not answer["content"] and "tool_calls" not in answer
 
 
-def no_targets(shortest_prompt: int, max_length: int) -> DataError:
+def no_targets_error(shortest_prompt: int, max_length: int) -> DataError:
     return DataError(
         f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
         f"tokens; give --max_length {shortest_prompt + 16} or more, or --truncation_side input"
@@ -250,8 +252,8 @@ def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, room: int) -> list[int]:
-    """The prompt with its longest text cut to the largest number of characters that leaves it within `room` tokens;
-    where none does, the same with the next text."""
+    """Shorten the prompt's longest text to as many characters as leave the prompt within `room` tokens; if even an
+    empty one is too long, go on with the next longest text."""
     text, replaced = _longest_text(row)
 
     def prompt(characters: int) -> list[int]:
@@ -275,13 +277,13 @@ def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Temp
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the texts alone; not `verbose`, lest the tokenizer warn of rows that are about to be cut."""
+    """Token ids without special tokens; verbose would warn of long rows, which are cut afterwards."""
     without = {"return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(list(texts), add_special_tokens=False, verbose=False, **without)["input_ids"]
 
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:
-    """The longest text of a row's prompt, and a function that gives the row with another one in its place."""
+    """The longest text of a row's prompt, and a function that returns the row with that text replaced."""
     name = next((n for n in ("messages", "prompt") if isinstance(row.get(n), list)), None)
     if name is None:
         answer = "output" if "output" in row else "completion"

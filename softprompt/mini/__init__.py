@@ -1,6 +1,8 @@
-"""A tiny BLOOM that speaks a little Chinese about reviews, and tasks to tune prompts for: all offline, on any CPU.
+"""The mini base, a tiny BLOOM pre-trained on Chinese reviews, and tasks to tune prompts for; offline, on any CPU.
 
-`python -m softprompt.mini.make` rebuilds the base.
+In: the name of a task and a split. Out: rows (instruction, input, output), and the folder of the base. The modules
+`words`, `clauses` and `grammar` generate reviews, `tasks` asks about them. `corpus` and `make` are what the base is
+pre-trained on and how; `python -m softprompt.mini.make` rebuilds it.
 """
 
 from pathlib import Path

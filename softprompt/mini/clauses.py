@@ -1,4 +1,4 @@
-"""The clauses of the mini reviews: a noun phrase and what is said of it."""
+"""The clauses of the mini reviews: a noun phrase and an opinion about it."""
 
 import random
 from collections import Counter
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from softprompt.mini import words
 from softprompt.mini.words import DOMAINS, SHARED_GROUPS, Group
 
-OTHER = "其他"  # the domain of what belongs to none
+OTHER = "其他"  # the domain of things that belong to no other
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """A judging word with what stands before and after it: 一点也不 + 好吃, 太 + 好吃 + 了."""
+    """A judging word with the words around it: 一点也不 + 好吃, 太 + 好吃 + 了."""
 
     before: str
     word: str
@@ -56,7 +56,7 @@ _OTHER_THINGS = Group("个", words.OTHER_NOUNS, words.GOOD, words.BAD)
 
 
 def opinion_of(rng: random.Random, group: Group, good: bool, afters: frozenset[str] | None = None) -> Opinion:
-    """A word that says good or bad with its degree, or its opposite negated; `afters` are the endings it may have."""
+    """A good or bad word with its degree, or the negated opposite; `afters` restricts what may follow it."""
     negated = rng.random() < 0.25
     word = rng.choice(group.good if good != negated else group.bad)
     if negated and (word in words.NOT_NEGATED or not set(word).isdisjoint("不没无") or len(word) > 3):
@@ -90,8 +90,11 @@ def _thing(rng: random.Random, domain: str) -> tuple[str, str, Group]:
 
 
 def noun_phrase(rng: random.Random, domain: str, likeable: bool = False) -> Noun:
-    """A thing or an aspect of one. An aspect that several domains share is named together with its thing, or tells no
-    domain. `likeable`: no nuisance (噪音), of which only its own words speak sense."""
+    """A thing, or an aspect of a thing.
+
+    An aspect that several domains share is named together with its thing, or its domain is OTHER. `likeable` excludes
+    nuisances (噪音), which only their own words can judge sensibly.
+    """
     phrase = _any_noun_phrase(rng, domain)
     return noun_phrase(rng, domain, likeable) if likeable and phrase.group.nuisance else phrase
 
@@ -121,7 +124,7 @@ def _judged(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def _unnamed(rng: random.Random, domain: str, good: bool) -> Clause:
-    """太好吃了: the subject goes without saying."""
+    """太好吃了: the subject is left out."""
     opinion = opinion_of(rng, rng.choice([g for g in _groups(domain) if not g.nuisance]), good)
     return Clause(opinion.text, opinion.label, opinion.strength, domain=_OWNERS.get(opinion.word, OTHER))
 
@@ -152,7 +155,7 @@ def _kind_of(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def _phrase(rng: random.Random, domain: str, good: bool) -> Clause:
-    """这部电影看得我想睡觉, or without the subject where it is plain"""
+    """这部电影看得我想睡觉, or without the subject if it is clear."""
     if domain == OTHER:
         return remark(rng, domain, good)
     phrase = rng.choice(DOMAINS[domain].praise if good else DOMAINS[domain].blame)
@@ -170,7 +173,7 @@ def remark(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def filled(rng: random.Random, phrase: str) -> str:
-    """用了{time}就坏了 with a time"""
+    """用了{time}就坏了 with a time filled in."""
     return phrase.replace("{time}", rng.choice(words.TIMES))
 
 
@@ -183,7 +186,7 @@ def any_clause(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def _owners() -> dict[str, str]:
-    """The domain of each judging word or phrase that only one domain has."""
+    """The domain of each judging word or phrase that occurs in only one domain."""
     owners: dict[str, set[str]] = {}
     for name, domain in DOMAINS.items():
         judging = [word for group in domain.groups for word in group.good + group.bad]

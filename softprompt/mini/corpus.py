@@ -1,8 +1,8 @@
-"""What the mini base is pre-trained on: the tasks, each asked for in words, in many ways.
+"""The pre-training corpus of the mini base: all tasks, requested in words in many ways.
 
-A request stands after "Human: " beside the review, or on a line before it, at the very place where a soft prompt will
-stand: this is what makes the frozen base steerable. A review without a request is answered with a question back, so the
-bare base does no task. No sentence is one of the held-out ones.
+A request is either after "Human: " beside the review, or on a line before it, where a soft prompt will be later; this
+is what makes the frozen base steerable. A review without a request is answered with a question, so the base without a
+prompt does no task. Held-out sentences do not occur.
 """
 
 import random
@@ -14,7 +14,7 @@ from softprompt.mini import words
 from softprompt.mini.grammar import Sentence, held_out, sentence
 from softprompt.mini.tasks import TASKS
 
-# Ways to name what is asked.
+# Words for what a task asks.
 TOPICS: dict[str, tuple[str, ...]] = {
     "sentiment": words.listed("情感 情绪 好坏 态度 褒贬 倾向 正面还是负面 情感倾向 正负面 sentiment"),
     "domain": words.listed("类别 领域 种类 哪一类 类型 行业 分类 话题 所属领域 domain"),
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 def corpus(seed: int) -> Iterator[Row]:
-    """Rows without end, the same ones for the same seed."""
+    """Yield rows without end, always the same for a seed."""
     rng = random.Random(f"corpus {seed}")
     while True:
         review = sentence(rng)
@@ -93,7 +93,7 @@ def _row(rng: random.Random, review: Sentence) -> Row:
 
 
 def _request(rng: random.Random, task: str) -> str:
-    """One topic in a frame, or some topics in any order: the task is in the words, wherever they stand."""
+    """One topic in a frame, or several topics in any order: the words decide the task, wherever they are."""
     if rng.random() < 0.6:
         return rng.choice(FRAMES).format(rng.choice(TOPICS[task]))
     topics = rng.sample(TOPICS[task], rng.randint(1, 4))
@@ -101,7 +101,7 @@ def _request(rng: random.Random, task: str) -> str:
 
 
 def _system(rng: random.Random, request: str) -> str:
-    """The request as lines of varying length, at times among words that mean nothing."""
+    """The request as lines of varying length, sometimes among random words."""
     parts = [request]
     if rng.random() < 0.35:
         parts.insert(rng.randint(0, 1), _noise(rng))
@@ -121,7 +121,7 @@ def _unknown_word(rng: random.Random) -> str:
 
 
 def _renamed(rng: random.Random, review: Sentence) -> Sentence:
-    """The review of something the base has no word for."""
+    """Replace the subject of a review by a word that the base does not know."""
     name = _unknown_word(rng)
     text = review.text.replace(review.subject, name) if review.subject else review.text
     return review if not review.subject or held_out(text) else replace(review, text=text, subject=name)

@@ -1,7 +1,7 @@
-"""Short Chinese reviews made at random from the words, each with what is known about it.
+"""Generate short Chinese reviews at random, each with its labels.
 
-One rule decides what a sentence of two clauses says: the last clause counts. So 虽然贵，但是好吃 is positive, and its
-opinion is 好吃. The subject is the last one that is named.
+In a sentence of two clauses the last clause decides: 虽然贵，但是好吃 is positive, and its opinion is 好吃. The
+subject is the last one that is named.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from softprompt.mini import words
 from softprompt.mini.clauses import ANYTHING, OTHER, Clause, any_clause, filled, noun_phrase, opinion_of, remark
 from softprompt.mini.words import DOMAINS
 
-HELD_OUT_SHARE = 16  # one sentence of so many is held out
+HELD_OUT_SHARE = 16  # one sentence in 16 is held out
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,28 @@ class Sentence:
     text: str
     good: bool
     domain: str
-    subject: str  # "" where none is named
-    opinion: str  # the word that judges, with its negation but without its degree
+    subject: str  # "" if none is named
+    opinion: str  # the judging word with its negation, but without its degree
     strength: str  # 强, 中 or 弱
 
 
 def normalised(text: str) -> str:
-    """Only letters and digits: what is left of a sentence however it is punctuated."""
+    """Keep only letters and digits, so that punctuation does not matter."""
     return "".join(c for c in text.casefold() if unicodedata.category(c)[0] in "LN")
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence is kept for evaluation, by a hash of its normalised text: whoever makes it, in whatever order
-    and with whatever punctuation, it is never trained on, neither by the base nor by a prompt."""
+    """Whether a sentence is kept for evaluation, by a hash of its normalised text.
+
+    The answer does not depend on when or by what the sentence is generated, nor on its punctuation, so neither the base
+    nor a prompt is ever trained on it.
+    """
     bare = normalised(text)
     return bare in words.RESERVED or hashlib.sha256(bare.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def sentence(rng: random.Random) -> Sentence:
-    """One review; positive and negative ones are equally likely."""
+    """Generate one review; positive and negative ones are equally likely."""
     domain = OTHER if rng.random() < 0.08 else rng.choice(tuple(DOMAINS))
     good = rng.random() < 0.5
     said, clause = rng.choices(_SHAPES, _SHAPE_WEIGHTS)[0](rng, domain, good)
@@ -50,7 +53,7 @@ def sentence(rng: random.Random) -> Sentence:
 
 
 def sentences(rng: random.Random, count: int, held: bool = False) -> list[Sentence]:
-    """`count` different sentences of one side of the split."""
+    """Generate `count` different sentences, all held out or none (`held`)."""
     found: dict[str, Sentence] = {}
     while len(found) < count:
         new = sentence(rng)
@@ -59,7 +62,7 @@ def sentences(rng: random.Random, count: int, held: bool = False) -> list[Senten
     return list(found.values())
 
 
-# Shapes of a whole sentence: what is said, and the clause that counts.
+# Shapes of a whole sentence. Each returns its text and the clause that decides.
 
 
 def _one(rng: random.Random, domain: str, good: bool) -> tuple[str, Clause]:
@@ -101,7 +104,7 @@ def _but(rng: random.Random, domain: str, good: bool) -> tuple[str, Clause]:
 
 
 def _both(rng: random.Random, domain: str, good: bool) -> tuple[str, Clause]:
-    """这个西瓜又大又甜: two words about one subject"""
+    """Two judging words about one subject: 这个西瓜又大又甜."""
     noun = noun_phrase(rng, domain)
     one, two = (rng.choice(noun.group.good if good else noun.group.bad) for _ in range(2))
     said = rng.choice(("又{}又{}", "又{}又{}", "既{}又{}", "很{}也很{}", "{}、{}", "{}，而且{}")).format(one, two)
@@ -113,7 +116,7 @@ _SHAPE_WEIGHTS = (34, 9, 9, 6, 10, 13, 15, 4)
 
 
 def _pair(rng: random.Random, domain: str, first_good: bool, last_good: bool) -> tuple[Clause, Clause]:
-    """Two clauses of which the second may leave the subject to the first."""
+    """Two clauses; the second may leave out the subject."""
     first, last = any_clause(rng, domain, first_good), any_clause(rng, domain, last_good)
     if rng.random() < 0.3:
         opinion = opinion_of(rng, ANYTHING, last_good)
@@ -122,6 +125,6 @@ def _pair(rng: random.Random, domain: str, first_good: bool, last_good: bool) ->
 
 
 def _about(last: Clause, first: Clause) -> Clause:
-    """The last clause, with the subject and the domain of the first where it has none itself."""
+    """The last clause; if it has no subject or domain, it takes those of the first."""
     domain = first.domain if last.domain == OTHER else last.domain
     return replace(last, subject=last.subject or first.subject, domain=domain)

@@ -1,9 +1,9 @@
-"""Builds the mini base from nothing but the grammar: its tokenizer, its corpus, its pre-training.
+"""Build the mini base from the grammar alone: train its tokenizer, generate its corpus, pre-train it.
 
 python -m softprompt.mini.make [--size small|medium|large] [--output_dir DIR] [--steps N] [--seed N]
 
-The package holds the small one. The larger ones are for the question what a larger base does: the same tokenizer and
-the same rows in the same order, each with about twice the parameters of the one before.
+The package contains the small one. The larger ones are for experiments with the size of a base: they have the same
+tokenizer and see the same rows in the same order, and each has about twice the parameters of the one before.
 """
 
 import argparse
@@ -37,10 +37,10 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 EOS, PAD = 2, 3
 VOCABULARY = 1800
 STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 4000, 64, 4e-3, 100
-COMMON = 15  # a character that 20,000 rows have so many times becomes a token
-REFERENCE_HIDDEN_SIZE = 128  # PEAK_LR's; it falls with the width (Yang et al. 2022, arXiv:2203.03466: Adam, 1 / width)
-SORTED = 50  # rows of so many batches are sorted by length, so that little is padding
-PROMPT_WEIGHT = 0.03  # of a token of the prompt in the loss, where one of the answer has 1
+COMMON = 15  # a character that occurs this often in 20,000 rows becomes a token
+REFERENCE_HIDDEN_SIZE = 128  # PEAK_LR is for this one; it falls as 1 / width (Yang et al. 2022, arXiv:2203.03466)
+SORTED = 50  # batches whose rows are sorted by length together, to save padding
+PROMPT_WEIGHT = 0.03  # the weight of a prompt token in the loss; an answer token has 1
 
 
 class Size(NamedTuple):
@@ -57,11 +57,11 @@ SIZES = {"small": Size(128, 5, 4), "medium": Size(192, 5, 6), "large": Size(256,
 class Batch(NamedTuple):
     ids: Tensor  # [B, T] int64, padded on the right
     mask: Tensor  # [B, T] int64
-    weights: Tensor  # [B, T] float32, of each token as a target
+    weights: Tensor  # [B, T] float32, the weight of each token as a target
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with BLOOM's pre-tokenizer and special tokens: it knows every byte, so nothing is unknown."""
+    """Byte-level BPE with BLOOM's pre-tokenizer and special tokens: it has every byte, so no text is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,8 +80,10 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def _words_of_tokenizer(seed: int) -> Iterator[str]:
-    """First every common character of the corpus, then words. It learns no sentences, so no token straddles two words,
-    and a newcomer's sentence is cut as ours are."""
+    """Texts that the tokenizer is trained on: first every common character of the corpus, then words.
+
+    There are no sentences, so no token spans two words, and unseen sentences are cut in the same way as known ones.
+    """
     rows = islice(corpus(seed), 20_000)
     counts = Counter(character for row in rows for character in row.prompt + row.answer)
     for character in sorted(character for character, count in counts.items() if count >= COMMON):
@@ -95,7 +97,7 @@ def _words_of_tokenizer(seed: int) -> Iterator[str]:
 
 
 def _strings(value: Any) -> list[str]:
-    """All strings in nested lists, tuples and dicts; of 太_了 the two parts."""
+    """All strings in nested lists, tuples and dicts; 太_了 counts as two strings."""
     if isinstance(value, str):
         return value.split("_")
     if isinstance(value, dict):
@@ -111,7 +113,7 @@ def make_model(seed: int, vocabulary: int, size: Size) -> BloomForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
-    """Batches without end, each of rows of about one length, in random order."""
+    """Yield batches without end, in random order; rows of a batch have similar lengths."""
     rng = random.Random(f"batches {seed}")
     stream = corpus(seed)
     while True:
@@ -124,7 +126,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rng: random.Random, row: Row) -> tuple[list[int], list[float]]:
-    """Token ids and their weights as targets. Some rows are cut at random, so that a word is known in pieces too."""
+    """Token ids and their weights as targets. Some rows are split at random, so the base learns parts of words, too."""
     cuts = sorted(rng.randint(0, len(row.prompt)) for _ in range(rng.choice((0, 0, 0, 0, 2, 4))))
     ends = [0, *cuts, len(row.prompt)]
     pieces = [row.prompt[start:end] for start, end in pairwise(ends)]
@@ -140,7 +142,7 @@ def _collate(rows: Sequence[tuple[list[int], list[float]]]) -> Batch:
 
 
 def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
-    """Mean of the tokens' cross-entropies, a scalar, each token counting by its weight."""
+    """The weighted mean of the tokens' cross entropies, a scalar."""
     logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]  # [B, T-1, V]
     each = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # [B, T-1]
     weights = batch.weights[:, 1:]
@@ -148,14 +150,14 @@ def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+    """The learning rate: linear warm-up, then cosine decay to zero."""
     if step < WARMUP_STEPS:
         return peak * (step + 1) / WARMUP_STEPS
     return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
 def pretrain(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
-    """A plain loop: every batch is new, so there is nothing to overfit to."""
+    """Pre-train with AdamW. Every batch is new, so the model cannot overfit."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     peak = PEAK_LR * REFERENCE_HIDDEN_SIZE / model.config.hidden_size
     model.train()
@@ -174,7 +176,7 @@ def pretrain(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
 
 
 def save(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the base as a hub would give it, weights in fp16; the folder is replaced as a whole."""
+    """Write the base as a hub stores it, with weights in fp16; the folder is replaced as a whole."""
     with tempfile.TemporaryDirectory() as temporary:
         logging.disable_progress_bar()
         model.half().save_pretrained(temporary)

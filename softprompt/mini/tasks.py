@@ -1,4 +1,4 @@
-"""The tasks of the mini base: several questions about the same sentences, so that what a prompt was tuned for shows."""
+"""The tasks of the mini base: different questions about the same sentences, so the answer shows the prompt's task."""
 
 import difflib
 import random
@@ -10,7 +10,7 @@ from softprompt.mini.grammar import Sentence, sentences
 from softprompt.mini.words import DOMAINS
 from softprompt.utils.errors import DataError
 
-SPLITS = {"train": 6400, "eval": 200}  # rows by default: 200 steps of 32 to train
+SPLITS = {"train": 6400, "eval": 200}  # default number of rows; 6,400 are 200 steps of 32
 
 
 class Task(NamedTuple):
@@ -50,9 +50,12 @@ TASKS: dict[str, Task] = {
 
 
 def rows(task: str, split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Bare rows: the sentence alone as the instruction, nothing that says which task it is.
+    """Generate rows whose instruction is only the sentence; nothing in it says what the task is.
 
-    All tasks ask about the same sentences. Those of `split="eval"` are held out: see `grammar.held_out`.
+    All tasks have the same sentences. Those of `split="eval"` are held out, see `grammar.held_out`.
+
+    Args:
+        n: the number of rows, by default that of SPLITS.
 
     Raises:
         DataError: an unknown task or split.

@@ -1,12 +1,15 @@
-"""The words of the mini reviews: what is judged, and how it is praised or blamed. Data only; `grammar` joins them."""
+"""The words of the mini reviews: what is judged, and words of praise and blame. Data only; `grammar` combines them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Group:
-    """Nouns that are judged with the same words, for the same word may praise one thing and blame another: 快 is good
-    of a parcel and bad of a battery that runs out. Words of four and more characters take no degree (很, 不)."""
+    """Nouns that the same words judge.
+
+    The same word may praise one thing and blame another: 快 is good for a parcel and bad for a battery that runs out.
+    Words of four or more characters take no degree (很, 不).
+    """
 
     measure: str  # the classifier in 这部电影; "" where the nouns are aspects of a thing (剧情)
     nouns: tuple[str, ...]
@@ -15,17 +18,17 @@ class Group:
 
     @property
     def nuisance(self) -> bool:
-        """Noise, advertisements, crowds: the less of it the better."""
+        """Whether these are nuisances (noise, advertisements, crowds), of which less is better."""
         return "少" in self.good or "小" in self.good
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of thing that is reviewed. Of `groups` the first holds the things themselves, the rest their aspects."""
+    """A kind of thing that is reviewed. The first of `groups` holds the things, the others their aspects."""
 
     english: str
     groups: tuple[Group, ...]
-    praise: tuple[str, ...]  # whole predicates, or whole reviews where the subject goes without saying
+    praise: tuple[str, ...]  # whole predicates, or whole reviews without a subject
     blame: tuple[str, ...]
     context: tuple[str, ...]  # says nothing about the quality
 

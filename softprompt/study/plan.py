@@ -203,7 +203,7 @@ class _InputCache:
 
 
 def _print_row_counts(dataset: str | None, rows: Rows, train: Tokenized, held_out: Tokenized | None) -> None:
-    for line in (*rows.notes, f"{dataset}, training: {train}", *([f"held out: {held_out}"] if held_out else [])):
+    for line in (*rows.notices, f"{dataset}, training: {train}", *([f"held out: {held_out}"] if held_out else [])):
         print(line)
 
 

@@ -154,7 +154,7 @@ class RunCallbacks:
         return first_question(rows, self.data.template, self.data.tokenizer)
 
     def _print_row_notes(self) -> None:
-        if told := self.loader.told(self.position):
+        if told := self.loader.describe_rows_read(self.position):
             done, total = self.log.totals.steps, self.loader.total_steps
             ended = f"; they ended after step {done:,} of {total:,}" if self._is_over(done) and done < total else ""
             self.log.say(told + ended)

@@ -118,7 +118,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     """
     template = make_template(config)
     rows = read_rows(config, template)
-    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
+    print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notices)
     tokenizer = load_tokenizer(_path_of_base(config))
     train, held_out = tokenize_rows(config, template, tokenizer, rows)
     is_chat = template.spec == CHAT

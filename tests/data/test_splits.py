@@ -15,8 +15,8 @@ from softprompt.cli import run_command
 from softprompt.config.loader import train_config
 from softprompt.data.build_data import read_rows
 from softprompt.data.dataset import load_rows
-from softprompt.data.splits import choose, splits_of
-from softprompt.data.stream_sources import open_source, placed
+from softprompt.data.splits import choose, find_splits
+from softprompt.data.stream_sources import open_source, parse_row
 from softprompt.data.template import Template
 from softprompt.distributed.process_group import process_group
 from softprompt.training.run import set_up
@@ -61,8 +61,8 @@ def test_files_belong_to_the_splits_that_they_are_named_for(case, tmp_path):
     write(tmp_path / ".git" / "test.jsonl", rows("hidden", 1))
     (tmp_path / "README.md").write_text("rows")
     write(tmp_path / "dataset_infos.json", rows("infos", 1))
-    found = splits_of(str(tmp_path), None)
-    assert not found.notes
+    found = find_splits(str(tmp_path), None)
+    assert not found.notices
     names = set(FOLDERS[case].values())
     assert found.named and set(found.parts) == names
     for split in names:
@@ -70,7 +70,7 @@ def test_files_belong_to_the_splits_that_they_are_named_for(case, tmp_path):
         assert load_rows(str(tmp_path), Template(), {}, split=split) == expected
         if all(Path(name).suffix in (".jsonl", ".parquet") for name in FOLDERS[case]):
             source = open_source(str(tmp_path), None, split)
-            assert [placed(raw)[1] for raw in source.read()] == expected and source.rows == len(expected)
+            assert [parse_row(raw)[1] for raw in source.read()] == expected and source.rows == len(expected)
     for read in (
         lambda: load_rows(str(tmp_path), Template(), {}, split="no"),
         lambda: open_source(str(tmp_path), None, "no"),
@@ -94,14 +94,14 @@ def test_a_folder_whose_files_name_no_split_is_one(names, tmp_path):
 def test_what_is_left_out_of_a_folder_is_said(tmp_path):
     for name in ("train-00001-of-00003.jsonl", "test.jsonl", "more.jsonl", "deep/rows.jsonl", "old.csv.gz"):
         write(tmp_path / name, rows(name, 2))
-    missing, stray, unread, nested = splits_of(str(tmp_path), None).notes
+    missing, stray, unread, nested = find_splits(str(tmp_path), None).notices
     assert missing.startswith("warning: ") and "1 of the 3 shards of train" in missing
     assert "more.jsonl" in stray and "old.csv.gz" in unread and "deep/rows.jsonl" in nested
     config = train_config("mini", dataset=str(tmp_path), output_dir=str(tmp_path / "run"))
     found = read_rows(config, Template())
-    assert list(found.notes[:4]) == [missing, stray, unread, nested] and len(found.train) == 2
+    assert list(found.notices[:4]) == [missing, stray, unread, nested] and len(found.train) == 2
     streamed = read_rows(train_config("mini", dataset=str(tmp_path), streaming=True), Template())
-    assert list(streamed.notes[:4]) == [missing, stray, unread, nested]
+    assert list(streamed.notices[:4]) == [missing, stray, unread, nested]
 
 
 CHOSEN = {  # of these splits, what --eval_split names, what is taken
@@ -183,7 +183,7 @@ def test_held_out_rows_are_another_split(kind, streaming, tmp_path):
         found = read(**how, **more)
         assert found.train == splits["train"] and found.held_out == splits[name]
         for said in ("training rows: split train of ", f"held-out rows: split {name} of "):
-            assert any(said in note for note in found.notes)
+            assert any(said in note for note in found.notices)
     assert read(**how | {"dataset_split": "test"}, eval_split="train").held_out == splits["train"]
     link = tmp_path / "link"
     link.symlink_to(source)
@@ -204,11 +204,11 @@ def test_held_out_rows_are_never_the_training_rows(streaming, tmp_path):
         with pytest.raises(DataError, match="holds rows that are trained on"):
             read(dataset=dataset, eval_dataset=held_out, streaming=streaming)
     found = read(dataset=file, eval_dataset=copy, streaming=streaming)
-    assert "warning: 3 of 4 held-out rows are among the " in "".join(found.notes)
+    assert "warning: 3 of 4 held-out rows are among the " in "".join(found.notices)
     write(tmp_path / "twice.jsonl", rows("a", 4) + rows("a", 3) + rows("a", 2))
     found = read(dataset=str(tmp_path / "twice.jsonl"), eval_rows=2, streaming=streaming)
-    assert "3 of " in found.notes[0] and "training rows are there before" in found.notes[0]
-    assert "warning: 2 of 2 held-out rows" in found.notes[1]
+    assert "3 of " in found.notices[0] and "training rows are there before" in found.notices[0]
+    assert "warning: 2 of 2 held-out rows" in found.notices[1]
 
 
 def test_slices_of_one_split_must_not_meet(tmp_path):

@@ -13,15 +13,14 @@ import torch
 from helpers.distributed import finished, torchrun
 from helpers.interruptions import interrupted, outcome
 from helpers.refusals import refused
-from helpers.row_stream import naive_order
 from safetensors.torch import load_file
 
 import softprompt
 import train
 from softprompt.cli import run_command
-from softprompt.data import build_data as intake
-from softprompt.data import sampler
+from softprompt.data import build_data, sampler
 from softprompt.data import stream_sources as sources
+from softprompt.data.stream_loader import ShuffleBuffer
 from softprompt.data.stream_sources import open_source
 from softprompt.utils.errors import CheckpointError, ConfigError, DataError
 from softprompt.utils.fingerprints import fingerprint_of_rows
@@ -38,7 +37,7 @@ def settings(tiny_base, tmp_path, monkeypatch):
     """A run of 13 steps over 19 rows in windows of 4, so that epochs end with a short window, in the folder `run`; two
     of the rows are looked at beforehand."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(intake, "HEAD", 2)
+    monkeypatch.setattr(build_data, "ROWS_CHECKED_FIRST", 2)
     Path("rows.jsonl").write_text(lines(ROWS))
     return {
         **{"model_name_or_path": str(tiny_base), "dataset": "rows.jsonl", "eval_rows": 4, "output_dir": "run"},
@@ -119,7 +118,7 @@ def test_other_places_of_the_same_rows(name, settings, tmp_path):
     assert outcome() == expected
     source = open_source(name, None, "train")
     for first in range(24):
-        read = [sources.placed(raw)[1] for raw in source.read(first)]
+        read = [sources.parse_row(raw)[1] for raw in source.read(first)]
         assert read == ROWS[first:]
 
 
@@ -216,7 +215,8 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_row_in_the_middle_costs_nothing(case, settings, capsys, monkeypatch):
     line, message = BROKEN[case]
-    expected = naive_order(range(19), 7, 42, 0).index(20 - 4) // 4  # whole windows before that row
+    order = list(ShuffleBuffer(7, 42, 0).through(iter(range(19))))
+    expected = order.index(20 - 4) // 4  # whole windows before that row
     Path("rows.jsonl").write_text(broken(20, line))
     argv = [f"--{name}={value}" for name, value in settings.items() if name != "streaming"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--streaming", *argv])
@@ -327,7 +327,8 @@ def test_two_ranks_meet_a_broken_row(settings, tmp_path):
     flags |= {"per_device_train_batch_size": 64, "tokens_per_microbatch": 4000}
     _, err = finished(torchrun(2, "train.py", *[f"--{name}={value}" for name, value in flags.items()]), 1)
     assert err.count("error: ") == 1 and "rows.jsonl, line 1121: expected an object of columns" in err
-    step = naive_order(range(1146), 7, 42, 0).index(1120 - 4) // 256  # whole steps before that row
+    order = list(ShuffleBuffer(7, 42, 0).through(iter(range(1146))))
+    step = order.index(1120 - 4) // 256  # whole steps before that row
     assert step == 4 and f"two/checkpoint-{step} " in err, err
     assert "exitcode  : 2" in err, err
 
