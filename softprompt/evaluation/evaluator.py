@@ -81,7 +81,7 @@ class Evaluator:
     def compares_answers(self) -> bool:
         """Whether exact match is computed: there is a generator, all expected answers are short, and at least one of
         them is whole."""
-        return self.generator is not None and are_short(self.examples, self.missing) and self._whole_answers > 0
+        return self.generator is not None and answers_are_short(self.examples, self.missing) and self._whole_answers > 0
 
     @property
     def exact_match_note(self) -> str | None:
@@ -93,7 +93,9 @@ class Evaluator:
         if self.compares_answers:
             return f"exact match is over the {whole:,} of {n:,} rows whose answer max_length does not truncate"
         if not whole:
-            short = are_short(self.examples, self.missing)  # longer answers are not compared even if they are whole
+            short = answers_are_short(
+                self.examples, self.missing
+            )  # longer answers are not compared even if they are whole
             hint = " (a larger --max_length keeps them whole)" if short else ""
             return f"no exact match: max_length truncates the answers of all {n:,} rows{hint}"
         long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))
@@ -147,7 +149,7 @@ def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> 
     return [count_targets(example) + truncated for example, truncated in rows]
 
 
-def are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
+def answers_are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
     """Whether the whole answers of all rows have at most SHORT_ANSWER tokens."""
     return max(answer_lengths(examples, missing)) <= SHORT_ANSWER
 

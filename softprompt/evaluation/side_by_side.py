@@ -23,7 +23,7 @@ from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.engines.base import Engine
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble, score_answers
-from softprompt.evaluation.evaluator import Evaluation, Evaluator, are_short
+from softprompt.evaluation.evaluator import Evaluation, Evaluator, answers_are_short
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.generator import Generator
 from softprompt.generation.likelihood import ChoiceResult, check_choices, choice_result
@@ -114,7 +114,7 @@ class AdapterEvaluator:
         dataset: a dataset as train.py takes it, mini:TASK, or a .txt file, whose text follows the prompt as it is.
         batch_size: number of rows that are answered at the same time.
         choices: the labels; None takes the answers that occur, if they are short and at most MAX_LABELS.
-        like: the adapter whose template and columns the bare base is evaluated with.
+        reference: the adapter whose template and columns the bare base is evaluated with.
         columns: the dataset's names of columns, for all adapters; they override each adapter's own, which count as far
             as the dataset has such columns.
         split: split of the dataset, as --eval_split names it.
@@ -127,7 +127,7 @@ class AdapterEvaluator:
     truncation: Truncation
     batch_size: int
     choices: Sequence[str] | None
-    like: LoadedAdapter
+    reference: LoadedAdapter
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
 
@@ -139,10 +139,10 @@ class AdapterEvaluator:
                 as its answer.
             ConfigError: invalid choices, or choices for a plain text.
         """
-        like = self.like if adapter.prompt is None else adapter
+        source = self.reference if adapter.prompt is None else adapter  # of template and columns
         if self.dataset.lower().endswith(".txt"):
-            return self._evaluate_text(adapter, like.template)
-        all_rows, template, length = self._rows(like), like.template, self.truncation.max_length
+            return self._evaluate_text(adapter, source.template)
+        all_rows, template, length = self._rows(source), source.template, self.truncation.max_length
         data = tokenize(all_rows, self.tokenizer, template, length, self.truncation.truncation_side)
         rows = [all_rows[number] for number in data.kept]
         evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
@@ -206,16 +206,22 @@ class AdapterEvaluator:
                     f"first has {next(iter(texts))!r:.80}"
                 )
             return {choice: texts.get(choice, choice) for choice in self.choices}
-        short = are_short(data.examples, data.missing)
+        short = answers_are_short(data.examples, data.missing)
         return texts if short and 2 <= len(texts) <= MAX_LABELS and all(texts) else {}
 
-    def _rows(self, like: LoadedAdapter) -> list[Row]:
+    def _rows(self, source: LoadedAdapter) -> list[Row]:
+        """Read the dataset with the template and the columns of `source`."""
         task = self.dataset.removeprefix("mini:")
         if task != self.dataset:
             rows = enumerate(mini.rows(task, "eval"), start=1)
-            return [check_fields(f"{self.dataset}, row {number}", row, like.template) for number, row in rows]
+            return [check_fields(f"{self.dataset}, row {number}", row, source.template) for number, row in rows]
         return load_rows(
-            self.dataset, like.template, self.columns, usual_columns=like.columns, split=self.split, flag="--eval_split"
+            self.dataset,
+            source.template,
+            self.columns,
+            usual_columns=source.columns,
+            split=self.split,
+            flag="--eval_split",
         )
 
     def _describe(self, data: Tokenized) -> str:

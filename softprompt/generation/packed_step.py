@@ -3,7 +3,7 @@
 A pass runs one packed stream of S tokens without padding, which mixes slots in two phases:
 
     stream   newest token of slot 0 | newest token of slot 3 | text of slot 2 (T tokens) | text of slot 1 (T tokens)
-             decode: 1 token of each slot in the cache         prefill: all tokens of slots that were just filled
+             decode: 1 token of each slot in the cache         prefill: all tokens of slots that were just refilled
 
 Layer norms, projections and MLPs see the S tokens as one matrix. Only attention tells them apart: a decoded token
 attends to its slot's row in the cache; a prefilled text attends to its prompt and, causally, to itself.
@@ -84,23 +84,23 @@ class PackedStep:
         for index, b in enumerate(self.decoding):
             last_index[b] = index
         self.prefills: list[PrefillGroup] = []
-        for prefix, filled in _filled_by_prefix(slots):
+        for prefix, uncached in _uncached_by_prefix(slots):
             start = len(stream)
-            for b in filled:
+            for b in uncached:
                 stream += slots[b].state.token_ids
                 last_index[b] = len(stream) - 1
-            lengths = [len(slots[b].state.token_ids) for b in filled]
+            lengths = [len(slots[b].state.token_ids) for b in uncached]
             span = slice(start, len(stream))
-            self.prefills.append(PrefillGroup(prefix, filled, lengths, group_rows(lengths, device), span))
+            self.prefills.append(PrefillGroup(prefix, uncached, lengths, group_rows(lengths, device), span))
         self.input_ids = torch.tensor(stream, device=device)  # [S]
         self.last_index = torch.tensor(last_index, device=device)  # [n]
 
 
-def _filled_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
+def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
     """Group the indices of slots that have nothing in the cache yet by their prompt, the longest text first."""
-    filled = [b for b, slot in enumerate(slots) if not slot.cached]
-    for prefix in {id(slots[b].prefix): slots[b].prefix for b in filled}.values():
-        group = [b for b in filled if slots[b].prefix is prefix]
+    uncached = [b for b, slot in enumerate(slots) if not slot.cached]
+    for prefix in {id(slots[b].prefix): slots[b].prefix for b in uncached}.values():
+        group = [b for b in uncached if slots[b].prefix is prefix]
         yield prefix, sorted(group, key=lambda b: -len(slots[b].state.token_ids))
 
 
@@ -155,15 +155,13 @@ class StepAttention:
         All n slots take part, so that the cache is read as a view without a copy; rows of slots in prefill are dropped
         from the result.
         """
-        keys, values = (
-            c[: self.n, :, : self.width].flatten(0, 1) for c in self.cache.layers[layer]
-        )  # [n · N, width, D]
+        caches = (cache[: self.n, :, : self.width] for cache in self.cache.layers[layer])
+        keys, values = (cache.flatten(0, 1) for cache in caches)  # each [n · N, width, D]
         if self.step.prefills:
             q = q.index_select(0, self.step.last_index)
         q = q.reshape(len(keys), 1, -1)  # [n · N, 1, D]
-        scores = torch.baddbmm(
-            self.decode_bias, q, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5
-        )  # [n · N, 1, width]
+        scale = q.shape[-1] ** -0.5
+        scores = torch.baddbmm(self.decode_bias, q, keys.transpose(1, 2), alpha=scale)  # [n · N, 1, width]
         out = torch.bmm(scores.softmax(-1), values).view(self.n, -1)  # [n, N · D]
         return out.index_select(0, self.decoding) if self.step.prefills else out
 

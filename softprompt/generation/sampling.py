@@ -198,9 +198,8 @@ def sample(probabilities: Tensor, rngs: Sequence[torch.Generator]) -> list[int]:
     """
     cumulative = probabilities.double().cumsum(-1)  # [n, V]
     uniform = torch.stack([_uniform(rng) for rng in rngs])  # [n]
-    threshold = (
-        uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    )  # [n, 1]; the last sum is 1 but for rounding
+    total = cumulative[:, -1:]  # [n, 1], 1 except for rounding
+    threshold = uniform.to(cumulative.device)[:, None] * total  # [n, 1]
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[1] - 1)  # [n, 1]
     return tokens[:, 0].tolist()
 
