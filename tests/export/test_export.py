@@ -44,7 +44,7 @@ from softprompt.utils.errors import AdapterError, ModelError, SoftpromptError
 
 QUESTIONS = ["我爱这部电影", "这家酒店太差了！ 1 < 2", "hello\n  world {x} {{ y }}"]
 NEW_TOKENS = 9
-EXPORT = SimpleNamespace(main=cli.export)
+EXPORT = SimpleNamespace(main=cli.export, __name__="export")
 
 
 def write_base(folder: Path, base: Any, tokenizer: Any = None) -> Path:
