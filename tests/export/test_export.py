@@ -34,8 +34,8 @@ from transformers import (
 from softprompt import SoftPromptModel, cli
 from softprompt.data.template import Template
 from softprompt.export import plain_model
-from softprompt.export.bake_prompt import HOPELESS, silent_row
-from softprompt.export.chat_template import SAMPLES, new_words, teach
+from softprompt.export.bake_prompt import NEVER_LOGIT, constant_logit_row
+from softprompt.export.chat_template import SAMPLES, add_prompt_tokens, new_token_names
 from softprompt.export.plain_model import export, generation_config
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import base_path
@@ -177,7 +177,7 @@ def test_new_words_are_single_special_tokens_and_never_likely(case):
             assert (row["logits"].argmax(-1) < ids[0]).all()
         else:
             assert probabilities.max() == 0
-            assert row["logits"][:, ids].sub(HOPELESS).abs().max() < 0.1 * -HOPELESS
+            assert row["logits"][:, ids].sub(NEVER_LOGIT).abs().max() < 0.1 * -NEVER_LOGIT
     settings = GenerationConfig.from_pretrained(case.folder)
     assert settings.suppress_tokens == ids
     assert (settings.eos_token_id, settings.pad_token_id) == (2, 3)
@@ -237,7 +237,7 @@ def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
     norm = torch.nn.LayerNorm(H).requires_grad_(False)
     norm.weight += 0.3 * torch.randn(H, generator=draw)
     norm.bias += spread * torch.randn(H, generator=draw)
-    row = silent_row(norm.weight, norm.bias, dtype)
+    row = constant_logit_row(norm.weight, norm.bias, dtype)
     if row is None:  # refused: the sum is small beside what rounding alone makes of it
         total = (norm.bias.to(dtype).double() / norm.weight.to(dtype).double()).sum().abs()
         ratio = (norm.bias / norm.weight).norm()
@@ -246,14 +246,14 @@ def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
     h = norm.to(dtype)(20 * torch.randn(200, H, generator=draw).to(dtype))
     logits = torch.nn.functional.linear(h, row.to(dtype)[None]).float()
     assert torch.equal(row, row.to(dtype).float())
-    assert logits.max() < HOPELESS / 2 and logits.isfinite().all()
+    assert logits.max() < NEVER_LOGIT / 2 and logits.isfinite().all()
 
 
 def test_where_no_constant_logit_can_be_had_there_is_none():
     ones, zeros = torch.ones(32), torch.zeros(32)
     balanced = torch.cat([torch.ones(16), -torch.ones(16)])
     for weight, bias in ((ones, zeros), (ones, balanced), (torch.cat([zeros[:1], ones[1:]]), ones)):
-        assert silent_row(weight, bias, torch.float32) is None
+        assert constant_logit_row(weight, bias, torch.float32) is None
 
 
 TEMPLATES = ["default", "Q: {instruction}\\nA: ", "{{fixed}} {{% x %}} 'a\\\\' \"{instruction}\"\\n{instruction}->"]
@@ -263,7 +263,7 @@ TEMPLATES = ["default", "Q: {instruction}\\nA: ", "{{fixed}} {{% x %}} 'a\\\\' \
 @pytest.mark.parametrize("question", [*QUESTIONS, "", "  spaces  ", "'quotes' \"and\" \\n", "{{ messages }}{% if %}"])
 def test_the_chat_template_renders_what_training_rendered(spec, question):
     tokenizer, template = make_tokenizer(), Template(spec)
-    ids = teach(tokenizer, template, 3)
+    ids = add_prompt_tokens(tokenizer, template, 3)
     text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     row = {"instruction": question, "input": ""}
     assert text == tokenizer.decode(ids) + template.render(row, tokenizer)
@@ -271,20 +271,20 @@ def test_the_chat_template_renders_what_training_rendered(spec, question):
 
 def test_other_columns_are_further_keys_of_a_message():
     tokenizer, template = make_tokenizer(), Template("{context}\nQ: {question} A: ")
-    teach(tokenizer, template, 1)
+    add_prompt_tokens(tokenizer, template, 1)
     message = {"role": "user", "content": "here", "question": "where?"}
     assert tokenizer.apply_chat_template([message], tokenize=False) == "<|softprompt_0|>here\nQ: where? A: "
-    with pytest.raises(TemplateError, match="needs the text question beside the content"):
+    with pytest.raises(TemplateError, match="needs the text question besides the content"):
         tokenizer.apply_chat_template([{"role": "user", "content": "here"}], tokenize=False)
     default = make_tokenizer()
-    teach(default, Template(), 1)
+    add_prompt_tokens(default, Template(), 1)
     told = default.apply_chat_template([{"role": "user", "content": "a", "input": "b"}], tokenize=False)
     assert told == "<|softprompt_0|>" + Template().render({"instruction": "a", "input": "b"}, None)
 
 
 def test_a_conversation_is_one_training_row_after_the_other():
     tokenizer = make_tokenizer()
-    teach(tokenizer, Template("Q: {x}\nA: "), 2)
+    add_prompt_tokens(tokenizer, Template("Q: {x}\nA: "), 2)
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     front = "<|softprompt_0|><|softprompt_1|>"
     assert tokenizer.apply_chat_template(turns, tokenize=False) == front + "Q: a\nA: b</s>Q: c\nA: "
@@ -311,7 +311,7 @@ def test_a_chat_template_of_the_base_stands_behind_the_words(own):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": " hi "}]
     plain, tokenizer = make_tokenizer(), make_tokenizer()
     plain.chat_template = tokenizer.chat_template = own
-    teach(tokenizer, Template("chat"), 2)
+    add_prompt_tokens(tokenizer, Template("chat"), 2)
     for generation in (False, True):
         expected = plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
@@ -325,7 +325,7 @@ def test_what_a_tokenizer_adds_in_front_stands_where_training_had_it_and_what_it
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    ids = teach(tokenizer, Template(), 2)
+    ids = add_prompt_tokens(tokenizer, Template(), 2)
     found = tokenizer.apply_chat_template([{"role": "user", "content": SAMPLES[0]}], return_dict=False)
     whole = tokenizer(Template().render({"instruction": SAMPLES[0]}, None))["input_ids"]
     assert whole[0] == 1 and whole[-1] == 2
@@ -338,7 +338,7 @@ def test_a_prompt_upon_an_exported_model_gets_words_of_its_own(cases, tmp_path):
     adapter = write_adapter(tmp_path / "second", model, str(first.folder), 2)
     export(adapter, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert new_words(AutoTokenizer.from_pretrained(first.folder), 1) == ["<|softprompt2_0|>"]
+    assert new_token_names(AutoTokenizer.from_pretrained(first.folder), 1) == ["<|softprompt2_0|>"]
     assert tokenizer("<|softprompt2_1|>")["input_ids"] == [300 + first.P + 1]
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert settings.suppress_tokens == list(range(300, 300 + first.P + 2))
@@ -363,7 +363,7 @@ def test_a_folder_of_peft_is_exported_with_the_default_template(tmp_path, cases)
     peft_model(AutoModelForCausalLM.from_pretrained(case.base), case.ours().prompt).save_pretrained(tmp_path / "peft")
     assert not (tmp_path / "peft" / SETTINGS_FILE).exists()
     line = export(tmp_path / "peft", tmp_path / "out", model_name_or_path=case.base)
-    assert f"{case.P} new words" in line
+    assert f"{case.P} new tokens" in line
     for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (case.folder / name).read_bytes()
 
@@ -398,7 +398,7 @@ def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
         return base
 
     monkeypatch.setattr(plain_model, "read_base", shifted)
-    with pytest.raises(ModelError, match="LlamaForCausalLM does more with a word than look up its row"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does more with a token"):
         export(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,7 +22,7 @@ import softprompt
 import train
 from softprompt.cli import run_command
 from softprompt.config.loader import train_config
-from softprompt.export.push_to_hub import PUSHED
+from softprompt.export.push_to_hub import UPLOADED_FILES
 from softprompt.utils import hub
 
 pytestmark = pytest.mark.reports
@@ -158,7 +158,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     code, out, err = ended({**settings, "hub_private_repo": True}, capsys, monkeypatch)
     assert code == 0 and f"on the hub: {server.url}/org/soft" in err, err
     repo = server.repos["org/soft"]
-    assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
+    assert set(repo["files"]) == set(UPLOADED_FILES) and repo["private"] is True and server.commits == 1
     assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
     assert b'library_name: "peft"' in repo["files"]["README.md"]
     told_nowhere(tmp_path, out, err)
@@ -189,7 +189,7 @@ def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys,
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     code, out, err = ended(settings, capsys, monkeypatch)
     last = err.strip().splitlines()[-1]
-    assert code == 1 and last.startswith(f"error: the run is whole in {tmp_path / 'run'}, but not on the hub: ")
+    assert code == 1 and last.startswith(f"error: the run is complete in {tmp_path / 'run'}, ")
     assert "Try: python infer.py" in out and (tmp_path / "run/report.html").exists()
     told_nowhere(tmp_path, out, err)
     server.down = None
@@ -198,14 +198,14 @@ def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys,
     subprocess.run(
         [Path(sys.executable).parent / asked[0], *asked[1:]], env=environment, check=True, capture_output=True
     )
-    assert set(server.repos["org/soft"]["files"]) == set(PUSHED)
+    assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES)
 
 
 def test_from_python_a_failed_upload_is_a_warning(server, settings, tmp_path, capsys, monkeypatch):
     server.down = 403
     run = softprompt.train(**settings)
-    assert run.metrics["train_loss"] > 0 and "not on the hub" in run.not_pushed
-    assert "warning: the run is whole" in capsys.readouterr().err
+    assert run.metrics["train_loss"] > 0 and "403" in run.not_pushed
+    assert "warning: the run is complete" in capsys.readouterr().err
 
 
 def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monkeypatch):
@@ -214,7 +214,7 @@ def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monke
     server.down = None
     again = {"resume_from_checkpoint": tmp_path / "run", "hub_token": TOKEN}
     code, out, err = ended(again, capsys, monkeypatch)
-    assert code == 0 and set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+    assert code == 0 and set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES), err
     told_nowhere(tmp_path, out, err)
 
 
@@ -242,8 +242,8 @@ def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys
 
     monkeypatch.setattr("softprompt.training.run.train", back_again)
     code, out, err = ended(settings, capsys, monkeypatch)
-    assert code == 0 and "warning: --push_to_hub: the hub does not answer now" in out
-    assert set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+    assert code == 0 and "warning: --push_to_hub: the hub does not answer" in out
+    assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES), err
 
 
 def test_a_token_is_kept_to_itself():
