@@ -1,4 +1,4 @@
-"""An exported folder: read by transformers alone it answers like base and prompt, and never says a new word."""
+"""Exported models: read by transformers alone, they answer like base and prompt and never generate a new token."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def write_base(folder: Path, base: Any, tokenizer: Any = None) -> Path:
 
 @dataclass
 class Case:
-    """A base, an adapter for it, its export, and what transformers alone made of that."""
+    """A base, an adapter for it, the exported folder, and the output of transformers for that folder."""
 
     base: str
     adapter: Path
@@ -90,7 +90,7 @@ def bloom_46k(shared: Path) -> BloomForCausalLM:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every kind of base and adapter, exported here and read in one other process."""
+    """Adapters for every kind of base, exported here and read by transformers in another process."""
     root = tmp_path_factory.mktemp("export")
     bases = {"mini": "mini"}
     models = {"tiny": make_bloom(), "flat": make_bloom(seed=3), "llama": llama(), "gpt2": gpt2()}
@@ -137,7 +137,7 @@ def case(cases, request) -> Case:
 
 
 @pytest.mark.parametrize("case", EXACT, indirect=True)
-def test_greedy_answers_are_those_of_base_and_prompt(case):
+def test_greedy_answers_equal_those_of_base_and_prompt(case):
     expected = case.ours().generate(QUESTIONS, do_sample=False, max_new_tokens=NEW_TOKENS)
     assert len(set(expected)) > 1
     for kind in ("answer", "unguarded", "pipeline_messages", "pipeline_string"):
@@ -146,7 +146,7 @@ def test_greedy_answers_are_those_of_base_and_prompt(case):
 
 
 @pytest.mark.parametrize("case", ["tiny", "mini", "46k", "flat", "spare"], indirect=True)
-def test_logits_are_those_of_peft(case):
+def test_logits_equal_those_of_peft(case):
     ours = case.ours()
     peer = peft_model(ours.base, ours.prompt)
     for question, row in zip(QUESTIONS, case.read["rows"], strict=True):
@@ -159,7 +159,7 @@ def test_logits_are_those_of_peft(case):
 
 
 @pytest.mark.parametrize("case", [*EXACT, "mini bfloat16"], indirect=True)
-def test_new_words_are_single_special_tokens_and_never_likely(case):
+def test_new_tokens_are_special_and_have_negligible_probability(case):
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     words = [f"<|softprompt_{i}|>" for i in range(case.P)]
     ids = tokenizer.convert_tokens_to_ids(words)
@@ -184,15 +184,15 @@ def test_new_words_are_single_special_tokens_and_never_likely(case):
     assert case.read["tied"] is False
 
 
-def test_under_a_tied_head_a_new_word_would_win(cases):
-    """Why the head is untied: the mini base under a random prompt."""
+def test_with_a_tied_head_a_new_token_would_be_the_likeliest(cases):
+    """The reason why the head is untied, on the mini base with a random prompt."""
     ours = cases["mini"].ours()
     with torch.no_grad():
         h = ours.base.transformer(torch.tensor([ours.tokenizer("Human: 我爱这部电影\n\nAssistant: ")["input_ids"]]))[0]
     assert (h @ ours.prompt.T).max() > ours.base.lm_head(h).max()
 
 
-def test_in_bf16_prompt_and_base_are_rounded_and_nothing_else(cases):
+def test_in_bf16_prompt_and_base_are_only_rounded(cases):
     case = cases["mini bfloat16"]
     assert case.read["dtype"] == "torch.bfloat16"
     model = AutoModelForCausalLM.from_pretrained(case.folder)
@@ -205,7 +205,7 @@ def test_in_bf16_prompt_and_base_are_rounded_and_nothing_else(cases):
         assert row["answer"] == row["unguarded"]
 
 
-def test_shapes_and_base_weights_are_as_they_were(cases):
+def test_base_weights_are_unchanged(cases):
     case = cases["tiny"]
     model = AutoModelForCausalLM.from_pretrained(case.folder)
     base = AutoModelForCausalLM.from_pretrained(case.base).state_dict()
@@ -232,7 +232,7 @@ def test_shapes_and_base_weights_are_as_they_were(cases):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
+def test_the_constant_logit_holds_for_any_layer_norm(H, seed, spread, dtype):
     draw = torch.Generator().manual_seed(seed)
     norm = torch.nn.LayerNorm(H).requires_grad_(False)
     norm.weight += 0.3 * torch.randn(H, generator=draw)
@@ -249,7 +249,7 @@ def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
     assert logits.max() < NEVER_LOGIT / 2 and logits.isfinite().all()
 
 
-def test_where_no_constant_logit_can_be_had_there_is_none():
+def test_layer_norms_without_a_constant_logit():
     ones, zeros = torch.ones(32), torch.zeros(32)
     balanced = torch.cat([torch.ones(16), -torch.ones(16)])
     for weight, bias in ((ones, zeros), (ones, balanced), (torch.cat([zeros[:1], ones[1:]]), ones)):
@@ -261,7 +261,7 @@ TEMPLATES = ["default", "Q: {instruction}\\nA: ", "{{fixed}} {{% x %}} 'a\\\\' \
 
 @pytest.mark.parametrize("spec", TEMPLATES)
 @pytest.mark.parametrize("question", [*QUESTIONS, "", "  spaces  ", "'quotes' \"and\" \\n", "{{ messages }}{% if %}"])
-def test_the_chat_template_renders_what_training_rendered(spec, question):
+def test_the_chat_template_equals_the_training_template(spec, question):
     tokenizer, template = make_tokenizer(), Template(spec)
     ids = add_prompt_tokens(tokenizer, template, 3)
     text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
@@ -282,7 +282,7 @@ def test_other_columns_are_further_keys_of_a_message():
     assert told == "<|softprompt_0|>" + Template().render({"instruction": "a", "input": "b"}, None)
 
 
-def test_a_conversation_is_one_training_row_after_the_other():
+def test_a_conversation_is_a_sequence_of_training_rows():
     tokenizer = make_tokenizer()
     add_prompt_tokens(tokenizer, Template("Q: {x}\nA: "), 2)
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
@@ -307,7 +307,7 @@ def test_a_conversation_is_one_training_row_after_the_other():
         "{{ bos_token }}{%- for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>\n{% endfor %}",
     ],
 )
-def test_a_chat_template_of_the_base_stands_behind_the_words(own):
+def test_the_base_s_chat_template_follows_the_virtual_tokens(own):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": " hi "}]
     plain, tokenizer = make_tokenizer(), make_tokenizer()
     plain.chat_template = tokenizer.chat_template = own
@@ -318,7 +318,7 @@ def test_a_chat_template_of_the_base_stands_behind_the_words(own):
         assert found == "<|softprompt_0|><|softprompt_1|>" + expected
 
 
-def test_what_a_tokenizer_adds_in_front_stands_where_training_had_it_and_what_it_adds_behind_nowhere():
+def test_special_tokens_of_the_tokenizer_are_placed_as_in_training():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -332,7 +332,7 @@ def test_what_a_tokenizer_adds_in_front_stands_where_training_had_it_and_what_it
     assert found == ids + whole[:-1]
 
 
-def test_a_prompt_upon_an_exported_model_gets_words_of_its_own(cases, tmp_path):
+def test_a_prompt_for_an_exported_model_gets_new_token_names(cases, tmp_path):
     first = cases["tiny"]
     model = AutoModelForCausalLM.from_pretrained(first.folder)
     adapter = write_adapter(tmp_path / "second", model, str(first.folder), 2)
@@ -344,7 +344,7 @@ def test_a_prompt_upon_an_exported_model_gets_words_of_its_own(cases, tmp_path):
     assert settings.suppress_tokens == list(range(300, 300 + first.P + 2))
 
 
-def test_generation_settings_are_the_adapters(tmp_path, tiny_base, cases):
+def test_generation_settings_come_from_the_adapter(tmp_path, tiny_base, cases):
     defaults = GenerationConfig.from_pretrained(cases["tiny"].folder)
     assert (defaults.max_length, defaults.do_sample, defaults.top_k) == (256 + cases["tiny"].P, True, 50)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
@@ -358,7 +358,7 @@ def test_generation_settings_are_the_adapters(tmp_path, tiny_base, cases):
     made.save_pretrained(tmp_path)  # transformers refuses a temperature beside greedy answers here
 
 
-def test_a_folder_of_peft_is_exported_with_the_default_template(tmp_path, cases):
+def test_an_adapter_of_peft_is_exported_with_the_default_template(tmp_path, cases):
     case = cases["tiny"]
     peft_model(AutoModelForCausalLM.from_pretrained(case.base), case.ours().prompt).save_pretrained(tmp_path / "peft")
     assert not (tmp_path / "peft" / SETTINGS_FILE).exists()
@@ -368,7 +368,7 @@ def test_a_folder_of_peft_is_exported_with_the_default_template(tmp_path, cases)
         assert (tmp_path / "out" / name).read_bytes() == (case.folder / name).read_bytes()
 
 
-def test_the_card_says_what_it_is_and_its_snippet_is_python(cases):
+def test_the_model_card_and_its_snippet(cases):
     card = (cases["mini"].folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith('---\nlibrary_name: "transformers"')
     assert "`<|softprompt_0|>`" in card and "suppress_tokens" in card and "float32" in card
@@ -387,7 +387,7 @@ def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):
     assert found["answer"].strip() == case.ours().generate("我爱这部电影", do_sample=False, max_new_tokens=32)
 
 
-def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
+def test_a_base_that_changes_its_embeddings_is_refused(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", llama())
     adapter = write_adapter(tmp_path / "adapter", llama(), str(base), 2)
     read = plain_model.read_base
@@ -438,7 +438,7 @@ def bad(tmp_path: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tiny_base, capsys, monkeypatch):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(tmp_path, tiny_base, capsys, monkeypatch):
     cases = bad(tmp_path, tiny_base)
     capsys.readouterr()
     for name, (argv, message) in cases.items():
@@ -446,7 +446,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tiny_base, capsys, m
         assert re.search(message, line), (name, line)
 
 
-def test_a_disk_without_room_is_said_before_and_while_writing(tmp_path, tiny_base, capsys, monkeypatch):
+def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, tiny_base, capsys, monkeypatch):
     adapter = str(write_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), str(tiny_base), 2))
     argv = [adapter, "--output", "deep/out"]
     (tmp_path / "deep").mkdir()

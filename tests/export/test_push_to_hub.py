@@ -1,4 +1,4 @@
-"""Uploads with huggingface_hub itself, to a stand-in for the hub that listens on this machine alone."""
+"""Uploads with huggingface_hub, to a server on this machine that stands in for the hub."""
 
 import base64
 import hashlib
@@ -168,7 +168,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
 
 
 @pytest.mark.parametrize("model_id", ["org/soft", None])
-def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
+def test_a_repository_of_another_origin_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
     name = model_id or "me/run"
     server.repos[name] = {"private": False, "files": {"README.md": b"mine", ".gitattributes": b""}}
     given = {name: value for name, value in settings.items() if model_id or name != "hub_model_id"}
@@ -177,7 +177,7 @@ def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, ser
     assert server.commits == 0 and not Path(settings["output_dir"]).exists()
 
 
-def test_the_repository_has_the_runs_name_and_the_token_comes_from_the_environment(server, settings, monkeypatch):
+def test_default_repository_name_and_token_from_the_environment(server, settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     softprompt.train(**{**settings, "hub_model_id": None, "hub_token": None})
     assert set(server.repos) == {"me/run"} and not server.repos["me/run"]["private"]
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monke
     told_nowhere(tmp_path, out, err)
 
 
-def test_what_cannot_be_uploaded_is_not_trained(server, settings, tmp_path, capsys, monkeypatch):
+def test_impossible_uploads_are_refused_before_training(server, settings, tmp_path, capsys, monkeypatch):
     cases = {
         "the hub refuses the token": {"hub_token": "wrong_token"},
         "needs a token": {"hub_token": None},
@@ -232,7 +232,7 @@ def test_what_cannot_be_uploaded_is_not_trained(server, settings, tmp_path, caps
         assert told in line and "wrong_token" not in line
 
 
-def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys, monkeypatch):
+def test_a_hub_that_does_not_answer_at_the_start_is_tried_again(server, settings, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     original = softprompt.training.loop.train
 
@@ -246,7 +246,7 @@ def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys
     assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES), err
 
 
-def test_a_token_is_kept_to_itself():
+def test_the_token_is_never_printed():
     config = train_config(push_to_hub=True, hub_token=TOKEN)
     assert TOKEN not in repr(config) and TOKEN not in json.dumps(config.as_dict())
     with pytest.raises(softprompt.utils.errors.ConfigError) as refusal:

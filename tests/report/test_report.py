@@ -1,4 +1,4 @@
-"""Reports of runs: what they say, what they must not do, and bad input."""
+"""Reports of runs: their content, what they must not do, and bad input."""
 
 import json
 import re
@@ -36,7 +36,7 @@ REPORT = SimpleNamespace(main=cli.report, __name__="report")
 
 
 class Seen(HTMLParser):
-    """Every element with its attributes, and all text."""
+    """All elements of a page with their attributes, and its text."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -61,12 +61,12 @@ def settings(tiny_base, tmp_path) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tiny_base, tmp_path_factory) -> Path:
-    """A finished run; tests do not write into it."""
+    """The folder of a finished run, which tests do not change."""
     folder = tmp_path_factory.mktemp("reported")
     return Path(softprompt.train(**settings_in(folder, tiny_base)).output_dir)
 
 
-def test_a_run_leaves_a_report_of_itself(run):
+def test_a_run_writes_its_report(run):
     told = seen(run)
     results = json.loads((run / "all_results.json").read_text())
     for name in ("eval_loss", "eval_loss_base"):
@@ -80,13 +80,13 @@ def test_a_run_leaves_a_report_of_itself(run):
     assert f"--adapter {run}" in told.text
 
 
-def test_settings_that_are_the_defaults_are_not_marked_as_others(run):
+def test_only_settings_that_differ_from_the_default_are_bold(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     assert '<li class="set"><span>learning_rate</span>' in html  # 0.1
     assert "<li><span>num_virtual_tokens</span><bdi>10</bdi>" in html  # not given
 
 
-def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path):
+def test_a_learning_rate_sweep_is_shown_but_not_in_the_curves(run, tmp_path):
     shutil.copytree(run, folder := tmp_path / "swept")
     noted = {"learning_rate": 0.7, "sweep": {"0.001": 3.25, "0.7": 1.5}}
     metrics, facts_file = folder / "metrics.jsonl", folder / "report.json"
@@ -101,7 +101,7 @@ def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path
     assert "--find_learning_rate compared" not in seen(run).text
 
 
-def test_it_asks_for_nothing_and_runs_nothing(run):
+def test_the_page_has_no_scripts_and_loads_no_other_file(run):
     told = seen(run)
     assert {"script", "iframe", "link", "object", "embed", "img"}.isdisjoint(tag for tag, _ in told.elements)
     for tag, attributes in told.elements:
@@ -114,13 +114,13 @@ def test_it_asks_for_nothing_and_runs_nothing(run):
     assert len(ids) == len(set(ids))
 
 
-def test_what_rows_hold_is_text(run):
+def test_text_of_rows_is_escaped(run):
     told = seen(run)
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>\N{REPLACEMENT CHARACTER}" in told.text
     assert "<b>好</b>" in told.text and "{{ 7*7 }}" in told.text
 
 
-def test_pictures_follow_the_page_and_hold_no_users_text(run):
+def test_charts_use_the_colours_of_the_page_and_contain_no_text_of_the_user(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     pictures = "".join(re.findall(r"<svg .*?</svg>", html, re.S))
     assert "var(--ink)" in pictures and "var(--c0)" in pictures and "#0003" not in pictures
@@ -128,7 +128,7 @@ def test_pictures_follow_the_page_and_hold_no_users_text(run):
     assert "DejaVu" not in pictures and "http://purl" not in pictures
 
 
-def test_the_facts_are_those_of_the_run(run, tokenizer):
+def test_report_json_describes_the_run(run, tokenizer):
     told = json.loads((run / "report.json").read_text(encoding="utf-8"))
     rows = told["rows"]["training"]
     assert rows["rows"] == 20 and rows["used"] == 20 and rows["longest"] <= 128
@@ -159,7 +159,7 @@ def test_nearest_words_and_moves_of_known_vectors(tokenizer):
     assert second["moved"] == 0 and second["cosine"] == 1 and second["start"][1] == 1
 
 
-def test_long_answers_are_written_for_it(settings, tmp_path):
+def test_long_answers_are_generated_for_the_report(settings, tmp_path):
     rows = [{"instruction": f"第{i}题", "output": "好" * 40} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     softprompt.train(**{**settings, "max_length": 256})
@@ -178,14 +178,14 @@ def test_without_held_out_rows_training_rows_are_shown(settings, tmp_path):
     assert "trained on these rows" in told and "base alone" in told and "held out, base" not in told
 
 
-def test_a_streamed_base_is_looked_at_where_it_is(settings, tmp_path):
+def test_a_streamed_base_has_nearest_words_and_no_answers(settings, tmp_path):
     softprompt.train(**{**settings, "stream_base": True, "max_steps": 1})
     told = json.loads((tmp_path / "run/report.json").read_text())["end"]
     assert len(told["likeness"]["tokens"]) == 10 and told["examples"]["left_out"] in seen(tmp_path / "run").text
     assert not told["examples"]["rows"]
 
 
-def test_a_base_without_that_layer_norm(settings, tmp_path, tokenizer):
+def test_a_base_without_layer_norm_over_its_embeddings(settings, tmp_path, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
@@ -195,7 +195,7 @@ def test_a_base_without_that_layer_norm(settings, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("where", ["page", "describe_prompt", "example_answers", "loss_plot"])
-def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, capsys, monkeypatch):
+def test_an_error_in_the_report_does_not_affect_the_run(where, settings, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise MemoryError("nothing\nleft")
 
@@ -228,7 +228,7 @@ def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
     assert out == f"{tmp_path / 'a.html'}\n" and err.startswith("warning: ") and "pip install matplotlib" in err
 
 
-def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
+def test_a_resumed_run_keeps_its_initial_prompt(settings, tmp_path):
     softprompt.train(**settings)
     expected = json.loads((tmp_path / "run/report.json").read_text())["end"]["likeness"]
     start = (tmp_path / "run/prompt_start.safetensors").read_bytes()
@@ -243,7 +243,7 @@ def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
         assert json.loads((tmp_path / name / "report.json").read_text())["end"]["likeness"] == expected
 
 
-def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, monkeypatch):
+def test_a_run_that_has_not_ended(settings, tmp_path, capsys, monkeypatch):
     interrupted(settings, 5)
     out, _ = called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
@@ -271,7 +271,7 @@ def test_why_a_run_ended_before_its_last_step(patience, why):
     assert status(RunRecord(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
 
 
-def test_a_run_goes_on_after_its_end(settings, tmp_path):
+def test_a_finished_run_that_is_continued(settings, tmp_path):
     softprompt.train(**settings)
     interrupted({"max_steps": 9, "resume_from_checkpoint": str(tmp_path / "run")}, 9)
     report(tmp_path / "run")
@@ -297,9 +297,7 @@ def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch)
     "name, content",
     [("metrics.jsonl", ""), ("report.json", "{"), ("report.json", '{"prompt": 3, "end": {}}'), ("everything", None)],
 )
-def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
-    name, content, run, tmp_path, capsys, monkeypatch
-):
+def test_a_broken_run_is_named_and_the_others_are_shown(name, content, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if content is None:
         (folder := tmp_path / "run").mkdir()
@@ -319,13 +317,13 @@ def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
         report(folder, tmp_path / "broken too")
 
 
-def test_runs_of_one_name_are_told_by_their_paths(run, tmp_path):
+def test_runs_with_the_same_name_are_shown_with_their_paths(run, tmp_path):
     shutil.copytree(run, tmp_path / "other" / run.name)
     path = report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
     assert str(tmp_path / "other" / run.name) in Seen(path.read_text()).text
 
 
-def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
+def test_a_run_without_report_json_is_shown(run, tmp_path):
     old = shutil.copytree(run, tmp_path / "old")
     (old / "report.json").unlink()
     (old / "prompt_start.safetensors").unlink()
@@ -335,7 +333,7 @@ def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
     assert "not recorded" in told
 
 
-def test_a_base_of_another_size_by_now(run, tmp_path):
+def test_a_base_whose_size_has_changed(run, tmp_path):
     folder = spoiled(run, tmp_path, "report.json", None)
     config = json.loads((folder / "adapter_config.json").read_text())
     prompt = torch.zeros(config["num_virtual_tokens"], 8)
@@ -373,13 +371,13 @@ def spoiled(run, tmp_path, name, content) -> Path:
         ),
     ],
 )
-def test_runs_that_cannot_be_reported(name, content, told, run, tmp_path, capsys, monkeypatch):
+def test_broken_runs_are_refused_in_one_line(name, content, told, run, tmp_path, capsys, monkeypatch):
     folder = spoiled(run, tmp_path, name, content)
     line = refused(REPORT, [folder], capsys, monkeypatch, tmp_path)
     assert told in line and str(folder) in line
 
 
-def test_the_last_line_of_a_killed_run_may_be_half(run, tmp_path):
+def test_the_last_line_of_the_metrics_may_be_incomplete(run, tmp_path):
     folder = spoiled(run, tmp_path, "metrics.jsonl", '{"step": 1, "loss": 2.5, "grad_norm": null}\n{"step": 2, "lo')
     report(folder)
     assert "held-out loss" in seen(folder).text
@@ -390,7 +388,7 @@ def test_a_name_that_is_not_utf_8():
         report("caf\udce9")
 
 
-def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
+def test_folders_that_are_not_runs(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -429,7 +427,7 @@ def test_long_curves_are_averaged():
     assert averaged(points[:3], 500) == points[:3]
 
 
-def test_a_secret_is_not_told(run, monkeypatch):
+def test_secrets_are_redacted(run, monkeypatch):
     from softprompt.runs.run_reader import read_run
 
     monkeypatch.setenv("MY_TOKEN", "not_to_be_told")
@@ -438,7 +436,7 @@ def test_a_secret_is_not_told(run, monkeypatch):
     assert "not_to_be_told" not in page([record])
 
 
-def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
+def test_a_run_continues_if_report_json_cannot_be_written(settings, tmp_path, capsys, monkeypatch):
     begin, folder = RunCallbacks.begin, tmp_path / "run/report.json"
     monkeypatch.setattr(RunCallbacks, "begin", lambda self: (folder.mkdir(), begin(self))[1])
     softprompt.train(**settings)
