@@ -1,4 +1,4 @@
-"""Tables and pictures of what `train.py` measured. A case is a dict as `train.py` writes it to its JSON file."""
+"""Tables and charts of the results of `train.py`. A case is a dict in the format of its JSON file."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,13 +10,22 @@ MIB = 1 << 20
 
 
 def summary(records: dict[str, list[Case]], peers: Sequence[str], operations_per_token: float) -> dict[str, Case]:
-    """Of each contestant, from its record of every round: medians of real tokens/s (and the extremes), of the share of
-    the limit, and of the ratio to each peer in the same round; the loss, which is the same in all rounds."""
+    """Summarise the records of each contestant, one for each round.
+
+    Args:
+        records: Records by contestant.
+        peers: Contestants that the others are compared with.
+        operations_per_token: Operations of the exact gradient's matrix products for one token.
+
+    Returns:
+        For each contestant the median, slowest and fastest tokens/s without padding, the median share of the limit that
+        its matrix products allow, the median ratio to each peer in the same round, and the loss.
+    """
     result = {}
     for name, rounds in records.items():
         speeds = [r["tokens_per_second"] for r in rounds]
-        of_peers = {peer: [r["tokens_per_second"] for r in records[peer]] for peer in peers if peer in records}
-        ratios = {p: statistics.median(a / b for a, b in zip(speeds, of, strict=True)) for p, of in of_peers.items()}
+        peer_speeds = {peer: [r["tokens_per_second"] for r in records[peer]] for peer in peers if peer in records}
+        ratios = {p: statistics.median(a / b for a, b in zip(speeds, of, strict=True)) for p, of in peer_speeds.items()}
         shares = [operations_per_token * r["tokens_per_second"] / r["matmul_rate"] for r in rounds]
         result[name] = {
             "tokens_per_second": statistics.median(speeds),
@@ -30,8 +39,8 @@ def summary(records: dict[str, list[Case]], peers: Sequence[str], operations_per
 
 
 def table(case: Case, peers: Sequence[str]) -> str:
-    """Markdown: a line of the case, then one row a contestant."""
-    head = [
+    """Return Markdown: one line about the case, then a table with one row for each contestant."""
+    header = [
         "contestant",
         "tokens/s",
         "slowest … fastest",
@@ -45,37 +54,40 @@ def table(case: Case, peers: Sequence[str]) -> str:
         f"{case['base']}, P = {case['num_virtual_tokens']}, {case['rows']} (mean {case['mean_row_length']:.1f} tokens, "
         f"{case['share_of_targets']:.0%} targets), {case['steps']} steps × {case['rounds']} rounds",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
+        "| " + " | ".join(header) + " |",
+        "|---" * len(header) + "|",
     ]
     for name, result in case["contestants"].items():
         memory = case["memory"].get(name) or {}
         cells = [
-            _shown(result.get("tokens_per_second"), ",.0f", "does not fit"),
-            " … ".join(_shown(result.get(end), ",.0f") for end in ("slowest", "fastest")),
-            *(_shown(result.get("ratio_to", {}).get(p), ".2f") for p in peers),
-            _shown(result.get("share_of_limit"), ".0%"),
-            _shown(memory.get("base"), ",.0f", scale=MIB),
-            _shown(memory.get("peak_above"), ",.0f", scale=MIB),
-            _shown(result.get("loss"), ".5f"),
+            _formatted(result.get("tokens_per_second"), ",.0f", "does not fit"),
+            " … ".join(_formatted(result.get(end), ",.0f") for end in ("slowest", "fastest")),
+            *(_formatted(result.get("ratio_to", {}).get(p), ".2f") for p in peers),
+            _formatted(result.get("share_of_limit"), ".0%"),
+            _formatted(memory.get("base"), ",.0f", scale=MIB),
+            _formatted(memory.get("peak_above"), ",.0f", scale=MIB),
+            _formatted(result.get("loss"), ".5f"),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _shown(value: float | None, form: str, missing: str = "–", scale: float = 1) -> str:
+def _formatted(value: float | None, form: str, missing: str = "–", scale: float = 1) -> str:
     return missing if value is None else format(value / scale, form)
 
 
-def pictures(cases: Sequence[Case], folder: Path) -> list[Path]:
-    """Cost in microseconds per real token against the length of the prompt and of the rows, one picture each and a
-    panel for each value of the other; none without matplotlib, or where there is only one value."""
+def charts(cases: Sequence[Case], folder: Path) -> list[Path]:
+    """Write charts of the microseconds per token over the length of the prompt and over that of the rows.
+
+    Each chart has a panel for each value of the other length. There is no chart without matplotlib, or of a length with
+    one value only. Returns the files.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    files = []
     for base in dict.fromkeys(case["base"] for case in cases):
         of_base = [case for case in cases if case["base"] == base]
         for name, x, panel, label in (
@@ -83,9 +95,9 @@ def pictures(cases: Sequence[Case], folder: Path) -> list[Path]:
             ("rows", _row_length, _prompt, "mean row length (tokens)"),
         ):
             if len({x(case) for case in of_base}) > 1:
-                made.append(folder / f"train-{base}-{name}.png")
-                _picture(of_base, x, panel, label, made[-1])
-    return made
+                files.append(folder / f"train-{base}-{name}.png")
+                _chart(of_base, x, panel, label, files[-1])
+    return files
 
 
 def _prompt(case: Case) -> float:
@@ -96,7 +108,7 @@ def _row_length(case: Case) -> float:
     return round(case["mean_row_length"])
 
 
-def _picture(
+def _chart(
     cases: Sequence[Case], x: Callable[[Case], float], panel: Callable[[Case], float], label: str, path: Path
 ) -> None:
     from matplotlib.figure import Figure
@@ -113,6 +125,6 @@ def _picture(
                 axes.plot(*zip(*points, strict=True), marker="o", ls="--" if "bf16" in name else "-", label=name)
         axes.set(xlabel=label, yscale="log")
         axes.set_title(f"rows of {value:.0f} tokens" if panel is _row_length else f"{value:.0f} virtual tokens")
-    figure.axes[0].set_ylabel("µs per real token")
+    figure.axes[0].set_ylabel("µs per token, without padding")
     figure.axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -33,7 +33,7 @@ import torch
 from cases import SIZES, Base, Rows, from_dataset, synthetic
 from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, quiet, run, steps_of
 from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above
-from report import Case, pictures, summary, table
+from report import Case, charts, summary, table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -84,7 +84,7 @@ def main() -> None:
             output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             print(table(case, peers) + "\n", flush=True)
         del bases  # before the next one is loaded
-    made = pictures(cases, Path(args.pictures)) if args.pictures else []
+    made = charts(cases, Path(args.pictures)) if args.pictures else []
     print("written: " + ", ".join(map(str, [output, *made])))
 
 

@@ -82,7 +82,7 @@ def report(argv: Sequence[str]) -> None:
 
     path = write_report(config)
     if not installed():
-        print(f"warning: no pictures, as matplotlib is not installed: {INSTALL}", file=sys.stderr)
+        print(f"warning: no charts because matplotlib is not installed: {INSTALL}", file=sys.stderr)
     print(path)
 
 

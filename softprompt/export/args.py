@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt export`, each default in one place; validation as in config.py."""
+"""Settings of `python -m softprompt export`, validated as those of `config.loader`."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,18 +11,25 @@ from softprompt.utils.errors import ConfigError
 class ExportArguments:
     _argument_group_name: ClassVar[str] = "export"
 
-    output: str | None = option(None, "Folder to write; it must not exist yet.")
-    model_name_or_path: str | None = option(None, "Base model, over the one that the adapter names.")
+    output: str | None = option(None, "Write the model into this folder, which must not exist yet.")
+    model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32",
-        "Of the written weights, prompt included. float32 answers as infer.py does on a CPU; auto is that of the "
-        "base's files, and rounds the prompt to it.",
+        "Write all weights, the prompt included, in this dtype. float32 gives the answers of infer.py on a CPU; auto "
+        "takes the dtype of the base's files and rounds the prompt to it.",
     )
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """`adapter` and `output` are folders; `model_name_or_path` None is the base that the adapter names."""
+    """Validated settings of an export.
+
+    Args:
+        adapter: Adapter folder.
+        output: Folder to write.
+        model_name_or_path: The base; None: the one that the adapter names.
+        dtype: Dtype of the written weights, or "auto".
+    """
 
     adapter: str
     output: str
@@ -31,14 +38,18 @@ class ExportConfig:
 
 
 def export_config(adapter: str, **given: Any) -> ExportConfig:
-    """Settings of the export from keyword arguments under the flags' names.
+    """Return the settings of an export.
+
+    Args:
+        adapter: Adapter folder.
+        given: The command's flags as keyword arguments.
 
     Raises:
-        ConfigError: as of `train_config`, or no `output`.
+        ConfigError: A setting is unknown or has a wrong value, or there is no `output`.
     """
     (arguments,) = build([ExportArguments], given)
     if not arguments.output:
         raise ConfigError("--output is missing; name the folder to write")
     if not adapter:
-        raise ConfigError("the adapter is an empty name; give an adapter folder")
+        raise ConfigError("the adapter's name is empty; give an adapter folder")
     return ExportConfig(adapter, arguments.output, arguments.model_name_or_path, arguments.dtype)

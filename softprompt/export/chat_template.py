@@ -1,5 +1,7 @@
-"""Virtual tokens as words of a tokenizer, and a Jinja chat template that puts them and the training template in place:
-what an exported model needs of us is in its tokenizer's own files."""
+"""Add the virtual tokens to a tokenizer, with a Jinja chat template that writes them and the training template.
+
+So an exported model needs nothing but its tokenizer's own files to format its input as in training.
+"""
 
 import json
 import re
@@ -13,13 +15,13 @@ from softprompt.data.tokenization import begin_ids, prompt_ids
 from softprompt.utils.errors import ConfigError, ModelError
 
 SAMPLES = ("我爱这部电影", "What is 2 + 2?\nShow  your work.")
-# One message of a conversation; what stands for %s depends on the template.
+# The messages of a conversation. %s is replaced by what writes a user message, which depends on the template.
 MESSAGE = """\
 {%%- for message in messages -%%}
 {%%- if message['content'] is not string -%%}
 {{- raise_exception('the content of a message must be a text') -}}
 {%%- elif message['role'] != ('user' if loop.index0 %% 2 == 0 else 'assistant') -%%}
-{{- raise_exception('this model was tuned on a user message and its answer: roles must alternate, user first; put \
+{{- raise_exception('this model was trained on a user message and its answer: roles must alternate, user first; put \
 system instructions into the user message') -}}
 {%%- elif message['role'] == 'assistant' -%%}
 {{- message['content'] + eos_token -}}
@@ -30,69 +32,71 @@ system instructions into the user message') -}}
 """
 COLUMN = """\
 {%%- if message[%(name)s] is not string -%%}
-{{- raise_exception('this model needs the text ' + %(name)s + ' beside the content of a user message') -}}
+{{- raise_exception('this model needs the text ' + %(name)s + ' besides the content of a user message') -}}
 {%%- endif -%%}
 """
 
 
-def new_words(tokenizer: Any, P: int) -> list[str]:
-    """P names that are not in the vocabulary: <|softprompt_0|> and on; another stem where a base has these already."""
+def new_token_names(tokenizer: Any, P: int) -> list[str]:
+    """Return P names that are not in the vocabulary: <|softprompt_0|>, …, or <|softprompt2_0|>, … if they are taken."""
     taken = tokenizer.get_vocab()
     for number in range(1, 1000):
         stem = "softprompt" if number == 1 else f"softprompt{number}"
-        words = [f"<|{stem}_{i}|>" for i in range(P)]
-        if not taken.keys() & set(words):
-            return words
+        names = [f"<|{stem}_{i}|>" for i in range(P)]
+        if not taken.keys() & set(names):
+            return names
     raise AssertionError("a thousand prompts in one vocabulary")
 
 
-def prompt_words(tokenizer: Any) -> list[int]:
-    """Ids of the words that exports have added to a tokenizer."""
-    return [id for word, id in tokenizer.get_vocab().items() if re.fullmatch(r"<\|softprompt\d*_\d+\|>", word)]
+def prompt_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of all tokens that exports have added to a tokenizer."""
+    return [id for name, id in tokenizer.get_vocab().items() if re.fullmatch(r"<\|softprompt\d*_\d+\|>", name)]
 
 
-def teach(tokenizer: Any, template: Template, P: int) -> list[int]:
-    """Give `tokenizer`, in place, P new special tokens and a chat template that begins with them; returns their ids.
+def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
+    """Add P special tokens to `tokenizer` in place, with a chat template that begins with them; return their ids.
 
-    The template renders a user message as the training template renders a row (its content is the first column, other
-    columns are further keys of the message) and an answer as training did, followed by the end token. A system message,
-    or roles that do not alternate, have no place in a training row: the template raises. For `chat` it is the
-    tokenizer's own template behind the virtual tokens.
+    The chat template renders a user message as the training template renders a row: its content is the first column,
+    and further columns are further keys of the message. An answer is followed by the end token, as in training. A
+    training row has no system message and no roles that do not alternate, so the chat template raises an error for
+    these. If the training template is `chat`, the chat template is the tokenizer's own, after the virtual tokens.
 
     Raises:
-        ModelError: a tokenizer whose token ids for the rendered messages are not those of training.
-        ConfigError: a `chat` template where the tokenizer has none, or columns that a message cannot have.
+        ModelError: The tokenizer does not give the token ids of training for a rendered message.
+        ConfigError: The template is `chat` and the tokenizer has none, or a column is named like a key of a message.
     """
     if clash := {"role", "content"} & set(template.fields[1:]):
-        raise ConfigError(f"the adapter's template has a column {clash.pop()!r}, which means something else in a chat")
+        raise ConfigError(f"the adapter's template has a column {clash.pop()!r}, which is a key of every chat message")
     expected = [_training_ids(tokenizer, template, text) for text in SAMPLES]
-    words = new_words(tokenizer, P)
-    # special: decoding with skip_special_tokens drops them; not normalized: found in a text as they are written
-    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
-    tokenizer.chat_template = _behind("".join(words), tokenizer, template)
-    tokenizer.padding_side = "left"  # an answer continues a row at its right end
-    ids = tokenizer.convert_tokens_to_ids(words)
+    names = new_token_names(tokenizer, P)
+    # special: decoding with skip_special_tokens drops them; not normalized: they are found in a text as written
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokenizer.chat_template = _chat_template("".join(names), tokenizer, template)
+    tokenizer.padding_side = "left"  # generation continues a row at its right end
+    ids = tokenizer.convert_tokens_to_ids(names)
     for text, training in zip(SAMPLES, expected, strict=True):
         message = {"role": "user", "content": text, **dict.fromkeys(template.fields[1:], text)}
         made = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
         if made != ids + training:
             raise ModelError(
-                f"{tokenizer.name_or_path}: its tokenizer ({type(tokenizer).__name__}) reads a text behind new words "
-                "otherwise than alone, so an exported model would not see what the prompt was trained on"
+                f"{tokenizer.name_or_path}: its tokenizer ({type(tokenizer).__name__}) encodes a text differently "
+                "after new tokens, so an exported model would not see what the prompt was trained on"
             )
     return ids
 
 
 def _training_ids(tokenizer: Any, template: Template, text: str) -> list[int]:
+    """Return the token ids of a training row whose columns are all `text`."""
     names = template.fields or ("instruction",)
     rendered = template.render(dict.fromkeys(names, text), tokenizer)
     return prompt_ids(tokenizer, [rendered], template)[0]
 
 
-def _behind(front: str, tokenizer: Any, template: Template) -> Any:
-    """The chat template, or several by name where the tokenizer has several, with the text `front` before it."""
+def _chat_template(front: str, tokenizer: Any, template: Template) -> Any:
+    """Return the chat template with the text `front` before it; several by name if the tokenizer has several."""
     if template.spec == CHAT:
-        # The statement's line break is dropped: what follows begins a line, as it did before (lstrip_blocks asks).
+        # Jinja drops the line break after the statement, so the template starts at the beginning of a line, as before
+        # (lstrip_blocks depends on it).
         head = "{{- " + _quoted(front) + " -}}{% set softprompt = true %}\n"
         own = tokenizer.chat_template
         return {name: head + text for name, text in own.items()} if isinstance(own, dict) else head + own
@@ -101,7 +105,7 @@ def _behind(front: str, tokenizer: Any, template: Template) -> Any:
 
 
 def _user_message(template: Template) -> str:
-    """Jinja that does what Template.render does, with `message` for the row."""
+    """Return Jinja that renders `message` as Template.render renders a row."""
     if template.spec == DEFAULT:
         return (
             "{{- ('Human: ' + message['content'] + '\\n' + (message['input'] or '')) | trim + '\\n\\nAssistant: ' -}}"
@@ -118,5 +122,5 @@ def _user_message(template: Template) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Jinja string; JSON's escapes are among those that Jinja knows."""
+    """Return a Jinja string literal. Jinja accepts all escapes of JSON."""
     return json.dumps(text, ensure_ascii=False)

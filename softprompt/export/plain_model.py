@@ -1,8 +1,8 @@
-"""Base and prompt as one plain transformers model folder: `python -m softprompt export ADAPTER --output DIR`.
+"""Export a base with its prompt as one plain transformers model: `python -m softprompt export ADAPTER --output DIR`.
 
-new words          ids after the base's; their embeddings are the prompt, and they are never generated (plain.py)
-tokenizer          knows them; its chat template puts them and the training template in place (chat_template.py)
-generation_config  the adapter's settings; suppress_tokens names the new words
+weights            the base's, with new tokens whose embeddings are the prompt (see `bake_prompt`)
+tokenizer          with the new tokens, and a chat template that writes them and the training template (`chat_template`)
+generation_config  the adapter's settings; suppress_tokens lists the new tokens
 """
 
 import os
@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from softprompt.engines.padded import check_forward
 from softprompt.export.args import ExportConfig, export_config
-from softprompt.export.bake_prompt import to_plain
-from softprompt.export.chat_template import prompt_words, teach
+from softprompt.export.bake_prompt import bake_prompt
+from softprompt.export.chat_template import add_prompt_tokens, prompt_token_ids
 from softprompt.export.model_card import plain_model_card
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.requests import GenerationSettings, merge_settings
@@ -32,26 +32,31 @@ from softprompt.utils.atomic_io import check_writable, new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
 from softprompt.utils.model_config import peft_sizes, text_config
 
-# GenerationConfig refuses to save what it would not use: of sampling beside greedy answers, of beams beside one alone.
+# GenerationConfig refuses to save settings without effect: of sampling without do_sample, of beams with one beam.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
-UNSAVED = ("stop_strings",)  # transformers' generate refuses them unless it is handed the tokenizer
+UNSAVED = ("stop_strings",)  # generate refuses them unless it is given the tokenizer
 
 
 def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **settings: Any) -> str:
-    """Write the model folder `output`; `settings` are the command's flags. Returns what was written, one line.
+    """Write the model folder `output` and return one line that says what was written.
+
+    Args:
+        adapter: Adapter folder.
+        output: Folder to write; it must not exist.
+        settings: The command's other flags.
 
     Raises:
-        ConfigError: settings that are wrong.
-        AdapterError: an adapter that is broken, names no base, or was learned for another base.
-        ModelError: a base that cannot be loaded, or cannot take virtual tokens as words.
-        OutputError: `output` exists, cannot be written to, or there is no room for it. Nothing is left behind.
+        ConfigError: A setting is unknown or has a wrong value.
+        AdapterError: The adapter is broken, names no base, or was trained for another base.
+        ModelError: The base cannot be loaded, or no tokens can be added to it.
+        OutputError: `output` exists, cannot be written to, or the disk is full. Nothing is left behind.
     """
     return write_plain_model(export_config(os.fspath(adapter), output=output, **settings))
 
 
 def write_plain_model(config: ExportConfig) -> str:
-    """Write the folder that `config` names, as `export` does."""
+    """Write the folder that `config` describes, as `export` does."""
     output = Path(config.output)
     _refuse_existing(output)
     check_writable(output, "--output")
@@ -63,29 +68,31 @@ def write_plain_model(config: ExportConfig) -> str:
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)
-    _check_base(config.adapter, adapter, base, name)
+    _check_sizes(config.adapter, adapter, base, name)
     dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
-    ids = teach(tokenizer, tuned.template, P)
-    constant = to_plain(base, adapter.prompt, ids, dtype)
+    ids = add_prompt_tokens(tokenizer, tuned.template, P)
+    constant = bake_prompt(base, adapter.prompt, ids, dtype)
     settings = merge_settings(tuned.generation, {})
     base.generation_config = generation_config(tokenizer, settings, ids)
-    words = tokenizer.convert_ids_to_tokens(ids)
-    _write(output, base, tokenizer, plain_model_card(name, adapter, words, constant, str(dtype).removeprefix("torch.")))
+    names = tokenizer.convert_ids_to_tokens(ids)
+    _write(output, base, tokenizer, plain_model_card(name, adapter, names, constant, str(dtype).removeprefix("torch.")))
     guard = (
-        f"logit {constant:g} always" if constant is not None else "logit the mean of the others, and suppress_tokens"
+        f"constant logit {constant:g}" if constant is not None else "logit the mean of the others, and suppress_tokens"
     )
-    return f"{output}: {name} and {P} new words, {words[0]} to {words[-1]} (never generated: {guard})"
+    return f"{output}: {name} and {P} new tokens, {names[0]} to {names[-1]} (never generated: {guard})"
 
 
 def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[int]) -> GenerationConfig:
-    """The adapter's settings, with the new words `ids` suppressed, and those of earlier exports that the tokenizer has.
-    The new words count in transformers' max_length, which is therefore larger by their number. What the base's own
-    generation_config says has no effect, as in infer.py.
+    """Return the adapter's generation settings for a generation_config.json.
+
+    All tokens of exported prompts are suppressed: the new ones, `ids`, and those of earlier exports. transformers
+    counts the new tokens in max_length, which is therefore larger by their number. As in infer.py, the base's own
+    generation_config has no effect.
 
     Raises:
-        ModelError: settings that transformers takes in no file.
+        ModelError: transformers refuses to save these settings.
     """
     settings = asdict(of_adapter)
     values = {name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED}
@@ -95,7 +102,7 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
         values["max_length"] = of_adapter.max_length + len(ids)
     unused = {*(() if of_adapter.do_sample else SAMPLING), *(() if of_adapter.num_beams > 1 else BEAMS)}
     values = {name: value for name, value in values.items() if name not in unused}
-    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), *ids, *prompt_words(tokenizer)})
+    values["suppress_tokens"] = sorted({*(values.get("suppress_tokens") or ()), *ids, *prompt_token_ids(tokenizer)})
     ends = list(of_adapter.eos_token_id) or tokenizer.eos_token_id
     values |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(**values)
@@ -106,14 +113,14 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
     return config
 
 
-def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
-    """Refuse a base of other sizes than the adapter names; warn of another name."""
+def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
+    """Refuse a base with other sizes than the adapter names; warn of a base with another name."""
     check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
     for key, found in peft_sizes(base.config).items():
         wanted = adapter.config.get(key)
         if None not in (wanted, found) and wanted != found:
             raise AdapterError(
-                f"adapter {folder}: was learned for a base with {key} {wanted}, but {name} has {found}; "
+                f"adapter {folder}: was trained for a base with {key} {wanted}, but {name} has {found}; "
                 "use the base that it was trained on"
             )
     if adapter.base_model_name_or_path not in (None, name):
@@ -126,17 +133,18 @@ def _refuse_existing(output: Path) -> None:
 
 
 def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype) -> None:
-    """Raises OutputError where the disk has no room for the weights, of which a tied head is now a tensor by itself."""
-    above = output.absolute().parent
-    while not above.exists():
-        above = above.parent
+    """Raise OutputError if the disk has too little space for the weights. A tied head becomes a tensor of its own."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
     V, H = word_embeddings(base).weight.shape
     tied = bool(text_config(base.config).tie_word_embeddings)
     values = sum(p.numel() for p in base.parameters()) + 2 * P * H + (V * H if tied else 0)
-    needed, free = values * dtype.itemsize + (64 << 20), shutil.disk_usage(above).free  # tokenizer, card
+    needed = values * dtype.itemsize + (64 << 20)  # 64 MiB for the tokenizer and the card
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"--output {output}: needs {needed / 1e9:,.2f} GB, but {above} has {free / 1e9:,.2f} GB free; name a "
+            f"--output {output}: needs {needed / 1e9:,.2f} GB, but {parent} has {free / 1e9:,.2f} GB free; name a "
             "folder on another disk, or a --dtype of 2 bytes"
         )
 
@@ -149,6 +157,6 @@ def _write(output: Path, base: PreTrainedModel, tokenizer: Any, card: bytes) -> 
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_bytes(card)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"--output {output}: cannot be written: {error}; nothing was kept") from None
+        raise OutputError(f"--output {output}: cannot be written: {error}; nothing was left behind") from None
     finally:
         logging.enable_progress_bar()

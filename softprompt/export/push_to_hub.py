@@ -1,4 +1,4 @@
-"""A finished run on the hub: `--push_to_hub`, through huggingface_hub."""
+"""Upload a finished run to the Hugging Face hub with huggingface_hub: `--push_to_hub`."""
 
 import shlex
 from collections.abc import Callable
@@ -14,17 +14,23 @@ from softprompt.utils.errors import ConfigError, PushError
 from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import argument
 
-PUSHED = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FILE)
-REFUSED = (401, 403)
+UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FILE)
+UNAUTHORIZED = (401, 403)  # HTTP status codes
 
 
 def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], object]) -> None:
-    """Before a run is trained for its upload: see that the repository's name can be one, and that the hub knows the
-    token, and that a repository of this name holds nothing of somebody else's that would be replaced. A hub that cannot
-    be asked now may answer when the run has ended.
+    """Check before training that the run can be uploaded.
+
+    If the hub does not answer now, that is a warning, because it may answer when training has ended.
+
+    Args:
+        sharing: Repository and token.
+        output_dir: Folder of the run, whose name is the default name of the repository.
+        say: Called with a warning.
 
     Raises:
-        ConfigError: it cannot, it does not, it does, or there is no token.
+        ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the repository
+            has files of another origin that would be replaced.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -42,33 +48,38 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
     except LocalTokenNotFoundError:
         raise ConfigError("--push_to_hub needs a token: HF_TOKEN, `hf auth login` or --hub_token") from None
     except HfHubHTTPError as error:
-        if error.response.status_code in REFUSED:
+        if error.response.status_code in UNAUTHORIZED:
             raise ConfigError(f"--push_to_hub: the hub refuses the token ({_line(error)}); give a valid one") from None
-        say(f"warning: --push_to_hub: {_line(error)}; it is tried again when the run has ended")
-    except Exception as error:  # of httpx, of name resolution, offline
-        say(f"warning: --push_to_hub: the hub does not answer now ({_line(error)}); it is tried when the run has ended")
+        say(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
+    except Exception as error:  # of httpx, of name resolution, or offline mode
+        reason = _line(error)
+        say(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
     else:
         _refuse_foreign(api, name if "/" in name else f"{user}/{name}")
 
 
 def _refuse_foreign(api: Any, repo_id: str) -> None:
-    """Raises ConfigError where a repository has files that would be replaced, and none that says it is of a run."""
+    """Raise ConfigError if a repository has files that would be replaced, and none that shows it is that of a run."""
     try:
-        there = {file.rfilename for file in api.model_info(repo_id, timeout=10).siblings or ()}
-    except Exception:  # there is none, or the hub does not tell
+        existing = {file.rfilename for file in api.model_info(repo_id, timeout=10).siblings or ()}
+    except Exception:  # it does not exist, or the hub does not tell
         return
-    if SETTINGS_FILE not in there and (foreign := there.intersection(PUSHED)):
+    if SETTINGS_FILE not in existing and (foreign := existing.intersection(UPLOADED_FILES)):
         raise ConfigError(
-            f"--push_to_hub: {repo_id} would lose its {', '.join(sorted(foreign))}, which no run of train.py uploaded; "
-            "name another repository with --hub_model_id"
+            f"--push_to_hub: this would replace {', '.join(sorted(foreign))} in {repo_id}, which no run of train.py "
+            "uploaded; name another repository with --hub_model_id"
         )
 
 
 def push(folder: Path, sharing: SharingArguments) -> str:
-    """Make the repository unless it is there, and upload PUSHED in one commit. Returns its address.
+    """Create the repository if it does not exist, upload UPLOADED_FILES in one commit, and return its address.
+
+    Args:
+        folder: Folder of the run.
+        sharing: Repository and token.
 
     Raises:
-        PushError: it failed; the message has the command that does it later.
+        PushError: The upload failed; the message contains a command that uploads the run later.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -80,12 +91,12 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         api = HfApi(token=sharing.hub_token)
         made = api.create_repo(name, private=sharing.hub_private_repo, exist_ok=True)
         name = made.repo_id
-        message, ours = "A soft prompt, learned with softprompt", run_files(folder).names().intersection(PUSHED)
+        message, ours = "A soft prompt, learned with softprompt", run_files(folder).names().intersection(UPLOADED_FILES)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
         return str(made)
-    except Exception as error:  # whatever it is, the run has ended well
+    except Exception as error:  # of any kind: the run itself has succeeded
         raise PushError(
-            f"the run is whole in {folder}, but not on the hub: {_line(error)}; upload it later with: "
+            f"the run is complete in {folder}, but was not uploaded to the hub: {_line(error)}; upload it later with: "
             f"{upload_command(name, folder, sharing)}"
         ) from None
     finally:
@@ -94,16 +105,18 @@ def push(folder: Path, sharing: SharingArguments) -> str:
 
 
 def repository(sharing: SharingArguments, output_dir: Path) -> str:
+    """Return the repository's name: `--hub_model_id`, or the name of the run's folder."""
     return sharing.hub_model_id or output_dir.resolve().name
 
 
 def upload_command(name: str, folder: Path, sharing: SharingArguments) -> str:
-    """The hub's own command that uploads the same files."""
+    """Return the command of huggingface_hub that uploads the same files."""
     private = ["--private"] if sharing.hub_private_repo else []
-    names = [part for file in PUSHED for part in ("--include", file)]
+    names = [part for file in UPLOADED_FILES for part in ("--include", file)]
     return f"hf upload {name} {argument(str(folder))} . {shlex.join([*names, *private])}"
 
 
 def _line(error: Exception) -> str:
+    """Return the first line of an error's message, without secrets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return redacted((lines or [type(error).__name__])[0][:300].rstrip("."))

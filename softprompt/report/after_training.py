@@ -1,4 +1,4 @@
-"""What goes beside a run: its report, and its upload when it is whole. Neither can lose it."""
+"""Write the report of a run, and upload the run. Neither can make the run fail: an error is one line."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,9 @@ from softprompt.export.push_to_hub import check_hub, push
 from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.nearest_tokens import embedding_space
-from softprompt.report.collect import examples_of, facts_of, likeness, start_of
-from softprompt.report.loss_plot import loss_picture
+from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
+from softprompt.report.loss_plot import loss_plot
+from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
@@ -30,55 +31,68 @@ Say = Callable[[str], object]
 
 
 class ReportAndPush:
-    """An observer of a run (see training.run): writes its report, and uploads it with --push_to_hub. Neither can lose
-    the run: what goes wrong is one line."""
+    """An observer of a run (see `training.run`): writes its report, and uploads the run with `--push_to_hub`."""
 
     def __init__(self) -> None:
         self.facts: Facts = {}
 
     def check(self, config: TrainConfig, output_dir: Path) -> None:
+        """Check before training that the run can be uploaded, if it is to be.
+
+        Raises:
+            ConfigError: As of `check_hub`.
+        """
         if config.sharing.push_to_hub:
             check_hub(config.sharing, output_dir, print)
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
-        """Write down what is known of a run when its loop starts."""
-        with _at_most_a_warning(FACTS_FILE, callbacks.log.say):
-            self.facts |= facts_of(run, callbacks.arguments())
-            run_files(run.output_dir).write({**start_of(run), FACTS_FILE: json_bytes(self.facts)})
+        """Write what is known of a run when training starts: report.json and the initial prompt."""
+        with _warning_on_error(FACTS_FILE, callbacks.log.say):
+            self.facts |= run_facts(run, callbacks.arguments())
+            run_files(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
+        """Complete the report, upload the run if asked for, and return it with the reason if the upload failed."""
         say = callbacks.log.say
         complete_report(run, self.facts, callbacks.world.size, say)
-        return replace(run, not_pushed=pushed(run, say)) if run.config.sharing.push_to_hub else run
+        return replace(run, not_pushed=upload(run, say)) if run.config.sharing.push_to_hub else run
 
 
 def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
-    """Write loss.png, complete report.json and write report.html, from the base that is in memory; what cannot be found
-    out is left out and told there. A fault is one line, and nothing else of the run is touched."""
+    """Write loss.png, complete report.json, and write report.html, with the base that is in memory.
+
+    The page names what is left out because of an error. An error in writing a file is one line.
+
+    Args:
+        run: The finished run.
+        facts: The content of report.json so far.
+        ranks: Number of ranks that trained; the other ranks have ended, so a base that is sharded is incomplete.
+        say: Called with each line to print.
+    """
     folder, files, ended = run.output_dir, run_files(run.output_dir), {**facts, "end": {}}
-    with _at_most_a_warning(FACTS_FILE, say):
+    with _warning_on_error(FACTS_FILE, say):
         files.write({FACTS_FILE: json_bytes(ended)})
-    with _at_most_a_warning(PICTURE_FILE, say):
-        if picture := loss_picture(read_run(folder).history, run.before.loss if run.before else None):
-            files.write({PICTURE_FILE: picture})
-    with _at_most_a_warning(REPORT_FILE, say, f"; try: {command('report')} {argument(str(folder))}"):
-        files.write({FACTS_FILE: json_bytes({**ended, "end": _found(run, ranks)})})
+    with _warning_on_error(PICTURE_FILE, say):
+        if plot := loss_plot(read_run(folder).history, run.before.loss if run.before else None):
+            files.write({PICTURE_FILE: plot})
+    with _warning_on_error(REPORT_FILE, say, f"; try: {command('report')} {argument(str(folder))}"):
+        files.write({FACTS_FILE: json_bytes({**ended, "end": _end_facts(run, ranks)})})
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
-        more = "" if installed() else f"; without pictures, as matplotlib is not installed: {INSTALL}"
+        more = "" if installed() else f"; it has no charts because matplotlib is not installed: {INSTALL}"
         say(f"report: {folder / REPORT_FILE}{more}")
 
 
 @contextmanager
-def _at_most_a_warning(what: str, say: Say, more: str = "") -> Iterator[None]:
-    """Whatever goes wrong here, the run goes on, or has ended well."""
+def _warning_on_error(what: str, say: Say, more: str = "") -> Iterator[None]:
+    """Turn any error into a warning that `what` was not written."""
     try:
         yield
     except Exception as error:
         say(f"warning: no {what}: {_line(error)}; training is unaffected{more}")
 
 
-def pushed(run: Run, say: Say) -> str | None:
-    """Upload the run; why it is not there, where that failed."""
+def upload(run: Run, say: Say) -> str | None:
+    """Upload the run; return why that failed, or None."""
     try:
         say(f"on the hub: {push(run.output_dir, run.config.sharing)}")
     except PushError as error:
@@ -86,26 +100,29 @@ def pushed(run: Run, say: Say) -> str | None:
     return None
 
 
-def _found(run: Run, ranks: int) -> Facts:
-    """Examples and likenesses, each of them or why it is left out."""
+def _end_facts(run: Run, ranks: int) -> Facts:
+    """Return example answers and the prompt's nearest words, or why each is left out."""
     setup = run.setup
-    finders = {
-        "examples": lambda: examples_of(run, _generator(run, ranks)),
-        "likeness": lambda: likeness(
-            embedding_space(setup.base), setup.data.tokenizer, setup.prompt.weight, _start(run)
+    prompt, tokenizer = setup.prompt.weight, setup.data.tokenizer
+    parts: dict[str, tuple[str, Callable[[], Facts]]] = {
+        "examples": ("examples", lambda: example_answers(run, _generator(run, ranks))),
+        "likeness": (
+            "nearest words",
+            lambda: describe_prompt(embedding_space(setup.base), tokenizer, prompt, _initial_prompt(run)),
         ),
     }
     found: Facts = {"left_out": []}
-    for name, find in finders.items():
+    for key, (name, collect) in parts.items():
         try:
-            found[name] = find()
-        except Exception as error:  # memory, for one, may be short for it
+            found[key] = collect()
+        except Exception as error:  # out of memory, for example
             found["left_out"].append(f"No {name}: {_line(error)}")
     return found
 
 
 def _generator(run: Run, ranks: int) -> Generator | None:
-    """That of this process alone, as the other ranks have ended; none where the base is not in its memory."""
+    """Return a generator that works without the other ranks, which have ended; None if this rank does not hold the
+    whole base."""
     if run.config.model.stream_base or (run.config.model.shard_base and ranks > 1):
         return None
     setup = run.setup
@@ -113,7 +130,7 @@ def _generator(run: Run, ranks: int) -> Generator | None:
     return make_generator(engine, setup.base, setup.data.tokenizer)
 
 
-def _start(run: Run) -> Tensor | None:
+def _initial_prompt(run: Run) -> Tensor | None:
     file = run.output_dir / START_FILE
     return load_file(file)[PROMPT_KEY] if file.is_file() else None
 

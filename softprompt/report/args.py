@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt report`; validation as in config.py."""
+"""Settings of `python -m softprompt report`, validated as those of `config.loader`."""
 
 import os
 from collections.abc import Sequence
@@ -15,32 +15,38 @@ class ReportArguments:
     _argument_group_name: ClassVar[str] = "report"
 
     output_file: str | None = option(
-        None, f"Where the page is written. (default: {REPORT_FILE} in the run's folder; here, where several are named)"
+        None,
+        f"Write the page into this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
+        "several runs are given)",
     )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Folders of runs, and the file to write."""
+    """Folders of runs, and the file to write (None: the default)."""
 
     runs: Sequence[str]
     output_file: str | None
 
 
 def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
-    """Settings of a report from keyword arguments under the flags' names.
+    """Return the settings of a report.
+
+    Args:
+        runs: Folders of runs.
+        given: The command's flags as keyword arguments.
 
     Raises:
-        ConfigError: as of `train_config`, no run, or one that is named twice.
+        ConfigError: A setting is unknown or has a wrong value, no run is named, or a run is named twice.
     """
     (arguments,) = build([ReportArguments], given)
     if not runs or not all(runs):
         raise ConfigError("no run is named; give the OUTPUT_DIR of one or several")
-    if unfit := [run for run in runs if not is_text(run)]:
-        raise ConfigError(f"{unfit[0]!r} is not UTF-8; rename that folder")
+    if undecodable := [run for run in runs if not is_text(run)]:
+        raise ConfigError(f"{undecodable[0]!r} is not UTF-8; rename that folder")
     runs = [os.path.expanduser(run) for run in runs]
-    places = [os.path.realpath(run) for run in runs]
-    if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+    paths = [os.path.realpath(run) for run in runs]
+    if twice := [run for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1]:
         raise ConfigError(f"{twice[-1]} is named twice; name each run once")
     if arguments.output_file == "":
         raise ConfigError("--output_file is empty; name the file to write, or leave it out")

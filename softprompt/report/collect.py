@@ -1,17 +1,17 @@
-"""What a run writes down for its report, beside what it keeps anyway.
+"""Collect what a run records for its report only.
 
-report.json                 settings, rows, base, and the base's own evaluation; at the end examples and likenesses
-prompt_start.safetensors    the prompt's first values [P, H] fp32
+report.json                 settings, rows, base, and the base's evaluation; at the end also example answers and the
+                            words that the virtual tokens are near to
+prompt_start.safetensors    the initial prompt [P, H] in fp32
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from softprompt.data.tokenization import Example, Tokenized, end_tokens
 from softprompt.evaluation.evaluator import answer_ids, question_ids
@@ -19,26 +19,17 @@ from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_no_answers
 from softprompt.prompt.adapter_io import PROMPT_KEY
-from softprompt.prompt.nearest_tokens import (
-    EmbeddingSpace,
-    cosine_matrix,
-    nearest_tokens,
-    random_vectors,
-    readable_tokens,
-)
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts
 from softprompt.training.result import Run
 
-BARS = 24  # of the histogram of lengths
-EXAMPLES = 8  # of short answers that were evaluated anyway
-WRITTEN, NEW_TOKENS = 4, 64  # examples that are written for the report alone
-NEAREST = 5
-MOST_TOKENS = 200  # virtual tokens of which likenesses are told
+HISTOGRAM_BARS = 24
+EXAMPLES = 8  # shown if the evaluation has generated their answers anyway
+GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: examples generated for the report, and tokens of each
 
 
-def facts_of(run: Run, arguments: Mapping[str, Any]) -> Facts:
-    """What is known of a run when its loop starts, JSON-able."""
+def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
+    """Return what is known of a run when training starts, as JSON types; `arguments` are its settings."""
     start, _, data, base, learned, engine, _ = run.setup
     config, prompt, before = base.config, learned.weight, run.before
     training = "the stream's first" if run.config.data.streaming else "training"
@@ -50,9 +41,9 @@ def facts_of(run: Run, arguments: Mapping[str, Any]) -> Facts:
             "vocabulary": base.get_input_embeddings().num_embeddings,
         },
         "prompt": list(prompt.shape),
-        "training": f"{engine} on {engine.device}, {_name(engine.compute_dtype)}",
+        "training": f"{engine} on {engine.device}, {_dtype_name(engine.compute_dtype)}",
         "versions": {name: found for name in ("softprompt", "torch", "transformers") if (found := _version(name))},
-        "rows": {training: rows_of(data.train), "held out": rows_of(data.held_out) if data.held_out else None},
+        "rows": {training: row_facts(data.train), "held out": row_facts(data.held_out) if data.held_out else None},
         "rows_per_step": data.loader.rows_per_step,
         "total_steps": data.loader.total_steps,
         "sweep": next((record["sweep"] for record in start.history if "sweep" in record), None),
@@ -60,8 +51,8 @@ def facts_of(run: Run, arguments: Mapping[str, Any]) -> Facts:
     }
 
 
-def rows_of(data: Tokenized) -> Facts:
-    """How many rows, how long in tokens, and what was cut."""
+def row_facts(data: Tokenized) -> Facts:
+    """Return the number of rows, their lengths in tokens, and how many were cut or left out."""
     lengths = sorted(data.examples.lengths.tolist())
     return {
         "rows": data.rows,
@@ -74,22 +65,25 @@ def rows_of(data: Tokenized) -> Facts:
         "shortest": lengths[0],
         "median": statistics.median_low(lengths),
         "longest": lengths[-1],
-        "histogram": histogram(lengths),
+        "histogram": length_histogram(lengths),
     }
 
 
-def histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(upper bound, how many) of at most BARS bars of one width, from 0 to the longest."""
-    width = -(-max(lengths) // BARS)
+def length_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (upper bound, count) for at most HISTOGRAM_BARS bars of equal width, from 0 to the largest length."""
+    width = -(-max(lengths) // HISTOGRAM_BARS)
     counts = [0] * -(-max(lengths) // width)
     for length in lengths:
         counts[(length - 1) // width] += 1
     return [(width * (bar + 1), count) for bar, count in enumerate(counts)]
 
 
-def start_of(run: Run) -> dict[str, bytes]:
-    """The file with the prompt's first values; a resumed run keeps the one that it has, or takes it with it from where
-    it began."""
+def initial_prompt_file(run: Run) -> dict[str, bytes]:
+    """Return prompt_start.safetensors by its name.
+
+    A resumed run keeps the file that is in its folder (the result is empty), or copies it from the folder where the
+    run began.
+    """
     checkpoint = run.setup.start.checkpoint
     if checkpoint is None:
         return {START_FILE: save({PROMPT_KEY: run.setup.prompt.weight.detach().cpu().contiguous()})}
@@ -99,9 +93,13 @@ def start_of(run: Run) -> dict[str, bytes]:
     return {}
 
 
-def examples_of(run: Run, generator: Generator | None) -> Facts:
-    """The first rows, and what the bare base and the tuned one answer: held-out rows where there are any. Short answers
-    were compared already; long ones are written now, the beginning of each, by a `generator` of this process alone."""
+def example_answers(run: Run, generator: Generator | None) -> Facts:
+    """Return the first held-out rows (training rows if there are none) with the answers of the base without and with
+    the prompt.
+
+    If the evaluation has generated answers, they are taken from it. Otherwise `generator` generates the beginning of a
+    few; None if this process alone cannot generate with the base.
+    """
     rows, before, after = run.setup.data, run.before, run.after
     held_out, data = rows.held_out is not None, rows.held_out or rows.train
     examples = data.examples
@@ -110,10 +108,10 @@ def examples_of(run: Run, generator: Generator | None) -> Facts:
     if before and after and before.answers and after.answers:
         answers = list(zip(before.answers[:EXAMPLES], after.answers[:EXAMPLES], strict=True))
     elif generator is not None:
-        answers = _answers(run, generator, examples[:WRITTEN])
+        answers = _answers(run, generator, examples[:GENERATED_EXAMPLES])
         found["new_tokens"] = NEW_TOKENS
     else:
-        streamed = "with this base each token of an answer would read or gather the base once more"
+        streamed = "each generated token would read or gather the whole base once more"
         return {**found, "left_out": why_no_answers(run.setup.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
         question, expected = (_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
@@ -122,49 +120,13 @@ def examples_of(run: Run, generator: Generator | None) -> Facts:
     return found
 
 
-def likeness(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tensor | None) -> Facts:
-    """For each virtual token of `prompt` [P, H] the nearest words and how far it moved from `start` [P, H], if that is
-    known; and the tokens' similarities with each other. The vocabulary is gone through once for all of it."""
-    P, known = len(prompt), start is not None and start.shape == prompt.shape
-    prompt = prompt.detach().cpu().float()[:MOST_TOKENS]
-    began = start[:MOST_TOKENS].float() if start is not None and known else prompt[:0]
-    ids, cosines = nearest_tokens(space, torch.cat([prompt, began, random_vectors(space)]), NEAREST, len(tokenizer))
-    words = [
-        list(zip(readable_tokens(tokenizer, row), _rounded(near), strict=True)) for row, near in _rows(ids, cosines)
-    ]
-    sizes = [len(prompt), len(began)]
-    tokens: list[Facts] = [{"nearest": near} for near in words[: sizes[0]]]
-    moves = zip(tokens, _moves(space, prompt, began), words[sizes[0] : sum(sizes)], strict=True) if known else ()
-    for token, moved, near in moves:
-        token |= {**moved, "start": near[0]}
-    return {
-        "P": P,
-        "layernorm": space.layernorm is not None,
-        "chance": round(cosines[sum(sizes) :, 0].mean().item(), 4),
-        "tokens": tokens,
-        "similarities": [_rounded(row) for row in cosine_matrix(space, prompt).tolist()],
-    }
-
-
-def _rows(*values: Tensor) -> Iterator[tuple[list[Any], ...]]:
-    return zip(*(value.tolist() for value in values), strict=True)
-
-
-def _moves(space: EmbeddingSpace, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
-    """Euclidean distances from the start, beside the start's own length, and the cosine with it."""
-    moved, sizes = (prompt - start).norm(dim=1), start.norm(dim=1)
-    kept = (space.directions(prompt) * space.directions(start)).sum(dim=1)
-    for far, size, cosine in _rows(moved, sizes, kept):
-        yield {"moved": round(far, 4), "of": round(size, 4), "cosine": round(cosine, 4)}
-
-
 @torch.no_grad()
 def _answers(run: Run, generator: Generator, examples: Sequence[Example]) -> list[tuple[str, str]]:
-    """The beginnings of greedy answers without and with the prompt."""
+    """Return the beginnings of greedy answers without and with the prompt, a pair for each example."""
     tokenizer, prompt = run.setup.data.tokenizer, run.setup.prompt.weight.detach()
     ends = tuple(end_tokens(examples, tokenizer))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
-    asked = [Request(question_ids(e), settings, behind) for e in examples for behind in (None, prompt)]
+    asked = [Request(question_ids(e), settings, each) for e in examples for each in (None, prompt)]
     texts = [_text(tokenizer, ids) for ids in in_request_order(generator.generate(asked, len(asked)))]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -173,11 +135,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in values]
-
-
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

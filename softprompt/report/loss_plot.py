@@ -1,4 +1,4 @@
-"""loss.png: the training loss over steps, and the held-out loss beside that of the bare base."""
+"""loss.png: the training loss and the held-out loss over the optimizer steps."""
 
 import io
 from collections.abc import Sequence
@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from softprompt.runs.state import Metrics
 
 
-def loss_picture(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes | None:
-    """A PNG, or None where matplotlib is not installed."""
+def loss_plot(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes | None:
+    """Return a PNG, or None if matplotlib is not installed.
+
+    Args:
+        history: The records of metrics.jsonl.
+        eval_loss_base: Held-out loss of the base without a prompt, drawn as a dashed line; None if it is not known.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -21,10 +26,10 @@ def loss_picture(history: Sequence[Metrics], eval_loss_base: float | None) -> by
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out loss")
     if eval_loss_base is not None:
-        axes.axhline(eval_loss_base, color="gray", linestyle="--", label="held-out loss of the bare base")
+        axes.axhline(eval_loss_base, color="gray", linestyle="--", label="held-out loss of the base alone")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
     axes.set_ylim(bottom=0)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -1,7 +1,7 @@
-"""Pictures of a report: matplotlib's SVG in the page's own colours and letters, so that they follow it into the dark.
+"""Charts of a report: SVG by matplotlib in the colours and fonts of the page, so that they follow its dark mode.
 
-Colours are drawn as stand-ins and then replaced by the page's variables; text stays text. No user's text goes into a
-picture: names stand in the page's legends.
+Charts are drawn in placeholder colours, which are then replaced by the CSS variables of the page. Text stays text. No
+text of the user goes into a chart: names are in the legends, which are part of the page.
 """
 
 import io
@@ -13,31 +13,37 @@ from itertools import count
 from typing import Any
 
 INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
-WIDTH, HEIGHT = 4.4, 2.7  # inches of 72 units: one fits a phone, two a screen
-MOST_POINTS = 600  # of a curve; longer ones are averaged
-SCALES = 20
-COLOURS = 8  # --c0 … of the page
-INK, FAINT = "#000101", "#000202"
+WIDTH, HEIGHT = 4.4, 2.7  # inches of 72 units: one chart fits the width of a phone, two that of a screen
+MAX_POINTS = 600  # of a curve; longer ones are averaged
+LOG_SCALE_RATIO = 20  # of the largest value to the smallest, from which on the scale is logarithmic
+COLOURS = 8  # --c0 to --c7 of the page
+INK, FAINT = "#000101", "#000202"  # placeholders for --ink and --faint
 
 
 def installed() -> bool:
-    """Whether there is what draws."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`points` are (step, value); `colour` is a number of the page's. One with `marks` shows its points, a `level` is a
-    dashed line of one value."""
+    """A curve of a line chart.
+
+    Args:
+        colour: Number of a colour of the page.
+        points: Pairs of step and value.
+        markers: Whether to mark the points.
+        level: Draw a dashed horizontal line at this value instead of the points.
+    """
 
     colour: int
     points: Sequence[tuple[float, float]] = ()
-    marks: bool = False
+    markers: bool = False
     level: float | None = None
 
 
-class Painter:
-    """Draws pictures one after the other, none of whose ids is another's.
+class ChartRenderer:
+    """Draws the charts of one page. No two charts share an id.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -48,51 +54,59 @@ class Painter:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-        self.style, self.figure, self.canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
+        self.rc_context, self.figure, self.canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
         self.numbers = count()
 
-    def curves(self, curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False) -> str:
-        """Over optimizer steps, on a logarithmic scale where small values would lie flat; "" where there is nothing to
-        draw."""
+    def line_chart(self, curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False) -> str:
+        """Return curves over the optimizer steps as SVG; "" if no curve has points.
+
+        Args:
+            curves: The curves.
+            label: Label for screen readers.
+            logarithmic: Use a logarithmic scale if the values differ so much that small ones would be flat.
+            share: The values are shares from 0 to 1.
+        """
         drawn = [curve for curve in curves if curve.points or curve.level is not None]
         if not any(curve.points for curve in drawn):
             return ""
         figure, axes = self._axes(label)
-        if logarithmic and spans_scales(drawn):
+        if logarithmic and needs_log_scale(drawn):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         for curve in drawn:
             if curve.level is not None:
-                axes.axhline(curve.level, color=_stand_in(curve.colour), linestyle=(0, (4, 3)), linewidth=1.2)
+                axes.axhline(curve.level, color=_placeholder(curve.colour), linestyle=(0, (4, 3)), linewidth=1.2)
                 continue
-            marks = {"marker": "o", "markersize": 3} if curve.marks or len(curve.points) == 1 else {}
-            axes.plot(*zip(*averaged(curve.points), strict=True), color=_stand_in(curve.colour), linewidth=1.3, **marks)
+            style = {"color": _placeholder(curve.colour), "linewidth": 1.3}
+            if curve.markers or len(curve.points) == 1:
+                style |= {"marker": "o", "markersize": 3}
+            axes.plot(*zip(*averaged(curve.points), strict=True), **style)
         axes.set_xlabel("optimizer step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if share:
             axes.set_ylim(-0.03, 1.03)
         return self._svg(figure, label)
 
-    def bars(self, bars: Sequence[tuple[float, float]], line: float, label: str) -> str:
-        """A histogram of (upper bound, count), and an upright line."""
+    def histogram(self, bars: Sequence[tuple[float, float]], line: float, label: str) -> str:
+        """Return a histogram of (upper bound, count) pairs with a dashed vertical line as SVG."""
         figure, axes = self._axes(label)
         edges = [0, *(bound for bound, _ in bars)]
-        axes.stairs([n for _, n in bars], edges, fill=True, color=_stand_in(0), alpha=0.75, linewidth=0)
+        axes.stairs([n for _, n in bars], edges, fill=True, color=_placeholder(0), alpha=0.75, linewidth=0)
         axes.axvline(line, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.set_xlabel("tokens of a row")
         return self._svg(figure, label)
 
-    def squares(self, values: Sequence[Sequence[float]], label: str) -> str:
-        """A matrix of numbers from -1 to 1, red for alike, blue for opposed."""
-        with self._styled():
+    def heatmap(self, values: Sequence[Sequence[float]], label: str) -> str:
+        """Return a square matrix of numbers from -1 (blue) to 1 (red) as SVG."""
+        with self._style():
             figure = self.figure(figsize=(3.3, 2.8))
             axes = figure.add_axes((0.12, 0.13, 0.68, 0.8))
             edge = len(values) + 0.5
             image = axes.imshow(
                 values, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none", extent=(0.5, edge, edge, 0.5)
             )
-            _plain(axes, grid=False)
+            _style_axes(axes, grid=False)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.yaxis.get_major_locator().set_params(integer=True)
             bar = figure.colorbar(image, cax=figure.add_axes((0.83, 0.13, 0.035, 0.8)), ticks=[-1, -0.5, 0, 0.5, 1])
@@ -101,57 +115,58 @@ class Painter:
         return self._svg(figure, label)
 
     def _axes(self, label: str) -> tuple[Any, Any]:
-        with self._styled():
+        with self._style():
             figure = self.figure(figsize=(WIDTH, HEIGHT))
             axes = figure.add_axes((0.14, 0.17, 0.83, 0.75))
-            _plain(axes)
+            _style_axes(axes)
         return figure, axes
 
-    def _styled(self) -> Any:
+    def _style(self) -> Any:
         style: Mapping[str, Any] = {"svg.fonttype": "none", "font.size": 9, "axes.formatter.limits": (-3, 5)}
-        return self.style({**style, "svg.hashsalt": "softprompt"})
+        return self.rc_context({**style, "svg.hashsalt": "softprompt"})
 
     def _svg(self, figure: Any, label: str) -> str:
         figure.patch.set_visible(False)
-        picture = io.StringIO()
-        with self._styled():
-            self.canvas(figure).print_svg(picture, metadata={"Date": None})
-        return _of_the_page(picture.getvalue(), f"p{next(self.numbers)}-", label)
+        image = io.StringIO()
+        with self._style():
+            self.canvas(figure).print_svg(image, metadata={"Date": None})
+        return _for_page(image.getvalue(), f"p{next(self.numbers)}-", label)
 
 
-def spans_scales(curves: Sequence[Curve]) -> bool:
-    """Whether the values are above 0 and the largest is SCALES times the smallest or more."""
+def needs_log_scale(curves: Sequence[Curve]) -> bool:
+    """Return whether all values are above 0 and the largest is at least LOG_SCALE_RATIO times the smallest."""
     values = [value for curve in curves for _, value in curve.points]
     values += [curve.level for curve in curves if curve.level is not None]
-    return 0 < SCALES * min(values) <= max(values)
+    return 0 < LOG_SCALE_RATIO * min(values) <= max(values)
 
 
-def averaged(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most so many points: each the mean of as many neighbours, at the step of the last of them."""
-    each = -(-len(points) // most)
+def averaged(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """Return at most `limit` points. Each is the mean of equally many neighbouring points, at the last one's step."""
+    each = -(-len(points) // limit)
     groups = [points[start : start + each] for start in range(0, len(points), each)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _plain(axes: Any, grid: bool = True) -> None:
+def _style_axes(axes: Any, grid: bool = True) -> None:
     axes.patch.set_visible(False)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, colors=INK)
     axes.xaxis.label.set_color(INK)
-    for shift in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
-        shift.set_color(INK)
+    for offset in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
+        offset.set_color(INK)
     if grid:
         axes.grid(color=FAINT, alpha=0.35, linewidth=0.6)
         axes.set_axisbelow(True)
 
 
-def _stand_in(colour: int) -> str:
+def _placeholder(colour: int) -> str:
     return f"#0003{colour % COLOURS:02d}"
 
 
-def _of_the_page(svg: str, prefix: str, label: str) -> str:
-    """matplotlib's file as an element of the page: no prolog, no metadata, ids of its own, colours by their names."""
+def _for_page(svg: str, prefix: str, label: str) -> str:
+    """Return matplotlib's file as an element of the page: without prolog and metadata, with ids that start with
+    `prefix`, and with the page's colours and fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg)
@@ -160,5 +175,5 @@ def _of_the_page(svg: str, prefix: str, label: str) -> str:
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
     for colour in range(COLOURS):
-        svg = svg.replace(_stand_in(colour), f"var(--c{colour})")
+        svg = svg.replace(_placeholder(colour), f"var(--c{colour})")
     return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")

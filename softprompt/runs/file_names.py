@@ -6,7 +6,7 @@ REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
 MARK = '<meta name="generator" content="softprompt.report">'  # by which a report is known
 RESULTS_FILE = "all_results.json"
 QUESTION_FILE = "question.jsonl"  # a question to try, if flags cannot ask it
-FACTS_FILE, START_FILE = "report.json", "prompt_start.safetensors"  # see facts.py
+FACTS_FILE, START_FILE = "report.json", "prompt_start.safetensors"  # see report.collect
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng_state.safetensors"

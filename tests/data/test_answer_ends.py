@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import softprompt
 from softprompt.data.template import Template
 from softprompt.data.tokenization import end_tokens, tokenize
-from softprompt.export.chat_template import teach
+from softprompt.export.chat_template import add_prompt_tokens
 from softprompt.export.plain_model import export
 from softprompt.models.loading import base_path
 
@@ -125,6 +125,6 @@ def test_saved_ends_may_be_a_number(tmp_path, tiny_base):
 
 def test_an_exported_template_takes_a_message_without_an_optional_column():
     tokenizer, template = tokenizer_with(None), Template("{a}{b}->", frozenset({"b"}))
-    teach(tokenizer, template, 1)
+    add_prompt_tokens(tokenizer, template, 1)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert text.endswith("x->")

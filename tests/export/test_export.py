@@ -1,4 +1,4 @@
-"""An exported folder: read by transformers alone it answers like base and prompt, and never says a new word."""
+"""Exported models: read by transformers alone, they answer like base and prompt and never generate a new token."""
 
 import json
 import os
@@ -34,8 +34,8 @@ from transformers import (
 from softprompt import SoftPromptModel, cli
 from softprompt.data.template import Template
 from softprompt.export import plain_model
-from softprompt.export.bake_prompt import HOPELESS, silent_row
-from softprompt.export.chat_template import SAMPLES, new_words, teach
+from softprompt.export.bake_prompt import NEVER_LOGIT, constant_logit_row
+from softprompt.export.chat_template import SAMPLES, add_prompt_tokens, new_token_names
 from softprompt.export.plain_model import export, generation_config
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import base_path
@@ -44,7 +44,7 @@ from softprompt.utils.errors import AdapterError, ModelError, SoftpromptError
 
 QUESTIONS = ["我爱这部电影", "这家酒店太差了！ 1 < 2", "hello\n  world {x} {{ y }}"]
 NEW_TOKENS = 9
-EXPORT = SimpleNamespace(main=cli.export)
+EXPORT = SimpleNamespace(main=cli.export, __name__="export")
 
 
 def write_base(folder: Path, base: Any, tokenizer: Any = None) -> Path:
@@ -55,7 +55,7 @@ def write_base(folder: Path, base: Any, tokenizer: Any = None) -> Path:
 
 @dataclass
 class Case:
-    """A base, an adapter for it, its export, and what transformers alone made of that."""
+    """A base, an adapter for it, the exported folder, and the output of transformers for that folder."""
 
     base: str
     adapter: Path
@@ -90,7 +90,7 @@ def bloom_46k(shared: Path) -> BloomForCausalLM:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Every kind of base and adapter, exported here and read in one other process."""
+    """Adapters for every kind of base, exported here and read by transformers in another process."""
     root = tmp_path_factory.mktemp("export")
     bases = {"mini": "mini"}
     models = {"tiny": make_bloom(), "flat": make_bloom(seed=3), "llama": llama(), "gpt2": gpt2()}
@@ -137,7 +137,7 @@ def case(cases, request) -> Case:
 
 
 @pytest.mark.parametrize("case", EXACT, indirect=True)
-def test_greedy_answers_are_those_of_base_and_prompt(case):
+def test_greedy_answers_equal_those_of_base_and_prompt(case):
     expected = case.ours().generate(QUESTIONS, do_sample=False, max_new_tokens=NEW_TOKENS)
     assert len(set(expected)) > 1
     for kind in ("answer", "unguarded", "pipeline_messages", "pipeline_string"):
@@ -146,7 +146,7 @@ def test_greedy_answers_are_those_of_base_and_prompt(case):
 
 
 @pytest.mark.parametrize("case", ["tiny", "mini", "46k", "flat", "spare"], indirect=True)
-def test_logits_are_those_of_peft(case):
+def test_logits_equal_those_of_peft(case):
     ours = case.ours()
     peer = peft_model(ours.base, ours.prompt)
     for question, row in zip(QUESTIONS, case.read["rows"], strict=True):
@@ -159,7 +159,7 @@ def test_logits_are_those_of_peft(case):
 
 
 @pytest.mark.parametrize("case", [*EXACT, "mini bfloat16"], indirect=True)
-def test_new_words_are_single_special_tokens_and_never_likely(case):
+def test_new_tokens_are_special_and_have_negligible_probability(case):
     tokenizer = AutoTokenizer.from_pretrained(case.folder)
     words = [f"<|softprompt_{i}|>" for i in range(case.P)]
     ids = tokenizer.convert_tokens_to_ids(words)
@@ -177,22 +177,22 @@ def test_new_words_are_single_special_tokens_and_never_likely(case):
             assert (row["logits"].argmax(-1) < ids[0]).all()
         else:
             assert probabilities.max() == 0
-            assert row["logits"][:, ids].sub(HOPELESS).abs().max() < 0.1 * -HOPELESS
+            assert row["logits"][:, ids].sub(NEVER_LOGIT).abs().max() < 0.1 * -NEVER_LOGIT
     settings = GenerationConfig.from_pretrained(case.folder)
     assert settings.suppress_tokens == ids
     assert (settings.eos_token_id, settings.pad_token_id) == (2, 3)
     assert case.read["tied"] is False
 
 
-def test_under_a_tied_head_a_new_word_would_win(cases):
-    """Why the head is untied: the mini base under a random prompt."""
+def test_with_a_tied_head_a_new_token_would_be_the_likeliest(cases):
+    """The reason why the head is untied, on the mini base with a random prompt."""
     ours = cases["mini"].ours()
     with torch.no_grad():
         h = ours.base.transformer(torch.tensor([ours.tokenizer("Human: 我爱这部电影\n\nAssistant: ")["input_ids"]]))[0]
     assert (h @ ours.prompt.T).max() > ours.base.lm_head(h).max()
 
 
-def test_in_bf16_prompt_and_base_are_rounded_and_nothing_else(cases):
+def test_in_bf16_prompt_and_base_are_only_rounded(cases):
     case = cases["mini bfloat16"]
     assert case.read["dtype"] == "torch.bfloat16"
     model = AutoModelForCausalLM.from_pretrained(case.folder)
@@ -205,7 +205,7 @@ def test_in_bf16_prompt_and_base_are_rounded_and_nothing_else(cases):
         assert row["answer"] == row["unguarded"]
 
 
-def test_shapes_and_base_weights_are_as_they_were(cases):
+def test_base_weights_are_unchanged(cases):
     case = cases["tiny"]
     model = AutoModelForCausalLM.from_pretrained(case.folder)
     base = AutoModelForCausalLM.from_pretrained(case.base).state_dict()
@@ -232,12 +232,12 @@ def test_shapes_and_base_weights_are_as_they_were(cases):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
+def test_the_constant_logit_holds_for_any_layer_norm(H, seed, spread, dtype):
     draw = torch.Generator().manual_seed(seed)
     norm = torch.nn.LayerNorm(H).requires_grad_(False)
     norm.weight += 0.3 * torch.randn(H, generator=draw)
     norm.bias += spread * torch.randn(H, generator=draw)
-    row = silent_row(norm.weight, norm.bias, dtype)
+    row = constant_logit_row(norm.weight, norm.bias, dtype)
     if row is None:  # refused: the sum is small beside what rounding alone makes of it
         total = (norm.bias.to(dtype).double() / norm.weight.to(dtype).double()).sum().abs()
         ratio = (norm.bias / norm.weight).norm()
@@ -246,14 +246,14 @@ def test_a_silent_row_is_hopeless_behind_any_layer_norm(H, seed, spread, dtype):
     h = norm.to(dtype)(20 * torch.randn(200, H, generator=draw).to(dtype))
     logits = torch.nn.functional.linear(h, row.to(dtype)[None]).float()
     assert torch.equal(row, row.to(dtype).float())
-    assert logits.max() < HOPELESS / 2 and logits.isfinite().all()
+    assert logits.max() < NEVER_LOGIT / 2 and logits.isfinite().all()
 
 
-def test_where_no_constant_logit_can_be_had_there_is_none():
+def test_layer_norms_without_a_constant_logit():
     ones, zeros = torch.ones(32), torch.zeros(32)
     balanced = torch.cat([torch.ones(16), -torch.ones(16)])
     for weight, bias in ((ones, zeros), (ones, balanced), (torch.cat([zeros[:1], ones[1:]]), ones)):
-        assert silent_row(weight, bias, torch.float32) is None
+        assert constant_logit_row(weight, bias, torch.float32) is None
 
 
 TEMPLATES = ["default", "Q: {instruction}\\nA: ", "{{fixed}} {{% x %}} 'a\\\\' \"{instruction}\"\\n{instruction}->"]
@@ -261,9 +261,9 @@ TEMPLATES = ["default", "Q: {instruction}\\nA: ", "{{fixed}} {{% x %}} 'a\\\\' \
 
 @pytest.mark.parametrize("spec", TEMPLATES)
 @pytest.mark.parametrize("question", [*QUESTIONS, "", "  spaces  ", "'quotes' \"and\" \\n", "{{ messages }}{% if %}"])
-def test_the_chat_template_renders_what_training_rendered(spec, question):
+def test_the_chat_template_equals_the_training_template(spec, question):
     tokenizer, template = make_tokenizer(), Template(spec)
-    ids = teach(tokenizer, template, 3)
+    ids = add_prompt_tokens(tokenizer, template, 3)
     text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
     row = {"instruction": question, "input": ""}
     assert text == tokenizer.decode(ids) + template.render(row, tokenizer)
@@ -271,20 +271,20 @@ def test_the_chat_template_renders_what_training_rendered(spec, question):
 
 def test_other_columns_are_further_keys_of_a_message():
     tokenizer, template = make_tokenizer(), Template("{context}\nQ: {question} A: ")
-    teach(tokenizer, template, 1)
+    add_prompt_tokens(tokenizer, template, 1)
     message = {"role": "user", "content": "here", "question": "where?"}
     assert tokenizer.apply_chat_template([message], tokenize=False) == "<|softprompt_0|>here\nQ: where? A: "
-    with pytest.raises(TemplateError, match="needs the text question beside the content"):
+    with pytest.raises(TemplateError, match="needs the text question besides the content"):
         tokenizer.apply_chat_template([{"role": "user", "content": "here"}], tokenize=False)
     default = make_tokenizer()
-    teach(default, Template(), 1)
+    add_prompt_tokens(default, Template(), 1)
     told = default.apply_chat_template([{"role": "user", "content": "a", "input": "b"}], tokenize=False)
     assert told == "<|softprompt_0|>" + Template().render({"instruction": "a", "input": "b"}, None)
 
 
-def test_a_conversation_is_one_training_row_after_the_other():
+def test_a_conversation_is_a_sequence_of_training_rows():
     tokenizer = make_tokenizer()
-    teach(tokenizer, Template("Q: {x}\nA: "), 2)
+    add_prompt_tokens(tokenizer, Template("Q: {x}\nA: "), 2)
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     front = "<|softprompt_0|><|softprompt_1|>"
     assert tokenizer.apply_chat_template(turns, tokenize=False) == front + "Q: a\nA: b</s>Q: c\nA: "
@@ -307,44 +307,44 @@ def test_a_conversation_is_one_training_row_after_the_other():
         "{{ bos_token }}{%- for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>\n{% endfor %}",
     ],
 )
-def test_a_chat_template_of_the_base_stands_behind_the_words(own):
+def test_the_base_s_chat_template_follows_the_virtual_tokens(own):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": " hi "}]
     plain, tokenizer = make_tokenizer(), make_tokenizer()
     plain.chat_template = tokenizer.chat_template = own
-    teach(tokenizer, Template("chat"), 2)
+    add_prompt_tokens(tokenizer, Template("chat"), 2)
     for generation in (False, True):
         expected = plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         assert found == "<|softprompt_0|><|softprompt_1|>" + expected
 
 
-def test_what_a_tokenizer_adds_in_front_stands_where_training_had_it_and_what_it_adds_behind_nowhere():
+def test_special_tokens_of_the_tokenizer_are_placed_as_in_training():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    ids = teach(tokenizer, Template(), 2)
+    ids = add_prompt_tokens(tokenizer, Template(), 2)
     found = tokenizer.apply_chat_template([{"role": "user", "content": SAMPLES[0]}], return_dict=False)
     whole = tokenizer(Template().render({"instruction": SAMPLES[0]}, None))["input_ids"]
     assert whole[0] == 1 and whole[-1] == 2
     assert found == ids + whole[:-1]
 
 
-def test_a_prompt_upon_an_exported_model_gets_words_of_its_own(cases, tmp_path):
+def test_a_prompt_for_an_exported_model_gets_new_token_names(cases, tmp_path):
     first = cases["tiny"]
     model = AutoModelForCausalLM.from_pretrained(first.folder)
     adapter = write_adapter(tmp_path / "second", model, str(first.folder), 2)
     export(adapter, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert new_words(AutoTokenizer.from_pretrained(first.folder), 1) == ["<|softprompt2_0|>"]
+    assert new_token_names(AutoTokenizer.from_pretrained(first.folder), 1) == ["<|softprompt2_0|>"]
     assert tokenizer("<|softprompt2_1|>")["input_ids"] == [300 + first.P + 1]
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert settings.suppress_tokens == list(range(300, 300 + first.P + 2))
 
 
-def test_generation_settings_are_the_adapters(tmp_path, tiny_base, cases):
+def test_generation_settings_come_from_the_adapter(tmp_path, tiny_base, cases):
     defaults = GenerationConfig.from_pretrained(cases["tiny"].folder)
     assert (defaults.max_length, defaults.do_sample, defaults.top_k) == (256 + cases["tiny"].P, True, 50)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
@@ -358,17 +358,17 @@ def test_generation_settings_are_the_adapters(tmp_path, tiny_base, cases):
     made.save_pretrained(tmp_path)  # transformers refuses a temperature beside greedy answers here
 
 
-def test_a_folder_of_peft_is_exported_with_the_default_template(tmp_path, cases):
+def test_an_adapter_of_peft_is_exported_with_the_default_template(tmp_path, cases):
     case = cases["tiny"]
     peft_model(AutoModelForCausalLM.from_pretrained(case.base), case.ours().prompt).save_pretrained(tmp_path / "peft")
     assert not (tmp_path / "peft" / SETTINGS_FILE).exists()
     line = export(tmp_path / "peft", tmp_path / "out", model_name_or_path=case.base)
-    assert f"{case.P} new words" in line
+    assert f"{case.P} new tokens" in line
     for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (case.folder / name).read_bytes()
 
 
-def test_the_card_says_what_it_is_and_its_snippet_is_python(cases):
+def test_the_model_card_and_its_snippet(cases):
     card = (cases["mini"].folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "`<|softprompt_0|>`" in card and "suppress_tokens" in card and "float32" in card
@@ -387,7 +387,7 @@ def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):
     assert found["answer"].strip() == case.ours().generate("我爱这部电影", do_sample=False, max_new_tokens=32)
 
 
-def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
+def test_a_base_that_changes_its_embeddings_is_refused(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", llama())
     adapter = write_adapter(tmp_path / "adapter", llama(), str(base), 2)
     read = plain_model.read_base
@@ -398,7 +398,7 @@ def test_what_cannot_become_words_is_refused(tmp_path, monkeypatch):
         return base
 
     monkeypatch.setattr(plain_model, "read_base", shifted)
-    with pytest.raises(ModelError, match="LlamaForCausalLM does more with a word than look up its row"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does more with a token"):
         export(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -438,7 +438,7 @@ def bad(tmp_path: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tiny_base, capsys, monkeypatch):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(tmp_path, tiny_base, capsys, monkeypatch):
     cases = bad(tmp_path, tiny_base)
     capsys.readouterr()
     for name, (argv, message) in cases.items():
@@ -446,7 +446,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tiny_base, capsys, m
         assert re.search(message, line), (name, line)
 
 
-def test_a_disk_without_room_is_said_before_and_while_writing(tmp_path, tiny_base, capsys, monkeypatch):
+def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, tiny_base, capsys, monkeypatch):
     adapter = str(write_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), str(tiny_base), 2))
     argv = [adapter, "--output", "deep/out"]
     (tmp_path / "deep").mkdir()

@@ -1,4 +1,4 @@
-"""Uploads with huggingface_hub itself, to a stand-in for the hub that listens on this machine alone."""
+"""Uploads with huggingface_hub, to a server on this machine that stands in for the hub."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ import softprompt
 import train
 from softprompt.cli import run_command
 from softprompt.config.loader import train_config
-from softprompt.export.push_to_hub import PUSHED
+from softprompt.export.push_to_hub import UPLOADED_FILES
 from softprompt.utils import hub
 
 pytestmark = pytest.mark.reports
@@ -158,7 +158,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     code, out, err = ended({**settings, "hub_private_repo": True}, capsys, monkeypatch)
     assert code == 0 and f"on the hub: {server.url}/org/soft" in err, err
     repo = server.repos["org/soft"]
-    assert set(repo["files"]) == set(PUSHED) and repo["private"] is True and server.commits == 1
+    assert set(repo["files"]) == set(UPLOADED_FILES) and repo["private"] is True and server.commits == 1
     assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
     assert b"library_name: peft" in repo["files"]["README.md"]
     told_nowhere(tmp_path, out, err)
@@ -168,7 +168,7 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
 
 
 @pytest.mark.parametrize("model_id", ["org/soft", None])
-def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
+def test_a_repository_of_another_origin_is_refused_before_training(model_id, server, settings, capsys, monkeypatch):
     name = model_id or "me/run"
     server.repos[name] = {"private": False, "files": {"README.md": b"mine", ".gitattributes": b""}}
     given = {name: value for name, value in settings.items() if model_id or name != "hub_model_id"}
@@ -177,7 +177,7 @@ def test_a_repository_of_somebody_elses_is_refused_before_training(model_id, ser
     assert server.commits == 0 and not Path(settings["output_dir"]).exists()
 
 
-def test_the_repository_has_the_runs_name_and_the_token_comes_from_the_environment(server, settings, monkeypatch):
+def test_default_repository_name_and_token_from_the_environment(server, settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     softprompt.train(**{**settings, "hub_model_id": None, "hub_token": None})
     assert set(server.repos) == {"me/run"} and not server.repos["me/run"]["private"]
@@ -189,7 +189,7 @@ def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys,
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     code, out, err = ended(settings, capsys, monkeypatch)
     last = err.strip().splitlines()[-1]
-    assert code == 1 and last.startswith(f"error: the run is whole in {tmp_path / 'run'}, but not on the hub: ")
+    assert code == 1 and last.startswith(f"error: the run is complete in {tmp_path / 'run'}, ")
     assert "Try: python infer.py" in out and (tmp_path / "run/report.html").exists()
     told_nowhere(tmp_path, out, err)
     server.down = None
@@ -198,14 +198,14 @@ def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys,
     subprocess.run(
         [Path(sys.executable).parent / asked[0], *asked[1:]], env=environment, check=True, capture_output=True
     )
-    assert set(server.repos["org/soft"]["files"]) == set(PUSHED)
+    assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES)
 
 
 def test_from_python_a_failed_upload_is_a_warning(server, settings, tmp_path, capsys, monkeypatch):
     server.down = 403
     run = softprompt.train(**settings)
-    assert run.metrics["train_loss"] > 0 and "not on the hub" in run.not_pushed
-    assert "warning: the run is whole" in capsys.readouterr().err
+    assert run.metrics["train_loss"] > 0 and "403" in run.not_pushed
+    assert "warning: the run is complete" in capsys.readouterr().err
 
 
 def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monkeypatch):
@@ -214,11 +214,11 @@ def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monke
     server.down = None
     again = {"resume_from_checkpoint": tmp_path / "run", "hub_token": TOKEN}
     code, out, err = ended(again, capsys, monkeypatch)
-    assert code == 0 and set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+    assert code == 0 and set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES), err
     told_nowhere(tmp_path, out, err)
 
 
-def test_what_cannot_be_uploaded_is_not_trained(server, settings, tmp_path, capsys, monkeypatch):
+def test_impossible_uploads_are_refused_before_training(server, settings, tmp_path, capsys, monkeypatch):
     cases = {
         "the hub refuses the token": {"hub_token": "wrong_token"},
         "needs a token": {"hub_token": None},
@@ -232,7 +232,7 @@ def test_what_cannot_be_uploaded_is_not_trained(server, settings, tmp_path, caps
         assert told in line and "wrong_token" not in line
 
 
-def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys, monkeypatch):
+def test_a_hub_that_does_not_answer_at_the_start_is_tried_again(server, settings, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     original = softprompt.training.loop.train
 
@@ -242,11 +242,11 @@ def test_a_hub_that_is_away_at_the_start_is_asked_again(server, settings, capsys
 
     monkeypatch.setattr("softprompt.training.run.train", back_again)
     code, out, err = ended(settings, capsys, monkeypatch)
-    assert code == 0 and "warning: --push_to_hub: the hub does not answer now" in out
-    assert set(server.repos["org/soft"]["files"]) == set(PUSHED), err
+    assert code == 0 and "warning: --push_to_hub: the hub does not answer" in out
+    assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES), err
 
 
-def test_a_token_is_kept_to_itself():
+def test_the_token_is_never_printed():
     config = train_config(push_to_hub=True, hub_token=TOKEN)
     assert TOKEN not in repr(config) and TOKEN not in json.dumps(config.as_dict())
     with pytest.raises(softprompt.utils.errors.ConfigError) as refusal:

@@ -30,7 +30,7 @@ STARTING = 180  # seconds that the server may take
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
-    """The address of a server, the folder it serves, and the adapter that this was exported from."""
+    """The address of a server, the exported folder that it serves, and the adapter."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         pytest.skip(f'needs {", ".join(missing)}: pip install "transformers[serving]"')
     root = tmp_path_factory.mktemp("serve")
@@ -81,7 +81,7 @@ def post(address: str, path: str, body: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_chat_completions_are_the_answers_of_base_and_prompt(server):
+def test_chat_completions_equal_the_answers_of_base_and_prompt(server):
     address, folder, adapter = server
     expected = SoftPromptModel.from_pretrained("mini", adapter, device="cpu").generate(QUESTIONS)
     for question, answer in zip(QUESTIONS, expected, strict=True):
@@ -91,7 +91,7 @@ def test_chat_completions_are_the_answers_of_base_and_prompt(server):
 
 
 @pytest.mark.slow
-def test_completions_take_a_text_that_carries_the_words(server):
+def test_completions_accept_a_text_with_the_virtual_tokens(server):
     address, folder, adapter = server
     ours = SoftPromptModel.from_pretrained("mini", adapter, device="cpu")
     words = "".join(f"<|softprompt_{i}|>" for i in range(6))

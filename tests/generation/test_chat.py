@@ -15,7 +15,7 @@ import softprompt
 from softprompt.config.arg_parser import parse_setting
 from softprompt.data.dataset import question
 from softprompt.data.template import Template
-from softprompt.export.chat_template import teach
+from softprompt.export.chat_template import add_prompt_tokens
 from softprompt.generation.chat import Chat
 
 
@@ -92,7 +92,7 @@ def test_history_is_rendered_as_in_an_exported_model(tokenizer):
     messages = [{"role": r, "content": c} for r, c in (("user", " a\n"), ("assistant", "b"), ("user", "你好"))]
     for spec in ("default", "Q: {x}\nA: "):
         template, taught = Template(spec), copy.deepcopy(tokenizer)
-        teach(taught, template, 1)
+        add_prompt_tokens(taught, template, 1)
         exported = taught.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         row = question("line 1", {"messages": messages}, template)
         assert exported == "<|softprompt_0|>" + template.render(row, tokenizer)

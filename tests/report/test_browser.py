@@ -1,4 +1,4 @@
-"""Reports as a browser shows them: narrow, wide, light, dark, on paper. Needs a Chromium (apt install chromium)."""
+"""Reports in a headless browser: narrow, wide, light, dark, printed. Needs Chromium (apt install chromium)."""
 
 import json
 
@@ -26,7 +26,7 @@ INKS = (
 
 @pytest.fixture(scope="module")
 def pages(tiny_base, tmp_path_factory):
-    """Of one run with all there can be, and of it beside another."""
+    """Reports of a run with every section, of one with long texts, and of both side by side."""
     folder = tmp_path_factory.mktemp("shown")
     settings = settings_in(folder, tiny_base)
     softprompt.train(**settings)
@@ -46,7 +46,7 @@ def tab():
 
 
 @pytest.mark.parametrize("name", ["one", "long", "both"])
-def test_pages_are_shown_whole_and_ask_for_nothing(name, pages, tab):
+def test_pages_fit_every_width_and_load_no_other_file(name, pages, tab):
     for width, medium in ((320, ""), (360, ""), (650, ""), (650, "print"), (820, ""), (1400, "")):
         tab.requests.clear()
         tab.open(pages[name], width, media=medium)
@@ -57,7 +57,7 @@ def test_pages_are_shown_whole_and_ask_for_nothing(name, pages, tab):
     assert tab.complaints == []
 
 
-def test_it_is_dark_where_the_reader_has_it_dark_and_light_on_paper(pages, tab):
+def test_dark_mode_applies_on_screen_and_not_in_print(pages, tab):
     def shades(**media):
         tab.open(pages["one"], **media)
         return [sum(int(n) for n in colour.strip("rgb()").split(",")[:3]) / 3 for colour in tab.ask(INKS)]
@@ -70,7 +70,7 @@ def test_it_is_dark_where_the_reader_has_it_dark_and_light_on_paper(pages, tab):
     assert page > 240 and ink < 60
 
 
-def test_it_can_be_printed(pages, tab):
+def test_pages_can_be_printed(pages, tab):
     tab.open(pages["one"])
     paper = tab.pdf()
     assert paper.startswith(b"%PDF") and len(paper) > 20_000

@@ -1,4 +1,4 @@
-"""Reports of runs: what they say, what they must not do, and bad input."""
+"""Reports of runs: their content, what they must not do, and bad input."""
 
 import json
 import re
@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save
 import softprompt
 import train
 from softprompt import cli
-from softprompt.prompt.nearest_tokens import EmbeddingSpace
+from softprompt.prompt.nearest_tokens import EmbeddingSpace, readable_tokens
 from softprompt.report import after_training
-from softprompt.report import collect as facts
-from softprompt.report.page import _status as status
+from softprompt.report.collect import GENERATED_EXAMPLES
+from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
+from softprompt.report.views import status
 from softprompt.report.writer import report
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
@@ -31,11 +32,11 @@ from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import ConfigError, PartialFailureError, ReportError
 
 pytestmark = pytest.mark.reports
-REPORT = SimpleNamespace(main=cli.report)
+REPORT = SimpleNamespace(main=cli.report, __name__="report")
 
 
 class Seen(HTMLParser):
-    """Every element with its attributes, and all text."""
+    """All elements of a page with their attributes, and its text."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -60,30 +61,32 @@ def settings(tiny_base, tmp_path) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tiny_base, tmp_path_factory) -> Path:
-    """A finished run; tests do not write into it."""
+    """The folder of a finished run, which tests do not change."""
     folder = tmp_path_factory.mktemp("reported")
     return Path(softprompt.train(**settings_in(folder, tiny_base)).output_dir)
 
 
-def test_a_run_leaves_a_report_of_itself(run):
-    told, html = seen(run), (run / "report.html").read_text(encoding="utf-8")
+def test_a_run_writes_its_report(run):
+    told = seen(run)
     results = json.loads((run / "all_results.json").read_text())
     for name in ("eval_loss", "eval_loss_base"):
         assert f"{results[name]:.4f}" in told.text
     for text in ("finished after step 6 of 6", "20", "learning_rate", "0.1", "Loss", "Gradient norm", "Learning rate"):
         assert text in told.text
-    assert "held out, base alone" in told.text and "Real tokens per second" in told.text
-    assert html.count("<svg ") == 7  # loss, exact match, rate, norm, speed, lengths, similarities
-    assert "Ask it: python infer.py --adapter" in told.text
+    charts = [attributes["aria-label"] for tag, attributes in told.elements if tag == "svg"]
+    assert len(set(charts)) == len(charts)
+    for metric in ("Loss", "Exact match", "Learning rate", "Gradient norm", "Tokens per second", "Lengths", "Cosine"):
+        assert any(label.startswith(metric) for label in charts), metric
+    assert f"--adapter {run}" in told.text
 
 
-def test_settings_that_are_the_defaults_are_not_marked_as_others(run):
+def test_only_settings_that_differ_from_the_default_are_bold(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     assert '<li class="set"><span>learning_rate</span>' in html  # 0.1
     assert "<li><span>num_virtual_tokens</span><bdi>10</bdi>" in html  # not given
 
 
-def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path):
+def test_a_learning_rate_sweep_is_shown_but_not_in_the_curves(run, tmp_path):
     shutil.copytree(run, folder := tmp_path / "swept")
     noted = {"learning_rate": 0.7, "sweep": {"0.001": 3.25, "0.7": 1.5}}
     metrics, facts_file = folder / "metrics.jsonl", folder / "report.json"
@@ -98,7 +101,7 @@ def test_a_sweep_before_the_run_is_told_and_no_point_of_its_curves(run, tmp_path
     assert "--find_learning_rate compared" not in seen(run).text
 
 
-def test_it_asks_for_nothing_and_runs_nothing(run):
+def test_the_page_has_no_scripts_and_loads_no_other_file(run):
     told = seen(run)
     assert {"script", "iframe", "link", "object", "embed", "img"}.isdisjoint(tag for tag, _ in told.elements)
     for tag, attributes in told.elements:
@@ -111,13 +114,13 @@ def test_it_asks_for_nothing_and_runs_nothing(run):
     assert len(ids) == len(set(ids))
 
 
-def test_what_rows_hold_is_text(run):
+def test_text_of_rows_is_escaped(run):
     told = seen(run)
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>\N{REPLACEMENT CHARACTER}" in told.text
     assert "<b>好</b>" in told.text and "{{ 7*7 }}" in told.text
 
 
-def test_pictures_follow_the_page_and_hold_no_users_text(run):
+def test_charts_use_the_colours_of_the_page_and_contain_no_text_of_the_user(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     pictures = "".join(re.findall(r"<svg .*?</svg>", html, re.S))
     assert "var(--ink)" in pictures and "var(--c0)" in pictures and "#0003" not in pictures
@@ -125,7 +128,7 @@ def test_pictures_follow_the_page_and_hold_no_users_text(run):
     assert "DejaVu" not in pictures and "http://purl" not in pictures
 
 
-def test_the_facts_are_those_of_the_run(run, tokenizer):
+def test_report_json_describes_the_run(run, tokenizer):
     told = json.loads((run / "report.json").read_text(encoding="utf-8"))
     rows = told["rows"]["training"]
     assert rows["rows"] == 20 and rows["used"] == 20 and rows["longest"] <= 128
@@ -144,24 +147,24 @@ def test_the_facts_are_those_of_the_run(run, tokenizer):
     assert "prompt_start.safetensors" not in {p.name for p in (run / "checkpoint-6").iterdir()}
 
 
-def test_likeness_with_everything_known(tokenizer):
+def test_nearest_words_and_moves_of_known_vectors(tokenizer):
     noise = torch.randn(len(tokenizer) + 5, 8, generator=torch.Generator().manual_seed(0))
     words = torch.nn.functional.normalize(noise)
     start = words[[10, 20]]
-    found = facts.likeness(EmbeddingSpace(words, None), tokenizer, torch.stack([3 * words[30], words[20]]), start)
+    found = describe_prompt(EmbeddingSpace(words, None), tokenizer, torch.stack([3 * words[30], words[20]]), start)
     first, second = found["tokens"]
-    assert first["nearest"][0] == (facts.readable_tokens(tokenizer, [30])[0], 1.0)
+    assert first["nearest"][0] == (readable_tokens(tokenizer, [30])[0], 1.0)
     assert first["moved"] == pytest.approx((3 * words[30] - words[10]).norm().item(), abs=1e-4) and first["of"] == 1
     assert first["cosine"] == pytest.approx((words[30] @ words[10]).item(), abs=1e-4)
     assert second["moved"] == 0 and second["cosine"] == 1 and second["start"][1] == 1
 
 
-def test_long_answers_are_written_for_it(settings, tmp_path):
+def test_long_answers_are_generated_for_the_report(settings, tmp_path):
     rows = [{"instruction": f"第{i}题", "output": "好" * 40} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     softprompt.train(**{**settings, "max_length": 256})
     examples = json.loads((tmp_path / "run/report.json").read_text())["end"]["examples"]
-    assert not examples["compared"] and len(examples["rows"]) == facts.WRITTEN and examples["new_tokens"] == 64
+    assert not examples["compared"] and len(examples["rows"]) == GENERATED_EXAMPLES and examples["new_tokens"] == 64
     model = softprompt.SoftPromptModel.from_pretrained(settings["model_name_or_path"], tmp_path / "run")
     for adapter, name in (("none", "before"), (None, "after")):
         answer = model.generate(rows[8]["instruction"], adapter=adapter, do_sample=False, max_new_tokens=64)
@@ -172,17 +175,17 @@ def test_long_answers_are_written_for_it(settings, tmp_path):
 def test_without_held_out_rows_training_rows_are_shown(settings, tmp_path):
     softprompt.train(**{**settings, "eval_rows": 0, "eval_steps": None, "max_steps": 1})
     told = seen(tmp_path / "run").text
-    assert "These rows were trained on" in told and "base alone" in told and "held out, base" not in told
+    assert "trained on these rows" in told and "base alone" in told and "held out, base" not in told
 
 
-def test_a_streamed_base_is_looked_at_where_it_is(settings, tmp_path):
+def test_a_streamed_base_has_nearest_words_and_no_answers(settings, tmp_path):
     softprompt.train(**{**settings, "stream_base": True, "max_steps": 1})
     told = json.loads((tmp_path / "run/report.json").read_text())["end"]
-    assert len(told["likeness"]["tokens"]) == 10 and "read or gather the base once more" in told["examples"]["left_out"]
-    assert "read or gather the base" in seen(tmp_path / "run").text
+    assert len(told["likeness"]["tokens"]) == 10 and told["examples"]["left_out"] in seen(tmp_path / "run").text
+    assert not told["examples"]["rows"]
 
 
-def test_a_base_without_that_layer_norm(settings, tmp_path, tokenizer):
+def test_a_base_without_layer_norm_over_its_embeddings(settings, tmp_path, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
@@ -191,8 +194,8 @@ def test_a_base_without_that_layer_norm(settings, tmp_path, tokenizer):
     assert "among the word embeddings" in seen(tmp_path / "run").text
 
 
-@pytest.mark.parametrize("where", ["page", "likeness", "examples_of", "loss_picture"])
-def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("where", ["page", "describe_prompt", "example_answers", "loss_plot"])
+def test_an_error_in_the_report_does_not_affect_the_run(where, settings, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise MemoryError("nothing\nleft")
 
@@ -205,10 +208,10 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, 
         assert line.startswith("warning: no report.html: MemoryError: nothing left; ")
         assert line.endswith(f"python -m softprompt report {tmp_path / 'run'}")
         assert not (tmp_path / "run/report.html").exists()
-    elif where == "loss_picture":
+    elif where == "loss_plot":
         assert "warning: no loss.png: MemoryError: nothing left" in err and (tmp_path / "run/report.html").exists()
     else:
-        name = where.removesuffix("_of")
+        name = {"describe_prompt": "nearest words", "example_answers": "examples"}[where]
         assert f"No {name}: MemoryError: nothing left" in seen(tmp_path / "run").text
 
 
@@ -217,15 +220,15 @@ def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     argv = [part for name, value in {**settings, "max_steps": 2}.items() for part in (f"--{name}", value)]
     _, err = called(train, argv, capsys, monkeypatch)
-    assert "report.html; without pictures, as matplotlib is not installed: pip install matplotlib" in err
+    assert "report.html; " in err and "pip install matplotlib" in err
     told = seen(tmp_path / "run")
     assert "svg" not in {tag for tag, _ in told.elements} and "pip install matplotlib" in told.text
-    assert "What the virtual tokens resemble" in told.text and "Before and after" in told.text
+    assert "cosine" in told.text and "Before and after" in told.text
     out, err = called(REPORT, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
-    assert out == f"{tmp_path / 'a.html'}\n" and "warning: no pictures" in err
+    assert out == f"{tmp_path / 'a.html'}\n" and err.startswith("warning: ") and "pip install matplotlib" in err
 
 
-def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
+def test_a_resumed_run_keeps_its_initial_prompt(settings, tmp_path):
     softprompt.train(**settings)
     expected = json.loads((tmp_path / "run/report.json").read_text())["end"]["likeness"]
     start = (tmp_path / "run/prompt_start.safetensors").read_bytes()
@@ -240,36 +243,35 @@ def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
         assert json.loads((tmp_path / name / "report.json").read_text())["end"]["likeness"] == expected
 
 
-def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, monkeypatch):
+def test_a_run_that_has_not_ended(settings, tmp_path, capsys, monkeypatch):
     interrupted(settings, 5)
     out, _ = called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
-    assert "not finished: step 4 of 6 is the last in its metrics" in told and "Ask it" not in told
-    assert f"Go on with python train.py --resume_from_checkpoint {tmp_path / 'run'}" in told
-    assert "What the virtual tokens resemble" in told  # of its newest checkpoint
+    assert "not finished: step 4 of 6 is the last in its metrics" in told and "--adapter" not in told
+    assert f"--resume_from_checkpoint {tmp_path / 'run'}" in told
+    assert "nearest words" in told  # of its newest checkpoint
     before = json.loads((tmp_path / "run/report.json").read_text())
     assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0
     start = tmp_path / "run" / START_FILE
     whole = start.read_bytes()
     start.write_bytes(whole[:-5])
     called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
-    assert "Where the prompt started was not recorded." in seen(tmp_path / "run").text
+    assert "not recorded" in seen(tmp_path / "run").text
     start.write_bytes(whole)
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
     assert "finished after step 6 of 6" in seen(tmp_path / "run").text
 
 
-@pytest.mark.parametrize(
-    "patience, why", [(None, "its rows were fewer than counted"), (3, "nothing was gained any more")]
-)
+@pytest.mark.parametrize("patience, why", [(None, "fewer rows"), (3, "no longer improved")])
 def test_why_a_run_ended_before_its_last_step(patience, why):
     facts = {"prompt": [1, 8], "end": {}, "total_steps": 10, "arguments": {"early_stopping_patience": patience}}
-    assert status(RunRecord(Path("run"), facts, [{"step": 8}])) == f"ended early at step 8 of 10, as {why}"
+    early = status(RunRecord(Path("run"), facts, [{"step": 8}]))
+    assert early.startswith("ended early at step 8 of 10") and why in early
     assert status(RunRecord(Path("run"), facts, [{"step": 10}])) == "finished after step 10 of 10"
 
 
-def test_a_run_goes_on_after_its_end(settings, tmp_path):
+def test_a_finished_run_that_is_continued(settings, tmp_path):
     softprompt.train(**settings)
     interrupted({"max_steps": 9, "resume_from_checkpoint": str(tmp_path / "run")}, 9)
     report(tmp_path / "run")
@@ -288,16 +290,14 @@ def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch)
     assert "model_name_or_path" not in told.text[: told.text.index("learned from")]
     (Path("report.html")).write_text("mine")
     line = refused(REPORT, [run, "另一个"], capsys, monkeypatch, tmp_path)
-    assert "is there already and is no report" in line
+    assert "report.html: exists" in line
 
 
 @pytest.mark.parametrize(
     "name, content",
     [("metrics.jsonl", ""), ("report.json", "{"), ("report.json", '{"prompt": 3, "end": {}}'), ("everything", None)],
 )
-def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
-    name, content, run, tmp_path, capsys, monkeypatch
-):
+def test_a_broken_run_is_named_and_the_others_are_shown(name, content, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if content is None:
         (folder := tmp_path / "run").mkdir()
@@ -317,30 +317,30 @@ def test_one_run_of_several_that_is_broken_is_named_beside_the_others(
         report(folder, tmp_path / "broken too")
 
 
-def test_runs_of_one_name_are_told_by_their_paths(run, tmp_path):
+def test_runs_with_the_same_name_are_shown_with_their_paths(run, tmp_path):
     shutil.copytree(run, tmp_path / "other" / run.name)
     path = report(run, tmp_path / "other" / run.name, output_file=tmp_path / "both.html")
     assert str(tmp_path / "other" / run.name) in Seen(path.read_text()).text
 
 
-def test_a_run_without_report_json_is_shown_by_what_it_has(run, tmp_path):
+def test_a_run_without_report_json_is_shown(run, tmp_path):
     old = shutil.copytree(run, tmp_path / "old")
     (old / "report.json").unlink()
     (old / "prompt_start.safetensors").unlink()
     report(old)
     told = seen(old).text
     assert "its rows and settings are not known" in told and "Loss" in told
-    assert "Where the prompt started was not recorded" in told
+    assert "not recorded" in told
 
 
-def test_a_base_of_another_size_by_now(run, tmp_path):
+def test_a_base_whose_size_has_changed(run, tmp_path):
     folder = spoiled(run, tmp_path, "report.json", None)
     config = json.loads((folder / "adapter_config.json").read_text())
     prompt = torch.zeros(config["num_virtual_tokens"], 8)
     (folder / "adapter_config.json").write_text(json.dumps({**config, "token_dim": 8}))
     (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": prompt}))
     report(folder)
-    assert "No likenesses: adapter" in seen(folder).text and "virtual tokens have size 8" in seen(folder).text
+    assert "No nearest words: adapter" in seen(folder).text and "virtual tokens have size 8" in seen(folder).text
 
 
 def spoiled(run, tmp_path, name, content) -> Path:
@@ -371,13 +371,13 @@ def spoiled(run, tmp_path, name, content) -> Path:
         ),
     ],
 )
-def test_runs_that_cannot_be_reported(name, content, told, run, tmp_path, capsys, monkeypatch):
+def test_broken_runs_are_refused_in_one_line(name, content, told, run, tmp_path, capsys, monkeypatch):
     folder = spoiled(run, tmp_path, name, content)
     line = refused(REPORT, [folder], capsys, monkeypatch, tmp_path)
     assert told in line and str(folder) in line
 
 
-def test_the_last_line_of_a_killed_run_may_be_half(run, tmp_path):
+def test_the_last_line_of_the_metrics_may_be_incomplete(run, tmp_path):
     folder = spoiled(run, tmp_path, "metrics.jsonl", '{"step": 1, "loss": 2.5, "grad_norm": null}\n{"step": 2, "lo')
     report(folder)
     assert "held-out loss" in seen(folder).text
@@ -388,7 +388,7 @@ def test_a_name_that_is_not_utf_8():
         report("caf\udce9")
 
 
-def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
+def test_folders_that_are_not_runs(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -411,7 +411,7 @@ def test_folders_that_are_no_runs(run, tmp_path, capsys, monkeypatch):
     }.items():
         assert told in refused(REPORT, argv, capsys, monkeypatch, tmp_path)
     line = refused(REPORT, [run, "--output_file", tmp_path], capsys, monkeypatch, tmp_path)
-    assert "is no file" in line
+    assert "is not a file" in line
     with pytest.raises(ReportError):
         report(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
@@ -427,7 +427,7 @@ def test_long_curves_are_averaged():
     assert averaged(points[:3], 500) == points[:3]
 
 
-def test_a_secret_is_not_told(run, monkeypatch):
+def test_secrets_are_redacted(run, monkeypatch):
     from softprompt.runs.run_reader import read_run
 
     monkeypatch.setenv("MY_TOKEN", "not_to_be_told")
@@ -436,7 +436,7 @@ def test_a_secret_is_not_told(run, monkeypatch):
     assert "not_to_be_told" not in page([record])
 
 
-def test_a_run_whose_facts_cannot_be_written_goes_on(settings, tmp_path, capsys, monkeypatch):
+def test_a_run_continues_if_report_json_cannot_be_written(settings, tmp_path, capsys, monkeypatch):
     begin, folder = RunCallbacks.begin, tmp_path / "run/report.json"
     monkeypatch.setattr(RunCallbacks, "begin", lambda self: (folder.mkdir(), begin(self))[1])
     softprompt.train(**settings)

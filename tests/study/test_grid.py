@@ -1,4 +1,4 @@
-"""Study files: the cells that they mean, and everything that can be wrong in one, before anything is loaded."""
+"""Study files: their cells, and all errors in them that are found before anything is loaded."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def study(tmp_path, text):
     return read_study(path)
 
 
-def test_a_grid_is_the_product_of_its_lists_and_grids_add_up_without_doubles(tmp_path):
+def test_a_grid_is_the_product_of_its_lists_and_grids_add_up_without_duplicates(tmp_path):
     grids = '[[grid]]\nnum_virtual_tokens = [1, 5]\nrows = [8, "all"]\n[[grid]]\nnum_virtual_tokens = [5, 9]\n'
     found = study(tmp_path, "seeds = [0, 1]\n" + HEAD + grids)
     told = [(c.config.prompt.num_virtual_tokens, c.rows, c.config.training.seed) for c in found.cells]
@@ -31,12 +31,12 @@ def test_without_a_grid_there_is_one_cell(tmp_path):
     assert cell.config.training.seed == 42 and cell.rows is None and cell.trained
 
 
-def test_the_default_learning_rate_and_the_same_one_named_are_one_cell(tmp_path):
+def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.03\n[[grid]]\n")
     assert [c.config.learning_rate for c in found.cells] == [0.03]
 
 
-def test_what_belongs_to_a_start_goes_to_the_cells_that_start_so(tmp_path):
+def test_settings_of_an_initialisation_apply_to_its_cells_only(tmp_path):
     more = 'prompt_tuning_init_text = "看"\nclass_labels = "正面,负面"\nvocab_population = 50\n[[grid]]\n'
     found = study(tmp_path, HEAD + more + 'prompt_tuning_init = ["RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS"]\n')
     prompts = [c.config.prompt for c in found.cells]
@@ -45,7 +45,7 @@ def test_what_belongs_to_a_start_goes_to_the_cells_that_start_so(tmp_path):
     assert [p.vocab_population for p in prompts] == [None, 50, None, 50]
 
 
-def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
+def test_each_base_and_dataset_has_every_hard_prompt_once(tmp_path):
     grid = '[[grid]]\ndataset = ["mini:sentiment", "mini:domain"]\nlearning_rate = [0.01, 0.1]\nrows = [8, 9]\n'
     found = study(tmp_path, 'seeds = [0, 1]\nhard_prompts = ["看", "情感？"]\n' + HEAD + grid)
     hard = [c for c in found.cells if not c.trained]
@@ -111,13 +111,13 @@ def test_hard_prompts_stand_once_beside_each_base_and_dataset(tmp_path):
     ],
     ids=str,
 )
-def test_faults(tmp_path, text, message):
+def test_wrong_study_files_are_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         study(tmp_path, text)
     assert str(raised.value).startswith(str(tmp_path / "s.toml")) and "\n" not in str(raised.value)
 
 
-def test_the_shipped_study_asks_all_questions_and_its_page_begins_as_it_says():
+def test_the_shipped_study_covers_all_hypotheses_and_matches_its_page():
     docs = Path(__file__).parents[2] / "docs"
     found = read_study(docs / "mini-study.toml")
     trained = [c.config for c in found.cells if c.trained]
@@ -131,7 +131,7 @@ def test_the_shipped_study_asks_all_questions_and_its_page_begins_as_it_says():
     assert page.startswith(f"# {found.title}\n\n{found.about.strip()}\n")
 
 
-def test_a_study_file_that_is_not_there(tmp_path):
+def test_a_missing_study_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: No such file.*; name a study file"):
         read_study(tmp_path / "none.toml")
 
@@ -141,7 +141,7 @@ def test_an_empty_output_dir_is_not_the_current_folder(tmp_path):
         relocated(study(tmp_path, HEAD), "")
 
 
-def test_the_command_of_a_relocated_study_says_where_it_writes(tmp_path):
+def test_the_command_of_a_relocated_study_has_its_output_dir(tmp_path):
     here = study(tmp_path, HEAD)
     assert here.arguments == (here.path.as_posix(),)
     assert relocated(here, "else where").arguments == (here.path.as_posix(), "--output_dir", "else where")

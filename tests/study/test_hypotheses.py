@@ -1,4 +1,4 @@
-"""The rule by which a study's figures decide a claim, and what is compared with what."""
+"""The rule by which results decide a hypothesis, and which cells are compared."""
 
 import math
 import random
@@ -45,11 +45,11 @@ def test_t_quantiles_are_those_of_printed_tables(degrees, value):
         ([0.3, 0.31, math.inf], UNDECIDED),
     ],
 )
-def test_the_rule(gains, expected):
+def test_conclusions(gains, expected):
     assert conclusion(gains) == expected
 
 
-def test_the_interval_is_students():
+def test_the_interval_is_that_of_student_t():
     average, low, high = t_interval([1.0, 2.0, 4.0])
     half = 4.3027 * math.sqrt(7 / 3) / math.sqrt(3)  # the sample variance is 7/3
     assert (average, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), abs=1e-3)
@@ -63,14 +63,14 @@ def test_a_longer_prompt_that_halves_the_loss_with_each_doubling():
     assert "(1 to 8) changed the held-out loss by -50.0 %" in found.sentence and "n = 3" in found.sentence
 
 
-def test_cells_that_differ_in_more_than_the_claim_are_not_compared():
-    """Longer, but of another start, another context, another number of rows, or another seed."""
+def test_cells_that_differ_in_more_than_the_hypothesis_are_not_compared():
+    """They are longer, but also have another initialisation, context, number of rows, or seed."""
     others = [{"init": "TEXT"}, {"context": "{1}"}, {"rows": 7}, {"seed": 9}, {"dataset": "e"}, {"base": "c"}]
     cells = points({}, *({"virtual_tokens": 20, "loss": 0.1, **other} for other in others))
     assert evaluate_hypotheses(cells)[LENGTHS].sentence.endswith("(no cells of the study can be compared).")
 
 
-def test_lengths_are_compared_each_at_its_best_rate():
+def test_lengths_are_compared_at_their_best_learning_rates():
     short = [*seeds(2.0, learning_rate=1e-1), *seeds(9.0, learning_rate=1e-3)]
     long = [*seeds(5.0, learning_rate=1e-1, virtual_tokens=20), *seeds(1.0, learning_rate=1e-3, virtual_tokens=20)]
     kept = at_best_learning_rate(short + long)
@@ -78,7 +78,7 @@ def test_lengths_are_compared_each_at_its_best_rate():
     assert evaluate_hypotheses(short + long)[LENGTHS].gains == pytest.approx([math.log(2)] * 3)
 
 
-def test_no_length_gains_by_a_rate_that_the_other_was_not_given():
+def test_only_learning_rates_that_all_lengths_have_are_considered():
     short = seeds(2.0, learning_rate=1e-2)
     long = [*seeds(2.0, learning_rate=1e-2, virtual_tokens=20), *seeds(1.0, learning_rate=1e-1, virtual_tokens=20)]
     assert evaluate_hypotheses(short + long)[LENGTHS].gains == pytest.approx([0.0] * 3)
@@ -87,7 +87,7 @@ def test_no_length_gains_by_a_rate_that_the_other_was_not_given():
     assert evaluate_hypotheses(short + text + others)[STARTS].gains == pytest.approx([0.0] * 3)
 
 
-def test_a_hard_prompt_is_the_best_text_and_a_soft_one_the_best_setting():
+def test_the_best_hard_prompt_is_compared_with_the_best_soft_prompt():
     texts = points({"loss": 0.5, "start": "a"}, {"loss": 3.0, "start": "b"}, trained=False, init="TEXT")
     soft = [*seeds(1.0, wobble=0.0), *seeds(2.0, virtual_tokens=1), *seeds(4.0, rows=8, wobble=0.0)]
     found = evaluate_hypotheses(texts + soft)[TEXTS]
@@ -99,25 +99,25 @@ def test_a_hard_prompt_is_the_best_text_and_a_soft_one_the_best_setting():
     assert evaluate_hypotheses(elsewhere + seeds(1.0))[TEXTS].conclusion == UNDECIDED
 
 
-def test_a_start_from_text_beside_noise():
+def test_text_and_random_initialisation():
     cells = seeds(1.0) + seeds(0.5, init="TEXT", start="a text", learning_rate=1e-2)
     assert evaluate_hypotheses(cells)[STARTS].conclusion == HOLDS
     assert evaluate_hypotheses(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
 
 
-def test_bases_whose_answers_are_cut_otherwise_are_not_compared():
+def test_bases_with_different_target_tokens_are_not_compared():
     small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
     assert evaluate_hypotheses(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)
     found = evaluate_hypotheses(small + [replace(p, targets=60) for p in large])[BASES]
     assert found.conclusion == UNDECIDED and "different tokens" in found.sentence
 
 
-def test_more_held_out_rows_are_no_other_cut():
+def test_other_held_out_rows_are_not_taken_for_different_target_tokens():
     cells = [replace(p, context=c, targets=t) for p in seeds(1.0) for c, t in (("{1}", 50), ("{2}", 90))]
     assert "no cells of the study can be compared" in evaluate_hypotheses(cells)[BASES].sentence
 
 
-def test_a_text_is_not_compared_on_other_held_out_rows():
+def test_a_hard_prompt_is_not_compared_on_other_held_out_rows():
     texts = points({"loss": 0.1, "targets": 9}, {"loss": 3.0}, trained=False, init="TEXT")
     assert evaluate_hypotheses(texts + seeds(1.0, wobble=0.0))[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
 
@@ -128,8 +128,8 @@ def test_more_rows():
     )
 
 
-def test_the_best_rate_is_chosen_on_the_other_seeds():
-    """Every seed has a rate that happens to be best for it alone; none of them is better than the default."""
+def test_the_best_learning_rate_is_chosen_on_the_other_seeds():
+    """Each seed has a rate that happens to be best for it; none of these rates is better than the default."""
     lucky = [
         replace(ONE, seed=s, learning_rate=rate, loss=0.5 if i == s else 2.0)
         for s in range(3)
@@ -143,19 +143,19 @@ def test_the_best_rate_is_chosen_on_the_other_seeds():
     assert evaluate_hypotheses(seeds(1.0, wobble=0.0) + better)[DEFAULT].gains == pytest.approx([math.log(2)] * 3)
 
 
-def test_the_articles_rate():
+def test_the_learning_rate_of_the_article():
     found = evaluate_hypotheses(seeds(1.0) + seeds(3.0, learning_rate=5e-5))[ARTICLE]
     assert found.conclusion == HOLDS and found.gains == pytest.approx([math.log(3)] * 3)
 
 
-def test_a_loss_that_is_not_finite_decides_nothing():
+def test_a_loss_that_is_not_finite_leaves_it_undecided():
     cells = seeds(1.0) + points({"loss": math.inf, "virtual_tokens": 20}) + seeds(0.5, virtual_tokens=40)
     found = evaluate_hypotheses(cells)[LENGTHS]
     assert found.conclusion == UNDECIDED and "finite" in found.sentence
 
 
-def test_an_ensemble_is_compared_with_the_prompts_that_are_in_it():
-    """By the mean of their losses, and by the exact match of the average one and of the best one."""
+def test_an_ensemble_is_compared_with_its_members():
+    """The comparison is by the mean loss, and by the exact match of the average and of the best member."""
     alone = points(
         {"seed": 0, "loss": 2.0, "exact_match": 0.5},
         {"seed": 1, "loss": 4.0, "exact_match": 0.7},
@@ -178,7 +178,7 @@ def noise(draw, spread):
 
 
 def texts_beside_noise(draw, seed):
-    """Six texts beside one run from noise: six gains that share a run."""
+    """Six text initialisations and one random one: six gains that share a run."""
     baseline = [replace(ONE, seed=seed, loss=noise(draw, 0.1))]
     return baseline + [
         replace(ONE, seed=seed, init="TEXT", start=str(n), loss=math.exp(-0.2) * noise(draw, 0.02)) for n in range(6)
@@ -186,7 +186,7 @@ def texts_beside_noise(draw, seed):
 
 
 def datasets_with_the_same_rows_drawn(draw, seed):
-    """Six datasets on which a seed's longer prompt is as lucky or unlucky."""
+    """Six datasets on which the longer prompt of a seed is equally lucky."""
     luck = noise(draw, 0.1)
     return [
         replace(ONE, seed=seed, dataset=str(n), virtual_tokens=P, loss=(math.exp(-0.2) * luck if P == 20 else 1.0))
@@ -196,7 +196,7 @@ def datasets_with_the_same_rows_drawn(draw, seed):
 
 
 def one_default_in_every_comparison(draw, seed):
-    """The article's rate beside the default, with a noise that bases share."""
+    """The article's rate and the default, with noise that is the same for all bases of a seed."""
     luck = noise(draw, 0.1)
     return [
         replace(ONE, seed=seed, base=str(n), learning_rate=rate, loss=(math.exp(0.2) * luck if rate == 5e-5 else 1.0))
@@ -206,25 +206,25 @@ def one_default_in_every_comparison(draw, seed):
 
 
 @pytest.mark.parametrize(
-    "cells, claim",
+    "cells, hypothesis",
     [
         (texts_beside_noise, STARTS),
         (datasets_with_the_same_rows_drawn, LENGTHS),
         (one_default_in_every_comparison, ARTICLE),
     ],
 )
-def test_a_95_percent_interval_holds_the_truth_in_95_of_100_studies(cells, claim):
+def test_a_95_percent_interval_covers_the_truth_in_95_of_100_studies(cells, hypothesis):
     """The true gain is 0.2. Comparisons that share a run or a seed's luck are no independent observations: an interval
     over all of them would hold it far less often."""
     draw, studies, covered = random.Random(0), 300, 0
     for _ in range(studies):
-        found = evaluate_hypotheses([p for seed in range(5) for p in cells(draw, seed)])[claim]
+        found = evaluate_hypotheses([p for seed in range(5) for p in cells(draw, seed)])[hypothesis]
         _, low, high = t_interval(found.by_seed)
         covered += low <= 0.2 <= high
     assert 0.92 <= covered / studies <= 0.98
 
 
-def test_one_seed_decides_nothing_however_many_comparisons_it_has():
+def test_one_seed_leaves_it_undecided():
     cells = [replace(ONE, loss=2.0)]
     cells += [replace(ONE, init="TEXT", start=str(n), loss=1.0 + n / 1e3) for n in range(9)]
     found = evaluate_hypotheses(cells)[STARTS]
@@ -241,8 +241,8 @@ def test_the_gains_of_a_seed_are_averaged_before_the_interval():
     assert "n = 3 seeds, 6 comparisons" in found.sentence
 
 
-def test_a_cell_that_failed_leaves_all_seeds_with_the_same_comparisons():
-    """Of an easy and a hard task, the hard one failed with one seed: its average would be over the easy one alone."""
+def test_after_a_failed_cell_all_seeds_have_the_same_comparisons():
+    """If the hard task fails with one seed, the mean of that seed must not be over the easy task only."""
     easy = [*seeds(1.0, dataset="easy"), *seeds(0.5, dataset="easy", virtual_tokens=20)]
     hard = [*seeds(1.0, dataset="hard"), *seeds(0.9, dataset="hard", virtual_tokens=20)]
     hard[-1] = replace(hard[-1], loss=math.inf, failed="out of memory")
@@ -275,15 +275,15 @@ def test_every_seed_has_the_same_comparisons(made, kept):
     ]
 
 
-def test_rates_are_compared_over_the_seeds_that_all_of_them_have():
-    """The rate whose worst seed failed has the lower mean of what is left, and loses to the other on each seed."""
+def test_learning_rates_are_compared_over_the_seeds_that_all_have():
+    """The rate whose worst seed failed has the lower mean of the remaining losses, but is worse on each seed."""
     good = points({"seed": 0, "loss": 1.0}, {"seed": 1, "loss": 3.0})
     bad = points({"seed": 0, "loss": 1.5}, {"seed": 1, "failed": "no"}, learning_rate=1e-3)
     assert {p.learning_rate for p in at_best_learning_rate(good + bad)} == {ONE.learning_rate}
 
 
 def test_the_best_trained_setting_is_chosen_on_the_other_seeds():
-    """Every seed has a length that happens to be best for it alone."""
+    """Each seed has a length that happens to be best for it."""
     lucky = [
         replace(ONE, seed=s, virtual_tokens=P, loss=0.5 if n == s else 2.0)
         for s in range(3)
@@ -293,7 +293,7 @@ def test_the_best_trained_setting_is_chosen_on_the_other_seeds():
     assert evaluate_hypotheses(texts + seeds(1.0, wobble=0.0) + lucky)[TEXTS].by_seed == pytest.approx([0.0] * 3)
 
 
-def test_a_text_is_compared_on_its_own_held_out_rows_even_where_others_have_as_many_targets():
+def test_a_hard_prompt_is_compared_on_its_own_held_out_rows():
     texts = points(
         {"loss": 0.1, "held_out": "other rows"}, {"loss": 3.0, "held_out": "rows"}, trained=False, init="TEXT"
     )
@@ -301,12 +301,12 @@ def test_a_text_is_compared_on_its_own_held_out_rows_even_where_others_have_as_m
     assert evaluate_hypotheses(texts + soft)[TEXTS].gains == pytest.approx([-math.log(3)] * 3)
 
 
-def test_an_ensemble_is_not_compared_with_some_of_its_members():
+def test_an_ensemble_without_all_its_members_is_not_compared():
     together = points({"loss": 1.5}, trained=False, voting="majority_vote", members=3)
     assert len(evaluate_hypotheses([*seeds(2.0, n=2), *together])) == ARTICLE + 1
 
 
-def test_all_ensembles_of_a_study_are_of_one_set_of_seeds():
+def test_ensembles_have_no_interval():
     cells = [p for name in "abcd" for p in seeds(2.0, dataset=name)]
     cells += points(*({"dataset": d, "loss": 1.5} for d in "abcd"), trained=False, voting="majority_vote", members=3)
     found = evaluate_hypotheses(cells)[ARTICLE + 1]

@@ -1,4 +1,4 @@
-"""A study's page and pictures: what stands in them for what the cells were."""
+"""The page, the table and the charts of a study."""
 
 import json
 from dataclasses import replace
@@ -16,20 +16,20 @@ def context(**settings):
     return json.dumps({"template": None, "eval_rows": 5, **settings})
 
 
-def test_settings_that_vary_are_named():
+def test_varying_settings_are_a_column():
     results = [replace(ONE, context=context(eval_rows=n), seed=s) for n in (5, 9) for s in (0, 1)]
     (head, _, five, nine) = result_table(results)
     at = head.index("other settings")
     assert (five[at], nine[at]) == ("eval_rows 5", "eval_rows 9")
 
 
-def test_the_base_is_shown_on_the_rows_and_in_the_template_of_the_cells_below():
+def test_each_held_out_set_has_a_line_without_prompt():
     results = [replace(ONE, context=context(eval_rows=n), base_loss=loss) for n, loss in ((5, 4.0), (9, 6.0))]
     lines = [line[-2] for line in result_table(results)[1:]]
     assert lines == ["4.0000", "1.0000", "6.0000", "1.0000"]
 
 
-def test_texts_are_letters_in_a_table():
+def test_texts_in_a_table_are_escaped():
     text = "a|b\\|c <script>x</script> *d*\r\n`e`"
     results = [ONE, replace(ONE, init="TEXT", start=text)]
     lines = page((), result_table(results), [], []).decode().split("\n")
@@ -38,7 +38,7 @@ def test_texts_are_letters_in_a_table():
 
 
 @pytest.mark.filterwarnings("error")
-def test_every_line_of_a_picture_is_there_under_its_name():
+def test_every_line_of_a_chart_has_its_label():
     texts = ("判断", "costs $5 and $6^{$", "_")
     results = [
         replace(ONE, init="TEXT", start=text, virtual_tokens=P, loss=loss)
@@ -50,7 +50,7 @@ def test_every_line_of_a_picture_is_there_under_its_name():
     assert all(f">{text}</text>" in drawn for text in texts)
 
 
-def test_lines_of_a_picture_whose_short_names_are_the_same_have_their_whole_names():
+def test_labels_that_would_be_equal_are_not_shortened():
     texts = ["这条评论的情感" * 6 + end for end in "ab"]
     results = [
         replace(ONE, base=base, init="TEXT", start=text, virtual_tokens=P)
@@ -62,15 +62,15 @@ def test_lines_of_a_picture_whose_short_names_are_the_same_have_their_whole_name
     assert all(f">{base}, {text}</text>" in drawn for base in ("one/x", "two/x") for text in texts)
 
 
-def test_a_setting_of_which_a_seed_is_not_finite_is_in_no_picture():
-    """As its line of the table has no mean either: the others alone would flatter it."""
+def test_a_setting_with_a_seed_that_is_not_finite_is_in_no_chart():
+    """The mean of the other seeds would flatter it; its line of the table has no mean either."""
     results = [replace(ONE, virtual_tokens=P, seed=s) for P in (1, 3, 10) for s in (0, 1)]
     results[0] = replace(results[0], loss=float("inf"))
     drawn = (charts(results) or {})["study-virtual_tokens.svg"].decode()
     assert ">3</text>" in drawn and ">1</text>" not in drawn
 
 
-def test_cells_that_failed_have_lines_and_reasons():
+def test_failed_cells_have_lines_and_reasons():
     gone = replace(ONE, loss=float("inf"), base_loss=float("inf"), parameters=0)
     results = [ONE, replace(gone, seed=1, failed="a | b"), replace(gone, base="c", seed=0, failed="no\nroom")]
     first, failed = (

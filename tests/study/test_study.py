@@ -1,4 +1,4 @@
-"""Studies: what a cell is, that none is run twice, and what is left to read."""
+"""Studies: the results of cells, resuming, failures, and the files that are written."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ ROWS = [
 
 @pytest.fixture
 def place(tmp_path, tiny_base):
-    """A folder with rows and a study file of a function's making."""
+    """A function that writes a study file over a small dataset and reads it; `folder` is where."""
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     settings = {
         "model_name_or_path": str(tiny_base),
@@ -57,7 +57,7 @@ def place(tmp_path, tiny_base):
 
 
 class Counted:
-    """A function of a module that counts how often it is called."""
+    """Replaces a function of a module and counts its calls."""
 
     def __init__(self, monkeypatch, module, name):
         self.calls, self.real = 0, getattr(module, name)
@@ -71,7 +71,7 @@ class Counted:
 GRID = "[[grid]]\nnum_virtual_tokens = [1, 3]\nrows = [4, 'all']"
 
 
-def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not_run_again(
+def test_bases_and_rows_are_loaded_once_and_finished_cells_are_not_run_again(
     place, monkeypatch, capsys, tmp_path, tiny_base
 ):
     shutil.copytree(tiny_base, tmp_path / "twin")
@@ -96,7 +96,7 @@ def test_a_base_is_loaded_and_rows_are_tokenised_once_and_a_finished_cell_is_not
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "cell.json", "checksums.json"])
-def test_a_half_written_cell_is_repeated_and_comes_out_the_same(file, place, monkeypatch):
+def test_a_damaged_cell_is_run_again_with_the_same_result(file, place, monkeypatch):
     study = place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]")
     run_study(study)
     one = plan_study(study)[1].folder
@@ -110,7 +110,7 @@ def test_a_half_written_cell_is_repeated_and_comes_out_the_same(file, place, mon
     assert (one / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, monkeypatch, tmp_path, tiny_base):
+def test_changed_rows_or_base_files_make_new_cells(place, monkeypatch, tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "base")
     study = place(grid=f'[[grid]]\nmodel_name_or_path = "{tmp_path / "base"}"')
     trained = Counted(monkeypatch, cell_runner, "train")
@@ -129,10 +129,10 @@ def test_other_rows_or_another_base_under_the_same_name_are_other_cells(place, m
     "file, change",
     [("tokenizer_config.json", {"eos_token": "<s>"}), ("config.json", {"layer_norm_epsilon": 0.1})],
 )
-def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
+def test_bases_that_differ_in_a_configuration_file_share_no_examples_and_no_cells(
     file, change, place, tmp_path, tiny_base
 ):
-    """Base and instruct models of one family share tokenizer.json and differ in the end of an answer."""
+    """Base and instruct models of one family share tokenizer.json and differ in the end token."""
     shutil.copytree(tiny_base, tmp_path / "other")
     path = tmp_path / "other" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -145,7 +145,7 @@ def test_a_base_that_differs_in_its_configuration_has_rows_and_cells_of_its_own(
     assert before != after
 
 
-def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
+def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
     (folder,) = (place.folder / "out" / "cells").iterdir()
     run = softprompt.train(
@@ -164,7 +164,7 @@ def test_a_cell_is_the_run_that_train_py_makes(place, tmp_path, tiny_base):
         assert metrics[name] == run.metrics[name]
 
 
-def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
+def test_a_hard_prompt_equals_its_text_before_the_input(place, tiny_base):
     run_study(place("hard_prompts = ['这家好']", "[[grid]]\nnum_virtual_tokens = 1"))
     (hard,) = [
         r for f in (place.folder / "out" / "cells").iterdir() if not (r := read_finished(f))["settings"]["trained"]
@@ -183,8 +183,8 @@ def test_a_hard_prompt_is_the_text_before_the_input(place, tiny_base):
 
 
 @pytest.mark.parametrize("voting", ["majority_vote", "mean_likelihood"])
-def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_path, tiny_base):
-    """Its loss is that of the mean of their likelihoods, and its answers are those of infer.py's."""
+def test_an_ensemble_equals_the_votes_of_its_members(voting, place, tmp_path, tiny_base):
+    """The loss is that of the mean of their likelihoods, and the answers are those of infer.py."""
     grid = "[[grid]]\nnum_virtual_tokens = 3\nlearning_rate = 1.0"
     run_study(place(f"seeds = [0, 1, 2]\nvoting = ['{voting}']", grid))
     found = {f: read_finished(f) for f in (place.folder / "out" / "cells").iterdir()}
@@ -206,7 +206,7 @@ def test_an_ensemble_is_what_its_prompts_come_to_together(voting, place, tmp_pat
     assert together["metrics"]["eval_exact_match"] == right / 5 and together["steps"] == 0
 
 
-def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
+def test_cells_that_mean_the_same_run_are_planned_once(place, tiny_base):
     head, text = (
         "seeds = [0, 1]\nvoting = ['majority_vote']",
         "prompt_tuning_init = 'TEXT'\nprompt_tuning_init_text = '好'",
@@ -218,19 +218,19 @@ def test_cells_that_come_to_the_same_are_run_once(place, tiny_base):
     assert [one.folder for one in every] == [one.folder for one in some] and len(some) == 9
 
 
-def test_an_ensemble_with_a_prompt_that_is_not_finite(place, capsys):
+def test_an_ensemble_with_a_member_that_is_not_finite(place, capsys):
     head = "seeds = [0, 1]\nvoting = ['majority_vote']"
     run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
     assert "a prompt of the ensemble did not end in finite numbers" in capsys.readouterr().err
 
 
-def test_few_shot_rows_are_drawn_by_the_seed_and_are_among_those_of_a_larger_number():
+def test_subsets_depend_on_the_seed_and_are_nested():
     rows = list(range(50))
     assert set(subset(rows, 4, 0)) < set(subset(rows, 9, 0)) and subset(rows, None, 0) == rows
     assert set(subset(rows, 9, 0)) != set(subset(rows, 9, 1)) and len(set(subset(rows, 9, 0))) == 9
 
 
-def test_a_cell_trains_on_its_rows_alone(place, monkeypatch):
+def test_a_cell_trains_on_its_subset(place, monkeypatch):
     study, seen, real = place("seeds = [0, 1]", "[[grid]]\nrows = [4, 'all']"), [], cell_runner.train
 
     def train(engine, prompt, feed, *args):
@@ -243,7 +243,7 @@ def test_a_cell_trains_on_its_rows_alone(place, monkeypatch):
     assert seen == [subset(every, 4, 0), subset(every, 4, 1), every, every]
 
 
-def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, monkeypatch):
+def test_a_stopped_study_continues_with_the_remaining_cells(place, monkeypatch):
     study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 2")
     real, calls = cell_runner.train, []
 
@@ -262,7 +262,7 @@ def test_a_study_that_is_stopped_goes_on_with_the_cells_that_are_left(place, mon
     assert len(calls) == 4 and all(read_finished(one.folder) for one in plan_study(study))
 
 
-def test_what_is_left_to_read(place, capsys):
+def test_page_table_and_charts(place, capsys):
     head = """title = 'Of hm'\nabout = 'More.'\nseeds = [0, 1]\nhard_prompts = ["好|坏\\n"]"""
     study = place(head, GRID + "\nlearning_rate = [0.01, 0.1]")
     found = run_study(study)
@@ -287,14 +287,14 @@ def test_what_is_left_to_read(place, capsys):
     assert "no prompt" in printed
 
 
-def test_without_matplotlib_there_is_a_line_and_no_picture(place, monkeypatch, capsys):
+def test_without_matplotlib_there_are_no_charts(place, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
     assert "matplotlib is not installed; pip install" in capsys.readouterr().out
     assert not list((place.folder / "out").glob("*.svg")) and (place.folder / "out" / "study.md").exists()
 
 
-def test_a_run_without_finite_numbers_is_a_result(place, capsys):
+def test_training_that_diverges_is_a_result(place, capsys):
     run_study(place(grid="[[grid]]\nlearning_rate = [0.01, 1e38]", more=["max_grad_norm = 0.0"]))
     assert "not finite" in capsys.readouterr().out
 
@@ -309,7 +309,7 @@ def test_a_run_without_finite_numbers_is_a_result(place, capsys):
         ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
     ],
 )
-def test_cells_that_cannot_work_are_told_before_the_first_one_runs(grid, error, message, place, monkeypatch):
+def test_impossible_cells_are_refused_before_the_first_one_runs(grid, error, message, place, monkeypatch):
     trained = Counted(monkeypatch, cell_runner, "train")
     with pytest.raises(error, match=message):
         run_study(place(grid="[[grid]]\nnum_virtual_tokens = 1\n" + grid))
@@ -322,7 +322,7 @@ def test_a_base_without_weights(place, tmp_path, tiny_base):
         run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
 
 
-def test_a_setting_of_an_engine_that_a_cell_does_not_take(place, tmp_path, tiny_base, monkeypatch):
+def test_a_setting_that_the_engine_of_a_cell_does_not_have(place, tmp_path, tiny_base, monkeypatch):
     shutil.copytree(tiny_base, tmp_path / "sliced")
     config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
     config |= {"slow_but_exact": True, "pretraining_tp": 2}
@@ -350,14 +350,14 @@ def test_the_command(place, monkeypatch, capsys):
     assert ended.value.code == 2 and captured.count("\n") == 0 and "unknown key 'sed'" in captured
 
 
-def test_the_learned_prompt_of_a_cell_loads_as_an_adapter(place):
+def test_the_folder_of_a_cell_is_an_adapter(place):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3"))
     (folder,) = (place.folder / "out" / "cells").iterdir()
     assert load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].shape == (3, 32)
 
 
 class Failing:
-    """A function of a module that fails where `when` says so of its arguments."""
+    """Replaces a function of a module with one that fails if `when` is true of its arguments."""
 
     def __init__(self, monkeypatch, module, name, when, error):
         self.when, self.error, self.real = when, error, getattr(module, name)
@@ -382,7 +382,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error, told", ERRORS.values(), ids=ERRORS)
-def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, monkeypatch, capsys):
+def test_a_failed_cell_is_shown_and_the_others_run(error, told, place, monkeypatch, capsys):
     study = place("seeds = [0, 1]", "[[grid]]\nnum_virtual_tokens = [1, 3, 2]")
     with monkeypatch.context() as patch:
         Failing(patch, cell_runner, "train", of_three, error)
@@ -403,7 +403,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(error, told, place, mon
     assert not list((place.folder / "out" / "cells").glob("*.error.txt"))
 
 
-def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatch):
+def test_the_table_counts_failed_seeds(place, monkeypatch):
     study = place("seeds = [0, 1, 2]", "[[grid]]\nnum_virtual_tokens = 3")
     Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
     with pytest.raises(PartialFailureError):
@@ -414,7 +414,7 @@ def test_one_seed_of_a_setting_that_failed_is_told_in_its_line(place, monkeypatc
 
 
 @pytest.mark.parametrize("broken", ["weights", "inputs_embeds"])
-def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, place, tmp_path, tiny_base, monkeypatch):
+def test_a_broken_base_is_shown_and_the_others_run(broken, place, tmp_path, tiny_base, monkeypatch):
     shutil.copytree(tiny_base, bad := tmp_path / "bad")
     if broken == "weights":
         (weights,) = bad.glob("*.safetensors")
@@ -430,7 +430,7 @@ def test_a_base_that_cannot_be_trained_is_shown_and_the_others_go_on(broken, pla
     assert f"| {bad} | no prompt |  |  | failed |  |" in page
 
 
-def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, monkeypatch):
+def test_an_error_of_a_library_in_some_rows_fails_their_cells(place, tmp_path, monkeypatch):
     (tmp_path / "more.jsonl").write_text((tmp_path / "rows.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     error = ZeroDivisionError("in a tokenizer")
     failing = Failing(monkeypatch, study_plan, "tokenize_rows", lambda config, *_: "more" in config.data.dataset, error)
@@ -442,7 +442,7 @@ def test_a_library_that_fails_over_some_rows_fails_their_cells(place, tmp_path, 
     run_study(study)
 
 
-def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
+def test_existing_rows_that_are_refused_fail_their_cells(place, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"instruction": "a"}) + "\n", encoding="utf-8")
     grid = f"[[grid]]\ndataset = {json.dumps([str(bad), str(tmp_path / 'rows.jsonl')])}"
@@ -454,7 +454,7 @@ def test_rows_that_are_there_and_refused_fail_their_cells(place, tmp_path):
         run_study(place(grid=f"[[grid]]\ndataset = {json.dumps(str(bad))}"))
 
 
-def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, monkeypatch):
+def test_an_ensemble_with_a_failed_member_fails_and_is_tried_again(place, monkeypatch):
     study = place("seeds = [0, 1]\nvoting = ['majority_vote']", "[[grid]]\nnum_virtual_tokens = 3")
     with monkeypatch.context() as patch:
         Failing(patch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
@@ -465,7 +465,7 @@ def test_an_ensemble_of_a_prompt_that_failed_fails_and_is_tried_again(place, mon
     assert all(read_finished(one.folder) for one in plan_study(study))
 
 
-def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
+def test_a_study_whose_cells_all_failed_has_a_page(place, monkeypatch):
     Failing(monkeypatch, cell_runner, "train", lambda *_: True, ValueError("no"))
     with pytest.raises(PartialFailureError, match="1 of 1 cells failed"):
         run_study(place())
@@ -473,14 +473,14 @@ def test_a_study_of_which_every_cell_failed_has_a_page(place, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), OSError(28, "No space left on device")])
-def test_what_is_no_matter_of_a_cell_ends_the_study(error, place, monkeypatch):
+def test_interrupts_and_write_errors_end_the_study(error, place, monkeypatch):
     module, name = (runner, "write_folder") if isinstance(error, OSError) else (cell_runner, "train")
     Failing(monkeypatch, module, name, lambda *_: True, error)
     with pytest.raises(type(error)):
         run_study(place("seeds = [0, 1]"))
 
 
-def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, monkeypatch):
+def test_a_signal_stops_the_study_even_if_the_cell_fails(place, monkeypatch):
     def train(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError("no")
@@ -491,7 +491,7 @@ def test_a_failed_cell_does_not_keep_a_signal_from_stopping_the_study(place, mon
     assert stopped.value.exit_code == 143
 
 
-def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch, capsys):
+def test_the_command_exits_with_1_if_a_cell_failed(place, monkeypatch, capsys):
     place("seeds = [0, 1]")
     Failing(monkeypatch, cell_runner, "train", lambda e, p, feed, args, *_: args.seed == 1, ValueError("no"))
     monkeypatch.setattr(sys, "argv", ["study", str(place.folder / "s.toml")])
@@ -502,8 +502,8 @@ def test_the_exit_code_of_the_command_says_that_a_cell_failed(place, monkeypatch
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
-    """Its tensors are looked for when the next one is read; a cell's error does not keep them either."""
+def test_a_base_is_freed_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
+    """No tensor of it exists when the next base is read, even if a cell failed with an error that referred to it."""
     shutil.copytree(tiny_base, tmp_path / "twin")
     alive, real = [], cell_runner.read_base
 
@@ -528,11 +528,11 @@ def test_a_base_has_left_the_memory_before_the_next_one_is_loaded(fails, place, 
     assert alive
 
 
-def test_a_long_chinese_text_is_no_folder_of_a_name_too_long(place):
+def test_a_long_chinese_text_gives_a_valid_folder_name(place):
     run_study(place(f"hard_prompts = ['{'这条评论的情感' * 30}']", "[[grid]]\nnum_virtual_tokens = 1"))
 
 
-def test_files_that_no_study_wrote_are_left_alone(place):
+def test_files_that_no_study_wrote_are_kept(place):
     (place.folder / "out").mkdir()
     (place.folder / "out" / "study.md").write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match=r"study\.md"):
@@ -540,7 +540,7 @@ def test_files_that_no_study_wrote_are_left_alone(place):
     assert [p.name for p in (place.folder / "out").iterdir()] == ["study.md"]
 
 
-def test_a_picture_of_what_is_varied_no_more_goes(place):
+def test_charts_of_settings_that_no_longer_vary_are_removed(place):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
     (place.folder / "out" / "study-mine.svg").write_text("mine", encoding="utf-8")
     run_study(place(grid="[[grid]]\nrows = [4, 'all']"))

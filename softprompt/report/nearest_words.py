@@ -1,0 +1,130 @@
+"""The words that the virtual tokens of a prompt are nearest to, and how far training moved them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.models.loading import base_path, load_tokenizer, weight_files
+from softprompt.prompt.adapter_io import PROMPT_KEY, Adapter, load_adapter
+from softprompt.prompt.initial import check_fits
+from softprompt.prompt.nearest_tokens import (
+    EmbeddingSpace,
+    cosine_matrix,
+    nearest_tokens,
+    random_vectors,
+    readable_tokens,
+)
+from softprompt.runs.file_names import START_FILE
+from softprompt.runs.run_reader import Facts, RunRecord
+from softprompt.utils.errors import SoftpromptError
+from softprompt.utils.safetensors_io import list_stored_tensors
+
+NEAREST = 5  # words for each virtual token
+MAX_TOKENS = 200  # virtual tokens that are described
+WORDS, NORM = "word_embeddings.weight", "word_embeddings_layernorm"
+EPSILON = 1e-5  # layer_norm_epsilon of BloomConfig, which all BLOOM models keep
+
+
+def describe_prompt(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tensor | None) -> Facts:
+    """Return the nearest words of each virtual token and the cosines between all tokens, as JSON types.
+
+    Args:
+        space: The word embeddings that are compared with.
+        tokenizer: The base's tokenizer.
+        prompt: [P, H], any float dtype.
+        start: The prompt before training, [P, H]; with it each token also has the distance that it moved. None if it is
+            not known.
+    """
+    P, known = len(prompt), start is not None and start.shape == prompt.shape
+    prompt = prompt.detach().cpu().float()[:MAX_TOKENS]
+    began = start[:MAX_TOKENS].float() if start is not None and known else prompt[:0]
+    # One pass over the vocabulary for everything: the prompt, its start, and random vectors for comparison.
+    ids, cosines = nearest_tokens(space, torch.cat([prompt, began, random_vectors(space)]), NEAREST, len(tokenizer))
+    words = [
+        list(zip(readable_tokens(tokenizer, row), _rounded(near), strict=True)) for row, near in _lists(ids, cosines)
+    ]
+    sizes = [len(prompt), len(began)]
+    tokens: list[Facts] = [{"nearest": near} for near in words[: sizes[0]]]
+    moves = zip(tokens, _moves(space, prompt, began), words[sizes[0] : sum(sizes)], strict=True) if known else ()
+    for token, moved, near in moves:
+        token |= {**moved, "start": near[0]}
+    return {
+        "P": P,
+        "layernorm": space.layernorm is not None,
+        "chance": round(cosines[sum(sizes) :, 0].mean().item(), 4),
+        "tokens": tokens,
+        "similarities": [_rounded(row) for row in cosine_matrix(space, prompt).tolist()],
+    }
+
+
+def add_nearest_words(record: RunRecord) -> RunRecord:
+    """Return the record with a description of its prompt if report.json has none, or with the reason why there is none.
+
+    That is a run that has not ended, or one of an older version. Only the word embeddings are read from the base's
+    files, if these are on this machine.
+    """
+    end = record.facts.get("end") or {}
+    folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
+    if not folder or not isinstance(end, dict) or "likeness" in end:
+        return record
+    try:
+        found = {"likeness": _describe_saved(load_adapter(folder), record.folder)}
+    except (SoftpromptError, OSError, ValueError) as error:
+        found = {"left_out": [f"No nearest words: {error}"]}
+    return replace(record, facts={**record.facts, "so_far": {**end, **found}})
+
+
+def _describe_saved(adapter: Adapter, folder: Path) -> Facts:
+    if adapter.base_model_name_or_path is None:
+        raise ValueError("the adapter names no base")
+    name = base_path(adapter.base_model_name_or_path)
+    space = _stored_embeddings(name)
+    check_fits(folder, adapter.prompt, space.words.shape[1], name)
+    return describe_prompt(space, load_tokenizer(name), adapter.prompt, _initial_prompt(folder / START_FILE))
+
+
+def _initial_prompt(file: Path) -> Tensor | None:
+    """Return the prompt before training, [P, H]; None if the file is missing or damaged."""
+    try:
+        return load_file(file)[PROMPT_KEY]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
+    """Read the word embeddings of a BLOOM from its files. Raises ValueError if they are not here, or not of a BLOOM."""
+    files = weight_files(name_or_path)
+    if not files:
+        raise ValueError(f"the files of the base {name_or_path} are not on this machine")
+    stored = list_stored_tensors(files[0].parent)
+
+    def read(name: str) -> Tensor:
+        found = stored.get(f"transformer.{name}") or stored.get(name)
+        if found is None:
+            raise ValueError(f"the base {name_or_path} has no tensor {name}")
+        found.read_into(values := torch.empty(found.shape, dtype=found.dtype))
+        return values
+
+    return EmbeddingSpace(read(WORDS), (read(f"{NORM}.weight"), read(f"{NORM}.bias"), EPSILON))
+
+
+def _moves(space: EmbeddingSpace, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
+    """Yield for each token its Euclidean distance from its start, the start's norm, and the cosine between the two."""
+    distances, norms = (prompt - start).norm(dim=1), start.norm(dim=1)
+    cosines = (space.directions(prompt) * space.directions(start)).sum(dim=1)
+    for distance, norm, cosine in _lists(distances, norms, cosines):
+        yield {"moved": round(distance, 4), "of": round(norm, 4), "cosine": round(cosine, 4)}
+
+
+def _lists(*values: Tensor) -> Iterator[tuple[list[Any], ...]]:
+    return zip(*(value.tolist() for value in values), strict=True)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
