@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md: in step with each other and with the flags there are."""
+"""README.md, README.zh-CN.md and docs/: in step with each other, and with the flags, modules and files that exist."""
 
 import re
 from dataclasses import fields
@@ -9,10 +9,15 @@ import pytest
 from softprompt.config.infer_args import INFER_GROUPS
 from softprompt.config.loader import GROUPS
 from softprompt.export.args import ExportArguments
+from softprompt.report.args import ReportArguments
 
-OTHERS = {"check", "nproc_per_node", "max_restarts"}  # ruff's and torchrun's
 ROOT = Path(__file__).parent.parent
-NAMES = ["README.md", "README.zh-CN.md"]
+READMES = ["README.md", "README.zh-CN.md"]
+GUIDES = ["bases-and-engines", "data", "development", "how-it-works", "inference", "larger-than-memory"]
+GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "training")]
+PAGES = [*READMES, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))), "benchmarks/README.md"]
+OF_OTHERS = {"nproc_per_node", "max_restarts", "shutdown_timeout"}  # torchrun's
+OF_OURS = {"preset", "config", "help", "size"}  # flags that no dataclass below has
 
 
 def text_of(name: str) -> str:
@@ -20,9 +25,15 @@ def text_of(name: str) -> str:
 
 
 def blocks(name: str) -> list[str]:
-    """Code blocks but the picture, whose words are translated."""
+    """Code blocks without their comments, which are translated."""
     found = re.findall(r"^```\w+\n(.*?)^```", text_of(name), re.S | re.M)
-    return [block for block in found if "──►" not in block]
+    return [re.sub(r"\s+# .*", "", block) for block in found]
+
+
+def anchors(name: str) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text_of(name), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_both_show_the_same_commands_and_output():
@@ -31,26 +42,43 @@ def test_both_show_the_same_commands_and_output():
 
 
 def test_both_have_the_same_sections():
-    levels = [re.findall(r"^(#+) ", text_of(name), re.M) for name in NAMES]
+    levels = [re.findall(r"^(#+) ", text_of(name), re.M) for name in READMES]
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_is_an_entrance():
+    assert len(text_of("README.md").splitlines()) <= 135
+
+
+@pytest.mark.parametrize("name", [*READMES, *GUIDES])
 def test_every_flag_named_exists(name):
-    known = {f.name for group in (*GROUPS, *INFER_GROUPS, ExportArguments) for f in fields(group)} | {
-        "preset",
-        "config",
-        "help",
-    }
-    named = set(re.findall(r"--([a-z][a-z_0-9]*)", text_of(name)))
-    assert named - known - OTHERS == set()
-    assert len(named) > 15
+    known = {f.name for group in (*GROUPS, *INFER_GROUPS, ExportArguments, ReportArguments) for f in fields(group)}
+    text = re.sub(r"(?m)^.*\b(ruff|vllm) .*$", "", text_of(name))
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)", text))
+    assert named - known - OF_OTHERS - OF_OURS == set()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_python_shown_is_python(name):
     for block in re.findall(r"^```python\n(.*?)^```", text_of(name), re.S | re.M):
         compile(block, name, "exec")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(name)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(str(file.resolve().relative_to(ROOT))), target
+
+
+@pytest.mark.parametrize("name", ["docs/how-it-works.md", "docs/development.md"])
+def test_every_module_named_exists(name):
+    for module in re.findall(r"`([a-z_/]+\.py)`", text_of(name)):
+        assert any((ROOT / place / module).exists() for place in ("softprompt", ".")), module
 
 
 def test_the_two_set_up_commands_are_in_the_first_screen():
