@@ -24,7 +24,6 @@ import train
 from softprompt.cli import run_command
 from softprompt.engines import packed
 from softprompt.evaluation.evaluator import Evaluator
-from softprompt.prompt import initial as build
 from softprompt.training import loop as trainer
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils import atomic_io as files
@@ -37,7 +36,7 @@ def start_server() -> None:
     """With this module, and so torch, loaded; the server looks for it where PYTHONPATH says."""
     here = Path(__file__).parents[1]
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), f"{here}{os.pathsep}{here.parent}"
-    SERVER.set_forkserver_preload(["fuzz"])
+    SERVER.set_forkserver_preload(["helpers.fuzz"])
     forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]
@@ -142,12 +141,26 @@ def signal_in_evaluation(folder: Path) -> None:
     before(Evaluator, "__call__", 2, _signal)
 
 
+def before_checkpoint_file(step: int, act: Callable[[], object]) -> None:
+    """Call `act` just before the second file of checkpoint-`step` is written."""
+    write, seen = files._write_and_flush, []
+
+    def write_and_act(path: Path, content: bytes) -> None:
+        if path.parent.name.startswith(f".checkpoint-{step}-"):
+            seen.append(path)
+            if len(seen) == 2:
+                act()
+        write(path, content)
+
+    files._write_and_flush = write_and_act
+
+
 def signal_while_saving(folder: Path) -> None:
-    before(files, "_write_and_flush", 5, _signal)
+    before_checkpoint_file(2, _signal)
 
 
 def two_signals_while_saving(folder: Path) -> None:
-    before(files, "_write_and_flush", 14, lambda: (_signal(), _signal()))
+    before_checkpoint_file(4, lambda: (_signal(), _signal()))
 
 
 def disk_full_at_step_5(folder: Path) -> None:
@@ -190,7 +203,7 @@ def clock_jumps(folder: Path) -> None:
     """The time of day goes back and forth by up to months between any two looks at it."""
     real, jumps = time.time, iter(range(1, 1 << 30))
     time.time = lambda: real() + (-1) ** next(jumps) * 1e7
-    build.time.strftime = lambda form: "20000101-000000"
+    time.strftime = lambda form: "20000101-000000"
 
 
 def a_fault_of_our_own_at_step_5(folder: Path) -> None:

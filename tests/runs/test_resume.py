@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -183,12 +184,14 @@ def test_the_flag_needs_no_value():
     assert parse_training(["--resume_from_checkpoint", "r"]).training.resume_from_checkpoint == "r"
 
 
+TRAIN = Path(softprompt.__file__).parent.parent / "train.py"
+
+
 def started(tmp_path, *more: str) -> subprocess.Popen:
     """`python train.py` on the mini base, many steps, in a process of its own."""
-    train = Path(softprompt.__file__).parent.parent / "train.py"
     settings = ["--output_dir", "run", "--logging_steps", "1", "--num_train_epochs", "9", "--save_steps", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(train), *settings, *more], cwd=tmp_path, **pipes)
+    return subprocess.Popen([sys.executable, str(TRAIN), *settings, *more], cwd=tmp_path, **pipes)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -209,15 +212,15 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == code
     last = told.strip().splitlines()[-1]
-    way_on = "go on with: python train.py --resume_from_checkpoint run"
-    found = re.fullmatch(rf"stopped after step (\d+) of 1,800, which is saved; {way_on}", last)
+    found = re.fullmatch(r"stopped after step (\d+) of 1,800, which is saved; .*: (.+)", last)
     assert found, told
+    assert shlex.split(found[2]) == ["python", str(TRAIN), "--resume_from_checkpoint", "run"]
     assert fault_of(tmp_path / "run" / f"checkpoint-{found[1]}") is None
 
 
 def test_ranks_go_on_as_ranks(monkeypatch):
     """One process alone could not, where they shared a base out."""
-    assert resume_command(Path("a b")) == "python train.py --resume_from_checkpoint 'a b'"
+    assert shlex.split(resume_command(Path("a b"))) == ["python", "train.py", "--resume_from_checkpoint", "a b"]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -172,9 +172,9 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
     """The run ends in one line, and goes on when the file is gone."""
     finish = RunCallbacks.finish
 
-    def late(self, sample):
+    def late(self):
         Path("run/README.md").write_bytes(MINE)
-        return finish(self, sample)
+        return finish(self)
 
     monkeypatch.setattr(RunCallbacks, "finish", late)
     with pytest.raises(TrainingError, match=r"README\.md.*checkpoint-13 is whole; go on with"):
