@@ -10,9 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers.distributed import finished, torchrun
-from helpers.interruptions import interrupted, outcome
-from helpers.refusals import refused
+from helpers.programs import refused
 from helpers.row_stream import naive_order
+from helpers.short_runs import interrupted, outcome
 from safetensors.torch import load_file
 
 import softprompt

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.short_runs import WITHOUT_PICTURES
 from tqdm import tqdm
 
 import train
@@ -75,6 +76,7 @@ def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind by those that are killed
+    sys.modules |= WITHOUT_PICTURES
     if hook:
         hook(folder)
     sys.argv = ["train.py", *flags]

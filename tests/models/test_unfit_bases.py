@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.bases import write_adapter
-from helpers.refusals import assert_line, refused
+from helpers.adapters import write_adapter
+from helpers.programs import assert_line, refused
 from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
 
 import infer

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.asking import called, refusal
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
+from helpers.programs import refusal, run_infer
 from safetensors.torch import save
 
 import infer
@@ -93,7 +93,7 @@ def test_a_base_without_a_name(place, tiny_base, capsys, monkeypatch):
     argv = ["--adapter", "a", "--prompt", "好", "--max_new_tokens", "2"]
     line = refusal(infer, argv, capsys, monkeypatch)
     assert "names no base; give --model_name_or_path" in line
-    called([*argv, "--model_name_or_path", tiny_base], capsys, monkeypatch)
+    run_infer([*argv, "--model_name_or_path", tiny_base], capsys, monkeypatch)
     export.export("a", "plain", model_name_or_path=str(tiny_base))
     assert (place / "plain" / "config.json").is_file()
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.calls import called
-from helpers.interruptions import interrupted
-from helpers.refusals import refused
+from helpers.programs import refused, run_program
 from helpers.reported_runs import settings_in
+from helpers.short_runs import interrupted
 from safetensors.torch import load_file, save
 
 import softprompt
@@ -27,7 +26,7 @@ from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import ConfigError, ReportError, SomeFailed
 
-pytestmark = pytest.mark.reports
+pytestmark = pytest.mark.pictures
 
 
 class Seen(HTMLParser):
@@ -194,7 +193,7 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(where, settings, tmp_path, 
 
     monkeypatch.setattr(ending, where, broken)
     argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    out, err = called(train, argv, capsys, monkeypatch)
+    out, err = run_program(train, argv, capsys, monkeypatch)
     assert "Try: python infer.py" in out and (tmp_path / "run/all_results.json").exists()
     if where == "page":
         (line,) = [line for line in err.splitlines() if "report" in line]
@@ -213,12 +212,12 @@ def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     argv = [part for name, value in {**settings, "max_steps": 2}.items() for part in (f"--{name}", value)]
-    _, err = called(train, argv, capsys, monkeypatch)
+    _, err = run_program(train, argv, capsys, monkeypatch)
     assert "report.html; without pictures, as matplotlib is not installed: pip install matplotlib" in err
     told = seen(tmp_path / "run")
     assert "svg" not in {tag for tag, _ in told.elements} and "pip install matplotlib" in told.text
     assert "What the virtual tokens resemble" in told.text and "Before and after" in told.text
-    out, err = called(report, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
+    out, err = run_program(report, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
     assert out == f"{tmp_path / 'a.html'}\n" and "warning: no pictures" in err
 
 
@@ -239,7 +238,7 @@ def test_the_start_is_kept_when_a_run_goes_on(settings, tmp_path):
 
 def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, monkeypatch):
     interrupted(settings, 5)
-    out, _ = called(report, [tmp_path / "run"], capsys, monkeypatch)
+    out, _ = run_program(report, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
     assert "not finished: step 4 of 6 is the last in its metrics" in told and "Ask it" not in told
@@ -250,7 +249,7 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     start = tmp_path / "run" / START_FILE
     whole = start.read_bytes()
     start.write_bytes(whole[:-5])
-    called(report, [tmp_path / "run"], capsys, monkeypatch)
+    run_program(report, [tmp_path / "run"], capsys, monkeypatch)
     assert "Where the prompt started was not recorded." in seen(tmp_path / "run").text
     start.write_bytes(whole)
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
@@ -276,7 +275,7 @@ def test_a_run_goes_on_after_its_end(settings, tmp_path):
 def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     softprompt.train(**{**settings, "learning_rate": 0.01, "num_virtual_tokens": 3, "output_dir": "另一个"})
-    out, _ = called(report, [run, "另一个"], capsys, monkeypatch)
+    out, _ = run_program(report, [run, "另一个"], capsys, monkeypatch)
     assert out.splitlines()[-1] == "report.html"
     told = seen(".")
     assert "2 runs compared" in told.text and "Training loss" in told.text and "另一个, base alone" not in told.text

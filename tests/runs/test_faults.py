@@ -16,7 +16,7 @@ import pytest
 from helpers import fault_tools
 from helpers.fault_tools import Child, outcome, run
 from helpers.fuzz import adapters_survived, data_files
-from helpers.interruptions import ROWS
+from helpers.short_runs import ROWS
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 

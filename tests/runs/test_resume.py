@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.bases import make_bloom
-from helpers.interrupting import Killed, interrupted, restated  # noqa: F401 (Killed is test_safety's)
-from helpers.interruptions import ROWS, outcome
+from helpers.short_runs import ROWS, interrupted, outcome, rewrite_state
 
 import softprompt
 from softprompt.config.validation import seconds_of
@@ -24,24 +23,24 @@ from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
-def test_killed_and_resumed_is_the_same_run(precision, engine, settings):
+def test_killed_and_resumed_is_the_same_run(precision, engine, run_settings):
     if engine == "padded":
-        del settings["tokens_per_microbatch"]
-    settings |= {**precision, "engine": engine}
-    softprompt.train(**settings)
+        del run_settings["tokens_per_microbatch"]
+    run_settings |= {**precision, "engine": engine}
+    softprompt.train(**run_settings)
     expected = outcome()
     for at in (1, 4, 5, 12):  # before the first checkpoint, on one, between two, before the last
         shutil.rmtree("run")
-        interrupted(settings, at)
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        interrupted(run_settings, at)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
         assert outcome() == expected
 
 
-def test_nothing_but_the_checkpoint_need_be_named(settings, capsys):
-    softprompt.train(**settings)
+def test_nothing_but_the_checkpoint_need_be_named(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     softprompt.train(resume_from_checkpoint="run")
     assert "resuming after step 8 of 13" in capsys.readouterr().out
     assert outcome() == expected
@@ -50,23 +49,23 @@ def test_nothing_but_the_checkpoint_need_be_named(settings, capsys):
     assert outcome() == expected
 
 
-def test_a_finished_run_says_so(settings, capsys):
-    softprompt.train(**settings)
+def test_a_finished_run_says_so(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "resuming after step 13 of 13; all of them are done" in capsys.readouterr().out
     assert outcome() == expected
 
 
-def test_without_a_checkpoint_it_starts_anew(settings, capsys):
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+def test_without_a_checkpoint_it_starts_anew(run_settings, capsys):
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "no checkpoint in run yet: starting at step 0" in capsys.readouterr().out
     assert [record["step"] for record in outcome()[1]] == [3, 5, 6, 9, 10, 12, 13, 13]
 
 
-def test_each_setting_that_differs_is_told_with_the_value_that_wins(settings, capsys):
-    interrupted(settings, 9)
-    changed = {**settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
+def test_each_setting_that_differs_is_told_with_the_value_that_wins(run_settings, capsys):
+    interrupted(run_settings, 9)
+    changed = {**run_settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
     run = softprompt.train(**changed, resume_from_checkpoint="newest")
     told = capsys.readouterr().out.splitlines()
     assert "--max_steps: 13 in checkpoint-8, 10 now: the new one wins" in told
@@ -77,40 +76,40 @@ def test_each_setting_that_differs_is_told_with_the_value_that_wins(settings, ca
     assert adapter["num_virtual_tokens"] == 10
 
 
-def test_a_finer_cut_is_kept(settings):
-    interrupted(settings, 5)
+def test_a_finer_cut_is_kept(run_settings):
+    interrupted(run_settings, 5)
     state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
     assert state["engine"] == {"tokens_per_microbatch": 30}
     finer = {"engine": {"tokens_per_microbatch": 15}}  # as after a device ran out of memory
-    restated(Path("run/checkpoint-4"), lambda state: state | finer)
+    rewrite_state(Path("run/checkpoint-4"), lambda state: state | finer)
     run = softprompt.train(resume_from_checkpoint="run")
     assert run.config.training.tokens_per_microbatch == 15
 
 
-def test_another_dataset_tokenizer_or_base_is_refused(settings, tokenizer, tmp_path):
-    interrupted(settings, 5)
+def test_another_dataset_tokenizer_or_base_is_refused(run_settings, tokenizer, tmp_path):
+    interrupted(run_settings, 5)
     with open("rows.jsonl", "a") as file:
         file.write("\n" + json.dumps(ROWS[0]))
     with pytest.raises(
         CheckpointError, match=r"checkpoint-4: the dataset and the held-out rows named now differ .*--ignore_data"
     ):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
     model = make_bloom()
     model.transformer.h[1].mlp.dense_h_to_4h.bias.data[3] += 1e-6  # one weight of the same base, by a hair
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
     path.write_text(path.read_text().replace('"<unk>"', '"<unknown>"'))
-    settings["model_name_or_path"] = str(tmp_path / "other")
+    run_settings["model_name_or_path"] = str(tmp_path / "other")
     with pytest.raises(CheckpointError, match="the dataset and the held-out rows and the tokenizer and the base named"):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
-    softprompt.train(**settings, resume_from_checkpoint="newest", ignore_data_skip=True)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest", ignore_data_skip=True)
 
 
-def test_where_a_base_lies_does_not_matter(settings, tiny_base, tmp_path):
-    interrupted(settings, 5)
+def test_where_a_base_lies_does_not_matter(run_settings, tiny_base, tmp_path):
+    interrupted(run_settings, 5)
     shutil.copytree(tiny_base, tmp_path / "elsewhere")
-    softprompt.train(**settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
 
 
 def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
@@ -129,8 +128,8 @@ def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
     return faults
 
 
-def test_a_checkpoint_is_whole_or_recognised_as_broken(settings):
-    interrupted(settings, 5)
+def test_a_checkpoint_is_whole_or_recognised_as_broken(run_settings):
+    interrupted(run_settings, 5)
     checkpoint = Path("run/checkpoint-4")
     assert fault_of(checkpoint) is None
     for name, content in spoiled(checkpoint):
@@ -146,13 +145,13 @@ def test_a_checkpoint_is_whole_or_recognised_as_broken(settings):
     assert fault_of(Path("run/checkpoint-6")) == "it is of step 4"
 
 
-def test_the_next_older_checkpoint_is_taken(settings, capsys):
-    softprompt.train(**settings)
+def test_the_next_older_checkpoint_is_taken(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
     for step in (13, 12):
         Path(f"run/checkpoint-{step}/optimizer.safetensors").write_bytes(b"")
     Path("run/checkpoint-10/README.md").unlink()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     told = capsys.readouterr().out
     assert "run/checkpoint-12: optimizer.safetensors is not as it was written; the one before is tried" in told
     assert "run/checkpoint-10: README.md is missing; the one before is tried" in told
@@ -160,21 +159,21 @@ def test_the_next_older_checkpoint_is_taken(settings, capsys):
     assert outcome() == expected
 
 
-def test_what_cannot_be_resumed(settings):
+def test_what_cannot_be_resumed(run_settings):
     with pytest.raises(CheckpointError, match="--resume_from_checkpoint nowhere: no checkpoint there"):
-        softprompt.train(**settings, resume_from_checkpoint="nowhere")
-    without = {name: value for name, value in settings.items() if name != "output_dir"}
+        softprompt.train(**run_settings, resume_from_checkpoint="nowhere")
+    without = {name: value for name, value in run_settings.items() if name != "output_dir"}
     with pytest.raises(ConfigError, match="without a folder goes on with --output_dir"):
         softprompt.train(**without, resume_from_checkpoint="newest")
-    interrupted(settings, 5)
+    interrupted(run_settings, 5)
     with pytest.raises(OutputError, match=r"holds a run already; go on with it \(--resume_from_checkpoint\)"):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     for step in (2, 4):
         Path(f"run/checkpoint-{step}/adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"run/checkpoint-4: adapter_config\.json is missing; take an earlier"):
-        softprompt.train(**settings, resume_from_checkpoint="run/checkpoint-4")
+        softprompt.train(**run_settings, resume_from_checkpoint="run/checkpoint-4")
     with pytest.raises(CheckpointError, match="no checkpoint in run is whole"):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
 
 
 def test_the_flag_needs_no_value():

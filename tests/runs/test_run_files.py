@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
-from helpers.refusals import refused
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 import train
@@ -100,21 +100,21 @@ def test_files_of_others_are_refused_before_anything_is_read(name, more, tmp_pat
     assert name in line and "another folder" in line
 
 
-def test_a_clone_keeps_its_readme(settings, tmp_path):  # noqa: F811
+def test_a_clone_keeps_its_readme(run_settings, tmp_path):
     (tmp_path / "README.md").write_bytes(MINE)
     before = content(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(OutputError, match=r"--output_dir \.: README\.md"):
-            softprompt.train(**{**settings, "output_dir": ".", "overwrite_output_dir": overwrite})
+            softprompt.train(**{**run_settings, "output_dir": ".", "overwrite_output_dir": overwrite})
         assert content(tmp_path) == before
     (tmp_path / "README.md").unlink()
-    softprompt.train(**{**settings, "output_dir": "."})  # what it writes beside, it may
+    softprompt.train(**{**run_settings, "output_dir": "."})  # what it writes beside, it may
     assert (tmp_path / "rows.jsonl").exists() and "learned with softprompt" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
-def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_path):  # noqa: F811
-    softprompt.train(**settings)
+def test_overwriting_removes_the_run_and_nothing_else(is_older, run_settings, tmp_path):
+    softprompt.train(**run_settings)
     run = tmp_path / "run"
     mine = {"notes.txt": MINE, ".hidden": MINE, "checkpoint-final/weights": MINE, "README": MINE}
     for name, value in mine.items():
@@ -123,7 +123,7 @@ def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_pa
     (run / "link").symlink_to("notes.txt")
     if is_older:
         older()
-    interrupted({**settings, "overwrite_output_dir": True, "seed": 7}, 3)
+    interrupted({**run_settings, "overwrite_output_dir": True, "seed": 7}, 3)
     assert steps() == [2] and not (run / "adapter_config.json").exists() and not (run / "all_results.json").exists()
     kept = content(run)
     assert mine.items() <= kept.items() and kept["link"] == "notes.txt"
@@ -131,8 +131,8 @@ def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_pa
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
 @pytest.mark.parametrize("name", ["README.md", "loss.png", "report.html", "checkpoint-99", "checkpoint-4/notes"])
-def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path):  # noqa: F811
-    interrupted(settings, 5)
+def test_what_came_into_a_run_is_not_the_runs(name, is_older, run_settings, tmp_path):
+    interrupted(run_settings, 5)
     path = tmp_path / "run" / name
     if name == "checkpoint-99":
         a_folder(name, "weights")(path.parent)
@@ -142,7 +142,7 @@ def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path
         older()
     before = content(tmp_path)
     with pytest.raises(OutputError, match=f"{name} would be replaced"):
-        softprompt.train(**{**settings, "overwrite_output_dir": True})
+        softprompt.train(**{**run_settings, "overwrite_output_dir": True})
     if name != "checkpoint-99":
         assert content(tmp_path) == before
     if name == "checkpoint-4/notes":
@@ -153,11 +153,11 @@ def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path
             softprompt.train(resume_from_checkpoint="run/checkpoint-4")
 
 
-def test_an_older_run_is_resumed_and_owned(settings):  # noqa: F811
-    softprompt.train(**settings)
+def test_an_older_run_is_resumed_and_owned(run_settings):
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     older()
     softprompt.train(resume_from_checkpoint="run")
     assert outcome() == expected and steps() == [2, 4, 6, 8, 10, 12, 13]
@@ -168,7 +168,7 @@ def test_an_older_run_is_resumed_and_owned(settings):  # noqa: F811
     assert {"README.md", "metrics.jsonl", "checkpoint-13", "all_results.json"} <= set(listed)
 
 
-def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):  # noqa: F811
+def test_a_file_that_comes_while_the_run_goes_on_is_kept(run_settings, monkeypatch):
     """The run ends in one line, and goes on when the file is gone."""
     finish = RunCallbacks.finish
 
@@ -178,7 +178,7 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
 
     monkeypatch.setattr(RunCallbacks, "finish", late)
     with pytest.raises(TrainingError, match=r"README\.md.*checkpoint-13 is whole; go on with"):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     assert Path("run/README.md").read_bytes() == MINE
     monkeypatch.setattr(RunCallbacks, "finish", finish)
     Path("run/README.md").unlink()
@@ -186,8 +186,8 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
     assert Path("run/all_results.json").exists()
 
 
-def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(settings, monkeypatch):  # noqa: F811
-    interrupted(settings, 7)
+def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(run_settings, monkeypatch):
+    interrupted(run_settings, 7)
     on_step = RunCallbacks.on_step
 
     def late(self, step):
@@ -216,10 +216,10 @@ def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
         assert (tmp_path / "mine").exists() and (tmp_path / "run" / "notes").exists()
 
 
-def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(settings):  # noqa: F811
+def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(run_settings):
     """Or a crash before the first save would lead to the old run, and the best prompt could be of it."""
-    interrupted({**settings, "output_dir": "a"}, 9)
-    interrupted({**settings, "output_dir": "b", "seed": 7}, 12)
+    interrupted({**run_settings, "output_dir": "a"}, 9)
+    interrupted({**run_settings, "output_dir": "b", "seed": 7}, 12)
     again = {"resume_from_checkpoint": "a/checkpoint-8", "output_dir": "b", "overwrite_output_dir": True}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="there is no checkpoint yet"):
 
@@ -233,13 +233,13 @@ def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(settings): 
     assert steps("b") == [10, 12, 13]
 
 
-def test_the_best_prompt_is_of_this_run(settings, capsys):  # noqa: F811
+def test_the_best_prompt_is_of_this_run(run_settings, capsys):
     """Where the folder that a run was resumed from holds another run by now, that one's prompt is not taken."""
     worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # an early one
-    settings |= {**worst, "eval_steps": 2}
-    interrupted({**settings, "output_dir": "a"}, 9)
+    run_settings |= {**worst, "eval_steps": 2}
+    interrupted({**run_settings, "output_dir": "a"}, 9)
     step = json.loads(Path("a/checkpoint-8/trainer_state.json").read_text())["best"]["step"]
-    interrupted({**settings, "output_dir": "other", "seed": 7}, 9)
+    interrupted({**run_settings, "output_dir": "other", "seed": 7}, 9)
     assert step < 8 and fault_of(Path(f"other/checkpoint-{step}")) is None, "the test needs them"
     softprompt.train(resume_from_checkpoint="a/checkpoint-8", output_dir="b")
     assert prompt_in("b") == prompt_in(f"a/checkpoint-{step}") and "warning" not in capsys.readouterr().err
@@ -249,41 +249,41 @@ def test_the_best_prompt_is_of_this_run(settings, capsys):  # noqa: F811
     assert prompt_in("c") == prompt_in("c/checkpoint-13") and "it is of another run" in capsys.readouterr().err
 
 
-def test_links_to_runs_and_checkpoints(settings, tmp_path):  # noqa: F811
+def test_links_to_runs_and_checkpoints(run_settings, tmp_path):
     """A run's folder may lie elsewhere, and so may a checkpoint of it: of that, the link alone is removed."""
     (tmp_path / "disk").mkdir()
     Path("run").symlink_to("disk")
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     assert steps("disk")[-1] == 13
     shutil.move("run/checkpoint-6", "far")
     Path("run/checkpoint-6").symlink_to(tmp_path / "far")
     softprompt.train(resume_from_checkpoint="run/checkpoint-6", save_total_limit=2)
     assert steps() == [12, 13] and fault_of(Path("far")) == "it is of step 6"
-    softprompt.train(**{**settings, "overwrite_output_dir": True, "max_steps": 2})
+    softprompt.train(**{**run_settings, "overwrite_output_dir": True, "max_steps": 2})
     assert steps() == [2] and Path("run").is_symlink()
 
 
-def test_a_report_that_was_written_meanwhile_is_replaced(settings):  # noqa: F811
-    interrupted(settings, 5)
+def test_a_report_that_was_written_meanwhile_is_replaced(run_settings):
+    interrupted(run_settings, 5)
     Path("run/report.html").write_text(f"<html>{MARK}")
     softprompt.train(resume_from_checkpoint="run")
-    softprompt.train(**{**settings, "overwrite_output_dir": True, "max_steps": 2})
+    softprompt.train(**{**run_settings, "overwrite_output_dir": True, "max_steps": 2})
     assert not Path("run/report.html").exists()  # these tests' runs write none
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_no_run(settings):  # noqa: F811
-    interrupted(settings, 1)
-    softprompt.train(**settings)
+def test_a_run_that_ended_before_its_first_checkpoint_is_no_run(run_settings):
+    interrupted(run_settings, 1)
+    softprompt.train(**run_settings)
     assert steps()[-1] == 13
 
 
-def test_stopped_runs_keep_what_comes_beside_them(settings, monkeypatch):  # noqa: F811
+def test_stopped_runs_keep_what_comes_beside_them(run_settings, monkeypatch):
     on_step = RunCallbacks.on_step
     monkeypatch.setattr(
         RunCallbacks, "on_step", lambda self, step: (on_step(self, step), signal.raise_signal(signal.SIGINT))
     )
     with pytest.raises(Stopped):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     Path("run/README.md").write_bytes(MINE)
     with pytest.raises(OutputError, match=r"README\.md would be replaced"):
         softprompt.train(resume_from_checkpoint="run")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import write_adapter
 from helpers.bases import make_bloom
-from helpers.checkpoint import folder  # noqa: F401 (a fixture)
-from helpers.interruptions import Killed, interrupted, outcome, settings  # noqa: F401
-from helpers.refusals import refused
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 import train
@@ -71,20 +71,26 @@ def test_a_hub_whose_address_holds_a_password(tmp_path):
     assert not any(secret in ended.stdout + ended.stderr for secret in TOLD)
 
 
-def test_a_link_is_followed_only_within_the_folder_and_the_hubs_cache(folder, tmp_path):  # noqa: F811
-    inside = load_adapter(folder).prompt
-    (folder / "adapter_model.safetensors").rename(folder / "weights")
-    (folder / "adapter_model.safetensors").symlink_to("weights")
-    assert torch.equal(load_adapter(folder).prompt, inside)
-    (folder / "weights").rename(tmp_path / "weights")
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "weights")
-    with pytest.raises(AdapterError, match="a link that leads out of the folder"):
-        load_adapter(folder)
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A good adapter folder."""
+    return write_adapter(tmp_path / "adapter")
+
+
+def test_a_link_is_followed_only_within_the_folder_and_the_hubs_cache(adapter, tmp_path):
+    inside = load_adapter(adapter).prompt
+    (adapter / "adapter_model.safetensors").rename(adapter / "weights")
+    (adapter / "adapter_model.safetensors").symlink_to("weights")
+    assert torch.equal(load_adapter(adapter).prompt, inside)
+    (adapter / "weights").rename(tmp_path / "weights")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(AdapterError, match="a link that leads out of the adapter"):
+        load_adapter(adapter)
     (tmp_path / "blobs").mkdir()
     (tmp_path / "weights").rename(tmp_path / "blobs" / "0123")
     (tmp_path / "snapshots").mkdir()
-    folder.rename(tmp_path / "snapshots" / "main")
+    adapter.rename(tmp_path / "snapshots" / "main")
     (tmp_path / "snapshots/main/adapter_model.safetensors").unlink()
     (tmp_path / "snapshots/main/adapter_model.safetensors").symlink_to("../../blobs/0123")
     assert torch.equal(load_adapter(tmp_path / "snapshots/main").prompt, inside)
@@ -115,7 +121,7 @@ def test_trust_remote_code_cannot_be_set_from_a_file(tiny_base, tmp_path, capsys
     assert not (tmp_path / "harmed").exists()
 
 
-def test_random_states_go_on(settings, monkeypatch):  # noqa: F811
+def test_random_states_go_on(run_settings, monkeypatch):
     """With noise in every step, the resumed run is the same only if its generator goes on, too."""
     from softprompt.engines.packed import PackedEngine
 
@@ -127,19 +133,19 @@ def test_random_states_go_on(settings, monkeypatch):  # noqa: F811
         return result
 
     monkeypatch.setattr(PackedEngine, "accumulate", noisy)
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     torch.manual_seed(7)
     softprompt.train(resume_from_checkpoint="run")
     assert outcome() == expected
 
 
-def test_metrics_go_along_to_another_folder(settings):  # noqa: F811
-    softprompt.train(**settings)
+def test_metrics_go_along_to_another_folder(run_settings):
+    softprompt.train(**run_settings)
     expected = outcome()
-    interrupted({**settings, "output_dir": "cut"}, 9)
+    interrupted({**run_settings, "output_dir": "cut"}, 9)
     Path("cut/metrics.jsonl").unlink()
     softprompt.train(resume_from_checkpoint="cut", output_dir="new")
     assert outcome("new") == expected
@@ -147,16 +153,16 @@ def test_metrics_go_along_to_another_folder(settings):  # noqa: F811
         softprompt.train(resume_from_checkpoint="cut", output_dir="new")
 
 
-def test_an_overwritten_run_is_gone(settings):  # noqa: F811
+def test_an_overwritten_run_is_gone(run_settings):
     """Or its later checkpoints would be what the new one is resumed from."""
-    softprompt.train(**settings)
-    interrupted({**settings, "overwrite_output_dir": True, "seed": 7}, 5)
+    softprompt.train(**run_settings)
+    interrupted({**run_settings, "overwrite_output_dir": True, "seed": 7}, 5)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-2", "checkpoint-4"]
     assert not Path("run/adapter_model.safetensors").exists()
 
 
-def test_a_course_that_was_left_is_replaced(settings, capsys):  # noqa: F811
-    softprompt.train(**settings)
+def test_a_course_that_was_left_is_replaced(run_settings, capsys):
+    softprompt.train(**run_settings)
     capsys.readouterr()
     interrupted({"resume_from_checkpoint": "run/checkpoint-6", "learning_rate": 1e-4, "save_total_limit": 2}, 9)
     later = "checkpoint-8, checkpoint-10, checkpoint-12, checkpoint-13"
@@ -164,7 +170,7 @@ def test_a_course_that_was_left_is_replaced(settings, capsys):  # noqa: F811
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_step_that_is_not_finite_names_rows_and_checkpoint(settings, monkeypatch):  # noqa: F811
+def test_a_step_that_is_not_finite_names_rows_and_checkpoint(run_settings, monkeypatch):
     from softprompt.engines.packed import PackedEngine
 
     accumulate, calls = PackedEngine.accumulate, iter(range(1, 99))
@@ -179,26 +185,26 @@ def test_a_step_that_is_not_finite_names_rows_and_checkpoint(settings, monkeypat
     with pytest.raises(
         TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; go on with"
     ):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_a_prompt_that_is_not_finite_is_not_saved(settings):  # noqa: F811
+def test_a_prompt_that_is_not_finite_is_not_saved(run_settings):
     with pytest.raises(TrainingError, match="not finite"):
-        softprompt.train(**settings | {"save_steps": 1}, learning_rate=1e38, weight_decay=1e3)
+        softprompt.train(**run_settings | {"save_steps": 1}, learning_rate=1e38, weight_decay=1e3)
     assert all(load_adapter(path).prompt.isfinite().all() for path in checkpoints(Path("run")))
 
 
-def test_deterministic_is_of_the_run_alone(settings, monkeypatch):  # noqa: F811
+def test_deterministic_is_of_the_run_alone(run_settings, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
     for engine in ("packed", "padded"):
-        changed = {name: value for name, value in settings.items() if name != "tokens_per_microbatch"}
+        changed = {name: value for name, value in run_settings.items() if name != "tokens_per_microbatch"}
         softprompt.train(**changed, engine=engine, deterministic=True, overwrite_output_dir=True)
         assert [r["step"] for r in outcome()[1]] == [r["step"] for r in expected[1]]
 
@@ -209,7 +215,7 @@ def test_the_hash_of_a_large_base_is_kept(tiny_base, tmp_path, monkeypatch):
     hashed = []
     plain = fingerprints._hash
     monkeypatch.setattr(fingerprints, "_hash", lambda *a, sampled: hashed.append(sampled) or plain(*a, sampled=sampled))
-    folder = shutil.copytree(tiny_base, tmp_path / "base")  # noqa: F811
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
     base, files = make_bloom(), weight_files(str(folder))
     assert [path.name for path in files] == ["model.safetensors"]
     first = fingerprints.fingerprint_of_base(base, files)

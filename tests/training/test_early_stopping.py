@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
+from helpers.short_runs import interrupted, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
@@ -107,10 +107,10 @@ def prompt_of(folder: str) -> bytes:
     return Path(folder, "adapter_model.safetensors").read_bytes()
 
 
-def test_the_best_is_kept_and_ends_the_run(settings, losses, capsys):  # noqa: F811
+def test_the_best_is_kept_and_ends_the_run(run_settings, losses, capsys):
     losses += [3.0, 2.0, 2.5, 2.5, 2.5, 2.5]
-    settings |= {"eval_steps": 3, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
-    run = softprompt.train(**settings)
+    run_settings |= {"eval_steps": 3, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    run = softprompt.train(**run_settings)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-6", "checkpoint-13"]
     assert prompt_of("run") == prompt_of("run/checkpoint-6") != prompt_of("run/checkpoint-13")
     for name in ("optimizer.safetensors", "trainer_state.json", "rng_state.safetensors"):
@@ -122,19 +122,19 @@ def test_the_best_is_kept_and_ends_the_run(settings, losses, capsys):  # noqa: F
     assert outcome() == expected
 
 
-def test_the_last_may_be_the_best(settings, losses):  # noqa: F811
+def test_the_last_may_be_the_best(run_settings, losses):
     losses += [3.0, 2.0, 2.5, 2.5, 1.0]
-    softprompt.train(**settings, load_best_model_at_end=True, save_total_limit=1)
+    softprompt.train(**run_settings, load_best_model_at_end=True, save_total_limit=1)
     results = json.loads(Path("run/all_results.json").read_text())
     assert results["best_global_step"] in (10, 13) and prompt_of("run") == prompt_of(
         f"run/checkpoint-{results['best_global_step']}"
     )
 
 
-def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys):  # noqa: F811
+def test_a_best_that_broke_is_told_and_the_last_is_kept(run_settings, losses, capsys):
     losses += [2.0, 3.0]
-    settings |= {"load_best_model_at_end": True, "output_dir": "run"}
-    interrupted(settings, 9)
+    run_settings |= {"load_best_model_at_end": True, "output_dir": "run"}
+    interrupted(run_settings, 9)
     Path("run/checkpoint-5/optimizer.safetensors").write_bytes(b"")
     softprompt.train(resume_from_checkpoint="run")
     told = capsys.readouterr().err
@@ -145,10 +145,10 @@ def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys
 STOPS = {"early_stopping_patience": 2, "load_best_model_at_end": True, "save_total_limit": 2, "eval_steps": 2}
 
 
-def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, losses, capsys):  # noqa: F811
+def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(run_settings, losses, capsys):
     losses += [3.0, 2.0, 2.5, 2.25, 1.0]
-    settings |= {**STOPS, "save_steps": 3}
-    softprompt.train(**settings)
+    run_settings |= {**STOPS, "save_steps": 3}
+    softprompt.train(**run_settings)
     expected = outcome()
     assert [r["step"] for r in expected[1] if "eval_loss" in r] == [2, 4, 6, 8]
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-4", "checkpoint-8"]
@@ -157,11 +157,11 @@ def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, 
     assert "2 evaluations without a gain end the run; the best was at step 4" in told
     for at in (1, 2, 3, 4, 5, 7, 8):  # before and on each decision
         shutil.rmtree("run")
-        interrupted(settings, at)
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        interrupted(run_settings, at)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
         assert outcome() == expected, at
     capsys.readouterr()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "after step 8 of 13; it ended there, --early_stopping_patience was over" in capsys.readouterr().out
     assert outcome() == expected
     assert all(fault_of(p) is None for p in checkpoints(Path("run")))
@@ -169,9 +169,9 @@ def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, 
     assert [r["step"] for r in outcome()[1] if "eval_loss" in r] == [2, 4, 6, 8, 10, 12, 13]
 
 
-def test_exact_match_where_answers_are_long(settings, tmp_path):  # noqa: F811
+def test_exact_match_where_answers_are_long(run_settings, tmp_path):
     rows = [{"instruction": "a", "output": "b" * 60}] * 8
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match="answers are compared only where all held-out ones have at most 32 tokens"):
-        softprompt.train(**settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
+        softprompt.train(**run_settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
     assert not Path("run").exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from helpers.bases import make_bloom, write_adapter
+from helpers.adapters import write_adapter
+from helpers.bases import make_bloom
 from helpers.peers import answers_of, collated, naive_loss, peft_model, peft_prompt, random_examples
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -289,7 +290,7 @@ def test_the_code_of_a_model_card_runs_as_it_stands(base, tiny_base, tmp_path):
     from softprompt.prompt.adapter_folder import model_card
 
     name, size = ("mini", 128) if base == "mini" else (str(tiny_base), 32)
-    write_adapter(tmp_path / "a", Path(name), 3, size=size)
+    write_adapter(tmp_path / "a", Path(name), 3, hidden_size=size)
     code = model_card(load_adapter(tmp_path / "a"), {}, {}).decode().split("```python\n")[1].split("```")[0]
     made: dict = {}
     exec(code.replace("THIS_FOLDER", str(tmp_path / "a")), made)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.interrupting import interrupted, restated
+from helpers.short_runs import interrupted, rewrite_state
 from transformers import AutoTokenizer
 
 import softprompt
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run, capsys):
         old = hashlib.sha256(backend.to_str().encode()).hexdigest()
         return state | {"fingerprints": {**kept, "tokenizer": old}}
 
-    restated(Path("run/checkpoint-4"), earlier)
+    rewrite_state(Path("run/checkpoint-4"), earlier)
     base = other_base(run["model_name_or_path"], reconfigured(extra_special_tokens=["第"]))
     with pytest.raises(CheckpointError, match="the tokenizer named now differs in content"):
         softprompt.train(resume_from_checkpoint="run", model_name_or_path=base)

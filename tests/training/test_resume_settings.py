@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.interrupting import interrupted
+from helpers.short_runs import interrupted
 
 import softprompt
 from softprompt.cli import parse_training

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 from softprompt.engines.packed import PackedEngine
@@ -19,10 +19,10 @@ from softprompt.utils.errors import Stopped
 
 
 @pytest.fixture
-def overflowing(settings, monkeypatch):  # noqa: F811
+def overflowing(run_settings, monkeypatch):
     """A run whose first scale is too large: its first steps are skipped."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
-    return {**settings, "fp16": True}
+    return {**run_settings, "fp16": True}
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def all_finite(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["overflowing", "without_loss"])
 def test_killed_after_skipped_steps_and_resumed_is_the_same_run(kind, request, monkeypatch):
-    settings = {**request.getfixturevalue(kind), "save_steps": 1}  # noqa: F811
+    run_settings = {**request.getfixturevalue(kind), "save_steps": 1}
     steps = skipped(monkeypatch)
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     overflowed = [number for number, (_, norm) in enumerate(steps, start=1) if norm is None]
     assert 2 <= len(overflowed) < 9, "the test needs skipped steps, and others"
     all_finite(Path("run"))
@@ -75,7 +75,7 @@ def test_killed_after_skipped_steps_and_resumed_is_the_same_run(kind, request, m
     assert expected[2]["train_loss"] == pytest.approx(sum(finite) / len(finite))
     for at in (2, len(overflowed) + 1):  # checkpoints after 1 step, and after the last skipped one
         shutil.rmtree("run")
-        interrupted(settings, at)
+        interrupted(run_settings, at)
         state = json.loads(Path(f"run/checkpoint-{at - 1}/trainer_state.json").read_text())
         assert state["scaler"]["scale"] == 2.0 ** (24 - min(at - 1, len(overflowed)))
         softprompt.train(resume_from_checkpoint="run")
@@ -84,8 +84,8 @@ def test_killed_after_skipped_steps_and_resumed_is_the_same_run(kind, request, m
 
 @pytest.mark.parametrize("kind", ["overflowing", "without_loss"])
 def test_asked_to_stop_in_a_skipped_step_it_saves(kind, request, monkeypatch):
-    settings = {**request.getfixturevalue(kind), "save_steps": 100}  # noqa: F811
-    softprompt.train(**settings)
+    run_settings = {**request.getfixturevalue(kind), "save_steps": 100}
+    softprompt.train(**run_settings)
     expected, on_step = outcome(), RunCallbacks.on_step
     shutil.rmtree("run")
 
@@ -97,7 +97,7 @@ def test_asked_to_stop_in_a_skipped_step_it_saves(kind, request, monkeypatch):
 
     monkeypatch.setattr(RunCallbacks, "on_step", on_second)
     with pytest.raises(Stopped) as stopped:
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     monkeypatch.setattr(RunCallbacks, "on_step", on_step)
     assert stopped.value.exit_code == 130
     (checkpoint,) = checkpoints(Path("run"))
@@ -143,7 +143,7 @@ def test_a_run_in_which_every_step_is_skipped_ends(without_loss, capsys):
     all_finite(Path("run"))
 
 
-def test_a_run_that_was_not_in_fp16_goes_on_in_fp16(settings):  # noqa: F811
-    interrupted(settings, 9)
+def test_a_run_that_was_not_in_fp16_goes_on_in_fp16(run_settings):
+    interrupted(run_settings, 9)
     softprompt.train(resume_from_checkpoint="run", fp16=True)
     assert [r["step"] for r in outcome()[1]][-1] == 13

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted
-from helpers.refusals import refused
+from helpers.programs import refused
 from helpers.reported_runs import settings_in
+from helpers.short_runs import interrupted
 
 import softprompt
 import train
