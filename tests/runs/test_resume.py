@@ -1,4 +1,4 @@
-"""A resumed run is the run that was not interrupted; what is broken or of another run is recognised."""
+"""A resumed run equals an uninterrupted one; checkpoints that are damaged or of another run are detected."""
 
 import json
 import random
@@ -23,7 +23,7 @@ from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
-def test_killed_and_resumed_is_the_same_run(precision, engine, run_settings):
+def test_killed_run_resumes_identically(precision, engine, run_settings):
     if engine == "padded":
         del run_settings["tokens_per_microbatch"]
     run_settings |= {**precision, "engine": engine}
@@ -36,7 +36,7 @@ def test_killed_and_resumed_is_the_same_run(precision, engine, run_settings):
         assert outcome() == expected
 
 
-def test_nothing_but_the_checkpoint_need_be_named(run_settings, capsys):
+def test_resume_needs_only_the_checkpoint_flag(run_settings, capsys):
     softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
@@ -49,7 +49,7 @@ def test_nothing_but_the_checkpoint_need_be_named(run_settings, capsys):
     assert outcome() == expected
 
 
-def test_a_finished_run_says_so(run_settings, capsys):
+def test_resuming_a_finished_run_changes_nothing(run_settings, capsys):
     softprompt.train(**run_settings)
     expected = outcome()
     softprompt.train(**run_settings, resume_from_checkpoint="newest")
@@ -57,13 +57,13 @@ def test_a_finished_run_says_so(run_settings, capsys):
     assert outcome() == expected
 
 
-def test_without_a_checkpoint_it_starts_anew(run_settings, capsys):
+def test_resume_without_a_checkpoint_starts_at_step_0(run_settings, capsys):
     softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "no checkpoint in run yet: starting at step 0" in capsys.readouterr().out
     assert [record["step"] for record in outcome()[1]] == [3, 5, 6, 9, 10, 12, 13, 13]
 
 
-def test_each_setting_that_differs_is_told_with_the_value_that_wins(run_settings, capsys):
+def test_each_changed_setting_is_printed_with_the_value_that_wins(run_settings, capsys):
     interrupted(run_settings, 9)
     changed = {**run_settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
     run = softprompt.train(**changed, resume_from_checkpoint="newest")
@@ -76,7 +76,7 @@ def test_each_setting_that_differs_is_told_with_the_value_that_wins(run_settings
     assert adapter["num_virtual_tokens"] == 10
 
 
-def test_a_finer_cut_is_kept(run_settings):
+def test_smaller_microbatches_of_a_checkpoint_are_kept(run_settings):
     interrupted(run_settings, 5)
     state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
     assert state["engine"] == {"tokens_per_microbatch": 30}
@@ -86,7 +86,7 @@ def test_a_finer_cut_is_kept(run_settings):
     assert run.config.training.tokens_per_microbatch == 15
 
 
-def test_another_dataset_tokenizer_or_base_is_refused(run_settings, tokenizer, tmp_path):
+def test_changed_dataset_tokenizer_or_base_is_refused(run_settings, tokenizer, tmp_path):
     interrupted(run_settings, 5)
     with open("rows.jsonl", "a") as file:
         file.write("\n" + json.dumps(ROWS[0]))
@@ -106,14 +106,14 @@ def test_another_dataset_tokenizer_or_base_is_refused(run_settings, tokenizer, t
     softprompt.train(**run_settings, resume_from_checkpoint="newest", ignore_data_skip=True)
 
 
-def test_where_a_base_lies_does_not_matter(run_settings, tiny_base, tmp_path):
+def test_base_may_be_moved(run_settings, tiny_base, tmp_path):
     interrupted(run_settings, 5)
     shutil.copytree(tiny_base, tmp_path / "elsewhere")
     softprompt.train(**run_settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
 
 
 def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
-    """Every file truncated at several lengths, removed, of another step, or with one bit flipped somewhere."""
+    """(file, new content or None) for each file: truncated, removed, replaced by another step's, one bit flipped."""
     draw, faults = random.Random(0), []
     other = checkpoint.with_name("checkpoint-2")
     for path in sorted(checkpoint.iterdir()):
@@ -128,7 +128,7 @@ def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
     return faults
 
 
-def test_a_checkpoint_is_whole_or_recognised_as_broken(run_settings):
+def test_every_damage_to_a_checkpoint_is_detected(run_settings):
     interrupted(run_settings, 5)
     checkpoint = Path("run/checkpoint-4")
     assert fault_of(checkpoint) is None
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_whole_or_recognised_as_broken(run_settings):
     assert fault_of(Path("run/checkpoint-6")) == "it is of step 4"
 
 
-def test_the_next_older_checkpoint_is_taken(run_settings, capsys):
+def test_newest_whole_checkpoint_is_taken(run_settings, capsys):
     softprompt.train(**run_settings)
     expected = outcome()
     for step in (13, 12):
@@ -159,7 +159,7 @@ def test_the_next_older_checkpoint_is_taken(run_settings, capsys):
     assert outcome() == expected
 
 
-def test_what_cannot_be_resumed(run_settings):
+def test_resume_refusals(run_settings):
     with pytest.raises(CheckpointError, match="--resume_from_checkpoint nowhere: no checkpoint there"):
         softprompt.train(**run_settings, resume_from_checkpoint="nowhere")
     without = {name: value for name, value in run_settings.items() if name != "output_dir"}
@@ -176,7 +176,7 @@ def test_what_cannot_be_resumed(run_settings):
         softprompt.train(**run_settings, resume_from_checkpoint="newest")
 
 
-def test_the_flag_needs_no_value():
+def test_resume_flag_needs_no_value():
     from softprompt.cli import parse_training
 
     assert parse_training(["--resume_from_checkpoint"]).training.resume_from_checkpoint == "newest"
@@ -187,13 +187,14 @@ TRAIN = Path(softprompt.__file__).parent.parent / "train.py"
 
 
 def started(tmp_path, *more: str) -> subprocess.Popen:
-    """`python train.py` on the mini base, many steps, in a process of its own."""
+    """Start `python train.py` on the mini base with many steps."""
     settings = ["--output_dir", "run", "--logging_steps", "1", "--num_train_epochs", "9", "--save_steps", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(TRAIN), *settings, *more], cwd=tmp_path, **pipes)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Wait until a line of stderr contains `text`."""
     for line in process.stderr:
         if text in line:
             return
@@ -204,7 +205,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     "number, code, when",
     [(signal.SIGTERM, 143, "evaluating"), (signal.SIGINT, 130, "step 1 "), (signal.SIGINT, 130, "step 3 ")],
 )
-def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
+def test_signal_saves_and_prints_the_resume_command(number, code, when, tmp_path):
     process = started(tmp_path)
     wait_for(process, when)
     process.send_signal(number)
@@ -217,8 +218,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
     assert fault_of(tmp_path / "run" / f"checkpoint-{found[1]}") is None
 
 
-def test_ranks_go_on_as_ranks(monkeypatch):
-    """One process alone could not, where they shared a base out."""
+def test_resume_command_under_torchrun(monkeypatch):
+    """A single process could not continue a run whose base needed several ranks."""
     assert shlex.split(resume_command(Path("a b"))) == ["python", "train.py", "--resume_from_checkpoint", "a b"]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -228,18 +229,18 @@ def test_ranks_go_on_as_ranks(monkeypatch):
     assert resume_command(Path("run")).startswith("torchrun --nproc_per_node=2 --nnodes=3 … train.py ")
 
 
-def test_time_runs_out(tmp_path):
+def test_max_time_stops_the_run(tmp_path):
     process = started(tmp_path, "--max_time", "1s")
     _, told = process.communicate(timeout=60)
     assert process.returncode == 124 and "stopped after step" in told.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("text, seconds", [("3h30m", 12600), ("45m", 2700), ("90s", 90), ("10", 600), ("1h1s", 3601)])
-def test_times(text, seconds):
+def test_durations(text, seconds):
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "1.5h", "m", "3m2h", ""])
-def test_what_is_no_time(text):
+def test_invalid_durations_are_refused(text):
     with pytest.raises(ConfigError, match="is no time such as 3h30m"):
         seconds_of(text)

@@ -1,4 +1,4 @@
-"""A run replaces and removes what runs wrote into its folder, and nothing else."""
+"""A run replaces and removes only files that runs have written into its output folder."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def steps(folder: str | Path = "run") -> list[int]:
 
 
 def content(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything in a folder: the content of files, what links name, None for folders."""
+    """Everything below a folder: the content of files, the target of links, None for folders."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -39,7 +39,7 @@ def prompt_in(folder: str) -> bytes:
 
 
 def older(folder: str | Path = "run") -> None:
-    """Make a run one of a version that wrote no manifest."""
+    """Make a run look as if it was written by a version without manifests."""
     Path(folder, MANIFEST_FILE).unlink()
 
 
@@ -65,14 +65,14 @@ def a_folder(name: str, *inside: str):
 
 
 def of_trainer(folder: Path) -> None:
-    """A checkpoint of transformers' Trainer."""
+    """Write a checkpoint as transformers' Trainer does."""
     a_folder("checkpoint-5", "adapter_model.safetensors", "rng_state.pth")(folder)
     (folder / "checkpoint-5/trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": []}))
     (folder / "checkpoint-5/adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
 
 
 def of_peft(folder: Path) -> None:
-    """What PEFT's save_pretrained leaves."""
+    """Write a config as PEFT's save_pretrained does."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
 
 
@@ -90,7 +90,7 @@ FOREIGN |= {
 
 @pytest.mark.parametrize("more", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint"]], ids=" ".join)
 @pytest.mark.parametrize("name", FOREIGN)
-def test_files_of_others_are_refused_before_anything_is_read(name, more, tmp_path, capsys, monkeypatch):
+def test_foreign_files_are_refused_before_any_data_is_read(name, more, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     FOREIGN[name](tmp_path / "out")
     argv = ["--output_dir", "out", "--dataset", "is/not/read.jsonl", *more]
@@ -100,7 +100,7 @@ def test_files_of_others_are_refused_before_anything_is_read(name, more, tmp_pat
     assert name in line and "another folder" in line
 
 
-def test_a_clone_keeps_its_readme(run_settings, tmp_path):
+def test_output_to_a_folder_with_a_readme_is_refused(run_settings, tmp_path):
     (tmp_path / "README.md").write_bytes(MINE)
     before = content(tmp_path)
     for overwrite in (False, True):
@@ -108,12 +108,12 @@ def test_a_clone_keeps_its_readme(run_settings, tmp_path):
             softprompt.train(**{**run_settings, "output_dir": ".", "overwrite_output_dir": overwrite})
         assert content(tmp_path) == before
     (tmp_path / "README.md").unlink()
-    softprompt.train(**{**run_settings, "output_dir": "."})  # what it writes beside, it may
+    softprompt.train(**{**run_settings, "output_dir": "."})  # other files may be there
     assert (tmp_path / "rows.jsonl").exists() and "learned with softprompt" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
-def test_overwriting_removes_the_run_and_nothing_else(is_older, run_settings, tmp_path):
+def test_overwriting_removes_only_the_run(is_older, run_settings, tmp_path):
     softprompt.train(**run_settings)
     run = tmp_path / "run"
     mine = {"notes.txt": MINE, ".hidden": MINE, "checkpoint-final/weights": MINE, "README": MINE}
@@ -131,7 +131,7 @@ def test_overwriting_removes_the_run_and_nothing_else(is_older, run_settings, tm
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
 @pytest.mark.parametrize("name", ["README.md", "loss.png", "report.html", "checkpoint-99", "checkpoint-4/notes"])
-def test_what_came_into_a_run_is_not_the_runs(name, is_older, run_settings, tmp_path):
+def test_files_added_to_a_run_are_not_replaced(name, is_older, run_settings, tmp_path):
     interrupted(run_settings, 5)
     path = tmp_path / "run" / name
     if name == "checkpoint-99":
@@ -153,7 +153,7 @@ def test_what_came_into_a_run_is_not_the_runs(name, is_older, run_settings, tmp_
             softprompt.train(resume_from_checkpoint="run/checkpoint-4")
 
 
-def test_an_older_run_is_resumed_and_owned(run_settings):
+def test_run_without_a_manifest_is_resumed_and_gets_one(run_settings):
     softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
@@ -168,8 +168,8 @@ def test_an_older_run_is_resumed_and_owned(run_settings):
     assert {"README.md", "metrics.jsonl", "checkpoint-13", "all_results.json"} <= set(listed)
 
 
-def test_a_file_that_comes_while_the_run_goes_on_is_kept(run_settings, monkeypatch):
-    """The run ends in one line, and goes on when the file is gone."""
+def test_file_added_during_a_run_is_not_replaced(run_settings, monkeypatch):
+    """The run ends with an error line, and can be resumed when the file is gone."""
     finish = RunCallbacks.finish
 
     def late(self):
@@ -186,7 +186,7 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(run_settings, monkeypat
     assert Path("run/all_results.json").exists()
 
 
-def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(run_settings, monkeypatch):
+def test_checkpoint_with_an_added_file_is_not_replaced(run_settings, monkeypatch):
     interrupted(run_settings, 7)
     on_step = RunCallbacks.on_step
 
@@ -200,7 +200,7 @@ def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(run_settings, monk
     assert Path("run/checkpoint-6/notes").read_bytes() == MINE and steps() == [2, 4, 6]
 
 
-def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
+def test_hostile_manifest_removes_nothing(tmp_path):
     for name in ("mine", "README.md"):
         (tmp_path / name).write_bytes(MINE)
     (tmp_path / "run").mkdir()
@@ -216,8 +216,8 @@ def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
         assert (tmp_path / "mine").exists() and (tmp_path / "run" / "notes").exists()
 
 
-def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(run_settings):
-    """Or a crash before the first save would lead to the old run, and the best prompt could be of it."""
+def test_resuming_into_another_runs_folder_removes_that_run(run_settings):
+    """Otherwise, after a crash before the first save, resuming would continue the old run or take its best prompt."""
     interrupted({**run_settings, "output_dir": "a"}, 9)
     interrupted({**run_settings, "output_dir": "b", "seed": 7}, 12)
     again = {"resume_from_checkpoint": "a/checkpoint-8", "output_dir": "b", "overwrite_output_dir": True}
@@ -233,8 +233,8 @@ def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(run_setting
     assert steps("b") == [10, 12, 13]
 
 
-def test_the_best_prompt_is_of_this_run(run_settings, capsys):
-    """Where the folder that a run was resumed from holds another run by now, that one's prompt is not taken."""
+def test_best_prompt_of_another_run_is_not_taken(run_settings, capsys):
+    """The folder that a run was resumed from may have been overwritten by another run."""
     worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # an early one
     run_settings |= {**worst, "eval_steps": 2}
     interrupted({**run_settings, "output_dir": "a"}, 9)
@@ -249,8 +249,8 @@ def test_the_best_prompt_is_of_this_run(run_settings, capsys):
     assert prompt_in("c") == prompt_in("c/checkpoint-13") and "it is of another run" in capsys.readouterr().err
 
 
-def test_links_to_runs_and_checkpoints(run_settings, tmp_path):
-    """A run's folder may lie elsewhere, and so may a checkpoint of it: of that, the link alone is removed."""
+def test_output_folder_and_checkpoints_may_be_links(run_settings, tmp_path):
+    """The output folder and its checkpoints may be links. Of a linked checkpoint, only the link is removed."""
     (tmp_path / "disk").mkdir()
     Path("run").symlink_to("disk")
     softprompt.train(**run_settings)
@@ -263,21 +263,24 @@ def test_links_to_runs_and_checkpoints(run_settings, tmp_path):
     assert steps() == [2] and Path("run").is_symlink()
 
 
-def test_a_report_that_was_written_meanwhile_is_replaced(run_settings):
+def test_report_written_between_two_runs_is_replaced(run_settings):
     interrupted(run_settings, 5)
     Path("run/report.html").write_text(f"<html>{MARK}")
     softprompt.train(resume_from_checkpoint="run")
+    first = Path("run/report.html").read_text()
+    assert first != f"<html>{MARK}"
+    Path("run/report.html").write_text(f"<html>{MARK}")
     softprompt.train(**{**run_settings, "overwrite_output_dir": True, "max_steps": 2})
-    assert not Path("run/report.html").exists()  # these tests' runs write none
+    assert Path("run/report.html").read_text() not in (first, f"<html>{MARK}")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_no_run(run_settings):
+def test_folder_of_a_run_without_a_checkpoint_is_free(run_settings):
     interrupted(run_settings, 1)
     softprompt.train(**run_settings)
     assert steps()[-1] == 13
 
 
-def test_stopped_runs_keep_what_comes_beside_them(run_settings, monkeypatch):
+def test_file_added_to_a_stopped_run_is_not_replaced(run_settings, monkeypatch):
     on_step = RunCallbacks.on_step
     monkeypatch.setattr(
         RunCallbacks, "on_step", lambda self, step: (on_step(self, step), signal.raise_signal(signal.SIGINT))
