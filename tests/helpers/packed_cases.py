@@ -48,8 +48,8 @@ ROWS = st.lists(
 
 
 def base_of(n_head: int, size: int, **rest):
-    """A BLOOM with weights of variance 2/H. Much larger weights make attention so sharp that one rounding error can change
-    a row's result."""
+    """A BLOOM with weights of variance 2/H. Much larger weights make attention so sharp that one rounding error can
+    change a row's result."""
     hidden = n_head * size
     sizes = {"n_head": n_head, "hidden_size": hidden, "initializer_range": (2 / hidden) ** 0.5, "vocab_size": 60}
     return make_bloom(**{**sizes, **rest})

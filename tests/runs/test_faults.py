@@ -1,6 +1,6 @@
 """Real faults: killed processes, full disks, damaged files, hostile folders.
 
-`pytest -m "slow or not slow" tests/runs/test_faults.py -s -n 0` runs all of them (minutes on two cores; -k selects some)
+`pytest -m "slow or not slow" tests/runs/test_faults.py -s -n 0` runs all of them (minutes on two cores; -k: some)
 and prints the table of docs/never-lost.md. Without `-m`, each fault is tried a few times only.
 """
 
