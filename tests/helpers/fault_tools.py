@@ -64,7 +64,7 @@ class Child:
 
     def ended(self) -> tuple[int, list[str]]:
         """Wait for the end. Return the exit code and the lines of the log."""
-        self.process.join(60)
+        self.process.join(300)
         assert self.process.exitcode is not None, "it hangs: " + self.log.read_text()
         return self.process.exitcode, self.log.read_text().splitlines()
 

@@ -278,7 +278,7 @@ def adapters_survived(n: int, base: Path, folder: Path, guilty: bool = False) ->
     process = fault_tools.SERVER.Process(target=_load_all, args=(n, str(base), folder, guilty, theirs))
     process.start()
     theirs.close()
-    assert ours.poll(100), "it hangs"
+    assert ours.poll(300), "it hangs"
     result = ours.recv()
     process.join()
     return result

@@ -74,7 +74,7 @@ def resumed(folder: Path, flags: list[str], expected: tuple) -> None:
     assert all(fault_of(path) is None for path in checkpoints(folder / "run"))
 
 
-def wait_until(condition, seconds: float = 30) -> None:
+def wait_until(condition, seconds: float = 200) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends

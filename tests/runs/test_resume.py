@@ -209,7 +209,7 @@ def test_signal_saves_and_prints_the_resume_command(number, code, when, tmp_path
     process = started(tmp_path)
     wait_for(process, when)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == code
     last = told.strip().splitlines()[-1]
     found = re.fullmatch(r"stopped after step (\d+) of 1,800, which is saved; .*: (.+)", last)
@@ -231,7 +231,7 @@ def test_resume_command_under_torchrun(monkeypatch):
 
 def test_max_time_stops_the_run(tmp_path):
     process = started(tmp_path, "--max_time", "1s")
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 124 and "stopped after step" in told.strip().splitlines()[-1]
 
 
