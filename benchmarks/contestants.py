@@ -71,7 +71,7 @@ def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
 
 
 @dataclass(frozen=True)
-class Laps:
+class StepTimes:
     """Seconds and real tokens (no padding, no virtual tokens) of each optimizer step, and the steps' mean loss."""
 
     seconds: list[float]
@@ -86,7 +86,9 @@ class Laps:
         return sum(self.tokens) / sum(self.seconds)
 
 
-def run(contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example]) -> Laps:
+def run(
+    contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example]
+) -> StepTimes:
     """Train a prompt from `start` [P, H] for one pass over `rows`, windows of ROWS_PER_STEP each. `base` has its
     linear layers in `weights_dtype`, and is not changed."""
     steps = len(rows) // ROWS_PER_STEP
@@ -94,10 +96,10 @@ def run(contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Te
         accumulation = ROWS_PER_STEP // contestant.rows_per_microbatch
         times, loss = run_trainer(contestant, base, tokenizer, start, rows, steps, accumulation)
     else:
-        times, loss = _run_ours(contestant, base, tokenizer, start, rows, steps)
+        times, loss = _run_loop(contestant, base, tokenizer, start, rows, steps)
     stamps = times.stamps
     tokens = [sum(len(row.input_ids) for row in step) for step in steps_of(rows, contestant.grouped)]
-    return Laps([after - before for before, after in pairwise(stamps)], tokens, loss)
+    return StepTimes([after - before for before, after in pairwise(stamps)], tokens, loss)
 
 
 def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
@@ -109,13 +111,13 @@ def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
     return [[rows[i] for i in next(drawn)] for _ in starts]
 
 
-def over_loopback() -> int:
+def loopback_bytes() -> int:
     """Bytes that the loopback device has carried so far; 0 where the system does not say."""
     lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()] if os.path.exists("/proc") else []
     return sum(int(fields[1]) for fields in lines if fields[0] == "lo:")
 
 
-class Ours:
+class StepTimer:
     """Callbacks that note the time and do nothing else; the first stamp is when the first step began."""
 
     def __init__(self, device: torch.device) -> None:
@@ -126,7 +128,7 @@ class Ours:
         now = clock(self.device)
         self.stamps += [now] if self.stamps else [now - step.seconds, now]
         self.losses.append(step.loss)
-        self.wire.append(over_loopback())
+        self.wire.append(loopback_bytes())
 
     def wants_to_stop(self) -> bool:
         return False
@@ -136,9 +138,9 @@ class Ours:
     def on_save(self, step: Step, state: TrainingState) -> None: ...
 
 
-def _run_ours(
+def _run_loop(
     c: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example], steps: int
-) -> tuple[Ours, float]:
+) -> tuple[StepTimer, float]:
     base.eval()
     engine = engine_of(c, base, tokenizer, len(start))
     prompt = PromptEmbedding(start).to(engine.device)
@@ -148,7 +150,7 @@ def _run_ours(
         max_steps=steps,
         seed=SEED,
     )
-    times = Ours(engine.device)
+    times = StepTimer(engine.device)
     train(engine, prompt, ListLoader(rows, args), args, LEARNING_RATE, times)
     return times, sum(times.losses) / steps
 
@@ -161,7 +163,7 @@ def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> E
     return PackedEngine(ResidentWeights(base, c.dtype), tokens)
 
 
-class Theirs(TrainerCallback):
+class TrainerStepTimer(TrainerCallback):
     """The same for Trainer. It has collated the first step's rows by the time that step begins: not held against it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -173,10 +175,10 @@ class Theirs(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.stamps.append(clock(self.device))
-        self.wire.append(over_loopback())
+        self.wire.append(loopback_bytes())
 
 
-class _InOrder(Trainer):
+class _TrainerInRowOrder(Trainer):
     """Takes rows as they come: `cases.Rows` has grouped them already."""
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
@@ -191,14 +193,14 @@ def run_trainer(
     rows: Sequence[Example],
     steps: int,
     accumulation: int,
-) -> tuple[Theirs, float]:
+) -> tuple[TrainerStepTimer, float]:
     """Under torchrun it is one of several ranks, each with so many micro-batches a step."""
-    times = Theirs(word_embeddings(base).weight.device)
+    times = TrainerStepTimer(word_embeddings(base).weight.device)
     dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
     with tempfile.TemporaryDirectory() as folder, quiet():
-        trainer = (_InOrder if c.grouped else Trainer)(
+        trainer = (_TrainerInRowOrder if c.grouped else Trainer)(
             model=_peft_model(base, start),
-            args=_their_arguments(c, folder, steps, accumulation, times.device),
+            args=_trainer_arguments(c, folder, steps, accumulation, times.device),
             train_dataset=dataset,
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             callbacks=[times],
@@ -211,7 +213,7 @@ def run_trainer(
     return times, loss
 
 
-def _their_arguments(
+def _trainer_arguments(
     c: Contestant, folder: str, steps: int, accumulation: int, device: torch.device
 ) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from cases import SIZES, Base, synthetic
-from contestants import LEARNING_RATE, SEED, Ours, contestants, quiet, run_trainer
+from contestants import LEARNING_RATE, SEED, StepTimer, contestants, quiet, run_trainer
 from measure import matmul_rate
 from stream import watched_memory, write_base
 from torch import Tensor
@@ -72,24 +72,24 @@ def main() -> None:
     args = parse()
     if args.rank_of:
         with process_group() as world, quiet():
-            return work(args, world)
+            return run_rank(args, world)
     records: Records = {}
     cases = [(c, n) for n in args.processes for c in args.contestants if n > 1 or not c.startswith("sharded")]
     with tempfile.TemporaryDirectory() as folder:
-        base, load = folder_of(args.size, Path(folder)), os.getloadavg()[0]
+        base, load = base_folder(args.size, Path(folder)), os.getloadavg()[0]
         for number in range(args.rounds):
             for name, n in cases if number % 2 == 0 else reversed(cases):
-                records.setdefault((name, n), []).append(launched(args, base, name, n))
+                records.setdefault((name, n), []).append(launch(args, base, name, n))
     lengths = f"rows of {args.row_lengths} tokens in the mean, {args.threads} threads a process"
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load average {load:.1f} before")
     print(f"{args.size}, P = {args.num_virtual_tokens}, {ROWS} rows a step, {lengths}, on {args.device}")
     print(f"{args.steps} steps × {args.rounds} rounds")
     print(f"\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for name, n in sorted(records, key=lambda case: (args.contestants.index(case[0]), case[1])):
-        print(f"| {' | '.join(cells(records, name, n))} |")
+        print(f"| {' | '.join(table_row(records, name, n))} |")
 
 
-def cells(records: Records, name: str, n: int) -> list[str]:
+def table_row(records: Records, name: str, n: int) -> list[str]:
     """A line of the table."""
     rounds, whole = records[name, n], {"sharded": "packed", "sharded-padded": "padded"}.get(name, name)
     speeds = [one["tokens_per_second"] for one in rounds]
@@ -106,7 +106,7 @@ def cells(records: Records, name: str, n: int) -> list[str]:
     return [name, str(n), *numbers, f"{rounds[0]['loss']:.6f}"]
 
 
-def folder_of(size: str, folder: Path) -> Path:
+def base_folder(size: str, folder: Path) -> Path:
     """Where the base is read from: `folder`, into which it is written, or the package's own."""
     if size == "mini":
         return mini.BASE_DIR
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def launched(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[str, Any]:
+def launch(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[str, Any]:
     """One run of one contestant in n processes."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
@@ -147,7 +147,7 @@ def launched(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[st
     return result
 
 
-def work(args: argparse.Namespace, world: World) -> None:
+def run_rank(args: argparse.Namespace, world: World) -> None:
     """What a rank does: the run, and its measures together with the other ranks'."""
     torch.set_num_threads(args.threads)
     name, tokenizer, size = args.contestants[0], load_tokenizer(str(mini.BASE_DIR)), Base(args.size).config()
@@ -187,7 +187,7 @@ def run(
         c, accumulation = contestants()[name], ROWS // ROWS_PER_MICROBATCH // world.size
         base = load_base(args.base, device, c.weights_dtype)
         return run_trainer(c, base, tokenizer, start, rows, steps, accumulation)
-    engine, times = engine_of(name, args, tokenizer, len(start), device, world), Ours(device)
+    engine, times = engine_of(name, args, tokenizer, len(start), device, world), StepTimer(device)
     settings = TrainingArguments(max_steps=steps, seed=SEED)
     prompt = PromptEmbedding(start).to(device)
     train(engine, prompt, ListLoader(rows, settings, ROWS), settings, LEARNING_RATE, times)

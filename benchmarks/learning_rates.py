@@ -56,7 +56,7 @@ class Result(NamedTuple):
         return f"{self.exact_match:.1%} | {self.loss:.4f}"
 
 
-class Work:
+class ResultCache:
     """Runs, and sweeps before runs, each done once: `file`, where there is one, keeps them. What a sweep found is not
     looked for again, so a change of the sweep needs a new file."""
 
@@ -92,33 +92,33 @@ def main() -> None:
     args = parser.parse_args()
     tasks = args.tasks or (list(TASKS) if args.find else ["sentiment"])
     seeds = args.seeds or ([42] if args.find else [42, 0, 1])
-    work = Work(args.json)
+    cache = ResultCache(args.json)
     if args.find:
-        find(work, [Case(task, start, seed) for task in tasks for start in args.starts for seed in seeds])
+        find(cache, [Case(task, start, seed) for task in tasks for start in args.starts for seed in seeds])
     else:
-        sweep(work, tasks, args.starts, seeds)
+        sweep(cache, tasks, args.starts, seeds)
 
 
-def sweep(work: Work, tasks: list[str], starts: list[str], seeds: list[int]) -> None:
+def sweep(cache: ResultCache, tasks: list[str], starts: list[str], seeds: list[int]) -> None:
     print("| task | start | learning rate | exact match | held-out loss |\n|---|---|---|---|---|")
     for task in tasks:
         for start in starts:
             for rate in RATES:
-                results = [work.run(Case(task, start, seed), rate) for seed in seeds]
+                results = [cache.run(Case(task, start, seed), rate) for seed in seeds]
                 exact = statistics.mean(r.exact_match for r in results)
                 loss = statistics.mean(r.loss for r in results)
                 print(f"| {task} | {start} | {rate:g} | {exact:.1%} | {loss:.3f} |", flush=True)
 
 
-def find(work: Work, cases: list[Case]) -> None:
+def find(cache: ResultCache, cases: list[Case]) -> None:
     print("| task | start | seed | best rate | exact match | held-out loss | found | exact match | held-out loss |")
     print("|" + "---|" * 9)
     exact, loss, default, found_ones, share = [], [], [], [], 0.0
     for case in cases:
-        full = full_sweep(work, case)
+        full = full_sweep(cache, case)
         best = min(full, key=lambda rate: full[rate].loss)
-        swept = work.find(case)
-        taken = work.run(case, swept["rate"])  # a run that looks for its rate is the run at that rate
+        swept = cache.find(case)
+        taken = cache.run(case, swept["rate"])  # a run that looks for its rate is the run at that rate
         usual = full[DEFAULT_LEARNING_RATES[case.start]]
         exact.append(full[best].exact_match - taken.exact_match)
         loss.append(math.log(taken.loss / full[best].loss))
@@ -136,12 +136,12 @@ def find(work: Work, cases: list[Case]) -> None:
     print(f"none found: {len(cases) - len(found_ones)}; steps of a sweep: {share:.2f} of the run's")
 
 
-def full_sweep(work: Work, case: Case) -> dict[float, Result]:
+def full_sweep(cache: ResultCache, case: Case) -> dict[float, Result]:
     """By rate, to where the best has a worse one on either side or `SWEPT` ends."""
     middle, results = SWEPT.index(DEFAULT_LEARNING_RATES[case.start]), {}
     low, high = middle - 1, middle + 1
     while True:
-        results |= {rate: work.run(case, rate) for rate in SWEPT[low : high + 1] if rate not in results}
+        results |= {rate: cache.run(case, rate) for rate in SWEPT[low : high + 1] if rate not in results}
         best = SWEPT.index(min(results, key=lambda rate: results[rate].loss))
         wider = max(0, min(low, best - 1)), min(len(SWEPT) - 1, max(high, best + 1))
         if wider == (low, high):

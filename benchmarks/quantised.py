@@ -36,7 +36,7 @@ def main() -> None:
     found = {}
     for form in FORMS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # memory of its own
-            found[form] = process.submit(measured, args, form).result()
+            found[form] = process.submit(measure_form, args, form).result()
     print(f"{args.model_name_or_path}, {args.rows} rows, P = {args.num_virtual_tokens}\n")
     print(
         "| blocks | their bytes | resident MiB | peak above MiB | loss | gradient off by |\n|---|---|---|---|---|---|"
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(args: argparse.Namespace, form: str) -> dict[str, Any]:
+def measure_form(args: argparse.Namespace, form: str) -> dict[str, Any]:
     device, base = resolve_device(args.device), Base(args.model_name_or_path)
     model = base.load(torch.device("cpu"), torch.float32)
     tokenizer = load_tokenizer(args.tokenizer or base.folder or str(mini.BASE_DIR))

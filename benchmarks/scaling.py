@@ -62,38 +62,38 @@ def largest_load(lengths: Sequence[int], ranks: int) -> int:
     return max(sum(lengths[row] for row in hand) for hand in assign_rows(lengths, ranks))
 
 
-def loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, float]:
+def mean_loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, float]:
     """Tokens of a step of so many rows drawn from these, and of the rank that has most: means over draws."""
     drawn = [torch.randperm(len(lengths), generator=torch.Generator().manual_seed(n))[:rows] for n in range(DRAWS)]
     each = [[lengths[row] for row in order.tolist()] for order in drawn]
     return statistics.mean(map(sum, each)), statistics.mean(largest_load(some, ranks) for some in each)
 
 
-def reduction(shape: Shape, P: int, ranks: int, machine: Machine) -> float:
+def reduce_seconds(shape: Shape, P: int, ranks: int, machine: Machine) -> float:
     """Seconds of adding up the gradient of the prompt in fp64: a tree's messages, and a ring's bytes."""
     numbers = P * shape.H + SCALARS
     sent = 2 * (ranks - 1) / ranks * 8 * numbers
     return 2 * math.ceil(math.log2(ranks)) * machine.latency + sent / machine.bandwidth
 
 
-def gathering(shape: Shape, ranks: int, machine: Machine) -> float:
+def gather_seconds(shape: Shape, ranks: int, machine: Machine) -> float:
     """Seconds in which a rank receives every block twice, there and back."""
     return 2 * (ranks - 1) / ranks * 12 * shape.L * shape.H**2 * BF16.itemsize / machine.bandwidth
 
 
-def step_of(
+def step_cost(
     shape: Shape, lengths: Sequence[int], rows: int, P: int, ranks: int, machine: Machine, sharded: bool
 ) -> tuple[float, float]:
     """Seconds of a step, and the share of the ranks' time that one rank alone would need."""
-    tokens, most = loads(lengths, rows, ranks)
+    tokens, most = mean_loads(lengths, rows, ranks)
     token = operations(shape, sharded) / machine.rate
     computing = (most + P) * token
-    travelling = gathering(shape, ranks, machine) if sharded else 0.0
-    seconds = max(computing, travelling) + reduction(shape, P, ranks, machine)
+    travelling = gather_seconds(shape, ranks, machine) if sharded else 0.0
+    seconds = max(computing, travelling) + reduce_seconds(shape, P, ranks, machine)
     return seconds, (tokens + P) * token / (ranks * seconds)
 
 
-def held(shape: Shape, ranks: int) -> int:
+def sharded_bytes(shape: Shape, ranks: int) -> int:
     """Bytes of a sharded base on a rank: its share of the blocks, two blocks on their way, and all that is no block."""
     block = 12 * shape.H**2 * BF16.itemsize
     return base_bytes(shape._replace(L=0), BF16) + shape.L * block // ranks + (2 * block if ranks > 1 else 0)
@@ -118,7 +118,7 @@ def print_steps(machine: Machine, lengths: Sequence[int], args: argparse.Namespa
         for rows in args.rows:
             cells = []
             for ranks in RANKS:
-                seconds, share = step_of(shape_of(name), lengths, rows, args.P, ranks, machine, sharded)
+                seconds, share = step_cost(shape_of(name), lengths, rows, args.P, ranks, machine, sharded)
                 cells.append("–" if ranks > rows else f"{seconds:,.{0 if seconds >= 10 else 3}f} s, {share:.0%}")
             lines.append([name, rows, *cells])
     table(["base", "rows a step", *(f"{n:,} ranks" if n > 1 else "1 rank" for n in RANKS)], lines)
@@ -129,7 +129,7 @@ def print_memory(machine: Machine) -> None:
     for name in BASES:
         shape = shape_of(name)
         whole, stored = base_bytes(shape, BF16), BF16.itemsize * (12 * shape.L * shape.H**2 + shape.V * shape.H)
-        parts = [f"{held(shape, n) / GIB:.1f}" for n in RANKS[1:]]
+        parts = [f"{sharded_bytes(shape, n) / GIB:.1f}" for n in RANKS[1:]]
         lines.append([name, f"{whole / GIB:.1f}", f"{stored / machine.disk:.0f} s", *parts])
     table(["base", "whole, GiB", "its files read", *(f"{n:,} ranks" for n in RANKS[1:])], lines)
 

@@ -73,26 +73,26 @@ def synthetic(rows: int, mean: int, words: int) -> list[Example]:
 @contextmanager
 def watched_memory() -> Iterator[Callable[[], int]]:
     """The most anonymous resident bytes so far, from here on."""
-    peak, done = anonymous(), threading.Event()
+    peak, done = anonymous_bytes(), threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, anonymous())
+            peak = max(peak, anonymous_bytes())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield lambda: max(peak, anonymous())
+    yield lambda: max(peak, anonymous_bytes())
     done.set()
     thread.join()
 
 
-def anonymous() -> int:
+def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-class Reading:
+class ReadCounter:
     """Counts what os.preadv reads; if `cold`, has the system drop it at once."""
 
     def __init__(self, cold: bool):
@@ -151,7 +151,7 @@ def main() -> None:
 
 def measure(contestant: str, folder: Path, V: int, H: int, args: argparse.Namespace) -> None:
     with watched_memory() as memory:
-        engine, reading = engine_of(contestant, folder, args), Reading(args.cold)
+        engine, reading = engine_of(contestant, folder, args), ReadCounter(args.cold)
         prompt = PromptEmbedding(torch.randn(P, H, generator=torch.Generator().manual_seed(0)))
         engine.accumulate(prompt, synthetic(2, 8, V), 1.0)  # warms up
         for rows in args.rows:

@@ -76,7 +76,7 @@ def main() -> None:
             case["memory"] = {} if args.no_memory else {c.name: memory_in_child(c, job) for c in chosen}
         bases = {dtype: base.load(device, dtype) for dtype in {c.weights_dtype for c in chosen}}
         for job, case in jobs:
-            case["records"] = records = compete(job, chosen, bases, args.rounds)
+            case["records"] = records = run_rounds(job, chosen, bases, args.rounds)
             results = summary(records, peers, case["operations_per_token"])
             case["contestants"] = {c.name: results.get(c.name, {}) for c in chosen}
             cases.append(case)
@@ -136,7 +136,7 @@ def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[
     return made
 
 
-def compete(
+def run_rounds(
     job: Job, chosen: list[Contestant], bases: dict[torch.dtype, PreTrainedModel], rounds: int
 ) -> dict[str, list[Case]]:
     """Everyone's record of every round; who does not fit into memory at the warm-up is out."""

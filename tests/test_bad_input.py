@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from helpers.adapters import write_adapter
 from helpers.bases import make_bloom
-from helpers.refusals import GOOD, assert_line, jsonl, listing, refused, write_adapter
+from helpers.programs import GOOD, assert_line, jsonl, listing, refused
 from safetensors.torch import save
 
 import infer
@@ -278,7 +279,7 @@ ADAPTERS = {
         lambda f: (f / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(2)})),
         "holds w, expected one tensor 'prompt_embeddings'; give an adapter folder that PEFT or train.py",
     ),
-    "of another hidden size": (lambda f: write_adapter(f, 16), "have size 16, but .* has hidden size 32"),
+    "of another hidden size": (lambda f: write_adapter(f, hidden_size=16), "have size 16, but .* has hidden size 32"),
     "of another kind": (
         lambda f: spoil_json(f / "adapter_config.json", peft_type="LORA"),
         "peft_type is 'LORA', expected 'PROMPT_TUNING': it changes the layers of the base",

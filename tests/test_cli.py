@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from helpers.adapters import write_adapter
 from helpers.bases import make_tokenizer
-from helpers.refusals import GOOD, assert_line, jsonl, refused, write_adapter
+from helpers.programs import GOOD, assert_line, jsonl, refused
 from safetensors.torch import save
 
 import infer

@@ -1,4 +1,4 @@
-"""The reference base at its full size, with random weights: slow, so run it with `pytest -m slow -s -n 0`."""
+"""A base of the reference's full size with random weights. Slow; run it with `pytest -m slow -s -n 0`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def reference_base(tmp_path_factory, tokenizer) -> Path:
-    """Langboat/bloom-1b4-zh's configuration (1.3 B parameters) in bf16, as the hub stores such bases."""
+    """A random BLOOM with the sizes of Langboat/bloom-1b4-zh (1.3 B parameters), stored in bf16."""
     folder = tmp_path_factory.mktemp("bases") / "bloom-1b4"
     config = BloomConfig(vocab_size=46145, hidden_size=2048, n_layer=24, n_head=16, dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
@@ -30,7 +30,7 @@ def reference_base(tmp_path_factory, tokenizer) -> Path:
 
 
 def call(program: str, log: Path, *flags: str) -> float:
-    """Run a program to its end, its output into `log`; returns its peak resident memory in GiB."""
+    """Run a program, which must succeed, with its output going to `log`. Return its peak resident memory in GiB."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, str(ROOT / program), *flags], stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
@@ -39,7 +39,7 @@ def call(program: str, log: Path, *flags: str) -> float:
 
 
 @pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_two_steps_and_an_answer(precision, reference_base, tmp_path):
+def test_train_two_steps_and_answer(precision, reference_base, tmp_path):
     rows = [{"instruction": "给出建议" * (1 + i % 9), "output": "多运动" * (1 + i % 5)} for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     where = ["--model_name_or_path", str(reference_base), "--dataset", str(tmp_path / "rows.jsonl")]

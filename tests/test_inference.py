@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.asking import GREEDY, called, lines_of
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
 from helpers.peers import naive_loss
-from helpers.refusals import assert_line, jsonl, refused
+from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, run_infer
 
 import infer
 import softprompt
@@ -32,8 +31,8 @@ MIXED = ["--adapter", "first=a", "--prompts_file", "p.jsonl", "--output_file", "
 
 def test_each_line_of_a_file_may_name_its_adapter(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
-    out = called([*MIXED, *GREEDY], capsys, monkeypatch)
-    lines = lines_of(place / "out.jsonl")
+    out = run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
+    lines = read_jsonl(place / "out.jsonl")
     model = softprompt.SoftPromptModel.from_pretrained(adapter={"first": "a", "b": "b"})
     questions = [{n: v for n, v in p.items() if n != "adapter"} for p in PROMPTS]
     expected = [
@@ -56,7 +55,7 @@ def test_each_line_of_a_file_may_name_its_adapter(place, capsys, monkeypatch):
 
 def test_no_default_adapter_is_looked_for_where_every_line_names_one(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl({"prompt": "今天", "adapter": "a"}, {"prompt": "b", "adapter": "none"}))
-    lines = called(["--prompts_file", "p.jsonl", *GREEDY], capsys, monkeypatch).splitlines()
+    lines = run_infer(["--prompts_file", "p.jsonl", *GREEDY], capsys, monkeypatch).splitlines()
     assert [json.loads(line)["adapter"] for line in lines] == ["a", "none"]
 
 
@@ -67,11 +66,11 @@ def test_the_same_command_goes_on_where_it_stopped(kept, torn, sampled, place, c
     """Without --seed, too: the samples that are yet to come are those of the run that was stopped."""
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
     how = ["--max_new_tokens", "5", "--temperature", "3"] if sampled else GREEDY
-    called([*MIXED, *how], capsys, monkeypatch)
+    run_infer([*MIXED, *how], capsys, monkeypatch)
     whole = (place / "out.jsonl").read_bytes()
     cut = b"".join(whole.splitlines(keepends=True)[:kept]) + torn.encode()
     (place / "out.jsonl").write_bytes(cut)
-    called([*MIXED, *how, "--batch_size", "3"], capsys, monkeypatch)
+    run_infer([*MIXED, *how, "--batch_size", "3"], capsys, monkeypatch)
     assert (place / "out.jsonl").read_bytes() == whole
 
 
@@ -123,14 +122,14 @@ OTHER_RUNS = {
 @pytest.mark.parametrize("change", OTHER_RUNS, ids=lambda f: f.__name__)
 def test_an_output_file_from_another_run_is_refused(change, place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
-    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
     change(place)
     before = (place / "out.jsonl").read_bytes()
     argv = [*MIXED, *GREEDY]
     lines = refused(infer, argv, capsys, monkeypatch, place)
     assert_line(lines, OTHER_RUNS[change])
     assert (place / "out.jsonl").read_bytes() == before
-    called([*argv, "--overwrite_output_file"], capsys, monkeypatch)
+    run_infer([*argv, "--overwrite_output_file"], capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "notes.txt", "a/adapter_config.json"])
@@ -143,17 +142,17 @@ def test_a_file_that_holds_no_answers_is_not_overwritten(name, place, capsys, mo
 
 def test_answers_of_an_earlier_version_which_noted_no_tokenizer_go_on(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
-    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
     whole = (place / "out.jsonl").read_bytes()
     (place / "out.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
     note(place)
-    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
     assert (place / "out.jsonl").read_bytes() == whole
 
 
 def test_other_settings_are_another_run(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
-    called([*MIXED, *GREEDY], capsys, monkeypatch)
+    run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
     line = refused(infer, [*MIXED, *GREEDY, "--top_k", "3"], capsys, monkeypatch, place)
     assert_line(line, "is from another run, with top_k null")
 
@@ -210,7 +209,7 @@ REFUSED = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_is_refused(flags, place, tiny_base, capsys, monkeypatch):
     write_adapter(place / "other", Path("some/base"), 3)
-    write_adapter(place / "wide", tiny_base, 3, size=16)
+    write_adapter(place / "wide", tiny_base, 3, hidden_size=16)
     (place / "unknown.jsonl").write_bytes(
         jsonl({"prompt": "a", "adapter": "a"}, {"prompt": "b", "adapter": "sentiment"})
     )
@@ -241,9 +240,9 @@ def test_several_samples(place, capsys, monkeypatch):
         "--max_new_tokens",
         "5",
     ]
-    several = called([*how, "--prompt", "你好"], capsys, monkeypatch)
+    several = run_infer([*how, "--prompt", "你好"], capsys, monkeypatch)
     (place / "p.txt").write_text("你好\n再见", encoding="utf-8")
-    lines = [json.loads(x) for x in called([*how, "--prompts_file", "p.txt"], capsys, monkeypatch).splitlines()]
+    lines = [json.loads(x) for x in run_infer([*how, "--prompts_file", "p.txt"], capsys, monkeypatch).splitlines()]
     assert [set(line) for line in lines] == [{"prompt", "adapter", "texts"}] * 2
     assert len(set(lines[0]["texts"])) > 1 and several == "\n".join(lines[0]["texts"]) + "\n"
 
@@ -256,7 +255,7 @@ def test_a_streamed_answer_is_the_answer(place, capsys, monkeypatch):
     ):
         for engine in ("packed", "padded"):
             ask = ["--adapter", "a", "--prompt", "今天天气", "--engine", engine, *flags]
-            outs = {called([*ask, "--stream", how], capsys, monkeypatch) for how in ("true", "false")}
+            outs = {run_infer([*ask, "--stream", how], capsys, monkeypatch) for how in ("true", "false")}
             assert len(outs) == 1
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     pieces = []
@@ -314,11 +313,11 @@ def test_choices(place, capsys, monkeypatch):
             verdict.probabilities.values()
         )
     ask = ["--adapter", "a", "--choices", "正面,负面,ok"]
-    label, probability = called([*ask, "--prompt", "这部电影"], capsys, monkeypatch).split()
+    label, probability = run_infer([*ask, "--prompt", "这部电影"], capsys, monkeypatch).split()
     spaced = ["--adapter", "a", "--choices", "正面, 负面 ，ok", "--prompt", "这部电影"]
-    assert called(spaced, capsys, monkeypatch).split() == [label, probability]
+    assert run_infer(spaced, capsys, monkeypatch).split() == [label, probability]
     (place / "p.jsonl").write_bytes(jsonl({"prompt": "这部电影"}, {"prompt": "这部电影", "adapter": "b"}))
-    lines = [json.loads(x) for x in called([*ask, "--prompts_file", "p.jsonl"], capsys, monkeypatch).splitlines()]
+    lines = [json.loads(x) for x in run_infer([*ask, "--prompts_file", "p.jsonl"], capsys, monkeypatch).splitlines()]
     assert lines[0]["text"] == label and float(probability) == pytest.approx(lines[0]["probability"], abs=1e-4)
     assert lines[1]["adapter"] == "b"
 
@@ -334,7 +333,7 @@ def test_side_by_side(place, capsys, monkeypatch):
     rows = [{"instruction": f"第{n}", "q": f"第{n}", "output": "正面" if n % 3 else "负面"} for n in range(6)]
     (place / "rows.jsonl").write_bytes(jsonl(*rows))
     argv = ["--adapter", "x=a", "--adapter", "b", "--adapter", "none", "--eval_dataset", "rows.jsonl"]
-    out = called(argv, capsys, monkeypatch)
+    out = run_infer(argv, capsys, monkeypatch)
     head, _, *figures = out.splitlines()
     assert head.split() == ["x", "b", "none"]
     assert [line.split("  ")[0] for line in figures[:5]] == [
@@ -370,7 +369,7 @@ def test_a_base_is_one_however_its_folder_is_spelt(place, tiny_base, capsys, mon
     (place / "link").symlink_to(tiny_base)
     write_adapter(place / "d", place / "link", 4)
     (place / "p.jsonl").write_bytes(jsonl({"prompt": "好"}, {"prompt": "好", "adapter": "d"}))
-    out = called(["--adapter", "a", "--adapter", "c", "--prompts_file", "p.jsonl", *GREEDY], capsys, monkeypatch)
+    out = run_infer(["--adapter", "a", "--adapter", "c", "--prompts_file", "p.jsonl", *GREEDY], capsys, monkeypatch)
     assert len(out.splitlines()) >= 2
     model = softprompt.SoftPromptModel.from_pretrained(adapter=["a", "c"])
     model.load_adapter("d")

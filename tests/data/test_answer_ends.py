@@ -107,7 +107,7 @@ def test_answers_of_a_run_stop(name, told, run_of, tmp_path):
 
 
 def test_saved_ends_may_be_a_number(tmp_path, tiny_base):
-    from helpers.bases import write_adapter
+    from helpers.adapters import write_adapter
 
     write_adapter(tmp_path / "a", tiny_base, 2)
     of_base = GenerationConfig(do_sample=True, top_h=0.4, epsilon_cutoff=0.1, early_stopping=True, output_scores=True)

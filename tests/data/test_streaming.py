@@ -11,8 +11,8 @@ import datasets
 import pytest
 import torch
 from helpers.distributed import finished, torchrun
-from helpers.interruptions import interrupted, outcome
-from helpers.refusals import refused
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 from safetensors.torch import load_file
 
 import softprompt

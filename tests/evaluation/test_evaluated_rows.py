@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.asking import called, refusal
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
+from helpers.programs import refusal, run_infer
 
 import infer
 import softprompt
@@ -63,7 +63,7 @@ def test_exact_match_covers_rows_with_whole_answers(settings, capsys, monkeypatc
     assert results["eval_exact_match_rows"] == whole and f"| eval_exact_match_rows | {whole} |" in Path(
         "run/README.md"
     ).read_text(encoding="utf-8")
-    out = called(["--adapter", "run", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    out = run_infer(["--adapter", "run", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert f"over the {whole} of {kept} rows" in out and f"{kept} of {len(rows)} rows" in out
     (line,) = [line for line in out.splitlines() if line.startswith("exact match  ")]
     assert line.split()[-1] == f"{run.metrics['eval_exact_match']:.1%}"
@@ -119,7 +119,7 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     assert beside["columns"] == {"instruction": "text", "output": "label"}
 
     def evaluated(*flags) -> dict[str, str]:
-        out = called(["--adapter", "run", "--eval_dataset", *flags], capsys, monkeypatch)
+        out = run_infer(["--adapter", "run", "--eval_dataset", *flags], capsys, monkeypatch)
         return {" ".join(line.split()[:-1]): line.split()[-1] for line in out.splitlines() if line.strip()}, out
 
     figures, out = evaluated("rows.jsonl")
@@ -150,21 +150,21 @@ def test_adapters_trained_with_other_lengths_are_evaluated_on_the_same_rows(plac
     beside("c", max_length=300, truncation_side="input")
     written("rows.jsonl", [row(n, 2, label) for n, label in ((3, "b"), (60, "c"), (90, "b"))])
     argv = ["--adapter", "a", "--adapter", "c", "--adapter", "none", "--eval_dataset", "rows.jsonl"]
-    out = called(argv, capsys, monkeypatch)
+    out = run_infer(argv, capsys, monkeypatch)
     assert "--max_length 40, 300; all are evaluated with 300" in out and "all are evaluated with input" in out
-    given = called([*argv, "--max_length", "300", "--truncation_side", "input"], capsys, monkeypatch)
+    given = run_infer([*argv, "--max_length", "300", "--truncation_side", "input"], capsys, monkeypatch)
     assert out.splitlines()[:8] == given.splitlines()[:8] and "were trained with" not in given
-    alone = called(["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    alone = run_infer(["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 40 --truncation_side output: 1 of 3 rows" in alone and "were trained with" not in alone
 
 
 def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys, monkeypatch):
     written("rows.jsonl", [row(3, 2), row(300, 2)])
-    out = called(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 256 --truncation_side output: 1 of 2 rows" in out
     Path("t.txt").write_text("a" * 50)
     beside("a", max_length=7)
-    assert "--max_length 7 " in called(["--adapter", "a", "--eval_dataset", "t.txt"], capsys, monkeypatch)
+    assert "--max_length 7 " in run_infer(["--adapter", "a", "--eval_dataset", "t.txt"], capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_labels_are_scored_with_the_white_space_of_the_rows(place, capsys, monke
     results = model.classify([one["instruction"] for one in rows], [" 负面", " 正面"])
     right = sum(v.label == one["output"] for v, one in zip(results, rows, strict=True))
     for choices in ([], ["--choices", "负面,正面"]):
-        out = called(["--adapter", "a", "--eval_dataset", "rows.jsonl", *choices], capsys, monkeypatch)
+        out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl", *choices], capsys, monkeypatch)
         assert f"accuracy (likelier label)  {right / 4:.1%}" in out
 
 

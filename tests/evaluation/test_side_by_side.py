@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers.asking import called
-from helpers.refusals import assert_line, jsonl, refused
+from helpers.programs import assert_line, jsonl, refused, run_infer
 
 import infer
 import softprompt
@@ -36,7 +35,7 @@ def naive_perplexity(model, prompt, ids, max_length):
 def test_perplexity_of_a_plain_text(max_length, engine, place, capsys, monkeypatch):
     (place / "t.TXT").write_bytes(TEXT.encode())
     flags = ["--adapter", "x=a", "--adapter", "b", "--adapter", "none", "--eval_dataset", "t.TXT", "--engine", engine]
-    out = called([*flags, "--max_length", max_length], capsys, monkeypatch)
+    out = run_infer([*flags, "--max_length", max_length], capsys, monkeypatch)
     head, _, *figures = out.splitlines()
     assert head.split() == ["x", "b", "none"] and [line.split()[0] for line in figures] == ["loss", "perplexity"]
     model = softprompt.SoftPromptModel.from_pretrained(adapter={"x": "a", "b": "b"})
@@ -88,7 +87,7 @@ def test_refused_evaluations(flags, place, capsys, monkeypatch):
 
 def test_an_answer_outside_the_choices_counts_as_wrong(place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*ROWS))
-    out = called(["--adapter", "a", "--choices", "负面, 正面", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    out = run_infer(["--adapter", "a", "--choices", "负面, 正面", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert out.splitlines()[-1].startswith("1 of 2 rows") and "'ok'" in out.splitlines()[-1]
     assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["负面", "正面", "ok"]
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")

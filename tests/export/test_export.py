@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import write_adapter_for
 from helpers.bases import make_bloom, make_tokenizer
-from helpers.exports import write_adapter
 from helpers.peers import peft_model
-from helpers.refusals import refused
+from helpers.programs import refused
 from helpers.small_bases import small_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +108,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     models["mini"] = AutoModelForCausalLM.from_pretrained(base_path("mini"))
     made = []
     for number, (name, base) in enumerate(bases.items()):
-        adapter = write_adapter(root / "adapters" / name, models[name], base, 5 + number, template="default")
+        adapter = write_adapter_for(root / "adapters" / name, models[name], base, 5 + number, template="default")
         made.append((name, base, adapter, "float32"))
     made.append(("mini bfloat16", "mini", root / "adapters" / "mini", "bfloat16"))
     for name, _, adapter, dtype in made:
@@ -335,7 +335,7 @@ def test_special_tokens_of_the_tokenizer_are_placed_as_in_training():
 def test_a_prompt_for_an_exported_model_gets_new_token_names(cases, tmp_path):
     first = cases["tiny"]
     model = AutoModelForCausalLM.from_pretrained(first.folder)
-    adapter = write_adapter(tmp_path / "second", model, str(first.folder), 2)
+    adapter = write_adapter_for(tmp_path / "second", model, str(first.folder), 2)
     export(adapter, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert new_token_names(AutoTokenizer.from_pretrained(first.folder), 1) == ["<|softprompt2_0|>"]
@@ -349,7 +349,7 @@ def test_generation_settings_come_from_the_adapter(tmp_path, tiny_base, cases):
     assert (defaults.max_length, defaults.do_sample, defaults.top_k) == (256 + cases["tiny"].P, True, 50)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     saved = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 17, "repetition_penalty": 1.2}
-    export(write_adapter(tmp_path / "a", model, str(tiny_base), 2, generation=saved), tmp_path / "out")
+    export(write_adapter_for(tmp_path / "a", model, str(tiny_base), 2, generation=saved), tmp_path / "out")
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     assert {name: getattr(found, name) for name in saved} == saved and found.max_length is None
     greedy = GenerationSettings(do_sample=False, max_length=20)
@@ -389,7 +389,7 @@ def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):
 
 def test_a_base_that_changes_its_embeddings_is_refused(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", llama())
-    adapter = write_adapter(tmp_path / "adapter", llama(), str(base), 2)
+    adapter = write_adapter_for(tmp_path / "adapter", llama(), str(base), 2)
     read = plain_model.read_base
 
     def shifted(name: str) -> Any:
@@ -406,15 +406,15 @@ def test_a_base_that_changes_its_embeddings_is_refused(tmp_path, monkeypatch):
 def bad(tmp_path: Path, tiny_base: Path) -> dict[str, tuple[list[str], str]]:
     tiny = AutoModelForCausalLM.from_pretrained(tiny_base)
     name = str(tiny_base)
-    good = str(write_adapter(tmp_path / "good", tiny, name, 2))
-    nameless = write_adapter(tmp_path / "nameless", tiny, name, 2)
+    good = str(write_adapter_for(tmp_path / "good", tiny, name, 2))
+    nameless = write_adapter_for(tmp_path / "nameless", tiny, name, 2)
     config = json.loads((nameless / CONFIG_FILE).read_text())
     (nameless / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    deeper = write_adapter(tmp_path / "deeper", make_bloom(n_layer=3), name, 2)
-    chat = write_adapter(tmp_path / "chat", tiny, name, 2, template="chat")
-    roles = write_adapter(tmp_path / "roles", tiny, name, 2, template="{a} {role}")
-    odd = write_adapter(tmp_path / "odd", tiny, name, 2, generation={"top_p": 7})
-    unknown = write_adapter(tmp_path / "unknown", tiny, name, 2, generation={"beams": 7})
+    deeper = write_adapter_for(tmp_path / "deeper", make_bloom(n_layer=3), name, 2)
+    chat = write_adapter_for(tmp_path / "chat", tiny, name, 2, template="chat")
+    roles = write_adapter_for(tmp_path / "roles", tiny, name, 2, template="{a} {role}")
+    odd = write_adapter_for(tmp_path / "odd", tiny, name, 2, generation={"top_p": 7})
+    unknown = write_adapter_for(tmp_path / "unknown", tiny, name, 2, generation={"beams": 7})
     (tmp_path / "a_file").write_text("x")
     (tmp_path / "a_folder").mkdir()
     out = ["--output", "out"]
@@ -447,7 +447,7 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(tmp_path, tiny_base
 
 
 def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, tiny_base, capsys, monkeypatch):
-    adapter = str(write_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), str(tiny_base), 2))
+    adapter = str(write_adapter_for(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), str(tiny_base), 2))
     argv = [adapter, "--output", "deep/out"]
     (tmp_path / "deep").mkdir()
     capsys.readouterr()
@@ -466,7 +466,7 @@ def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, tiny_base, c
 
 
 def test_an_adapter_for_a_base_of_another_name_is_exported_with_a_warning(tmp_path, tiny_base, capsys):
-    adapter = write_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), "hub/name", 2)
+    adapter = write_adapter_for(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), "hub/name", 2)
     export(adapter, tmp_path / "out", model_name_or_path=str(tiny_base))
     assert "warning: the adapter was trained on hub/name" in capsys.readouterr().err
     with pytest.raises(SoftpromptError, match="exists already"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from helpers.refusals import refused
+from helpers.programs import refused
 from helpers.reported_runs import settings_in
 
 import softprompt
@@ -25,7 +25,7 @@ from softprompt.config.loader import train_config
 from softprompt.export.push_to_hub import UPLOADED_FILES
 from softprompt.utils import hub
 
-pytestmark = pytest.mark.reports
+pytestmark = pytest.mark.pictures
 TOKEN = "not_to_be_told_anywhere"
 
 

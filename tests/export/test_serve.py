@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.exports import write_adapter
+from helpers.adapters import write_adapter_for
 from transformers import AutoModelForCausalLM
 
 from softprompt import SoftPromptModel
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     root = tmp_path_factory.mktemp("serve")
     base = AutoModelForCausalLM.from_pretrained(base_path("mini"))
     saved = {"do_sample": False, "max_new_tokens": 12}
-    adapter = write_adapter(root / "adapter", base, "mini", 6, generation=saved)
+    adapter = write_adapter_for(root / "adapter", base, "mini", 6, generation=saved)
     export(adapter, root / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.asking import GREEDY, called
+from helpers.programs import GREEDY, run_infer
 
 import infer
 import softprompt
@@ -134,7 +134,7 @@ def test_infer_without_a_prompt_chats_on_a_terminal(place, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", typist)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    out = called(["--adapter", "a", *GREEDY], capsys, monkeypatch)
+    out = run_infer(["--adapter", "a", *GREEDY], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     assert out.splitlines()[1] == model.generate("今天", do_sample=False, max_new_tokens=5)
 

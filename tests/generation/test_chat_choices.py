@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.asking import called, lines_of
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
 from helpers.peers import naive_loss
+from helpers.programs import read_jsonl, run_infer
 
 import softprompt
 from softprompt.data.template import Template
@@ -89,7 +89,7 @@ def test_labels_are_the_texts_of_the_rows(chat, capsys, monkeypatch):
     right = sum(one.label == answer for one, (_, answer) in zip(results, ROWS, strict=True))
     argv = ["--adapter", "a", "--eval_dataset", "rows.jsonl"]
     for choices in ([], ["--choices", "负面,正面"]):
-        out = called([*argv, *choices], capsys, monkeypatch)
+        out = run_infer([*argv, *choices], capsys, monkeypatch)
         assert f"accuracy (likelier label)  {right / len(ROWS):.1%}" in out
         assert [line.split()[0] for line in out.splitlines()[-2:]] == ["负面", "正面"]
 
@@ -99,10 +99,10 @@ def test_choices_of_prompts(chat, capsys, monkeypatch):
     argv = ["--adapter", "a", "--choices", ",".join(CHOICES)]
     expected = [one.label for one in model.classify([conversation(chat, question) for question, _ in ROWS], CHOICES)]
     written("p.jsonl", [conversation(chat, question) for question, _ in ROWS])
-    called([*argv, "--prompts_file", "p.jsonl", "--output_file", "out.jsonl"], capsys, monkeypatch)
-    assert [line["text"] for line in lines_of(Path("out.jsonl"))] == expected
+    run_infer([*argv, "--prompts_file", "p.jsonl", "--output_file", "out.jsonl"], capsys, monkeypatch)
+    assert [line["text"] for line in read_jsonl(Path("out.jsonl"))] == expected
     if chat != "system":
-        assert called([*argv, "--prompt", "很好"], capsys, monkeypatch).split()[0] in CHOICES
+        assert run_infer([*argv, "--prompt", "很好"], capsys, monkeypatch).split()[0] in CHOICES
 
 
 def test_an_ensemble_of_conversations(chat, tmp_path, capsys, monkeypatch):
@@ -111,7 +111,7 @@ def test_an_ensemble_of_conversations(chat, tmp_path, capsys, monkeypatch):
     write_adapter(tmp_path / "c", tmp_path / "base", 4, "chat", seed=3)
     written("rows.jsonl", [conversation(chat, *row) for row in ROWS])
     argv = [flag for name in "abc" for flag in ("--adapter", name)]
-    out = called([*argv, "--ensemble", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    out = run_infer([*argv, "--ensemble", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "ensemble of 3:" in out and "exact match" in out
 
 

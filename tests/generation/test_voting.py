@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers.asking import GREEDY, called, lines_of
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
 from helpers.peers import naive_loss
-from helpers.refusals import assert_line, jsonl, refused
+from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, run_infer
 
 import infer
 import softprompt
@@ -154,23 +153,23 @@ def test_on_the_command_line(place, capsys, monkeypatch):
     expected = model.ensemble().generate(QUESTIONS, do_sample=False, max_new_tokens=5)
     (place / "p.txt").write_text("\n".join(QUESTIONS), encoding="utf-8")
     ask = [*ALL, "--ensemble", *GREEDY]
-    assert called([*ask, "--prompt", QUESTIONS[0], "--stream"], capsys, monkeypatch) == expected[0] + "\n"
+    assert run_infer([*ask, "--prompt", QUESTIONS[0], "--stream"], capsys, monkeypatch) == expected[0] + "\n"
     into = [*ask, "--prompts_file", "p.txt", "--output_file", "o.jsonl"]
-    called(into, capsys, monkeypatch)
+    run_infer(into, capsys, monkeypatch)
     whole = (place / "o.jsonl").read_bytes()
-    assert [(line["adapter"], line["text"]) for line in lines_of(place / "o.jsonl")] == [
+    assert [(line["adapter"], line["text"]) for line in read_jsonl(place / "o.jsonl")] == [
         (NAMES[:4], text) for text in expected
     ]
     (place / "o.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"prom')
-    called(into, capsys, monkeypatch)
+    run_infer(into, capsys, monkeypatch)
     assert (place / "o.jsonl").read_bytes() == whole
     line = refused(infer, [*into, "--voting", "mean_likelihood"], capsys, monkeypatch, place)
     assert_line(line, 'is from another run, with ensemble "default"')
     choices = ["--choices", "正面, 负面"]
     (result,) = model.ensemble().classify([QUESTIONS[0]], ["正面", "负面"])
-    label, probability = called([*ask, *choices, "--prompt", QUESTIONS[0]], capsys, monkeypatch).split()
+    label, probability = run_infer([*ask, *choices, "--prompt", QUESTIONS[0]], capsys, monkeypatch).split()
     assert label == result.label and float(probability) == pytest.approx(result.probability, abs=1e-4)
-    found = called([*ask, *choices, "--prompts_file", "p.txt"], capsys, monkeypatch).splitlines()
+    found = run_infer([*ask, *choices, "--prompts_file", "p.txt"], capsys, monkeypatch).splitlines()
     assert [json.loads(line)["text"] for line in found] == [
         one.label for one in model.ensemble().classify(QUESTIONS, ["正面", "负面"])
     ]
@@ -191,7 +190,7 @@ def test_in_evaluation(voting, place, capsys, monkeypatch):
     monkeypatch.setattr(Evaluator, "_answers", lambda self, generator, prompt: given[len(prompt)])
     (place / "rows.jsonl").write_bytes(jsonl(*rows))
     how = [*ALL, "--ensemble", "--eval_dataset", "rows.jsonl", "--choices", "正面,负面"]
-    out = called([*how[2:4], *how[:2], *how[6:], *(["--voting", voting] if voting else [])], capsys, monkeypatch)
+    out = run_infer([*how[2:4], *how[:2], *how[6:], *(["--voting", voting] if voting else [])], capsys, monkeypatch)
     lines = {line[:26].strip(): line.split()[-1] for line in out.split("\n\n")[0].splitlines()}
     assert out.split("\n")[0].split() == ["p1", "p0", "p3", "ensemble", "of", "3"]
     total, targets = 0.0, 0
@@ -233,7 +232,7 @@ def test_refused_flags(flags, place, tiny_base, capsys, monkeypatch):
     (place / "stray/adapter_config.json").write_text(
         (place / "stray/adapter_config.json").read_text().replace(str(place / "nothing"), "some/base")
     )
-    write_adapter(place / "wide", tiny_base, 3, size=16)
+    write_adapter(place / "wide", tiny_base, 3, hidden_size=16)
     write_adapter(place / "long", tiny_base, 3, "a long way to say it " * 3 + "{instruction}")
     (place / "own.jsonl").write_bytes(jsonl({"prompt": "a"}, {"prompt": "b", "adapter": "p0"}))
     (place / "rows.jsonl").write_bytes(

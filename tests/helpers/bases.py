@@ -1,22 +1,19 @@
-"""Tiny bases, tokenizers and adapters that are made on the spot."""
+"""Random BLOOM models and a tokenizer, made on the spot."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
-
-from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
-from softprompt.utils.atomic_io import write_folder
 
 TEXTS = [
     "Human: 我爱这部电影\n\nAssistant: 正面",
     "Human: 这家酒店太差了\n\nAssistant: 负面",
     "Human: hello\n\nAssistant: ok",
 ]
-
-
 BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # BLOOM's pre-tokenizer
 
 
@@ -58,7 +55,15 @@ def make_bloom(
     return model
 
 
-def write_adapter(folder: Path, base: Path, P: int, template: str = "default", seed: int = 0, size: int = 32) -> None:
-    values = torch.randn(P, size, generator=torch.Generator().manual_seed(seed))
-    config = peft_config(str(base), make_bloom(hidden_size=size).config, values, "RANDOM")
-    write_folder(folder, adapter_files(Adapter(values, config, {"template": template})))
+def write_deep_bloom(folder: Path, H: int = 1024, L: int = 15, N: int = 16, dtype: torch.dtype = torch.float32) -> None:
+    """Write a BLOOM of many layers and a small vocabulary, one file a layer. All layers have the same weights, so that
+    only one is drawn."""
+    one = make_bloom(H, 1, N, initializer_range=0.02).to(dtype)
+    block = {n: t for n, t in one.state_dict().items() if n != "lm_head.weight"}
+    BloomConfig(hidden_size=H, n_layer=L, n_head=N, vocab_size=300, dtype=dtype).save_pretrained(folder)
+    names = {}
+    for i in range(L):
+        renamed = {n.replace(".h.0.", f".h.{i}."): t for n, t in block.items() if ".h.0." in n or i == 0}
+        save_file(renamed, folder / f"model-{i}.safetensors")
+        names |= dict.fromkeys(renamed, f"model-{i}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))

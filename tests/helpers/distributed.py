@@ -1,4 +1,4 @@
-"""Shared by several test modules."""
+"""Programs under torchrun: start them, find their ranks, wait for them, read what they wrote."""
 
 import json
 import os
@@ -8,11 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
 HELD = ["--eval_strategy", "steps", "--eval_steps", "20"]
-
-
 RUN = ["--dataset", "mini:sentiment", "--max_steps", "40", "--save_steps", "8", "--logging_steps", "1", *HELD]
 
 
@@ -26,13 +22,14 @@ def torchrun(n, *command, **options):
 
 
 def finished(process, code=0):
+    """Wait for a process, which must end with exit code `code`. Return what it wrote to stdout and stderr."""
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     return out, err
 
 
 def pid_of(launcher, rank):
-    """The process of a rank, once it is there."""
+    """Wait until a rank runs. Return its process id."""
     while launcher.poll() is None:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -45,10 +42,12 @@ def pid_of(launcher, rank):
 
 
 def wait_for(path, launcher):
+    """Wait until `path` exists; fail if the launcher ends first."""
     while not path.exists():
         assert launcher.poll() is None, launcher.communicate()[1]
         time.sleep(0.02)
 
 
 def metrics_in(folder):
+    """The records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,6 @@
-"""Training runs in processes of their own, to be killed, signalled or starved; what goes wrong in them is a hook.
+"""Training runs in processes of their own, in which faults are injected by hooks.
 
-A fork server has torch loaded already, so that a run takes about a second.
+They are forked from a server that has imported torch, so that a run takes about a second.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.short_runs import WITHOUT_PICTURES
 from tqdm import tqdm
 
 import train
@@ -33,7 +34,7 @@ NOBODY = 65534
 
 
 def start_server() -> None:
-    """With this module, and so torch, loaded; the server looks for it where PYTHONPATH says."""
+    """Start the fork server, with this module and torch imported. It finds the module through PYTHONPATH."""
     here = Path(__file__).parents[1]
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), f"{here}{os.pathsep}{here.parent}"
     SERVER.set_forkserver_preload(["helpers.fuzz"])
@@ -45,7 +46,8 @@ def start_server() -> None:
 
 
 class Child:
-    """A run of train.py with `flags` in `folder`, `hook(folder)` before it; what it says is in `folder`/`log`."""
+    """A run of train.py with `flags`, in `folder`; `hook(folder)` is called before. stdout and stderr go to
+    `folder`/`log`."""
 
     def __init__(self, folder: Path, flags: list[str], hook: Callable[[Path], object] | None = None, log: str = "log"):
         self.log = folder / log
@@ -61,8 +63,8 @@ class Child:
         self.process.join()
 
     def ended(self) -> tuple[int, list[str]]:
-        """Its exit code and what it wrote, line by line."""
-        self.process.join(60)
+        """Wait for the end. Return the exit code and the lines of the log."""
+        self.process.join(300)
         assert self.process.exitcode is not None, "it hangs: " + self.log.read_text()
         return self.process.exitcode, self.log.read_text().splitlines()
 
@@ -74,7 +76,8 @@ def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is for several processes, and left behind by those that are killed
+    tqdm.set_lock(threading.RLock())  # its default lock is shared between processes, and a killed one may hold it
+    sys.modules |= WITHOUT_PICTURES
     if hook:
         hook(folder)
     sys.argv = ["train.py", *flags]
@@ -85,18 +88,19 @@ def _child(folder: Path, flags: list[str], hook: Callable[[Path], object] | None
 
 
 def run(folder: Path, flags: list[str], hook: Callable[[Path], object] | None = None) -> tuple[int, list[str]]:
+    """Run train.py to its end. Return the exit code and the lines that it wrote."""
     return Child(folder, flags, hook).ended()
 
 
 def outcome(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    """The prompt's bytes, and the metrics but for speeds."""
+    """What two equal runs have in common: the prompt's bytes, and the metrics without speeds."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plain = [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
     return (folder / "adapter_model.safetensors").read_bytes(), plain
 
 
 def before(owner: object, name: str, count: int, act: Callable[[], object]) -> None:
-    """Let `act` happen just before the `count`-th call of a function."""
+    """Call `act` just before the `count`-th call of the function `owner`.`name`."""
     original, calls = getattr(owner, name), iter(range(1, 1 << 30))
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -107,11 +111,11 @@ def before(owner: object, name: str, count: int, act: Callable[[], object]) -> N
     setattr(owner, name, called)
 
 
-# Hooks: each is called with the run's folder, in the process of the run, before anything else.
+# Hooks. Each is called in the process of the run, before anything else, with the folder that it runs in.
 
 
 def slow_disk(folder: Path) -> None:
-    """Every file takes a while, and comes in pieces."""
+    """Write each file slowly, in three pieces."""
 
     def write(path: Path, content: bytes) -> None:
         with open(path, "wb") as file:
@@ -134,7 +138,7 @@ def signal_in_first_step(folder: Path) -> None:
 
 
 def signal_mid_window(folder: Path) -> None:
-    before(packed, "collate_packed", 4, _signal)  # windows are cut into several micro-batches
+    before(packed, "collate_packed", 4, _signal)  # each window has several micro-batches
 
 
 def signal_in_evaluation(folder: Path) -> None:
@@ -160,11 +164,11 @@ def signal_while_saving(folder: Path) -> None:
 
 
 def two_signals_while_saving(folder: Path) -> None:
-    before_checkpoint_file(4, lambda: (_signal(), _signal()))
+    before_checkpoint_file(3, lambda: (_signal(), _signal()))
 
 
 def disk_full_at_step_5(folder: Path) -> None:
-    """No file may be larger than 3,000 bytes any more."""
+    """Limit the size of files to 3,000 bytes."""
     before(RunCallbacks, "on_step", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
 
 
@@ -173,7 +177,7 @@ def folder_removed_at_step_5(folder: Path) -> None:
 
 
 def folder_read_only_at_step_5(folder: Path) -> None:
-    """To root nothing is read-only: it goes on as nobody, whom the folder does not belong to."""
+    """Make the output folder read-only. Root may write anyway, so it becomes another user instead."""
     root = os.geteuid() == 0
     before(RunCallbacks, "on_step", 5, lambda: os.seteuid(NOBODY) if root else (folder / "run").chmod(0o555))
 
@@ -188,7 +192,7 @@ def metrics_unwritable_at_step_2(folder: Path) -> None:
 
 
 def terminal_gone_at_step_2(folder: Path) -> None:
-    """Whoever read what the run says has gone."""
+    """Close the pipe that stderr goes to, as a terminal that is closed."""
 
     def close() -> None:
         read, write = os.pipe()
@@ -200,7 +204,7 @@ def terminal_gone_at_step_2(folder: Path) -> None:
 
 
 def clock_jumps(folder: Path) -> None:
-    """The time of day goes back and forth by up to months between any two looks at it."""
+    """Make time.time jump back and forth by four months at each call, and fix the time in folder names."""
     real, jumps = time.time, iter(range(1, 1 << 30))
     time.time = lambda: real() + (-1) ** next(jumps) * 1e7
     time.strftime = lambda form: "20000101-000000"

@@ -1,4 +1,4 @@
-"""Files that nobody would write: data files for the readers, adapter folders for the loader."""
+"""Damaged and hostile files: data files for the readers, adapter folders for the loader."""
 
 import contextlib
 import csv
@@ -41,7 +41,8 @@ class DataFile:
     content: bytes
 
     def check(self, path: Path, load_rows: Any, template: Any) -> str:
-        """What became of it; whatever is neither taken nor refused as it should be fails."""
+        """Read it. Return "accepted", "refused" or "refused with its row"; fail if it is neither accepted nor refused
+        in one line that names the file."""
         try:
             rows = load_rows(str(path), template, {})
         except DataError as error:
@@ -63,7 +64,7 @@ def data_files(draw: Any) -> DataFile:
     if draw(st.booleans()):
         rows.insert(draw(st.integers(0, len(rows))), draw(BAD))
     content = _written(kind, rows)
-    if draw(st.integers(0, 3)) == 0 and content:  # spoiled as bytes
+    if draw(st.integers(0, 3)) == 0 and content:  # damage the bytes
         at = draw(st.integers(0, len(content) - 1))
         content = draw(
             st.sampled_from(
@@ -101,7 +102,7 @@ def _written(kind: str, rows: list[Any]) -> bytes:
 
 
 class Evil:
-    """A pickle of this would run a command."""
+    """Unpickling this runs a command."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch harmed",)
@@ -152,7 +153,7 @@ def _mutate(folder: Path, draw: random.Random) -> None:
         path.write_bytes(content[: draw.randrange(len(content) + 1)])
     elif kind in (5, 6):
         content = bytearray(path.read_bytes() or b"\0")
-        for _ in range(draw.randrange(1, 4)):  # most of them where the headers are
+        for _ in range(draw.randrange(1, 4)):  # mostly in the headers
             content[draw.randrange(min(len(content), 120))] = draw.randrange(256)
         path.write_bytes(bytes(content))
     elif kind == 7:
@@ -176,7 +177,7 @@ def _mutate(folder: Path, draw: random.Random) -> None:
 
 
 def _edit(path: Path, draw: random.Random) -> None:
-    if path.is_symlink() or not path.is_file():  # what an earlier mutation left: /dev/zero, a pipe
+    if path.is_symlink() or not path.is_file():  # an earlier mutation made it /dev/zero or a pipe
         return
     try:
         values = json.loads(path.read_text())
@@ -190,7 +191,7 @@ def _edit(path: Path, draw: random.Random) -> None:
 
 
 def _header(path: Path, draw: random.Random) -> None:
-    """Another shape, dtype or place of the tensor than its bytes have."""
+    """Change the shape, dtype or offsets in the header of a safetensors file."""
     if path.is_symlink() or not path.is_file():
         return
     content = path.read_bytes()
@@ -220,15 +221,16 @@ SEEN += ("subprocess.Popen", "os.exec", "os.posix_spawn")
 
 
 def _load_all(n: int, base: str, folder: Path, guilty: bool, answer: Any) -> None:
-    """In a process of its own, since an audit hook stays: load `n` mutated folders, and say what happened."""
+    """Load `n` mutated adapter folders, and send what happened to `answer`. Runs in a process of its own, because an
+    audit hook cannot be removed."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it says each time that the base has another name)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (each load warns that the base has another name)
     loaded, tokenizer = model.load_base(base, torch.device("cpu"), torch.float32), model.load_tokenizer(base)
     api.load_base, api.load_tokenizer = lambda *_: loaded, lambda *_: tokenizer
     draw, events, faults, counts = random.Random(0), [], [], {"accepted": 0, "refused": 0}
     _good(folder / "outside", loaded.config)
-    api.SoftPromptModel.from_pretrained(base, folder / "outside")  # whatever is imported late is there now
+    api.SoftPromptModel.from_pretrained(base, folder / "outside")  # now everything that is imported lazily is imported
     armed = False
 
     def audit(event: str, args: tuple) -> None:
@@ -270,13 +272,13 @@ def _do_harm(place: Path) -> None:
 
 
 def adapters_survived(n: int, base: Path, folder: Path, guilty: bool = False) -> dict[str, Any]:
-    """What became of `n` mutated adapter folders: numbers taken and refused, exceptions that are not ours, and events
-    that loading data must not cause."""
+    """Load `n` mutated adapter folders in another process. Return how many were accepted and refused, which exceptions
+    were not ours, and which audit events occurred that loading must not cause. If `guilty`, cause them on purpose."""
     ours, theirs = fault_tools.SERVER.Pipe(duplex=False)
     process = fault_tools.SERVER.Process(target=_load_all, args=(n, str(base), folder, guilty, theirs))
     process.start()
     theirs.close()
-    assert ours.poll(100), "it hangs"
+    assert ours.poll(300), "it hangs"
     result = ours.recv()
     process.join()
     return result

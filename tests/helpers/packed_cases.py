@@ -1,4 +1,4 @@
-"""Shared by several test modules."""
+"""Hypothesis strategies of rows and BLOOM bases, and measures, for tests of the packed engine's loss and gradient."""
 
 import torch
 from helpers.bases import make_bloom
@@ -10,7 +10,7 @@ FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def ours(engine, values, rows):
-    """Mean loss over all targets and the prompt's gradient [P, H]; values [P, H] in the dtype that is learned in."""
+    """Mean loss over all targets, and the gradient [P, H] of a prompt with `values` [P, H] in the prompt's dtype."""
     prompt, targets = values.clone().requires_grad_(), sum(map(count_targets, rows))
     total, count = engine.accumulate(lambda: prompt, rows, 1 / max(1, targets))
     assert count == targets
@@ -18,19 +18,22 @@ def ours(engine, values, rows):
 
 
 def relative(a, b):
+    """‖a - b‖ / ‖b‖."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def prompt_like(base, P, seed=0):
+    """A random prompt [P, H] in the base's dtype."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(P, base.config.hidden_size, generator=draw, dtype=torch.float64).to(base.dtype)
 
 
 def labelled(ids, keep):
+    """An example whose targets are the tokens that `keep` (booleans) marks."""
     return Example(ids, [token if kept else -100 for token, kept in zip(ids, keep, strict=True)])
 
 
-# Rows with targets anywhere, the first token included, and rows with none at all.
+# Rows with targets anywhere, including the first token, and rows without any; one row at least has a target.
 ROWS = st.lists(
     st.integers(1, 15).flatmap(
         lambda n: st.builds(
@@ -45,8 +48,8 @@ ROWS = st.lists(
 
 
 def base_of(n_head: int, size: int, **rest):
-    """Weights have variance 2/H: much larger ones make attention so hard that one rounding, theirs or ours, can turn a
-    row over."""
+    """A BLOOM with weights of variance 2/H. Much larger weights make attention so sharp that one rounding error can
+    change a row's result."""
     hidden = n_head * size
     sizes = {"n_head": n_head, "hidden_size": hidden, "initializer_range": (2 / hidden) ** 0.5, "vocab_size": 60}
     return make_bloom(**{**sizes, **rest})

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers.bases import make_bloom, make_tokenizer, write_adapter
+from helpers.adapters import write_adapter
+from helpers.bases import make_bloom, make_tokenizer
 from helpers.peers import answers_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig

@@ -10,11 +10,10 @@ import time
 
 import pytest
 import torch
-from helpers.bases import make_bloom
+from helpers.bases import make_bloom, write_deep_bloom
 from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
-from helpers.interruptions import outcome, settings  # noqa: F401 (a fixture)
-from helpers.refusals import refused
-from helpers.stream_base import make_large
+from helpers.programs import refused
+from helpers.short_runs import outcome
 from safetensors.torch import load_file, save_file
 
 import softprompt
@@ -153,7 +152,7 @@ def test_no_rank_holds_the_base(tokenizer, tmp_path):
     """Of 302 MB in blocks each of two ranks has half, and two or three blocks of 12.6 MB on their way. The files have
     bf16, half of that: fp32 could stay mapped, and the ranks of a machine share what is mapped."""
     base = tmp_path / "base"
-    make_large(base, H=512, L=24, N=8, dtype=torch.bfloat16)
+    write_deep_bloom(base, H=512, L=24, N=8, dtype=torch.bfloat16)
     tokenizer.save_pretrained(base)
     (tmp_path / "rows.jsonl").write_text(ROW * 8)
     (tmp_path / "measured.py").write_text(MEASURED)
@@ -217,12 +216,12 @@ def test_refused_in_one_line(flags, said, capsys, monkeypatch, tmp_path):
     assert said in refused(train, flags, capsys, monkeypatch, tmp_path)
 
 
-def test_one_process_holds_the_whole_base(settings, monkeypatch, capsys):  # noqa: F811
-    softprompt.train(**settings)
+def test_one_process_holds_the_whole_base(run_settings, monkeypatch, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
     monkeypatch.setenv("RANK", "0")  # as torchrun --nproc_per_node=1 has it
-    softprompt.train(**settings, shard_base=True)
+    softprompt.train(**run_settings, shard_base=True)
     assert "there is one process, which holds the whole base" in capsys.readouterr().out
     assert outcome() == expected
 

@@ -5,10 +5,9 @@ import copy
 
 import pytest
 import torch
-from helpers.asking import called
 from helpers.bases import make_bloom
 from helpers.peers import greedy_alone, naive_loss, random_examples
-from helpers.refusals import assert_line, jsonl, refused
+from helpers.programs import assert_line, jsonl, refused, run_infer
 
 import infer
 import softprompt
@@ -128,12 +127,12 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     assert f"Base {tiny_base} in 4 bit on cpu, float32, packed engine" in out
     assert "Try: python infer.py --adapter run --load_in_4bit --prompt " in out
     ask = ["--adapter", "run", "--prompt", "1", "--do_sample", "false", "--max_new_tokens", "4"]
-    out = called([*ask, "--load_in_4bit"], capsys, monkeypatch)
+    out = run_infer([*ask, "--load_in_4bit"], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run", load_in_4bit=True)
     assert out == model.generate("1", do_sample=False, max_new_tokens=4) + "\n"
     (place / "p.txt").write_text("1", encoding="utf-8")
     many = [*ask[:2], *ask[4:], "--prompts_file", "p.txt", "--output_file", "o.jsonl"]
-    called([*many, "--load_in_4bit"], capsys, monkeypatch)
+    run_infer([*many, "--load_in_4bit"], capsys, monkeypatch)
     line = refused(infer, many, capsys, monkeypatch, place)  # not by the weights that it was begun with
     assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0

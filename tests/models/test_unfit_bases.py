@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.bases import write_adapter
-from helpers.refusals import assert_line, refused
+from helpers.adapters import write_adapter
+from helpers.programs import assert_line, refused
 from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
 
 import softprompt

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.bases import make_bloom
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
-from helpers.refusals import refused
-from helpers.stream_base import make_large
+from helpers.bases import make_bloom, write_deep_bloom
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 from safetensors.torch import load_file, save_file
 
 import infer
@@ -37,12 +36,12 @@ def losses(folder):
     return prompt, plain
 
 
-def test_a_streamed_run_is_the_run(settings, capsys):  # noqa: F811
-    softprompt.train(**settings)
+def test_a_streamed_run_is_the_run(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = losses("run")
     shutil.rmtree("run")
     for bound in (1.0, 0.0):
-        run = softprompt.train(**settings, stream_base=True, max_activation_gib=bound, offload_folder="borders")
+        run = softprompt.train(**run_settings, stream_base=True, max_activation_gib=bound, offload_folder="borders")
         told = capsys.readouterr().out
         assert losses("run") == expected and run.after.answers is None
         assert "packed engine, 30 tokens at a time, layer by layer" in told and "loss and perplexity; an answer" in told
@@ -51,17 +50,17 @@ def test_a_streamed_run_is_the_run(settings, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["streamed first", "resident first"])
-def test_resumed_on_the_other_side(first, settings):  # noqa: F811
-    softprompt.train(**settings)
+def test_resumed_on_the_other_side(first, run_settings):
+    softprompt.train(**run_settings)
     expected = losses("run")[0]
     shutil.rmtree("run")
-    interrupted({**settings, "stream_base": first}, at=7)
-    softprompt.train(**settings, stream_base=not first, resume_from_checkpoint="newest")
+    interrupted({**run_settings, "stream_base": first}, at=7)
+    softprompt.train(**run_settings, stream_base=not first, resume_from_checkpoint="newest")
     assert losses("run")[0] == expected
 
 
-def test_dry_run_and_an_answer(settings, tmp_path, capsys, monkeypatch):  # noqa: F811
-    flags = [f"--{name}={value}" for name, value in settings.items()]
+def test_dry_run_and_an_answer(run_settings, tmp_path, capsys, monkeypatch):
+    flags = [f"--{name}={value}" for name, value in run_settings.items()]
     train.main([*flags, "--stream_base", "--dry_run"])
     assert "the base 0.00" in capsys.readouterr().out and not Path("run").exists()
     train.main([*flags, "--stream_base"])
@@ -283,7 +282,7 @@ finally:
 def test_a_base_larger_than_memory(tokenizer, tmp_path):
     """A base of 756 MB under a limit of 630 MB for all data of the process; the ordinary run does not fit."""
     base = tmp_path / "base"
-    make_large(base)
+    write_deep_bloom(base)
     tokenizer.save_pretrained(base)
     size, limit = sum(path.stat().st_size for path in base.glob("*.safetensors")), 630_000_000
     assert size > 1.15 * limit

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.asking import called, refusal
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
+from helpers.programs import refusal, run_infer
 from safetensors.torch import save
 
 import infer
@@ -95,7 +95,7 @@ def test_an_adapter_without_a_base_needs_model_name_or_path(place, tiny_base, ca
     argv = ["--adapter", "a", "--prompt", "好", "--max_new_tokens", "2"]
     line = refusal(infer, argv, capsys, monkeypatch)
     assert "names no base; give --model_name_or_path" in line
-    called([*argv, "--model_name_or_path", tiny_base], capsys, monkeypatch)
+    run_infer([*argv, "--model_name_or_path", tiny_base], capsys, monkeypatch)
     export("a", "plain", model_name_or_path=str(tiny_base))
     assert (place / "plain" / "config.json").is_file()
 

@@ -10,7 +10,7 @@ import softprompt
 from softprompt.report.writer import report
 
 pytestmark = [
-    pytest.mark.reports,
+    pytest.mark.pictures,
     pytest.mark.skipif(browser.FOUND is None, reason=f"no browser here: none of {', '.join(browser.NAMES)}"),
 ]
 WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.calls import called
-from helpers.interruptions import interrupted
-from helpers.refusals import refused
+from helpers.programs import refused, run_program
 from helpers.reported_runs import settings_in
+from helpers.short_runs import interrupted
 from safetensors.torch import load_file, save
 
 import softprompt
@@ -31,7 +30,7 @@ from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import ConfigError, PartialFailureError, ReportError
 
-pytestmark = pytest.mark.reports
+pytestmark = pytest.mark.pictures
 REPORT = SimpleNamespace(main=cli.report, __name__="report")
 
 
@@ -201,7 +200,7 @@ def test_an_error_in_the_report_does_not_affect_the_run(where, settings, tmp_pat
 
     monkeypatch.setattr(after_training, where, broken)
     argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    out, err = called(train, argv, capsys, monkeypatch)
+    out, err = run_program(train, argv, capsys, monkeypatch)
     assert "Try: python infer.py" in out and (tmp_path / "run/all_results.json").exists()
     if where == "page":
         (line,) = [line for line in err.splitlines() if "report" in line]
@@ -219,12 +218,12 @@ def test_without_matplotlib(settings, run, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     argv = [part for name, value in {**settings, "max_steps": 2}.items() for part in (f"--{name}", value)]
-    _, err = called(train, argv, capsys, monkeypatch)
+    _, err = run_program(train, argv, capsys, monkeypatch)
     assert "report.html; " in err and "pip install matplotlib" in err
     told = seen(tmp_path / "run")
     assert "svg" not in {tag for tag, _ in told.elements} and "pip install matplotlib" in told.text
     assert "cosine" in told.text and "Before and after" in told.text
-    out, err = called(REPORT, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
+    out, err = run_program(REPORT, [run, "--output_file", tmp_path / "a.html"], capsys, monkeypatch)
     assert out == f"{tmp_path / 'a.html'}\n" and err.startswith("warning: ") and "pip install matplotlib" in err
 
 
@@ -245,7 +244,7 @@ def test_a_resumed_run_keeps_its_initial_prompt(settings, tmp_path):
 
 def test_a_run_that_has_not_ended(settings, tmp_path, capsys, monkeypatch):
     interrupted(settings, 5)
-    out, _ = called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
+    out, _ = run_program(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
     assert "not finished: step 4 of 6 is the last in its metrics" in told and "--adapter" not in told
@@ -256,7 +255,7 @@ def test_a_run_that_has_not_ended(settings, tmp_path, capsys, monkeypatch):
     start = tmp_path / "run" / START_FILE
     whole = start.read_bytes()
     start.write_bytes(whole[:-5])
-    called(REPORT, [tmp_path / "run"], capsys, monkeypatch)
+    run_program(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert "not recorded" in seen(tmp_path / "run").text
     start.write_bytes(whole)
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
@@ -281,7 +280,7 @@ def test_a_finished_run_that_is_continued(settings, tmp_path):
 def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     softprompt.train(**{**settings, "learning_rate": 0.01, "num_virtual_tokens": 3, "output_dir": "另一个"})
-    out, _ = called(REPORT, [run, "另一个"], capsys, monkeypatch)
+    out, _ = run_program(REPORT, [run, "另一个"], capsys, monkeypatch)
     assert out.splitlines()[-1] == "report.html"
     told = seen(".")
     assert "2 runs compared" in told.text and "Training loss" in told.text and "另一个, base alone" not in told.text

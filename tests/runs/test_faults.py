@@ -1,9 +1,10 @@
-"""Faults for real: processes killed, disks full, files spoiled, hostile folders.
+"""Real faults: killed processes, full disks, damaged files, hostile folders.
 
-`pytest -m "slow or not slow" tests/test_faults.py -s -n 0` takes them all (minutes on two cores; parts with -k) and
-prints the table that docs/never-lost.md shows. Without that, each comes in a small number.
+`pytest -m "slow or not slow" tests/runs/test_faults.py -s -n 0` runs all of them (minutes on two cores; -k: some)
+and prints the table of docs/never-lost.md. Without `-m`, each fault is tried a few times only.
 """
 
+import json
 import random
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from helpers import fault_tools
 from helpers.fault_tools import Child, outcome, run
 from helpers.fuzz import adapters_survived, data_files
-from helpers.interruptions import ROWS
+from helpers.short_runs import ROWS
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 
@@ -31,13 +32,13 @@ RESUME = ["--output_dir", "run", "--resume_from_checkpoint"]
 
 
 def times(few: int, many: int):
-    """A small number in the suite, the large one among the slow tests."""
+    """Parametrize n: few by default, many among the slow tests."""
     return pytest.mark.parametrize("n", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
 def table():
-    """How often each fault was tried; every one of them was survived, or its test failed."""
+    """A function that notes how often a fault was tried and what followed; the table is printed at the end."""
     rows: dict[str, tuple[int, str]] = {}
     yield lambda fault, count, then: rows.update({fault: (count, then)})
     lines = [f"| {fault} | {count:,} | {then} |" for fault, (count, then) in rows.items()]
@@ -51,9 +52,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def world(tiny_base, tmp_path_factory) -> tuple[list[str], tuple]:
-    """Flags of a run of 13 steps that evaluates, keeps the best and saves often; and its outcome undisturbed."""
-    import json
-
+    """Flags of a run of 13 steps that evaluates, keeps the best and saves often, and its outcome without faults."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     flags = {
@@ -75,7 +74,7 @@ def resumed(folder: Path, flags: list[str], expected: tuple) -> None:
     assert all(fault_of(path) is None for path in checkpoints(folder / "run"))
 
 
-def wait_until(condition, seconds: float = 30) -> None:
+def wait_until(condition, seconds: float = 200) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends
@@ -83,12 +82,12 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 
 def saving(folder: Path) -> list[Path]:
-    """The temporary folders of a checkpoint that is being written."""
+    """The temporary folder of a checkpoint that is being written, if any."""
     return list((folder / "run").glob(".checkpoint-*"))
 
 
 @times(2, 30)
-def test_killed_at_random_moments(n, world, tmp_path, table):
+def test_run_killed_at_a_random_moment_resumes_identically(n, world, tmp_path, table):
     flags, expected = world
     draw, found = random.Random(0), Counter()
     began = time.monotonic()
@@ -116,7 +115,7 @@ def test_killed_at_random_moments(n, world, tmp_path, table):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(world, tmp_path, table):
+def test_run_killed_repeatedly_resumes_identically(world, tmp_path, table):
     (flags, expected), n = world, 10
     draw = random.Random(1)
     for _ in range(n):
@@ -136,7 +135,7 @@ SIGNALS = {
 
 
 @pytest.mark.parametrize("when", SIGNALS)
-def test_sigterm(when, world, tmp_path, table):
+def test_sigterm_saves_and_the_run_resumes_identically(when, world, tmp_path, table):
     flags, expected = world
     code, told = run(tmp_path, [*flags, "--output_dir", "run"], SIGNALS[when])
     assert code == 143 and told[-1].startswith("stopped after step "), told
@@ -144,7 +143,7 @@ def test_sigterm(when, world, tmp_path, table):
     table(f"SIGTERM {when}", 1, "saved, exit 143, resumed; the same bytes")
 
 
-def test_two_signals_stop_at_once(world, tmp_path, table):
+def test_second_signal_ends_the_run_without_saving(world, tmp_path, table):
     flags, expected = world
     code, told = run(tmp_path, [*flags, "--output_dir", "run"], fault_tools.two_signals_while_saving)
     assert code == 143 and not any("Traceback" in line for line in told)
@@ -171,7 +170,7 @@ SLOW = {fault: () for fault in STARVED} | {fault: pytest.mark.slow for fault in 
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, marks=SLOW[fault]) for fault in STARVED])
-def test_no_place_to_write(fault, world, tiny_base, table):
+def test_output_folder_that_becomes_unwritable_is_one_error_line(fault, world, tiny_base, table):
     flags, expected = world
     hook, reason = STARVED[fault]
     folder = Path(tempfile.mkdtemp())  # one that nobody may enter, too
@@ -199,8 +198,8 @@ def test_no_place_to_write(fault, world, tiny_base, table):
     table(fault, 1, f"one line, exit 1, {left}, the same bytes")
 
 
-def test_a_full_disk(world, tmp_path, table):
-    """A file system of 160 KiB, where this machine lets us make one."""
+def test_full_disk_is_one_error_line(world, tmp_path, table):
+    """A file system of 160 KiB; skipped without the right to mount."""
     flags, expected = world
     (tmp_path / "run").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(tmp_path / "run")]
@@ -227,7 +226,7 @@ def test_a_full_disk(world, tmp_path, table):
         (fault_tools.clock_jumps, "the clock jumps by months, back and forth"),
     ],
 )
-def test_training_goes_on(hook, fault, world, tmp_path, table):
+def test_faults_that_do_not_stop_training(hook, fault, world, tmp_path, table):
     flags, expected = world
     code, told = run(tmp_path, [*flags, "--output_dir", "run"], hook)
     assert code == 0, told
@@ -243,7 +242,7 @@ def test_training_goes_on(hook, fault, world, tmp_path, table):
     table(fault, 1, "training goes on; the same bytes")
 
 
-def test_a_clock_that_jumps_and_a_time_limit(world, tmp_path):
+def test_jumping_clock_affects_neither_time_limit_nor_folder_names(world, tmp_path):
     flags, _ = world
     code, _ = run(tmp_path, [*flags, "--max_steps", "100000", "--max_time", "1s"], fault_tools.clock_jumps)
     assert code == 124
@@ -252,7 +251,7 @@ def test_a_clock_that_jumps_and_a_time_limit(world, tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tiny-20000101-000000", "tiny-20000101-000000-2"]
 
 
-def test_two_processes_on_one_folder(world, tmp_path, table):
+def test_second_process_on_an_output_folder_is_refused(world, tmp_path, table):
     flags, expected = world
     first = Child(tmp_path, [*flags, "--output_dir", "run"], fault_tools.slow_disk)
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
@@ -264,14 +263,14 @@ def test_two_processes_on_one_folder(world, tmp_path, table):
     table("a second process on the same output_dir", 3, "refused, exit 2; the first unharmed")
 
 
-def test_two_processes_in_one_second(world, tmp_path):
+def test_two_processes_started_in_the_same_second_get_two_folders(world, tmp_path):
     flags, expected = world
     both = [Child(tmp_path, flags, fault_tools.clock_jumps, log=f"log{n}") for n in range(2)]
     assert [child.ended()[0] for child in both] == [0, 0]
     assert [outcome(folder) for folder in sorted((tmp_path / "runs").iterdir())] == [expected, expected]
 
 
-def test_a_crash(world, tmp_path, table):
+def test_crash_leaves_a_traceback_file_and_one_error_line(world, tmp_path, table):
     flags, expected = world
     code, told = run(tmp_path, [*flags, "--output_dir", "run"], fault_tools.a_fault_of_our_own_at_step_5)
     (file,) = (tmp_path / "run").glob("crash-*.txt")
@@ -284,7 +283,8 @@ def test_a_crash(world, tmp_path, table):
 
 
 def spoiled(checkpoint: Path, flips: int):
-    """(what, file, its content or None): every file truncated, removed, another step's, one bit flipped."""
+    """Yield (damage, file, new content or None) for each file of a checkpoint: truncated, removed, replaced by another
+    step's, one bit flipped."""
     draw, other = random.Random(0), checkpoint.with_name("checkpoint-2")
     for path in sorted(checkpoint.iterdir()):
         content = path.read_bytes()
@@ -299,7 +299,7 @@ def spoiled(checkpoint: Path, flips: int):
 
 
 @times(3, 100)
-def test_checkpoints_that_rot(n, world, tmp_path, table):
+def test_damaged_checkpoint_is_skipped_for_the_one_before(n, world, tmp_path, table):
     flags, _ = world
     code, told = run(
         tmp_path, [*flags, "--output_dir", "run", "--save_total_limit", "9"], fault_tools.signal_in_evaluation
@@ -329,7 +329,7 @@ def test_checkpoints_that_rot(n, world, tmp_path, table):
 
 
 @times(100, 5000)
-def test_any_data_file_is_taken_or_refused_with_its_row(n, tmp_path, table):
+def test_any_data_file_is_accepted_or_refused(n, tmp_path, table):
     seen = Counter()
 
     @examples(max_examples=n, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -348,7 +348,7 @@ def test_any_data_file_is_taken_or_refused_with_its_row(n, tmp_path, table):
 
 
 @times(60, 1000)
-def test_any_adapter_folder_is_taken_or_refused(n, tiny_base, tmp_path, table):
+def test_any_adapter_folder_is_accepted_or_refused(n, tiny_base, tmp_path, table):
     result = adapters_survived(n, tiny_base, tmp_path)
     assert result["faults"] == [] and result["events"] == []
     assert result["accepted"] and result["refused"]
@@ -356,7 +356,7 @@ def test_any_adapter_folder_is_taken_or_refused(n, tiny_base, tmp_path, table):
     table("mutated adapter folders", n, told)
 
 
-def test_the_audit_sees_what_it_is_to_see(tiny_base, tmp_path):
-    """Or the test before would say nothing."""
+def test_audit_hook_notices_harm(tiny_base, tmp_path):
+    """Otherwise the test above could not fail."""
     events = adapters_survived(1, tiny_base, tmp_path, guilty=True)["events"]
     assert {event.split()[0] for event in events} >= {"import", "socket.connect", "pickle.find_class", "os.system"}

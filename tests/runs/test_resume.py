@@ -1,4 +1,4 @@
-"""A resumed run is the run that was not interrupted; what is broken or of another run is recognised."""
+"""A resumed run equals an uninterrupted one; checkpoints that are damaged or of another run are detected."""
 
 import json
 import random
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.bases import make_bloom
-from helpers.interrupting import Killed, interrupted, restated  # noqa: F401 (Killed is test_safety's)
-from helpers.interruptions import ROWS, outcome
+from helpers.short_runs import ROWS, interrupted, outcome, rewrite_state
 
 import softprompt
 from softprompt.config.validation import parse_duration
@@ -24,24 +23,24 @@ from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
-def test_killed_and_resumed_is_the_same_run(precision, engine, settings):
+def test_killed_run_resumes_identically(precision, engine, run_settings):
     if engine == "padded":
-        del settings["tokens_per_microbatch"]
-    settings |= {**precision, "engine": engine}
-    softprompt.train(**settings)
+        del run_settings["tokens_per_microbatch"]
+    run_settings |= {**precision, "engine": engine}
+    softprompt.train(**run_settings)
     expected = outcome()
     for at in (1, 4, 5, 12):  # before the first checkpoint, on one, between two, before the last
         shutil.rmtree("run")
-        interrupted(settings, at)
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        interrupted(run_settings, at)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
         assert outcome() == expected
 
 
-def test_nothing_but_the_checkpoint_need_be_named(settings, capsys):
-    softprompt.train(**settings)
+def test_resume_needs_only_the_checkpoint_flag(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     softprompt.train(resume_from_checkpoint="run")
     assert "resuming after step 8 of 13" in capsys.readouterr().out
     assert outcome() == expected
@@ -50,23 +49,23 @@ def test_nothing_but_the_checkpoint_need_be_named(settings, capsys):
     assert outcome() == expected
 
 
-def test_a_finished_run_says_so(settings, capsys):
-    softprompt.train(**settings)
+def test_resuming_a_finished_run_changes_nothing(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "resuming after step 13 of 13; all of them are done" in capsys.readouterr().out
     assert outcome() == expected
 
 
-def test_without_a_checkpoint_it_starts_anew(settings, capsys):
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+def test_resume_without_a_checkpoint_starts_at_step_0(run_settings, capsys):
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "no checkpoint in run yet: starting at step 0" in capsys.readouterr().out
     assert [record["step"] for record in outcome()[1]] == [3, 5, 6, 9, 10, 12, 13, 13]
 
 
-def test_each_setting_that_differs_is_told_with_the_value_that_wins(settings, capsys):
-    interrupted(settings, 9)
-    changed = {**settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
+def test_each_changed_setting_is_printed_with_the_value_that_wins(run_settings, capsys):
+    interrupted(run_settings, 9)
+    changed = {**run_settings, "max_steps": 10, "num_virtual_tokens": 3, "save_steps": 1}
     run = softprompt.train(**changed, resume_from_checkpoint="newest")
     told = capsys.readouterr().out.splitlines()
     assert "--max_steps: 13 in checkpoint-8, 10 now: the new one wins" in told
@@ -77,44 +76,44 @@ def test_each_setting_that_differs_is_told_with_the_value_that_wins(settings, ca
     assert adapter["num_virtual_tokens"] == 10
 
 
-def test_a_finer_cut_is_kept(settings):
-    interrupted(settings, 5)
+def test_smaller_microbatches_of_a_checkpoint_are_kept(run_settings):
+    interrupted(run_settings, 5)
     state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
     assert state["engine"] == {"tokens_per_microbatch": 30}
     finer = {"engine": {"tokens_per_microbatch": 15}}  # as after a device ran out of memory
-    restated(Path("run/checkpoint-4"), lambda state: state | finer)
+    rewrite_state(Path("run/checkpoint-4"), lambda state: state | finer)
     run = softprompt.train(resume_from_checkpoint="run")
     assert run.config.training.tokens_per_microbatch == 15
 
 
-def test_another_dataset_tokenizer_or_base_is_refused(settings, tokenizer, tmp_path):
-    interrupted(settings, 5)
+def test_changed_dataset_tokenizer_or_base_is_refused(run_settings, tokenizer, tmp_path):
+    interrupted(run_settings, 5)
     with open("rows.jsonl", "a") as file:
         file.write("\n" + json.dumps(ROWS[0]))
     with pytest.raises(
         CheckpointError, match=r"checkpoint-4: the dataset and the held-out rows named now differ .*--ignore_data"
     ):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
     model = make_bloom()
     model.transformer.h[1].mlp.dense_h_to_4h.bias.data[3] += 1e-6  # one weight of the same base, by a hair
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"
     path.write_text(path.read_text().replace('"<unk>"', '"<unknown>"'))
-    settings["model_name_or_path"] = str(tmp_path / "other")
+    run_settings["model_name_or_path"] = str(tmp_path / "other")
     with pytest.raises(CheckpointError, match="the dataset and the held-out rows and the tokenizer and the base named"):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
-    softprompt.train(**settings, resume_from_checkpoint="newest", ignore_data_skip=True)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest", ignore_data_skip=True)
 
 
-def test_where_a_base_lies_does_not_matter(settings, tiny_base, tmp_path):
-    interrupted(settings, 5)
+def test_base_may_be_moved(run_settings, tiny_base, tmp_path):
+    interrupted(run_settings, 5)
     shutil.copytree(tiny_base, tmp_path / "elsewhere")
-    softprompt.train(**settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings | {"model_name_or_path": "elsewhere"}, resume_from_checkpoint="newest")
 
 
 def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
-    """Every file truncated at several lengths, removed, of another step, or with one bit flipped somewhere."""
+    """(file, new content or None) for each file: truncated, removed, replaced by another step's, one bit flipped."""
     draw, faults = random.Random(0), []
     other = checkpoint.with_name("checkpoint-2")
     for path in sorted(checkpoint.iterdir()):
@@ -129,8 +128,8 @@ def spoiled(checkpoint: Path) -> list[tuple[str, bytes | None]]:
     return faults
 
 
-def test_a_checkpoint_is_whole_or_recognised_as_broken(settings):
-    interrupted(settings, 5)
+def test_every_damage_to_a_checkpoint_is_detected(run_settings):
+    interrupted(run_settings, 5)
     checkpoint = Path("run/checkpoint-4")
     assert fault_of(checkpoint) is None
     for name, content in spoiled(checkpoint):
@@ -146,13 +145,13 @@ def test_a_checkpoint_is_whole_or_recognised_as_broken(settings):
     assert fault_of(Path("run/checkpoint-6")) == "it is of step 4"
 
 
-def test_the_next_older_checkpoint_is_taken(settings, capsys):
-    softprompt.train(**settings)
+def test_newest_whole_checkpoint_is_taken(run_settings, capsys):
+    softprompt.train(**run_settings)
     expected = outcome()
     for step in (13, 12):
         Path(f"run/checkpoint-{step}/optimizer.safetensors").write_bytes(b"")
     Path("run/checkpoint-10/README.md").unlink()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     told = capsys.readouterr().out
     assert "run/checkpoint-12: optimizer.safetensors is not as it was written; the one before is tried" in told
     assert "run/checkpoint-10: README.md is missing; the one before is tried" in told
@@ -160,24 +159,24 @@ def test_the_next_older_checkpoint_is_taken(settings, capsys):
     assert outcome() == expected
 
 
-def test_what_cannot_be_resumed(settings):
+def test_resume_refusals(run_settings):
     with pytest.raises(CheckpointError, match="--resume_from_checkpoint nowhere: no checkpoint there"):
-        softprompt.train(**settings, resume_from_checkpoint="nowhere")
-    without = {name: value for name, value in settings.items() if name != "output_dir"}
+        softprompt.train(**run_settings, resume_from_checkpoint="nowhere")
+    without = {name: value for name, value in run_settings.items() if name != "output_dir"}
     with pytest.raises(ConfigError, match="without a folder goes on with --output_dir"):
         softprompt.train(**without, resume_from_checkpoint="newest")
-    interrupted(settings, 5)
+    interrupted(run_settings, 5)
     with pytest.raises(OutputError, match=r"holds a run already; go on with it \(--resume_from_checkpoint\)"):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     for step in (2, 4):
         Path(f"run/checkpoint-{step}/adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"run/checkpoint-4: adapter_config\.json is missing; take an earlier"):
-        softprompt.train(**settings, resume_from_checkpoint="run/checkpoint-4")
+        softprompt.train(**run_settings, resume_from_checkpoint="run/checkpoint-4")
     with pytest.raises(CheckpointError, match="no checkpoint in run is whole"):
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
 
 
-def test_the_flag_needs_no_value():
+def test_resume_flag_needs_no_value():
     from softprompt.cli import parse_training
 
     assert parse_training(["--resume_from_checkpoint"]).training.resume_from_checkpoint == "newest"
@@ -188,13 +187,14 @@ TRAIN = Path(softprompt.__file__).parent.parent / "train.py"
 
 
 def started(tmp_path, *more: str) -> subprocess.Popen:
-    """`python train.py` on the mini base, many steps, in a process of its own."""
+    """Start `python train.py` on the mini base with many steps."""
     settings = ["--output_dir", "run", "--logging_steps", "1", "--num_train_epochs", "9", "--save_steps", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(TRAIN), *settings, *more], cwd=tmp_path, **pipes)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Wait until a line of stderr contains `text`."""
     for line in process.stderr:
         if text in line:
             return
@@ -205,11 +205,11 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     "number, code, when",
     [(signal.SIGTERM, 143, "evaluating"), (signal.SIGINT, 130, "step 1 "), (signal.SIGINT, 130, "step 3 ")],
 )
-def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
+def test_signal_saves_and_prints_the_resume_command(number, code, when, tmp_path):
     process = started(tmp_path)
     wait_for(process, when)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == code
     last = told.strip().splitlines()[-1]
     found = re.fullmatch(r"stopped after step (\d+) of 1,800, which is saved; .*: (.+)", last)
@@ -218,8 +218,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, when, tmp_path):
     assert fault_of(tmp_path / "run" / f"checkpoint-{found[1]}") is None
 
 
-def test_ranks_go_on_as_ranks(monkeypatch):
-    """One process alone could not, where they shared a base out."""
+def test_resume_command_under_torchrun(monkeypatch):
+    """A single process could not continue a run whose base needed several ranks."""
     assert shlex.split(resume_command(Path("a b"))) == ["python", "train.py", "--resume_from_checkpoint", "a b"]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -229,18 +229,18 @@ def test_ranks_go_on_as_ranks(monkeypatch):
     assert resume_command(Path("run")).startswith("torchrun --nproc_per_node=2 --nnodes=3 … train.py ")
 
 
-def test_time_runs_out(tmp_path):
+def test_max_time_stops_the_run(tmp_path):
     process = started(tmp_path, "--max_time", "1s")
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 124 and "stopped after step" in told.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("text, seconds", [("3h30m", 12600), ("45m", 2700), ("90s", 90), ("10", 600), ("1h1s", 3601)])
-def test_times(text, seconds):
+def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "1.5h", "m", "3m2h", ""])
-def test_what_is_no_time(text):
+def test_invalid_durations_are_refused(text):
     with pytest.raises(ConfigError, match="is no time such as 3h30m"):
         parse_duration(text)

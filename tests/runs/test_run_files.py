@@ -1,4 +1,4 @@
-"""A run replaces and removes what runs wrote into its folder, and nothing else."""
+"""A run replaces and removes only files that runs have written into its output folder."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
-from helpers.refusals import refused
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 import train
@@ -26,7 +26,7 @@ def steps(folder: str | Path = "run") -> list[int]:
 
 
 def content(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything in a folder: the content of files, what links name, None for folders."""
+    """Everything below a folder: the content of files, the target of links, None for folders."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -39,7 +39,7 @@ def prompt_in(folder: str) -> bytes:
 
 
 def older(folder: str | Path = "run") -> None:
-    """Make a run one of a version that wrote no manifest."""
+    """Make a run look as if it was written by a version without manifests."""
     Path(folder, MANIFEST_FILE).unlink()
 
 
@@ -65,14 +65,14 @@ def a_folder(name: str, *inside: str):
 
 
 def of_trainer(folder: Path) -> None:
-    """A checkpoint of transformers' Trainer."""
+    """Write a checkpoint as transformers' Trainer does."""
     a_folder("checkpoint-5", "adapter_model.safetensors", "rng_state.pth")(folder)
     (folder / "checkpoint-5/trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": []}))
     (folder / "checkpoint-5/adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
 
 
 def of_peft(folder: Path) -> None:
-    """What PEFT's save_pretrained leaves."""
+    """Write a config as PEFT's save_pretrained does."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
 
 
@@ -90,7 +90,7 @@ FOREIGN |= {
 
 @pytest.mark.parametrize("more", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint"]], ids=" ".join)
 @pytest.mark.parametrize("name", FOREIGN)
-def test_files_of_others_are_refused_before_anything_is_read(name, more, tmp_path, capsys, monkeypatch):
+def test_foreign_files_are_refused_before_any_data_is_read(name, more, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     FOREIGN[name](tmp_path / "out")
     argv = ["--output_dir", "out", "--dataset", "is/not/read.jsonl", *more]
@@ -100,21 +100,21 @@ def test_files_of_others_are_refused_before_anything_is_read(name, more, tmp_pat
     assert name in line and "another folder" in line
 
 
-def test_a_clone_keeps_its_readme(settings, tmp_path):  # noqa: F811
+def test_output_to_a_folder_with_a_readme_is_refused(run_settings, tmp_path):
     (tmp_path / "README.md").write_bytes(MINE)
     before = content(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(OutputError, match=r"--output_dir \.: README\.md"):
-            softprompt.train(**{**settings, "output_dir": ".", "overwrite_output_dir": overwrite})
+            softprompt.train(**{**run_settings, "output_dir": ".", "overwrite_output_dir": overwrite})
         assert content(tmp_path) == before
     (tmp_path / "README.md").unlink()
-    softprompt.train(**{**settings, "output_dir": "."})  # what it writes beside, it may
+    softprompt.train(**{**run_settings, "output_dir": "."})  # other files may be there
     assert (tmp_path / "rows.jsonl").exists() and "learned with softprompt" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
-def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_path):  # noqa: F811
-    softprompt.train(**settings)
+def test_overwriting_removes_only_the_run(is_older, run_settings, tmp_path):
+    softprompt.train(**run_settings)
     run = tmp_path / "run"
     mine = {"notes.txt": MINE, ".hidden": MINE, "checkpoint-final/weights": MINE, "README": MINE}
     for name, value in mine.items():
@@ -123,7 +123,7 @@ def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_pa
     (run / "link").symlink_to("notes.txt")
     if is_older:
         older()
-    interrupted({**settings, "overwrite_output_dir": True, "seed": 7}, 3)
+    interrupted({**run_settings, "overwrite_output_dir": True, "seed": 7}, 3)
     assert steps() == [2] and not (run / "adapter_config.json").exists() and not (run / "all_results.json").exists()
     kept = content(run)
     assert mine.items() <= kept.items() and kept["link"] == "notes.txt"
@@ -131,8 +131,8 @@ def test_overwriting_removes_the_run_and_nothing_else(is_older, settings, tmp_pa
 
 @pytest.mark.parametrize("is_older", [False, True], ids=["manifest", "older"])
 @pytest.mark.parametrize("name", ["README.md", "loss.png", "report.html", "checkpoint-99", "checkpoint-4/notes"])
-def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path):  # noqa: F811
-    interrupted(settings, 5)
+def test_files_added_to_a_run_are_not_replaced(name, is_older, run_settings, tmp_path):
+    interrupted(run_settings, 5)
     path = tmp_path / "run" / name
     if name == "checkpoint-99":
         a_folder(name, "weights")(path.parent)
@@ -142,7 +142,7 @@ def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path
         older()
     before = content(tmp_path)
     with pytest.raises(OutputError, match=f"{name} would be replaced"):
-        softprompt.train(**{**settings, "overwrite_output_dir": True})
+        softprompt.train(**{**run_settings, "overwrite_output_dir": True})
     if name != "checkpoint-99":
         assert content(tmp_path) == before
     if name == "checkpoint-4/notes":
@@ -153,11 +153,11 @@ def test_what_came_into_a_run_is_not_the_runs(name, is_older, settings, tmp_path
             softprompt.train(resume_from_checkpoint="run/checkpoint-4")
 
 
-def test_an_older_run_is_resumed_and_owned(settings):  # noqa: F811
-    softprompt.train(**settings)
+def test_run_without_a_manifest_is_resumed_and_gets_one(run_settings):
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     older()
     softprompt.train(resume_from_checkpoint="run")
     assert outcome() == expected and steps() == [2, 4, 6, 8, 10, 12, 13]
@@ -168,8 +168,8 @@ def test_an_older_run_is_resumed_and_owned(settings):  # noqa: F811
     assert {"README.md", "metrics.jsonl", "checkpoint-13", "all_results.json"} <= set(listed)
 
 
-def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):  # noqa: F811
-    """The run ends in one line, and goes on when the file is gone."""
+def test_file_added_during_a_run_is_not_replaced(run_settings, monkeypatch):
+    """The run ends with an error line, and can be resumed when the file is gone."""
     finish = RunCallbacks.finish
 
     def late(self):
@@ -178,7 +178,7 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
 
     monkeypatch.setattr(RunCallbacks, "finish", late)
     with pytest.raises(TrainingError, match=r"README\.md.*checkpoint-13 is whole; go on with"):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     assert Path("run/README.md").read_bytes() == MINE
     monkeypatch.setattr(RunCallbacks, "finish", finish)
     Path("run/README.md").unlink()
@@ -186,8 +186,8 @@ def test_a_file_that_comes_while_the_run_goes_on_is_kept(settings, monkeypatch):
     assert Path("run/all_results.json").exists()
 
 
-def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(settings, monkeypatch):  # noqa: F811
-    interrupted(settings, 7)
+def test_checkpoint_with_an_added_file_is_not_replaced(run_settings, monkeypatch):
+    interrupted(run_settings, 7)
     on_step = RunCallbacks.on_step
 
     def late(self, step):
@@ -200,7 +200,7 @@ def test_a_file_that_comes_into_a_checkpoint_that_is_replaced(settings, monkeypa
     assert Path("run/checkpoint-6/notes").read_bytes() == MINE and steps() == [2, 4, 6]
 
 
-def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
+def test_hostile_manifest_removes_nothing(tmp_path):
     for name in ("mine", "README.md"):
         (tmp_path / name).write_bytes(MINE)
     (tmp_path / "run").mkdir()
@@ -216,10 +216,10 @@ def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
         assert (tmp_path / "mine").exists() and (tmp_path / "run" / "notes").exists()
 
 
-def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(settings):  # noqa: F811
-    """Or a crash before the first save would lead to the old run, and the best prompt could be of it."""
-    interrupted({**settings, "output_dir": "a"}, 9)
-    interrupted({**settings, "output_dir": "b", "seed": 7}, 12)
+def test_resuming_into_another_runs_folder_removes_that_run(run_settings):
+    """Otherwise, after a crash before the first save, resuming would continue the old run or take its best prompt."""
+    interrupted({**run_settings, "output_dir": "a"}, 9)
+    interrupted({**run_settings, "output_dir": "b", "seed": 7}, 12)
     again = {"resume_from_checkpoint": "a/checkpoint-8", "output_dir": "b", "overwrite_output_dir": True}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="there is no checkpoint yet"):
 
@@ -233,13 +233,13 @@ def test_another_runs_folder_takes_a_resumed_run_without_its_old_one(settings): 
     assert steps("b") == [10, 12, 13]
 
 
-def test_the_best_prompt_is_of_this_run(settings, capsys):  # noqa: F811
-    """Where the folder that a run was resumed from holds another run by now, that one's prompt is not taken."""
+def test_best_prompt_of_another_run_is_not_taken(run_settings, capsys):
+    """The folder that a run was resumed from may have been overwritten by another run."""
     worst = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # an early one
-    settings |= {**worst, "eval_steps": 2}
-    interrupted({**settings, "output_dir": "a"}, 9)
+    run_settings |= {**worst, "eval_steps": 2}
+    interrupted({**run_settings, "output_dir": "a"}, 9)
     step = json.loads(Path("a/checkpoint-8/trainer_state.json").read_text())["best"]["step"]
-    interrupted({**settings, "output_dir": "other", "seed": 7}, 9)
+    interrupted({**run_settings, "output_dir": "other", "seed": 7}, 9)
     assert step < 8 and fault_of(Path(f"other/checkpoint-{step}")) is None, "the test needs them"
     softprompt.train(resume_from_checkpoint="a/checkpoint-8", output_dir="b")
     assert prompt_in("b") == prompt_in(f"a/checkpoint-{step}") and "warning" not in capsys.readouterr().err
@@ -249,41 +249,44 @@ def test_the_best_prompt_is_of_this_run(settings, capsys):  # noqa: F811
     assert prompt_in("c") == prompt_in("c/checkpoint-13") and "it is of another run" in capsys.readouterr().err
 
 
-def test_links_to_runs_and_checkpoints(settings, tmp_path):  # noqa: F811
-    """A run's folder may lie elsewhere, and so may a checkpoint of it: of that, the link alone is removed."""
+def test_output_folder_and_checkpoints_may_be_links(run_settings, tmp_path):
+    """The output folder and its checkpoints may be links. Of a linked checkpoint, only the link is removed."""
     (tmp_path / "disk").mkdir()
     Path("run").symlink_to("disk")
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     assert steps("disk")[-1] == 13
     shutil.move("run/checkpoint-6", "far")
     Path("run/checkpoint-6").symlink_to(tmp_path / "far")
     softprompt.train(resume_from_checkpoint="run/checkpoint-6", save_total_limit=2)
     assert steps() == [12, 13] and fault_of(Path("far")) == "it is of step 6"
-    softprompt.train(**{**settings, "overwrite_output_dir": True, "max_steps": 2})
+    softprompt.train(**{**run_settings, "overwrite_output_dir": True, "max_steps": 2})
     assert steps() == [2] and Path("run").is_symlink()
 
 
-def test_a_report_that_was_written_meanwhile_is_replaced(settings):  # noqa: F811
-    interrupted(settings, 5)
+def test_report_written_between_two_runs_is_replaced(run_settings):
+    interrupted(run_settings, 5)
     Path("run/report.html").write_text(f"<html>{MARK}")
     softprompt.train(resume_from_checkpoint="run")
-    softprompt.train(**{**settings, "overwrite_output_dir": True, "max_steps": 2})
-    assert not Path("run/report.html").exists()  # these tests' runs write none
+    first = Path("run/report.html").read_text()
+    assert first != f"<html>{MARK}"
+    Path("run/report.html").write_text(f"<html>{MARK}")
+    softprompt.train(**{**run_settings, "overwrite_output_dir": True, "max_steps": 2})
+    assert Path("run/report.html").read_text() not in (first, f"<html>{MARK}")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_no_run(settings):  # noqa: F811
-    interrupted(settings, 1)
-    softprompt.train(**settings)
+def test_folder_of_a_run_without_a_checkpoint_is_free(run_settings):
+    interrupted(run_settings, 1)
+    softprompt.train(**run_settings)
     assert steps()[-1] == 13
 
 
-def test_stopped_runs_keep_what_comes_beside_them(settings, monkeypatch):  # noqa: F811
+def test_file_added_to_a_stopped_run_is_not_replaced(run_settings, monkeypatch):
     on_step = RunCallbacks.on_step
     monkeypatch.setattr(
         RunCallbacks, "on_step", lambda self, step: (on_step(self, step), signal.raise_signal(signal.SIGINT))
     )
     with pytest.raises(Stopped):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     Path("run/README.md").write_bytes(MINE)
     with pytest.raises(OutputError, match=r"README\.md would be replaced"):
         softprompt.train(resume_from_checkpoint="run")

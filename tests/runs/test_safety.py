@@ -1,4 +1,4 @@
-"""What must not happen: a secret told, a file read that leads elsewhere, a run mixed with another, code run."""
+"""Safety: no secret is printed or saved, no link followed out of a folder, no code run, no two runs mixed."""
 
 import json
 import logging
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import write_adapter
 from helpers.bases import make_bloom
-from helpers.checkpoint import folder  # noqa: F401 (a fixture)
-from helpers.interruptions import Killed, interrupted, outcome, settings  # noqa: F401
-from helpers.refusals import refused
+from helpers.programs import refused
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 import train
@@ -42,14 +42,14 @@ def secrets(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_secrets_are_taken_out(secrets):
+def test_secrets_are_redacted(secrets):
     text = redacted(f"false {' '.join(SECRETS.values())} and p4ssw0rd and https://a:b@c.d/e https://x.y/z hf_short")
     assert not any(secret in text for secret in TOLD)
     assert text.startswith("false *** *** https://***@mirror.example http://***@proxy.example:3128 ")
     assert text.endswith("and *** and https://***@c.d/e https://x.y/z hf_short")
 
 
-def test_errors_cards_and_logs_tell_none(secrets, caplog):
+def test_errors_cards_and_logs_hold_no_secrets(secrets, caplog):
     text = "get https://user:p4ssw0rd@mirror.example/x with hf_abcdefghijklmnopqrst"
     values = torch.ones(3, 32)
     adapter = Adapter(values, peft_config(text, make_bloom().config, values, "RANDOM"), {"template": text})
@@ -59,8 +59,8 @@ def test_errors_cards_and_logs_tell_none(secrets, caplog):
         assert "mirror.example/x" in told and not any(secret in told for secret in TOLD)
 
 
-def test_a_hub_whose_address_holds_a_password(tmp_path):
-    """In a process of its own, since the hub's library reads the address when it is imported."""
+def test_password_in_the_hub_address_is_not_printed(tmp_path):
+    """In a process of its own, because huggingface_hub reads the address when it is imported."""
     import os
     import subprocess
 
@@ -71,26 +71,32 @@ def test_a_hub_whose_address_holds_a_password(tmp_path):
     assert not any(secret in ended.stdout + ended.stderr for secret in TOLD)
 
 
-def test_a_link_is_followed_only_within_the_folder_and_the_hubs_cache(folder, tmp_path):  # noqa: F811
-    inside = load_adapter(folder).prompt
-    (folder / "adapter_model.safetensors").rename(folder / "weights")
-    (folder / "adapter_model.safetensors").symlink_to("weights")
-    assert torch.equal(load_adapter(folder).prompt, inside)
-    (folder / "weights").rename(tmp_path / "weights")
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "weights")
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A good adapter folder."""
+    return write_adapter(tmp_path / "adapter")
+
+
+def test_links_are_followed_only_within_the_folder_and_the_hub_cache(adapter, tmp_path):
+    inside = load_adapter(adapter).prompt
+    (adapter / "adapter_model.safetensors").rename(adapter / "weights")
+    (adapter / "adapter_model.safetensors").symlink_to("weights")
+    assert torch.equal(load_adapter(adapter).prompt, inside)
+    (adapter / "weights").rename(tmp_path / "weights")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.safetensors").symlink_to(tmp_path / "weights")
     with pytest.raises(AdapterError, match="a link that leads out of the folder"):
-        load_adapter(folder)
+        load_adapter(adapter)
     (tmp_path / "blobs").mkdir()
     (tmp_path / "weights").rename(tmp_path / "blobs" / "0123")
     (tmp_path / "snapshots").mkdir()
-    folder.rename(tmp_path / "snapshots" / "main")
+    adapter.rename(tmp_path / "snapshots" / "main")
     (tmp_path / "snapshots/main/adapter_model.safetensors").unlink()
     (tmp_path / "snapshots/main/adapter_model.safetensors").symlink_to("../../blobs/0123")
     assert torch.equal(load_adapter(tmp_path / "snapshots/main").prompt, inside)
 
 
-def test_files_have_a_limit(tmp_path):
+def test_reading_is_limited_in_size(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
     assert read_inside(tmp_path, "a", 5) == b"12345"
     with pytest.raises(ValueError, match="larger than 4 bytes"):
@@ -115,7 +121,7 @@ def test_trust_remote_code_cannot_be_set_from_a_file(tiny_base, tmp_path, capsys
     assert not (tmp_path / "harmed").exists()
 
 
-def test_random_states_go_on(settings, monkeypatch):  # noqa: F811
+def test_random_states_are_restored(run_settings, monkeypatch):
     """With noise in every step, the resumed run is the same only if its generator goes on, too."""
     from softprompt.engines.packed import PackedEngine
 
@@ -127,19 +133,19 @@ def test_random_states_go_on(settings, monkeypatch):  # noqa: F811
         return result
 
     monkeypatch.setattr(PackedEngine, "accumulate", noisy)
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted(settings, 9)
+    interrupted(run_settings, 9)
     torch.manual_seed(7)
     softprompt.train(resume_from_checkpoint="run")
     assert outcome() == expected
 
 
-def test_metrics_go_along_to_another_folder(settings):  # noqa: F811
-    softprompt.train(**settings)
+def test_resuming_into_another_folder_copies_the_metrics(run_settings):
+    softprompt.train(**run_settings)
     expected = outcome()
-    interrupted({**settings, "output_dir": "cut"}, 9)
+    interrupted({**run_settings, "output_dir": "cut"}, 9)
     Path("cut/metrics.jsonl").unlink()
     softprompt.train(resume_from_checkpoint="cut", output_dir="new")
     assert outcome("new") == expected
@@ -147,16 +153,16 @@ def test_metrics_go_along_to_another_folder(settings):  # noqa: F811
         softprompt.train(resume_from_checkpoint="cut", output_dir="new")
 
 
-def test_an_overwritten_run_is_gone(settings):  # noqa: F811
+def test_overwritten_run_is_removed(run_settings):
     """Or its later checkpoints would be what the new one is resumed from."""
-    softprompt.train(**settings)
-    interrupted({**settings, "overwrite_output_dir": True, "seed": 7}, 5)
+    softprompt.train(**run_settings)
+    interrupted({**run_settings, "overwrite_output_dir": True, "seed": 7}, 5)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-2", "checkpoint-4"]
     assert not Path("run/adapter_model.safetensors").exists()
 
 
-def test_a_course_that_was_left_is_replaced(settings, capsys):  # noqa: F811
-    softprompt.train(**settings)
+def test_resuming_from_an_early_checkpoint_replaces_the_later_ones(run_settings, capsys):
+    softprompt.train(**run_settings)
     capsys.readouterr()
     interrupted({"resume_from_checkpoint": "run/checkpoint-6", "learning_rate": 1e-4, "save_total_limit": 2}, 9)
     later = "checkpoint-8, checkpoint-10, checkpoint-12, checkpoint-13"
@@ -164,7 +170,7 @@ def test_a_course_that_was_left_is_replaced(settings, capsys):  # noqa: F811
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_step_that_is_not_finite_names_rows_and_checkpoint(settings, monkeypatch):  # noqa: F811
+def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monkeypatch):
     from softprompt.engines.packed import PackedEngine
 
     accumulate, calls = PackedEngine.accumulate, iter(range(1, 99))
@@ -179,37 +185,37 @@ def test_a_step_that_is_not_finite_names_rows_and_checkpoint(settings, monkeypat
     with pytest.raises(
         TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; go on with"
     ):
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_a_prompt_that_is_not_finite_is_not_saved(settings):  # noqa: F811
+def test_non_finite_prompt_is_not_saved(run_settings):
     with pytest.raises(TrainingError, match="not finite"):
-        softprompt.train(**settings | {"save_steps": 1}, learning_rate=1e38, weight_decay=1e3)
+        softprompt.train(**run_settings | {"save_steps": 1}, learning_rate=1e38, weight_decay=1e3)
     assert all(load_adapter(path).prompt.isfinite().all() for path in checkpoints(Path("run")))
 
 
-def test_deterministic_is_of_the_run_alone(settings, monkeypatch):  # noqa: F811
+def test_deterministic_mode_ends_with_the_run(run_settings, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    softprompt.train(**settings)
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
     for engine in ("packed", "padded"):
-        changed = {name: value for name, value in settings.items() if name != "tokens_per_microbatch"}
+        changed = {name: value for name, value in run_settings.items() if name != "tokens_per_microbatch"}
         softprompt.train(**changed, engine=engine, deterministic=True, overwrite_output_dir=True)
         assert [r["step"] for r in outcome()[1]] == [r["step"] for r in expected[1]]
 
 
-def test_the_hash_of_a_large_base_is_kept(tiny_base, tmp_path, monkeypatch):
+def test_hash_of_a_large_base_is_cached(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "CACHED_FROM", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hashed = []
     plain = fingerprints._hash
     monkeypatch.setattr(fingerprints, "_hash", lambda *a, sampled: hashed.append(sampled) or plain(*a, sampled=sampled))
-    folder = shutil.copytree(tiny_base, tmp_path / "base")  # noqa: F811
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
     base, files = make_bloom(), weight_files(str(folder))
     assert [path.name for path in files] == ["model.safetensors"]
     first = fingerprints.fingerprint_of_base(base, files)
@@ -224,7 +230,7 @@ def test_the_hash_of_a_large_base_is_kept(tiny_base, tmp_path, monkeypatch):
     assert fingerprints.fingerprint_of_base(base, []) not in (first, fingerprints.fingerprint_of_base(make_bloom(), []))
 
 
-def test_a_card_names_no_folder_of_this_machine_and_keeps_its_table(tmp_path):
+def test_model_card_holds_no_local_path_and_escapes_its_table(tmp_path):
     base = tmp_path / "secret/base"
     base.mkdir(parents=True)
     adapter = Adapter(torch.zeros(1, 4), {"base_model_name_or_path": str(base)}, {})

@@ -1,4 +1,4 @@
-"""The best prompt and early stopping: decisions beside transformers' own, and runs that are cut and resumed."""
+"""The best prompt and early stopping: decisions equal those of transformers; resumed runs decide the same."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
+from helpers.short_runs import interrupted, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
@@ -43,7 +43,7 @@ def theirs(values, args, greater: bool) -> list[tuple]:
     threshold=st.sampled_from([0.0, 0.25, 0.3, 1.0]),
     greater=st.booleans(),
 )
-def test_decides_as_transformers_does(values, patience, threshold, greater):
+def test_decisions_equal_transformers(values, patience, threshold, greater):
     args = TrainingArguments(
         early_stopping_patience=patience, early_stopping_threshold=threshold, greater_is_better=greater
     )
@@ -55,7 +55,7 @@ def test_decides_as_transformers_does(values, patience, threshold, greater):
     assert mine == theirs(values, args, greater)
 
 
-def test_names_of_metrics():
+def test_metric_names_and_directions():
     assert metric_name(TrainingArguments()) == "eval_loss"
     for name, greater in (("loss", False), ("eval_perplexity", False), ("exact_match", True)):
         args = TrainingArguments(metric_for_best_model=name)
@@ -63,7 +63,7 @@ def test_names_of_metrics():
     assert greater_is_better(TrainingArguments(greater_is_better=True))
 
 
-def test_what_is_not_finite_is_no_gain():
+def test_non_finite_metric_is_no_improvement():
     args = TrainingArguments(early_stopping_patience=2)
     best = update_best(BestMetric(), 1, {"eval_loss": math.nan}, args)
     assert best == BestMetric(None, None, 1)
@@ -82,14 +82,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_settings_that_make_no_sense(message):
+def test_contradictory_settings_are_refused(message):
     with pytest.raises(ConfigError, match=message):
         train_config(**WRONG[message])
 
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Evaluations with the losses of a script, one for each prompt that has not been seen; a prompt seen keeps its."""
+    """A list of losses that replaces evaluation: each new prompt gets the next one, a prompt seen before its own again,
+    and the bare base 9."""
     script: list[float] = []
     seen: dict[bytes, float] = {}
 
@@ -107,10 +108,10 @@ def prompt_of(folder: str) -> bytes:
     return Path(folder, "adapter_model.safetensors").read_bytes()
 
 
-def test_the_best_is_kept_and_ends_the_run(settings, losses, capsys):  # noqa: F811
+def test_best_prompt_is_kept_and_becomes_the_result(run_settings, losses, capsys):
     losses += [3.0, 2.0, 2.5, 2.5, 2.5, 2.5]
-    settings |= {"eval_steps": 3, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
-    run = softprompt.train(**settings)
+    run_settings |= {"eval_steps": 3, "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    run = softprompt.train(**run_settings)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-6", "checkpoint-13"]
     assert prompt_of("run") == prompt_of("run/checkpoint-6") != prompt_of("run/checkpoint-13")
     for name in ("optimizer.safetensors", "trainer_state.json", "rng_state.safetensors"):
@@ -122,19 +123,17 @@ def test_the_best_is_kept_and_ends_the_run(settings, losses, capsys):  # noqa: F
     assert outcome() == expected
 
 
-def test_the_last_may_be_the_best(settings, losses):  # noqa: F811
-    losses += [3.0, 2.0, 2.5, 2.5, 1.0]
-    softprompt.train(**settings, load_best_model_at_end=True, save_total_limit=1)
-    results = json.loads(Path("run/all_results.json").read_text())
-    assert results["best_global_step"] in (10, 13) and prompt_of("run") == prompt_of(
-        f"run/checkpoint-{results['best_global_step']}"
-    )
+def test_last_prompt_is_the_best(run_settings, losses):
+    losses += [3.0, 2.0, 1.0]  # after steps 5, 10 and, once training has ended, 13
+    run = softprompt.train(**run_settings, load_best_model_at_end=True, save_total_limit=1)
+    assert run.metrics["best_global_step"] == 13 and run.metrics["best_metric"] == run.metrics["eval_loss"] == 1.0
+    assert prompt_of("run") == prompt_of("run/checkpoint-13") != prompt_of("run/checkpoint-10")
 
 
-def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys):  # noqa: F811
+def test_damaged_best_checkpoint_is_reported_and_the_last_prompt_kept(run_settings, losses, capsys):
     losses += [2.0, 3.0]
-    settings |= {"load_best_model_at_end": True, "output_dir": "run"}
-    interrupted(settings, 9)
+    run_settings |= {"load_best_model_at_end": True, "output_dir": "run"}
+    interrupted(run_settings, 9)
     Path("run/checkpoint-5/optimizer.safetensors").write_bytes(b"")
     softprompt.train(resume_from_checkpoint="run")
     told = capsys.readouterr().err
@@ -145,10 +144,10 @@ def test_a_best_that_broke_is_told_and_the_last_is_kept(settings, losses, capsys
 STOPS = {"early_stopping_patience": 2, "load_best_model_at_end": True, "save_total_limit": 2, "eval_steps": 2}
 
 
-def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, losses, capsys):  # noqa: F811
+def test_early_stopping_is_the_same_in_a_resumed_run(run_settings, losses, capsys):
     losses += [3.0, 2.0, 2.5, 2.25, 1.0]
-    settings |= {**STOPS, "save_steps": 3}
-    softprompt.train(**settings)
+    run_settings |= {**STOPS, "save_steps": 3}
+    softprompt.train(**run_settings)
     expected = outcome()
     assert [r["step"] for r in expected[1] if "eval_loss" in r] == [2, 4, 6, 8]
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-4", "checkpoint-8"]
@@ -157,11 +156,11 @@ def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, 
     assert "2 evaluations without a gain end the run; the best was at step 4" in told
     for at in (1, 2, 3, 4, 5, 7, 8):  # before and on each decision
         shutil.rmtree("run")
-        interrupted(settings, at)
-        softprompt.train(**settings, resume_from_checkpoint="newest")
+        interrupted(run_settings, at)
+        softprompt.train(**run_settings, resume_from_checkpoint="newest")
         assert outcome() == expected, at
     capsys.readouterr()
-    softprompt.train(**settings, resume_from_checkpoint="newest")
+    softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "after step 8 of 13; it ended there, --early_stopping_patience was over" in capsys.readouterr().out
     assert outcome() == expected
     assert all(fault_of(p) is None for p in checkpoints(Path("run")))
@@ -169,9 +168,9 @@ def test_early_stopping_ends_at_the_same_step_however_often_it_is_cut(settings, 
     assert [r["step"] for r in outcome()[1] if "eval_loss" in r] == [2, 4, 6, 8, 10, 12, 13]
 
 
-def test_exact_match_where_answers_are_long(settings, tmp_path):  # noqa: F811
+def test_exact_match_of_long_answers_is_refused(run_settings, tmp_path):
     rows = [{"instruction": "a", "output": "b" * 60}] * 8
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match="answers are compared only where all held-out ones have at most 32 tokens"):
-        softprompt.train(**settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
+        softprompt.train(**run_settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
     assert not Path("run").exists()

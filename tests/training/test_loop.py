@@ -1,4 +1,4 @@
-"""The loop: beside Trainer + PEFT step by step, and by itself: the base untouched, schedule, cuts, fp16, faults."""
+"""The training loop: equal to Trainer + PEFT at each step; frozen base, schedule, micro-batches, fp16, faults."""
 
 import copy
 import functools
@@ -29,8 +29,8 @@ from softprompt.utils.errors import TrainingError
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
 
 
-class Kept:
-    """Callbacks that keep what they are told."""
+class Recorder:
+    """Callbacks that record their calls."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -60,16 +60,16 @@ def engine_of(kind, base, tokenizer, rows=4, dtype=torch.float32):
 
 
 def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, kind="padded", **settings):
-    """Train a copy of `values`; returns the prompt and what the callbacks were told."""
+    """Train a copy of `values` [P, H]. Return the prompt and the recorder of the callbacks."""
     args = TrainingArguments(**settings)
     engine = engine_of(kind, base, tokenizer, args.per_device_train_batch_size, dtype)
-    prompt, kept = PromptEmbedding(values), Kept()
+    prompt, kept = PromptEmbedding(values), Recorder()
     train(engine, prompt, ListLoader(rows, args), args, learning_rate, kept)
     return prompt.weight.detach(), kept
 
 
 def peer_run(base, tokenizer, values, rows, folder, **settings):
-    """Trainer + get_peft_model with TrainingArguments of the same names; returns the prompt and the log history."""
+    """Train with Trainer + get_peft_model and the same arguments. Return the prompt [P, H] and the log history."""
     model = peft_model(base, values)
     args = TheirArguments(
         output_dir=str(folder),
@@ -111,7 +111,7 @@ SAME = [
 
 @ENGINES
 @pytest.mark.parametrize("settings", SAME)
-def test_fifty_steps_beside_trainer_and_peft(settings, kind, tokenizer, tmp_path):
+def test_fifty_steps_equal_trainer_and_peft(settings, kind, tokenizer, tmp_path):
     base, values = make_bloom(), random_init(10)(torch.empty(1, 32))
     rows = random_examples(77, 19)  # the last window of each epoch is short
     theirs, history = peer_run(base, tokenizer, values, rows, tmp_path, learning_rate=1e-2, **settings)
@@ -127,7 +127,7 @@ def test_fifty_steps_beside_trainer_and_peft(settings, kind, tokenizer, tmp_path
 
 
 @ENGINES
-def test_the_mini_base_beside_trainer_and_peft(kind, tmp_path):
+def test_mini_base_equals_trainer_and_peft(kind, tmp_path):
     from transformers import AutoTokenizer
 
     from softprompt import mini
@@ -158,7 +158,7 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     Evaluator(engine, make_generator(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
     args = TrainingArguments(max_steps=6)
-    train(engine, prompt, ListLoader(rows, args), args, 1e-2, Kept())
+    train(engine, prompt, ListLoader(rows, args), args, 1e-2, Recorder())
     assert not torch.equal(prompt.weight, values)
     assert prompt.weight.dtype == torch.float32
     assert not base.training and all(p.grad is None for p in base.parameters())
@@ -166,7 +166,7 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_cut_into_microbatches_does_not_matter(tokenizer):
+def test_microbatch_size_does_not_change_the_result(tokenizer):
     values, rows = random_init(4)(torch.empty(1, 32)), random_examples(40, 15)
     cuts = [(1, 16), (5, 3), (16, 1), (15, 1)]
     prompts = [
@@ -199,7 +199,7 @@ def test_total_steps(epochs, expected):
     assert total_steps(70, TrainingArguments(num_train_epochs=epochs, max_steps=7)) == 7
 
 
-def test_when_the_callbacks_are_called(tokenizer):
+def test_callbacks_are_called_at_their_steps(tokenizer):
     settings = {
         "max_steps": 11,
         "logging_steps": 4,
@@ -237,7 +237,7 @@ def test_fp16_skips_overflowed_steps_without_moving_the_schedule(kind, tokenizer
 
 
 @ENGINES
-def test_a_loss_that_is_not_finite_stops_the_run(kind, tokenizer):
+def test_non_finite_loss_stops_the_run(kind, tokenizer):
     base = make_bloom()
     with torch.no_grad():
         base.transformer.ln_f.bias[0] = math.nan
@@ -268,7 +268,7 @@ def test_exact_match_counts_answers(tokenizer):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_other_causal_models_on_the_padded_path(family, tokenizer):
+def test_padded_engine_with_other_architectures(family, tokenizer):
     from helpers.peers import naive_loss
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -295,7 +295,7 @@ def test_checkpoints_hold_no_base_weight(tmp_path: Path, tokenizer):
     from softprompt.runs.checkpoints import state_files
     from softprompt.utils.atomic_io import write_folder
 
-    class Saver(Kept):
+    class Saver(Recorder):
         def on_save(self, step, state):
             adapter = Adapter(prompt.weight, peft_config("b", base.config, prompt.weight, "RANDOM"))
             write_folder(tmp_path / "c", {**adapter_files(adapter), **state_files(state, {})})

@@ -1,4 +1,4 @@
-"""--find_learning_rate: what a sweep compares, what it says where it finds nothing, and that a run keeps its rate."""
+"""--find_learning_rate: how a sweep compares rates, what it prints if it finds none, and that a run keeps its rate."""
 
 import json
 import math
@@ -28,9 +28,7 @@ from softprompt.training.lr_finder import RATES, RUNGS, find_learning_rate, shor
 from softprompt.utils.errors import ConfigError, Stopped, TrainingError
 
 ARGS = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=24)
-
-
-# Rows that are learned the sooner the larger the rate is.
+# Rows whose loss falls faster the larger the rate is.
 QUICKER = [Example([5, 6, 7, 8], [-100, -100, 9, 9])] * 70
 
 
@@ -60,9 +58,9 @@ def sweep(base, rows, args=ARGS, values=None, request=Never):
     return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
 
 
-def test_it_is_halving_over_runs_of_their_own(base, monkeypatch):
-    """Beside the definition: each rate trained anew on the rows that are not set aside, judged by a naive loss."""
-    monkeypatch.setattr(find_rate, "RATES", RATES[::-1])  # the last ones are the better ones here
+def test_sweep_is_successive_halving_over_separate_runs(base, monkeypatch):
+    """Compared with training at each rate from scratch on the rows not set aside, evaluated by a naive loss."""
+    monkeypatch.setattr(find_rate, "RATES", RATES[::-1])  # the last rates are the better ones here
     rows = random_examples(70, 9)
     found = sweep(base, rows)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
@@ -86,7 +84,7 @@ def test_it_is_halving_over_runs_of_their_own(base, monkeypatch):
     assert found == sweep(base, rows)
 
 
-def test_of_rates_that_are_close_the_smallest_is_taken(base, monkeypatch):
+def test_smallest_of_nearly_equal_rates_is_taken(base, monkeypatch):
     chosen = []
     for tie in (0.0, 1e9):
         monkeypatch.setattr(find_rate, "TIE", tie)
@@ -96,13 +94,13 @@ def test_of_rates_that_are_close_the_smallest_is_taken(base, monkeypatch):
     assert chosen == [at_last[0], min(at_last)] and chosen[1] < chosen[0]
 
 
-def test_the_prompts_first_values_stay_as_they_are(base):
+def test_sweep_does_not_change_the_initial_prompt(base):
     values = torch.zeros(3, 32)
     sweep(base, random_examples(70, 9), values=values)
     assert not values.any()
 
 
-def test_its_length_is_told_before(base):
+def test_sweep_steps_is_the_number_of_steps_taken(base):
     steps = []
     engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
     rows = random_examples(70, 5)
@@ -111,12 +109,12 @@ def test_its_length_is_told_before(base):
     assert sweep_steps(1000) < 1000
 
 
-def test_too_few_rows(base):
+def test_sweep_needs_enough_rows(base):
     found = sweep(base, random_examples(63, 5))
     assert found.learning_rate is None and "63 rows are too few" in found.why and not found.losses
 
 
-def test_no_rate_that_helps(base, monkeypatch):
+def test_no_rate_is_found_if_none_lowers_the_loss(base, monkeypatch):
     monkeypatch.setattr(find_rate, "RATES", (1e-9, 1e-8))
     found = sweep(base, random_examples(70, 5))
     assert found.learning_rate is None and found.why == "no rate lowered the loss within the sweep"
@@ -125,9 +123,9 @@ def test_no_rate_that_helps(base, monkeypatch):
 @pytest.mark.parametrize(
     "longer, slope, found", [(0.3, 1.0, 0.3), (0.1, 1.0, 0.1), (0.03, 1.0, None), (0.03, 0.001, 0.03)]
 )
-def test_rungs_that_contradict_each_other(longer, slope, found, base, monkeypatch):
-    """0.3 is the best of the shorter rung. A best rate that moves to a neighbour is found; one that leaps is not, but
-    where the loss hardly depends on the rate."""
+def test_no_rate_is_found_if_the_best_changes_too_much(longer, slope, found, base, monkeypatch):
+    """In the shorter rung, 0.3 is the best. A best rate that moves to a neighbour in the longer rung is found. One that
+    moves further is found only if the loss hardly depends on the rate."""
     trained = []
 
     def loss(*args):
@@ -144,14 +142,14 @@ def test_rungs_that_contradict_each_other(longer, slope, found, base, monkeypatc
     assert (told in swept.why) == (found is None)
 
 
-def test_a_rate_that_ends_in_no_finite_numbers_loses(base, monkeypatch):
+def test_diverging_rate_loses(base, monkeypatch):
     monkeypatch.setattr(find_rate, "RATES", (1e-2, 1e38, 1e-1))
     found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0))
     assert found.losses[1e38] == math.inf and found.learning_rate in (1e-2, 1e-1)
 
 
-def test_what_is_no_matter_of_the_rate_ends_the_sweep(base, monkeypatch):
-    """A rank that died, memory that ran out on one of several: no rate is to blame, and who went on would wait."""
+def test_error_unrelated_to_the_rate_ends_the_sweep(base, monkeypatch):
+    """For example a rank that died. A rank that went on with the next rate would wait for it forever."""
 
     def died(*args):
         raise TrainingError("rank 0: rank 1 died")
@@ -162,11 +160,11 @@ def test_what_is_no_matter_of_the_rate_ends_the_sweep(base, monkeypatch):
 
 
 @pytest.mark.parametrize("given, meant", [(0, 0), (0.25, 0.25), (6, 0.25), (24, 0.99)])
-def test_a_warm_up_keeps_its_share(given, meant):
+def test_warmup_keeps_its_share_of_the_steps(given, meant):
     assert short_schedule(replace(ARGS, warmup_steps=given), 5, 24).warmup_steps == meant
 
 
-def test_settings_that_exclude_each_other():
+def test_find_learning_rate_excludes_learning_rate():
     with pytest.raises(ConfigError, match="--find_learning_rate and --learning_rate exclude each other"):
         train_config(find_learning_rate=True, learning_rate=0.1)
     assert train_config("article", find_learning_rate=True).training.find_learning_rate
@@ -193,7 +191,7 @@ def found_in(out: str) -> float:
     return float(re.search(r"^learning rate (\S+) is taken$", out, re.M)[1])
 
 
-def test_a_run_notes_what_it_found_and_is_the_run_at_that_rate(settings, tmp_path, capsys):
+def test_run_records_the_found_rate_and_equals_a_run_at_that_rate(settings, tmp_path, capsys):
     ended = softprompt.train(**settings, find_learning_rate=True)
     out = capsys.readouterr().out
     rate = found_in(out)
@@ -211,7 +209,7 @@ def test_a_run_notes_what_it_found_and_is_the_run_at_that_rate(settings, tmp_pat
 
 
 @pytest.mark.parametrize("again", [{}, {"find_learning_rate": True}])
-def test_a_resumed_run_does_not_look_again(again, settings, tmp_path, monkeypatch, capsys):
+def test_resumed_run_does_not_sweep_again(again, settings, tmp_path, monkeypatch, capsys):
     name = "adapter_model.safetensors"
     whole = softprompt.train(**settings, find_learning_rate=True)
     rate = found_in(capsys.readouterr().out)
@@ -230,7 +228,7 @@ def test_a_resumed_run_does_not_look_again(again, settings, tmp_path, monkeypatc
     assert "sweep" in (resumed.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
 
 
-def test_a_run_that_did_not_look_does_not_begin_to_when_resumed(settings, monkeypatch, capsys):
+def test_resuming_does_not_start_a_sweep(settings, monkeypatch, capsys):
     softprompt.train(**settings)
     capsys.readouterr()
     resumed = softprompt.train(resume_from_checkpoint=settings["output_dir"], find_learning_rate=True)
@@ -238,13 +236,13 @@ def test_a_run_that_did_not_look_does_not_begin_to_when_resumed(settings, monkey
     assert resumed.config.training.find_learning_rate is False
 
 
-def test_where_nothing_is_found_the_default_is_taken_and_said(settings, capsys):
+def test_default_rate_is_used_if_none_is_found(settings, capsys):
     ended = softprompt.train(**{**settings, "eval_rows": 15}, find_learning_rate=True)
     told = "warning: --find_learning_rate found none: 60 rows are too few"
     assert told in capsys.readouterr().out and ended.config.learning_rate == 3e-2
 
 
-def test_a_sweep_that_is_stopped(settings, monkeypatch, tmp_path):
+def test_signal_during_a_sweep_stops_the_run(settings, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return train(*args, **kwargs)

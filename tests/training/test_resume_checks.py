@@ -1,5 +1,5 @@
-"""What a resumed run must agree with its checkpoint in: the order and the cut of its rows, held-out rows, tokenizer and
-measure. Other values are refused, or told where --ignore_data_skip allows them."""
+"""What must not change when a run is resumed: order and truncation of its rows, held-out rows, tokenizer, metric.
+Changes are refused, or printed if --ignore_data_skip allows them."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.interrupting import interrupted, restated
+from helpers.short_runs import interrupted, rewrite_state
 from transformers import AutoTokenizer
 
 import softprompt
@@ -22,8 +22,8 @@ def lines(rows) -> str:
 
 @pytest.fixture(params=[False, True], ids=["listed", "streamed"])
 def run(request, tiny_base, tmp_path, monkeypatch):
-    """The settings of a run of 9 steps over 11 rows in windows of 4, evaluated every second step, that was cut after
-    its fifth and has saved its fourth, in the second pass."""
+    """Settings of a run of 9 steps over 11 rows in windows of 4, evaluated every second step. It was killed after step
+    5 and has saved step 4, which is in the second epoch."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(lines(ROWS[4:]))
     Path("held.jsonl").write_text(lines(ROWS[:4]))
@@ -53,7 +53,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("given", OTHERS, ids=lambda given: next(iter(given)))
-def test_rows_in_another_order_or_cut_otherwise_are_refused(given, run, capsys):
+def test_changed_row_order_or_truncation_is_refused(given, run, capsys):
     (flag,) = given
     with pytest.raises(CheckpointError, match=rf"checkpoint-4: .*--{flag}.*now .*--ignore_data_skip"):
         softprompt.train(resume_from_checkpoint="run", **given)
@@ -63,13 +63,13 @@ def test_rows_in_another_order_or_cut_otherwise_are_refused(given, run, capsys):
     assert f"--{flag}" in capsys.readouterr().out and evaluated() == [2, 4, 6, 8, 9]
 
 
-def test_as_many_rows_in_other_batches_are_the_same_rows(run, capsys):
+def test_batch_shape_may_change_if_the_step_has_as_many_rows(run, capsys):
     softprompt.train(resume_from_checkpoint="run", per_device_train_batch_size=4, gradient_accumulation_steps=1)
     assert "may be repeated" not in capsys.readouterr().out
 
 
-def test_what_only_reads_otherwise_is_the_same(run):
-    """Columns show in the rows; of a stream the names count, which may not differ."""
+def test_renamed_columns(run):
+    """Listed rows are compared after renaming. Of a stream, --columns itself is compared, and may not change."""
     streams = run["streaming"]
     renamed = [{"q" if name == "instruction" else name: text for name, text in row.items()} for row in ROWS]
     if streams:
@@ -83,13 +83,13 @@ def test_what_only_reads_otherwise_is_the_same(run):
         softprompt.train(resume_from_checkpoint="run", columns="instruction=q")
 
 
-def test_another_seed_or_buffer_begins_the_pass_of_a_stream_again(run):
-    """Five more steps: to the end of the second pass and two into the third."""
+def test_changed_seed_restarts_the_epoch_of_a_stream(run):
+    """Five more steps: to the end of the second epoch, then two of the third."""
     again = softprompt.train(resume_from_checkpoint="run", seed=7, ignore_data_skip=True)
     assert again.metrics["epoch"] == pytest.approx(2 + 8 / 11 if run["streaming"] else 3, abs=1e-3)
 
 
-def test_held_out_rows_that_were_edited(run, capsys):
+def test_edited_held_out_rows_are_refused(run, capsys):
     Path("held.jsonl").write_text(lines([{**ROWS[0], "output": "新"}, *ROWS[1:4]]))
     with pytest.raises(CheckpointError, match=r"checkpoint-4: the held-out rows named now differ .*--ignore_data_skip"):
         softprompt.train(resume_from_checkpoint="run")
@@ -99,10 +99,10 @@ def test_held_out_rows_that_were_edited(run, capsys):
     Path("other.jsonl").write_text(lines(ROWS[:4]))
     for checkpoint in Path("run").glob("checkpoint-[6-9]"):
         shutil.rmtree(checkpoint)
-    softprompt.train(resume_from_checkpoint="run", eval_dataset="other.jsonl")  # the same ones in another file
+    softprompt.train(resume_from_checkpoint="run", eval_dataset="other.jsonl")  # the same rows in another file
 
 
-def test_held_out_rows_where_there_were_none(run, capsys):
+def test_held_out_rows_may_be_added(run, capsys):
     shutil.rmtree("run")
     without = {name: value for name, value in run.items() if not name.startswith("eval_")}
     interrupted(without, 5)
@@ -110,7 +110,7 @@ def test_held_out_rows_where_there_were_none(run, capsys):
     assert evaluated() == [6, 9]
 
 
-def test_another_measure_of_what_is_best(run, capsys):
+def test_changed_metric_restarts_the_search_for_the_best(run, capsys):
     begun = {**run, "eval_steps": 2, "load_best_model_at_end": True}
     shutil.rmtree("run")
     interrupted(begun, 5)
@@ -121,7 +121,7 @@ def test_another_measure_of_what_is_best(run, capsys):
     assert "the search for the best begins anew" in capsys.readouterr().out
 
 
-def test_the_best_where_it_was_not_saved(run, capsys, monkeypatch):
+def test_best_step_that_was_not_saved_is_not_taken(run, capsys, monkeypatch):
     shutil.rmtree("run")
     interrupted({**run, "eval_steps": 3, "save_steps": 4}, 5)
     state = json.loads(Path("run/checkpoint-4/trainer_state.json").read_text())
@@ -145,7 +145,7 @@ def reconfigured(**settings):
     return change
 
 
-def test_another_part_of_the_tokenizer_is_refused_by_its_name(run):
+def test_changed_part_of_the_tokenizer_is_named(run):
     cases = {
         "eos_token": reconfigured(eos_token="<s>"),
         "chat_template": lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
@@ -160,8 +160,8 @@ def test_another_part_of_the_tokenizer_is_refused_by_its_name(run):
             softprompt.train(resume_from_checkpoint="run", model_name_or_path=base)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(run, capsys):
-    """It knows the rows, tokenizer.json and the base, which are compared; what it did not note is told."""
+def test_checkpoint_of_an_earlier_version_resumes(run, capsys):
+    """It has fingerprints of the rows, tokenizer.json and the base, which are compared; the others are named."""
     backend = AutoTokenizer.from_pretrained(run["model_name_or_path"]).backend_tokenizer
 
     def earlier(state):
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run, capsys):
         old = hashlib.sha256(backend.to_str().encode()).hexdigest()
         return state | {"fingerprints": {**kept, "tokenizer": old}}
 
-    restated(Path("run/checkpoint-4"), earlier)
+    rewrite_state(Path("run/checkpoint-4"), earlier)
     base = other_base(run["model_name_or_path"], reconfigured(extra_special_tokens=["第"]))
     with pytest.raises(CheckpointError, match="the tokenizer named now differs in content"):
         softprompt.train(resume_from_checkpoint="run", model_name_or_path=base)
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run, capsys):
 
 
 @pytest.mark.parametrize("was, now", [("bf16", "fp16"), ("fp16", "bf16")])
-def test_another_precision_goes_on(was, now, run):
+def test_precision_may_change(was, now, run):
     shutil.rmtree("run")
     interrupted({**run, was: True}, 5)
     assert getattr(softprompt.train(resume_from_checkpoint="run", **{now: True}).config.model, now)

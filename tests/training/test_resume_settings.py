@@ -1,4 +1,4 @@
-"""A resumed run's settings are the checkpoint's and, over them, those given now: merged first, then checked once."""
+"""A resumed run has the checkpoint's settings, overridden by those given now; the merged settings are checked."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.interrupting import interrupted
+from helpers.short_runs import interrupted
 
 import softprompt
 from softprompt.cli import parse_training
@@ -19,7 +19,7 @@ from softprompt.utils.errors import ConfigError
 CHECKPOINT = Path("run/checkpoint-8")
 OWN = {"model_name_or_path": "base", "dataset": "rows.jsonl", "output_dir": "run"}
 
-# What a run began with, what is given now, what comes of it, and the flags that are told to differ.
+# Settings that the run began with, settings given now, and what they are merged to.
 MERGED = {
     "evaluations": ({"eval_rows": 4}, {"eval_steps": 5}, {"eval_steps": 5, "eval_strategy": "steps"}),
     "evaluations by steps": (
@@ -88,7 +88,7 @@ def resumed(begun, given, told=None, checkpoint=CHECKPOINT):
 
 
 @pytest.mark.parametrize("case", MERGED)
-def test_what_is_given_has_its_effect_over_the_checkpoints_settings(case):
+def test_given_settings_override_the_checkpoints(case):
     begun, given, expected = MERGED[case]
     told = []
     found = resumed(begun, given, told)
@@ -112,7 +112,7 @@ def test_what_is_given_has_its_effect_over_the_checkpoints_settings(case):
     ],
     ids=str,
 )
-def test_what_a_run_begins_with_is_the_checkpoints(given):
+def test_settings_of_the_initial_prompt_are_the_checkpoints(given):
     told = []
     found, before = resumed({}, given, told), train_config(**OWN).as_dict()
     (name, *_) = given
@@ -134,20 +134,20 @@ def test_what_a_run_begins_with_is_the_checkpoints(given):
         ({"engine": "padded"}, {"stream_base": True}, "--engine padded"),
     ],
 )
-def test_the_whole_is_checked(begun, given, flag):
+def test_merged_settings_are_checked(begun, given, flag):
     with pytest.raises(ConfigError, match=flag) as error:
         resumed(begun, given)
     assert str(CHECKPOINT) in str(error.value)
 
 
-def test_names_and_types_are_checked_at_once():
+def test_names_and_types_are_checked_before_the_merge():
     with pytest.raises(ConfigError, match="'learning_rat'; did you mean learning_rate"):
         train_config(resume_from_checkpoint="run", learning_rat=1.0)
     with pytest.raises(ConfigError, match="--num_virtual_tokens 'ten' is not a whole number"):
         train_config(resume_from_checkpoint="run", num_virtual_tokens="ten")
 
 
-def test_a_file_of_settings_beside_it(tmp_path, monkeypatch):
+def test_resume_with_a_config_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("s.toml").write_text('eval_steps = 5\nmodel_name_or_path = "./moved"\n')
     config = parse_training(["--config", "s.toml", "--resume_from_checkpoint", "run", "--eval_steps", "7"])
@@ -157,8 +157,8 @@ def test_a_file_of_settings_beside_it(tmp_path, monkeypatch):
     assert (found.model.model_name_or_path, found.data.dataset) == ("./moved", "rows.jsonl")
 
 
-def test_a_restart_goes_on_in_the_folder_of_the_run_that_was_resumed(monkeypatch, tmp_path):
-    """Neither does it need --output_dir, nor does it begin once more at the checkpoint that the command names."""
+def test_torchrun_restart_continues_in_the_resumed_runs_folder(monkeypatch, tmp_path):
+    """Without --output_dir, and from the newest checkpoint instead of the one that the command names."""
     monkeypatch.setattr("softprompt.training.auto_resume.may_restart", lambda: True)
     (tmp_path / "run/checkpoint-8").mkdir(parents=True)
     (tmp_path / "run/checkpoint-8/trainer_state.json").write_text("{}")
@@ -174,7 +174,7 @@ def test_a_restart_goes_on_in_the_folder_of_the_run_that_was_resumed(monkeypatch
 
 @pytest.fixture
 def run(tiny_base, tmp_path, monkeypatch):
-    """The settings of a run of 6 steps over 8 rows that was cut after its third; it saved the second."""
+    """Settings of a run of 6 steps over 8 rows. It was killed after step 3 and has saved step 2."""
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -191,7 +191,7 @@ def evaluated() -> list[int]:
     return [record["step"] for record in records if "eval_loss" in record]
 
 
-def test_evaluations_that_are_asked_for_now_take_place(run, capsys):
+def test_evaluations_may_be_added(run, capsys):
     softprompt.train(resume_from_checkpoint="run", eval_steps=3, load_best_model_at_end=True)
     assert evaluated() == [3, 6]
     told = capsys.readouterr().out
@@ -200,13 +200,13 @@ def test_evaluations_that_are_asked_for_now_take_place(run, capsys):
     )
 
 
-def test_a_base_that_was_moved(run, tmp_path):
+def test_base_may_be_moved(run, tmp_path):
     shutil.copytree(run["model_name_or_path"], "moved")
     done = softprompt.train(resume_from_checkpoint="run", model_name_or_path="./moved")
     assert done.config.data.dataset == "rows.jsonl" and done.metrics["epoch"] == pytest.approx(1.5)
 
 
-def test_without_a_checkpoint_what_is_given_is_the_whole(tmp_path, monkeypatch):
+def test_without_a_checkpoint_the_given_settings_are_checked_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {**OWN, "resume_from_checkpoint": "newest", "output_dir": "new"}
     with pytest.raises(ConfigError, match="--load_best_model_at_end needs evaluations"):
@@ -214,7 +214,7 @@ def test_without_a_checkpoint_what_is_given_is_the_whole(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_refuses_in_one_line(run, monkeypatch, capsys):
+def test_command_refuses_in_one_line(run, monkeypatch, capsys):
     from softprompt.cli import run_command
     from train import main
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny base: what they write, print and leave for infer.py, and settings from flags and files."""
+"""Whole runs on a tiny base: what they write and print, infer.py after them; settings from flags and files."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.calls import called
+from helpers.programs import run_program
 from safetensors.torch import load_file
 
 import infer
@@ -25,7 +25,7 @@ ROWS = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i
 
 @pytest.fixture
 def flags(tiny_base, tmp_path, monkeypatch):
-    """Flags of a run of six steps with four held-out rows, in an empty folder."""
+    """Flags of a run of 6 steps with 4 held-out rows; the current folder is a new one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return [
@@ -39,9 +39,9 @@ ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "softprompt.json"
 STATE = {"optimizer.safetensors", "rng_state.safetensors", "trainer_state.json"}
 
 
-@pytest.mark.reports
+@pytest.mark.pictures
 def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
-    out, err = called(train, [*flags, "--print_model", "--eval_steps", "4"], capsys, monkeypatch)
+    out, err = run_program(train, [*flags, "--print_model", "--eval_steps", "4"], capsys, monkeypatch)
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("tiny-")
     names = {p.name for p in run.iterdir()}
@@ -68,66 +68,66 @@ def test_what_a_run_writes_and_prints(flags, tmp_path, capsys, monkeypatch):
     assert "step 2  epoch" in err and "\r" not in err  # no terminal: plain lines
 
 
-def test_without_held_out_rows_nothing_is_evaluated(flags, tmp_path, capsys, monkeypatch):
+def test_nothing_is_evaluated_without_held_out_rows(flags, tmp_path, capsys, monkeypatch):
     at = flags.index("--eval_rows")
-    out, _ = called(train, [*flags[:at], *flags[at + 2 :], "--output_dir", "mine"], capsys, monkeypatch)
+    out, _ = run_program(train, [*flags[:at], *flags[at + 2 :], "--output_dir", "mine"], capsys, monkeypatch)
     results = json.loads((tmp_path / "mine/all_results.json").read_text())
     assert not [name for name in results if name.startswith("eval")]
     assert "40 rows, columns" in out and "infer.py --adapter mine --prompt" in out
 
 
-def test_the_question_asked_of_the_newest_run(flags, tiny_base, tmp_path, capsys, monkeypatch):
-    called(train, [*flags, "--template", "问：{instruction}\\n答："], capsys, monkeypatch)
+def test_infer_uses_the_newest_run_and_agrees_with_the_api(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    run_program(train, [*flags, "--template", "问：{instruction}\\n答："], capsys, monkeypatch)
     greedy = ["--do_sample", "false", "--max_new_tokens", "4"]
-    out, err = called(infer, ["--prompt", "第3题", *greedy], capsys, monkeypatch)
+    out, err = run_program(infer, ["--prompt", "第3题", *greedy], capsys, monkeypatch)
     model = softprompt.SoftPromptModel.from_pretrained()
     assert model.template.spec == "问：{instruction}\\n答："
     answer = model.generate("第3题", do_sample=False, max_new_tokens=4)
     assert out == answer + "\n" and "runs/tiny-" in err
     (tmp_path / "q.txt").write_text("第3题\n第4题\n", encoding="utf-8")
-    out, _ = called(infer, ["--prompts_file", "q.txt", *greedy], capsys, monkeypatch)
+    out, _ = run_program(infer, ["--prompts_file", "q.txt", *greedy], capsys, monkeypatch)
     lines = [json.loads(line) for line in out.splitlines()]
     assert lines[0] == {"prompt": "第3题", "adapter": model.active_adapter, "text": answer} and len(lines) == 2
-    out, err = called(infer, ["--adapter", "none", "--prompt", "第3题", *greedy], capsys, monkeypatch)
+    out, err = run_program(infer, ["--adapter", "none", "--prompt", "第3题", *greedy], capsys, monkeypatch)
     assert "no prompt" in err
     bare = softprompt.SoftPromptModel(model.base, model.tokenizer, None, model.template)
     assert out == bare.generate("第3题", do_sample=False, max_new_tokens=4) + "\n"
 
 
-def test_samples_are_repeated_by_a_seed_only(flags, capsys, monkeypatch):
-    called(train, flags, capsys, monkeypatch)
+def test_samples_repeat_only_with_a_seed(flags, capsys, monkeypatch):
+    run_program(train, flags, capsys, monkeypatch)
     ask = ["--prompt", "第3题", "--max_new_tokens", "12", "--temperature", "3", "--top_k", "0"]
-    seeded = {called(infer, [*ask, "--seed", "5"], capsys, monkeypatch)[0] for _ in range(2)}
-    free = {called(infer, ask, capsys, monkeypatch)[0] for _ in range(3)}
+    seeded = {run_program(infer, [*ask, "--seed", "5"], capsys, monkeypatch)[0] for _ in range(2)}
+    free = {run_program(infer, ask, capsys, monkeypatch)[0] for _ in range(3)}
     assert len(seeded) == 1 and len(free) > 1
 
 
-def test_a_base_of_another_name_only_warns(flags, tiny_base, tmp_path, capsys, monkeypatch):
-    called(train, flags, capsys, monkeypatch)
+def test_renamed_base_is_a_warning(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    run_program(train, flags, capsys, monkeypatch)
     shutil.copytree(tiny_base, tmp_path / "copy")
-    _, err = called(
+    _, err = run_program(
         infer, ["--model_name_or_path", "./copy", "--prompt", "a", "--max_new_tokens", "2"], capsys, monkeypatch
     )
     assert f" was trained on {tiny_base}, not on ./copy" in err
 
 
 @pytest.mark.parametrize("rate, warned", [("5e-5", True), ("3e-2", False)])
-def test_a_learning_rate_that_cannot_move_the_prompt(rate, warned, flags, capsys, monkeypatch):
-    out, _ = called(train, [*flags, "--learning_rate", rate], capsys, monkeypatch)
+def test_warning_if_the_learning_rate_cannot_move_the_prompt(rate, warned, flags, capsys, monkeypatch):
+    out, _ = run_program(train, [*flags, "--learning_rate", rate], capsys, monkeypatch)
     assert ("it will not learn" in out) == warned
 
 
-def test_training_goes_on_from_a_saved_adapter(flags, capsys, monkeypatch):
-    called(train, [*flags, "--output_dir", "first", "--num_virtual_tokens", "3"], capsys, monkeypatch)
+def test_training_starts_from_a_saved_adapter(flags, capsys, monkeypatch):
+    run_program(train, [*flags, "--output_dir", "first", "--num_virtual_tokens", "3"], capsys, monkeypatch)
     argv = [*flags, "--output_dir", "second", "--init_adapter", "first", "--learning_rate", "1e-9"]
-    out, _ = called(train, argv, capsys, monkeypatch)
+    out, _ = run_program(train, argv, capsys, monkeypatch)
     first, second = (
         load_file(f"{name}/adapter_model.safetensors")["prompt_embeddings"] for name in ("first", "second")
     )
     assert torch.allclose(first, second, atol=1e-6) and "prompt from first" in out
 
 
-def test_three_lines_of_python(tiny_base, tmp_path):
+def test_python_api(tiny_base, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     settings = {"dataset": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tiny_base), "max_steps": 2}
     run = softprompt.train(**settings, output_dir=str(tmp_path / "run"), fp16=True)
@@ -156,7 +156,7 @@ def test_presets():
     json.dumps(article.as_dict())
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('preset = "article"\nlearning_rate = 1e-3\nnum-virtual-tokens = 7\nbf16 = true\nmax_grad_norm = 2')
     config = parse_training(["--config", str(file), "--num-virtual-tokens", "8", "--bf16", "false"])
@@ -168,7 +168,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
 
 
 @pytest.mark.parametrize("parse", [parse_training, parse_inference])
-def test_help_is_grouped_and_says_each_default(parse, capsys):
+def test_help_is_grouped_and_names_defaults(parse, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(["--help"])
     out = capsys.readouterr().out
@@ -182,9 +182,9 @@ def test_help_is_grouped_and_says_each_default(parse, capsys):
 
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
-def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(engine, flags, tmp_path, capsys, monkeypatch):
+def test_dry_run_describes_the_run_and_writes_nothing(engine, flags, tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
-    out, _ = called(train, [*flags, "--dry_run", "--engine", engine], capsys, monkeypatch)
+    out, _ = run_program(train, [*flags, "--dry_run", "--engine", engine], capsys, monkeypatch)
     assert sorted(tmp_path.rglob("*")) == before
     told = out[out.index("Dry run") :]
     data = tokenize(load_rows("rows.jsonl", Template(), {})[:36], load_tokenizer(flags[1]), Template(), 256)
@@ -194,16 +194,18 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(engine, flags, tm
     assert re.search(r"memory +about [\d.]+ GiB", told) and re.search(r"time +about \d+ s at [\d,]+ tokens/s", told)
 
 
-def test_a_run_keeps_how_its_windows_were_cut(flags, tmp_path, capsys, monkeypatch):
-    out, _ = called(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
+def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, monkeypatch):
+    out, _ = run_program(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
     assert "packed engine, 50 tokens at a time" in out
     state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
     assert state["engine"] == {"tokens_per_microbatch": 50}
-    out, _ = called(train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch)
+    out, _ = run_program(
+        train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch
+    )
     assert "packed engine, 1,024 tokens at a time" in out
 
 
-def test_a_cpu_without_bf16_is_told(tmp_path, monkeypatch, capsys):
+def test_warning_if_bf16_is_slow_on_the_cpu(tmp_path, monkeypatch, capsys):
     from softprompt.training import console as announce
 
     times, rows = {torch.bfloat16: 3.0, torch.float32: 1.0}, tmp_path / "rows.jsonl"

@@ -1,4 +1,4 @@
-"""fp16 runs whose GradScaler skips steps: they are saved, stopped, resumed and counted like any other run."""
+"""fp16 runs whose GradScaler skips steps are saved, stopped, resumed and logged like other runs."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.interruptions import interrupted, outcome, settings  # noqa: F401 (a fixture)
+from helpers.short_runs import interrupted, outcome
 
 import softprompt
 from softprompt.engines.packed import PackedEngine
@@ -19,15 +19,15 @@ from softprompt.utils.errors import Stopped
 
 
 @pytest.fixture
-def overflowing(settings, monkeypatch):  # noqa: F811
-    """A run whose first scale is too large: its first steps are skipped."""
+def overflowing(run_settings, monkeypatch):
+    """Settings of a run whose initial scale is too large, so that its first steps are skipped."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
-    return {**settings, "fp16": True}
+    return {**run_settings, "fp16": True}
 
 
 @pytest.fixture
 def without_loss(overflowing, monkeypatch):
-    """The same run, whose skipped steps have no finite loss either."""
+    """The same, but the skipped steps have no finite loss either."""
     accumulate = PackedEngine.accumulate
 
     def spoiled(self, prompt, window, grad_scale):
@@ -38,8 +38,8 @@ def without_loss(overflowing, monkeypatch):
     return overflowing
 
 
-def skipped(monkeypatch) -> list[tuple[float | None, float | None]]:
-    """Loss and gradient norm of every step from now on."""
+def record_steps(monkeypatch) -> list[tuple[float | None, float | None]]:
+    """A list to which the loss and gradient norm of each further step are appended."""
     seen, on_step = [], RunCallbacks.on_step
 
     def noted(self, step):
@@ -50,8 +50,8 @@ def skipped(monkeypatch) -> list[tuple[float | None, float | None]]:
     return seen
 
 
-def all_finite(folder: Path) -> None:
-    """Nothing in the JSON of a folder is NaN or infinite: these have no name in it."""
+def assert_all_finite(folder: Path) -> None:
+    """Assert that no JSON file below a folder contains NaN or Infinity, which JSON does not have."""
 
     def refuse(name):
         raise AssertionError(f"{name} in {folder}")
@@ -62,20 +62,20 @@ def all_finite(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["overflowing", "without_loss"])
-def test_killed_after_skipped_steps_and_resumed_is_the_same_run(kind, request, monkeypatch):
-    settings = {**request.getfixturevalue(kind), "save_steps": 1}  # noqa: F811
-    steps = skipped(monkeypatch)
-    softprompt.train(**settings)
+def test_run_killed_after_skipped_steps_resumes_identically(kind, request, monkeypatch):
+    run_settings = {**request.getfixturevalue(kind), "save_steps": 1}
+    steps = record_steps(monkeypatch)
+    softprompt.train(**run_settings)
     overflowed = [number for number, (_, norm) in enumerate(steps, start=1) if norm is None]
     assert 2 <= len(overflowed) < 9, "the test needs skipped steps, and others"
-    all_finite(Path("run"))
+    assert_all_finite(Path("run"))
     expected = outcome()
     finite = [loss for loss, _ in steps if loss is not None]
     assert len(finite) == (13 if kind == "overflowing" else 13 - len(overflowed))
     assert expected[2]["train_loss"] == pytest.approx(sum(finite) / len(finite))
     for at in (2, len(overflowed) + 1):  # checkpoints after 1 step, and after the last skipped one
         shutil.rmtree("run")
-        interrupted(settings, at)
+        interrupted(run_settings, at)
         state = json.loads(Path(f"run/checkpoint-{at - 1}/trainer_state.json").read_text())
         assert state["scaler"]["scale"] == 2.0 ** (24 - min(at - 1, len(overflowed)))
         softprompt.train(resume_from_checkpoint="run")
@@ -83,9 +83,9 @@ def test_killed_after_skipped_steps_and_resumed_is_the_same_run(kind, request, m
 
 
 @pytest.mark.parametrize("kind", ["overflowing", "without_loss"])
-def test_asked_to_stop_in_a_skipped_step_it_saves(kind, request, monkeypatch):
-    settings = {**request.getfixturevalue(kind), "save_steps": 100}  # noqa: F811
-    softprompt.train(**settings)
+def test_signal_during_a_skipped_step_saves(kind, request, monkeypatch):
+    run_settings = {**request.getfixturevalue(kind), "save_steps": 100}
+    softprompt.train(**run_settings)
     expected, on_step = outcome(), RunCallbacks.on_step
     shutil.rmtree("run")
 
@@ -97,17 +97,17 @@ def test_asked_to_stop_in_a_skipped_step_it_saves(kind, request, monkeypatch):
 
     monkeypatch.setattr(RunCallbacks, "on_step", on_second)
     with pytest.raises(Stopped) as stopped:
-        softprompt.train(**settings)
+        softprompt.train(**run_settings)
     monkeypatch.setattr(RunCallbacks, "on_step", on_step)
     assert stopped.value.exit_code == 130
     (checkpoint,) = checkpoints(Path("run"))
     assert checkpoint.name == "checkpoint-2" and fault_of(checkpoint) is None
-    all_finite(checkpoint)
+    assert_all_finite(checkpoint)
     softprompt.train(resume_from_checkpoint="run")
     assert outcome() == expected
 
 
-def test_the_time_is_up_in_a_skipped_step(without_loss, monkeypatch):
+def test_max_time_during_a_skipped_step_saves(without_loss, monkeypatch):
     from softprompt.training import stop_signals as stopping
 
     monkeypatch.setattr(stopping.time, "monotonic", iter(range(0, 10_000, 30)).__next__)
@@ -118,15 +118,15 @@ def test_the_time_is_up_in_a_skipped_step(without_loss, monkeypatch):
     assert fault_of(checkpoint) is None and json.loads((checkpoint / "trainer_state.json").read_text())["unlogged"]
 
 
-def test_the_best_so_far_is_saved_after_a_skipped_step(without_loss):
+def test_best_prompt_is_saved_after_a_skipped_step(without_loss):
     kept = {"eval_steps": 1, "load_best_model_at_end": True, "save_steps": 100, "logging_steps": 5}
     run = softprompt.train(**{**without_loss, **kept})
     assert next(iter(checkpoints(run.output_dir))).name == "checkpoint-1"  # the first is the best so far
-    all_finite(run.output_dir)
+    assert_all_finite(run.output_dir)
 
 
-def test_a_log_averages_the_steps_that_have_a_loss(without_loss, monkeypatch):
-    steps = skipped(monkeypatch)
+def test_logged_loss_averages_the_finite_losses(without_loss, monkeypatch):
+    steps = record_steps(monkeypatch)
     softprompt.train(**{**without_loss, "logging_steps": 1})
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in records if "loss" in r] == [loss for loss, _ in steps] and steps[0] == (None, None)
@@ -136,14 +136,14 @@ def test_a_log_averages_the_steps_that_have_a_loss(without_loss, monkeypatch):
     assert mean == pytest.approx(sum(finite) / len(finite))
 
 
-def test_a_run_in_which_every_step_is_skipped_ends(without_loss, capsys):
+def test_run_may_skip_every_step(without_loss, capsys):
     run = softprompt.train(**{**without_loss, "max_steps": 1})
     assert "train_loss" not in run.metrics and fault_of(Path("run/checkpoint-1")) is None
     assert "1 of 1 steps" in capsys.readouterr().err
-    all_finite(Path("run"))
+    assert_all_finite(Path("run"))
 
 
-def test_a_run_that_was_not_in_fp16_goes_on_in_fp16(settings):  # noqa: F811
-    interrupted(settings, 9)
+def test_fp32_run_resumes_in_fp16(run_settings):
+    interrupted(run_settings, 9)
     softprompt.train(resume_from_checkpoint="run", fp16=True)
     assert [r["step"] for r in outcome()[1]][-1] == 13

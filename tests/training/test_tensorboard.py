@@ -1,13 +1,13 @@
-"""Metrics for TensorBoard, read back as TensorBoard reads them. Needs the package tensorboard."""
+"""--report_to tensorboard, read back with TensorBoard's own reader. Most tests need the package tensorboard."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.interruptions import interrupted
-from helpers.refusals import refused
+from helpers.programs import refused
 from helpers.reported_runs import settings_in
+from helpers.short_runs import interrupted
 
 import softprompt
 import train
@@ -34,7 +34,7 @@ def curves(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def same_as_metrics(output_dir: Path) -> None:
+def assert_equals_metrics(output_dir: Path) -> None:
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     found = curves(output_dir)
     for name, tag in NAMES.items():
@@ -43,16 +43,16 @@ def same_as_metrics(output_dir: Path) -> None:
 
 
 @needs_tensorboard
-def test_scalars_are_the_metrics_under_trainers_names(settings, tmp_path):
+def test_scalars_are_the_metrics_under_trainer_names(settings, tmp_path):
     run = softprompt.train(**settings)
-    same_as_metrics(tmp_path / "run")
+    assert_equals_metrics(tmp_path / "run")
     found = curves(tmp_path / "run")
     assert found["train/train_loss"] == [(6, pytest.approx(run.metrics["train_loss"]))]
     assert found["eval/loss_base"] == [(6, pytest.approx(run.metrics["eval_loss_base"]))]
 
 
 @needs_tensorboard
-def test_an_argument_is_one_line_of_their_table(settings, tmp_path):
+def test_each_argument_is_one_line_of_the_table(settings, tmp_path):
     softprompt.train(**settings, template="A|{instruction}\nB: ")
     events = EventAccumulator(str(tmp_path / "run" / "runs")).Reload()
     (told,) = events.Tensors("args/text_summary")
@@ -60,7 +60,7 @@ def test_an_argument_is_one_line_of_their_table(settings, tmp_path):
 
 
 @needs_tensorboard
-def test_the_names_are_those_of_transformers():
+def test_tags_equal_transformers():
     from transformers.integrations import rewrite_logs
 
     for name in NAMES:
@@ -75,20 +75,20 @@ def test_a_resumed_run_has_one_curve(kept, settings, tmp_path):
         for path in (tmp_path / "run/runs").iterdir():
             path.unlink()
     softprompt.train(resume_from_checkpoint=str(tmp_path / "run"))
-    same_as_metrics(tmp_path / "run")
+    assert_equals_metrics(tmp_path / "run")
 
 
 @needs_tensorboard
-def test_a_run_over_another_begins_anew(settings, tmp_path):
+def test_overwriting_a_run_starts_new_curves(settings, tmp_path):
     softprompt.train(**settings)
     (tmp_path / "run/runs/mine").touch()
     softprompt.train(**{**settings, "max_steps": 2, "overwrite_output_dir": True})
-    same_as_metrics(tmp_path / "run")
+    assert_equals_metrics(tmp_path / "run")
     assert (tmp_path / "run/runs/mine").exists()
 
 
 @needs_tensorboard
-def test_a_board_that_cannot_be_written_ends_no_run(settings, tmp_path, capsys):
+def test_unwritable_event_folder_is_a_warning(settings, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/runs").write_text("in the way")
     softprompt.train(**settings)
@@ -97,7 +97,7 @@ def test_a_board_that_cannot_be_written_ends_no_run(settings, tmp_path, capsys):
     assert (tmp_path / "run/all_results.json").exists()
 
 
-def test_without_the_package_the_run_is_refused(settings, tmp_path, capsys, monkeypatch):
+def test_run_is_refused_without_the_package(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
     assert "pip install tensorboard" in refused(train, argv, capsys, monkeypatch, tmp_path)
@@ -106,6 +106,6 @@ def test_without_the_package_the_run_is_refused(settings, tmp_path, capsys, monk
     )
 
 
-def test_it_is_off_by_default(settings, tmp_path):
+def test_no_events_by_default(settings, tmp_path):
     softprompt.train(**{**settings, "report_to": "none", "max_steps": 1})
     assert not (tmp_path / "run/runs").exists()

@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from helpers.bases import write_adapter
+from helpers.adapters import write_adapter
 
 import infer
 import softprompt
