@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt report`; validation as in config.py."""
+"""Settings of the command `report`, and their validation."""
 
 import os
 from collections.abc import Sequence
@@ -15,27 +15,29 @@ class ReportArguments:
     _argument_group_name: ClassVar[str] = "report"
 
     output_file: str | None = option(
-        None, f"Where the page is written. (default: {REPORT_FILE} in the run's folder; here, where several are named)"
+        None,
+        f"Write the page into this file. (default: {REPORT_FILE} in the run's folder; of several runs, in the current "
+        "folder)",
     )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Folders of runs, and the file to write."""
+    """The settings of one report: the folders of its runs, and the file to write."""
 
     runs: Sequence[str]
     output_file: str | None
 
 
 def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
-    """Settings of a report from keyword arguments under the flags' names.
+    """Return validated settings of a report from keyword arguments with the names of the flags.
 
     Raises:
-        ConfigError: as of `train_config`, no run, or one that is named twice.
+        ConfigError: as of `config.loader.train_config`, no run, or a run that is given twice.
     """
     (arguments,) = build([ReportArguments], given)
     if not runs or not all(runs):
-        raise ConfigError("no run is named; give the OUTPUT_DIR of one or several")
+        raise ConfigError("no run is named; give the folder of one run, or of several")
     if unfit := [run for run in runs if not is_text(run)]:
         raise ConfigError(f"{unfit[0]!r} is not UTF-8; rename that folder")
     runs = [os.path.expanduser(run) for run in runs]

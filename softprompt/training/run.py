@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import parse_duration
+from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import StopSource, World, process_group
 from softprompt.prompt.initial import goes_on_in
 from softprompt.runs.crash_report import crashes_in

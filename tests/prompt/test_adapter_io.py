@@ -67,7 +67,7 @@ def test_a_broken_adapter_is_refused_in_one_line(fault, folder):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(AdapterError, match="no such folder"):
         load_adapter(tmp_path / "nothing")
-    with pytest.raises(AdapterError, match=r"run `python train.py` first"):
+    with pytest.raises(AdapterError, match=r"run `python -m softprompt train` first"):
         newest_adapter(tmp_path)
 
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_a_report_of_itself(run):
         assert text in told.text
     assert "held out, base alone" in told.text and "Real tokens per second" in told.text
     assert html.count("<svg ") == 7  # loss, exact match, rate, norm, speed, lengths, similarities
-    assert "Ask it: python infer.py --adapter" in told.text
+    assert "Ask it: python -m softprompt infer --adapter" in told.text
 
 
 def test_settings_that_are_the_defaults_are_not_marked_as_others(run):
@@ -243,7 +243,7 @@ def test_a_run_that_has_not_ended_is_told_as_such(settings, tmp_path, capsys, mo
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
     assert "not finished: step 4 of 6 is the last in its metrics" in told and "Ask it" not in told
-    assert f"Go on with python train.py --resume_from_checkpoint {tmp_path / 'run'}" in told
+    assert f"Go on with python -m softprompt train --resume_from_checkpoint {tmp_path / 'run'}" in told
     assert "What the virtual tokens resemble" in told  # of its newest checkpoint
     before = json.loads((tmp_path / "run/report.json").read_text())
     assert "end" not in before and before["base_alone"]["eval_loss_base"] > 0

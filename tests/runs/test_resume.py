@@ -15,7 +15,7 @@ from helpers.interrupting import Killed, interrupted, restated  # noqa: F401 (Ki
 from helpers.interruptions import ROWS, outcome
 
 import softprompt
-from softprompt.config.validation import parse_duration
+from softprompt.config.value_parsers import parse_duration
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.train_state import resume_command
 from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
