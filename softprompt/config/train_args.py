@@ -47,7 +47,7 @@ class ModelArguments:
         False,
         "Hold only two transformer blocks of a BLOOM in memory and read the others from its safetensors files when "
         "they are needed, for a base larger than memory. The larger the step, the less often the base is re-read. "
-        "Held-out rows are then not answered.",
+        "No answers to held-out rows are then generated.",
     )
     shard_base: bool = option(
         False,
