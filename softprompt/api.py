@@ -1,4 +1,9 @@
-"""For notebooks and scripts: train in one call, load and generate in two."""
+"""The Python interface: train a prompt with one call; load it with its base and generate with two.
+
+run = softprompt.train(dataset="rows.jsonl", output_dir="runs/my-run")
+model = softprompt.SoftPromptModel.from_pretrained(adapter="runs/my-run")
+model.generate("…")
+"""
 
 import os
 import sys
@@ -14,7 +19,7 @@ from transformers import PreTrainedModel
 from softprompt.config.infer_args import Voting, generation_faults
 from softprompt.config.loader import TrainConfig, train_config
 from softprompt.config.schema import AUTO
-from softprompt.config.validation import bits_faults, precision_faults, quantization_bits
+from softprompt.config.validation import precision_faults, quantization_bits, quantization_faults
 from softprompt.data.template import Template
 from softprompt.distributed.process_group import World
 from softprompt.engines.factory import engine_for_inference
@@ -53,10 +58,17 @@ from softprompt.utils.std_streams import tolerant_streams
 
 
 def train(preset: str | None = None, **settings: Any) -> Run:
-    """What `python train.py` does, with its flags as keyword arguments: train(dataset="rows.jsonl", eval_rows=100).
+    """Learn a soft prompt as `python train.py` does, for example train(dataset="rows.jsonl", eval_rows=100).
+
+    Args:
+        preset: Defaults to start from, as --preset.
+        settings: Flags of train.py as keyword arguments.
+
+    Returns:
+        The finished run: its folder, metrics and evaluations.
 
     Raises:
-        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way.
+        SoftpromptError: the settings, the data, the base or the output folder prevent the run.
     """
     with tolerant_streams():
         run = run_and_report(train_config(preset, **settings))
@@ -66,13 +78,15 @@ def train(preset: str | None = None, **settings: Any) -> Run:
 
 
 def run_and_report(config: TrainConfig, world: World | None = None) -> Run:
-    """Train as `config` says, write the run's report, and upload it with `push_to_hub`; see `training.run`."""
+    """Train as `config` says, write the run's report, and upload the run with `push_to_hub`; see `training.run`."""
     return run_training(config, world, ReportAndPush())
 
 
 class SoftPromptModel:
-    """A frozen base and adapters by name: each a learned prompt with the template that it was learned with. Questions
-    behind different adapters are answered in one batch."""
+    """A frozen base model with named adapters, each a learned prompt with the template that it was trained with.
+
+    One batch may hold questions to different adapters.
+    """
 
     def __init__(
         self,
@@ -85,13 +99,22 @@ class SoftPromptModel:
         engine: str = AUTO,
         quantised: QuantizedBlocks | None = None,
     ):
-        """prompt: [P, H] fp32, or None for the bare base: the adapter "default"; `generation` overrides the article's
-        settings. `engine` is as --engine of infer.py, `quantised` what `quantised.quantize_blocks` made of the base.
+        """Make a model of a loaded base and one prompt, the adapter "default".
+
+        Args:
+            base: Causal language model, frozen and in eval mode.
+            tokenizer: The base's tokenizer.
+            prompt: [P, H] fp32; None is the base without a prompt.
+            template: Format of the prompts, by default the article's.
+            generation: Generation settings that override the article's.
+            compute_dtype: dtype of matrix products.
+            engine: As --engine of infer.py.
+            quantised: The blocks of the base that `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: a base that transformers loaded quantised, a tokenizer with words that the base has not, or
-                as of `model.check_forward`.
-            ConfigError: as of `engines.engine_for_inference`.
+            ModelError: transformers loaded the base quantised, the tokenizer has tokens that the base lacks, or the
+                base's forward fails its check.
+            ConfigError: as of `engines.factory.engine_for_inference`.
         """
         refuse_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
@@ -115,17 +138,22 @@ class SoftPromptModel:
         load_in_4bit: bool = False,
         engine: str = AUTO,
     ) -> "SoftPromptModel":
-        """Load a base and an adapter folder, ours or PEFT's, or several by name: {"name": folder} or ["name=FOLDER"];
-        the first is the active one. Without a base the adapters' own is taken; without an adapter the newest under
-        runs/; "none" is the bare base (of the newest adapter, where no base is named).
+        """Load a base and its adapters.
+
+        Args:
+            base: Folder or hub id, by default the base that the adapters name.
+            adapter: Adapter folder written by softprompt or by PEFT, by default the newest under runs/; several as
+                {"name": folder} or ["name=FOLDER"], of which the first becomes the active one. "none" is the base
+                without a prompt; if no base is given, that of the newest adapter.
+            device, bf16, fp16, load_in_8bit, load_in_4bit, engine: As the flags of infer.py.
 
         Raises:
-            AdapterError: no such adapter, one that is broken, one for another base or hidden size, or a folder under
-                the name "none".
+            AdapterError: there is no such adapter, it is broken, it is for another base or hidden size, or a folder is
+                given the name "none".
             ModelError: the base cannot be loaded.
-            ConfigError: a device, precision or engine that is not there.
+            ConfigError: there is no such device, precision or engine.
         """
-        if faults := precision_faults(bf16, fp16, device) + bits_faults(load_in_8bit, load_in_4bit, engine):
+        if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
@@ -145,7 +173,7 @@ class SoftPromptModel:
         return model
 
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
-        """Add an adapter folder (or "none") under a name, by default its path; returns the name.
+        """Add an adapter folder, or "none", under a name, by default its path. Return the name.
 
         Raises:
             AdapterError: as of `from_pretrained`.
@@ -156,13 +184,21 @@ class SoftPromptModel:
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
-        """The adapter of questions that name none."""
+        """Make this adapter the one of questions that name none.
+
+        Raises:
+            AdapterError: it is not loaded.
+        """
         find_adapter(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
-        """These adapters (by default all) as one, whose `generate`, `stream` and `classify` are as those here. `voting`
-        is majority_vote (by default of answers) or mean_likelihood (by default of choices): see `voting.vote_answer`.
+        """Combine adapters, by default all, into one whose `generate`, `stream` and `classify` work as the model's.
+
+        Args:
+            adapters: Names of at least two loaded adapters.
+            voting: "majority_vote", the default for answers, or "mean_likelihood", the default for choices; see
+                `generation.voting`.
 
         Raises:
             ConfigError: fewer than two adapters, or another voting.
@@ -172,15 +208,17 @@ class SoftPromptModel:
 
     @property
     def template(self) -> Template:
+        """The prompt template of the active adapter."""
         return self.adapters[self.active_adapter].template
 
     @property
     def prompt(self) -> Tensor | None:
-        """[P, H] fp32 of the active adapter."""
+        """The learned prompt of the active adapter, [P, H] fp32; None for the base without a prompt."""
         return self.adapters[self.active_adapter].prompt
 
     @property
     def description(self) -> str:
+        """One line that names the base and the adapters."""
         names = [name for name, tuned in self.adapters.items() if tuned.prompt is not None]
         return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
 
@@ -189,8 +227,8 @@ class SoftPromptModel:
     @overload
     def generate(self, prompts: Sequence[Question], **settings: Any) -> list[Any]: ...
     def generate(self, prompts: Question | Sequence[Question], **settings: Any) -> Any:
-        """Answer one question (→ str) or several (→ list); with num_return_sequences above 1 each answer is a list of
-        texts. See `stream`."""
+        """Return the answer to one question, or a list of the answers to several. With `num_return_sequences` above 1
+        each answer is a list of texts. Arguments are those of `stream`."""
         if isinstance(prompts, str | Mapping):
             return next(self.stream([prompts], **settings))
         return list(self.stream(prompts, **settings))
@@ -207,19 +245,23 @@ class SoftPromptModel:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> Iterator[Any]:
-        """Answers one by one in the questions' order, after all of them have been checked. A question is a text, or a
-        row with the columns of its adapter's template; `adapter` names one for all or one for each.
+        """Check all questions, then yield their answers one by one, in order.
 
-        `settings` are GenerationSettings' fields, over those saved beside the adapter; None is as good as not given.
-        With a `seed` each sample has a seed of its own (see `requests.sample_seed`), so it depends on no other;
-        `batch_size` answers are written at a time. The first `skip` questions are checked and not answered. `where`
-        names the questions in messages. `on_text` is handed the pieces of a single question's single answer as they
-        come.
+        Args:
+            prompts: Questions, each a text or a row with the columns of its adapter's template.
+            adapter: Adapter of all questions, or one for each; by default the active one.
+            seed: Seed of the samples. Each sample has its own, derived from it, and so depends on no other question.
+            batch_size: Answers that are generated at a time.
+            skip: Number of first questions that are checked, but not answered.
+            where: Names of the questions in messages.
+            on_text: Is called with the pieces of the answer as they are generated, if there is one question with one
+                answer.
+            settings: Fields of GenerationSettings, which override those saved with the adapter; None leaves one unset.
 
         Raises:
             ConfigError: an unknown or impossible setting, or a question that leaves no room for an answer.
-            ModelError: a base that cannot answer behind a prompt.
-            DataError: a row without the template's columns.
+            ModelError: the base cannot generate after a prompt.
+            DataError: a row lacks columns of the template.
             AdapterError: an unknown adapter.
         """
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
@@ -228,7 +270,7 @@ class SoftPromptModel:
         if self.generator is None:
             raise ModelError(f"{self.name}: {why_no_answers(self.base)}; --choices and --eval_dataset work without it")
         asked, positions = [], max_positions(self.base)
-        for number, one in enumerate(self._posed(prompts, adapter, where)):
+        for number, one in enumerate(self._encoded(prompts, adapter, where)):
             chosen = merge_settings(one.adapter.generation, settings)
             if chosen.num_beams > 1 and self.quantised:
                 raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
@@ -249,15 +291,15 @@ class SoftPromptModel:
         adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[ChoiceResult]:
-        """The likeliest of some answers to each question, with the probability of each among them.
+        """Return for each question the likeliest of `choices`, and the probability of each among them.
 
         Raises:
-            ConfigError: fewer than two choices, or one that is there twice.
+            ConfigError: fewer than two choices, or the same one twice.
             DataError, AdapterError: as of `stream`.
         """
         check_choices(choices)
         return [
-            choice_result(scores, choices) for scores in self._scores(self._posed(prompts, adapter, where), choices)
+            choice_result(scores, choices) for scores in self._scores(self._encoded(prompts, adapter, where), choices)
         ]
 
     def log_likelihoods(
@@ -268,32 +310,32 @@ class SoftPromptModel:
         adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[list[float]]:
-        """log p(answer and its end | question) of each of the answers, a list for each question.
+        """Return for each question a list of log p(answer and its end | question), one for each of `answers`.
 
         Raises:
             ConfigError, DataError, AdapterError: as of `stream`.
         """
-        return self._scores(self._posed(prompts, adapter, where), answers)
+        return self._scores(self._encoded(prompts, adapter, where), answers)
 
     def settings(self, adapter: str | None = None, /, **given: Any) -> GenerationSettings:
-        """What is given (not None), over what is saved beside the adapter, over the article's.
+        """Return the settings that `stream` would use: those given (not None), else those saved with the adapter,
+        else the article's.
 
         Raises:
             ConfigError: an unknown or impossible setting.
         """
-        return merge_settings(self._tuned(adapter or self.active_adapter).generation, given)
+        return merge_settings(self._adapter_named(adapter or self.active_adapter).generation, given)
 
     def _add(self, name: str, tuned: LoadedAdapter) -> None:
         check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
         self.adapters[name] = tuned
 
-    def _tuned(self, name: str) -> LoadedAdapter:
-        """The adapter of a checked name; the bare base is always there."""
+    def _adapter_named(self, name: str) -> LoadedAdapter:
+        """Return the adapter of a checked name; the base without a prompt always exists."""
         return self.adapters.get(name) or LoadedAdapter()
 
-    def _posed(
-        self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None
-    ) -> list[EncodedQuestion]:
+    def _encoded(self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None) ->
+    list[EncodedQuestion]:
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
             check_ids(one.input_ids, self.base, one.where)

@@ -6,6 +6,7 @@ What a newcomer is likely to get wrong is in test_bad_input.py; what a good run 
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save
 
 import infer
 import train
-from softprompt.cli import run_command
+from softprompt.cli import COMMANDS, main, run_command
 from softprompt.utils.errors import (
     ConfigError,
     DataError,
@@ -89,18 +90,91 @@ def test_an_ended_run_that_was_not_uploaded_is_not_started_again(restarts, code,
     assert (ended.value.code, capsys.readouterr().err) == (code, line)
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def in_a_process(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT)
+
+
+def softprompt_command(argv, capsys, monkeypatch, program="/bin/softprompt") -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command `softprompt`."""
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]], ids=repr)
+def test_the_command_lists_its_commands(argv, capsys, monkeypatch):
+    code, out, err = softprompt_command(argv, capsys, monkeypatch)
+    assert (code, err) == (0, "") and out.startswith("usage: softprompt ")
+    assert all(f"\n    {name} " in out for name in COMMANDS)
+
+
+STARTS = {  # sys.argv[0], the usage of `train`
+    "train.py": "train.py",
+    "../my code/train.py": "train.py",
+    "/bin/softprompt": "softprompt train",
+    "/x/softprompt/__main__.py": "python -m softprompt train",
+}
+
+
+@pytest.mark.parametrize("program", STARTS)
+def test_help_names_the_command_as_it_was_typed(program, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main, ["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {STARTS[program]} [")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_its_flags(name, capsys, monkeypatch):
+    code, out, _ = softprompt_command([name, "--help"], capsys, monkeypatch)
+    assert code == 0 and out.startswith(f"usage: softprompt {name} ")
+
+
+def test_an_unknown_command_is_refused(capsys, monkeypatch):
+    code, out, err = softprompt_command(["trian"], capsys, monkeypatch)
+    assert (code, out) == (2, "") and "trian; did you mean train?" in err
+
+
+@pytest.mark.parametrize(
+    "asked", [["--prompt", "a"], ["--eval_dataset", "b"], ["--choices", "a,b"], ["hello"]], ids=repr
+)
+def test_chat_refuses_questions(asked, capsys, monkeypatch):
+    code, out, err = softprompt_command(["chat", *asked], capsys, monkeypatch)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert asked[0] in err and "conversation" in err and "infer --prompt" in err
+
+
+def test_chat_shows_none_of_the_flags_that_it_refuses(capsys, monkeypatch):
+    _, out, _ = softprompt_command(["chat", "--help"], capsys, monkeypatch)
+    assert "--prompt" not in out and {"--adapter", "--temperature", "--stream"} <= set(out.split())
+
+
+def test_chat_needs_a_terminal(capsys, monkeypatch):
+    code, out, err = softprompt_command(["chat"], capsys, monkeypatch)
+    assert (code, out) == (2, "") and "terminal" in err
+
+
+@pytest.mark.parametrize("name", ["export", "report", "study"])
+def test_earlier_names_of_commands_say_the_present_one(name):
+    ended = in_a_process("-m", f"softprompt.{name}", "runs/a")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: ") and f"python -m softprompt {name}" in ended.stderr
+
+
 @pytest.mark.parametrize("name", ["train.py", "infer.py"])
 def test_a_wrong_flag_does_not_wait_for_torch(name):
     """In a process of its own, where torch is not imported yet and may not be."""
-    import subprocess
-
-    root = Path(__file__).parent.parent
     code = (
         "import runpy, sys; sys.modules['softprompt.training.run'] = sys.modules['softprompt.api'] = None; "
-        f"sys.argv = ['x', '--sed', '1']; runpy.run_path({str(root / name)!r}, run_name='__main__')"
+        f"sys.argv = ['x', '--sed', '1']; runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr == "error: unknown flag --sed; did you mean --seed?\n"

@@ -1,6 +1,7 @@
 """infer.py: mixed adapters, files that go on where they stopped, choices, and side by side."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, ru
 
 import infer
 import softprompt
-from softprompt.cli import parse_inference
+from softprompt.cli import COMMANDS, parse_inference, run_command
 from softprompt.data.template import Template
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
@@ -176,7 +177,7 @@ REFUSED = {
     "--adapter a --prompts_file list.jsonl": r"list.jsonl, line 1: expected an object of columns, found a list",
     "--adapter a --prompts_file long.jsonl --max_length 40": r"long.jsonl, line 2: --max_length 40 .* prompt of \d+ tokens",
     "--adapter a --adapter other --prompt 好": "adapters are for several bases: a for .*, other for some/base; ask those of one base",
-    "--adapter a --prompts_file far.jsonl": "far.jsonl, line 2: adapter other is for some/base, and this is .*; ask those of one base",
+    "--adapter a --prompts_file far.jsonl": "far.jsonl, line 2: adapter other .* some/base.*--model_name_or_path",
     "--adapter a --adapter wide --prompt 好": "virtual tokens have size 16, but .* has hidden size 32",
     "--adapter a --adapter a --prompt 好": "--adapter a is given twice",
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
@@ -409,3 +410,16 @@ def test_two_processes_do_not_write_one_output_file(tmp_path):
         pass
     with ResumableJsonl(path, asked, {"seed": 1}) as file:
         assert file.done == 1
+
+
+def test_the_command_chat_holds_a_conversation(place, capsys, monkeypatch):
+    typed = iter(["今天", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_command(COMMANDS["chat"].run, ["--adapter", "a", *GREEDY], prints_answers=True)
+    out, err = capsys.readouterr()
+    model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
+    assert ended.value.code == 0 and model.description in err
+    assert out.splitlines()[1] == model.generate("今天", do_sample=False, max_new_tokens=5)

@@ -124,7 +124,7 @@ def _value_of(hint: Any) -> dict[str, Any]:
     """Return what argparse must know about the values of a field of this type."""
     types = [member for member in union_members(hint) if member is not type(None)]
     if bool in types:
-        return {"type": _boolean, "nargs": "?", "const": True}
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
     if choices := [choice for kind in types if get_origin(kind) is Literal for choice in get_args(kind)]:
         return {"choices": choices}
     if takes_list(hint):

@@ -1,7 +1,7 @@
-"""From what is given to the settings of a run, in one place.
+"""Build the settings of a training run, a `TrainConfig`, from its dataclasses.
 
-The dataclasses of `arguments` make a `TrainConfig`; presets override their defaults, a config file overrides the
-preset, and the command line overrides both. Validation collects every fault and raises one `ConfigError`.
+A preset overrides the defaults of the dataclasses, a config file overrides the preset, and flags override both.
+Validation collects every fault and raises one `ConfigError`.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from softprompt.config.train_args import (
     SharingArguments,
     TrainingArguments,
 )
-from softprompt.config.validation import faults, parse_columns
+from softprompt.config.validation import faults
+from softprompt.config.value_parsers import parse_columns
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.redact import add_secret
 
@@ -40,7 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `preset` is None where base and dataset were both named without one."""
+    """The settings of one run. `preset` is None if base and dataset were both given without one; `given` holds the
+    settings that were given explicitly, by the names of their flags."""
 
     preset: str | None
     model: ModelArguments
@@ -48,13 +50,11 @@ class TrainConfig:
     prompt: PromptTuningArguments
     training: TrainingArguments
     sharing: SharingArguments = dataclasses.field(default_factory=SharingArguments)
-    given: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict, compare=False, repr=False
-    )  # what was set by hand, under its flag's name
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate: as given, else the default of the way the prompt starts."""
+        """The peak learning rate: the one given, else the default of the prompt's initialisation."""
         given = self.training.learning_rate
         return DEFAULT_LEARNING_RATES[self.prompt.prompt_tuning_init] if given is None else given
 
@@ -63,7 +63,7 @@ class TrainConfig:
         return parse_columns(self.data.columns)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every setting under its flag's name but for secrets, JSON-able."""
+        """Return every setting except secrets, by the names of the flags, with values that JSON can hold."""
         flat = {"preset": self.preset}
         for part in (self.model, self.data, self.prompt, self.training, self.sharing):
             flat |= dataclasses.asdict(part)
@@ -71,7 +71,11 @@ class TrainConfig:
 
 
 def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
-    """The preset that a call runs under: the one it names, else `mini` unless it names a base of its own."""
+    """Return the preset of a run: the one it names, else `mini` unless it names a base of its own.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
     if preset is not None and str(preset) not in PRESETS:
         hint = closest_name(str(preset), PRESETS)
         raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{hint}")
@@ -79,22 +83,24 @@ def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
 
 
 def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
-    """Settings from keyword arguments under the flags' names, over the preset's, over the defaults. With
-    `resume_from_checkpoint` they are only a part, which `resume_config.merge_settings` completes and checks as a whole.
+    """Return validated settings from keyword arguments with the names of the flags, which override the preset's.
+
+    With `resume_from_checkpoint` the result is not validated: the settings are only a part, which
+    `training.resume_settings.merge_settings` completes from the checkpoint and validates.
 
     Raises:
-        ConfigError: an unknown preset or field, a value of a wrong type or out of range, settings that contradict
-            each other; every fault is in the one message.
+        ConfigError: an unknown preset or setting, a value of a wrong type or out of range, or settings that contradict
+            each other; the message names all of them.
     """
     config = unvalidated_config(preset, given)
     return config if config.training.resume_from_checkpoint else validated(config)
 
 
 def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """Settings of known names and right types; whether they are in range and go together is yet to be `checked`.
+    """Return settings whose names and types are right; `validated` checks their ranges and combinations.
 
     Raises:
-        ConfigError: an unknown preset or field, or a value of a wrong type.
+        ConfigError: an unknown preset or setting, or a value of a wrong type.
     """
     for name in SECRETS:
         if given.get(name):
@@ -109,7 +115,7 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
 
 
 def validated(config: TrainConfig) -> TrainConfig:
-    """The same settings.
+    """Return the same settings.
 
     Raises:
         ConfigError: a value out of range, or settings that contradict each other.

@@ -1,4 +1,4 @@
-"""Dataclass fields as settings: a default and a help text each, and values checked against the annotated types."""
+"""Dataclass fields as settings: each with a default, a help text, and a type that values are checked against."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 
-AUTO = "auto"
+AUTO = "auto"  # given as the value of a setting: leave it to the program
 PATHS = {
     *("model_name_or_path", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir", "output"),
     *("resume_from_checkpoint", "adapter", "prompts_file", "output_file"),
@@ -20,20 +20,20 @@ PATHS = {
 
 
 def option(default: Any, help: str) -> Any:
-    """A field that becomes a flag of its name."""
+    """Return a dataclass field that becomes a flag of the same name."""
     return field(default=default, metadata={"help": help})
 
 
 def setting_types(groups: Sequence[type]) -> dict[str, Any]:
-    """Every setting of the dataclasses `groups` and its type."""
+    """Return the type of every setting in the dataclasses `groups`, by its name."""
     return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
 
 
 def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
-    """One instance per dataclass, from settings under their flags' names.
+    """Return one instance of each dataclass, from settings with the names of the flags.
 
     Raises:
-        ConfigError: unknown settings, values of another type than the field's; every fault is in the one message.
+        ConfigError: unknown settings, or values that are not of their field's type; the message names all of them.
     """
     known, values = setting_types(groups), expand_paths(values)
     faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
@@ -44,8 +44,8 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
 
 
 def expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with path objects as texts, and a leading ~ as the home folder: no shell expands it in a file of
-    settings, in Python, or behind a `--flag=`."""
+    """Return the settings with path objects as strings and a leading ~ expanded, which no shell does in a config file,
+    in Python or after `--flag=`."""
     return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
 
 
@@ -58,42 +58,42 @@ def _plain_path(value: Any) -> Any:
 
 
 def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """What among `values` is of another type than `known` says for its name."""
+    """Return a message for each of `values` that is not of the type that `known` gives for its name."""
     values = {name: _coerced(value, known[name]) for name, value in values.items()}
     wrong = {name: value for name, value in values.items() if not _fits(value, known[name])}
     return [f"--{name} {value!r} is not {_expected(known[name])}" for name, value in wrong.items()]
 
 
 def is_text(value: Any) -> bool:
-    """A string that UTF-8 can hold. Half a surrogate pair, which JSON can spell and a shell with another encoding hands
-    over, is taken by no tokenizer and fits into no file."""
+    """Return whether `value` is a string that UTF-8 can encode. A lone surrogate, which JSON can spell and a shell with
+    another encoding passes on, can be neither tokenised nor written."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def closest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A clause that suggests the known name most like `name`, where one is."""
+    """Return a clause that suggests the known name most similar to `name`, or "" if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def takes_auto(hint: Any) -> bool:
-    """Whether a setting may be left to the program, and so be given as `auto`."""
+    """Return whether a setting of this type may be given as `auto`, which leaves it to the program."""
     return type(None) in union_members(hint) and str not in union_members(hint) and not takes_list(hint)
 
 
 def takes_list(hint: Any) -> bool:
-    """Whether a setting may have several values."""
+    """Return whether a setting of this type takes several values."""
     return any(get_origin(member) is list for member in union_members(hint))
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is the former
+    """Return the members of a union, or the type itself if it is none."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is a Union
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Whole numbers stand for floats, as everywhere in Python, `auto` for None where that is no text, and one value for
-    a list of one."""
+    """Return `value` with the conversions that a user may expect: an int to a float, `auto` to None unless the setting
+    is a string, a single value to a list."""
     if type(value) is str and value == AUTO and takes_auto(hint):
         return None
     if takes_list(hint) and value is not None:

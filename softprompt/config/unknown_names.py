@@ -1,11 +1,11 @@
-"""What to say about a setting that does not exist: the one that is meant, or that another library's is not here. A
-name of another meaning is never suggested."""
+"""Advice about a setting that does not exist: the setting that is meant, or why another library's has no counterpart.
+A setting with another meaning is never suggested."""
 
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-# Usual names for our settings. Where a program has several of the targets, the first is meant.
+# Other common names of our settings; SECOND holds those that mean something else where the first is no setting.
 ALIASES = {
     "lr": "learning_rate",
     **dict.fromkeys(("batch_size", "train_batch_size", "per_gpu_train_batch_size"), "per_device_train_batch_size"),
@@ -64,31 +64,32 @@ ALIASES = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "rep_penalty"), "repetition_penalty"),
 }  # fmt: skip
 SECOND = {"batch_size": "batch_size", "output": "output", "out": "output_file", "out_dir": "output"}  # of infer, export
-# Names of TrainingArguments, of transformers' example scripts, of GenerationConfig and of PEFT that are not here.
+# Patterns of names in transformers' TrainingArguments, GenerationConfig and example scripts and in PEFT, without a
+# counterpart here.
 REASONS = {
     r"optim(_.*)?|adafactor": "AdamW is the only optimizer",
-    r"save_strategy|save_only_model": "--save_steps N saves, and the last step always",
+    r"save_strategy|save_only_model": "--save_steps N saves checkpoints, and the last step always does",
     r"logging_strategy|logging_first_step": "--logging_steps N logs",
     r"logging_dir|run_name|project|trackio_.*": "--report_to tensorboard writes into OUTPUT_DIR/runs",
     r"dataloader_.*|group_by_length|train_sampling_strategy": (
-        "rows are tokenised before the training, and no workers load them"
+        "rows are tokenised before training and loaded without workers"
     ),
     r"(bf16|fp16)_full_eval|half_precision_backend|fp16_backend|fp16_opt_level|tf32|dtype|torch_dtype": (
         "--bf16 and --fp16 set the precision of training and evaluation"
     ),
     r"use_cpu|no_cuda|local_rank|device_map": "--device names the device",
     r"do_train|do_predict": "train.py trains, and infer.py answers",
-    r"(hub_|model_)?revision": "the base is the one of the hub's main branch; download another one and name its folder",
+    r"(hub_|model_)?revision": "the base is taken from the hub's main branch; download another and name its folder",
     r"trust_remote_code": "code that comes with a base is never run",
     r"lora_.*|r|target_modules|peft_type|use_dora|use_rslora|modules_to_save|prefix_projection|encoder_.*": (
-        "only prompt tuning is done here"
+        "softprompt does prompt tuning only"
     ),
     r"inference_mode|task_type|token_dim|num_layers|num_attention_heads|num_transformer_submodules|peft_version"
-    r"|tokenizer_(kwargs|name|name_or_path)|auto_mapping": "PEFT's setting is written by itself, from the base",
+    r"|tokenizer_(kwargs|name|name_or_path)|auto_mapping": "that setting of PEFT is derived from the base",
     r"min_length|min_new_tokens|num_beam_groups|diversity_penalty|penalty_alpha|length_penalty|typical_p|top_h|use_cache"
     r"|(epsilon|eta)_cutoff|bad_words_ids|force_words_ids|forced_(bos|eos)_token_id|guidance_scale|(bos|pad)_token_id"
     r"|cache_implementation|assistant_.*|prompt_lookup_num_tokens|renormalize_logits|output_(scores|logits)": (
-        "that setting of transformers' generate is not here"
+        "that setting of transformers' generate is not supported"
     ),
     r"accelerator_config|activation_checkpointing.*|auto_find_batch_size|average_tokens_across_devices"
     r"|batch_eval_metrics|data_seed|ddp_.*|debug|deepspeed|disable_tqdm|enable_jit_checkpoint|eval_accumulation_steps"
@@ -99,15 +100,15 @@ REASONS = {
     r"|remove_unused_columns|restore_callback_states_from_checkpoint|save_on_each_node|save_safetensors"
     r"|skip_memory_metrics|sortish_sampler|torch_.*|tpu_.*|use_ipex|use_liger_kernel|use_mps_device|jit_mode_eval"
     r"|max_(train|eval)_samples|cache_dir|config_name|use_fast_tokenizer|use_legacy.*": (
-        "that setting of transformers' Trainer is not here"
+        "that setting of transformers' Trainer is not supported"
     ),
 }
-LEAST_ALIKE = 0.75  # of two words, by difflib's ratio
+MIN_WORD_SIMILARITY = 0.75  # of each pair of words, by difflib's ratio
 
 
 def advice(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A clause about an unknown setting, with the known one that it surely means, or why there is none; empty where
-    neither is known."""
+    """Return a clause for the message about an unknown setting: the one of `known` that is almost certainly meant, or
+    the reason why there is none, or "". `prefix` is written before the suggestion."""
     known, written = set(known), re.sub(r"\W", "_", name.strip("-")).lower()
     meant = [n for n in (written, ALIASES.get(written), SECOND.get(written)) if n in known]
     if meant:
@@ -115,26 +116,27 @@ def advice(name: str, known: Iterable[str], prefix: str = "") -> str:
     for names, reason in REASONS.items():
         if re.fullmatch(names, written):
             return f"; {reason}"
-    likeness = {other: _likeness(written, other) for other in sorted(known)}
-    best = max(likeness, key=lambda other: likeness[other], default="")
-    if best and likeness[best]:
+    similarity = {other: _similarity(written, other) for other in sorted(known)}
+    best = max(similarity, key=lambda other: similarity[other], default="")
+    if best and similarity[best]:
         return f"; did you mean {prefix}{best}?"
     words = set(written.split("_"))
-    holding = [other for other in known if len(words) > 1 and words < set(other.split("_"))]
-    return f"; did you mean {prefix}{holding[0]}?" if len(holding) == 1 else ""
+    longer = [other for other in known if len(words) > 1 and words < set(other.split("_"))]
+    return f"; did you mean {prefix}{longer[0]}?" if len(longer) == 1 else ""
 
 
-def _likeness(name: str, other: str) -> float:
-    """How surely `name` is `other` misspelt, 0 to 1: the same words, each of them alike, or the same letters."""
+def _similarity(name: str, other: str) -> float:
+    """Return how likely `name` is a misspelling of `other`, from 0 to 1: its words are similar one by one, or all its
+    letters are nearly the same."""
     mine, theirs = name.split("_"), other.split("_")
     if len(mine) != len(theirs):
         ratio = SequenceMatcher(None, "".join(mine), "".join(theirs)).ratio()
         return ratio if ratio > 0.92 else 0.0
-    each = [_of_words(*pair) for pair in zip(mine, theirs, strict=True)]
-    return 0.0 if min(each) < LEAST_ALIKE else SequenceMatcher(None, name, other).ratio()
+    each = [_word_similarity(*pair) for pair in zip(mine, theirs, strict=True)]
+    return 0.0 if min(each) < MIN_WORD_SIMILARITY else SequenceMatcher(None, name, other).ratio()
 
 
-def _of_words(mine: str, theirs: str) -> float:
-    if len(mine) > 2 and theirs.startswith(mine):  # cut short
+def _word_similarity(mine: str, theirs: str) -> float:
+    if len(mine) > 2 and theirs.startswith(mine):  # an abbreviation
         return 1.0
     return SequenceMatcher(None, mine, theirs).ratio()

@@ -1,28 +1,26 @@
-"""What is wrong with settings: every fault is a line that names the flag and says what to do."""
+"""Validation of settings: each fault is a message that names the flag and says what to do instead."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from softprompt.config.schema import is_text
 from softprompt.config.train_args import (
     DEFAULT_BUFFER_SIZE,
     DEFAULT_NUM_VIRTUAL_TOKENS,
-    MOST_BUFFERED,
+    MAX_BUFFER_SIZE,
     SECRETS,
     DataArguments,
     ModelArguments,
     PromptTuningArguments,
     SharingArguments,
     TrainingArguments,
-    sharing_faults,
 )
+from softprompt.config.value_parsers import parse_columns, parse_duration, parse_labels
 from softprompt.utils.errors import ConfigError
 
-MOST_TOKENS = 100_000  # virtual ones
-ABOVE_0 = (
+MAX_VIRTUAL_TOKENS = 100_000
+POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "learning_rate"),
     *("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps", "num_train_epochs"),
     "early_stopping_patience",
@@ -30,36 +28,8 @@ ABOVE_0 = (
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "early_stopping_threshold")
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
-    """`instruction=question,output=answer`, or that as a JSON object → {"instruction": "question", …}."""
-    pairs = _json_pairs(text) if str(text).lstrip().startswith("{") else _plain_pairs(text)
-    if pairs is None or not all(ours and is_text(theirs) for ours, theirs in pairs):
-        raise ConfigError(
-            f"--columns {text!r} is not a list of OURS=THEIRS pairs such as instruction=question,output=answer, nor a "
-            """JSON object such as {"instruction": "question"}"""
-        )
-    if len({ours for ours, _ in pairs}) < len(pairs):
-        raise ConfigError(f"--columns {text!r} names a column of ours twice; give each once")
-    return dict(pairs)
-
-
-def _plain_pairs(text: str | None) -> list[tuple[str, str]] | None:
-    """What is wrong is None."""
-    pairs = [pair.split("=", 1) for pair in (text or "").split(",") if pair.strip()]
-    if any(len(pair) != 2 or not pair[1].strip() for pair in pairs):
-        return None
-    return [(ours.strip(), theirs.strip()) for ours, theirs in pairs]
-
-
-def _json_pairs(text: str | None) -> list[tuple[str, str]] | None:
-    """The same of a JSON object, whose names may hold anything."""
-    try:
-        return json.loads(str(text), object_pairs_hook=list)
-    except ValueError:
-        return None
-
-
 def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[str]:
+    """Return the faults of the precision and the name of the device."""
     faults = []
     if bf16 and fp16:
         faults.append("--bf16 and --fp16 exclude each other; give one of them")
@@ -69,12 +39,12 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
 
 
 def quantization_bits(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
-    """Of a weight of a quantised base."""
+    """Return the number of bits of a quantised weight, or None if the base is not quantised."""
     return 8 if load_in_8bit else 4 if load_in_4bit else None
 
 
-def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
-    """What is wrong with a base in 8 or 4 bit."""
+def quantization_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
+    """Return the faults of the settings that quantise the base."""
     if load_in_8bit and load_in_4bit:
         return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"]
     if engine == "padded" and (load_in_8bit or load_in_4bit):
@@ -83,20 +53,16 @@ def bits_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str
 
 
 def seed_faults(seed: int) -> list[str]:
+    """Return a message if `seed` is not one that torch takes."""
     return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
-
-
-def parse_labels(text: str) -> list[str]:
-    """`正面,负面` → ["正面", "负面"]; the comma of Chinese text is one, too."""
-    return [label.strip() for label in re.split("[,，]", text)]
 
 
 def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
     if wanted is not None and wanted < 1:
         yield f"--num_virtual_tokens {wanted} is below 1; a soft prompt needs at least one token"
-    if wanted is not None and wanted > MOST_TOKENS:
-        yield f"--num_virtual_tokens {wanted} is above {MOST_TOKENS:,}, more than anything could learn from"
+    if wanted is not None and wanted > MAX_VIRTUAL_TOKENS:
+        yield f"--num_virtual_tokens {wanted} is above {MAX_VIRTUAL_TOKENS:,}, which no run can train"
     if init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
         yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
     if prompt.prompt_tuning_init_text and init != "TEXT":
@@ -108,7 +74,7 @@ def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
         if init != "CLASS_LABELS":
             yield "--class_labels is only used with --prompt_tuning_init CLASS_LABELS; add that flag"
         if not all(labels) or len(set(labels)) < len(labels):
-            yield f"--class_labels {prompt.class_labels!r} holds an empty label, or one twice; give each once"
+            yield f"--class_labels {prompt.class_labels!r} has an empty or repeated label; give each label once"
         elif len(labels) > tokens:
             yield f"--class_labels has {len(labels)} labels for {tokens} virtual tokens; raise --num_virtual_tokens"
     if prompt.vocab_population is not None:
@@ -126,7 +92,7 @@ def faults(
     sharing: SharingArguments,
     given: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Of a run's settings; `given` are those that were set by hand, under their flags' names."""
+    """Yield the faults of a training run's settings. `given` holds those that were given explicitly."""
     for part in (model, data, prompt, training, sharing):
         yield from _text_faults(dataclasses.asdict(part))
     yield from _model_faults(model)
@@ -134,11 +100,11 @@ def faults(
     yield from _prompt_faults(prompt)
     yield from _training_faults(training)
     yield from _evaluation_faults(data, training)
-    yield from sharing_faults(sharing)
+    yield from _sharing_faults(sharing)
     if model.engine == "padded":
         for name in ("tokens_per_microbatch", "gradient_checkpointing"):
             if getattr(training, name):
-                yield f"--{name} is a setting of the packed engine; leave it out, or leave --engine padded out"
+                yield f"--{name} is a setting of the packed engine; leave out either it or --engine padded"
     if training.find_learning_rate and "learning_rate" in given:
         yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
 
@@ -150,21 +116,21 @@ def _text_faults(settings: Mapping[str, Any]) -> Iterator[str]:
         if text == "":
             yield f"--{name} is empty; give it a value or leave it out"
         elif isinstance(text, str) and "\0" in text:
-            yield f"--{name} {text!r} holds a null character; leave that out"
+            yield f"--{name} {text!r} contains a null character; remove it"
 
 
 def _model_faults(model: ModelArguments) -> Iterator[str]:
     yield from precision_faults(model.bf16, model.fp16, model.device)
-    yield from bits_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
+    yield from quantization_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
         yield (
-            "--load_in_8bit and --load_in_4bit are for a base held whole, not for --stream_base or --shard_base; "
+            "--load_in_8bit and --load_in_4bit quantise a whole base and exclude --stream_base and --shard_base; "
             "give one of the two"
         )
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
     if model.stream_base and model.shard_base:
-        yield "--stream_base and --shard_base exclude each other: a block comes from the disk or from the other ranks"
+        yield "--stream_base and --shard_base exclude each other: blocks are read either from disk or from other ranks"
     by_layers = model.stream_base or model.shard_base or model.load_in_8bit or model.load_in_4bit
     if model.offload_folder and not by_layers:
         yield (
@@ -183,19 +149,19 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
     if data.eval_split and data.eval_rows:
         yield "--eval_split and --eval_rows exclude each other; give one of them"
     if is_mini_task(data.dataset) and data.dataset_split != "train":
-        yield f"--dataset_split {data.dataset_split}: {data.dataset} has no splits; leave that out"
+        yield f"--dataset_split {data.dataset_split}: {data.dataset} has no splits; leave it out"
     if data.eval_split and is_mini_task(data.held_out):
-        yield f"--eval_split {data.eval_split}: {data.held_out} has held-out rows of its own; leave that out"
+        yield f"--eval_split {data.eval_split}: {data.held_out} has held-out rows of its own; leave it out"
     if data.eval_rows < 0:
         yield f"--eval_rows {data.eval_rows} must not be negative"
     if data.buffer_size != DEFAULT_BUFFER_SIZE and not data.streaming:
         yield "--buffer_size is only used with --streaming; add that flag"
     if data.preprocessing_num_workers is not None and data.preprocessing_num_workers < 1:
         yield f"--preprocessing_num_workers {data.preprocessing_num_workers} must be at least 1"
-    if not 0 < data.buffer_size <= MOST_BUFFERED:
-        yield f"--buffer_size {data.buffer_size} must lie in [1, {MOST_BUFFERED:,}]"
+    if not 0 < data.buffer_size <= MAX_BUFFER_SIZE:
+        yield f"--buffer_size {data.buffer_size} must lie in [1, {MAX_BUFFER_SIZE:,}]"
     if data.streaming and is_mini_task(data.dataset):
-        yield f"--streaming: {data.dataset} is made in memory; name a file, a folder or a hub id, or leave the flag out"
+        yield f"--streaming: {data.dataset} is generated in memory; name a file, a folder or a hub id, or leave it out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
     try:
@@ -205,11 +171,12 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
 
 
 def is_mini_task(dataset: str | None) -> bool:
+    """Return whether a dataset is a task of the mini base, such as mini:sentiment."""
     return str(dataset).startswith("mini:")
 
 
 def _training_faults(training: TrainingArguments) -> Iterator[str]:
-    for name in ABOVE_0:
+    for name in POSITIVE:
         value = getattr(training, name)
         if value is not None and not value > 0:
             yield f"--{name} {value} must be above 0"
@@ -221,7 +188,7 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
             yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
     for name, most in (("num_train_epochs", 100_000), ("max_steps", 1_000_000_000)):
         if getattr(training, name) > most:
-            yield f"--{name} {getattr(training, name)} is above {most:,}, more than anything could learn from"
+            yield f"--{name} {getattr(training, name)} is above {most:,}, which no run can train"
     yield from seed_faults(training.seed)
     if training.max_time:
         try:
@@ -240,15 +207,9 @@ def _evaluation_faults(data: DataArguments, training: TrainingArguments) -> Iter
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
 
 
-def parse_duration(text: str) -> float:
-    """`3h30m`, `45m`, `90s` or plain minutes → seconds.
-
-    Raises:
-        ConfigError: anything else, or no time at all.
-    """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text) if not text.isdecimal() else None
-    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
-    total = 60 * int(text) if text.isdecimal() else 3600 * hours + 60 * minutes + seconds
-    if total <= 0:
-        raise ConfigError(f"--max_time {text!r} is no time such as 3h30m, 45m, 90s or a number of minutes")
-    return float(total)
+def _sharing_faults(sharing: SharingArguments) -> Iterator[str]:
+    for name in ("hub_model_id", "hub_private_repo", "hub_token"):
+        if getattr(sharing, name) is not None and not sharing.push_to_hub:
+            yield f"--{name} is only used with --push_to_hub; add that flag"
+    if sharing.hub_token is not None and not sharing.hub_token.strip():
+        yield "--hub_token is empty; give a token, or leave it out if HF_TOKEN is set"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION
-from softprompt.config.validation import parse_labels
+from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import (
     Initialiser,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import parse_duration
+from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import SoftPromptedModel
 from softprompt.runs.crash_report import crashes_in

@@ -10,7 +10,7 @@ from helpers.bases import make_tokenizer
 
 import softprompt
 from softprompt.config.loader import train_config
-from softprompt.config.validation import parse_columns
+from softprompt.config.value_parsers import parse_columns
 from softprompt.data.dataset import load_rows, question
 from softprompt.data.template import Template, ignored_keys
 from softprompt.data.tokenization import encode, tokenize

@@ -285,7 +285,7 @@ REFUSED = {
     "broken at the start": ("rows.jsonl", broken(1, "hello"), [], "rows.jsonl, line 2: not JSON"),
     "too few for the held-out": ("rows.jsonl", lines(ROWS), ["--eval_rows", "23"], "--eval_rows 23 leaves none of the 23"),
     "csv": ("rows.csv", "a,b", ["--dataset", "rows.csv"], "--streaming reads .jsonl and .parquet files, .* rows.csv is"),
-    "mini": ("rows.jsonl", "", ["--dataset", "mini:reply"], "--streaming: mini:reply is made in memory"),
+    "mini": ("rows.jsonl", "", ["--dataset", "mini:reply"], "--streaming: mini:reply is generated in memory"),
     "buffer of none": ("rows.jsonl", lines(ROWS), ["--buffer_size", "0"], r"--buffer_size 0 must lie in \[1, 1,000"),
     "buffer unused": ("rows.jsonl", lines(ROWS), ["--streaming", "false", "--buffer_size", "9"], "only used with --streaming"),
     "too short": ("rows.jsonl", lines(ROWS), ["--max_length", "3"], "no row keeps a target at --max_length 3"),

@@ -64,7 +64,7 @@ def test_dry_run_and_an_answer(run_settings, tmp_path, capsys, monkeypatch):
     train.main([*flags, "--stream_base", "--dry_run"])
     assert "the base 0.00" in capsys.readouterr().out and not Path("run").exists()
     train.main([*flags, "--stream_base"])
-    assert "Try: python infer.py" in capsys.readouterr().out
+    assert "Try: python -m softprompt infer" in capsys.readouterr().out
     infer.main(["--adapter", "run", "--prompt", "x", "--max_new_tokens", "2"])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedTokenizerFas
 
 import softprompt
 from softprompt.config.loader import train_config
-from softprompt.config.validation import parse_labels
+from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import frequent_tokens, initial_prompt, label_tokens
 from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens

@@ -15,7 +15,7 @@ from helpers.bases import make_bloom
 from helpers.short_runs import ROWS, interrupted, outcome, rewrite_state
 
 import softprompt
-from softprompt.config.validation import parse_duration
+from softprompt.config.value_parsers import parse_duration
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.train_state import resume_command
 from softprompt.utils.errors import CheckpointError, ConfigError, OutputError

@@ -169,27 +169,38 @@ def test_a_value_that_looks_like_a_flag_is_joined_to_its_flag():
     assert flag("adapter", "-x y") == ' --adapter="-x y"'
 
 
-STARTS = {"script": [str(ROOT / "train.py")], "module": ["-m", "softprompt", "train"]}
-
-
-@pytest.mark.parametrize("start", STARTS)
-def test_the_printed_lines_run(start, tiny_base, tmp_path):
-    """What a run says to try, and what a run that --max_time stopped says to go on with: each in a shell."""
+@pytest.fixture
+def shell(tiny_base, tmp_path):
+    """Run argv, or a line in bash, in a folder with rows and without the scripts; return its stdout and stderr."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "x"}) + "\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    here = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     flags = ["--model_name_or_path", str(tiny_base), "--dataset", "rows.jsonl", "--output_dir", "my run"]
-    argv = [sys.executable, *STARTS[start], *flags, "--max_steps", "1000000", "--max_time", "1s"]
-    stopped = subprocess.run(argv, capture_output=True, text=True, **here)
-    assert stopped.returncode == 124, stopped.stderr
-    go_on = stopped.stderr.strip().rpartition("go on with: ")[2]
+
+    def run(line: str | list[str], code: int = 0) -> tuple[str, str]:
+        argv = (
+            ["bash", "-c", line] if isinstance(line, str) else [sys.executable, *line[:-1], *flags, *line[-1].split()]
+        )
+        ran = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert ran.returncode == code, ran.stderr
+        return ran.stdout, ran.stderr
+
+    return run
+
+
+def test_what_a_run_of_the_command_says_to_try_runs(shell):
+    out, _ = shell(["-m", "softprompt", "train", "--max_steps 1"])
+    (line,) = [line.removeprefix("Try: ") for line in out.splitlines() if line.startswith("Try: ")]
+    answer, err = shell(f"{line} --max_new_tokens 2")
+    assert answer and "adapter my run" in err
+
+
+def test_what_a_stopped_run_of_the_script_says_goes_on(shell, tmp_path):
+    _, err = shell([str(ROOT / "train.py"), "--max_steps 1000000 --max_time 1s"], 124)
     state = next((tmp_path / "my run").glob("checkpoint-*/trainer_state.json"))
     last = json.loads(state.read_text())["step"] + 1
-    ended = subprocess.run(
-        ["bash", "-c", f"{go_on} --max_steps {last}"], capture_output=True, text=True, check=True, **here
-    )
-    (line,) = [line.removeprefix("Try: ") for line in ended.stdout.splitlines() if line.startswith("Try: ")]
-    subprocess.run(["bash", "-c", f"{line} --max_new_tokens 2"], check=True, **here)
+    shell(f"{err.rpartition('go on with: ')[2].strip()} --max_steps {last}")
+    assert (tmp_path / f"my run/checkpoint-{last}").is_dir()
 
 
 def ended(program, argv, capsys, monkeypatch):
