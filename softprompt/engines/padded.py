@@ -1,5 +1,6 @@
 """The padded engine: rows padded to one length, through the base's own forward. Works for any causal language model."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
@@ -59,21 +60,27 @@ def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple
 
 @torch.no_grad()
 def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Compare `padded_forward` without a prompt with the base's own forward over the same words, at a few tokens. The
-    base sees one more word: it must not change the logits before it. BLOOM, whose forward is known, is not run.
+    """Check on a few tokens that a prompt can precede the text of `base`: its own forward over token ids, at the
+    explicit positions 0 … T, must give the logits of `padded_forward` without a prompt.
+
+    The base's own forward sees one more token, which must not change the logits before it. Explicit positions matter
+    because transformers' `generate` passes them, while `padded_forward` leaves positions to the base. BLOOM, whose
+    forward is known, is not run; nor is a base that passed before.
 
     Raises:
-        ModelError: the logits differ, so this base does more with a word than to look up its embedding, counts
-            positions from elsewhere or looks at later words; or it cannot be run.
+        ModelError: The logits differ, so this base does more with a token than look up its embedding, does not count
+            positions from 0 (RoBERTa), or attends to later tokens; or it cannot be run on embeddings.
     """
     if base.config.model_type == "bloom" or base in _checked:
         return
     kind, words = type(base).__name__, word_embeddings(base).weight
     ids = torch.arange(max(0, min(8, len(words) - PROBED)), len(words))[:PROBED].to(words.device)[None]  # [1, T]
-    mask = torch.ones_like(ids)
+    mask, places = torch.ones_like(ids), {}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        places["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
     try:
         with autocast(words.device, compute_dtype):
-            own = base(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            own = base(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits[:, :-1].float()
             ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -83,8 +90,9 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
     if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
         raise ModelError(
-            f"{base.name_or_path}: {kind} gives other logits on word embeddings than on the words (off by {off:.2g} of "
-            f"{size:.2g}): it does more with a word than to look it up, or looks at later words; take another base"
+            f"{base.name_or_path}: {kind} gives other logits for word embeddings than for the words themselves (they "
+            f"differ by {off:.2g}, where the largest is {size:.2g}): it does more with a word than look up its embedding,"
+            " does not count positions from 0, or attends to later words; take another base"
         )
     _checked.add(base)
 

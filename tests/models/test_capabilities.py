@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers.bases import make_bloom, make_tokenizer
+from helpers.bases import make_bloom, make_tokenizer, write_adapter
 from helpers.peers import answers_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -21,12 +21,14 @@ from softprompt.api import SoftPromptModel
 from softprompt.cli import run_command
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import PaddedEngine, padded_forward
+from softprompt.export.plain_model import export
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.capabilities import max_positions, on_meta_device, why_no_answers
 from softprompt.models.loading import freeze, load_base, word_embeddings
 from softprompt.study.grid import read_study
 from softprompt.study.plan import planned
-from softprompt.utils.errors import ConfigError, ModelError
+from softprompt.study.study import run_study
+from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.model_config import layers_and_heads
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -299,7 +301,8 @@ def scaled(base):
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_the_kind_is_caught_and_not_the_name(dtype):
-    """Words that are not only looked up, positions that begin elsewhere, later words that are seen."""
+    """Embeddings that are changed outside the embedding module, positions that do not begin at 0, attention to later
+    tokens: the forward itself is compared, so a model class that is not known by name is refused as well."""
     tokenizer = make_tokenizer()
     bert = {**TEXT, "max_position_embeddings": POSITIONS, "type_vocab_size": 1}
     bases = [
@@ -314,6 +317,26 @@ def test_the_kind_is_caught_and_not_the_name(dtype):
             SoftPromptModel(base, tokenizer, None, compute_dtype=dtype)
     PaddedEngine(freeze(make(configured("LlamaConfig")), dtype), tokenizer, 4, dtype)
     PaddedEngine(freeze(make(transformers.BertConfig(**bert, is_decoder=True)), dtype), tokenizer, 4, dtype)
+
+
+def test_every_entrance_refuses_a_base_whose_forward_differs(tmp_path):
+    """Training, inference, a study and an export each check the forward of the base that they compute with."""
+    config = transformers.RobertaConfig(**TEXT, max_position_embeddings=POSITIONS, type_vocab_size=1, is_decoder=True)
+    base, adapter = str(saved(make(config), tmp_path / "base")), tmp_path / "adapter"
+    write_adapter(adapter, Path(base), P)
+    settings = {"model_name_or_path": base, "dataset": str(rows_file(tmp_path)), "num_virtual_tokens": P}
+    cell = "".join(f"{name} = {value!r}\n" for name, value in {**settings, "eval_rows": 2}.items())
+    (tmp_path / "study.toml").write_text(f"output_dir = {str(tmp_path / 's')!r}\n[settings]\n{cell}", encoding="utf-8")
+    entrances = {
+        "train": lambda: softprompt.train(**settings, output_dir=str(tmp_path / "r"), max_steps=1),
+        "infer": lambda: SoftPromptModel.from_pretrained(base, adapter),
+        "study": lambda: run_study(read_study(tmp_path / "study.toml")),
+        "export": lambda: export(adapter, tmp_path / "plain", model_name_or_path=base),
+    }
+    for name, call in entrances.items():
+        with pytest.raises(SoftpromptError, match="RobertaForCausalLM gives other logits"):
+            call()
+            pytest.fail(f"{name} took the base")
 
 
 def test_a_tokenizer_with_more_words_than_the_base_is_refused(tmp_path, capsys, monkeypatch):

@@ -4,18 +4,17 @@ read, with the reason and nothing about a hub."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.bases import write_adapter
 from helpers.refusals import assert_line, refused
 from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
 
-import infer
 import softprompt
 import train
+from softprompt import cli
 from softprompt.config.loader import train_config
-from softprompt.export.plain_model import export
-from softprompt.study import study
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
@@ -74,12 +73,12 @@ def test_the_other_programs_say_so_too(unfit, request, tmp_path, capsys, monkeyp
         f'title = "x"\n[[grid]]\nmodel_name_or_path = "{unfit}"\ndataset = "none.jsonl"\neval_rows = 1\n'
     )
     commands = {
-        infer: ["--adapter", "adapter", "--prompt", "a"],
-        export: ["adapter", "--output", "out"],
-        study: ["study.toml"],
+        cli.infer: ["--adapter", "adapter", "--prompt", "a"],
+        cli.export: ["adapter", "--output", "out"],
+        cli.study: ["study.toml"],
     }
     for program, argv in commands.items():
-        line = refused(program, argv, capsys, monkeypatch, tmp_path)
+        line = refused(SimpleNamespace(main=program), argv, capsys, monkeypatch, tmp_path)
         assert_line(line, reason(kind))
         assert "hub" not in line and "HF_" not in line
 
