@@ -91,8 +91,8 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
         raise ModelError(
             f"{base.name_or_path}: {kind} gives other logits for word embeddings than for the words themselves (they "
-            f"differ by {off:.2g}, where the largest is {size:.2g}): it does more with a word than look up its embedding,"
-            " does not count positions from 0, or attends to later words; take another base"
+            f"differ by {off:.2g}; the largest is {size:.2g}): it does more with a word than look up its embedding, does "
+            "not count positions from 0, or attends to later words; take another base"
         )
     _checked.add(base)
 
