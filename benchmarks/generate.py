@@ -40,7 +40,7 @@ from contestants import SEED, quiet
 from measure import clock, machine
 
 from softprompt import mini
-from softprompt.models.bloom_weights import Shape, bloom_shape
+from softprompt.models.bloom_weights import BloomShape, bloom_shape
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device
 
@@ -123,7 +123,7 @@ def compete(
     questions: Sequence[Question],
     batch: int,
     args: argparse.Namespace,
-    shape: Shape,
+    shape: BloomShape,
     P: int,
     dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
@@ -150,7 +150,7 @@ def _for(side: str, questions: Sequence[Question], of_peft: int) -> list[Questio
     return [q._replace(new_tokens=min(q.new_tokens, of_peft)) for q in questions]
 
 
-def needed_bytes(shape: Shape, questions: Sequence[Question], P: int, batch: int, dtype: torch.dtype) -> float:
+def needed_bytes(shape: BloomShape, questions: Sequence[Question], P: int, batch: int, dtype: torch.dtype) -> float:
     """What decoding has to read: the linear layers' weights and the head once for every `batch` tokens, and for every
     token the keys and values (fp32 on the CPU) of what stands before it."""
     steps = max(math.ceil(sum(q.new_tokens for q in questions) / batch), max(q.new_tokens for q in questions))

@@ -44,8 +44,14 @@ from softprompt.generation.likelihood import (
 from softprompt.generation.outputs import stream_answers
 from softprompt.generation.requests import GenerationSettings, Request, seed_of
 from softprompt.generation.voting import Ensemble
-from softprompt.models.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
-from softprompt.models.loading import base_path, load_base, load_tokenizer, refuse_quantised, word_embeddings
+from softprompt.models.capabilities import (
+    check_positions,
+    check_token_ids,
+    check_vocabulary,
+    max_positions,
+    why_not_generate,
+)
+from softprompt.models.loading import base_path, check_not_quantised, load_base, load_tokenizer, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, load_quantized
 from softprompt.report.after_training import ReportAndPush
@@ -96,7 +102,7 @@ class SoftPromptModel:
                 as of `model.check_forward`.
             ConfigError: as of `engines.engine_for_inference`.
         """
-        refuse_quantised(base)
+        check_not_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": LoadedAdapter(prompt, template or Template(), dict(generation or {}))}
@@ -229,7 +235,9 @@ class SoftPromptModel:
             raise ConfigError("; ".join(faults))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed  # follows torch.manual_seed
         if self.generator is None:
-            raise ModelError(f"{self.name}: {why_no_answers(self.base)}; --choices and --eval_dataset work without it")
+            raise ModelError(
+                f"{self.name}: {why_not_generate(self.base)}; --choices and --eval_dataset work without it"
+            )
         asked, positions = [], max_positions(self.base)
         for number, one in enumerate(self._posed(prompts, adapter, where)):
             chosen = merged_settings(one.tuned.generation, settings)
@@ -296,7 +304,7 @@ class SoftPromptModel:
     def _posed(self, prompts: Sequence[Question], names: Names, where: Sequence[str] | None) -> list[EncodedQuestion]:
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
-            check_ids(one.ids, self.base, one.where)
+            check_token_ids(one.ids, self.base, one.where)
         return asked
 
     def _scores(self, asked: Sequence[EncodedQuestion], answers: Sequence[str]) -> list[list[float]]:

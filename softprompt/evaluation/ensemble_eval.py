@@ -38,7 +38,7 @@ def joint_evaluation(
     """The loss of the mean of the members' likelihoods, row by row, and the answers that they elect as of
     `ensemble.majority`. The rows and their answers must be the same for each member."""
     examples = members[0].examples
-    of_rows = [engine.losses(one.prompt, one.examples) for one in members]  # [k][rows]
+    of_rows = [engine.row_losses(one.prompt, one.examples) for one in members]  # [k][rows]
     total = sum(-_log_mean([-loss for loss in losses]) for losses in zip(*of_rows, strict=True))
     loss, given = total / sum(map(count_targets, examples)), [one.answers for one in members]
     if any(answers is None for answers in given):

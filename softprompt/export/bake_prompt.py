@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
-from softprompt.models.loading import refuse_quantised, word_embeddings
+from softprompt.models.loading import check_not_quantised, word_embeddings
 from softprompt.prompt.soft_prompt import EmbeddedWords
 from softprompt.utils.errors import ModelError
 
@@ -85,7 +85,7 @@ def _silent_row(base: PreTrainedModel, dtype: torch.dtype) -> tuple[float | None
 
 
 def _check_kind(base: PreTrainedModel) -> None:
-    refuse_quantised(base)
+    check_not_quantised(base)
     name, head = type(base).__name__, base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{base.name_or_path}: {name} has no linear head of its own; no words can be added to it")

@@ -31,7 +31,7 @@ from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.initial import check_fits
 from softprompt.utils.atomic_io import check_writable, new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
-from softprompt.utils.model_config import sizes_named, text_config
+from softprompt.utils.model_config import peft_model_sizes, text_config
 
 # GenerationConfig refuses to save what it would not use: of sampling beside greedy answers, of beams beside one alone.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -110,7 +110,7 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
 def _check_base(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
     """Refuse a base of other sizes than the adapter names; warn of another name."""
     check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
-    for key, found in sizes_named(base.config).items():
+    for key, found in peft_model_sizes(base.config).items():
         wanted = adapter.config.get(key)
         if None not in (wanted, found) and wanted != found:
             raise AdapterError(

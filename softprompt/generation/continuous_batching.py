@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix, norm, run_blocks, run_prompt
-from softprompt.engines.memory_estimate import MOST_TOKENS
-from softprompt.engines.small_linear import project
+from softprompt.engines.bloom import PrefixKV, layer_norm, run_blocks, run_prompt
+from softprompt.engines.memory_estimate import MAX_TOKENS
+from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.kv_cache import KVCache, Slot, Step, StepAttention
 from softprompt.generation.requests import Request
 from softprompt.generation.sampling import OnToken, Writer, Writers, choose
-from softprompt.models.bloom_weights import Weights
+from softprompt.models.bloom_weights import BloomWeights
 from softprompt.utils.out_of_memory import fewer_at_once
 
 KEPT_BYTES = 256 * 2**20  # of the prompts' keys and values that stay in memory
@@ -31,7 +31,7 @@ class _Kept(NamedTuple):
     """A prompt's keys and values, and a reference to the prompt that asked for them last; it takes them out of the
     cache when that prompt is deleted."""
 
-    prefix: Prefix
+    prefix: PrefixKV
     prompt: weakref.ref[Tensor] | None
 
 
@@ -40,11 +40,11 @@ class Prefixes:
     prompt's content, so one that was trained further, or replaced, is never served from before. They stay no longer
     than the prompt itself: what an evaluation during training asks for once is not kept."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: BloomWeights):
         self._weights, self._kept = weights, OrderedDict[bytes, _Kept]()
 
     @torch.inference_mode()
-    def __call__(self, prompt: Tensor | None) -> Prefix:
+    def __call__(self, prompt: Tensor | None) -> PrefixKV:
         """prompt: [P, H], or None for none. Its content is hashed at every call, so call it once for many requests."""
         device = self._weights.head.device
         values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
@@ -72,10 +72,10 @@ class PackedGenerator:
     half as many places, and answers that were begun go on from what is written of them.
     """
 
-    def __init__(self, weights: Weights, tokenizer: Any, tokens_per_step: int | None = None):
+    def __init__(self, weights: BloomWeights, tokenizer: Any, tokens_per_step: int | None = None):
         self.weights, self.writers, self.prefixes = weights, Writers(tokenizer), Prefixes(weights)
         self.device = weights.head.device
-        self.tokens_per_step = tokens_per_step or MOST_TOKENS[self.device.type]
+        self.tokens_per_step = tokens_per_step or MAX_TOKENS[self.device.type]
 
     def generate(
         self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
@@ -125,11 +125,14 @@ class PackedGenerator:
     def _run(self, memory: KVCache, places: Sequence[Slot]) -> Tensor:
         """One step of all places: logits [n, V] of the token that follows each."""
         weights, step = self.weights, Step(places, self.device)
-        x = norm(weights.embed(step.ids), weights.embedding_layernorm, weights.shape.epsilon)  # [S, H]
-        x = run_blocks(weights, x, StepAttention(memory, step), step.last if step.parts else None)  # [n, H]
+        x = layer_norm(weights.embed(step.ids), weights.embedding_layernorm, weights.shape.epsilon)  # [S, H]
+        predictors = step.last if step.parts else None
+        x = run_blocks(weights, x, StepAttention(memory, step), predictors, linear=decode_linear)  # [n, H]
         for place, position in zip(places, step.positions, strict=True):
             place.held = position + 1
-        return project(norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype), weights.head)
+        return decode_linear(
+            layer_norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype), weights.head
+        )
 
     @torch.inference_mode()
     def _let_in_and_out(self, memory: KVCache, places: list[Slot], waiting: deque[Slot], most: int) -> bool:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix
-from softprompt.engines.prefix_attention import Group, alibi_slopes, attend, causal_alibi, group_rows
+from softprompt.engines.bloom import PrefixKV
+from softprompt.engines.prefix_attention import RowGroup, alibi_slopes, attend, causal_alibi, group_rows
 from softprompt.generation.sampling import Writer
-from softprompt.models.bloom_weights import Shape
+from softprompt.models.bloom_weights import BloomShape
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Slot:
     """An answer in its place. `held`: positions whose keys and values are in memory, the virtual tokens among them."""
 
     writer: Writer
-    prefix: Prefix
+    prefix: PrefixKV
     held: int = 0
 
     @property
@@ -36,10 +36,10 @@ class PrefixGroup(NamedTuple):
     """Texts that come in behind the same prompt, longest first: the places they take, the groups of attention, and
     where in the stream they are."""
 
-    prefix: Prefix
+    prefix: PrefixKV
     places: list[int]
     lengths: list[int]
-    groups: list[Group]
+    groups: list[RowGroup]
     stream: slice
 
 
@@ -68,7 +68,7 @@ class Step:
         self.last = torch.tensor(last, device=device)  # [n]
 
 
-def _by_prefix(places: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
+def _by_prefix(places: Sequence[Slot]) -> Iterator[tuple[PrefixKV, list[int]]]:
     """The places whose texts come in, by the prompt before them, longest text first."""
     fresh = [b for b, place in enumerate(places) if not place.held]
     for prefix in {id(places[b].prefix): places[b].prefix for b in fresh}.values():
@@ -80,7 +80,7 @@ class KVCache:
     """Keys and values of B places, W positions each: for each layer two tensors [B, N, W, D]. They begin as zeros: what
     lies behind a row's end is weighted with 0, and must be a number."""
 
-    def __init__(self, shape: Shape, places: int, width: int, like: Tensor):
+    def __init__(self, shape: BloomShape, places: int, width: int, like: Tensor):
         size = (places, shape.N, width, shape.D)
         self.width, self.layers = width, [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.L)]
         wide = torch.promote_types(like.dtype, torch.float32)  # for distances: bf16 has no 257

@@ -66,7 +66,7 @@ def log_likelihoods(
         together.setdefault(id(prompt), []).append(number)
     for numbers in together.values():
         some = [example for n in numbers for example in examples[n]]
-        each = iter(engine.losses(prompts[numbers[0]], some) if some else [])
+        each = iter(engine.row_losses(prompts[numbers[0]], some) if some else [])
         for number in numbers:
             found[number] = [-next(each) for _ in examples[number]]
     return found

@@ -18,7 +18,7 @@ from softprompt.data.tokenization import Example, Tokenized, count_targets, end_
 from softprompt.evaluation.evaluator import Evaluation, answer_ids, question_ids
 from softprompt.generation.hf_generate import Generator, in_order
 from softprompt.generation.requests import GenerationSettings, Request
-from softprompt.models.capabilities import why_no_answers
+from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_io import PROMPT_KEY
 from softprompt.prompt.nearest_tokens import EmbeddingSpace, nearest, noise, shown, similarities
 from softprompt.runs.file_names import START_FILE
@@ -109,7 +109,7 @@ def examples_of(
         found["new_tokens"] = NEW_TOKENS
     else:
         streamed = "with this base each token of an answer would read or gather the base once more"
-        return {**found, "left_out": why_no_answers(run.base) or streamed}
+        return {**found, "left_out": why_not_generate(run.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
         question, expected = (_text(run.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         expected += "…" if cut_off else ""

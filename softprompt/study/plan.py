@@ -17,14 +17,14 @@ from softprompt.data.dataset import Row
 from softprompt.data.tokenization import Example, Tokenized
 from softprompt.engines.factory import trains_packed
 from softprompt.models.capabilities import (
-    Extent,
-    check_extent,
-    check_start,
-    check_takes_prompt,
+    RowMaxima,
+    build_on_meta_device,
+    check_init_text,
+    check_rows_fit,
+    check_supports_prompt,
     check_vocabulary,
-    on_meta_device,
 )
-from softprompt.models.loading import base_config, base_path, load_tokenizer, weight_files
+from softprompt.models.loading import base_path, load_config, load_tokenizer, weight_files
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initialiser
 from softprompt.runs.crash_report import Failure, failure
@@ -48,11 +48,11 @@ class Material:
     held_out: list[Example]
     held_out_rows: list[Row]
     held_out_missing: list[int]
-    extent: Extent
+    extent: RowMaxima
     fingerprints: dict[str, str]
 
 
-NO_MATERIAL = Material(None, None, [], [], [], [], Extent(0, 0), {})
+NO_MATERIAL = Material(None, None, [], [], [], [], RowMaxima(0, 0), {})
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Shelf:
             self.tokenized[key] = _Examples(data, of_held_out, kept, of_rows)
         data, of_held_out, kept, of_rows = self.tokenized[key]
         held_out = (of_held_out.examples, kept, of_held_out.missing) if of_held_out else ([], [], [])
-        extent = Extent.of(e.input_ids for e in (*data.examples, *held_out[0]))
+        extent = RowMaxima.of(e.input_ids for e in (*data.examples, *held_out[0]))
         return Material(base, tokenizer, data.examples, *held_out, extent, {**prints, "dataset": of_rows})
 
 
@@ -180,14 +180,14 @@ def _are_there(cell: Cell) -> bool:
 def _base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
     """A base without its values, its tokenizer, and the fingerprints of the tokenizer and of the base's files."""
     path = base_path(name)
-    config = base_config(path)
+    config = load_config(path)
     tokenizer = load_tokenizer(path)
     files = weight_files(path)
     if not files and Path(path).is_dir():
         raise ModelError(f"{name}: holds no weights (*.safetensors, *.bin); name a whole base")
     prints = {"tokenizer": fingerprint_of_tokenizer(tokenizer), "base": fingerprint_of_stored_base(config, files)}
-    base = on_meta_device(config, name)
-    check_takes_prompt(base, name)
+    base = build_on_meta_device(config, name)
+    check_supports_prompt(base, name)
     check_vocabulary(tokenizer, base, name)
     return base, tokenizer, prints
 
@@ -198,8 +198,8 @@ def _check(cell: Cell, material: Material) -> None:
     if not material.held_out:
         raise ConfigError("no held-out rows to compare by; give eval_dataset or eval_rows")
     initialiser(cell.config, material.tokenizer, len(material.tokenizer))
-    check_start(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
-    check_extent(material.base, virtual_tokens(cell, material), cell.config.data.max_length, material.extent)
+    check_init_text(cell.config.prompt.prompt_tuning_init_text, material.tokenizer, material.base)
+    check_rows_fit(material.base, virtual_tokens(cell, material), cell.config.data.max_length, material.extent)
     if cell.rows and cell.rows > len(material.examples):
         there = f"{len(material.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {there} that can be trained on")

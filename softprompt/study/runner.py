@@ -32,7 +32,7 @@ from softprompt.engines.factory import make_engine
 from softprompt.evaluation.ensemble_eval import Member, joint_evaluation
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.factory import generator_beside
-from softprompt.models.loading import base_path, freeze, place, read_base, word_embeddings
+from softprompt.models.loading import base_path, freeze, move_to_device, read_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
@@ -195,7 +195,7 @@ class _Bench:
     def of(cls, model: ModelArguments) -> "_Bench":
         device = resolve_device(model.device)
         dtype = resolve_dtype(device, model.bf16, model.fp16)
-        return cls(place(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
+        return cls(move_to_device(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
 
     def evaluator(self, one: Planned, P: int = 0) -> Evaluator:
         engine = make_engine(one.cell.config, self.base, one.material.tokenizer, self.dtype, P)

@@ -16,7 +16,7 @@ from softprompt.data.build_data import make_template
 from softprompt.data.tokenization import end_tokens
 from softprompt.distributed.process_group import StopSource
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
-from softprompt.models.capabilities import why_no_answers
+from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
@@ -134,7 +134,7 @@ class RunCallbacks:
         self.state = state_files(
             state,
             {
-                "engine": self.run.engine.state(),
+                "engine": self.run.engine.state_dict(),
                 "totals": asdict(replace(self.progress.totals, runtime=self._runtime())),
                 "best": asdict(self.best),
                 "arguments": self.config.as_dict(),
@@ -183,7 +183,7 @@ class RunCallbacks:
             with self._writing("the run's results"):
                 run_files(self.output_dir).write({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        no_answers = why_no_answers(self.run.base)
+        no_answers = why_not_generate(self.run.base)
         evaluations = (self.evaluator, self.before, after)
         return Run(self.config, self.output_dir, metrics, size, question, *evaluations, no_answers=no_answers)
 

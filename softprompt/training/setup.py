@@ -19,14 +19,28 @@ from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
-from softprompt.engines.padded import SoftPromptedModel
+from softprompt.engines.padded import PromptTunedModel
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.data_parallel import DataParallelGenerator
 from softprompt.generation.factory import generator_beside
 from softprompt.generation.hf_generate import Generator
-from softprompt.models.capabilities import Extent, check_extent, check_start, check_vocabulary, why_no_answers
-from softprompt.models.fsdp import Shards, shard
-from softprompt.models.loading import base_config, base_path, freeze, load_tokenizer, place, read_base, weight_files
+from softprompt.models.capabilities import (
+    RowMaxima,
+    check_init_text,
+    check_rows_fit,
+    check_vocabulary,
+    why_not_generate,
+)
+from softprompt.models.fsdp import ShardedBlocks, shard_blocks
+from softprompt.models.loading import (
+    base_path,
+    freeze,
+    load_config,
+    load_tokenizer,
+    move_to_device,
+    read_base,
+    weight_files,
+)
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import quantize_blocks
@@ -131,7 +145,7 @@ def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pat
     _check_places(config)
     if check and world.is_main:
         check(config, output_dir)
-    base_config(base_path(str(config.model.model_name_or_path)))  # what cannot be a base is said before rows are read
+    load_config(base_path(str(config.model.model_name_or_path)))  # what cannot be a base is said before rows are read
     template = make_template(config)
     rows = read_rows(config, template)
     print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notes)
@@ -142,7 +156,7 @@ def prepare(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pat
     end = template.end(rows.train[0], tokenizer)
     tell_end(end, tokenizer)
     feed = make_loader(config, rows, data, tokenizer, begun.rows_per_step)
-    extent = Extent.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
+    extent = RowMaxima.of(e.input_ids for some in (data, held_out) if some for e in some.examples)
     loaded = _loaded(begun, rows, extent, tokenizer, device, dtype, world, sharded)
     searches = config.training.find_learning_rate and begun.checkpoint is None
     print_steps(config, feed, world.size, output_dir, searches)
@@ -186,7 +200,7 @@ def _begun(config: TrainConfig, world: World) -> _Begun:
 def _loaded(
     begun: _Begun,
     rows: Rows,
-    extent: Extent,
+    extent: RowMaxima,
     tokenizer: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -207,18 +221,18 @@ def _loaded(
     if checkpoint:
         others = other_contents(begun.fingerprints, fingerprints, checkpoint, config.training.ignore_data_skip, print)
     check_vocabulary(tokenizer, base, path)
-    check_start(config.prompt.prompt_tuning_init_text, tokenizer, base)
+    check_init_text(config.prompt.prompt_tuning_init_text, tokenizer, base)
     quantised = quantize_blocks(base, bits, device) if bits else None
-    base = place(freeze(base, dtype), device)
+    base = move_to_device(freeze(base, dtype), device)
     values = load_adapter(checkpoint).prompt if checkpoint else initial_prompt(config, tokenizer, base)
-    check_extent(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
+    check_rows_fit(base, len(values), config.data.max_length, extent, streamed=rows.source is not None)
     prompt = PromptEmbedding(values).to(device)
-    shards = shard(base, stored, world) if sharded and stored else None
+    shards = shard_blocks(base, stored, world) if sharded and stored else None
     engine = make_engine(config, base, tokenizer, dtype, len(values), shards or quantised or stored)
     generator = None if config.model.stream_base else generator_beside(engine, base, tokenizer)
     if world.size > 1:
         engine, generator = _shared(engine, generator, world, shards)
-    print_model(config, SoftPromptedModel(prompt, base), engine)
+    print_model(config, PromptTunedModel(prompt, base), engine)
     return _Loaded(base, prompt, engine, generator, fingerprints, others)
 
 
@@ -237,7 +251,7 @@ def _evaluator(config: TrainConfig, loaded: _Loaded, tokenizer: Any, held_out: T
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
     elif loaded.generator is None:
-        print(f"held-out rows: loss and perplexity alone; {why_no_answers(loaded.base)}")
+        print(f"held-out rows: loss and perplexity alone; {why_not_generate(loaded.base)}")
     batch_size = config.training.per_device_eval_batch_size
     evaluator = Evaluator(loaded.engine, loaded.generator, tokenizer, held_out.examples, batch_size, held_out.missing)
     if evaluator.told:
@@ -266,10 +280,10 @@ def _read_base(config: TrainConfig, path: str, sharded: bool) -> tuple[PreTraine
 
 
 def _shared(
-    engine: Engine, generator: Generator | None, world: World, shards: Shards | None
+    engine: Engine, generator: Generator | None, world: World, shards: ShardedBlocks | None
 ) -> tuple[Engine, Generator | None]:
     """What shares out the rows among the ranks."""
-    rest = [shards.rest] if shards else []
+    rest = [shards.join] if shards else []
     return DataParallelEngine(engine, world, *rest), generator and DataParallelGenerator(generator, world, *rest)
 
 

@@ -9,11 +9,11 @@ from helpers.bases import make_bloom
 from helpers.peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from softprompt.engines import small_linear as products
 from softprompt.engines.bloom import run_prompt
-from softprompt.engines.small_linear import project
 from softprompt.generation import continuous_batching as decode
+from softprompt.generation import decode_linear as products
 from softprompt.generation.continuous_batching import PackedGenerator
+from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.requests import GenerationSettings, Request, seed_of
 from softprompt.generation.sampling import choose
 from softprompt.models.bloom_weights import ResidentWeights
@@ -38,7 +38,7 @@ def drawn(n, longest, vocab_size=300, seed=0, virtual=(None, 1, 5, 40)):
 @pytest.mark.parametrize("kind, tokens_per_step", [("packed", 1), ("packed", 20), ("packed", 1000), ("padded", 0)])
 def test_a_mixed_batch_gives_each_the_answer_it_would_get_alone(kind, places, tokens_per_step, tokenizer, monkeypatch):
     """Prompts of several lengths and none, texts of several lengths, one of them a single token."""
-    monkeypatch.setitem(decode.MOST_TOKENS, "cpu", tokens_per_step)
+    monkeypatch.setitem(decode.MAX_TOKENS, "cpu", tokens_per_step)
     base = freeze(make_bloom(seed=2, n_layer=3), FP32)
     asked = drawn(13, 14)
     ends = tuple(range(100, 130))  # a random base needs many for some answers to end early
@@ -69,8 +69,8 @@ class Counted(ResidentWeights):
         super().__init__(base, dtype)
         self.calls = []
 
-    def through(self, order):
-        for i, layer in zip(order, super().through(order), strict=True):
+    def iter_layers(self, order):
+        for i, layer in zip(order, super().iter_layers(order), strict=True):
             self.calls.append(i)
             yield layer
 
@@ -111,7 +111,7 @@ def test_a_changed_prompt_is_never_served_from_before(tokenizer):
         assert dict(generator.generate([Request(text, GREEDY, prompt)]))[0] == greedy_alone(base, text, prompt, 9)
         with torch.inference_mode():
             kept, anew = generator.prefixes(prompt), run_prompt(generator.weights, prompt)
-        assert torch.allclose(kept.last, anew.last) and torch.allclose(kept.layers[1], anew.layers[1])
+        assert torch.allclose(kept.last_hidden, anew.last_hidden) and torch.allclose(kept.layers[1], anew.layers[1])
 
 
 def test_prompts_are_kept_up_to_so_many_bytes(tokenizer, monkeypatch):
@@ -279,15 +279,15 @@ def test_products_of_few_rows(S, words):
     x, weight, bias = torch.randn(16, S).T, torch.randn(words, 16), torch.randn(words)
     for shift in (None, bias):
         expected = x.double() @ weight.double().T + (0 if shift is None else shift.double())
-        assert torch.allclose(project(x, weight, shift).double(), expected, atol=1e-5)
+        assert torch.allclose(decode_linear(x, weight, shift).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("few, transposed", [(0, 0), (10**6, 0), (10**6, 10**6)])
 @torch.no_grad()
 def test_other_thresholds_give_the_same_products(few, transposed, monkeypatch):
     """They were chosen for speed, on one machine."""
-    monkeypatch.setattr(products, "FEW", few)
-    monkeypatch.setattr(products, "TRANSPOSED", transposed)
+    monkeypatch.setattr(products, "MAX_FEW_ROWS", few)
+    monkeypatch.setattr(products, "MIN_TRANSPOSED", transposed)
     for S in (1, 15, 64, 200):
         test_products_of_few_rows(S, 7)
 

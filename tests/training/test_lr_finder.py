@@ -17,6 +17,7 @@ from softprompt.config.loader import train_config
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
@@ -55,7 +56,7 @@ def base():
 
 
 def sweep(base, rows, args=ARGS, values=None, request=Never):
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     values = torch.zeros(3, 32) if values is None else values
     return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
 
@@ -67,7 +68,7 @@ def test_it_is_halving_over_runs_of_their_own(base, monkeypatch):
     found = sweep(base, rows)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
     aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     left, expected = list(RATES), {}
     for share, most in RUNGS:
         left = left[:most]
@@ -104,7 +105,7 @@ def test_the_prompts_first_values_stay_as_they_are(base):
 
 def test_its_length_is_told_before(base):
     steps = []
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     rows = random_examples(70, 5)
     find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
     assert len(steps) == sweep_steps(24)
