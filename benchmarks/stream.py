@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="measured ones of each window")
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--max_activation_gib", type=float, default=1.0)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the base and the offloaded activations are written")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where the base and the offloaded activations are written"
+    )
     parser.add_argument("--base", help="write the base here instead and keep it, or take the one that is here")
     parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
