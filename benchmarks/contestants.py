@@ -23,6 +23,7 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.memory_estimate import auto_tokens, total_memory
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
@@ -160,7 +161,7 @@ def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> E
         return PaddedEngine(base, tokenizer, c.rows_per_microbatch, c.dtype)
     device = word_embeddings(base).weight.device
     tokens = auto_tokens(bloom_shape(base.config), c.dtype, P, device, total_memory(device))
-    return PackedEngine(ResidentWeights(base, c.dtype), tokens)
+    return PackedEngine(MicrobatchMajor(ResidentWeights(base, c.dtype)), tokens)
 
 
 class TrainerStepTimer(TrainerCallback):

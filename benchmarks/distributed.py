@@ -46,8 +46,8 @@ from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
-from softprompt.models.fsdp import shard
-from softprompt.models.loading import freeze, load_base, load_tokenizer, place
+from softprompt.models.fsdp import shard_blocks
+from softprompt.models.loading import freeze, load_base, load_tokenizer, move_to_device
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.training.loop import train
@@ -204,9 +204,9 @@ def engine_of(
         engine = make_engine(config, load_base(args.base, device, torch.float32), tokenizer, torch.float32, P)
         return DataParallelEngine(engine, world) if world.size > 1 else engine
     base, stored = load_meta_model(args.base, "sharded")
-    base = place(freeze(base, torch.float32), device)
-    shards = shard(base, stored, world)
-    return DataParallelEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.rest)
+    base = move_to_device(freeze(base, torch.float32), device)
+    shards = shard_blocks(base, stored, world)
+    return DataParallelEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.join)
 
 
 def reduction_seconds(start: Tensor, world: World) -> float:

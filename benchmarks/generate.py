@@ -45,7 +45,7 @@ from contestants import SEED, quiet
 from measure import clock, machine
 
 from softprompt import mini
-from softprompt.models.bloom_weights import Shape, bloom_shape
+from softprompt.models.bloom_weights import BloomShape, bloom_shape
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device
 
@@ -130,7 +130,7 @@ def compete(
     questions: Sequence[Question],
     batch_size: int,
     args: argparse.Namespace,
-    shape: Shape,
+    shape: BloomShape,
     P: int,
     dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
@@ -158,7 +158,9 @@ def _questions_for(side: str, questions: Sequence[Question], of_peft: int) -> li
     return [q._replace(new_tokens=min(q.new_tokens, of_peft)) for q in questions]
 
 
-def needed_bytes(shape: Shape, questions: Sequence[Question], P: int, batch_size: int, dtype: torch.dtype) -> float:
+def needed_bytes(
+    shape: BloomShape, questions: Sequence[Question], P: int, batch_size: int, dtype: torch.dtype
+) -> float:
     """Bytes that decoding has to read: the weights of the linear layers and the head once per step of `batch_size`
     tokens, and for every token the keys and values (fp32 on the CPU) of all positions before it."""
     steps = max(math.ceil(sum(q.new_tokens for q in questions) / batch_size), max(q.new_tokens for q in questions))

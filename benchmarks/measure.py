@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from softprompt.data.tokenization import IGNORE, Example
-from softprompt.models.bloom_weights import Shape
+from softprompt.models.bloom_weights import BloomShape
 
 T = TypeVar("T")
 EDGE = {"cpu": 2048, "cuda": 8192}  # of the square matmul; a GPU does 2048 before the launch overhead is forgotten
@@ -59,12 +59,12 @@ def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) 
     return statistics.median(seconds[1:])
 
 
-def needed_operations(shape: Shape, rows: Sequence[Example], P: int, windows: int) -> float:
+def needed_operations(shape: BloomShape, rows: Sequence[Example], P: int, windows: int) -> float:
     """Operations of the matrix products that the exact gradient of `windows` optimizer steps over `rows` needs."""
     return sum(needed_parts(shape, rows, P, windows))
 
 
-def needed_parts(shape: Shape, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
+def needed_parts(shape: BloomShape, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
     """These operations of the products with weights, and of those in attention.
 
     The same for every contestant: whatever else one computes (padding, the prompt anew for each row, logits that no

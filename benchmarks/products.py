@@ -1,4 +1,4 @@
-"""What `engines.small_linear` gains over torch's linear, row by row: `python benchmarks/products.py [--threads N]`.
+"""What `generation.decode_linear` gains over torch's linear, row by row: `python benchmarks/products.py [--threads N]`.
 
 Weights of a 49 M and a 1.3 B base in fp32; medians of 15, in GB/s of the weight's bytes. The weight of a case is taken
 from many that do not fit into the caches together, as decoding finds it.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from measure import clock
 from torch import Tensor
 
-from softprompt.engines.small_linear import project
+from softprompt.generation.decode_linear import decode_linear
 
 SHAPES = {"49m, to 4H": (2048, 512), "49m, head": (46145, 512), "1b4, to 4H": (8192, 2048)}
 POOL = 1 << 28  # bytes of weights that take turns
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print("| weight | rows | linear, GB/s | project, GB/s | ratio |\n|---|---|---|---|---|")
+    print("| weight | rows | linear, GB/s | decode_linear, GB/s | ratio |\n|---|---|---|---|---|")
     for name, size in SHAPES.items():
         weights = [torch.randn(size) for _ in range(max(1, POOL // (4 * size[0] * size[1])))]
         for rows in args.rows:
             x = torch.randn(rows, size[1])
-            plain, ours = rate(F.linear, x, weights), rate(project, x, weights)
+            plain, ours = rate(F.linear, x, weights), rate(decode_linear, x, weights)
             print(f"| {name} | {rows} | {plain:.1f} | {ours:.1f} | {ours / plain:.2f} |", flush=True)
 
 

@@ -22,7 +22,7 @@ from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
 from softprompt.engines.factory import make_engine
-from softprompt.models.bloom_weights import MODULES
+from softprompt.models.bloom_weights import BLOCK_MODULES
 from softprompt.models.loading import load_tokenizer, word_embeddings
 from softprompt.models.precision import resolve_device
 from softprompt.models.quantization import quantize_blocks
@@ -67,7 +67,9 @@ def measure_form(args: argparse.Namespace, form: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer or base.folder or str(mini.BASE_DIR))
     rows = load_rows(args.dataset, Template(), {}) if args.dataset else mini.rows("sentiment", "eval")
     examples = tokenize(rows[: args.rows], tokenizer, Template(), 256).examples
-    linear = [block.get_submodule(name) for block in model.transformer.h for name in MODULES if "layernorm" not in name]
+    linear = [
+        block.get_submodule(name) for block in model.transformer.h for name in BLOCK_MODULES if "layernorm" not in name
+    ]
     held, bits = sum(module.weight.nbytes for module in linear), FORMS[form]
     rounded = quantize_blocks(model, bits, device) if bits else None
     held = rounded.nbytes if rounded else held

@@ -28,7 +28,7 @@ from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.distributed.row_assignment import assign_rows
 from softprompt.engines.memory_estimate import GIB, base_bytes
-from softprompt.models.bloom_weights import Shape
+from softprompt.models.bloom_weights import BloomShape
 from softprompt.utils.errors import EXIT_CODES
 
 BASES = {  # layers, heads, hidden size, words
@@ -52,7 +52,7 @@ class Machine(NamedTuple):
     disk: float
 
 
-def operations(shape: Shape, recomputed: bool) -> float:
+def operations(shape: BloomShape, recomputed: bool) -> float:
     """Of the matrix products for a token: forward, gradient of the input, and where a block is run twice, that."""
     return (72 if recomputed else 48) * shape.L * shape.H**2 + 4 * shape.H * shape.V * TARGETS
 
@@ -69,20 +69,20 @@ def mean_loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, fl
     return statistics.mean(map(sum, each)), statistics.mean(largest_load(some, ranks) for some in each)
 
 
-def reduce_seconds(shape: Shape, P: int, ranks: int, machine: Machine) -> float:
+def reduce_seconds(shape: BloomShape, P: int, ranks: int, machine: Machine) -> float:
     """Seconds of adding up the gradient of the prompt in fp64: a tree's messages, and a ring's bytes."""
     numbers = P * shape.H + SCALARS
     sent = 2 * (ranks - 1) / ranks * 8 * numbers
     return 2 * math.ceil(math.log2(ranks)) * machine.latency + sent / machine.bandwidth
 
 
-def gather_seconds(shape: Shape, ranks: int, machine: Machine) -> float:
+def gather_seconds(shape: BloomShape, ranks: int, machine: Machine) -> float:
     """Seconds in which a rank receives every block twice, there and back."""
     return 2 * (ranks - 1) / ranks * 12 * shape.L * shape.H**2 * BF16.itemsize / machine.bandwidth
 
 
 def step_cost(
-    shape: Shape, lengths: Sequence[int], rows: int, P: int, ranks: int, machine: Machine, sharded: bool
+    shape: BloomShape, lengths: Sequence[int], rows: int, P: int, ranks: int, machine: Machine, sharded: bool
 ) -> tuple[float, float]:
     """Seconds of a step, and the share of the ranks' time that one rank alone would need."""
     tokens, most = mean_loads(lengths, rows, ranks)
@@ -93,7 +93,7 @@ def step_cost(
     return seconds, (tokens + P) * token / (ranks * seconds)
 
 
-def sharded_bytes(shape: Shape, ranks: int) -> int:
+def sharded_bytes(shape: BloomShape, ranks: int) -> int:
     """Bytes of a sharded base on a rank: its share of the blocks, two blocks on their way, and all that is no block."""
     block = 12 * shape.H**2 * BF16.itemsize
     return base_bytes(shape._replace(L=0), BF16) + shape.L * block // ranks + (2 * block if ranks > 1 else 0)
@@ -106,9 +106,9 @@ def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
         print(f"| {' | '.join(map(str, line))} |")
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> BloomShape:
     L, N, H, V = BASES[name]
-    return Shape(L, N, H // N, H, V, 1e-5, False)
+    return BloomShape(L, N, H // N, H, V, 1e-5, False)
 
 
 def print_steps(machine: Machine, lengths: Sequence[int], args: argparse.Namespace, sharded: bool) -> None:
@@ -148,7 +148,7 @@ def print_check(args: argparse.Namespace) -> None:
     rows = synthetic(60, size["vocab_size"]).choose(steps + 1, 48).plain
     drawn = [[len(rows[row].input_ids) for row in step] for step in islice(windows(len(rows), 48, SEED), 1, steps + 1)]
     alone = sum(sum(some) + P for some in drawn)
-    shape = Shape(size["n_layer"], size["n_head"], 0, size["hidden_size"], size["vocab_size"], 1e-5, False)
+    shape = BloomShape(size["n_layer"], size["n_head"], 0, size["hidden_size"], size["vocab_size"], 1e-5, False)
     recomputing, lines = operations(shape, True) / operations(shape, False), []
     for ranks in (1, 2, 3):
         most = sum(largest_load(some, ranks) + P for some in drawn)

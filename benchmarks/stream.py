@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from softprompt.data.tokenization import Example
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.models.bloom_weights import ResidentWeights
@@ -112,11 +113,11 @@ class ReadCounter:
 def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> PackedEngine:
     if contestant != "streamed":
         weights = ResidentWeights(load_base(str(folder), torch.device("cpu"), FP32), FP32)
-        return PackedEngine(weights, args.tokens, contestant == "checkpointed")
+        return PackedEngine(MicrobatchMajor(weights, contestant == "checkpointed"), args.tokens)
     base, blocks = load_meta_model(str(folder))
     streamed = StreamedWeights(freeze(base, FP32), blocks, FP32)
     schedule = LayerMajor(streamed, int(args.max_activation_gib * 2**30), Path(args.offload_folder))
-    return PackedEngine(streamed, args.tokens, True, schedule)
+    return PackedEngine(schedule, args.tokens)
 
 
 def main() -> None:
@@ -128,7 +129,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="measured ones of each window")
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--max_activation_gib", type=float, default=1.0)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the base is written and borders go")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where the base and the offloaded activations are written"
+    )
     parser.add_argument("--base", help="write the base here instead and keep it, or take the one that is here")
     parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()

@@ -46,8 +46,14 @@ from softprompt.generation.likelihood import (
 from softprompt.generation.outputs import stream_answers
 from softprompt.generation.requests import GenerationSettings, Request, merge_settings, sample_seed
 from softprompt.generation.voting import Ensemble
-from softprompt.models.capabilities import check_ids, check_positions, check_vocabulary, max_positions, why_no_answers
-from softprompt.models.loading import base_path, load_base, load_tokenizer, refuse_quantised, word_embeddings
+from softprompt.models.capabilities import (
+    check_positions,
+    check_token_ids,
+    check_vocabulary,
+    max_positions,
+    why_not_generate,
+)
+from softprompt.models.loading import base_path, check_not_quantised, load_base, load_tokenizer, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, load_quantized
 from softprompt.report.after_training import ReportAndPush
@@ -116,7 +122,7 @@ class SoftPromptModel:
                 base's forward fails its check.
             ConfigError: as of `engines.factory.engine_for_inference`.
         """
-        refuse_quantised(base)
+        check_not_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": LoadedAdapter(prompt, template or Template(), dict(generation or {}))}
@@ -268,7 +274,9 @@ class SoftPromptModel:
             raise ConfigError("; ".join(faults))
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed  # follows torch.manual_seed
         if self.generator is None:
-            raise ModelError(f"{self.name}: {why_no_answers(self.base)}; --choices and --eval_dataset work without it")
+            raise ModelError(
+                f"{self.name}: {why_not_generate(self.base)}; --choices and --eval_dataset work without it"
+            )
         asked, positions = [], max_positions(self.base)
         for number, one in enumerate(self._encoded(prompts, adapter, where)):
             chosen = merge_settings(one.adapter.generation, settings)
@@ -334,11 +342,12 @@ class SoftPromptModel:
         """Return the adapter of a checked name; the base without a prompt always exists."""
         return self.adapters.get(name) or LoadedAdapter()
 
-    def _encoded(self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None) ->
-    list[EncodedQuestion]:
+    def _encoded(
+        self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None
+    ) -> list[EncodedQuestion]:
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
-            check_ids(one.input_ids, self.base, one.where)
+            check_token_ids(one.input_ids, self.base, one.where)
         return asked
 
     def _scores(self, asked: Sequence[EncodedQuestion], answers: Sequence[str]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Tensors that are put away and taken back: in memory up to a bound, beyond it in a file that has no name."""
+"""A store for activations: in memory up to a limit, beyond it in an unnamed temporary file."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ from softprompt.utils.errors import TrainingError
 
 
 class _Spilled(NamedTuple):
-    """Where a tensor lies in the file, and a tensor without values that is like it."""
+    """Where a tensor is stored in the file; its shape and dtype, as a tensor on the meta device; and its device."""
 
     offset: int
     like: Tensor
@@ -23,17 +23,18 @@ class _Spilled(NamedTuple):
 
 
 class ActivationStore:
-    """What a window has at the borders of blocks. Used in a `with`, behind which all of it is gone.
+    """Stores tensors by key: the inputs of blocks and their gradients, for one window. Use it as a context manager; at
+    the end everything is discarded.
 
-    The file in `folder` is made when `most_bytes` of memory are full; it is unlinked from the start, so that nothing of
-    it outlives the process. Places in it are used again for tensors of the same size.
+    The file in `folder` is created when `max_bytes` of memory are full. It is unlinked at once, so it does not outlive
+    the process. Space in it is reused for tensors of the same size.
     """
 
-    def __init__(self, most_bytes: int, folder: Path):
-        self.most_bytes, self.folder = most_bytes, folder
+    def __init__(self, max_bytes: int, folder: Path):
+        self.max_bytes, self.folder = max_bytes, folder
         self._held: dict[Hashable, Tensor | _Spilled] = {}
         self._bytes = self._end = 0
-        self._free = defaultdict[int, list[int]](list)  # places in the file by their size
+        self._free = defaultdict[int, list[int]](list)  # unused offsets in the file, by the size of the space there
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> "ActivationStore":
@@ -45,21 +46,33 @@ class ActivationStore:
             self._file.close()
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Raises TrainingError where the disk is full."""
-        if self._bytes + tensor.nbytes <= self.most_bytes or not tensor.nbytes:
+        """Store a tensor; a tensor under the same key must have been removed.
+
+        Raises:
+            TrainingError: The folder cannot be written to, or the disk is full.
+        """
+        if self._bytes + tensor.nbytes <= self.max_bytes or not tensor.nbytes:
             self._bytes += tensor.nbytes
             self._held[key] = tensor
         else:
             self._held[key] = self._spill(tensor)
 
-    def look(self, key: Hashable) -> Tensor:
-        """A tensor that stays. Raises TrainingError where its file cannot be read, or has become shorter."""
+    def get(self, key: Hashable) -> Tensor:
+        """Return a stored tensor and keep it.
+
+        Raises:
+            TrainingError: The file cannot be read, or was truncated by something else.
+        """
         held = self._held[key]
         return self._read(held) if isinstance(held, _Spilled) else held
 
-    def take(self, key: Hashable) -> Tensor:
-        """A tensor that goes. Raises TrainingError as `look` does."""
-        tensor, held = self.look(key), self._held.pop(key)
+    def pop(self, key: Hashable) -> Tensor:
+        """Return a stored tensor and remove it.
+
+        Raises:
+            TrainingError: See `get`.
+        """
+        tensor, held = self.get(key), self._held.pop(key)
         if isinstance(held, _Spilled):
             self._free[tensor.nbytes].append(held.offset)
         else:
@@ -79,12 +92,12 @@ class ActivationStore:
                 count = os.pwrite(self._file.fileno(), view, at)
                 view, at = view[count:], at + count
         except OSError as error:
-            way_out = "name a folder with more room, or give a larger --max_activation_gib"
-            raise self._fault(f"no place for activations ({error.strerror})", way_out) from None
+            advice = "name a folder with more room, or give a larger --max_activation_gib"
+            raise self._error(f"no place for activations ({error.strerror})", advice) from None
         return _Spilled(offset, tensor.detach().to("meta"), tensor.device)
 
-    def _fault(self, what: str, way_out: str) -> TrainingError:
-        return TrainingError(f"--offload_folder {self.folder}: {what}; {way_out}")
+    def _error(self, what: str, advice: str) -> TrainingError:
+        return TrainingError(f"--offload_folder {self.folder}: {what}; {advice}")
 
     def _read(self, spilled: _Spilled) -> Tensor:
         assert self._file is not None
@@ -94,9 +107,9 @@ class ActivationStore:
             try:
                 count = os.preadv(self._file.fileno(), [view], at)
             except OSError as error:
-                raise self._fault(f"activations cannot be read ({error.strerror})", "name another folder") from None
+                raise self._error(f"activations cannot be read ({error.strerror})", "name another folder") from None
             if not count:
-                raise self._fault("the file of activations has become shorter", "name a folder that nothing else uses")
+                raise self._error("the file of activations has become shorter", "name a folder that nothing else uses")
             view, at = view[count:], at + count
         return tensor.to(spilled.device)
 

@@ -1,4 +1,4 @@
-"""The engine interface: the one door between the training loop and a model."""
+"""The engine interface, which is all that the training loop and the evaluation know of a model."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,9 +11,16 @@ from softprompt.prompt.soft_prompt import PromptEmbedding
 
 
 class Engine(Protocol):
-    """The one door between the loop and a model: a window of rows goes in; the summed loss and the target count come
-    out, and the prompt's gradient has been accumulated. How a window is cut, padded or packed, moved to a device, and
-    where the base's weights come from is behind it."""
+    """Computes losses of rows behind a prompt, and the prompt's gradient.
+
+    A window of rows goes in; the summed loss and the number of targets come out, and the prompt's gradient has been
+    accumulated. How the window is cut into micro-batches, padded or packed and moved to a device, and where the base's
+    weights come from, is up to the engine.
+
+    Attributes:
+        device: Where the base computes.
+        compute_dtype: The dtype of matrix products.
+    """
 
     device: torch.device
     compute_dtype: torch.dtype
@@ -23,21 +30,32 @@ class Engine(Protocol):
     ) -> tuple[Tensor, int]:
         """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
 
-        Returns the summed loss (fp64 scalar, detached, on the device, not yet awaited) and the number of targets."""
+        Args:
+            window: The rows of one optimizer step; empty on a rank that has none.
+            grad_scale: Factor of the gradient, usually 1 / targets (times the factor of a gradient scaler).
+        Returns:
+            The summed loss, an fp64 scalar on the device, detached and without synchronisation; the number of targets.
+        """
         ...
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        """The same sums without a gradient over any number of rows, for a prompt [P, H] or for the bare base (None)."""
+        """Return the summed loss and the number of targets of any number of rows, without a gradient.
+
+        Args:
+            prompt: [P, H], or None for the bare base.
+        """
         ...
 
-    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        """The summed loss of each row by itself: less the log-likelihood of its targets."""
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        """Return the summed loss of each row, which is minus the log-likelihood of its targets; `prompt` as in
+        `evaluate`."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs to add up a window in the same order, JSON-able."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to cut windows the same way, so that sums round alike; serialisable as
+        JSON."""
         ...
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
-        """About what memory a step over `window` takes above the base's, for P virtual tokens."""
+        """Estimate the memory that a step over `window` with P virtual tokens takes in addition to the base."""
         ...

@@ -1,12 +1,27 @@
-"""The exact fast forward over frozen BLOOM: packed rows behind a prompt that is run once.
+"""The exact fast forward over frozen BLOOM, for packed rows behind a soft prompt.
 
-Causality makes the virtual tokens' states independent of the text after them, so one pass over the prompt serves every
-row of a window: its keys and values stand before each row's own, and the gradients that rows leave on them flow back
-through the prompt in one pass. Rows lie one after the other without padding; final layer norm, the last block's queries
-and MLP, and the vocabulary see only positions whose next token is a target.
+A window (the rows of one optimizer step) is computed without padding, and the prompt only once. This is exact because
+of causality: the virtual tokens precede the text, so their hidden states do not depend on it, and every row may share
+their keys and values.
 
-Matrix products run in the compute dtype; residual stream, layer norms and loss in the wide dtype (fp32, or fp64 under
-fp64), and on the CPU attention too.
+Three phases make the prompt's gradient (the schedules, `MicrobatchMajor` and `LayerMajor`, put them in order):
+
+1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all blocks by itself. The result is a
+   `PrefixKV`: each layer's keys and values [P, N, 2, D], and the last virtual token's output [1, H], which predicts the
+   first token of each row. Its autograd graph is kept for phase 3.
+
+2. Row pass, once per micro-batch (`run_rows`). S tokens of several rows, one row after the other, go through all blocks
+   as one stream [S, H]; each row attends to the prompt's keys and values and to itself (`prefix_attention`). Only the n
+   positions whose next token is a target go through the last block's queries and MLP, the final layer norm and the
+   head; the logits [n, V] are never stored as a whole (`linear_cross_entropy`). The rows see detached copies of the
+   prompt's keys and values, so the backward pass of a micro-batch ends there: it adds to the copies' gradients and
+   frees its activations. The base is frozen and gets no gradient.
+
+3. Prompt backward, once per window. The copies' accumulated gradients go backward through the graph of phase 1, to
+   ∂loss/∂prompt [P, H].
+
+Matrix products run in the compute dtype. Residual stream, layer norms and loss are in the wide dtype (fp32, or fp64
+under fp64), on the CPU attention too.
 """
 
 from collections.abc import Callable
@@ -19,123 +34,77 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softprompt.data.collate import Packed
-from softprompt.engines.linear_cross_entropy import projected_cross_entropy
-from softprompt.engines.prefix_attention import Group, attend, causal_alibi, group_rows
-from softprompt.engines.small_linear import project
-from softprompt.models.bloom_weights import BlockWeights, LinearParams, Shape, Weights
+from softprompt.engines.linear_cross_entropy import LossInputs, projected_cross_entropy
+from softprompt.engines.prefix_attention import RowGroup, attend, causal_alibi, group_rows
+from softprompt.models.bloom_weights import BlockWeights, BloomShape, BloomWeights, LinearParams
 
-BlockAttention = Callable[[Tensor, Tensor], Tensor]  # q [S, N, D], keys and values [S, N, 2, D] → [S, N·D]
-Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same of a layer, whose number comes first
+BlockAttention = Callable[[Tensor, Tensor], Tensor]  # queries [S, N, D], keys and values [S, N, 2, D] → [S, N·D]
+Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same for the layer whose index comes first
+LinearFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [S, in], weight [out, in], bias [out] → [S, out]
 
 
-class Prefix(NamedTuple):
-    """What rows see of the prompt: each layer's keys and values [P, N, 2, D], and the last virtual token's output
-    [1, H] (wide), which predicts a row's first token; [0, H] without a prompt."""
+class PrefixKV(NamedTuple):
+    """What the rows need of the prompt.
+
+    Attributes:
+        layers: For each layer the prompt's keys and values [P, N, 2, D].
+        last_hidden: The last block's output at the last virtual token [1, H] (wide), which predicts a row's first
+            token; [0, H] without a prompt.
+    """
 
     layers: list[Tensor]
-    last: Tensor
+    last_hidden: Tensor
 
 
-class Predictions(NamedTuple):
-    """What predicts the targets of a micro-batch: final states [f + n, H], the head [V, H], both in the compute dtype,
-    and the targets [f + n] int64: the rows' first tokens, where they are targets and there is a prompt to predict them,
-    then those behind its `predictors`."""
-
-    hidden: Tensor
-    head: Tensor
-    targets: Tensor
+# Phase 1: the prompt, once per window.
 
 
-def norm(x: Tensor, affine: LinearParams, epsilon: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], affine.weight, affine.bias, epsilon)
+def run_prompt(weights: BloomWeights, prompt: Tensor) -> PrefixKV:
+    """Run the virtual tokens [P, H] through all blocks by themselves; P = 0 means no prompt."""
+    shape, layers = weights.shape, list[Tensor]()
+    x = embed_prompt(weights, prompt)  # [P, H]
+    bias = causal_alibi(shape.N, len(x), 0, x)
+    for block in weights.iter_layers(range(shape.L)):
+        x, kv = run_prompt_block(block, x, bias, shape)
+        layers.append(kv)
+    return PrefixKV(layers, x[-1:])
 
 
-def linear(x: Tensor, affine: LinearParams) -> Tensor:
-    """[S, in] → [S, out] in the weight's dtype."""
-    return project(x.to(affine.weight.dtype), affine.weight, affine.bias.to(affine.weight.dtype))
+def embed_prompt(weights: BloomWeights, prompt: Tensor) -> Tensor:
+    """Apply the layer norm of input embeddings, which BLOOM applies to virtual tokens as well: [P, H] → [P, H]."""
+    return layer_norm(prompt, weights.embedding_layernorm, weights.shape.epsilon)
 
 
-def heads(x: Tensor, parts: int, shape: Shape) -> Tensor:
-    """[S, N·parts·D] → [S, N, parts, D], in fp32 on the CPU, whose attention is slow in less."""
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    return x.to(dtype).reshape(-1, shape.N, parts, shape.D)
+def run_prompt_block(block: BlockWeights, x: Tensor, bias: Tensor, shape: BloomShape) -> tuple[Tensor, Tensor]:
+    """Run the virtual tokens through one block by themselves.
 
-
-def queries_and_pairs(y: Tensor, affine: LinearParams, shape: Shape) -> list[Tensor]:
-    """[S, H] → queries [S, N, 1, D], keys and values [S, N, 2, D]."""
-    return list(heads(linear(y, affine), 3, shape).split([1, 2], dim=2))
-
-
-def finish_block(x: Tensor, y: Tensor, attended: Tensor, layer: BlockWeights, shape: Shape) -> Tensor:
-    """What follows attention: residual x [S, H] (or its layer norm y), attended [S, N·D] → [S, H]."""
-    x = (y if shape.residual_after_layernorm else x) + linear(attended, layer.dense)
-    y = norm(x, layer.post_attention_layernorm, shape.epsilon)
-    wide = F.gelu(linear(y, layer.dense_h_to_4h), approximate="tanh")  # [S, 4H]
-    return (y if shape.residual_after_layernorm else x) + linear(wide, layer.dense_4h_to_h)
-
-
-def run_block(
-    layer: BlockWeights, x: Tensor, attention: BlockAttention, shape: Shape, predictors: Tensor | None = None
-) -> Tensor:
-    """The residual stream [S, H] through one block; where `predictors` [n] int64 are given, it goes on with those
-    positions alone: [n, H]."""
-    y = norm(x, layer.input_layernorm, shape.epsilon)
-    if predictors is None:
-        q, kv = queries_and_pairs(y, layer.query_key_value, shape)  # [S, N, 1, D], [S, N, 2, D]
-        return finish_block(x, y, attention(q[:, :, 0], kv), layer, shape)
-    of_q, of_kv = split_projection(layer.query_key_value, shape)
-    kv = heads(linear(y, of_kv), 2, shape)  # [S, N, 2, D]
-    x, y = x.index_select(0, predictors), y.index_select(0, predictors)  # [n, H]
-    q = heads(linear(y, of_q), 1, shape)[:, :, 0]  # [n, N, D]
-    q = torch.zeros_like(kv[:, :, 0]).index_copy(0, predictors, q)  # [S, N, D]
-    return finish_block(x, y, attention(q, kv).index_select(0, predictors), layer, shape)
-
-
-def run_blocks(
-    weights: Weights, x: Tensor, attention: Attention, predictors: Tensor | None = None, recompute: bool = False
-) -> Tensor:
-    """The residual stream [S, H] through all blocks, the last one with `predictors`, as of `run_block`. `recompute`
-    keeps only the blocks' inputs for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    shape = weights.shape
-    for i, layer in enumerate(weights.through(range(shape.L))):
-        at = predictors if i == shape.L - 1 else None
-        block = partial(run_block, layer, attention=partial(attention, i), shape=shape, predictors=at)
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-    return x
-
-
-def run_prompt_block(layer: BlockWeights, x: Tensor, bias: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """The virtual tokens [P, H] through one block, by themselves: [P, H], and their keys and values [P, N, 2, D];
-    bias [1, N, P, P]."""
-    P, pairs = len(x), list[Tensor]()
+    Args:
+        x: The residual stream [P, H].
+        bias: ALiBi and causal mask [1, N, P, P], from `causal_alibi`.
+    Returns:
+        The residual stream after the block [P, H], and the block's keys and values [P, N, 2, D].
+    """
+    P, computed = len(x), list[Tensor]()
 
     def attention(q: Tensor, kv: Tensor) -> Tensor:
-        pairs.append(kv)
-        return attend(q, kv, kv[:0], bias.to(q.dtype), [Group(1, P, P, None, None)]) if P else q.flatten(1)
+        computed.append(kv)
+        return attend(q, kv, kv[:0], bias.to(q.dtype), [RowGroup(1, P, P, None, None)]) if P else q.flatten(1)
 
-    return run_block(layer, x, attention, shape), pairs[0]
-
-
-def run_prompt(weights: Weights, prompt: Tensor) -> Prefix:
-    """The virtual tokens [P, H] through all layers, by themselves; P = 0 is no prompt."""
-    shape, layers = weights.shape, list[Tensor]()
-    x = norm(prompt, weights.embedding_layernorm, shape.epsilon)  # [P, H]
-    bias = causal_alibi(shape.N, len(x), 0, x)
-    for layer in weights.through(range(shape.L)):
-        x, kv = run_prompt_block(layer, x, bias, shape)
-        layers.append(kv)
-    return Prefix(layers, x[-1:])
+    return run_block(block, x, attention, shape), computed[0]
 
 
-def run_rows(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False) -> Tensor:
-    """Summed loss of a micro-batch behind the prompt, a scalar."""
-    return projected_cross_entropy(*predictions(weights, prefix, batch, recompute))
+# Phase 2: the rows, once per micro-batch.
 
 
-def predictions(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool = False) -> Predictions:
-    """What predicts the targets of a micro-batch behind the prompt."""
+def run_rows(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> Tensor:
+    """Return the summed loss of a micro-batch behind the prompt, a scalar; `recompute` as in `run_blocks`."""
+    return projected_cross_entropy(*rows_forward(weights, prefix, batch, recompute))
+
+
+def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> LossInputs:
+    """Run a micro-batch behind the prompt up to the head; `recompute` as in `run_blocks`."""
     shape, P = weights.shape, len(prefix.layers[0])
-    x = embed(weights, batch)  # [S, H]
+    x = embed_rows(weights, batch)  # [S, H]
     if batch.lengths:
         bias = causal_alibi(shape.N, max(batch.lengths), P, x).to(prefix.layers[0].dtype)
         groups = group_rows(batch.lengths, x.device)
@@ -144,24 +113,120 @@ def predictions(weights: Weights, prefix: Prefix, batch: Packed, recompute: bool
             return attend(q, kv, prefix.layers[i], bias, groups)
 
         x = run_blocks(weights, x, attention, batch.predictors, recompute)  # [n, H]
-    return final_hidden(weights, prefix.last, batch, x)
+    return loss_inputs(weights, prefix.last_hidden, batch, x)
 
 
-def embed(weights: Weights, batch: Packed) -> Tensor:
-    """What a micro-batch's tokens are before the first block: [S, H]."""
-    return norm(weights.embed(batch.input_ids), weights.embedding_layernorm, weights.shape.epsilon)
+def embed_rows(weights: BloomWeights, batch: Packed) -> Tensor:
+    """Return the residual stream of a micro-batch before the first block: [S, H]."""
+    return layer_norm(weights.embed(batch.input_ids), weights.embedding_layernorm, weights.shape.epsilon)
 
 
-def final_hidden(weights: Weights, last: Tensor, batch: Packed, x: Tensor) -> Predictions:
-    """From the last block's outputs, x [n, H] at the predictors of a micro-batch and `last` of a `Prefix`."""
-    first = batch.first_targets if len(last) else batch.first_targets[:0]  # [f]: without a prompt nothing predicts them
-    x = torch.cat([last.expand(len(first), -1) if len(last) else x[:0], x])  # [f + n, H]
-    hidden = norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype)
-    return Predictions(hidden, weights.head, torch.cat([first, batch.targets]))
+def loss_inputs(weights: BloomWeights, last_hidden: Tensor, batch: Packed, x: Tensor) -> LossInputs:
+    """Apply the final layer norm to the positions that predict targets.
+
+    Args:
+        last_hidden: As in `PrefixKV`, [1, H] or [0, H].
+        x: The last block's output at the micro-batch's predictors [n, H].
+    Returns:
+        f + n hidden states and targets: first the f first tokens of rows that are targets (none without a prompt, as
+        nothing predicts them), then the n targets that a position in the stream predicts.
+    """
+    first = batch.first_targets if len(last_hidden) else batch.first_targets[:0]  # [f]
+    x = torch.cat([last_hidden.expand(len(first), -1) if len(last_hidden) else x[:0], x])  # [f + n, H]
+    hidden = layer_norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype)
+    return LossInputs(hidden, weights.head, torch.cat([first, batch.targets]))
 
 
-def split_projection(affine: LinearParams, shape: Shape) -> tuple[LinearParams, LinearParams]:
-    """The projection to [N, 3, D] as one to queries [N, 1, D] and one to keys and values [N, 2, D]."""
-    weight, bias = (t.unflatten(0, (shape.N, 3, shape.D)) for t in affine)
-    of_q, of_kv = (LinearParams(weight[:, s].flatten(0, 2), bias[:, s].flatten()) for s in (slice(0, 1), slice(1, 3)))
-    return of_q, of_kv
+# Blocks, as both phases and the generator run them.
+
+
+def run_blocks(
+    weights: BloomWeights,
+    x: Tensor,
+    attention: Attention,
+    predictors: Tensor | None = None,
+    recompute: bool = False,
+    linear: LinearFn = F.linear,
+) -> Tensor:
+    """Run the residual stream through all blocks.
+
+    Args:
+        x: [S, H].
+        attention: Computes attention, given the layer's index, queries, and keys and values.
+        predictors: Positions [n] int64 whose output is needed; the last block computes only these.
+        recompute: Keep only the blocks' inputs for the backward pass, and recompute the rest there (Chen et al. 2016,
+            arXiv:1604.06174).
+        linear: Computes linear layers.
+    Returns:
+        [S, H], or [n, H] with `predictors`.
+    """
+    shape = weights.shape
+    for i, block in enumerate(weights.iter_layers(range(shape.L))):
+        at = predictors if i == shape.L - 1 else None
+        run = partial(run_block, block, attention=partial(attention, i), shape=shape, predictors=at, linear=linear)
+        x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
+    return x
+
+
+def run_block(
+    block: BlockWeights,
+    x: Tensor,
+    attention: BlockAttention,
+    shape: BloomShape,
+    predictors: Tensor | None = None,
+    linear: LinearFn = F.linear,
+) -> Tensor:
+    """Run the residual stream [S, H] through one block; with `predictors` [n] int64, compute only these positions
+    beyond keys and values, and return [n, H]."""
+    y = layer_norm(x, block.input_layernorm, shape.epsilon)
+    if predictors is None:
+        qkv = split_heads(apply_linear(y, block.query_key_value, linear), 3, shape)  # [S, N, 3, D]
+        q, kv = qkv.split([1, 2], dim=2)  # [S, N, 1, D], [S, N, 2, D]
+        return finish_block(block, x, y, attention(q[:, :, 0], kv), shape, linear)
+    q_params, kv_params = split_projection(block.query_key_value, shape)
+    kv = split_heads(apply_linear(y, kv_params, linear), 2, shape)  # [S, N, 2, D]
+    x, y = x.index_select(0, predictors), y.index_select(0, predictors)  # [n, H]
+    q = split_heads(apply_linear(y, q_params, linear), 1, shape)[:, :, 0]  # [n, N, D]
+    q = torch.zeros_like(kv[:, :, 0]).index_copy(0, predictors, q)  # [S, N, D]
+    return finish_block(block, x, y, attention(q, kv).index_select(0, predictors), shape, linear)
+
+
+def finish_block(
+    block: BlockWeights, x: Tensor, y: Tensor, attended: Tensor, shape: BloomShape, linear: LinearFn
+) -> Tensor:
+    """Compute what follows attention in a block: output projection, residual, MLP, residual.
+
+    Args:
+        x: The block's input [S, H].
+        y: Its layer norm [S, H], which is the residual if `shape.residual_after_layernorm`.
+        attended: The output of attention [S, N·D].
+    Returns:
+        The block's output [S, H].
+    """
+    x = (y if shape.residual_after_layernorm else x) + apply_linear(attended, block.dense, linear)
+    y = layer_norm(x, block.post_attention_layernorm, shape.epsilon)
+    hidden = F.gelu(apply_linear(y, block.dense_h_to_4h, linear), approximate="tanh")  # [S, 4H]
+    return (y if shape.residual_after_layernorm else x) + apply_linear(hidden, block.dense_4h_to_h, linear)
+
+
+def layer_norm(x: Tensor, params: LinearParams, epsilon: float) -> Tensor:
+    """[…, H] → […, H]"""
+    return F.layer_norm(x, x.shape[-1:], params.weight, params.bias, epsilon)
+
+
+def apply_linear(x: Tensor, params: LinearParams, linear: LinearFn) -> Tensor:
+    """Cast x [S, in] to the weight's dtype and apply the linear layer: [S, out] in that dtype."""
+    return linear(x.to(params.weight.dtype), params.weight, params.bias.to(params.weight.dtype))
+
+
+def split_heads(x: Tensor, parts: int, shape: BloomShape) -> Tensor:
+    """[S, N·parts·D] → [S, N, parts, D]; in fp32 on the CPU, whose attention is slow in narrower dtypes."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    return x.to(dtype).reshape(-1, shape.N, parts, shape.D)
+
+
+def split_projection(params: LinearParams, shape: BloomShape) -> tuple[LinearParams, LinearParams]:
+    """Split the projection to [N, 3, D] into one to queries [N, 1, D] and one to keys and values [N, 2, D]."""
+    weight, bias = (t.unflatten(0, (shape.N, 3, shape.D)) for t in params)
+    q, kv = (LinearParams(weight[:, s].flatten(0, 2), bias[:, s].flatten()) for s in (slice(0, 1), slice(1, 3)))
+    return q, kv

@@ -1,4 +1,4 @@
-"""An engine that shares the rows of each step among the ranks of a run and sums the prompt's gradient."""
+"""Data parallelism: each rank computes its share of a window's rows, and the prompt's gradient is summed over ranks."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -16,12 +16,19 @@ from softprompt.utils.errors import EXIT_CODES
 
 
 class DataParallelEngine:
-    """Rows are dealt by length, so that ranks have equal work and not equal counts. One all-reduce a step takes the
-    prompt's gradient [P, H], the loss, and the ranks' wishes to stop; in fp64, so that the sum does not depend on who
-    adds first. `rest` is called when this rank's rows are done: over a sharded base others may still need it."""
+    """The `Engine` of one rank; every rank must call its methods with the same arguments.
 
-    def __init__(self, engine: Engine, world: World, rest: Callable[[], None] = lambda: None):
-        self.engine, self.world, self.rest = engine, world, rest
+    Rows are assigned by length, so that ranks get equal work rather than equal numbers of rows. One all-reduce per step
+    sums the prompt's gradient [P, H] and the loss, and collects the ranks' stop requests. It is done in fp64, so that
+    the order of summation does not change the rounded result.
+
+    Args:
+        engine: Computes this rank's rows.
+        join: Called when this rank's rows are done. With a sharded base it takes part in the other ranks' passes.
+    """
+
+    def __init__(self, engine: Engine, world: World, join: Callable[[], None] = lambda: None):
+        self.engine, self.world, self.join = engine, world, join
         self.device, self.compute_dtype = engine.device, engine.compute_dtype
 
     def accumulate(
@@ -29,7 +36,7 @@ class DataParallelEngine:
     ) -> tuple[Tensor, int]:
         before, prompt.weight.grad = prompt.weight.grad, None
         loss, _ = self.engine.accumulate(prompt, self._mine(window), grad_scale)
-        self.rest()
+        self.join()
         gradient = torch.zeros_like(prompt.weight) if prompt.weight.grad is None else prompt.weight.grad
         wish = self.world.requested_exit_code()
         wishes = torch.tensor([float(wish == code) for code in EXIT_CODES], dtype=torch.float64, device=self.device)
@@ -41,20 +48,20 @@ class DataParallelEngine:
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
         loss, targets = self.engine.evaluate(prompt, self._mine(rows))
-        self.rest()
+        self.join()
         count = torch.tensor([float(targets)], dtype=torch.float64, device=self.device)
         sums = self.world.all_reduce(torch.cat([loss.double()[None], count]))
         return sums[0], int(sums[1])
 
-    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        hands = assign_rows([len(row.input_ids) for row in rows], self.world.size)
-        mine = self.engine.losses(prompt, select(rows, hands[self.world.rank]))
-        self.rest()
-        by_row = dict(zip(chain(*hands), chain(*self.world.all_gather(mine)), strict=True))
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        shares = assign_rows([len(row.input_ids) for row in rows], self.world.size)
+        mine = self.engine.row_losses(prompt, select(rows, shares[self.world.rank]))
+        self.join()
+        by_row = dict(zip(chain(*shares), chain(*self.world.all_gather(mine)), strict=True))
         return [by_row[row] for row in range(len(rows))]
 
-    def state(self) -> dict[str, Any]:
-        return self.engine.state()
+    def state_dict(self) -> dict[str, Any]:
+        return self.engine.state_dict()
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
         return self.engine.activation_bytes(P, self._mine(window))

@@ -1,4 +1,4 @@
-"""Which engine a run takes. Nothing else in the project needs to know."""
+"""Choose and build the engine of a run or of inference. Other packages only use the `Engine` interface."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.memory_estimate import GIB, MOST_TOKENS, auto_tokens, total_memory
+from softprompt.engines.memory_estimate import GIB, MAX_TOKENS, auto_tokens, total_memory
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
-from softprompt.models.bloom_weights import ResidentWeights, Weights, bloom_shape, is_bloom
-from softprompt.models.fsdp import ShardedWeights, Shards
+from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, bloom_shape, is_bloom
+from softprompt.models.fsdp import ShardedBlocks, ShardedWeights
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import QuantizedBlocks, QuantizedWeights
 from softprompt.models.weight_offload import StreamedWeights
@@ -30,13 +31,18 @@ def make_engine(
     tokenizer: Any,
     dtype: torch.dtype,
     P: int,
-    blocks: Mapping[str, StoredTensor] | Shards | QuantizedBlocks | None = None,
+    blocks: Mapping[str, StoredTensor] | ShardedBlocks | QuantizedBlocks | None = None,
 ) -> Engine:
-    """The engine that `--engine` names over a loaded base, for a prompt of P tokens. Where the base's `blocks` are in
-    files, quantised or shards, the packed one goes layer by layer, and only shards are for another, too.
+    """Build the engine of a training run.
+
+    Args:
+        base: The loaded, frozen base.
+        P: Virtual tokens.
+        blocks: Where the blocks of `base` are, if not in it: in files, sharded among ranks, or quantised. The packed
+            engine then uses the layer-major schedule. The padded engine supports sharded blocks only.
 
     Raises:
-        ConfigError: as of `trains_packed`.
+        ConfigError: See `trains_packed`.
     """
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
@@ -46,19 +52,19 @@ def make_engine(
         return _layer_by_layer(config, QuantizedWeights(base, blocks, dtype), held, P)
     if not trains_packed(config, base.config, device):
         return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
-    if isinstance(blocks, Shards):
+    if isinstance(blocks, ShardedBlocks):
         held = 2 + math.ceil(len(blocks.blocks) / blocks.world.size)
         return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
     shape, memory = bloom_shape(base.config), total_memory(device)
     tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
-    return PackedEngine(ResidentWeights(base, dtype), tokens, args.gradient_checkpointing)
+    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), args.gradient_checkpointing), tokens)
 
 
 def trains_packed(config: TrainConfig, base_config: Any, device: torch.device) -> bool:
-    """Whether a run over a base of this configuration takes the packed engine.
+    """Whether a training run over a base of this configuration uses the packed engine.
 
     Raises:
-        ConfigError: as of `takes_packed`, or settings of the packed engine where it does not run.
+        ConfigError: See `takes_packed`; or the run uses the padded engine and has settings of the packed one.
     """
     args = config.training
     packed = takes_packed(config.model.engine, base_config, device, str(config.model.model_name_or_path))
@@ -70,14 +76,16 @@ def trains_packed(config: TrainConfig, base_config: Any, device: torch.device) -
     return packed
 
 
-def _layer_by_layer(config: TrainConfig, weights: Weights, held: int, P: int) -> PackedEngine:
-    """The packed engine over weights of which about `held` blocks are in memory."""
+def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: int) -> PackedEngine:
+    """Build the packed engine with the layer-major schedule.
+
+    Args:
+        held: About how many blocks' worth of memory the base takes.
+    """
     device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)
     auto = auto_tokens(shape, dtype, P, device, total_memory(device), True)
-    most_bytes, folder = int(config.model.max_activation_gib * GIB), config.model.offload_folder or gettempdir()
-    schedule = LayerMajor(weights, most_bytes, Path(folder))
-    tokens = config.training.tokens_per_microbatch or auto
-    return PackedEngine(weights, tokens, gradient_checkpointing=True, schedule=schedule)
+    max_bytes, folder = int(config.model.max_activation_gib * GIB), config.model.offload_folder or gettempdir()
+    return PackedEngine(LayerMajor(weights, max_bytes, Path(folder)), config.training.tokens_per_microbatch or auto)
 
 
 def engine_for_inference(
@@ -88,25 +96,28 @@ def engine_for_inference(
     batch_size: int = 8,
     quantised: QuantizedBlocks | None = None,
 ) -> Engine:
-    """The engine that `--engine` names, for scores; `make_generator` makes the one for answers. Over a base whose
-    blocks are `quantised` it is the packed one.
+    """Build the engine that computes losses and likelihoods in inference. (The generator is built from it.)
+
+    Args:
+        kind: The value of `--engine`. A base with quantised blocks always gets the packed engine.
+        quantised: The blocks of `base`, if they are quantised.
 
     Raises:
-        ConfigError: as of `takes_packed`.
+        ConfigError: See `takes_packed`.
     """
     device, name = word_embeddings(base).weight.device, str(getattr(base, "name_or_path", "this base"))
     if quantised or takes_packed(kind, base.config, device, name):
         weights = QuantizedWeights(base, quantised, dtype) if quantised else ResidentWeights(base, dtype)
-        return PackedEngine(weights, MOST_TOKENS[weights.head.device.type])
+        return PackedEngine(MicrobatchMajor(weights), MAX_TOKENS[device.type])
     return PaddedEngine(base, tokenizer, batch_size, dtype)
 
 
 def takes_packed(kind: str, base_config: Any, device: torch.device, name: str) -> bool:
-    """Whether `--engine` means the packed engine for a base: `auto` does for BLOOM on the CPU, and not elsewhere, as
-    no GPU has run it yet.
+    """Whether `--engine` selects the packed engine for a base. `auto` selects it for BLOOM on the CPU; not on CUDA,
+    where it has not been measured yet.
 
     Raises:
-        ConfigError: the packed engine asked for a base that is no BLOOM.
+        ConfigError: `--engine packed` with a base that is no BLOOM.
     """
     if kind == "packed" and not is_bloom(base_config):
         sliced = " with slow_but_exact" if base_config.model_type == "bloom" else ""

@@ -1,14 +1,20 @@
-"""The layer-major schedule: all micro-batches of a window pass through a block before the next block is asked for.
+"""The layer-major schedule: all micro-batches of a window pass through a block before the next block is requested.
 
-Block i takes the virtual tokens p_i to p_{i+1}, with keys and values k_i, and the tokens x_i of a micro-batch, behind
-them, to x_{i+1}; the sum of losses has the gradients dp_i, dk_i, dx_i:
+It is for BLOOMs whose blocks are expensive to get (read from files, gathered from other ranks, dequantised): each block
+is requested twice per window, once in the forward and once in the backward pass, however many micro-batches there are.
 
-    forward,  i = 0 … L-1:   p_{i+1}, k_i = block_i(p_i),  and for every micro-batch  x_{i+1} = block_i(x_i; k_i)
-    backward, i = L-1 … 0:   for every micro-batch  dx_i, dk_i += dx_{i+1} · ∂block_i(x_i; k_i),
+Notation: p_i [P, H] is block i's input at the virtual tokens, k_i [P, N, 2, D] their keys and values in that block, and
+x_i [S, H] its input at the tokens of a micro-batch. dp_i, dk_i, dx_i are the gradients of the scaled loss summed over
+all micro-batches. Phases (compare `bloom`):
+
+    forward,  i = 0 … L-1:   p_{i+1}, k_i = block_i(p_i);  for each micro-batch  x_{i+1} = block_i(x_i; k_i)
+    losses:                  for each micro-batch  dx_L, and dp_L at the last virtual token += …
+    backward, i = L-1 … 0:   for each micro-batch  dx_i = dx_{i+1} · ∂block_i/∂x_i,  dk_i += dx_{i+1} · ∂block_i/∂k_i;
                              then  dp_i = (dp_{i+1}, dk_i) · ∂block_i(p_i)
 
-The borders x_i are kept, everything inside a block is computed again, and dx_i takes the place of x_i. The operations
-on a micro-batch and their order are those of the packed engine's other schedule, and so are the results, to the bit.
+Only the inputs of blocks are kept, in an `ActivationStore`; the backward pass recomputes everything inside a block, and
+stores dx_i in the place of x_i. Operations on a micro-batch and the order of sums are those of `MicrobatchMajor` with
+gradient checkpointing, so the results are equal to the bit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,115 +26,127 @@ from torch import Tensor
 
 from softprompt.data.collate import Packed, has_targets
 from softprompt.engines.activation_offload import ActivationStore
-from softprompt.engines.bloom import Predictions, embed, final_hidden, norm, run_block, run_prompt_block
-from softprompt.engines.linear_cross_entropy import projected_cross_entropy
+from softprompt.engines.bloom import embed_prompt, embed_rows, loss_inputs, run_block, run_prompt_block
+from softprompt.engines.bloom_schedule import BloomSchedule
+from softprompt.engines.linear_cross_entropy import LossInputs, projected_cross_entropy
 from softprompt.engines.memory_estimate import bytes_per_token
 from softprompt.engines.prefix_attention import attend, causal_alibi, group_rows
-from softprompt.models.bloom_weights import BlockWeights, Weights
+from softprompt.models.bloom_weights import BlockWeights, BloomWeights
 
 
-class LayerMajor:
-    """For weights that come one layer after the other: each passes by twice in a window, there and back. Borders beyond
-    `most_bytes` go to a file in `folder`. See `packed.Schedule`."""
+class LayerMajor(BloomSchedule):
+    """See the module's docstring and `packed.Schedule`.
 
-    def __init__(self, weights: Weights, most_bytes: int, folder: Path):
-        self.weights, self.most_bytes, self.folder = weights, most_bytes, folder
+    Args:
+        max_bytes: Memory for the inputs of blocks; the rest goes to a file in `folder`.
+    """
+
+    def __init__(self, weights: BloomWeights, max_bytes: int, folder: Path):
+        super().__init__(weights, gradient_checkpointing=True)
+        self.max_bytes, self.folder = max_bytes, folder
 
     def accumulate(self, prompt: Tensor, batches: Iterable[Packed], grad_scale: Tensor | float) -> Tensor:
-        with ActivationStore(self.most_bytes, self.folder) as borders:
-            window = _Window(self.weights, prompt, filter(has_targets, batches), borders)
+        """See `packed.Schedule.accumulate`."""
+        with ActivationStore(self.max_bytes, self.folder) as store:
+            window = _Window(self.weights, len(prompt), filter(has_targets, batches), store)
             return window.accumulate(prompt, grad_scale)
 
-    def predictions(self, prompt: Tensor, batches: Iterable[Packed]) -> Iterator[Predictions]:
-        with ActivationStore(self.most_bytes, self.folder) as borders:
-            yield from _Window(self.weights, prompt, batches, borders).predictions(prompt)
+    def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[Packed]) -> Iterator[LossInputs]:
+        """See `packed.Schedule.iter_loss_inputs`."""
+        prompt = self._prompt_or_empty(prompt)
+        with ActivationStore(self.max_bytes, self.folder) as store:
+            yield from _Window(self.weights, len(prompt), batches, store).iter_loss_inputs(prompt)
 
     def __str__(self) -> str:
         return ", layer by layer"
 
-    def kept_bytes(self, P: int, tokens: int, tokens_at_once: int) -> int:
-        shape, dtype = self.weights.shape, self.weights.head.dtype
-        borders = min(self.most_bytes, (shape.L + 1) * 4 * shape.H * tokens)
-        one_block = tokens_at_once * bytes_per_token(shape._replace(L=1), dtype)
-        return borders + one_block + P * bytes_per_token(shape, dtype, gradient_checkpointing=True)
+    def _kept_bytes(self, P: int, tokens: int, tokens_per_microbatch: int) -> int:
+        shape, dtype = self.weights.shape, self.compute_dtype
+        block_inputs = min(self.max_bytes, (shape.L + 1) * 4 * shape.H * tokens)
+        one_block = tokens_per_microbatch * bytes_per_token(shape._replace(L=1), dtype)
+        return block_inputs + one_block + P * bytes_per_token(shape, dtype, gradient_checkpointing=True)
 
 
 class _Window:
-    """Micro-batches and the state of their passage: border (i, b) is x_i of micro-batch b, then dx_i."""
+    """The micro-batches of one window on their way through the blocks. The store holds x_i of micro-batch b under
+    (i, b), and dx_i in its place after the backward pass of block i."""
 
-    def __init__(self, weights: Weights, prompt: Tensor, batches: Iterable[Packed], borders: ActivationStore):
-        self.weights, self.shape, self.borders = weights, weights.shape, borders
+    def __init__(self, weights: BloomWeights, P: int, batches: Iterable[Packed], store: ActivationStore):
+        self.weights, self.shape, self.store = weights, weights.shape, store
         self.batches = list(batches)
-        self.groups = [group_rows(batch.lengths, prompt.device) for batch in self.batches]
-        self.passing = [b for b, batch in enumerate(self.batches) if batch.lengths]  # others have first tokens alone
-        N, P = self.shape.N, len(prompt)
-        widest = max((length for batch in self.batches for length in batch.lengths), default=0)
         like = weights.embedding_layernorm.weight
-        self.bias, self.prompt_bias = causal_alibi(N, widest, P, like), causal_alibi(N, P, 0, like)
+        self.groups = [group_rows(batch.lengths, like.device) for batch in self.batches]
+        # A micro-batch without tokens has first tokens as its only targets, which need the prompt alone.
+        self.with_tokens = [b for b, batch in enumerate(self.batches) if batch.lengths]
+        widest = max((length for batch in self.batches for length in batch.lengths), default=0)
+        self.bias = causal_alibi(self.shape.N, widest, P, like)  # [1, N, W, P + W]
+        self.prompt_bias = causal_alibi(self.shape.N, P, 0, like)  # [1, N, P, P]
 
     def accumulate(self, prompt: Tensor, grad_scale: Tensor | float) -> Tensor:
+        """Run all phases, and backpropagate to the prompt. Return the summed loss."""
         L = self.shape.L
-        layers = self.weights.through([*range(L), *reversed(range(L))])
-        entered = self._enter(prompt)
-        p = self._forward(layers, entered.detach(), keep=True)  # p_0 … p_L
+        blocks = self.weights.iter_layers([*range(L), *reversed(range(L))])
+        p_0 = embed_prompt(self.weights, prompt)  # [P, H]
+        p = self._forward(blocks, p_0.detach(), keep=True)  # p_0 … p_L
         total, dp = self._losses(p.pop(), grad_scale)
-        for i, layer in zip(reversed(range(L)), layers, strict=False):
-            dp = self._backward(i, layer, p.pop(), dp)
-        entered.backward(dp)
+        for i, block in zip(reversed(range(L)), blocks, strict=False):
+            dp = self._backward(i, block, p.pop(), dp)
+        p_0.backward(dp)
         return total
 
     @torch.no_grad()
-    def predictions(self, prompt: Tensor) -> Iterator[Predictions]:
-        last = self._forward(self.weights.through(range(self.shape.L)), self._enter(prompt), keep=False)[-1][-1:]
+    def iter_loss_inputs(self, prompt: Tensor) -> Iterator[LossInputs]:
+        """Run the forward phase and yield the loss inputs of each micro-batch."""
+        blocks = self.weights.iter_layers(range(self.shape.L))
+        last_hidden = self._forward(blocks, embed_prompt(self.weights, prompt), keep=False)[-1][-1:]
         for b, batch in enumerate(self.batches):
-            yield final_hidden(self.weights, last, batch, self.borders.take((self.shape.L, b)))
+            yield loss_inputs(self.weights, last_hidden, batch, self.store.pop((self.shape.L, b)))
 
-    def _enter(self, prompt: Tensor) -> Tensor:
-        return norm(prompt, self.weights.embedding_layernorm, self.shape.epsilon)  # [P, H]
-
-    def _forward(self, layers: Iterator[BlockWeights], p: Tensor, keep: bool) -> list[Tensor]:
-        """p_0 … p_L, of which only the last is kept unless `keep`. Nothing here asks for a gradient, but in training
-        none is forbidden either: that would let products of few rows be rounded in another way (see `products`)."""
-        outputs, read = [p], self.borders.look if keep else self.borders.take
+    def _forward(self, blocks: Iterator[BlockWeights], p: Tensor, keep: bool) -> list[Tensor]:
+        """Run the forward phase. Return p_0 … p_L, or only p_L unless `keep`, which also keeps all x_i in the store."""
+        outputs, read = [p], self.store.get if keep else self.store.pop
         for b, batch in enumerate(self.batches):
-            self.borders.put((0 if batch.lengths else self.shape.L, b), embed(self.weights, batch))
-        for i, layer in zip(range(self.shape.L), layers, strict=False):
-            p, k = run_prompt_block(layer, p, self.prompt_bias, self.shape)
+            self.store.put((0 if batch.lengths else self.shape.L, b), embed_rows(self.weights, batch))
+        for i, block in zip(range(self.shape.L), blocks, strict=False):
+            p, k = run_prompt_block(block, p, self.prompt_bias, self.shape)
             outputs = [*outputs, p] if keep else [p]
-            for b in self.passing:
-                self.borders.put((i + 1, b), self._block(i, layer, read((i, b)), k, b))
+            for b in self.with_tokens:
+                self.store.put((i + 1, b), self._run_block(i, block, read((i, b)), k, b))
         return outputs
 
-    def _block(self, i: int, layer: BlockWeights, x: Tensor, k: Tensor, b: int) -> Tensor:
-        attention = partial(attend, before=k, bias=self.bias.to(k.dtype), groups=self.groups[b])
+    def _run_block(self, i: int, block: BlockWeights, x: Tensor, k: Tensor, b: int) -> Tensor:
+        """Run micro-batch b through block i: x_i [S, H] → x_{i+1} [S, H], or [n, H] after the last block."""
+        attention = partial(attend, prefix_kv=k, bias=self.bias.to(k.dtype), groups=self.groups[b])
         predictors = self.batches[b].predictors if i == self.shape.L - 1 else None
-        return run_block(layer, x, attention, self.shape, predictors)
+        return run_block(block, x, attention, self.shape, predictors)
 
     def _losses(self, p: Tensor, grad_scale: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The sum of all losses, and dp_L; every dx_L takes its x_L's place."""
-        L, last, total = self.shape.L, p[-1:].requires_grad_(), torch.zeros((), device=p.device, dtype=torch.float64)
+        """Run the losses phase. Return the summed loss and dp_L; each x_L in the store is replaced by dx_L."""
+        L, last_hidden = self.shape.L, p[-1:].requires_grad_()
+        total = torch.zeros((), device=p.device, dtype=torch.float64)
         for b, batch in enumerate(self.batches):
-            x = self.borders.take((L, b)).requires_grad_()
-            loss = projected_cross_entropy(*final_hidden(self.weights, last, batch, x))
+            x = self.store.pop((L, b)).requires_grad_()
+            loss = projected_cross_entropy(*loss_inputs(self.weights, last_hidden, batch, x))
             (loss * grad_scale).backward()
             total += loss.detach()
             if x.grad is not None:
-                self.borders.put((L, b), x.grad)
+                self.store.put((L, b), x.grad)
         dp = torch.zeros_like(p)
-        if last.grad is not None:
-            dp[-1:] = last.grad
+        if last_hidden.grad is not None:
+            dp[-1:] = last_hidden.grad
         return total, dp
 
-    def _backward(self, i: int, layer: BlockWeights, p: Tensor, dp: Tensor) -> Tensor:
-        """dp_i from dp_{i+1}; every dx_i takes its x_i's place. The text's x_0 are frozen words and need none."""
+    def _backward(self, i: int, block: BlockWeights, p: Tensor, dp: Tensor) -> Tensor:
+        """Run the backward phase of block i. Return dp_i, given p_i and dp_{i+1}; each x_i in the store is replaced by
+        dx_i, except x_0: word embeddings are frozen."""
         p.requires_grad_()
-        p_next, made = run_prompt_block(layer, p, self.prompt_bias, self.shape)
-        k = made.detach().requires_grad_()
-        for b in self.passing:
-            x = self.borders.take((i, b)).requires_grad_(i > 0)
-            self._block(i, layer, x, k, b).backward(self.borders.take((i + 1, b)))
+        p_next, k = run_prompt_block(block, p, self.prompt_bias, self.shape)
+        leaf = k.detach().requires_grad_()  # dk_i accumulates here
+        for b in self.with_tokens:
+            x = self.store.pop((i, b)).requires_grad_(i > 0)
+            self._run_block(i, block, x, leaf, b).backward(self.store.pop((i + 1, b)))
             if x.grad is not None:
-                self.borders.put((i, b), x.grad)
-        torch.autograd.backward([p_next, made], [dp, torch.zeros_like(k) if k.grad is None else k.grad])
+                self.store.put((i, b), x.grad)
+        torch.autograd.backward([p_next, k], [dp, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad])
         assert p.grad is not None
         return p.grad

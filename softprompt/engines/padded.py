@@ -1,4 +1,4 @@
-"""The padded engine: rows padded to one length, through the base's own forward. Works for any causal language model."""
+"""The padded engine: rows padded to one length, and the base's own forward. Works for any causal language model."""
 
 import inspect
 from collections.abc import Sequence
@@ -20,38 +20,40 @@ from softprompt.utils.errors import ModelError
 from softprompt.utils.model_config import layers_and_heads
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-PROBED = 5  # tokens that a base is run on when it is loaded
-_checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`, which are not run again
+PROBE_TOKENS = 5  # how many tokens `check_forward` runs
+_checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`
 
 
 def prepend(
     prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the prompt [P, H] in front of every row: virtual tokens are attended to and are no targets.
+    """Prepend the prompt to every row. Virtual tokens are attended to and are no targets.
 
     Args:
-        embeddings: [B, T, H]; attention_mask and labels: [B, T] int64.
+        prompt: [P, H].
+        embeddings: [B, T, H].
+        attention_mask: [B, T] int64.
+        labels: [B, T] int64.
     Returns:
-        embeddings [B, P+T, H] in the given embeddings' dtype, attention mask and labels [B, P+T] int64.
+        Embeddings [B, P+T, H] in the dtype of `embeddings`; attention mask and labels [B, P+T] int64.
     """
-    rows = embeddings.shape[0]
-    front = prompt.to(embeddings.dtype).expand(rows, -1, -1)  # [B, P, H]
-    side = attention_mask.new_ones(rows, prompt.shape[0])  # [B, P]
+    B, P = len(embeddings), len(prompt)
+    virtual = prompt.to(embeddings.dtype).expand(B, -1, -1)  # [B, P, H]
+    ones = attention_mask.new_ones(B, P)
     return (
-        torch.cat([front, embeddings], dim=1),
-        torch.cat([side, attention_mask], dim=1),
-        torch.cat([torch.full_like(side, -100), labels], dim=1),
+        torch.cat([virtual, embeddings], dim=1),
+        torch.cat([ones, attention_mask], dim=1),
+        torch.cat([torch.full_like(ones, -100), labels], dim=1),
     )
 
 
 def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The base's own forward over padded rows with the prompt [P, H] before each; P = 0 is the bare base.
+    """Run the base's own forward over padded rows behind the prompt [P, H]; P = 0 is the bare base.
 
-    Padding stands behind the text, so a token's place in its row is its position, which is what transformers assumes
-    where it is not told otherwise.
+    Rows are padded on the right, so a token's index is its position, which is transformers' default.
 
     Returns:
-        logits [B, P+T, V] in the dtype of the base's head, labels [B, P+T] int64.
+        Logits [B, P+T, V] in the dtype of the base's head, and labels [B, P+T] int64.
     """
     words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
     embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
@@ -74,13 +76,14 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     if base.config.model_type == "bloom" or base in _checked:
         return
     kind, words = type(base).__name__, word_embeddings(base).weight
-    ids = torch.arange(max(0, min(8, len(words) - PROBED)), len(words))[:PROBED].to(words.device)[None]  # [1, T]
-    mask, places = torch.ones_like(ids), {}
+    first = max(0, min(8, len(words) - PROBE_TOKENS))
+    ids = torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]  # [1, T]
+    mask, positions = torch.ones_like(ids), {}
     if "position_ids" in inspect.signature(base.forward).parameters:
-        places["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
+        positions["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
     try:
         with autocast(words.device, compute_dtype):
-            own = base(input_ids=ids, attention_mask=mask, use_cache=False, **places).logits[:, :-1].float()
+            own = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1].float()
             ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -97,8 +100,8 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     _checked.add(base)
 
 
-class SoftPromptedModel(nn.Module):
-    """A frozen base with a prompt before it: what `--print_model` shows and what the parameter line counts."""
+class PromptTunedModel(nn.Module):
+    """A prompt and its frozen base as one module: what `--print_model` prints and the parameter line counts."""
 
     def __init__(self, prompt: PromptEmbedding, base: PreTrainedModel):
         super().__init__()
@@ -106,20 +109,20 @@ class SoftPromptedModel(nn.Module):
         self.base = base
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and labels as of `padded_forward`."""
+        """See `padded_forward`."""
         return padded_forward(self.base, self.prompt(), batch)
 
     def trainable_parameters_line(self) -> str:
-        """The line that PEFT's `print_trainable_parameters` prints."""
+        """Return the line that PEFT's `print_trainable_parameters` prints."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"
 
 
 class PaddedEngine:
-    """The plain engine, for any causal language model: a window is cut into micro-batches of `rows_per_microbatch`
-    rows (in evaluation `rows_per_eval_batch`), each padded to its longest, and run through the base's own forward under
-    autocast."""
+    """The `Engine` for any causal language model, through the base's own forward under autocast. A window is cut into
+    micro-batches of `rows_per_microbatch` rows (`rows_per_eval_batch` in evaluation), each padded to its longest
+    row."""
 
     def __init__(
         self,
@@ -129,7 +132,10 @@ class PaddedEngine:
         compute_dtype: torch.dtype,
         rows_per_eval_batch: int | None = None,
     ):
-        """Raises ModelError as of `check_forward`."""
+        """
+        Raises:
+            ModelError: See `check_forward`.
+        """
         check_forward(base, compute_dtype)
         self.base = base
         self.compute_dtype = compute_dtype
@@ -151,25 +157,25 @@ class PaddedEngine:
 
     @torch.no_grad()
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
+        values = self._prompt_or_empty(prompt)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for some in chunks(rows, self.rows_per_eval_batch):
-            total += self._loss(front, some)
+            total += self._loss(values, some)
         return total, sum(map(count_targets, rows))
 
     @torch.no_grad()
-    def losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        front = word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)  # [P, H]
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+        values = self._prompt_or_empty(prompt)
         sums: list[float] = []
         for some in chunks(rows, self.rows_per_eval_batch):
-            batch = self._collated(len(front), some)
+            batch = self._collated(len(values), some)
             with autocast(self.device, self.compute_dtype):
-                logits, labels = padded_forward(self.base, front, batch)
+                logits, labels = padded_forward(self.base, values, batch)
             each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
             sums += [cross_entropy_sum(*row).item() for row in each]
         return sums
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
@@ -183,8 +189,16 @@ class PaddedEngine:
     def __str__(self) -> str:
         return "padded engine"
 
+    def _prompt_or_empty(self, prompt: Tensor | None) -> Tensor:
+        """[P, H]; for None [0, H]."""
+        return word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)
+
     def _collated(self, P: int, rows: Sequence[Example]) -> Batch:
-        """Raises ConfigError where a row behind P virtual tokens needs more positions than the base has."""
+        """Pad rows to one length on the device.
+
+        Raises:
+            ConfigError: A row behind P virtual tokens needs more positions than the base has.
+        """
         check_positions(self.max_positions, P, max(len(row.input_ids) for row in rows), "a row")
         return collate_padded(rows, self.pad_token_id).to(self.device)
 

@@ -1,4 +1,9 @@
-"""Causal attention with ALiBi of packed rows over the prompt's keys and values and their own."""
+"""Prefix attention: each packed row attends causally, with ALiBi, to the prompt's keys and values and to its own.
+
+The rows of a stream [S, …] are of different lengths, and attention needs [B, T, …]. So consecutive rows of equal length
+(elsewhere than on the CPU: of similar length) form a group, which one call computes; only inside a group are rows
+padded. The prompt's keys and values are the same for all rows.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,27 +14,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Group(NamedTuple):
-    """B consecutive rows of the stream that attention takes at once, `width` tokens wide. `take` [B·width] and `drop`
-    [their tokens] int64 pad them on the right and undo that; None where all are equally long."""
+class RowGroup(NamedTuple):
+    """Consecutive rows of a stream that one call of attention computes.
+
+    Attributes:
+        rows: B, their number.
+        width: T, the tokens of the longest.
+        tokens: The tokens of all of them.
+        pad_index: [B·T] int64, which of the group's tokens stand at each place of the padded rows; pads, on the right,
+            repeat a row's last token. None if all rows are equally long.
+        unpad_index: [tokens] int64, the places of the tokens in the padded rows; None likewise.
+    """
 
     rows: int
     width: int
     tokens: int
-    take: Tensor | None
-    drop: Tensor | None
+    pad_index: Tensor | None
+    unpad_index: Tensor | None
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """Press et al. 2022, arXiv:2108.12409: 2^(-8i/n) for i = 1 … n; where n is no power of two, those of the power
-    below, then every other one of the power above."""
+    """Return ALiBi's slope of each head (Press et al. 2022, arXiv:2108.12409): 2^(-8i/n) for i = 1 … n. If n is no
+    power of two: those of the next lower power, then every other one of the next higher power."""
     below = 2 ** int(math.log2(n_heads))
     slopes = [2 ** (-8 * i / below) for i in range(1, below + 1)]
     return slopes + [2 ** (-4 * i / below) for i in range(1, 2 * (n_heads - below), 2)]
 
 
 def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
-    """Bias [1, N, width, P + width] of a row's queries on the prompt's keys and its own: slope·distance, -inf ahead."""
+    """Return what is added to the attention scores of a row behind a prompt: ALiBi and the causal mask.
+
+    Args:
+        width: W, the tokens of the longest row. A shorter row uses the first rows and columns.
+        like: A tensor of the dtype and device of the result.
+    Returns:
+        [1, N, W, P + W]: -slope · distance to the prompt's keys, then to the row's own; -inf for later keys.
+    """
     slopes = torch.tensor(alibi_slopes(n_heads), dtype=like.dtype, device=like.device)  # [N]
     query = torch.arange(P, P + width, device=like.device)[:, None]  # [width, 1]
     distance = torch.arange(P + width, device=like.device) - query  # [width, P + width]
@@ -37,9 +57,12 @@ def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
     return bias.masked_fill_(distance > 0, -math.inf)[None]
 
 
-def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
-    """Groups of the rows, which are sorted by length: on the CPU runs of equally long ones, so that nothing is padded;
-    elsewhere, where every call costs, of rows at least three quarters as long as the group's first."""
+def group_rows(lengths: Sequence[int], device: torch.device) -> list[RowGroup]:
+    """Group rows, sorted by length in descending order, for `attend`.
+
+    On the CPU a group has rows of equal length, so nothing is padded. Elsewhere each call costs time, so a row may join
+    if it has at least three quarters of the length of the group's first row.
+    """
     least = 1.0 if device.type == "cpu" else 0.75
     runs: list[list[int]] = []
     for length in lengths:
@@ -49,41 +72,44 @@ def group_rows(lengths: Sequence[int], device: torch.device) -> list[Group]:
     return [_group(run, device) for run in runs]
 
 
-def _group(lengths: Sequence[int], device: torch.device) -> Group:
+def _group(lengths: Sequence[int], device: torch.device) -> RowGroup:
     rows, width, tokens = len(lengths), max(lengths), sum(lengths)
     if rows * width == tokens:
-        return Group(rows, width, tokens, None, None)
+        return RowGroup(rows, width, tokens, None, None)
     length = torch.tensor(lengths)[:, None]  # [B, 1]
     start = length.cumsum(0) - length
     column = torch.arange(width)  # [width]
-    take = (start + column.clamp(max=length - 1)).flatten()  # pads repeat the row's last token
-    drop = (column < length).flatten().nonzero()[:, 0]
-    return Group(rows, width, tokens, take.to(device), drop.to(device))
+    pad_index = (start + column.clamp(max=length - 1)).flatten()
+    unpad_index = (column < length).flatten().nonzero()[:, 0]
+    return RowGroup(rows, width, tokens, pad_index.to(device), unpad_index.to(device))
 
 
-def attend(q: Tensor, kv: Tensor, before: Tensor, bias: Tensor, groups: list[Group]) -> Tensor:
-    """Causal attention of every row over the prompt's keys and values and its own.
+def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[RowGroup]) -> Tensor:
+    """Compute the attention of each row to the prompt and to itself.
 
     Args:
-        q: [S, N, D]; kv: [S, N, 2, D], keys and values; before: [P, N, 2, D], the prompt's.
-        bias: [1, N, W, P + W] of the widest row, from `causal_alibi`.
+        q: Queries [S, N, D].
+        kv: Keys and values [S, N, 2, D].
+        prefix_kv: The prompt's keys and values [P, N, 2, D].
+        bias: [1, N, W, P + W] for W at least the longest row, from `causal_alibi`.
+        groups: The rows of the stream, from `group_rows`.
     Returns:
-        [S, N·D]
+        [S, N·D] in the dtype of `q`.
     """
-    sizes, P = [group.tokens for group in groups], len(before)
+    sizes, P = [group.tokens for group in groups], len(prefix_kv)
     outputs = []
     for group, queries, pairs in zip(groups, q.split(sizes), kv.split(sizes), strict=True):
-        query = _as_rows(queries, group).transpose(1, 2)  # [B, N, width, D]
-        prompt = before.to(kv.dtype).expand(group.rows, -1, -1, -1, -1)
-        pair = torch.cat([prompt, _as_rows(pairs, group)], dim=1).transpose(1, 2)  # [B, N, P + width, 2, D]
+        query = _as_rows(queries, group).transpose(1, 2)  # [B, N, T, D]
+        prompt = prefix_kv.to(kv.dtype).expand(group.rows, -1, -1, -1, -1)
+        pair = torch.cat([prompt, _as_rows(pairs, group)], dim=1).transpose(1, 2)  # [B, N, P + T, 2, D]
         mask = bias[:, :, : group.width, : P + group.width]
-        out = F.scaled_dot_product_attention(query, *pair.unbind(3), attn_mask=mask)  # [B, N, width, D]
-        out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·width, N·D]
-        outputs.append(out if group.drop is None else out.index_select(0, group.drop))
+        out = F.scaled_dot_product_attention(query, *pair.unbind(3), attn_mask=mask)  # [B, N, T, D]
+        out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·T, N·D]
+        outputs.append(out if group.unpad_index is None else out.index_select(0, group.unpad_index))
     return torch.cat(outputs)
 
 
-def _as_rows(x: Tensor, group: Group) -> Tensor:
-    """[tokens, …] → [B, width, …]"""
-    x = x if group.take is None else x.index_select(0, group.take)
+def _as_rows(x: Tensor, group: RowGroup) -> Tensor:
+    """[tokens, …] → [B, T, …], padded."""
+    x = x if group.pad_index is None else x.index_select(0, group.pad_index)
     return x.unflatten(0, (group.rows, group.width))

@@ -46,7 +46,7 @@ def evaluate_ensemble(
     rows and divided by the number of targets. Its answer to a row is the one that `voting.vote_answer` chooses.
     """
     examples = members[0].examples
-    of_members = [engine.losses(member.prompt, member.examples) for member in members]  # [members][rows]
+    of_members = [engine.row_losses(member.prompt, member.examples) for member in members]  # [members][rows]
     total = sum(-_log_mean_exp([-loss for loss in losses]) for losses in zip(*of_members, strict=True))
     loss, answers = total / sum(map(count_targets, examples)), [member.answers for member in members]
     if any(texts is None for texts in answers):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
-from softprompt.models.loading import refuse_quantised, word_embeddings
+from softprompt.models.loading import check_not_quantised, word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ModelError
 
@@ -104,7 +104,7 @@ def _row_of_head(base: PreTrainedModel, dtype: torch.dtype) -> tuple[float | Non
 
 
 def _check_kind(base: PreTrainedModel) -> None:
-    refuse_quantised(base)
+    check_not_quantised(base)
     name, head = type(base).__name__, base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{base.name_or_path}: {name} has no linear head; no tokens can be added to it")

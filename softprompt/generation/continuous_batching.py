@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import norm, run_blocks
-from softprompt.engines.memory_estimate import MOST_TOKENS
-from softprompt.engines.small_linear import project
+from softprompt.engines.bloom import layer_norm, run_blocks
+from softprompt.engines.memory_estimate import MAX_TOKENS
+from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.kv_cache import KVCache, PrefixCache
 from softprompt.generation.packed_step import PackedStep, Slot, StepAttention
 from softprompt.generation.requests import OnToken, Request
 from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
-from softprompt.models.bloom_weights import Weights
+from softprompt.models.bloom_weights import BloomWeights
 from softprompt.utils.out_of_memory import smaller_batch
 
 
@@ -43,13 +43,13 @@ class ContinuousBatchingGenerator:
     Args:
         weights: any provider of BLOOM's weights.
         prefill_tokens_per_step: limit on the text tokens that one step prefills; a longer text is prefilled alone. The
-            default is `MOST_TOKENS` of the device.
+            default is `MAX_TOKENS` of the device.
     """
 
-    def __init__(self, weights: Weights, tokenizer: Any, prefill_tokens_per_step: int | None = None):
+    def __init__(self, weights: BloomWeights, tokenizer: Any, prefill_tokens_per_step: int | None = None):
         self.weights, self.states, self.prefix_cache = weights, RequestStates(tokenizer), PrefixCache(weights)
         self.device = weights.head.device
-        self.prefill_tokens_per_step = prefill_tokens_per_step or MOST_TOKENS[self.device.type]
+        self.prefill_tokens_per_step = prefill_tokens_per_step or MAX_TOKENS[self.device.type]
 
     def __str__(self) -> str:
         return "packed engine"
@@ -125,9 +125,9 @@ class ContinuousBatchingGenerator:
         follows in each."""
         weights, step = self.weights, PackedStep(slots, self.device)
         epsilon = weights.shape.epsilon
-        x = norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
+        x = layer_norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
         last_index = step.last_index if step.prefills else None  # without a prefill the stream is the last tokens
-        x = run_blocks(weights, x, StepAttention(cache, step), last_index)  # [n, H]
+        x = run_blocks(weights, x, StepAttention(cache, step), last_index, decode_linear)  # [n, H]
         for slot, position in zip(slots, step.positions, strict=True):
             slot.cached = position + 1
-        return project(norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)
+        return decode_linear(layer_norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)

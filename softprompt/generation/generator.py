@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 from softprompt.distributed.process_group import World
 from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
+from softprompt.engines.bloom_schedule import BloomSchedule
 from softprompt.engines.packed import PackedEngine
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
-from softprompt.models.capabilities import why_no_answers
+from softprompt.models.capabilities import why_not_generate
 
 
 class Generator(Protocol):
@@ -44,10 +45,10 @@ class Generator(Protocol):
 
 def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
     """Make the generator that answers over the weights of `engine`; None if the base cannot answer behind a soft prompt
-    (`capabilities.why_no_answers` says why)."""
-    if isinstance(engine, PackedEngine):
-        return ContinuousBatchingGenerator(engine.weights, tokenizer)
-    if why_no_answers(base):
+    (`capabilities.why_not_generate` says why)."""
+    if isinstance(engine, PackedEngine) and isinstance(engine.schedule, BloomSchedule):
+        return ContinuousBatchingGenerator(engine.schedule.weights, tokenizer)
+    if why_not_generate(base):
         return None
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)
 
@@ -57,11 +58,11 @@ class DataParallelGenerator:
     order of the requests, once all ranks have finished.
 
     Args:
-        rest: run after this rank's share, before the ranks meet; see `DataParallelEngine`.
+        join: run after this rank's share, before the ranks meet; see `DataParallelEngine`.
     """
 
-    def __init__(self, generator: Generator, world: World, rest: Callable[[], None] = lambda: None):
-        self.generator, self.world, self.rest = generator, world, rest
+    def __init__(self, generator: Generator, world: World, join: Callable[[], None] = lambda: None):
+        self.generator, self.world, self.join = generator, world, join
 
     def __str__(self) -> str:
         return str(self.generator)
@@ -73,7 +74,7 @@ class DataParallelGenerator:
         my_share = assign_rows([len(request.input_ids) for request in requests], self.world.size)[self.world.rank]
         answers = self.generator.generate(select(requests, my_share), batch_size, on_token)
         mine = [(my_share[index], answer) for index, answer in answers]
-        self.rest()
+        self.join()
         yield from sorted((index, answer) for share in self.world.all_gather(mine) for index, answer in share)
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix, run_prompt
+from softprompt.engines.bloom import PrefixKV, run_prompt
 from softprompt.engines.prefix_attention import alibi_slopes
-from softprompt.models.bloom_weights import Shape, Weights
+from softprompt.models.bloom_weights import BloomShape, BloomWeights
 
 MAX_PREFIX_BYTES = 256 * 2**20  # limit on the memory of a PrefixCache
 
@@ -32,7 +32,7 @@ class KVCache:
         slopes: ALiBi slopes of the heads [N], in at least fp32: distances are exact integers, and bf16 has no 257.
     """
 
-    def __init__(self, shape: Shape, slots: int, width: int, like: Tensor):
+    def __init__(self, shape: BloomShape, slots: int, width: int, like: Tensor):
         size = (slots, shape.N, width, shape.D)
         self.width, self.layers = width, [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.L)]
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -49,7 +49,7 @@ class _CachedPrefix(NamedTuple):
     """A prompt's keys and values, and a weak reference to the prompt tensor that asked for them last. When that tensor
     is freed, the reference's callback removes the entry from the cache."""
 
-    prefix: Prefix
+    prefix: PrefixKV
     prompt: weakref.ref[Tensor] | None
 
 
@@ -61,11 +61,11 @@ class PrefixCache:
     prompt once, and nothing of it stays.
     """
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: BloomWeights):
         self._weights, self._entries = weights, OrderedDict[bytes, _CachedPrefix]()
 
     @torch.inference_mode()
-    def __call__(self, prompt: Tensor | None) -> Prefix:
+    def __call__(self, prompt: Tensor | None) -> PrefixKV:
         """Return the keys and values of a prompt; run the prompt through the base if they are not cached.
 
         The values are hashed at each call, so call this once for all requests behind the same prompt.

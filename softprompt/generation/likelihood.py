@@ -83,7 +83,7 @@ def log_likelihoods(
         questions_by_prompt.setdefault(id(prompt), []).append(number)
     for numbers in questions_by_prompt.values():
         rows = [example for number in numbers for example in examples[number]]
-        losses = iter(engine.losses(prompts[numbers[0]], rows) if rows else [])
+        losses = iter(engine.row_losses(prompts[numbers[0]], rows) if rows else [])
         for number in numbers:
             scores[number] = [-next(losses) for _ in examples[number]]
     return scores

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import Prefix
-from softprompt.engines.prefix_attention import Group, attend, causal_alibi, group_rows
+from softprompt.engines.bloom import PrefixKV
+from softprompt.engines.prefix_attention import RowGroup, attend, causal_alibi, group_rows
 from softprompt.generation.kv_cache import KVCache
 from softprompt.generation.sampling import RequestState
 
@@ -32,7 +32,7 @@ class Slot:
     """
 
     state: RequestState
-    prefix: Prefix
+    prefix: PrefixKV
     cached: int = 0
 
     @property
@@ -58,10 +58,10 @@ class PrefillGroup(NamedTuple):
         span: where the texts are in the stream.
     """
 
-    prefix: Prefix
+    prefix: PrefixKV
     slots: list[int]
     lengths: list[int]
-    attention_groups: list[Group]
+    attention_groups: list[RowGroup]
     span: slice
 
 
@@ -96,7 +96,7 @@ class PackedStep:
         self.last_index = torch.tensor(last_index, device=device)  # [n]
 
 
-def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[Prefix, list[int]]]:
+def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[PrefixKV, list[int]]]:
     """Group the indices of slots that have nothing in the cache yet by their prompt, the longest text first."""
     uncached = [b for b, slot in enumerate(slots) if not slot.cached]
     for prefix in {id(slots[b].prefix): slots[b].prefix for b in uncached}.values():

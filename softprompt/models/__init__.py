@@ -1,4 +1,5 @@
-"""The frozen base: loading, precision, quantization, sharding and weight offloading.
+"""The frozen base: loading, freezing, precision, quantisation, sharding, and weights that stay in their files.
 
-In: a folder or hub id. Out: a frozen transformers model, or a provider of BLOOM's weights block by block.
+In: a folder or a hub id. Out: a frozen transformers model on its device; for BLOOM also `BloomWeights`, which yields
+the parameters block by block, wherever they are stored.
 """

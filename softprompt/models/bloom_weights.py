@@ -1,4 +1,9 @@
-"""The frozen weights of a BLOOM, layer by layer: the packed engine asks a provider and does not know where they lie."""
+"""BLOOM's frozen weights, block by block.
+
+The packed engine and the generator iterate over blocks through `BloomWeights` and do not know where these are stored:
+`ResidentWeights` here holds all of them on one device, `StreamedWeights` (weight_offload) reads them from files,
+`ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantises them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,14 +14,15 @@ from transformers import PreTrainedModel
 
 
 class LinearParams(NamedTuple):
-    """Scale and shift of a layer norm, [H] fp32 each; or weight [out, in] in the compute dtype and bias [out] fp32."""
+    """The parameters of a linear layer: weight [out, in] in the compute dtype, bias [out] fp32. Or of a layer norm:
+    scale and shift, [H] fp32 each."""
 
     weight: Tensor
     bias: Tensor
 
 
 class BlockWeights(NamedTuple):
-    """One block of BLOOM. `query_key_value` has its 3·H outputs in the order [N, 3, D]."""
+    """The parameters of one block. The 3·H outputs of `query_key_value` are laid out as [N, 3, D]."""
 
     input_layernorm: LinearParams  # [H]
     query_key_value: LinearParams  # [3H, H]
@@ -26,14 +32,15 @@ class BlockWeights(NamedTuple):
     dense_4h_to_h: LinearParams  # [H, 4H]
 
 
-MODULES = (  # of a block of transformers' BLOOM, in the order of a Layer
+BLOCK_MODULES = (  # names in a block of transformers' BLOOM, in the order of the fields of BlockWeights
     *("input_layernorm", "self_attention.query_key_value", "self_attention.dense"),
     *("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 )
 
 
-class Shape(NamedTuple):
-    """Sizes in the letters used everywhere, and the two constants of BLOOM's forward."""
+class BloomShape(NamedTuple):
+    """A BLOOM's sizes: L layers, N attention heads of size D, hidden size H, vocabulary V; and the two settings that
+    its forward depends on."""
 
     L: int
     N: int
@@ -44,68 +51,81 @@ class Shape(NamedTuple):
     residual_after_layernorm: bool
 
 
-class Weights(Protocol):
-    """A provider."""
+class BloomWeights(Protocol):
+    """What the packed forward needs of a BLOOM. The blocks may be stored anywhere; all else is on the compute device.
 
-    shape: Shape
+    Attributes:
+        shape: The base's sizes.
+        embedding_layernorm: The layer norm that BLOOM applies to its input embeddings, [H].
+        final_layernorm: The layer norm before the head, [H].
+        head: The language model head, [V, H] in the compute dtype.
+        extra_bytes: Memory that this object takes in addition to the base's own tensors.
+    """
+
+    shape: BloomShape
     embedding_layernorm: LinearParams
     final_layernorm: LinearParams
-    head: Tensor  # [V, H] in the compute dtype
-    own_bytes: int  # of what is held beside the base's own tensors
+    head: Tensor
+    extra_bytes: int
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word embeddings before their layer norm: [...] int64 → [..., H] fp32."""
+        """Return the word embeddings before their layer norm: ids [...] int64 → [..., H] fp32."""
         ...
 
-    def through(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        """The layers of these numbers, one after the other. A provider that does not hold them all may write the next
-        but one over a layer: it is good until the next one is asked for."""
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        """Yield the blocks with these indices, in this order.
+
+        Buffers may be reused: a yielded block is valid only until the next one is requested."""
         ...
 
 
 class NonBlockWeights:
-    """What a base has but for its layers, in the memory of one device: the base's own tensors, not copies of them, but
-    for a tied head, which the compute dtype needs a second time where that is not the embeddings' own."""
+    """The part of `BloomWeights` that every provider keeps on the device: everything except the blocks.
+
+    These are the base's own tensors, not copies, with one exception: a tied head is copied where the compute dtype is
+    not that of the embeddings.
+    """
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
         self.shape = bloom_shape(base.config)
-        self.embedding_layernorm = _affine(base.transformer.word_embeddings_layernorm)
-        self.final_layernorm = _affine(base.transformer.ln_f)
+        self.embedding_layernorm = linear_params(base.transformer.word_embeddings_layernorm)
+        self.final_layernorm = linear_params(base.transformer.ln_f)
         head = base.get_output_embeddings().weight.detach()
         self.head: Tensor = head.to(compute_dtype)
-        self.own_bytes = 0 if self.head is head else self.head.nbytes
+        self.extra_bytes = 0 if self.head is head else self.head.nbytes
         self.embed: Callable[[Tensor], Tensor] = base.transformer.word_embeddings
 
 
 class ResidentWeights(NonBlockWeights):
-    """All layers in the memory of one device, too."""
+    """All blocks in the memory of one device: the base's own tensors."""
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
         super().__init__(base, compute_dtype)
-        self._layers = [layer_of(block) for block in base.transformer.h]
+        self._blocks = [block_weights(block) for block in base.transformer.h]
 
-    def through(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        return (self._layers[i] for i in order)
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        return (self._blocks[i] for i in order)
 
 
-def layer_of(block: Any) -> BlockWeights:
-    """The weights of a block of transformers' BLOOM, not copies of them."""
-    return BlockWeights(*(_affine(block.get_submodule(module)) for module in MODULES))
+def block_weights(block: Any) -> BlockWeights:
+    """Return the parameters of a block of transformers' BLOOM; they are not copied."""
+    return BlockWeights(*(linear_params(block.get_submodule(module)) for module in BLOCK_MODULES))
+
+
+def linear_params(module: Any) -> LinearParams:
+    """Return the weight and bias of a linear layer or a layer norm; they are not copied."""
+    return LinearParams(module.weight.detach(), module.bias.detach())
 
 
 def is_bloom(config: Any) -> bool:
-    """Whether this is the forward that is written here: BLOOM, without its option to add up slices of two projections,
-    which leaves their biases out."""
+    """Whether the packed forward computes what a base of this configuration computes: it is a BLOOM, and does not add
+    up slices of two projections (`slow_but_exact` with `pretraining_tp` > 1), which leaves out their biases."""
     sliced = getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1
     return config.model_type == "bloom" and not sliced
 
 
-def bloom_shape(config: Any) -> Shape:
-    """The sizes of a transformers BloomConfig."""
+def bloom_shape(config: Any) -> BloomShape:
+    """Return the sizes of a transformers BloomConfig."""
     L, N, H = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
-    after = config.apply_residual_connection_post_layernorm
-    return Shape(L, N, H // N, H, config.vocab_size, config.layer_norm_epsilon, after)
-
-
-def _affine(module: Any) -> LinearParams:
-    return LinearParams(module.weight.detach(), module.bias.detach())
+    after_layernorm = config.apply_residual_connection_post_layernorm
+    return BloomShape(L, N, H // N, H, config.vocab_size, config.layer_norm_epsilon, after_layernorm)

@@ -1,5 +1,7 @@
-"""What a base can do behind a soft prompt, read from its configuration and modules; no forward pass, so a base on the
-meta device can be looked at as well."""
+"""What a base supports: how long its rows may be, which token ids it knows, and whether it can be trained and can
+generate behind a soft prompt. All of it is read from its configuration and modules; no forward pass runs, so a base on
+the meta device can be examined, too. (`engines.padded.check_forward` runs a few tokens.)
+"""
 
 import inspect
 import re
@@ -15,26 +17,28 @@ from softprompt.data.examples import Examples
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config
 
-# Names that transformers gives to tables of absolute positions, by the last part of a module's or buffer's name.
+# transformers' names for tables of absolute positions: the last part of a module's or buffer's name.
 POSITION_TABLES = r"(wpe|pos_encoding|embed_positions|positions_embed|position_embeddings?)"
-OTHER_TOWERS = r"(vision|visual|image|audio|speech)"
+OTHER_MODALITIES = r"(vision|visual|image|audio|speech)"
 
 
 def max_positions(base: PreTrainedModel) -> int | None:
-    """How many positions a row may have, virtual ones among them, where positions are looked up in a table (GPT-2, OPT,
-    GPT-J …) or reach as far as the configuration says (MPT). None where there is no such limit: rotary positions, ALiBi
-    and sinusoids that are computed as needed."""
+    """Return how many positions a row may have, virtual tokens included.
+
+    There is a limit where positions are looked up in a table (GPT-2, OPT, GPT-J, …) or the configuration bounds them
+    (MPT). The result is None where there is none: rotary positions, ALiBi, and sinusoids that are computed as needed.
+    """
     config = text_config(base.config)
     if config.model_type == "mpt":
         return config.max_seq_len
-    return min(_table_sizes(base), default=None)
+    return min(_position_table_sizes(base), default=None)
 
 
-def check_takes_prompt(base: PreTrainedModel, name: str) -> None:
-    """Refuse a base of a kind that cannot work behind a soft prompt.
+def check_supports_prompt(base: PreTrainedModel, name: str) -> None:
+    """Refuse a base of a kind that no soft prompt can precede.
 
     Raises:
-        ModelError: its forward takes no `inputs_embeds`, or it looks up words by their ids in every layer, too.
+        ModelError: Its forward takes no `inputs_embeds`, or every layer looks up embeddings by token id.
     """
     kind = type(base).__name__
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
@@ -46,9 +50,9 @@ def check_takes_prompt(base: PreTrainedModel, name: str) -> None:
         )
 
 
-def why_no_answers(base: PreTrainedModel) -> str | None:
-    """Why transformers' generate cannot answer behind a prompt with this base; None where it can. It looks at the same
-    signature as `GenerationMixin._prepare_model_inputs`."""
+def why_not_generate(base: PreTrainedModel) -> str | None:
+    """Return why transformers' `generate` cannot generate behind a prompt with this base; None if it can. The test is
+    that of `GenerationMixin._prepare_model_inputs`."""
     prepare = getattr(base, "prepare_inputs_for_generation", None)
     if prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters:
         return None
@@ -56,12 +60,14 @@ def why_no_answers(base: PreTrainedModel) -> str | None:
 
 
 def check_vocabulary(tokenizer: Any, base: PreTrainedModel, name: str) -> None:
-    """Refuse a tokenizer whose words the base does not have. Tokens that were added to it are left alone (Gemma 3's
-    text models have one for images, beyond the embeddings), as long as no text has one: see `check_ids`. A pad token
-    beyond the embeddings becomes the end token, since pads are masked anyway.
+    """Refuse a tokenizer that produces token ids without embeddings.
+
+    Tokens that were added to the tokenizer may lie beyond the embeddings, as long as no text contains one: Gemma 3's
+    text models have one for images (see `check_token_ids`). A pad token beyond the embeddings is replaced by the
+    end-of-sequence token, since pads are masked.
 
     Raises:
-        ModelError: a word or the end token has an id beyond the word embeddings.
+        ModelError: A word or the end-of-sequence token has an id beyond the word embeddings.
     """
     V, added = base.get_input_embeddings().num_embeddings, tokenizer.added_tokens_decoder.keys()
     largest = max((id for id in tokenizer.get_vocab().values() if id not in added), default=0)
@@ -75,8 +81,12 @@ def check_vocabulary(tokenizer: Any, base: PreTrainedModel, name: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def check_ids(ids: Iterable[int], base: PreTrainedModel, where: str) -> None:
-    """Raises ConfigError where a text has a token that the base's word embeddings do not reach."""
+def check_token_ids(ids: Iterable[int], base: PreTrainedModel, where: str) -> None:
+    """Check that every token of a text has an embedding; `where` names the text in the message.
+
+    Raises:
+        ConfigError: A token id is beyond the word embeddings.
+    """
     V = base.get_input_embeddings().num_embeddings
     if (largest := max(ids, default=0)) >= V:
         raise ConfigError(
@@ -85,72 +95,87 @@ def check_ids(ids: Iterable[int], base: PreTrainedModel, where: str) -> None:
         )
 
 
-def check_start(text: str | None, tokenizer: Any, base: PreTrainedModel) -> None:
-    """Raises ConfigError, as of `check_ids`, for the text that a prompt starts from."""
+def check_init_text(text: str | None, tokenizer: Any, base: PreTrainedModel) -> None:
+    """Check the tokens of --prompt_tuning_init_text.
+
+    Raises:
+        ConfigError: See `check_token_ids`.
+    """
     if text:
-        check_ids(tokenizer(text)["input_ids"], base, "--prompt_tuning_init_text")
+        check_token_ids(tokenizer(text)["input_ids"], base, "--prompt_tuning_init_text")
 
 
-def check_positions(positions: int | None, P: int, tokens: int, where: str, way: str = "") -> None:
-    """Raises ConfigError where a row of `tokens` behind P virtual tokens needs more than the base's positions. The
-    `way` out is by default the largest --max_length that fits."""
+def check_positions(positions: int | None, P: int, tokens: int, where: str, advice: str = "") -> None:
+    """Check that `tokens` behind P virtual tokens fit into the base's positions.
+
+    Args:
+        positions: The result of `max_positions`.
+        where: What has that many tokens, for the message.
+        advice: What to do about it; the default names the largest --max_length that fits.
+
+    Raises:
+        ConfigError: There are too few positions.
+    """
     if positions is not None and P + tokens > positions:
-        most = positions - P
-        fits = f"give --max_length {most} or less" if most > 1 else "give a smaller --num_virtual_tokens"
+        longest = positions - P
+        fits = f"give --max_length {longest} or less" if longest > 1 else "give a smaller --num_virtual_tokens"
         raise ConfigError(
             f"{where}: {P} virtual tokens and {tokens:,} of text need more than the {positions:,} positions of this "
-            f"base; {way or fits}"
+            f"base; {advice or fits}"
         )
 
 
-class Extent(NamedTuple):
-    """How far rows reach: the tokens of the longest, and the largest token id."""
+class RowMaxima(NamedTuple):
+    """The number of tokens of the longest row, and the largest token id of all rows."""
 
     longest: int
     largest_id: int
 
     @classmethod
-    def of(cls, *parts: Examples) -> "Extent":
-        """The extent of all these examples together; there is at least one."""
+    def of(cls, *parts: Examples) -> "RowMaxima":
+        """Of all these examples together; there is at least one."""
         some = [part for part in parts if len(part)]
         return cls(max(int(part.lengths.max()) for part in some), max(int(part.input_ids.max()) for part in some))
 
 
-def check_extent(base: PreTrainedModel, P: int, max_length: int, rows: Extent, streamed: bool = False) -> None:
-    """Refuse rows that the base cannot take behind P virtual tokens. A --max_length that was chosen must fit by itself,
-    as it must where more rows are `streamed` later; the default one only where a row is that long.
+def check_rows_fit(base: PreTrainedModel, P: int, max_length: int, rows: RowMaxima, streamed: bool = False) -> None:
+    """Check that the base can take the rows behind P virtual tokens.
+
+    A --max_length that the user chose must fit, whatever the rows' lengths, and so must the default one if more rows
+    are streamed later. Otherwise the longest row must fit.
 
     Raises:
-        ConfigError: too few positions, or a token without an embedding.
+        ConfigError: There are too few positions, or a token has no embedding.
     """
     chosen = streamed or max_length != DEFAULT_MAX_LENGTH
     tokens = max_length if chosen else rows.longest
     check_positions(max_positions(base), P, tokens, f"--max_length {max_length}")
-    check_ids([rows.largest_id], base, "a row of the dataset")
+    check_token_ids([rows.largest_id], base, "a row of the dataset")
 
 
-def on_meta_device(config: Any, name: str) -> PreTrainedModel:
-    """A base with the modules that its configuration describes and no values.
+def build_on_meta_device(config: Any, name: str) -> PreTrainedModel:
+    """Build a base from its configuration on the meta device: modules and shapes without values.
 
     Raises:
-        ModelError: transformers has no causal language model for it.
+        ModelError: transformers cannot build a causal language model from it.
     """
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # ValueError, ImportError, those of the classes themselves: all mean the same here
+    except Exception as error:  # ValueError, ImportError, or whatever the model class raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"base model {name!r} cannot be loaded: {reason}") from None
 
 
-def _table_sizes(base: PreTrainedModel) -> Iterator[int]:
-    """Positions in each table of the language model; the first rows of OPT's and BART's are set apart (`offset`)."""
+def _position_table_sizes(base: PreTrainedModel) -> Iterator[int]:
+    """Yield the positions in each table of the language model. OPT's and BART's tables begin with `offset` reserved
+    rows."""
     named = re.compile(rf"(^|\.){POSITION_TABLES}$")
     for name, module in base.named_modules():
-        if isinstance(module, nn.Embedding) and named.search(name) and not re.search(OTHER_TOWERS, name):
+        if isinstance(module, nn.Embedding) and named.search(name) and not re.search(OTHER_MODALITIES, name):
             yield module.num_embeddings - getattr(module, "offset", 0)
     for name, buffer in base.named_buffers():
-        if buffer.dim() == 2 and named.search(name) and not re.search(OTHER_TOWERS, name):
+        if buffer.dim() == 2 and named.search(name) and not re.search(OTHER_MODALITIES, name):
             yield len(buffer)

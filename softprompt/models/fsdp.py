@@ -1,8 +1,9 @@
-"""A base that no rank holds whole: torch's `fully_shard` over its blocks, each rank with a slice of every tensor.
+"""`--shard_base`: a BLOOM that no rank holds as a whole. torch's `fully_shard` gives each rank a slice of every block.
 
-A block is gathered from all ranks when something passes through it, and let go behind that. So all ranks must pass as
-often and in the same order, however many rows each has: a rank tells the others of every pass before it makes it, and
-one that has no work left follows the others' passes until nobody makes any more.
+A block is gathered from all ranks right before a pass needs it, and resharded right after. Gathering is a collective,
+so all ranks must make the same passes in the same order, however many rows each of them has. Therefore a rank announces
+each pass in an all-reduce before it starts, and a rank that has no work left joins the others' passes until no rank
+announces another one (the same idea as `torch.distributed.algorithms.Join`).
 """
 
 import math
@@ -15,106 +16,121 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.distributed.process_group import World
-from softprompt.models.bloom_weights import BlockWeights, NonBlockWeights, layer_of
+from softprompt.models.bloom_weights import BlockWeights, NonBlockWeights, block_weights
 from softprompt.utils.safetensors_io import StoredTensor
 
 gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
-class Shards:
-    """The blocks of a base, and the passes through them. They lie in `base` as torch's sharded modules, whose hooks
-    gather a block around its own forward and backward; for who computes otherwise there is `through`."""
+class ShardedBlocks:
+    """The sharded blocks of a base, and the passes over them.
+
+    transformers' own forward gathers blocks by the hooks of `fully_shard`; its passes are announced by a hook here.
+    Code that computes with the blocks' parameters itself uses `iter_blocks`.
+    """
 
     def __init__(self, base: PreTrainedModel, world: World):
         self.blocks, self.world = list(base.transformer.h), world
-        self._pass: Iterator[Any] = iter(())
-        base.transformer.register_forward_pre_hook(self._before_forward)
+        self._current_pass: Iterator[Any] = iter(())
+        base.transformer.register_forward_pre_hook(self._announce_forward)
 
-    def through(self, order: Sequence[int]) -> Iterator[Any]:
-        """The blocks 0 … L-1, or these and back again: each is whole until the next one is asked for."""
-        self._finish()
-        self._tell(len(order) // len(self.blocks))
-        self._pass = self._gathered(order)
-        return self._pass
+    def iter_blocks(self, order: Sequence[int]) -> Iterator[Any]:
+        """Yield the blocks 0 … L-1, or those followed by L-1 … 0. A yielded block is gathered until the next one is
+        requested."""
+        self._finish_current_pass()
+        self._announce(len(order) // len(self.blocks))
+        self._current_pass = self._iter_gathered(order)
+        return self._current_pass
 
-    def rest(self) -> None:
-        """Follow the passes of ranks that still have work, for as long as any has; every rank must end with this."""
-        self._finish()
+    def join(self) -> None:
+        """Take part in the passes of ranks that still have work, until none has. Every rank must call this after its
+        own work."""
+        self._finish_current_pass()
         L = len(self.blocks)
-        while directions := self._tell(0):
-            for _ in self._gathered([*range(L), *reversed(range(L))][: directions * L]):
+        while directions := self._announce(0):
+            for _ in self._iter_gathered([*range(L), *reversed(range(L))][: directions * L]):
                 pass
 
-    def _before_forward(self, *_: object) -> None:
-        self._tell(2 if torch.is_grad_enabled() else 1)
+    def _announce_forward(self, *_: object) -> None:
+        self._announce(2 if torch.is_grad_enabled() else 1)
 
-    def _tell(self, directions: int) -> int:
-        """Of a pass there (1), or there and back (2), or of none here (0); returns the same of any rank that makes one,
-        and all who do make the same."""
+    def _announce(self, directions: int) -> int:
+        """Announce a pass: forward only (1), forward and backward (2), or none (0). Return what the ranks that make a
+        pass announced; all of them announce the same."""
         mine = torch.tensor([directions > 0, directions > 1], dtype=torch.float64)
         return int((self.world.all_reduce(mine) > 0).sum())
 
-    def _gathered(self, order: Sequence[int]) -> Iterator[Any]:
-        """The next block is on its way while one is computed with."""
+    def _iter_gathered(self, order: Sequence[int]) -> Iterator[Any]:
+        """Yield gathered blocks. The next one is gathered asynchronously while the present one is computed with."""
         for at, i in enumerate(order):
             self._gather(i)
-            for after in order[at + 1 : at + 2]:
-                self._gather(after, ahead=True)
+            for following in order[at + 1 : at + 2]:
+                self._gather(following, ahead=True)
             yield self.blocks[i]
             self.blocks[i].reshard()
 
     def _gather(self, i: int, ahead: bool = False) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # its memory is used again, for training too
+        with torch.inference_mode(False), torch.no_grad():  # its memory is reused, for training as well
             self.world.collective(lambda: self.blocks[i].unshard(async_op=ahead))
 
-    def _finish(self) -> None:
-        """A pass that somebody broke off is made to its end: the others are on their way."""
-        for _ in self._pass:
+    def _finish_current_pass(self) -> None:
+        """Complete a pass that was abandoned halfway: the other ranks are making it."""
+        for _ in self._current_pass:
             pass
 
 
 class ShardedWeights(NonBlockWeights):
-    """All but the blocks in the memory of every rank, and of them its slices, the one in use, and the next."""
+    """`BloomWeights` in which each rank holds its slices of the blocks, the gathered block in use, and the next one."""
 
-    def __init__(self, base: PreTrainedModel, shards: Shards, compute_dtype: torch.dtype):
+    def __init__(self, base: PreTrainedModel, shards: ShardedBlocks, compute_dtype: torch.dtype):
         super().__init__(base, compute_dtype)
         self._shards = shards
-        self.own_bytes += 2 * sum(p.numel() * p.element_size() for p in shards.blocks[0].parameters())
+        self.extra_bytes += 2 * sum(p.numel() * p.element_size() for p in shards.blocks[0].parameters())
 
-    def through(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        """Raises TrainingError where a rank is gone."""
-        return map(layer_of, self._shards.through(order))
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        """Yield the blocks of a forward pass, or of one followed by its backward pass; see `ShardedBlocks.iter_blocks`.
+
+        Raises:
+            TrainingError: A rank has been lost.
+        """
+        return map(block_weights, self._shards.iter_blocks(order))
 
 
-def shard(base: PreTrainedModel, stored: Mapping[str, StoredTensor], world: World) -> Shards:
-    """The blocks of a base on the meta device (see `MetaModel`), frozen and on its device, become this rank's slices of
-    those in the files. No more than one slice of a tensor is read at a time. Every rank must call this; none waits.
+def shard_blocks(base: PreTrainedModel, stored: Mapping[str, StoredTensor], world: World) -> ShardedBlocks:
+    """Shard the blocks of a base among all ranks; each rank reads its own slices from the files, one tensor at a time.
+
+    Every rank must call this; it does not wait for the others.
+
+    Args:
+        base: A frozen BLOOM, on its device, with its blocks on the meta device (see `meta_loading.MetaModel`). Its
+            blocks are sharded in place.
+        stored: Where the blocks' tensors are stored, by their names in `base`.
 
     Raises:
-        TrainingError: a file cannot be read any more.
+        TrainingError: A file can no longer be read.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     body, device = base.transformer, base.get_input_embeddings().weight.device
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-    frame = {p for name, p in body.named_parameters() if not name.startswith("h.")}
+    outside_blocks = {p for name, p in body.named_parameters() if not name.startswith("h.")}
     for i, block in enumerate(body.h):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        block.set_custom_all_gather(_Gather(world))
+        block.set_custom_all_gather(_AllGather(world))
         block.to_empty(device=device)
         for name, parameter in block.named_parameters():
-            _read(stored[f"transformer.h.{i}.{name}"], parameter.to_local(), world)
-    fully_shard(body, mesh=mesh, ignored_params=frame)
+            _read_slice(stored[f"transformer.h.{i}.{name}"], parameter.to_local(), world)
+    fully_shard(body, mesh=mesh, ignored_params=outside_blocks)
     for before, block in zip([body.h[0], *body.h], body.h, strict=False):
-        # torch's own guess goes by all forwards since the last backward, and ranks may have made different ones
+        # torch would derive the order from all forwards since the last backward, and ranks may have made different ones
         block.set_modules_to_backward_prefetch([before])
-    return Shards(base, world)
+    return ShardedBlocks(base, world)
 
 
 @torch.no_grad()
-def _read(stored: StoredTensor, mine: Tensor, world: World) -> None:
-    """This rank's rows of a stored tensor, cut along its first dimension as torch.chunk does."""
+def _read_slice(stored: StoredTensor, mine: Tensor, world: World) -> None:
+    """Read this rank's rows of a stored tensor into `mine`; the first dimension is split as torch.chunk splits it."""
     rows, values = stored.shape[0], math.prod(stored.shape[1:])
     first = min(rows, world.rank * -(-rows // world.size)) * values
     read = torch.empty(mine.shape, dtype=mine.dtype)
@@ -122,8 +138,8 @@ def _read(stored: StoredTensor, mine: Tensor, world: World) -> None:
     mine.copy_(read)
 
 
-class _Gather:
-    """torch's default all-gather; one that breaks off says who is gone."""
+class _AllGather:
+    """torch's default all-gather, except that an error in it is reported with the rank that was lost."""
 
     def __init__(self, world: World):
         self.world = world

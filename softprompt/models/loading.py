@@ -1,4 +1,8 @@
-"""Load a frozen base and its tokenizer from a folder or the hub."""
+"""Load a base and its tokenizer from a folder or the hub; freeze the base and move it to its device.
+
+`load_base` does all of it. Programs that change the base between the steps call `read_base`, `freeze` and
+`move_to_device` themselves.
+"""
 
 import os
 from collections.abc import Iterator
@@ -11,23 +15,29 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from softprompt.mini import BASE_DIR
-from softprompt.models.capabilities import check_takes_prompt
+from softprompt.models.capabilities import check_supports_prompt
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 
 
+def base_path(name: str) -> str:
+    """Return where a base is loaded from: `mini` is a folder in this package, any other name a folder or a hub id."""
+    return str(BASE_DIR) if name == "mini" else name
+
+
 def load_tokenizer(name_or_path: str) -> Any:
-    """The base's tokenizer; a missing pad token is the end token, whose labels are masked anyway.
+    """Load the base's tokenizer. If it has no pad token, the end-of-sequence token takes its place: pads are masked.
 
     Raises:
-        ModelError: the base or its tokenizer is not there or not loadable, or has no end-of-sequence token.
+        ModelError: The base or its tokenizer does not exist or cannot be loaded, or the tokenizer has no
+            end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = from_hub_or_folder(AutoTokenizer, name_or_path, "tokenizer")
+        tokenizer = _from_pretrained(AutoTokenizer, name_or_path, "tokenizer")
     except ModelError:
-        base_config(name_or_path)  # where there is no base, or none that fits, that is what to say
+        load_config(name_or_path)  # if the base itself is missing or unsuitable, report that instead
         raise
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
@@ -36,71 +46,55 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def base_config(name_or_path: str) -> Any:
-    """The configuration of a base, which is all that it takes to see that it cannot be one.
+def load_config(name_or_path: str) -> Any:
+    """Load a base's configuration, and refuse what it shows to be unsuitable as a base.
 
     Raises:
-        ModelError: not there, not loadable, quantised, or no causal language model of transformers.
+        ModelError: The configuration does not exist or cannot be loaded, its weights are quantised, or it is no causal
+            language model of transformers.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
-    config = from_hub_or_folder(AutoConfig, name_or_path, "base model")
+    config = _from_pretrained(AutoConfig, name_or_path, "base model")
     named = f"{name_or_path}: a model of type {config.model_type}"
     wanted = "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)"
     for one in (config, config.get_text_config()):
         if quantization := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
-            raise _quantised(name_or_path, config.model_type, quantization)
+            raise _quantised_error(name_or_path, config.model_type, quantization)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{named} has an encoder and a decoder, and prompts are learned for a decoder alone; {wanted}")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise ModelError(f"{named} is an encoder, whose words see the words after them; {wanted}")
+        raise ModelError(f"{named} is an encoder, whose tokens attend to later tokens; {wanted}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{named} is no causal language model of transformers; {wanted}")
     return config
 
 
-def _quantised(name: str, model_type: str, quantization: Any) -> ModelError:
-    given = quantization if isinstance(quantization, dict) else vars(quantization)
-    method = getattr(given.get("quant_method"), "value", given.get("quant_method")) or "by an unknown method"
-    instead = ", which --load_in_4bit of train.py and infer.py quantises as it loads it"
-    return ModelError(
-        f"{name}: its weights are stored quantised ({method}), and prompts are learned over weights that are not; give "
-        f"--model_name_or_path the unquantised base{instead if model_type == 'bloom' else ''}"
-    )
-
-
-def refuse_quantised(base: PreTrainedModel) -> None:
-    """Raises ModelError where transformers loaded a base's weights quantised: to cast them leaves their scales out."""
-    if getattr(base, "hf_quantizer", None) is not None:
-        name, method = str(base.name_or_path), getattr(base.hf_quantizer, "quantization_config", None)
-        raise _quantised(name, base.config.model_type, method or {})
-
-
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model, frozen and in eval mode: `read_base`, then `freeze`.
+    """Load a causal language model, freeze it, and move it to `device`.
 
     Raises:
-        ModelError: as of `read_base`.
+        ModelError: See `read_base`.
     """
-    return place(freeze(read_base(name_or_path), compute_dtype), device)
+    return move_to_device(freeze(read_base(name_or_path), compute_dtype), device)
 
 
 def read_base(name_or_path: str) -> PreTrainedModel:
-    """A causal language model on the CPU, its weights as they are in its files.
+    """Load a causal language model onto the CPU, its weights in the dtype of its files.
 
     Raises:
-        ModelError: as of `base_config`, or as of `capabilities.check_takes_prompt`.
+        ModelError: The base is unsuitable (see `load_config` and `capabilities.check_supports_prompt`).
     """
     from transformers import AutoModelForCausalLM
 
-    base_config(name_or_path)
-    base = cast(PreTrainedModel, from_hub_or_folder(AutoModelForCausalLM, name_or_path, "base model", dtype="auto"))
-    check_takes_prompt(base, name_or_path)
+    load_config(name_or_path)
+    base = cast(PreTrainedModel, _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", dtype="auto"))
+    check_supports_prompt(base, name_or_path)
     return base
 
 
 def weight_files(name_or_path: str) -> list[Path]:
-    """The files of a base's weights, in its folder or in the hub's cache; none where they are not found."""
+    """Return the files of a base's weights in its folder or in the hub's cache; an empty list if none are found."""
     from huggingface_hub import try_to_load_from_cache
 
     if not os.path.isdir(name_or_path):
@@ -112,22 +106,22 @@ def weight_files(name_or_path: str) -> list[Path]:
 
 
 def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
-    """The base's embedding of words, weight [V, H]."""
+    """Return the base's input embedding module, weight [V, H]."""
     return cast(nn.Embedding, base.get_input_embeddings())
 
 
 def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """Freeze `base` in place and put it in eval mode.
+    """Freeze `base` in place, put it in eval mode, and set the dtypes of its parameters.
 
-    Matrices are kept in `compute_dtype`: autocast would cast them to it at every use, with the same result. All else
-    (embeddings, norms, biases, a tied head) is fp32, whatever dtype the files have.
+    Weight matrices are kept in `compute_dtype`: autocast would cast them to it at each use, with the same result. All
+    else (embeddings, norms, biases, a tied head) becomes fp32, whatever the dtype in the files.
 
     Raises:
-        ModelError: a base that transformers loaded quantised.
+        ModelError: transformers loaded the base quantised.
     """
-    refuse_quantised(base)
+    check_not_quantised(base)
     base.requires_grad_(False).eval()
-    matrices = {id(matrix) for module in base.modules() for matrix in _matrices(module)}
+    matrices = {id(matrix) for module in base.modules() for matrix in _weight_matrices(module)}
     matrices.discard(id(word_embeddings(base).weight))
     for parameter in base.parameters():
         if parameter.is_floating_point():
@@ -135,57 +129,78 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
     return base
 
 
-def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    """A module's own parameters that only enter matrix products: the weights [out, in] of linear layers, [in, out] of
-    GPT-2's Conv1D, and experts' in one tensor [experts, …, …]. Routers are small, and some are to stay in fp32.
+def _weight_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield a module's own parameters that are used in matrix products only: the weights [out, in] of linear layers,
+    [in, out] of GPT-2's Conv1D, and those of experts in one tensor [experts, …, …]. Routers are left out: they are
+    small, and some models require them in fp32.
 
-    transformers' grouped product of experts is not under autocast: it takes the dtype of its weights, which is thereby
-    the compute dtype, as for all other products."""
+    transformers' grouped product over experts does not run under autocast but in the dtype of its weights, which is
+    therefore the compute dtype, as for all other products.
+    """
     if isinstance(module, nn.Linear | Conv1D):
         yield module.weight
     elif not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         yield from (p for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1)
 
 
-def place(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move `base` to a device in place, but for what is on the meta device."""
+def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move `base` to a device in place; tensors on the meta device stay there."""
     for tensor in (*base.parameters(), *base.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     return base
 
 
-def from_hub_or_folder(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
-    """What an Auto class of transformers loads from a folder or the hub.
+def check_not_quantised(base: PreTrainedModel) -> None:
+    """Refuse a base that transformers loaded quantised: casting its weights would lose their scales.
 
     Raises:
-        ModelError: `what` is not there or cannot be loaded.
+        ModelError: The base is quantised.
+    """
+    if getattr(base, "hf_quantizer", None) is not None:
+        name, method = str(base.name_or_path), getattr(base.hf_quantizer, "quantization_config", None)
+        raise _quantised_error(name, base.config.model_type, method or {})
+
+
+def _quantised_error(name: str, model_type: str, quantization: Any) -> ModelError:
+    given = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = getattr(given.get("quant_method"), "value", given.get("quant_method")) or "by an unknown method"
+    instead = ", which --load_in_4bit of train.py and infer.py quantises as it loads it"
+    return ModelError(
+        f"{name}: its weights are stored quantised ({method}), and prompts are learned over weights that are not; give "
+        f"--model_name_or_path the unquantised base{instead if model_type == 'bloom' else ''}"
+    )
+
+
+def _from_pretrained(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
+    """Call an Auto class's `from_pretrained` on a folder or a hub id.
+
+    Args:
+        what: What is loaded, for error messages.
+
+    Raises:
+        ModelError: It does not exist or cannot be loaded.
     """
     from transformers.utils import logging
 
-    looked = ""
+    searched = ""
     if not os.path.isdir(name_or_path):
-        place = os.path.abspath(name_or_path)
-        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or os.path.exists(place):
+        folder = os.path.abspath(name_or_path)
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or os.path.exists(folder):
             raise ModelError(
-                f"{what} {name_or_path!r}: no such folder (looked for {place}); give --model_name_or_path a folder or "
+                f"{what} {name_or_path!r}: no such folder (looked for {folder}); give --model_name_or_path a folder or "
                 "a hub id"
             )
-        looked = f", neither from the folder {place}, which is not there, nor from the hub"
+        searched = f", neither from the folder {folder}, which is not there, nor from the hub"
         hub.check_reachable()
     logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
-    except Exception as error:  # OSError, ValueError, safetensors' and huggingface_hub's own: all mean the same here
+    except Exception as error:  # OSError, ValueError, and safetensors' and huggingface_hub's own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         was_read = isinstance(error, ValueError | KeyError | ImportError) and not isinstance(error, OSError)
-        if not looked or was_read:  # no hub would help
+        if not searched or was_read:  # the hub would not help
             raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason}") from None
-        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{looked}: {reason} ({hub.advice()})") from None
+        raise ModelError(f"{what} {name_or_path!r} cannot be loaded{searched}: {reason} ({hub.advice()})") from None
     finally:
         logging.enable_progress_bar()
-
-
-def base_path(name: str) -> str:
-    """Where a base is loaded from: `mini` is this package's own, all else a folder or a hub id."""
-    return str(BASE_DIR) if name == "mini" else name

@@ -1,4 +1,4 @@
-"""The device and the dtype in which matrix products are computed."""
+"""The device and the compute dtype: that of matrix products."""
 
 import torch
 
@@ -6,10 +6,10 @@ from softprompt.utils.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` → a device that is there.
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` names; `auto` is CUDA where available.
 
     Raises:
-        ConfigError: CUDA asked for where there is none, or a card of a number that is not there.
+        ConfigError: CUDA is not available, or has no device with this index.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,13 +19,18 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}: torch finds no CUDA device here; use --device cpu or a CUDA build of torch"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0"
+        )
     return device
 
 
 def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) -> torch.dtype:
-    """The dtype of matrix products: what is asked for; else fp32 on the CPU, and on CUDA bf16 where the card has it,
-    else fp16. Saying `false` to one of them without saying `true` to the other asks for fp32."""
+    """Return the dtype of matrix products.
+
+    That is bf16 or fp16 if one is True, and fp32 if one is False and none is True. If both are None it is fp32 on the
+    CPU; on CUDA bf16 if the GPU supports it in hardware, else fp16.
+    """
     if bf16 or fp16:
         return torch.bfloat16 if bf16 else torch.float16
     if device.type == "cpu" or bf16 is False or fp16 is False:
@@ -34,5 +39,5 @@ def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) ->
 
 
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `compute_dtype`; nothing is cast where that is fp32."""
+    """Return a context in which matrix products run in `compute_dtype`; for fp32 it does nothing."""
     return torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32)

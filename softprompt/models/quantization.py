@@ -1,12 +1,14 @@
-"""Blocks whose linear layers are kept in 8 or 4 bit and become weights again whenever something passes through them.
+"""`--load_in_8bit` and `--load_in_4bit`: the linear layers of BLOOM's blocks are stored in 8 or 4 bits and dequantised,
+one block at a time, whenever a pass needs them.
 
-The formats are bitsandbytes', under the names that transformers has for them. `load_in_8bit`: a row is int8 times its
-largest value ÷ 127 (Dettmers et al. 2022, arXiv:2208.07339, without its second product for outliers). `load_in_4bit`:
-blocks of 64 values are NF4, their largest values 8 bit in turn (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes
-has both for CPUs and for CUDA; torchao, the other choice, has NF4 as a prototype and a 4-bit kernel for each device.
+The formats are bitsandbytes', under transformers' names for them. `load_in_8bit`: each row is int8 times its absolute
+maximum ÷ 127 (Dettmers et al. 2022, arXiv:2208.07339, without the separate product for outliers). `load_in_4bit`: NF4
+in blocks of 64 values, whose absolute maxima are themselves quantised to 8 bits (Dettmers et al. 2023,
+arXiv:2305.14314). bitsandbytes has both for CPU and for CUDA; torchao has NF4 only as a prototype and a different 4-bit
+kernel per device.
 
-Products run in the compute dtype on the weights that come out, there and back, so the prompt's gradient is exactly that
-of a base with these weights; embeddings, head, layer norms and biases are as they were.
+Matrix products run in the compute dtype on the dequantised weights, in forward and backward, so the prompt's gradient
+is exactly that of a base with the dequantised weights. Embeddings, head, layer norms and biases are not quantised.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,20 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.models.bloom_weights import MODULES, BlockWeights, LinearParams, NonBlockWeights, is_bloom
-from softprompt.models.loading import freeze, place, read_base
+from softprompt.models.bloom_weights import BLOCK_MODULES, BlockWeights, LinearParams, NonBlockWeights, is_bloom
+from softprompt.models.loading import freeze, move_to_device, read_base
 from softprompt.utils.errors import ConfigError
 
 
 class QuantizedTensor(NamedTuple):
-    """A weight [out, in] as `codes`: int8 [out, in] beside the rows' largest values [out] fp32, or NF4, two values a
-    byte, beside bitsandbytes' own state."""
+    """A quantised weight [out, in].
+
+    In 8 bits: `codes` int8 [out, in], `state` the rows' absolute maxima [out] fp32. In 4 bits: `codes` with two NF4
+    values per byte, `state` bitsandbytes' QuantState.
+    """
 
     codes: Tensor
     state: Any
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """[out, in]"""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [out, in] in `dtype`."""
         functional = _functional()
         if self.codes.dtype is torch.int8:
             return functional.int8_vectorwise_dequant(self.codes, self.state).to(dtype)
@@ -43,7 +48,8 @@ class QuantizedTensor(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """The weights of all linear layers of a base's blocks, by block and module: `3.mlp.dense_4h_to_h`."""
+    """The quantised weights of all linear layers of a base's blocks, by block and module, as in
+    `3.mlp.dense_4h_to_h`."""
 
     bits: int
     weights: dict[str, QuantizedTensor]
@@ -54,11 +60,11 @@ class QuantizedBlocks(NamedTuple):
 
 
 def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> QuantizedBlocks:
-    """Round the weights of a BLOOM's blocks, one after the other on `device`. In `base` itself they are on the meta
-    device from then on: shapes without values.
+    """Quantise the linear layers of a BLOOM's blocks, one after the other on `device`. In `base` they are replaced by
+    tensors on the meta device.
 
     Raises:
-        ConfigError: no BLOOM, or bitsandbytes is not installed.
+        ConfigError: The base is no BLOOM, or bitsandbytes is not installed.
     """
     if not is_bloom(base.config):
         sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
@@ -66,50 +72,54 @@ def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> Q
             f"--load_in_{bits}bit is for BLOOM, and {base.name_or_path} is of type {base.config.model_type}{sliced}; "
             "leave it out"
         )
-    functional, rounded = _functional(), {}
+    functional, quantised = _functional(), {}
     for i, block in enumerate(base.transformer.h):
-        for name in MODULES:
+        for name in BLOCK_MODULES:
             module = block.get_submodule(name)
             if isinstance(module, nn.Linear):
                 weight = module.weight.detach().to(device, torch.float32)
-                rounded[f"{i}.{name}"] = QuantizedTensor(
+                quantised[f"{i}.{name}"] = QuantizedTensor(
                     *functional.int8_vectorwise_quant(weight)[:2]
                     if bits == 8
                     else functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
                 )
                 module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
-    return QuantizedBlocks(bits, rounded)
+    return QuantizedBlocks(bits, quantised)
 
 
 def load_quantized(
     name_or_path: str, bits: int, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[PreTrainedModel, QuantizedBlocks]:
-    """As `model.load_base`, its blocks rounded.
+    """Load a base as `loading.load_base` does, and quantise its blocks.
 
     Raises:
-        ModelError, ConfigError: as of `model.read_base` and `quantize_blocks`.
+        ModelError: See `loading.read_base`.
+        ConfigError: See `quantize_blocks`.
     """
     base = read_base(name_or_path)
     quantised = quantize_blocks(base, bits, device)
-    return place(freeze(base, compute_dtype), device), quantised
+    return move_to_device(freeze(base, compute_dtype), device), quantised
 
 
 class QuantizedWeights(NonBlockWeights):
-    """All in the memory of one device, the blocks' linear layers in 8 or 4 bit."""
+    """`BloomWeights` in the memory of one device, the blocks' linear layers in 8 or 4 bits."""
 
     def __init__(self, base: PreTrainedModel, quantised: QuantizedBlocks, compute_dtype: torch.dtype):
-        """base: one that `quantize_blocks` went over, frozen."""
+        """
+        Args:
+            base: The frozen base whose blocks `quantize_blocks` replaced.
+        """
         super().__init__(base, compute_dtype)
-        self._blocks, self._rounded, self._dtype = base.transformer.h, quantised.weights, compute_dtype
-        one_layer = compute_dtype.itemsize * 12 * self.shape.H**2
-        self.own_bytes += quantised.nbytes + 2 * one_layer
+        self._blocks, self._quantised, self._dtype = base.transformer.h, quantised.weights, compute_dtype
+        one_block = compute_dtype.itemsize * 12 * self.shape.H**2
+        self.extra_bytes += quantised.nbytes + 2 * one_block
 
-    def through(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        return (BlockWeights(*(self._affine(i, name) for name in MODULES)) for i in order)
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        return (BlockWeights(*(self._linear_params(i, name) for name in BLOCK_MODULES)) for i in order)
 
-    def _affine(self, i: int, name: str) -> LinearParams:
-        module, rounded = self._blocks[i].get_submodule(name), self._rounded.get(f"{i}.{name}")
-        weight = module.weight.detach() if rounded is None else rounded.weight(self._dtype)
+    def _linear_params(self, i: int, name: str) -> LinearParams:
+        module, quantised = self._blocks[i].get_submodule(name), self._quantised.get(f"{i}.{name}")
+        weight = module.weight.detach() if quantised is None else quantised.dequantize(self._dtype)
         return LinearParams(weight, module.bias.detach())
 
 

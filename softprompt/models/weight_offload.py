@@ -1,4 +1,4 @@
-"""Blocks that are read from their files whenever something passes through them: two in memory, the rest on the disk."""
+"""`--stream_base`: a BLOOM whose blocks stay in their files and are read, one at a time, whenever a pass needs them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,83 +7,93 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.models.bloom_weights import MODULES, BlockWeights, LinearParams, NonBlockWeights
+from softprompt.models.bloom_weights import BLOCK_MODULES, BlockWeights, LinearParams, NonBlockWeights
 from softprompt.utils.safetensors_io import StoredTensor
 
 
 class StreamedWeights(NonBlockWeights):
-    """All but the blocks in memory, and two buffers of a block each: a thread reads the next block into one of them
-    while the other is computed with. What is in a buffer is not read again, so an order that turns round, there and
-    back, finds the two blocks at each end in memory."""
+    """`BloomWeights` with two block buffers: while one is computed with, a thread reads the next block into the other.
+
+    A block that a buffer holds is not read again. So a forward pass that is followed by a backward pass reads the last
+    two blocks once, and the next window finds the first two in memory.
+    """
 
     def __init__(self, base: PreTrainedModel, blocks: Mapping[str, StoredTensor], compute_dtype: torch.dtype):
-        """base: a hollow one (see `hollow.MetaModel`), frozen."""
+        """
+        Args:
+            base: A frozen BLOOM with its blocks on the meta device (see `meta_loading.MetaModel`).
+            blocks: Where the blocks' tensors are stored, by their names in `base`.
+        """
         super().__init__(base, compute_dtype)
-        like = [p.detach() for m in MODULES for p in base.transformer.h[0].get_submodule(m).parameters()]
+        like = [p.detach() for m in BLOCK_MODULES for p in base.transformer.h[0].get_submodule(m).parameters()]
         stored = [
-            [blocks[f"transformer.h.{i}.{module}.{name}"] for module in MODULES for name in LinearParams._fields]
+            [blocks[f"transformer.h.{i}.{module}.{name}"] for module in BLOCK_MODULES for name in LinearParams._fields]
             for i in range(self.shape.L)
         ]
-        self._slots = [_Slot(like, stored, self.head.device) for _ in range(2)]
+        self._buffers = [_BlockBuffer(like, stored, self.head.device) for _ in range(2)]
         self._reader = ThreadPoolExecutor(1, "blocks")
-        self.own_bytes += sum(slot.own_bytes for slot in self._slots)
+        self.extra_bytes += sum(buffer.num_bytes for buffer in self._buffers)
 
-    def through(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        """Raises TrainingError where a file cannot be read any more."""
-        slot: _Slot | None = None
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        """Yield the blocks with these indices; see `BloomWeights.iter_layers`.
+
+        Raises:
+            TrainingError: A file can no longer be read.
+        """
+        buffer: _BlockBuffer | None = None
         for at, i in enumerate(order):
-            slot = self._slot(i, slot)
-            layer = slot.layer()
-            for after in order[at + 1 : at + 2]:
-                self._slot(after, slot)
-            yield layer
+            buffer = self._buffer_for(i, buffer)
+            block = buffer.wait()
+            for following in order[at + 1 : at + 2]:
+                self._buffer_for(following, buffer)
+            yield block
 
-    def _slot(self, i: int, busy: "_Slot | None") -> "_Slot":
-        """The buffer that has block i or will have it; one that is busy is not given to another block."""
-        for slot in self._slots:
-            if slot.number == i:
-                return slot
-        slot = next(slot for slot in self._slots if slot is not busy)
-        slot.begin(self._reader, i)
-        return slot
+    def _buffer_for(self, i: int, in_use: "_BlockBuffer | None") -> "_BlockBuffer":
+        """Return the buffer that holds or is reading block i; otherwise start reading it into the buffer not in use."""
+        for buffer in self._buffers:
+            if buffer.index == i:
+                return buffer
+        buffer = next(buffer for buffer in self._buffers if buffer is not in_use)
+        buffer.start_reading(self._reader, i)
+        return buffer
 
 
-class _Slot:
-    """A buffer for a block's tensors: weights of linear layers in the compute dtype, all else fp32. On CUDA there are
-    two, one of them in pinned memory, from which the reading thread copies."""
+class _BlockBuffer:
+    """Memory for one block's tensors: weights of linear layers in the compute dtype, all else fp32. On CUDA there is a
+    second copy in pinned host memory, from which the reading thread copies to the device."""
 
     def __init__(self, like: Sequence[Tensor], stored: Sequence[Sequence[StoredTensor]], device: torch.device):
         cuda = device.type == "cuda"
-        self.number: int | None = None
+        self.index: int | None = None
         self.stored, self._reading = stored, Future[None]()
         self._reading.set_result(None)
         self.host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda) for t in like]
         self.device = [torch.empty_like(t, device=device) for t in self.host] if cuda else self.host
-        self.copying = torch.cuda.Stream(device) if cuda else None
-        self.own_bytes = sum(t.nbytes for t in self.device)
+        self.copy_stream = torch.cuda.Stream(device) if cuda else None
+        self.num_bytes = sum(t.nbytes for t in self.device)
 
-    def begin(self, reader: ThreadPoolExecutor, i: int) -> None:
-        """Let block i be read over what is here, which nothing that is computed from now on will use."""
-        self._reading.exception()  # of a block that nobody came for, or that could not be read
-        self.number = i
-        used = torch.cuda.current_stream(self.copying.device).record_event() if self.copying else None
-        self._reading = reader.submit(self._read, i, used)
+    def start_reading(self, reader: ThreadPoolExecutor, i: int) -> None:
+        """Start reading block i over the present one. Work that was already queued on the device may still use that."""
+        self._reading.exception()  # wait for a read whose block was not asked for, or that failed
+        self.index = i
+        last_use = torch.cuda.current_stream(self.copy_stream.device).record_event() if self.copy_stream else None
+        self._reading = reader.submit(self._read, i, last_use)
 
-    def layer(self) -> BlockWeights:
-        """The block, once it is here."""
+    def wait(self) -> BlockWeights:
+        """Wait until the block has been read, and return it."""
         try:
             self._reading.result()
         except BaseException:
-            self.number = None
+            self.index = None
             raise
         return BlockWeights(*(LinearParams(*pair) for pair in zip(self.device[::2], self.device[1::2], strict=True)))
 
-    def _read(self, i: int, used: torch.cuda.Event | None) -> None:
+    def _read(self, i: int, last_use: torch.cuda.Event | None) -> None:
         for stored, target in zip(self.stored[i], self.host, strict=True):
             stored.read_into(target)
-        if self.copying and used:
-            self.copying.wait_event(used)
-            with torch.cuda.stream(self.copying):
+        if self.copy_stream and last_use:
+            self.copy_stream.wait_event(last_use)
+            with torch.cuda.stream(self.copy_stream):
                 for source, target in zip(self.host, self.device, strict=True):
                     target.copy_(source, non_blocking=True)
-            self.copying.synchronize()
+            self.copy_stream.synchronize()

@@ -17,7 +17,7 @@ from softprompt.data.tokenization import Example, Tokenized, end_tokens
 from softprompt.evaluation.evaluator import answer_ids, question_ids
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
-from softprompt.models.capabilities import why_no_answers
+from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_io import PROMPT_KEY
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts
@@ -112,7 +112,7 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
         found["new_tokens"] = NEW_TOKENS
     else:
         streamed = "each generated token would read or gather the whole base once more"
-        return {**found, "left_out": why_no_answers(run.setup.base) or streamed}
+        return {**found, "left_out": why_not_generate(run.setup.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
         question, expected = (_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         expected += "…" if cut_off else ""

@@ -20,14 +20,14 @@ from softprompt.data.dataset import Row
 from softprompt.data.tokenization import Example, Tokenized
 from softprompt.engines.factory import trains_packed
 from softprompt.models.capabilities import (
-    Extent,
-    check_extent,
-    check_start,
-    check_takes_prompt,
+    RowMaxima,
+    build_on_meta_device,
+    check_init_text,
+    check_rows_fit,
+    check_supports_prompt,
     check_vocabulary,
-    on_meta_device,
 )
-from softprompt.models.loading import base_config, base_path, load_tokenizer, weight_files
+from softprompt.models.loading import base_path, load_config, load_tokenizer, weight_files
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initialiser
 from softprompt.runs.crash_report import Failure, failure
@@ -62,11 +62,11 @@ class CellInputs:
     held_out: Sequence[Example]
     held_out_rows: list[Row]
     held_out_missing: Sequence[int]
-    extent: Extent
+    extent: RowMaxima
     fingerprints: dict[str, str]
 
 
-NO_INPUTS = CellInputs(None, None, [], [], [], [], Extent(0, 0), {})
+NO_INPUTS = CellInputs(None, None, [], [], [], [], RowMaxima(0, 0), {})
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _InputCache:
             self.tokenized[key] = self._tokenize(cell, tokenizer)
         train, held_out, held_out_rows, of_rows = self.tokenized[key]
         held = (held_out.examples, held_out_rows, held_out.missing) if held_out else ([], [], [])
-        extent = Extent.of(*(some.examples for some in (train, held_out) if some))
+        extent = RowMaxima.of(*(some.examples for some in (train, held_out) if some))
         return CellInputs(base, tokenizer, train.examples, *held, extent, {**fingerprints, "dataset": of_rows})
 
     def _tokenize(self, cell: Cell, tokenizer: Any) -> _TokenizedRows:
@@ -217,7 +217,7 @@ def _inputs_exist(cell: Cell) -> bool:
 def _read_base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
     """Return a base on the meta device, its tokenizer, and the fingerprints of the tokenizer and the base's files."""
     path = base_path(name)
-    config = base_config(path)
+    config = load_config(path)
     tokenizer = load_tokenizer(path)
     files = weight_files(path)
     if not files and Path(path).is_dir():
@@ -226,8 +226,8 @@ def _read_base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
         "tokenizer": fingerprint_of_tokenizer(tokenizer),
         "base": fingerprint_of_stored_base(config, files),
     }
-    base = on_meta_device(config, name)
-    check_takes_prompt(base, name)
+    base = build_on_meta_device(config, name)
+    check_supports_prompt(base, name)
     check_vocabulary(tokenizer, base, name)
     return base, tokenizer, fingerprints
 
@@ -238,8 +238,8 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
     if not inputs.held_out:
         raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
     initialiser(cell.config, inputs.tokenizer, len(inputs.tokenizer))
-    check_start(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
-    check_extent(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
+    check_init_text(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
+    check_rows_fit(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
     if cell.rows and cell.rows > len(inputs.examples):
         available = f"{len(inputs.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {available} that can be trained on")

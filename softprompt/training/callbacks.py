@@ -12,7 +12,7 @@ import torch
 from softprompt.data.tokenization import end_tokens
 from softprompt.distributed.process_group import StopSource, World
 from softprompt.evaluation.evaluator import Evaluation
-from softprompt.models.capabilities import why_no_answers
+from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
@@ -109,7 +109,7 @@ class RunCallbacks:
         self.state = state_files(
             state,
             {
-                "engine": self.setup.engine.state(),
+                "engine": self.setup.engine.state_dict(),
                 "totals": asdict(replace(self.log.totals, runtime=self._runtime())),
                 "best": asdict(self.best),
                 "arguments": self.config.as_dict(),
@@ -144,7 +144,7 @@ class RunCallbacks:
         if self.world.is_main:
             self.writer.write_results({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        no_answers = why_no_answers(self.setup.base)
+        no_answers = why_not_generate(self.setup.base)
         return Run(self.setup, metrics, size, question, self.before, after, no_answers=no_answers)
 
     def _first_question(self) -> FirstQuestion | None:

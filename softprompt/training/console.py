@@ -14,7 +14,7 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import never_written
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
-from softprompt.engines.padded import SoftPromptedModel
+from softprompt.engines.padded import PromptTunedModel
 from softprompt.training.loop import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
@@ -65,7 +65,7 @@ def print_answer_end(end: str | None, tokenizer: Any) -> None:
         print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
 
 
-def print_model(config: TrainConfig, model: SoftPromptedModel, engine: Engine) -> None:
+def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) -> None:
     if config.model.print_model:
         print(model)
     print(model.trainable_parameters_line())

@@ -11,7 +11,7 @@ import torch
 from softprompt.config.loader import TrainConfig
 from softprompt.data.sampler import steps_per_epoch
 from softprompt.distributed.process_group import World, process_group
-from softprompt.engines.memory_estimate import GIB, held_bytes
+from softprompt.engines.memory_estimate import GIB, resident_bytes
 from softprompt.training.determinism import deterministic
 from softprompt.training.loop import make_optimizer, optimizer_step
 from softprompt.training.lr_finder import sweep_steps
@@ -39,7 +39,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     in_all = round(each * _rows_in_all(total, n, rows))
     with deterministic(config.training.deterministic):
         speed = measured_speed(setup)
-    held = held_bytes(base)
+    held = resident_bytes(base)
     heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = setup.engine.activation_bytes(len(prompt), heaviest)
     lines = [

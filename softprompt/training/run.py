@@ -10,7 +10,7 @@ import torch
 from softprompt.config.loader import TrainConfig
 from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
-from softprompt.engines.padded import SoftPromptedModel
+from softprompt.engines.padded import PromptTunedModel
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.train_state import way_on
@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     base = freeze_base(start.config, base)
     prompt = start_prompt(start, data, base.model)
     engine, generator = make_engines(start.config, base, data.tokenizer, len(prompt.weight), world)
-    print_model(start.config, SoftPromptedModel(prompt, base.model), engine)
+    print_model(start.config, PromptTunedModel(prompt, base.model), engine)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
     evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     return Setup(start, output_dir, data, base.model, prompt, engine, evaluator)

@@ -21,9 +21,23 @@ from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
-from softprompt.models.capabilities import Extent, check_extent, check_start, check_vocabulary, why_no_answers
-from softprompt.models.fsdp import Shards, shard
-from softprompt.models.loading import base_config, base_path, freeze, load_tokenizer, place, read_base, weight_files
+from softprompt.models.capabilities import (
+    RowMaxima,
+    check_init_text,
+    check_rows_fit,
+    check_vocabulary,
+    why_not_generate,
+)
+from softprompt.models.fsdp import ShardedBlocks, shard_blocks
+from softprompt.models.loading import (
+    base_path,
+    freeze,
+    load_config,
+    load_tokenizer,
+    move_to_device,
+    read_base,
+    weight_files,
+)
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, quantize_blocks
@@ -105,7 +119,7 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
         print("--shard_base: there is one process, which holds the whole base")
     if check and world.is_main:
         check(config, output_dir)
-    base_config(_path_of_base(config))
+    load_config(_path_of_base(config))
     return output_dir
 
 
@@ -163,7 +177,7 @@ def freeze_base(config: TrainConfig, base: Base) -> Base:
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     quantized = quantize_blocks(base.model, bits, device) if bits else None
-    model = place(freeze(base.model, dtype), device)
+    model = move_to_device(freeze(base.model, dtype), device)
     return base._replace(model=model, blocks=quantized or base.blocks)
 
 
@@ -176,11 +190,11 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     """
     config = start.config
     check_vocabulary(data.tokenizer, base, _path_of_base(config))
-    check_start(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
+    check_init_text(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
     saved = load_adapter(start.checkpoint).prompt if start.checkpoint else None
     values = initial_prompt(config, data.tokenizer, base) if saved is None else saved
-    extent = Extent.of(*(some.examples for some in (data.train, data.held_out) if some))
-    check_extent(base, len(values), config.data.max_length, extent, streamed=data.streamed)
+    extent = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
+    check_rows_fit(base, len(values), config.data.max_length, extent, streamed=data.streamed)
     return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
 
 
@@ -193,13 +207,13 @@ def make_engines(
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     sharded = isinstance(base.blocks, Mapping) and _is_sharded(config, world)
-    blocks = shard(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
+    blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
     engine = make_engine(config, base.model, tokenizer, dtype, P, blocks)
     generator = None if config.model.stream_base else make_generator(engine, base.model, tokenizer)
     if world.size == 1:
         return engine, generator
-    rest = [blocks.rest] if isinstance(blocks, Shards) else []
-    return DataParallelEngine(engine, world, *rest), generator and DataParallelGenerator(generator, world, *rest)
+    join = [blocks.join] if isinstance(blocks, ShardedBlocks) else []
+    return DataParallelEngine(engine, world, *join), generator and DataParallelGenerator(generator, world, *join)
 
 
 def make_evaluator(
@@ -215,7 +229,7 @@ def make_evaluator(
     if config.model.stream_base:
         print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
     elif generator is None:
-        print(f"held-out rows: loss and perplexity alone; {why_no_answers(base)}")
+        print(f"held-out rows: loss and perplexity alone; {why_not_generate(base)}")
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
     evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)

@@ -14,7 +14,7 @@ def layers_and_heads(config: Any) -> tuple[int, int]:
     A number is 1 if the base has none (Mamba, RWKV) or a different one in each layer: PEFT's configuration needs an
     integer, but prompt tuning does not use it.
     """
-    found = [_number(text_config(config), name) for name in ("num_hidden_layers", "num_attention_heads")]
+    found = [_positive_int(text_config(config), name) for name in ("num_hidden_layers", "num_attention_heads")]
     return found[0] or 1, found[1] or 1
 
 
@@ -22,12 +22,12 @@ def peft_sizes(config: Any) -> dict[str, int | None]:
     """Return the same two numbers by PEFT's names; None where the configuration has no single integer."""
     text = text_config(config)
     return {
-        "num_layers": _number(text, "num_hidden_layers"),
-        "num_attention_heads": _number(text, "num_attention_heads"),
+        "num_layers": _positive_int(text, "num_hidden_layers"),
+        "num_attention_heads": _positive_int(text, "num_attention_heads"),
     }
 
 
-def _number(config: Any, name: str) -> int | None:
+def _positive_int(config: Any, name: str) -> int | None:
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # raised by transformers if the layers differ

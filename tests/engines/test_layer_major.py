@@ -1,4 +1,4 @@
-"""Layer by layer is the packed engine's result to the bit, from wherever the layers come and wherever borders go."""
+"""Layer by layer is the packed engine's result to the bit, from wherever the layers come and wherever store go."""
 
 import os
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from softprompt.data.tokenization import Example
 from softprompt.engines.activation_offload import ActivationStore
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.models.bloom_weights import ResidentWeights
@@ -25,11 +26,11 @@ EMPTY = Example([5, 6, 7], [-100] * 3)
 
 
 def row_major(base, dtype=FP32, tokens=64):
-    return PackedEngine(ResidentWeights(base, dtype), tokens, gradient_checkpointing=True)
+    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), gradient_checkpointing=True), tokens)
 
 
-def layer_major(weights, folder, tokens=64, most_bytes=1 << 30):
-    return PackedEngine(weights, tokens, True, LayerMajor(weights, most_bytes, folder))
+def layer_major(weights, folder, tokens=64, max_bytes=1 << 30):
+    return PackedEngine(LayerMajor(weights, max_bytes, folder), tokens)
 
 
 def stream(folder, dtype=FP32):
@@ -44,15 +45,15 @@ def alike(engine, other, values, rows):
     for prompt in (values, None):
         total, count = engine.evaluate(prompt, rows)
         assert (total.item(), count) == (other.evaluate(prompt, rows)[0].item(), other.evaluate(prompt, rows)[1])
-        assert engine.losses(prompt, rows) == other.losses(prompt, rows)
+        assert engine.row_losses(prompt, rows) == other.row_losses(prompt, rows)
 
 
 @SOME
 @given(BASES, ROWS, st.integers(1, 40), st.integers(1, 90), st.sampled_from([0, 700, 1 << 30]), st.booleans())
-def test_every_bit_of_loss_and_gradient(tmp_path_factory, base, rows, P, tokens, most_bytes, bf16):
+def test_every_bit_of_loss_and_gradient(tmp_path_factory, base, rows, P, tokens, max_bytes, bf16):
     dtype = BF16 if bf16 else FP32
     values, base = prompt_like(base, P), freeze(base, dtype)
-    engine = layer_major(ResidentWeights(base, dtype), tmp_path_factory.getbasetemp(), tokens, most_bytes)
+    engine = layer_major(ResidentWeights(base, dtype), tmp_path_factory.getbasetemp(), tokens, max_bytes)
     alike(engine, row_major(base, dtype, tokens), values, [*rows, EMPTY])
 
 
@@ -125,8 +126,8 @@ def test_a_window_reads_each_block_once_there_and_once_back(L, reads, tmp_path):
 def test_no_more_than_two_blocks_are_held(tmp_path):
     make_bloom(n_layer=7).save_pretrained(tmp_path)
     weights = stream(tmp_path)
-    places = {layer.dense_h_to_4h.weight.data_ptr() for layer in weights.through([*range(7), *reversed(range(7))])}
-    assert len(places) == 2 and weights.own_bytes == 2 * sum(
+    places = {layer.dense_h_to_4h.weight.data_ptr() for layer in weights.iter_layers([*range(7), *reversed(range(7))])}
+    assert len(places) == 2 and weights.extra_bytes == 2 * sum(
         p.nbytes for p in make_bloom().transformer.h[0].parameters()
     )
 
@@ -145,28 +146,28 @@ def test_out_of_memory_cuts_finer_and_begins_anew(tiny_base, tmp_path, capsys):
     weights.embed = embed
     engine = layer_major(weights, tmp_path, 100, 0)
     mean, same = ours(engine, values, rows)
-    assert mean == expected and torch.equal(same, gradient) and engine.state() == {"tokens_per_microbatch": 25}
+    assert mean == expected and torch.equal(same, gradient) and engine.state_dict() == {"tokens_per_microbatch": 25}
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_borders_are_given_back_as_they_were(tmp_path):
+def test_store_are_given_back_as_they_were(tmp_path):
     draw = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(n % 5, 3, generator=draw, dtype=FP64 if n % 2 else FP32) for n in range(20)}
-    with ActivationStore(200, tmp_path) as borders:
+    with ActivationStore(200, tmp_path) as store:
         for _ in range(3):
             for n, tensor in tensors.items():
-                borders.put(n, tensor)
-            size = os.fstat(borders._file.fileno()).st_size
+                store.put(n, tensor)
+            size = os.fstat(store._file.fileno()).st_size
             for n, tensor in reversed(tensors.items()):
-                assert torch.equal(borders.look(n), tensor) and torch.equal(borders.take(n), tensor)
-        assert os.fstat(borders._file.fileno()).st_size == size and borders._bytes == 0
+                assert torch.equal(store.get(n), tensor) and torch.equal(store.pop(n), tensor)
+        assert os.fstat(store._file.fileno()).st_size == size and store._bytes == 0
         assert not list(tmp_path.iterdir()), "the file has a name"
 
 
-def test_no_place_for_borders(tmp_path):
+def test_no_place_for_store(tmp_path):
     (tmp_path / "file").touch()
     with (
-        ActivationStore(0, tmp_path / "file") as borders,
+        ActivationStore(0, tmp_path / "file") as store,
         pytest.raises(TrainingError, match=r"--offload_folder .*file: no place for activations"),
     ):
-        borders.put(1, torch.ones(3))
+        store.put(1, torch.ones(3))

@@ -12,10 +12,11 @@ from transformers import AutoConfig, BloomForCausalLM
 from softprompt import mini
 from softprompt.data.tokenization import Example
 from softprompt.engines import linear_cross_entropy as loss
+from softprompt.engines import padded
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
-from softprompt.models import loading as model
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze, load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -43,15 +44,16 @@ def engine_of(kind, dtype, tmp_path):
     weights = ResidentWeights(base, dtype)
     if kind == "padded":
         return PaddedEngine(base, load_tokenizer(str(mini.BASE_DIR)), 2, dtype)
-    schedule = LayerMajor(weights, 1 << 30, tmp_path) if kind == "layer by layer" else None
-    return PackedEngine(weights, 64, kind == "recomputed", schedule)
+    if kind == "layer by layer":
+        return PackedEngine(LayerMajor(weights, 1 << 30, tmp_path), 64)
+    return PackedEngine(MicrobatchMajor(weights, kind == "recomputed"), 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["packed", "recomputed", "layer by layer", "padded"])
 def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, monkeypatch):
     monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
-    monkeypatch.setattr(model, "autocast", lambda *args: nullcontext())  # which knows no "meta"
+    monkeypatch.setattr(padded, "autocast", lambda *args: nullcontext())  # which knows no "meta"
     engine = engine_of(kind, dtype, tmp_path)
     prompt = PromptEmbedding(torch.zeros(10, 128)).to("meta")
     with Watching():

@@ -18,6 +18,7 @@ from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import bloom
 from softprompt.engines import linear_cross_entropy as loss
 from softprompt.engines import prefix_attention as attention
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
 from softprompt.engines.prefix_attention import causal_alibi, group_rows
@@ -28,7 +29,7 @@ from softprompt.utils.errors import TrainingError
 
 
 def packed(base, dtype=FP32, tokens=64, checkpointing=False):
-    return PackedEngine(ResidentWeights(base, dtype), tokens, checkpointing)
+    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), checkpointing), tokens)
 
 
 def test_a_rank_without_rows_needs_memory_too():
@@ -50,7 +51,9 @@ def one_group_for_all(lengths, device):
 @MANY
 @given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90), st.booleans(), st.booleans())
 def test_loss_and_gradient_are_the_plain_forwards(base, rows, P, tokens, checkpointing, padded_groups):
-    base = freeze(base, FP32)
+    """Equal within 1e-5. A rare base is so ill-conditioned that transformers' own fp32 gradient is off by that much;
+    there the packed engine's must be within 1e-5 of the gradient in double precision."""
+    exact_base, base = copy.deepcopy(base), freeze(base, FP32)
     values = prompt_like(base, P).requires_grad_()
     expected = naive_loss(base, values, rows)
     expected.backward()
@@ -59,7 +62,9 @@ def test_loss_and_gradient_are_the_plain_forwards(base, rows, P, tokens, checkpo
             patch.setattr(bloom, "group_rows", one_group_for_all)
         mean, gradient = ours(packed(base, FP32, tokens, checkpointing), values.detach(), rows)
     assert mean == pytest.approx(expected.item(), rel=1e-5)
-    assert relative(gradient, values.grad) < 1e-5
+    if relative(gradient, values.grad) >= 1e-5:
+        _, truth = exact_loss_and_gradient(exact_base, values.detach(), rows)
+        assert relative(gradient.double(), truth) < 1e-5
 
 
 def exact_gelu(self, x):
@@ -76,13 +81,10 @@ def exact_alibi(attention_mask, num_heads, dtype):
     return alibi.reshape(-1, 1, attention_mask.shape[1]).to(dtype)
 
 
-@MANY
-@given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90))
-def test_in_double_precision(base, rows, P, tokens):
-    """transformers rounds two constants of its GELU at the ninth digit, and takes ALiBi and softmax in fp32 whatever
-    the dtype; the reference does not, else the two could not agree this far."""
-    base = base.double().requires_grad_(False)
-    values = prompt_like(base, P).requires_grad_()
+def exact_loss_and_gradient(base, values, rows):
+    """Those of transformers' forward in fp64, without what it rounds whatever the dtype: two constants of its GELU at
+    the ninth digit, and ALiBi and softmax in fp32."""
+    base, values = base.double().requires_grad_(False), values.double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.models.bloom.modeling_bloom.BloomGelu.forward", exact_gelu)
         patch.setattr("transformers.models.bloom.modeling_bloom.build_alibi_tensor", exact_alibi)
@@ -90,9 +92,18 @@ def test_in_double_precision(base, rows, P, tokens):
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # naive_loss's log-softmax
         expected = naive_loss(base, values, rows)
         expected.backward()
-    mean, gradient = ours(packed(base, FP64, tokens), values.detach(), rows)
-    assert mean == pytest.approx(expected.item(), rel=1e-10)
-    assert relative(gradient, values.grad) < 1e-10
+    return expected.item(), values.grad
+
+
+@MANY
+@given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90))
+def test_in_double_precision(base, rows, P, tokens):
+    base = base.double().requires_grad_(False)
+    values = prompt_like(base, P)
+    expected, truth = exact_loss_and_gradient(base, values, rows)
+    mean, gradient = ours(packed(base, FP64, tokens), values, rows)
+    assert mean == pytest.approx(expected, rel=1e-10)
+    assert relative(gradient, truth) < 1e-10
 
 
 def autocast_peft(base, values, rows):
@@ -211,13 +222,13 @@ def test_out_of_memory_cuts_the_window_finer(capsys):
     base, rows = freeze(make_bloom(), FP32), random_examples(9, 12)
     values = prompt_like(base, 3)
     mean, gradient = ours(packed(base), values, rows)
-    engine = PackedEngine(Scarce(base, FP32, 25), 100)
+    engine = PackedEngine(MicrobatchMajor(Scarce(base, FP32, 25)), 100)
     again, same = ours(engine, values, rows)
     assert again == pytest.approx(mean, rel=1e-6) and relative(same, gradient) < 1e-5
-    assert engine.state() == {"tokens_per_microbatch": 25}
+    assert engine.state_dict() == {"tokens_per_microbatch": 25}
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "out of memory" in told[0] and "50 tokens" in told[0] and "25 tokens" in told[1]
-    engine.weights.most = 0
+    engine.schedule.weights.most = 0
     with pytest.raises(TrainingError, match=r"out of memory with one row of \d+ tokens .* a smaller --max_l"):
         engine.evaluate(values, rows)
 
@@ -229,7 +240,7 @@ def test_an_error_of_another_kind_is_not_repeated(monkeypatch):
         calls.append(ids)
         raise RuntimeError("something else")
 
-    engine.weights.embed = fail
+    engine.schedule.weights.embed = fail
     with pytest.raises(RuntimeError, match="something else"):
         engine.accumulate(PromptEmbedding(torch.ones(2, 32)), random_examples(3, 5), 1.0)
     assert len(calls) == 1
@@ -253,7 +264,7 @@ def test_a_packed_microbatch():
 
 def test_equal_rows_are_not_padded():
     cpu = torch.device("cpu")
-    assert [(g.rows, g.width, g.take) for g in group_rows([7, 7, 5, 2, 2, 2], cpu)] == [
+    assert [(g.rows, g.width, g.pad_index) for g in group_rows([7, 7, 5, 2, 2, 2], cpu)] == [
         (2, 7, None),
         (1, 5, None),
         (3, 2, None),
@@ -261,7 +272,7 @@ def test_equal_rows_are_not_padded():
     near = group_rows([8, 7, 6, 5, 2], torch.device("meta"))
     assert [(g.rows, g.width) for g in near] == [(3, 8), (1, 5), (1, 2)]
     group = one_group_for_all([3, 1], cpu)[0]
-    assert group.take.tolist() == [0, 1, 2, 3, 3, 3] and group.drop.tolist() == [0, 1, 2, 3]
+    assert group.pad_index.tolist() == [0, 1, 2, 3, 3, 3] and group.unpad_index.tolist() == [0, 1, 2, 3]
 
 
 def fused_and_plain(n, words, size, scale, dtype=FP64, elements=50):
@@ -380,13 +391,13 @@ def test_other_bases_take_the_padded_engine(tokenizer):
 
 
 def test_the_token_budget_follows_the_memory():
-    from softprompt.engines.memory_estimate import FEWEST_TOKENS, MOST_TOKENS, auto_tokens
-    from softprompt.models.bloom_weights import Shape
+    from softprompt.engines.memory_estimate import MAX_TOKENS, MIN_TOKENS, auto_tokens
+    from softprompt.models.bloom_weights import BloomShape
 
-    shape = Shape(24, 16, 128, 2048, 46145, 1e-5, False)
+    shape = BloomShape(24, 16, 128, 2048, 46145, 1e-5, False)
     cuda = torch.device("cuda")
     budgets = [auto_tokens(shape, BF16, 10, cuda, gib << 30) for gib in (4, 8, 16, 24, 80)]
-    assert budgets == sorted(budgets) and budgets[0] == FEWEST_TOKENS and budgets[-1] == MOST_TOKENS["cuda"]
+    assert budgets == sorted(budgets) and budgets[0] == MIN_TOKENS and budgets[-1] == MAX_TOKENS["cuda"]
     assert (
         auto_tokens(shape, BF16, 200, cuda, 16 << 30) <= budgets[2] < auto_tokens(shape, BF16, 10, cuda, 16 << 30, True)
     )

@@ -43,7 +43,7 @@ def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P, tokenizer):
     evaluated, _ = engine.evaluate(start, rows)
     assert evaluated.item() == pytest.approx(total.item(), rel=1e-5)
     alone = [naive_loss(base, start, [row]).item() * count_targets(row) for row in rows]
-    assert engine.losses(start, rows) == pytest.approx(alone, rel=1e-4)
+    assert engine.row_losses(start, rows) == pytest.approx(alone, rel=1e-4)
 
 
 @KINDS

@@ -9,11 +9,11 @@ from helpers.bases import make_bloom
 from helpers.peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from softprompt.engines import small_linear
 from softprompt.engines.bloom import run_prompt
-from softprompt.engines.small_linear import project
 from softprompt.generation import continuous_batching, kv_cache
+from softprompt.generation import decode_linear as products
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.kv_cache import KVCache, PrefixCache
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
 from softprompt.generation.sampling import next_tokens
@@ -40,7 +40,7 @@ def random_questions(n, longest, vocab_size=300, seed=0, virtual=(None, 1, 5, 40
 @pytest.mark.parametrize("kind, tokens_per_step", [("packed", 1), ("packed", 20), ("packed", 1000), ("padded", 0)])
 def test_a_mixed_batch_gives_each_request_its_own_answer(kind, batch_size, tokens_per_step, tokenizer, monkeypatch):
     """Prompts of several lengths and none, texts of several lengths, one of them a single token."""
-    monkeypatch.setitem(continuous_batching.MOST_TOKENS, "cpu", tokens_per_step)
+    monkeypatch.setitem(continuous_batching.MAX_TOKENS, "cpu", tokens_per_step)
     base = freeze(make_bloom(seed=2, n_layer=3), FP32)
     asked = random_questions(13, 14)
     ends = tuple(range(100, 130))  # many, so that some answers of a random base end early
@@ -73,8 +73,8 @@ class CountedWeights(ResidentWeights):
         super().__init__(base, dtype)
         self.calls = []
 
-    def through(self, order):
-        for i, layer in zip(order, super().through(order), strict=True):
+    def iter_layers(self, order):
+        for i, layer in zip(order, super().iter_layers(order), strict=True):
             self.calls.append(i)
             yield layer
 
@@ -115,7 +115,9 @@ def test_a_changed_prompt_is_never_served_from_the_cache(tokenizer):
         assert dict(generator.generate([Request(text, GREEDY, prompt)]))[0] == greedy_alone(base, text, prompt, 9)
         with torch.inference_mode():
             cached, expected = generator.prefix_cache(prompt), run_prompt(generator.weights, prompt)
-        assert torch.allclose(cached.last, expected.last) and torch.allclose(cached.layers[1], expected.layers[1])
+        assert torch.allclose(cached.last_hidden, expected.last_hidden) and torch.allclose(
+            cached.layers[1], expected.layers[1]
+        )
 
 
 def test_the_prefix_cache_evicts_the_least_recently_used_prompt(tokenizer, monkeypatch):
@@ -279,21 +281,21 @@ def test_bf16_follows_fp32(tokenizer):
 @pytest.mark.parametrize("S", [0, 1, 2, 33, 64, 65])
 @pytest.mark.parametrize("words", [1, 2, 7, 64])
 @torch.no_grad()
-def test_project_of_few_rows(S, words):
+def test_decode_linear_of_few_rows(S, words):
     x, weight, bias = torch.randn(16, S).T, torch.randn(words, 16), torch.randn(words)
     for shift in (None, bias):
         expected = x.double() @ weight.double().T + (0 if shift is None else shift.double())
-        assert torch.allclose(project(x, weight, shift).double(), expected, atol=1e-5)
+        assert torch.allclose(decode_linear(x, weight, shift).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("few, transposed", [(0, 0), (10**6, 0), (10**6, 10**6)])
 @torch.no_grad()
-def test_the_thresholds_of_project_do_not_change_its_results(few, transposed, monkeypatch):
+def test_the_thresholds_of_decode_linear_do_not_change_its_results(few, transposed, monkeypatch):
     """They were chosen for speed on one machine."""
-    monkeypatch.setattr(small_linear, "FEW", few)
-    monkeypatch.setattr(small_linear, "TRANSPOSED", transposed)
+    monkeypatch.setattr(products, "MAX_FEW_ROWS", few)
+    monkeypatch.setattr(products, "MIN_TRANSPOSED", transposed)
     for S in (1, 15, 64, 200):
-        test_project_of_few_rows(S, 7)
+        test_decode_linear_of_few_rows(S, 7)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader
 from softprompt.distributed.process_group import process_group
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.packed import PackedEngine
@@ -26,7 +27,7 @@ from softprompt.generation.generator import DataParallelGenerator, in_request_or
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
 from softprompt.models.bloom_weights import ResidentWeights
-from softprompt.models.fsdp import ShardedWeights, shard
+from softprompt.models.fsdp import ShardedWeights, shard_blocks
 from softprompt.models.loading import freeze
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
@@ -79,7 +80,7 @@ def shared_out(name, world, folder):
     world.all_gather("it is written")
     base, stored = load_meta_model(str(folder))
     base = freeze(base, CASES[name][1])
-    shards = shard(base, stored, world)
+    shards = shard_blocks(base, stored, world)
     whole = sum(p.numel() for p in base.transformer.h.parameters())
     held = sum(p.to_local().numel() for p in base.transformer.h.parameters())
     assert held < 0.6 * whole, "this rank holds too much"
@@ -103,11 +104,11 @@ def engine_of(name, base, shards, world):
     if kind == "padded":
         return PaddedEngine(base, AutoTokenizer.from_pretrained(BASE_DIR), 2, dtype)
     if shards is None:
-        return PackedEngine(ResidentWeights(base, dtype), 60)
+        return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype)), 60)
     weights = ShardedWeights(base, shards, dtype)
     if "out of memory" in name and world.rank == world.size - 1:
         short_of_memory(weights)
-    return PackedEngine(weights, 60, True, LayerMajor(weights, 4000, Path(tempfile.gettempdir())))
+    return PackedEngine(LayerMajor(weights, 4000, Path(tempfile.gettempdir())), 60)
 
 
 def run(name, world=None, folder=None):
@@ -122,7 +123,7 @@ def run(name, world=None, folder=None):
     engine, seen = engine_of(name, base, shards, world), Losses()
     generator = make_generator(engine, base, AutoTokenizer.from_pretrained(BASE_DIR))
     if world:
-        rest = [shards.rest] if shards else []
+        rest = [shards.join] if shards else []
         engine, generator = DataParallelEngine(engine, world, *rest), DataParallelGenerator(generator, world, *rest)
     settings = GenerationSettings(max_new_tokens=4, do_sample=False)
     asked = [Request(row.input_ids, settings, prompt.weight.detach().clone()) for row in held_out]
@@ -133,7 +134,7 @@ def run(name, world=None, folder=None):
     train(engine, prompt, ListLoader(rows, args), args, 1e-2, seen)
     values = prompt.weight.detach()
     (loss, targets), (bare, _) = engine.evaluate(values, held_out), engine.evaluate(None, held_out)
-    found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.losses(values, held_out)}
+    found = {"loss": loss.item(), "bare": bare.item(), "targets": targets, "each": engine.row_losses(values, held_out)}
     asked = [Request(row.input_ids, settings, values) for row in held_out]
     found["answers"] = [
         first,

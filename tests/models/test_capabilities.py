@@ -24,7 +24,7 @@ from softprompt.data.collate import Batch
 from softprompt.engines.padded import PaddedEngine, padded_forward
 from softprompt.export.plain_model import export
 from softprompt.generation.requests import GenerationSettings
-from softprompt.models.capabilities import max_positions, on_meta_device, why_no_answers
+from softprompt.models.capabilities import build_on_meta_device, max_positions, why_not_generate
 from softprompt.models.loading import freeze, load_base, word_embeddings
 from softprompt.study.grid import read_study
 from softprompt.study.plan import plan_study
@@ -133,15 +133,15 @@ def training(base: Path, out: Path, *more, rows=ROWS) -> list:
 def test_positions_of_a_table_are_counted(name):
     """As many as a forward takes, and one more is too many; the same is found without the values."""
     base = make(configured(name))
-    assert max_positions(base) == max_positions(on_meta_device(base.config, name)) == POSITIONS
+    assert max_positions(base) == max_positions(build_on_meta_device(base.config, name)) == POSITIONS
     base(inputs_embeds=torch.randn(1, POSITIONS, 32))
     with pytest.raises((IndexError, RuntimeError)):
         base(inputs_embeds=torch.randn(1, POSITIONS + 1, 32))
     engine = PaddedEngine(freeze(base, FP32), make_tokenizer(), 4, FP32)
     fits = softprompt.data.tokenization.Example([5] * (POSITIONS - P), [-100] + [5] * (POSITIONS - P - 1))
-    assert len(engine.losses(torch.randn(P, 32), [fits])) == 1
+    assert len(engine.row_losses(torch.randn(P, 32), [fits])) == 1
     with pytest.raises(ConfigError, match=f"--max_length {POSITIONS - P} "):
-        engine.losses(
+        engine.row_losses(
             torch.randn(P, 32), [softprompt.data.tokenization.Example([5, *fits.input_ids], [-100, *fits.labels])]
         )
 
@@ -230,7 +230,7 @@ def test_a_base_without_heads_of_its_own_is_trained_and_saved_as_peft_reads_it(n
 @pytest.mark.parametrize("name", ["OpenAIGPTConfig", "CTRLConfig", "Gemma3Config"])
 def test_a_base_that_cannot_answer_is_trained_for_its_loss(name, tmp_path, capsys, monkeypatch):
     base = make(configured(name))
-    if why_no_answers(base) is None:
+    if why_not_generate(base) is None:
         pytest.skip("this transformers lets it answer")
     saved(base, tmp_path / "base")
     code, out, err = called(train, training(tmp_path / "base", tmp_path / "r", "--eval_rows", 2), capsys, monkeypatch)

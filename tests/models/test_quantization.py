@@ -17,7 +17,7 @@ from softprompt.engines.factory import make_engine
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
-from softprompt.models.bloom_weights import MODULES
+from softprompt.models.bloom_weights import BLOCK_MODULES
 from softprompt.models.loading import freeze, load_base
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ConfigError
@@ -32,7 +32,7 @@ def rounded_by_hand(base, bits):
     """A copy of the base whose blocks' weights are what comes out of the formats, by their definitions."""
     base = copy.deepcopy(base)
     for block in base.transformer.h:
-        for name in MODULES:
+        for name in BLOCK_MODULES:
             module = block.get_submodule(name)
             if module.weight.dim() == 2:
                 module.weight.data = int8(module.weight) if bits == 8 else nf4(module.weight)
@@ -97,13 +97,15 @@ def test_on_the_mini_base_the_gradient_stays_near_the_unquantised_one(bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_take_less_memory(bits):
     base = freeze(make_bloom(n_layer=3, hidden_size=256, n_head=8), FP32)
-    linear = [block.get_submodule(name) for block in base.transformer.h for name in MODULES if "layernorm" not in name]
+    linear = [
+        block.get_submodule(name) for block in base.transformer.h for name in BLOCK_MODULES if "layernorm" not in name
+    ]
     own = sum(module.weight.nbytes for module in linear)
     rounded = quantize_blocks(base, bits, CPU)
     held = rounded.nbytes
     assert held / own == pytest.approx({8: 0.25, 4: 0.125 + 1 / 256}[bits], rel=0.03)
     assert all(module.weight.is_meta for module in linear)
-    assert QuantizedWeights(base, rounded, FP32).own_bytes == held + 2 * 4 * 12 * 256**2
+    assert QuantizedWeights(base, rounded, FP32).extra_bytes == held + 2 * 4 * 12 * 256**2
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -140,7 +140,7 @@ FAULTS = {
     "a long header": (lambda p: p.write_bytes(b"\xff" * 7 + b"\0" + bytes(99)), "not a whole safetensors file"),
     "no JSON": (lambda p: change(p, lambda h: "{nonsense"), "not a whole safetensors file"),
     "a list": (lambda p: change(p, lambda h: "[1]"), "not a whole safetensors file"),
-    "not there": (lambda p: change(p, lambda h: h.pop(NAME) and None), f"no tensor {NAME}"),
+    "not there": (lambda p: change(p, lambda h: h.pop(NAME) and None), f"lack the tensor {NAME}"),
     "another shape": (
         lambda p: change(p, lambda h: h[NAME].update(shape=[32, 128])),
         rf"{NAME} has the shape \[32, 128",
@@ -193,9 +193,9 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.truncate(1000)
         with pytest.raises(TrainingError, match=r"model.safetensors has become shorter"):
-            list(weights.through(range(4)))
+            list(weights.iter_layers(range(4)))
         file.write(whole)
-    assert len(list(weights.through(range(4)))) == 4  # what could not be read is not taken for read
+    assert len(list(weights.iter_layers(range(4)))) == 4  # what could not be read is not taken for read
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bin", "shard", "padded", "folder", "bound"])

@@ -15,6 +15,7 @@ from transformers import TrainingArguments as TheirArguments
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.engines.padded import PaddedEngine
 from softprompt.evaluation.evaluator import Evaluator
@@ -55,7 +56,7 @@ class Recorder:
 def engine_of(kind, base, tokenizer, rows=4, dtype=torch.float32):
     base = freeze(base, dtype)
     if kind == "packed":
-        return PackedEngine(ResidentWeights(base, dtype), tokens_per_microbatch=60)
+        return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype)), tokens_per_microbatch=60)
     return PaddedEngine(base, tokenizer, rows, dtype)
 
 

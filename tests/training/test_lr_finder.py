@@ -17,6 +17,7 @@ from softprompt.config.loader import train_config
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.packed import PackedEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
@@ -53,7 +54,7 @@ def base():
 
 
 def sweep(base, rows, args=ARGS, values=None, request=Never):
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     values = torch.zeros(3, 32) if values is None else values
     return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
 
@@ -65,7 +66,7 @@ def test_sweep_is_successive_halving_over_separate_runs(base, monkeypatch):
     found = sweep(base, rows)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
     aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     left, expected = list(RATES), {}
     for share, most in RUNGS:
         left = left[:most]
@@ -102,7 +103,7 @@ def test_sweep_does_not_change_the_initial_prompt(base):
 
 def test_sweep_steps_is_the_number_of_steps_taken(base):
     steps = []
-    engine = PackedEngine(ResidentWeights(base, torch.float32), 200)
+    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     rows = random_examples(70, 5)
     find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
     assert len(steps) == sweep_steps(24)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 from softprompt.config.loader import train_config
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, count_targets, tokenize
-from softprompt.engines.padded import PaddedEngine, SoftPromptedModel, padded_forward
+from softprompt.engines.padded import PaddedEngine, PromptTunedModel, padded_forward
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import freeze
 from softprompt.prompt.adapter_io import Adapter, adapter_files, load_adapter, peft_config
@@ -66,7 +66,7 @@ def test_parameter_line_of_the_reference_base():
     with torch.device("meta"):
         base = BloomForCausalLM(config).requires_grad_(False)
         prompt = PromptEmbedding(torch.empty(10, 2048))
-    model = SoftPromptedModel(prompt, base)
+    model = PromptTunedModel(prompt, base)
     line = "trainable params: 20,480 || all params: 1,303,132,160 || trainable%: 0.0016"
     assert model.trainable_parameters_line() == line
     assert "(prompt): PromptEmbedding(10, 2048)" in repr(model)
@@ -75,9 +75,7 @@ def test_parameter_line_of_the_reference_base():
 def test_parameter_line_equals_peft(capsys):
     base = make_bloom()
     peft_model(base, torch.zeros(7, 32)).print_trainable_parameters()
-    line = SoftPromptedModel(
-        PromptEmbedding(torch.zeros(7, 32)), base.requires_grad_(False)
-    ).trainable_parameters_line()
+    line = PromptTunedModel(PromptEmbedding(torch.zeros(7, 32)), base.requires_grad_(False)).trainable_parameters_line()
     assert capsys.readouterr().out.strip() == line
 
 
