@@ -200,7 +200,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     adapters' training, unless flags say otherwise.
 
     Raises:
-        SomeFailed: some adapters could not be evaluated; the table shows the others.
+        PartialFailureError: some adapters could not be evaluated; the table shows the others.
         SoftpromptError: none could be, for the reason of the first.
     """
     adapters, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
