@@ -1,4 +1,4 @@
-"""Learning rates on the mini base: the table "learning rate" in README.md, and what --find_learning_rate makes of them.
+"""Learning rates on the mini base: the table in docs/learning-rate.md, and what --find_learning_rate makes of them.
 
 python benchmarks/learning_rates.py [--tasks sentiment] [--seeds 42 0 1]     every start at several rates
 python benchmarks/learning_rates.py --find [--tasks …] [--seeds 42]          beside the rate that a sweep finds

@@ -289,7 +289,7 @@ def test_likelihoods_are_those_of_rows_run_alone(adapter, engine, place):
     front = torch.zeros(0, 32) if prompt is None else prompt
     expected = [-naive_loss(model.base, front, [r]).item() * sum(x != -100 for x in r.labels) for r in rows]
     found = log_likelihoods(model.engine, [prompt, None, prompt], [rows[:4], [], rows[4:]])
-    assert [score for scores in found for score in scores] == pytest.approx(expected, abs=1e-5)
+    assert [score for scores in found for score in scores] == pytest.approx(expected, rel=1e-6, abs=1e-5)
     assert log_likelihoods(model.engine, [], []) == []
 
 

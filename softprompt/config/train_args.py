@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from softprompt.config.schema import option
 
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
-# The learning rates were chosen by the sweeps that README.md shows. A RANDOM prompt has unit variance and needs steps
-# of a comparable size; the other initialisations start on word embeddings, which are smaller.
+# The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
+# steps of a comparable size; the other initialisations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_MAX_LENGTH = 256

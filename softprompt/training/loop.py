@@ -104,8 +104,8 @@ def train(
     """Train `prompt` [P, H] in place, from the first step or from the state `start`, whose prompt it must hold then.
 
     Raises:
-        NonFiniteError: the loss, the gradient or the prompt is not finite. fp16 steps that the GradScaler skips are no error
-            unless its scale becomes tiny.
+        NonFiniteError: the loss, the gradient or the prompt is not finite. fp16 steps that the GradScaler skips are no
+            error unless its scale becomes tiny.
         DataError: the loader met a row that cannot be read; the steps before it are saved.
     """
     start = start or TrainingState()

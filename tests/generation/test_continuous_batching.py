@@ -204,7 +204,7 @@ def test_out_of_memory_halves_the_slots(room, once, halvings, late, settings, to
     small = SmallMemoryGenerator(base, tokenizer, room, once, late)
     assert dict(small.generate(requests, 8, lambda index, token: tokens[index].append(token))) == expected == tokens
     assert [line for line in capsys.readouterr().err.splitlines() if line] == [
-        f"out of memory: {n} answers at a time instead of {2 * n}, the same ones" for n in halvings
+        f"out of memory: {n} answers at a time instead of {2 * n}; the answers stay the same" for n in halvings
     ]
 
 

@@ -11,7 +11,7 @@ FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 def ours(engine, values, rows):
     """Mean loss over all targets, and the gradient [P, H] of a prompt with `values` [P, H] in the prompt's dtype."""
-    prompt, targets = values.clone().requires_grad_(), sum(map(count_targets, rows))
+    prompt, targets = values.detach().clone().requires_grad_(), sum(map(count_targets, rows))
     total, count = engine.accumulate(lambda: prompt, rows, 1 / max(1, targets))
     assert count == targets
     return total.item() / max(1, targets), prompt.grad

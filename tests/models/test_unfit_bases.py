@@ -78,7 +78,7 @@ def test_the_other_programs_say_so_too(unfit, request, tmp_path, capsys, monkeyp
         cli.study: ["study.toml"],
     }
     for program, argv in commands.items():
-        line = refused(SimpleNamespace(main=program), argv, capsys, monkeypatch, tmp_path)
+        line = refused(SimpleNamespace(main=program, __name__="softprompt"), argv, capsys, monkeypatch, tmp_path)
         assert_line(line, reason(kind))
         assert "hub" not in line and "HF_" not in line
 

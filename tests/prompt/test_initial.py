@@ -145,9 +145,9 @@ def test_labels_may_fill_the_whole_prompt(tokenizer):
     [
         ({"prompt_tuning_init": "CLASS_LABELS"}, "--prompt_tuning_init CLASS_LABELS needs --class_labels"),
         ({"class_labels": "a,b"}, "only used with --prompt_tuning_init CLASS_LABELS"),
-        (labelled("a,,b"), "an empty label"),
-        (labelled("a, "), "an empty label"),
-        (labelled("a,b,a"), "or one twice"),
+        (labelled("a,,b"), "an empty or repeated label"),
+        (labelled("a, "), "an empty or repeated label"),
+        (labelled("a,b,a"), "an empty or repeated label"),
         (labelled("a,b,c", num_virtual_tokens=2), "3 labels for 2 virtual tokens"),
         (labelled(",".join("abcdefghijk")), "11 labels for 10 virtual tokens"),
         ({"vocab_population": 5}, "only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"),

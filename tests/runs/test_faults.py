@@ -5,8 +5,10 @@ and prints the table of docs/never-lost.md. Without `-m`, each fault is tried a 
 """
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -255,10 +257,12 @@ def test_second_process_on_an_output_folder_is_refused(world, tmp_path, table):
     flags, expected = world
     first = Child(tmp_path, [*flags, "--output_dir", "run"], fault_tools.slow_disk)
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.kill(first.pid, signal.SIGSTOP)  # a stopped process still holds its lock
     for number, more in enumerate([[], ["--resume_from_checkpoint"], ["--overwrite_output_dir"]]):
         second = Child(tmp_path, [*flags, "--output_dir", "run", *more], log=f"log{number}")
         code, told = second.ended()
         assert code == 2 and f"process {first.pid} is writing there" in one_line(told)
+    os.kill(first.pid, signal.SIGCONT)
     assert first.ended()[0] == 0 and outcome(tmp_path / "run") == expected
     table("a second process on the same output_dir", 3, "refused, exit 2; the first unharmed")
 

@@ -37,6 +37,7 @@ def test_texts_in_a_table_are_escaped():
     assert r"| a\|b\\\|c \<script>x\</script> \*d\*\r\n\`e\` |" in line
 
 
+@pytest.mark.pictures
 @pytest.mark.filterwarnings("error")
 def test_every_line_of_a_chart_has_its_label():
     texts = ("判断", "costs $5 and $6^{$", "_")
@@ -50,6 +51,7 @@ def test_every_line_of_a_chart_has_its_label():
     assert all(f">{text}</text>" in drawn for text in texts)
 
 
+@pytest.mark.pictures
 def test_labels_that_would_be_equal_are_not_shortened():
     texts = ["这条评论的情感" * 6 + end for end in "ab"]
     results = [
@@ -62,6 +64,7 @@ def test_labels_that_would_be_equal_are_not_shortened():
     assert all(f">{base}, {text}</text>" in drawn for base in ("one/x", "two/x") for text in texts)
 
 
+@pytest.mark.pictures
 def test_a_setting_with_a_seed_that_is_not_finite_is_in_no_chart():
     """The mean of the other seeds would flatter it; its line of the table has no mean either."""
     results = [replace(ONE, virtual_tokens=P, seed=s) for P in (1, 3, 10) for s in (0, 1)]

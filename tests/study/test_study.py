@@ -262,6 +262,7 @@ def test_a_stopped_study_continues_with_the_remaining_cells(place, monkeypatch):
     assert len(calls) == 4 and all(read_finished(one.folder) for one in plan_study(study))
 
 
+@pytest.mark.pictures
 def test_page_table_and_charts(place, capsys):
     head = """title = 'Of hm'\nabout = 'More.'\nseeds = [0, 1]\nhard_prompts = ["好|坏\\n"]"""
     study = place(head, GRID + "\nlearning_rate = [0.01, 0.1]")
@@ -541,6 +542,7 @@ def test_files_that_no_study_wrote_are_kept(place):
     assert [p.name for p in (place.folder / "out").iterdir()] == ["study.md"]
 
 
+@pytest.mark.pictures
 def test_charts_of_settings_that_no_longer_vary_are_removed(place):
     run_study(place(grid="[[grid]]\nnum_virtual_tokens = [1, 3]"))
     (place.folder / "out" / "study-mine.svg").write_text("mine", encoding="utf-8")
