@@ -178,7 +178,7 @@ def parse_chat(argv: Sequence[str]) -> InferConfig:
         ConfigError: a flag is wrong, or a question is asked.
     """
     asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
-    description = "Hold a conversation on the terminal. Type /help in it to see what it understands."
+    description = "Hold a conversation on the terminal. Type /help there to list its commands."
     parser = FlagParser(INFER_GROUPS, program_name("chat"), description, hidden=asking)
     parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse(argv)

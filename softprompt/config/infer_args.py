@@ -104,7 +104,9 @@ class AdapterArguments:
         False, "Quantise the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
     )
     load_in_4bit: bool = option(
-        False, "Quantise them to 4 bits instead (bitsandbytes NF4 in blocks of 64). Needs the packed engine."
+        False,
+        "Quantise the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
+        "Needs the packed engine.",
     )
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",

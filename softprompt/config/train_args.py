@@ -51,7 +51,7 @@ class ModelArguments:
     )
     shard_base: bool = option(
         False,
-        "Share the transformer blocks of a BLOOM out among the processes of torchrun (torch's fully_shard), for a base "
+        "Shard the transformer blocks of a BLOOM among the processes of torchrun (torch's fully_shard), for a base "
         "larger than one device. Each process reads only its own slices from the safetensors files.",
     )
     max_activation_gib: float = option(
@@ -61,14 +61,16 @@ class ModelArguments:
     )
     offload_folder: str | None = option(
         None,
-        "Create that file in this folder, which should be on a real disk. (default: the system's folder for temporary "
-        "files)",
+        "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the system's "
+        "folder for temporary files)",
     )
     load_in_8bit: bool = option(
         False, "Quantise the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
     )
     load_in_4bit: bool = option(
-        False, "Quantise them to 4 bits instead (bitsandbytes NF4 in blocks of 64). Needs the packed engine."
+        False,
+        "Quantise the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
+        "Needs the packed engine.",
     )
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 

@@ -41,7 +41,7 @@ def map_in_processes(
                 yield result
         except BrokenProcessPool:
             raise DataError(
-                f"--preprocessing_num_workers {workers}: a worker process was killed, perhaps for want of memory; "
+                f"--preprocessing_num_workers {workers}: a worker process was killed, perhaps for lack of memory; "
                 "give fewer workers, or leave the flag out"
             ) from None
         finally:

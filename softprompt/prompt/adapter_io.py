@@ -218,7 +218,7 @@ def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
         raise AdapterError(f"{path}: {PROMPT_KEY} is {found}, but {CONFIG_FILE} says {expected} of floats; {AGAIN}")
     prompt = prompt.float()
     if not prompt.isfinite().all():
-        raise AdapterError(f"{path}: holds values that are not finite; train it anew or use an earlier checkpoint")
+        raise AdapterError(f"{path}: holds values that are not finite; train it again or use an earlier checkpoint")
     return prompt
 
 

@@ -38,7 +38,7 @@ def way_on(output_dir: Path, more: str = "") -> str:
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
-    return f"{found} is whole; go on with: {resume_command(output_dir)}{more}"
+    return f"{found} is whole; continue with: {resume_command(output_dir)}{more}"
 
 
 def resume_command(output_dir: Path) -> str:

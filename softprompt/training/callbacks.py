@@ -85,7 +85,7 @@ class RunCallbacks:
         code = self.stop.exit_code
         if code is not None and not self._is_over(done) and not self._patience_is_over():
             raise Stopped(
-                f"stopped after step {done:,} of {total:,}, which is saved; go on with: "
+                f"stopped after step {done:,} of {total:,}, which is saved; continue with: "
                 f"{resume_command(self.output_dir)}",
                 code,
             )

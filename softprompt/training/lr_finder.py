@@ -130,7 +130,9 @@ def find_learning_rate(
         except NonFiniteError:
             return math.inf
         if watch.code is not None:
-            raise Stopped("stopped while looking for a learning rate; the same command begins anew", watch.code)
+            raise Stopped(
+                "stopped while looking for a learning rate; the same command starts from the beginning", watch.code
+            )
         loss = loss_of(prompt.weight.detach())
         return loss if math.isfinite(loss) else math.inf
 

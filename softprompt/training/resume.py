@@ -111,7 +111,7 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
         raise CheckpointError(
             f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
             f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
-            f"{'go on in the other order' if was else 'begin at the first row again'}"
+            f"{'continue in the other order' if was else 'begin at the first row again'}"
         )
     before, now = _order_of(old, int(saved["rows_per_step"])), _order_of(config, rows_per_step)
     changed = [name for name in before if name in now and before[name] != now[name]]
@@ -119,7 +119,7 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
         return
     told = " and ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
     if not ignored:
-        way = "begin this pass again" if _is_shuffled_anew(old, config) else "go on all the same"
+        way = "begin this pass again" if _is_shuffled_anew(old, config) else "continue all the same"
         raise CheckpointError(
             f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or seen otherwise: "
             f"leave out what was not so, or add --ignore_data_skip to {way}"
@@ -148,7 +148,7 @@ def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path,
         why = "was not saved"
     else:
         return best
-    say(f"{checkpoint.name}: the best prompt so far, of step {best.step}, {why}; the search for the best begins anew")
+    say(f"{checkpoint.name}: the best prompt so far, of step {best.step}, {why}; the search for the best starts again")
     return BestMetric()
 
 
@@ -170,7 +170,7 @@ def other_contents(
         differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"
         raise CheckpointError(
             f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what it saw; "
-            "name the same, or add --ignore_data_skip to go on all the same"
+            "name the same, or add --ignore_data_skip to continue all the same"
         )
     if others:
         say(f"{checkpoint.name}: saw another {' and another '.join(named)}, which --ignore_data_skip allows")

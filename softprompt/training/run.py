@@ -164,7 +164,7 @@ def _known_by(setup: Setup) -> dict[str, Any]:
     """What no two ranks may differ in: everything but where things are, which each node may have elsewhere."""
     flags = {f"--{name}": value for name, value in setup.config.as_dict().items() if name not in MAY_DIFFER}
     loader = setup.data.loader
-    begun = {"step to go on after": setup.start.state.step, "number of steps": loader.total_steps}
+    begun = {"last step done": setup.start.state.step, "number of steps": loader.total_steps}
     return {**begun, "number of rows in a step": loader.rows_per_step, **flags, **setup.start.fingerprints}
 
 

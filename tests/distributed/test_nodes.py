@@ -79,6 +79,6 @@ def test_nodes_with_separate_disks(tmp_path):
     finished(first)
     assert (tmp_path / "run" / "checkpoint-4").is_dir() and not (tmp_path / "elsewhere").exists()
     again = torchrun(2, "node.py", "--resume_from_checkpoint", cwd=tmp_path, env=ENV | {"OTHER": ""})
-    assert "rank 1 has another step to go on after" in finished(again, 1)[1]
+    assert "rank 1 has another last step done" in finished(again, 1)[1]
     other = torchrun(2, "node.py", *short, "--overwrite_output_dir", cwd=tmp_path, env=ENV | {"OTHER": "rows"})
     assert "rank 1 has another number of steps" in (err := finished(other, 1)[1]) or "another dataset" in err

@@ -163,10 +163,10 @@ def test_a_launch_has_the_same_name_at_each_restart(monkeypatch):
 
 
 def test_ranks_with_other_settings_or_data_are_named():
-    mine = {"step to go on after": 24, "dataset": "one", "base": "x"}
-    _refuse_unlike([mine, {"step to go on after": 24, "dataset": "one"}])  # of a sharded base rank 0 alone knows it
-    other = {"step to go on after": 16, "dataset": "two"}
-    with pytest.raises(ConfigError, match="rank 2 has another step to go on after and another dataset than rank 0"):
+    mine = {"last step done": 24, "dataset": "one", "base": "x"}
+    _refuse_unlike([mine, {"last step done": 24, "dataset": "one"}])  # of a sharded base rank 0 alone knows it
+    other = {"last step done": 16, "dataset": "two"}
+    with pytest.raises(ConfigError, match="rank 2 has another last step done and another dataset than rank 0"):
         _refuse_unlike([mine, mine, other])
 
 

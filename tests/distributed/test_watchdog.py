@@ -143,4 +143,4 @@ def test_a_row_that_only_one_rank_cannot_read(start, tmp_path):
     codes, _ = ended(*ranks)
     err = "".join(told(tmp_path, 0, 1))
     assert codes == [2, 2] and err.count("error: ") == 1
-    assert "error: rank 1: rows.jsonl, line 1601: not JSON" in err and "go on with: torchrun" in err
+    assert "error: rank 1: rows.jsonl, line 1601: not JSON" in err and "continue with: torchrun" in err

@@ -1,6 +1,6 @@
 """An exported folder under `transformers serve`, on this machine's loopback. Slow, and it needs the server's packages:
 
-pip install "transformers[serving]" && pytest -m slow tests/test_serve.py
+pip install "transformers[serving]" && pytest -m slow tests/export/test_serve.py
 """
 
 import importlib.util

@@ -192,7 +192,7 @@ def test_output_folder_that_becomes_unwritable_is_one_error_line(fault, world, t
             newest = checkpoints(folder / "run")[-1]
             assert newest.name == "checkpoint-4" and fault_of(newest) is None
             if "away" not in line and "becomes a file" not in fault:
-                assert "checkpoint-4 is whole; go on with: python train.py --resume_from_checkpoint run" in line
+                assert "checkpoint-4 is whole; continue with: python train.py --resume_from_checkpoint run" in line
         resumed(folder, flags, expected)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -278,7 +278,7 @@ def test_crash_leaves_a_traceback_file_and_one_error_line(world, tmp_path, table
     flags, expected = world
     code, told = run(tmp_path, [*flags, "--output_dir", "run"], fault_tools.a_fault_of_our_own_at_step_5)
     (file,) = (tmp_path / "run").glob("crash-*.txt")
-    way_on = "run/checkpoint-4 is whole; go on with: python train.py --resume_from_checkpoint run"
+    way_on = "run/checkpoint-4 is whole; continue with: python train.py --resume_from_checkpoint run"
     what = "unexpected ZeroDivisionError: of ***"
     assert code == 1 and one_line(told) == f"error: {what}; the traceback is in {file}; {way_on}"
     assert "Traceback" in file.read_text() and "not_to_be_told" not in file.read_text()

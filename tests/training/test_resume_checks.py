@@ -118,7 +118,7 @@ def test_changed_metric_restarts_the_search_for_the_best(run, capsys):
     run = softprompt.train(resume_from_checkpoint="run", metric_for_best_model="exact_match")
     results = run.metrics
     assert results["best_global_step"] > 4 and results["best_metric"] == results["eval_exact_match"]
-    assert "the search for the best begins anew" in capsys.readouterr().out
+    assert "the search for the best starts again" in capsys.readouterr().out
 
 
 def test_best_step_that_was_not_saved_is_not_taken(run, capsys, monkeypatch):

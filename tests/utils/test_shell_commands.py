@@ -199,7 +199,7 @@ def test_what_a_stopped_run_of_the_script_says_goes_on(shell, tmp_path):
     _, err = shell([str(ROOT / "train.py"), "--max_steps 1000000 --max_time 1s"], 124)
     state = next((tmp_path / "my run").glob("checkpoint-*/trainer_state.json"))
     last = json.loads(state.read_text())["step"] + 1
-    shell(f"{err.rpartition('go on with: ')[2].strip()} --max_steps {last}")
+    shell(f"{err.rpartition('continue with: ')[2].strip()} --max_steps {last}")
     assert (tmp_path / f"my run/checkpoint-{last}").is_dir()
 
 
