@@ -61,8 +61,8 @@ class ModelArguments:
     )
     offload_folder: str | None = option(
         None,
-        "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the system's "
-        "folder for temporary files)",
+        "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the "
+        "system's folder for temporary files)",
     )
     load_in_8bit: bool = option(
         False, "Quantise the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."

@@ -1,5 +1,6 @@
 """`--shard_base`: the same run, by ranks of which none holds the base, and of which one may die on the way; that the
-ranks' results are one process's is in tests/distributed/test_process_group.py. Here is what is read, held, and refused."""
+ranks' results are one process's is in tests/distributed/test_process_group.py. Here is what is read, held, and
+refused."""
 
 import os
 import shutil
