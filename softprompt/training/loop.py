@@ -113,9 +113,8 @@ def train(
     start = start or TrainingState()
     loop = _Loop(engine, prompt, loader, args, peak_learning_rate, callbacks, start)
     _set_rng(start.rng, engine.device, args.seed)
-    if loader.is_over(start.step, start.position) or (
-        start.step and callbacks.wants_to_stop()
-    ):  # `start` is saved already
+    # Nothing to save: `start` was read from a checkpoint.
+    if loader.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):
         return
     with closing(loader.windows(start.step, start.position)) as windows:
         try:
