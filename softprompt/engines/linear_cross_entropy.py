@@ -60,8 +60,8 @@ def projected_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """The autograd function of `projected_cross_entropy`. It computes the gradient in the forward pass, while the logits
-    of a block are available.
+    """The autograd function of `projected_cross_entropy`. It computes the gradient in the forward pass, while a block's
+    logits are available.
 
     Separate the target t from the other words v, whose logits have the log-sum-exp o. Then −log p(t) = softplus(o −
     l_t), and its gradient with respect to the hidden state is σ(o − l_t) · (E_{v ≠ t}[w_v] − w_t), where w are rows of

@@ -1,5 +1,5 @@
-"""Estimates of the memory that BLOOM takes. They are computed from sizes rather than measured, so that a run is cut into
-the same micro-batches on equal machines.
+"""Estimates of the memory that BLOOM takes. They are computed from sizes rather than measured, so that equal machines
+cut a run into the same micro-batches.
 
 The estimates determine `--tokens_per_microbatch auto`, and a dry run prints them.
 """
