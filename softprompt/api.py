@@ -1,4 +1,4 @@
-"""The Python interface: train a prompt with one call; load it with its base and generate with two.
+"""The Python interface: train a prompt with one call, load it with its base, and generate.
 
 run = softprompt.train(dataset="rows.jsonl", output_dir="runs/my-run")
 model = softprompt.SoftPromptModel.from_pretrained(adapter="runs/my-run")
@@ -84,12 +84,12 @@ def train(preset: str | None = None, **settings: Any) -> Run:
 
 
 def run_and_report(config: TrainConfig, world: World | None = None) -> Run:
-    """Train as `config` says, write the run's report, and upload the run with `push_to_hub`; see `training.run`."""
+    """Train as `config` says, write the run's report, and, with `push_to_hub`, upload the run; see `training.run`."""
     return run_training(config, world, ReportAndPush())
 
 
 class SoftPromptModel:
-    """A frozen base model with named adapters, each a learned prompt with the template that it was trained with.
+    """A frozen base model with named adapters. An adapter is a learned prompt with the template of its training.
 
     One batch may hold questions to different adapters.
     """
@@ -105,22 +105,22 @@ class SoftPromptModel:
         engine: str = AUTO,
         quantised: QuantizedBlocks | None = None,
     ):
-        """Make a model of a loaded base and one prompt, the adapter "default".
+        """Make a model from a loaded base and one prompt, which becomes the adapter "default".
 
         Args:
             base: Causal language model, frozen and in eval mode.
             tokenizer: The base's tokenizer.
-            prompt: [P, H] fp32; None is the base without a prompt.
-            template: Format of the prompts, by default the article's.
+            prompt: Learned prompt [P, H] fp32; None is the base without a prompt.
+            template: Template of the questions, by default the article's.
             generation: Generation settings that override the article's.
             compute_dtype: dtype of matrix products.
-            engine: As --engine of infer.py.
-            quantised: The blocks of the base that `models.quantization.quantize_blocks` returned.
+            engine: Value of infer.py's flag --engine.
+            quantised: The base's quantised blocks, which `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: transformers loaded the base quantised, the tokenizer has tokens that the base lacks, or the
-                base's forward fails its check.
-            ConfigError: as of `engines.factory.engine_for_inference`.
+            ModelError: transformers loaded the base quantised, the tokenizer has tokens that the base lacks, or no
+                prompt can precede the base's text (see `engines.padded.check_forward`).
+            ConfigError: see `engines.factory.engine_for_inference`.
         """
         check_not_quantised(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
@@ -147,17 +147,17 @@ class SoftPromptModel:
         """Load a base and its adapters.
 
         Args:
-            base: Folder or hub id, by default the base that the adapters name.
-            adapter: Adapter folder written by softprompt or by PEFT, by default the newest under runs/; several as
-                {"name": folder} or ["name=FOLDER"], of which the first becomes the active one. "none" is the base
-                without a prompt; if no base is given, that of the newest adapter.
-            device, bf16, fp16, load_in_8bit, load_in_4bit, engine: As the flags of infer.py.
+            base: Folder or hub id of the base, by default the base that the adapters name.
+            adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/. Several
+                are given as {"name": folder} or ["name=FOLDER"]; the first becomes the active adapter. "none" is the
+                base without a prompt; if `base` is not given either, it is the base of the newest adapter.
+            device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.
 
         Raises:
-            AdapterError: there is no such adapter, it is broken, it is for another base or hidden size, or a folder is
+            AdapterError: an adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
                 given the name "none".
             ModelError: the base cannot be loaded.
-            ConfigError: there is no such device, precision or engine.
+            ConfigError: the device, the precision, the quantisation or the engine is not available.
         """
         if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
@@ -179,10 +179,11 @@ class SoftPromptModel:
         return model
 
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
-        """Add an adapter folder, or "none", under a name, by default its path. Return the name.
+        """Load an adapter folder, or "none" (the base without a prompt), under a name, by default the folder's path.
+        Return the name.
 
         Raises:
-            AdapterError: as of `from_pretrained`.
+            AdapterError: see `from_pretrained`.
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
@@ -190,25 +191,25 @@ class SoftPromptModel:
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make this adapter the one of questions that name none.
+        """Make an adapter the active one, which answers questions that name no adapter.
 
         Raises:
-            AdapterError: it is not loaded.
+            AdapterError: the adapter is not loaded.
         """
         find_adapter(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
-        """Combine adapters, by default all, into one whose `generate`, `stream` and `classify` work as the model's.
+        """Combine adapters into an ensemble, whose `generate`, `stream` and `classify` work like those of the model.
 
         Args:
-            adapters: Names of at least two loaded adapters.
+            adapters: Names of at least two loaded adapters, by default all.
             voting: "majority_vote", the default for answers, or "mean_likelihood", the default for choices; see
                 `generation.voting`.
 
         Raises:
-            ConfigError: fewer than two adapters, or another voting.
-            AdapterError: an unknown adapter.
+            ConfigError: there are fewer than two adapters, or `voting` has another value.
+            AdapterError: an adapter is unknown.
         """
         return Ensemble(self, list(self.adapters) if adapters is None else adapters, voting)
 
@@ -233,8 +234,8 @@ class SoftPromptModel:
     @overload
     def generate(self, prompts: Sequence[Question], **settings: Any) -> list[Any]: ...
     def generate(self, prompts: Question | Sequence[Question], **settings: Any) -> Any:
-        """Return the answer to one question, or a list of the answers to several. With `num_return_sequences` above 1
-        each answer is a list of texts. Arguments are those of `stream`."""
+        """Return the answer to one question, or the list of answers to several questions. With `num_return_sequences`
+        above 1, each answer is a list of texts. The arguments are those of `stream`."""
         if isinstance(prompts, str | Mapping):
             return next(self.stream([prompts], **settings))
         return list(self.stream(prompts, **settings))
@@ -255,20 +256,21 @@ class SoftPromptModel:
 
         Args:
             prompts: Questions, each a text or a row with the columns of its adapter's template.
-            adapter: Adapter of all questions, or one for each; by default the active one.
-            seed: Seed of the samples. Each sample has its own, derived from it, and so depends on no other question.
-            batch_size: Answers that are generated at a time.
-            skip: Number of first questions that are checked, but not answered.
-            where: Names of the questions in messages.
-            on_text: Is called with the pieces of the answer as they are generated, if there is one question with one
-                answer.
-            settings: Fields of GenerationSettings, which override those saved with the adapter; None leaves one unset.
+            adapter: Name of the adapter of all questions, or a name for each; by default the active adapter.
+            seed: Seed of sampling. Each sample has its own seed, derived from this one, so that it does not depend on
+                the other questions.
+            batch_size: Number of answers that are generated at a time.
+            skip: Number of questions at the beginning that are checked, but not answered.
+            where: Name of each question in error messages.
+            on_text: Called with each piece of the answer as it is generated, if there is one question with one answer.
+            settings: Fields of GenerationSettings, which override those saved with the adapter; a field that is None is
+                ignored.
 
         Raises:
-            ConfigError: an unknown or impossible setting, or a question that leaves no room for an answer.
-            ModelError: the base cannot generate after a prompt.
+            ConfigError: a setting is unknown or invalid, or a question leaves no room for an answer.
+            ModelError: the base cannot generate behind a prompt.
             DataError: a row lacks columns of the template.
-            AdapterError: an unknown adapter.
+            AdapterError: an adapter is unknown.
         """
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
@@ -302,8 +304,8 @@ class SoftPromptModel:
         """Return for each question the likeliest of `choices`, and the probability of each among them.
 
         Raises:
-            ConfigError: fewer than two choices, or the same one twice.
-            DataError, AdapterError: as of `stream`.
+            ConfigError: there are fewer than two choices, or the same choice occurs twice.
+            DataError, AdapterError: see `stream`.
         """
         check_choices(choices)
         return [
@@ -318,19 +320,19 @@ class SoftPromptModel:
         adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[list[float]]:
-        """Return for each question a list of log p(answer and its end | question), one for each of `answers`.
+        """Return for each question the log-likelihood of each of `answers`: log p(answer and end token | question).
 
         Raises:
-            ConfigError, DataError, AdapterError: as of `stream`.
+            ConfigError, DataError, AdapterError: see `stream`.
         """
         return self._scores(self._encoded(prompts, adapter, where), answers)
 
     def settings(self, adapter: str | None = None, /, **given: Any) -> GenerationSettings:
-        """Return the settings that `stream` would use: those given (not None), else those saved with the adapter,
+        """Return the settings that `stream` would use: each as given (unless None), else as saved with the adapter,
         else the article's.
 
         Raises:
-            ConfigError: an unknown or impossible setting.
+            ConfigError: a setting is unknown or invalid.
         """
         return merge_settings(self._adapter_named(adapter or self.active_adapter).generation, given)
 
@@ -339,7 +341,7 @@ class SoftPromptModel:
         self.adapters[name] = tuned
 
     def _adapter_named(self, name: str) -> LoadedAdapter:
-        """Return the adapter of a checked name; the base without a prompt always exists."""
+        """Return the adapter of a name that was checked; a name that is not loaded is the base without a prompt."""
         return self.adapters.get(name) or LoadedAdapter()
 
     def _encoded(

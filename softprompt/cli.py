@@ -1,7 +1,7 @@
-"""The command line: one function per command; every error becomes one line on stderr and an exit code.
+"""The command line: one function for each command. Every error becomes one line on stderr and an exit code.
 
 `softprompt COMMAND …` and `python -m softprompt COMMAND …` offer all commands; the scripts train.py and infer.py call
-`train` and `infer`. The module does not load torch, so that help and the refusal of a wrong flag are immediate.
+`train` and `infer`. Importing this module does not import torch, so that --help and errors in flags appear at once.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
 
 
 def train(argv: Sequence[str]) -> None:
-    """Learn a soft prompt for a frozen language model, or report what that would cost (`--dry_run`)."""
+    """Learn a soft prompt for a frozen language model, or print what the run would cost (`--dry_run`)."""
     config = parse_training(argv)
 
     from softprompt.api import run_and_report
@@ -96,7 +96,7 @@ def study(argv: Sequence[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A command, its line in `softprompt --help`, and whether it prints answers that were asked for."""
+    """A command, its line in `softprompt --help`, and whether its result is what it prints (see `run_command`)."""
 
     run: Callable[[Sequence[str]], None]
     help: str
@@ -172,10 +172,10 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
 
 
 def parse_chat(argv: Sequence[str]) -> InferConfig:
-    """Return the settings of `chat`: those of `infer` but for the ones that say what to answer.
+    """Return the settings of `chat`: those of `infer` except the ones that ask a question or name an evaluation.
 
     Raises:
-        ConfigError: a flag is wrong, or a question is asked.
+        ConfigError: a flag is wrong, or the command line asks a question.
     """
     asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
     description = "Hold a conversation on the terminal. Type /help there to list its commands."
@@ -194,7 +194,7 @@ def parse_chat(argv: Sequence[str]) -> InferConfig:
 
 
 def parse_export(argv: Sequence[str]) -> ExportConfig:
-    """Return the settings of `export`: the adapter's folder, then flags.
+    """Return the settings of `export`; its arguments are the adapter's folder and flags.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -207,7 +207,7 @@ def parse_export(argv: Sequence[str]) -> ExportConfig:
 
 
 def parse_study(argv: Sequence[str]) -> Study:
-    """Return the study of `study`: its file, then flags.
+    """Return the study that `study` runs; its arguments are the study's file and flags.
 
     Raises:
         ConfigError: an argument or the file is wrong.
@@ -225,7 +225,7 @@ def parse_study(argv: Sequence[str]) -> Study:
 
 
 def parse_report(argv: Sequence[str]) -> ReportConfig:
-    """Return the settings of `report`: folders of runs, then flags.
+    """Return the settings of `report`; its arguments are folders of runs and flags.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -244,8 +244,8 @@ def run_command(
     Args:
         main: A command of this module.
         argv: Its arguments, by default those of the process.
-        prints_answers: What it prints is its result. The command then ends when nobody reads stdout any more; else it
-            goes on without printing.
+        prints_answers: Whether what it prints is its result. If so, the command ends when stdout is closed by its
+            reader; otherwise it continues without printing.
     """
     argv = sys.argv[1:] if argv is None else argv
     reopen_closed_streams()
@@ -287,14 +287,15 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
 
 
 def _exit(message: str, code: int, met_by_all: bool = False) -> NoReturn:
-    """Print an error and exit. Of an error that all ranks of torchrun meet, only rank 0 prints it."""
+    """Print an error and exit. An error that all ranks of torchrun have (`met_by_all`) is printed only by rank 0."""
     if is_main() or not met_by_all:
         print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit; as one of several ranks without unloading, since the threads of their connections may then abort."""
+    """Exit. One of several ranks exits without the interpreter's cleanup, during which the threads of its connections
+    might abort."""
     if is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,7 @@
-"""The work of the commands `infer` and `chat`: answer one question or a file of them, evaluate adapters, or converse.
+"""The commands `infer` and `chat`: answer one question or a file of questions, evaluate adapters, or hold a
+conversation.
 
-In: the settings of infer.py. Out: answers on stdout or in a file; which base and adapters gave them, on stderr.
+In: the settings of infer.py. Out: answers on stdout or in a file; the names of the base and the adapters on stderr.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 
 class PromptLine(NamedTuple):
-    """A line of a --prompts_file: its place for messages, its columns, and the adapter that it names, if any."""
+    """A line of a --prompts_file: its place for error messages, its columns, and the adapter that it names or None."""
 
     where: str
     row: dict[str, Any]
@@ -44,11 +45,11 @@ class PromptLine(NamedTuple):
 
 
 def infer(config: InferConfig) -> None:
-    """Answer what `config` asks, or evaluate its adapters; without a question, hold a conversation.
+    """Answer the questions that `config` asks, or evaluate its adapters; without either, hold a conversation.
 
     Raises:
-        SoftpromptError: anything prevents an answer; the answers before it are kept, as is the table of the adapters
-            that could be evaluated.
+        SoftpromptError: an answer or an evaluation failed. Earlier answers have been printed or written, as has the
+            table of the adapters that could be evaluated.
     """
     question = config.question
     if question.prompt is question.prompts_file is question.eval_dataset is None:
@@ -74,7 +75,7 @@ def chat(config: InferConfig) -> None:
 
     Raises:
         ConfigError: stdin or stdout is not a terminal.
-        SoftpromptError: as of `SoftPromptModel.from_pretrained`.
+        SoftpromptError: see `SoftPromptModel.from_pretrained`.
     """
     if not _on_terminal():
         raise ConfigError(f"a conversation needs a terminal; ask single questions with: {command('infer')} --prompt …")
@@ -87,12 +88,12 @@ def chat(config: InferConfig) -> None:
 
 
 def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPromptModel:
-    """Load the base with the adapters that the command line and the lines of a prompts file name. The default adapter
-    is loaded only if a line is without one.
+    """Load the base with the adapters that the command line and the lines of a prompts file name. If the command line
+    names none, the default adapter is loaded, unless every line names an adapter.
 
     Raises:
-        AdapterError: as of `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither known nor a
-            folder, or that belongs to another base.
+        AdapterError: see `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither a name from the
+            command line nor a folder, or that is for another base.
     """
     settings, folders = config.model, parse_adapter_specs(config.model.adapter or ())
     named = {line.adapter: line.where for line in lines if line.adapter not in (None, NONE, *folders)}
@@ -125,7 +126,7 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
 
 
 def answer_prompt(config: InferConfig, model: SoftPromptModel) -> None:
-    """Print the answer to --prompt; with --choices, the likeliest choice and its probability."""
+    """Print the answer to --prompt, or, with --choices, the likeliest choice and its probability."""
     question = config.question
     prompt, text = question.prompt or "", question.input
     row = {"prompt": prompt, "input": text} if question.ensemble else model.template.row(prompt, text)
@@ -145,8 +146,9 @@ def answer_prompt(config: InferConfig, model: SoftPromptModel) -> None:
 
 
 def answer_file(config: InferConfig, model: SoftPromptModel, lines: Sequence[PromptLine]) -> None:
-    """Write one JSON line for each prompt, in the file's order: its columns, its adapter, and its answer as `text`.
-    Several answers are `texts`; with --choices, `text` is the label, beside its `probability`."""
+    """Write one JSON line for each prompt, in the file's order: the prompt's columns, the adapter, and the answer as
+    `text`. Several answers to a prompt are a list `texts`. With --choices, `text` is the likeliest choice, and
+    `probability` is its probability."""
     question, given = config.question, _generation_settings(config)
     names = [line.adapter or model.active_adapter for line in lines]
     members = list(model.adapters) if question.ensemble else None
@@ -171,7 +173,8 @@ def answer_file(config: InferConfig, model: SoftPromptModel, lines: Sequence[Pro
 
 
 def _answerer(config: InferConfig, model: SoftPromptModel) -> Any:
-    """Return what has `stream` and `classify`: the model, or with --ensemble all its adapters as one."""
+    """Return the object whose `stream` and `classify` answer: the model, or, with --ensemble, the ensemble of all its
+    adapters."""
     return model.ensemble(voting=config.question.voting) if config.question.ensemble else model
 
 
@@ -183,8 +186,8 @@ def _answer_columns(
     given: Mapping[str, Any],
     done: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns that hold the answer to each line after the first `done`. All lines are checked before the
-    first is answered."""
+    """Return an iterator over the answers to all lines but the first `done`, each as columns of the output. All lines
+    are checked before the first one is answered."""
     rows, places, choices = [line.row for line in lines], [line.where for line in lines], config.question.choice_list
     answerer = _answerer(config, model)
     adapter: dict[str, Any] = {} if config.question.ensemble else {"adapter": adapters}
@@ -196,12 +199,12 @@ def _answer_columns(
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
-    """Print a table of the adapters side by side, evaluated on --eval_dataset. Rows are read and truncated as in the
-    adapters' training, unless flags say otherwise.
+    """Evaluate the adapters on --eval_dataset, and print their results in one table. Rows are read and truncated as in
+    the adapters' training, unless flags say otherwise.
 
     Raises:
         PartialFailureError: some adapters could not be evaluated; the table shows the others.
-        SoftpromptError: none could be, for the reason of the first.
+        SoftpromptError: no adapter could be evaluated; this is the error of the first one.
     """
     adapters, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     if has_splits(dataset):
@@ -235,15 +238,15 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
 def _evaluated(
     evaluator: AdapterEvaluator, adapters: Mapping[str, LoadedAdapter]
 ) -> tuple[dict[str, AdapterResult], str]:
-    """Return the result of each adapter that can be evaluated, and a message about the others, empty if there are none.
-    If none can be, raise the error of the first."""
+    """Return the result of each adapter that can be evaluated, and a message about the others (empty if there are
+    none). If no adapter can be evaluated, raise the error of the first one."""
     results: dict[str, AdapterResult] = {}
     errors: dict[str, Exception] = {}
     for name, adapter in adapters.items():
         try:
             results[name] = evaluator(adapter)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory may have run out
+            traceback.clear_frames(error.__traceback__)  # the frames hold tensors, and memory may have run out
             errors[name] = error
     if not errors:
         return results, ""
@@ -263,8 +266,8 @@ def _read_prompts(source: str) -> Iterator[PromptLine]:
 
 
 def _generation_settings(config: InferConfig) -> dict[str, Any]:
-    """Return the generation settings with a seed: that of --seed, else the one that an output file to be continued was
-    begun with, else a random one."""
+    """Return the generation settings with a seed: that of --seed, else that of the output file if it is continued, else
+    a random one."""
     given = asdict(config.generation)
     if given["seed"] is None:
         output = config.question.output_file
@@ -274,8 +277,9 @@ def _generation_settings(config: InferConfig) -> dict[str, Any]:
 
 
 def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
-    """Return, for JSON, all that answers depend on besides the prompts and the seed. An output file is continued only
-    under the same; tokenizer and adapters are compared by content."""
+    """Return, as JSON-able values, everything that the answers depend on except the prompts and the seed. An output
+    file is continued only if these values are unchanged; tokenizer and adapters are represented by hashes of their
+    content."""
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"
@@ -293,7 +297,8 @@ def _fingerprint(adapter: LoadedAdapter) -> str:
 
 
 def _json_line(columns: Mapping[str, Any]) -> str:
-    """Return the columns as JSON, with escapes if the encoding of stdout lacks one of the characters."""
+    """Return the columns as one line of JSON. Non-ASCII characters are escaped if stdout's encoding lacks one of
+    them."""
     line = json.dumps(columns, ensure_ascii=False)
     return line if can_show(line) else json.dumps(columns)
 

@@ -1,4 +1,4 @@
-"""From settings to rows, to examples, to the loader of a run."""
+"""Build the data of a run from its settings: read the rows, tokenise them, and make the loader."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ def make_template(config: TrainConfig) -> Template:
 class Rows(NamedTuple):
     """Training rows and held-out rows.
 
-    With --streaming, `source` is what the training rows are read from, and `train` holds only the first of them.
-    `notices` are sentences for the user about where the rows come from.
+    With --streaming, `source` yields the training rows, and `train` holds only the first of them. `notices` are
+    sentences for the user about the origin of the rows.
     """
 
     train: RowStore
@@ -48,7 +48,8 @@ class Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows of a dataset, the selection that they are (None if they were made in memory), and notices about them."""
+    """Rows of a dataset, the `Selection` that describes them (None if they were generated in memory), and notices about
+    them."""
 
     rows: RowStore
     selection: Selection | None = None
@@ -62,9 +63,11 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
     beginning of a stream), or from a mini task's own held-out sentences.
 
     Raises:
-        DataError: a dataset cannot be read, has no such split or no rows, or --eval_rows leaves none to train on; a row
-            lacks what the template needs (of a stream, one of the first rows); held-out rows are also training rows.
-        ConfigError: a stream of unknown length without --max_steps; --dataset_config_name for a dataset without any.
+        DataError: a dataset cannot be read, has no such split or no rows; --eval_rows leaves no rows to train on; a row
+            lacks a column that the template needs (for a stream, only its first rows are checked); or the split of the
+            held-out rows overlaps that of the training rows.
+        ConfigError: a stream has an unknown number of rows and --max_steps is missing, or --dataset_config_name is
+            given without a hub dataset.
     """
     data, dataset = config.data, str(config.data.dataset)
     _check_config_name(config)
@@ -110,7 +113,8 @@ def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
 
 
 def _held_out(config: TrainConfig, template: Template, training: Selection | None) -> _Part:
-    """Read --eval_dataset. With --streaming, no other split of a hub dataset is downloaded."""
+    """Read the held-out rows of --eval_dataset or --eval_split. With --streaming, only that split of a hub dataset is
+    downloaded."""
     data, dataset = config.data, config.data.held_out
     if dataset is None:
         return _Part(RowStore())
@@ -138,7 +142,7 @@ def _refuse_training_rows(dataset: str, held_out: Selection, training: Selection
 
 
 def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
-    """Describe training rows that occur more than once, and held-out rows that are also training rows."""
+    """Count the training rows that repeat an earlier one, and the held-out rows that are also training rows."""
     different = np.unique(train.hashes)
     if again := len(train) - len(different):
         yield f"{again:,} of {which}{len(train):,} training rows are there before"
@@ -157,7 +161,8 @@ def _check_config_name(config: TrainConfig) -> None:
 
 
 def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any, rows_per_step: int) -> WindowLoader:
-    """Make the loader of a run; a stream's rows are tokenised when they are read, and may raise DataError then."""
+    """Make the loader of a run. The rows of a stream are tokenised as they are read, so the loader may then raise
+    DataError."""
     if rows.source is None:
         return ListLoader(data.examples, config.training, rows_per_step)
     template, cut = make_template(config), (config.data.max_length, config.data.truncation_side)
@@ -173,10 +178,11 @@ def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any
 def tokenize_rows(
     config: TrainConfig, template: Template, tokenizer: Any, rows: Rows
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Tokenise training rows (of a stream, its first rows) and held-out rows; on a terminal a progress bar shows.
+    """Tokenise the training rows (of a stream, its first rows) and the held-out rows. On a terminal, show a progress
+    bar.
 
     Raises:
-        DataError: see `tokenize`.
+        DataError: see `tokenization.tokenize`.
     """
     progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)

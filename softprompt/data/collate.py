@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
 
 def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Consecutive micro-batches of `size` rows; the last may be smaller."""
+    """Yield consecutive micro-batches of `size` rows; the last one may be smaller."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
 
@@ -30,9 +30,9 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
     tokenizer that pads on the right.
 
-    The tokenizer's padding side is ignored. The prompt is put in front of the batch, so left padding would be between
-    prompt and text, and mechanisms that count indices instead of positions (sliding windows, MPT's ALiBi) would take
-    the text to be farther from the prompt than it is.
+    The tokenizer's padding side is ignored. The prompt is prepended to each row, so left padding would lie between the
+    prompt and the text. Mechanisms that use indices instead of positions (sliding windows, MPT's ALiBi) would then see
+    too large a distance between them.
 
     Returns:
         A batch of tensors [B, T] int64.
@@ -52,13 +52,14 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
 class Packed(NamedTuple):
     """A micro-batch without padding: S tokens of B rows, concatenated.
 
-    A row ends with the token that predicts its last target; later tokens affect neither loss nor gradient. `predictors`
-    are the indices in the stream whose next token is a target. A row's first token is predicted by the last virtual
-    token, so targets in `first_targets` have no predictor in the stream.
+    Each row is truncated after the token that predicts its last target, since later tokens affect neither loss nor
+    gradient. `predictors` are the indices in the S tokens at which the next token is a target, and `targets` are the
+    ids of these next tokens. `first_targets` are the ids of rows' first tokens that are targets; the last virtual token
+    predicts them, so they have no predictor among the S tokens.
     """
 
     input_ids: Tensor  # [S] int64
-    lengths: list[int]  # of B rows, none of them 0, S in all
+    lengths: list[int]  # of the rows, each above 0; their sum is S
     predictors: Tensor  # [n] int64
     targets: Tensor  # [n] int64
     first_targets: Tensor  # [f] int64
@@ -70,8 +71,8 @@ class Packed(NamedTuple):
 def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> Iterator[list[Example]]:
     """Cut a window into micro-batches of at most `tokens_per_microbatch` tokens, or of one row that has more.
 
-    The longest rows come first: rows of a micro-batch have similar lengths, and if memory does not suffice, the first
-    micro-batch shows it.
+    Rows are sorted by length, longest first. So the rows of a micro-batch have similar lengths, and if memory does not
+    suffice, the first micro-batch fails.
     """
     part: list[Example] = []
     tokens = 0

@@ -1,4 +1,4 @@
-"""Loaders: they yield the examples of each optimizer step. This module holds the one for examples in memory."""
+"""The interface of loaders, which yield the examples of each optimizer step, and the loader for examples in memory."""
 
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -16,8 +16,9 @@ BEGINNING: Position = {}
 class Window(NamedTuple):
     """The examples of one optimizer step.
 
-    `places` name their rows in error messages. `epoch` is the number of passes over all rows after this step, as a
-    fraction. `ends_epoch` is True for the last window of a pass. `position` is where the loader resumes after it.
+    `places` name the rows of the examples in error messages. `epoch` is the number of passes over all rows after this
+    step, as a fraction. `ends_epoch` is True for the last window of a pass. `position` tells a loader where to resume
+    after this step.
     """
 
     examples: Sequence[Example]
@@ -28,7 +29,8 @@ class Window(NamedTuple):
 
 
 class WindowLoader(Protocol):
-    """Yields examples in windows of `rows_per_step`. `places` is a format string for a window's places in errors."""
+    """Yields examples in windows of `rows_per_step` rows. `places` is a format string into which error messages put the
+    places of a window."""
 
     @property
     def rows_per_step(self) -> int: ...
@@ -41,14 +43,15 @@ class WindowLoader(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run. There may be fewer if rows of a stream turn out to have no target."""
+        """The number of optimizer steps of the run. A stream may take fewer if some of its rows have no target."""
         ...
 
     def windows(self, step: int = 0, position: Position = BEGINNING) -> Generator[Window, None, None]:
-        """Yield windows without end, starting after `step` optimizer steps; the last of them had this `position`.
+        """Yield windows without end, starting after `step` optimizer steps; `position` is that of the window of the
+        last of these steps.
 
         Raises:
-            DataError: a row cannot be read; the windows before it are yielded first.
+            DataError: a row cannot be read; the full windows before it are yielded first.
         """
         ...
 
@@ -57,23 +60,25 @@ class WindowLoader(Protocol):
         ...
 
     def describe_rows_read(self, position: Position) -> str:
-        """Count the rows read up to `position` that were cut or left out; empty if that was known beforehand."""
+        """Describe how many of the rows read up to `position` were truncated or left out. Return an empty text if this
+        was known before the run."""
         ...
 
 
 def rows_of_a_step(args: TrainingArguments, devices: int = 1) -> int:
-    """Rows of an optimizer step: devices × batch size × gradient accumulation, as in Trainer."""
+    """Return the number of rows of an optimizer step: devices × batch size × gradient accumulation, as in Trainer."""
     return devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def total_steps(rows: int, args: TrainingArguments, rows_per_step: int | None = None) -> int:
-    """Optimizer steps T of a run: `max_steps`, else ceil(epochs × windows per epoch), as in Trainer."""
+    """Return the number of optimizer steps of a run: `max_steps` if it is positive, else ceil(epochs × steps per
+    epoch), as in Trainer."""
     per_epoch = steps_per_epoch(rows, rows_per_step or rows_of_a_step(args))
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
 def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_step: int) -> float:
-    """The epoch after `step` optimizer steps, counted in micro-batches as Trainer logs it."""
+    """Return the epoch after `step` optimizer steps as Trainer logs it: as a fraction, counted in micro-batches."""
     micro = math.ceil(n_examples * args.gradient_accumulation_steps / rows_per_step)
     whole, part = divmod(step, math.ceil(micro / args.gradient_accumulation_steps))
     return whole + min(part * args.gradient_accumulation_steps, micro) / micro
@@ -83,8 +88,8 @@ def epochs_done(step: int, n_examples: int, args: TrainingArguments, rows_per_st
 class ListLoader:
     """Yields examples that are all in memory (or memory-mapped), in Trainer's order.
 
-    The order follows from the seed, so the number of steps alone is the position. `per_step` is the number of rows of
-    an optimizer step, by default that of one device.
+    The order depends only on the seed, so loading resumes from the number of steps alone. `per_step` is the number of
+    rows of an optimizer step, by default that of one device.
     """
 
     examples: Sequence[Example]

@@ -1,4 +1,5 @@
-"""Read a dataset into checked rows. A row is a dict of texts; each error names the file and the line or row."""
+"""Read a dataset into checked rows. A row is a dict of texts, or of lists of messages for chat templates; each error
+names the file and the line or row."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -40,15 +41,15 @@ def load_rows(
     """Read and check all rows of one split.
 
     Args:
-        source: see `--dataset`.
-        columns: our column name → the dataset's.
-        split: None is the held-out split, see `splits.choose`.
-        flag: the flag that names the split, for messages.
-        usual_columns: the column names of another dataset. They are used for columns that `columns` does not name, if
-            the first row has them.
+        source: the value of `--dataset`.
+        columns: the dataset's column name for each of the template's columns.
+        split: name of the split; None selects the held-out split, see `splits.choose`.
+        flag: the flag that names the split, for error messages.
+        usual_columns: like `columns`, but used only for columns that `columns` does not name, and only if the first row
+            has them.
 
     Raises:
-        DataError: there is no such dataset or split; see also `rows_of`.
+        DataError: there is no such dataset or split, or the rows are refused by `rows_of`.
     """
     located = find_splits(source, config_name).select(split, flag).rows
     if usual_columns:
@@ -63,7 +64,8 @@ def rows_of(source: str, located: LocatedRows, template: Template, columns: Mapp
     """Check the rows of a dataset.
 
     Raises:
-        DataError: the format cannot be read, there are no rows, or a row lacks a column that template or answer need.
+        DataError: the dataset cannot be read or has no rows, or a row lacks a column that the template or the answer
+            needs.
     """
     rows = check_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
     if not rows:
@@ -74,7 +76,7 @@ def rows_of(source: str, located: LocatedRows, template: Template, columns: Mapp
 def check_rows(
     source: str, located: Iterable[tuple[str, Any]], template: Template, columns: Mapping[str, str]
 ) -> RowStore:
-    """Check rows that come with their places. The first one must have all of `columns`."""
+    """Check rows, each given with its place for error messages. The first row must have all of `columns`."""
     rows = RowStore()
     for place, row in located:
         if not len(rows) and isinstance(row, dict):
@@ -84,10 +86,10 @@ def check_rows(
 
 
 def check_row(place: str, row: Any, template: Template, columns: Mapping[str, str]) -> Row:
-    """Rename the columns of one row to ours, and keep those that are used; see `check_fields`.
+    """Rename the columns of one row to the template's, and keep those that are used; see `check_fields`.
 
     Raises:
-        DataError: it is not an object, or lacks a text that template or answer need.
+        DataError: the row is not an object, or lacks a text that the template or the answer needs.
     """
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object of columns, found {describe_type(row)}")
@@ -95,14 +97,14 @@ def check_row(place: str, row: Any, template: Template, columns: Mapping[str, st
 
 
 def load_prompts(source: str) -> list[tuple[str, Row]]:
-    """Read the questions of a --prompts_file: a .txt with one question a line, or a .jsonl of objects.
+    """Read the questions of a --prompts_file: a .txt with one question per line, or a .jsonl with one object per line.
 
     Returns:
-        Place and row of each question. The columns of a .jsonl's objects are not checked yet.
+        Place and row of each question. The columns of the objects in a .jsonl are not checked yet.
 
     Raises:
         DataError: the file does not exist, cannot be read or holds no question; a .txt has an empty line before its
-            last question (line numbers of questions and answers would differ); a line of a .jsonl is not an object.
+            last question (the line numbers of questions and answers would differ); a line of a .jsonl is no object.
     """
     path = Path(source)
     if path.is_dir():
@@ -129,12 +131,12 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
 def question(where: str, row: Any, template: Template) -> Row:
     """Check the row of a question.
 
-    `prompt` fills the template's first column, and may come with an `input`. `messages` is a conversation whose last
-    message is the question.
+    The row has the template's columns; or `prompt`, which fills the template's first column, optionally with `input`;
+    or `messages`, a conversation whose last message is the question.
 
     Raises:
-        DataError: it is not an object, a column is missing or not a text, the messages are malformed, or the template
-            cannot express them.
+        DataError: the row is not an object, a column is missing or not a text, the messages are malformed, or the
+            template cannot express them.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object of columns, found {describe_type(row)}")
@@ -177,13 +179,13 @@ def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[s
 
 
 def _columns_of(row: Row) -> str:
-    """Say which columns a row has. Names are quoted, since they may contain anything."""
+    """Describe the columns of a row for an error message. Names are quoted, since they may contain any character."""
     more = f" and {len(row) - MAX_LISTED:,} more" if len(row) > MAX_LISTED else ""
     return f"the columns are {', '.join(map(repr, list(row)[:MAX_LISTED]))}{more}" if row else "there are no columns"
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with the dataset's column names replaced by ours."""
+    """Return the row with the dataset's column names replaced by the template's."""
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
@@ -192,7 +194,7 @@ def check_fields(where: str, row: Row, template: Template, columns: Mapping[str,
     """Keep only the columns that are used, and check their types.
 
     A row for a chat template may have several forms (a conversation, prompt and completion, instruction and output).
-    The form that `columns` names is taken, else the first one that the row has.
+    The form whose columns `columns` names is used, else the first form that the row has.
     """
     if template.spec == CHAT and not {"instruction", "input", "output"} & columns.keys():
         if "prompt" not in columns and (name := _conversation_in(row)):
@@ -211,7 +213,8 @@ def check_fields(where: str, row: Row, template: Template, columns: Mapping[str,
 
 
 def _conversation_in(row: Row) -> str | None:
-    """The column that holds a conversation. `messages` counts whatever its type is, so that a wrong one is refused."""
+    """Return the name of the column that holds a conversation; None if there is none. A column `messages` is returned
+    whatever its type, so that a wrong type is refused later."""
     return next(
         (name for name in CONVERSATIONS if name in row and (name == "messages" or isinstance(row[name], list | dict))),
         None,
@@ -221,7 +224,7 @@ def _conversation_in(row: Row) -> str | None:
 def _conversation(where: str, name: str, row: Row, least: int, ends_with_answer: bool) -> Row:
     said = messages(where, name, row[name], least, ends_with_answer)
     if name != "messages" and is_text(row.get("system")) and row["system"].strip() and said[0]["role"] != "system":
-        said = [{"role": "system", "content": row["system"]}, *said]  # beside ShareGPT's conversations
+        said = [{"role": "system", "content": row["system"]}, *said]  # ShareGPT's datasets may have this column
     return {"messages": said, **_tools(where, row)}
 
 

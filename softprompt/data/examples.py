@@ -1,4 +1,4 @@
-"""Training examples as token ids, stored in a few numpy arrays: 4 bytes a token, and 12 bytes a row."""
+"""Training examples as token ids, stored in a few numpy arrays: 4 bytes per token and 12 bytes per row."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,14 +6,14 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-IGNORE = -100  # the label of a position without a loss, as PyTorch's cross entropy takes it by default
+IGNORE = -100  # the label of a token that is no target: the default ignore_index of PyTorch's cross entropy
 
 
 class Example(NamedTuple):
-    """One row as the model sees it: T token ids and T labels.
+    """One tokenised row: T token ids and T labels.
 
-    Labels are -100 where no loss is taken. They are -100 at a row's first token in any case, because the base alone has
-    nothing to predict that token from.
+    The label of a token is its id if the token is a target, else -100. In rows to train or to evaluate on, the first
+    token is not a target, because the base without a prompt has nothing to predict it from.
     """
 
     input_ids: list[int]
@@ -21,15 +21,15 @@ class Example(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Examples in columns. An item is an `Example`, whose lists are made when it is asked for.
+    """Examples stored as arrays. An item is an `Example`, whose lists are made on access.
 
     The labels of a row are -100 before its first target, and its token ids from there on, so they are not stored.
     Arrays may be memory-mapped.
 
     Args:
-        input_ids: int32 of all tokens, row after row.
-        offsets: int64 [rows + 1], where each row begins in `input_ids`, and where the last one ends.
-        first_targets: int32 [rows], the index in its row of the first token that is a target.
+        input_ids: int32 [tokens], the token ids of all rows, one row after the other.
+        offsets: int64 [rows + 1], the index in `input_ids` at which each row begins, and at which the last row ends.
+        first_targets: int32 [rows], for each row the index of its first target, counted from the row's beginning.
     """
 
     def __init__(self, input_ids: np.ndarray, offsets: np.ndarray, first_targets: np.ndarray):
@@ -37,7 +37,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def from_rows(cls, rows: Iterable[Example]) -> "Examples":
-        """Store examples whose labels are -100 up to some token, and the token ids from there on."""
+        """Store examples. The labels of each must be -100 before its first target, and its token ids from there on."""
         ids, lengths, first_targets = array("i"), array("i"), array("i")
         for row in rows:
             ids.extend(row.input_ids)
@@ -47,7 +47,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def from_columns(cls, input_ids: array, lengths: array, first_targets: array) -> "Examples":
-        """Take over arrays of C ints, which are not copied and must not grow any more."""
+        """Use arrays of C ints without copying them; they must not be appended to afterwards."""
         offsets = np.concatenate([[0], np.cumsum(as_numpy(lengths), dtype=np.int64)])
         return cls(as_numpy(input_ids), offsets, as_numpy(first_targets))
 
@@ -57,17 +57,17 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [rows], the tokens of each row."""
+        """The number of tokens of each row, int64 [rows]."""
         return np.diff(self.offsets)
 
     @property
     def targets(self) -> int:
-        """The number of tokens that a loss is taken at, in all rows."""
+        """The number of targets of all rows."""
         return len(self.input_ids) - int(self.first_targets.sum(dtype=np.int64))
 
     @property
     def last_ids(self) -> set[int]:
-        """The ids that rows end with."""
+        """The set of the rows' last token ids."""
         return set(np.unique(self.input_ids[self.offsets[1:] - 1]).tolist())
 
     def __len__(self) -> int:
@@ -100,10 +100,10 @@ class Examples(Sequence[Example]):
 
 
 def as_numpy(values: array) -> np.ndarray:
-    """An array of C ints as int32, not copied."""
+    """Return an array of C ints as an int32 array that shares its memory."""
     return np.frombuffer(values, dtype=np.int32)
 
 
 def count_targets(example: Example) -> int:
-    """Positions that a loss is taken at: every label but -100."""
+    """Return the number of targets: labels other than -100."""
     return len(example.labels) - example.labels.count(IGNORE)

@@ -1,4 +1,4 @@
-"""Convert conversations to what chat templates take: a list of messages with role and content.
+"""Convert conversations to the form that chat templates take: a list of messages with role and content.
 
 The known forms are OpenAI's messages (with tool_calls, and contents that are null or lists of text parts) and
 ShareGPT's conversations (from, value). Either may be a dict of lists instead of a list of dicts, as datasets stores
@@ -26,8 +26,8 @@ def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bo
     """Convert the conversation in column `name`, which must have at least `least` messages.
 
     Raises:
-        DataError: it is not a conversation, a message lacks a key, or `ends_with_answer` and the last message is not
-            the assistant's.
+        DataError: the value is not such a conversation, a message lacks a key, or `ends_with_answer` is True and the
+            last message is not the assistant's.
     """
     listed = _listed(value)
     number, end = f"{least} or more ", " that ends with the assistant's" if ends_with_answer else ""
@@ -46,10 +46,10 @@ def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bo
 
 
 def tools(where: str, value: Any) -> list[dict[str, Any]]:
-    """The tool descriptions of a row, from a list or from the JSON of one; empty if there are none.
+    """Return the tool descriptions of a row, given as a list or as JSON text of a list; empty if there are none.
 
     Raises:
-        DataError: it is neither.
+        DataError: the value is neither.
     """
     found = _parsed(value) if isinstance(value, str) else value
     if not found:
@@ -60,7 +60,8 @@ def tools(where: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _listed(value: Any) -> Any:
-    """A list of messages from one list for each of their keys."""
+    """Convert a dict of lists, one list per key of the messages, to a list of dicts; return any other value as it
+    is."""
     if not isinstance(value, dict) or not value or not all(isinstance(each, list) for each in value.values()):
         return value
     if len({len(each) for each in value.values()}) != 1:
@@ -80,13 +81,13 @@ def _message(where: str, given: Mapping[str, Any], is_answer: bool) -> Message:
         raise DataError(f"{where} must have a text for its 'role' (or 'from'); its keys are {', '.join(given)}")
     calls = rest.pop("tool_calls", None)
     if content is None and calls is not None and (calls or not is_answer):
-        content = ""  # as OpenAI writes it beside tool calls; a template would write None
+        content = ""  # OpenAI's messages with tool calls have no content, which a chat template would render as "None"
     text = _text(where, content)
     return {"role": role, "content": text, **({"tool_calls": _calls(where, calls)} if calls else {}), **rest}
 
 
 def _text(where: str, content: Any) -> str:
-    """The text of a content, which is a text or a list of text parts to concatenate."""
+    """Return the text of a message's content, which is a text or a list of text parts; the parts are concatenated."""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if _is_text_part(part) else part for part in parts]
     if wrong := [part for part, text in zip(parts, texts, strict=True) if not is_text(text)]:
@@ -101,7 +102,8 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """Tool calls with parsed arguments, as chat templates expect; OpenAI writes arguments as JSON text."""
+    """Return tool calls with parsed arguments, as chat templates expect them; OpenAI's form has arguments as JSON
+    text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"{where}: its tool_calls must be a list of objects")
     return [_call({key: value for key, value in call.items() if value is not None}) for call in calls]
@@ -123,7 +125,7 @@ def _parsed(text: str) -> Any:
 
 
 def _json_able(value: Any) -> Any:
-    """A JSON-able value; one that JSON cannot represent, such as a date of a parquet file, becomes text."""
+    """Return the value if it is JSON-able, else its text, for example of a date in a parquet file."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -132,7 +134,7 @@ def _json_able(value: Any) -> Any:
 
 
 def describe_type(value: Any) -> str:
-    """The type of a value, in words for messages."""
+    """Describe the type of a value for error messages."""
     names = {
         type(None): "null",
         bool: "true/false",

@@ -1,4 +1,4 @@
-"""Work in several processes, with its results in order."""
+"""Map a function over items in several processes; results keep the order of the items."""
 
 import multiprocessing
 import os
@@ -16,18 +16,19 @@ from typing import Any, TypeVar
 from softprompt.utils.errors import DataError
 
 Item, Result, Common = TypeVar("Item"), TypeVar("Result"), TypeVar("Common")
-QUEUED_ITEMS = 4  # items of each worker that are queued or under way; a bound for memory
+QUEUED_ITEMS = 4  # the most items per worker that are queued or in progress; limits memory
 
 
 def map_in_processes(
     function: Callable[[Common, Item], Result], common: Common, items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """Yield `function(common, item)` for every item, in the items' order; `common` is sent to each worker once.
+    """Yield `function(common, item)` for every item, in the items' order; `common` is sent to each worker only once.
 
-    On Linux workers are forked, so a script that has no `if __name__ == "__main__"` works, too.
+    On Linux, workers are forked, so that scripts without `if __name__ == "__main__"` work, too. An error of `function`
+    is raised when the result of its item is due.
 
     Raises:
-        DataError: a worker was killed; errors of `function` are raised at their item.
+        DataError: a worker was killed.
     """
     method = "fork" if sys.platform == "linux" else None  # forking is not safe on macOS, and absent on Windows
     left = iter(items)
@@ -50,7 +51,7 @@ def map_in_processes(
 
 @contextmanager
 def _no_threads_of_tokenizers() -> Iterator[None]:
-    """The library tokenizers cannot use its threads in a forked process; unless it is told so, it warns of that."""
+    """Disable the threads of the library tokenizers, which cannot use them in a forked process and would warn."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -63,7 +64,7 @@ def _no_threads_of_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
-_worker: list[Any] = []  # in a worker process: its function, and what is common to all items
+_worker: list[Any] = []  # in a worker process: `function` and `common` of `map_in_processes`
 
 
 def _start_worker(function: Callable[..., Any], common: Any) -> None:
@@ -74,7 +75,7 @@ def _start_worker(function: Callable[..., Any], common: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next item for ever."""
+    """End this worker when its parent has ended; otherwise it would wait for its next item forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Cut a plain text into passages, in which each of its tokens except the first is predicted exactly once."""
+"""Cut a plain text into passages, such that each token of the text except the first is a target exactly once."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from softprompt.utils.errors import ConfigError, DataError
 def passages(source: str, tokenizer: Any, max_length: int) -> Examples:
     """Cut the text of a file into passages of `max_length` tokens.
 
-    Each passage begins with the last token of the previous one, which is not a target in it. These are the rolling
-    windows of EleutherAI's lm-evaluation-harness with one token of context: a token is predicted from at most
-    max_length - 1 tokens before it (and from the prompt, if there is one).
+    Each passage begins with the last token of the previous passage; that first token is not a target. These are the
+    rolling windows of EleutherAI's lm-evaluation-harness with one token of context: each token is predicted from at
+    most max_length - 1 tokens before it, and from the soft prompt if there is one.
 
     Raises:
         DataError: the file does not exist, is not UTF-8, or has fewer than two tokens.

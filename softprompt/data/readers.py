@@ -17,14 +17,15 @@ from softprompt.utils import hub
 from softprompt.utils.errors import DataError
 
 LocatedRows = Iterator[tuple[str, Any]]  # ("line 7", row)
-BATCH = 1024  # rows of a parquet file that are converted at a time
+BATCH = 1024  # how many rows of a parquet file are converted at a time
 
 
 def local_path(source: str) -> Path | None:
-    """The path of a local dataset, which is a folder or a file of a known format; None if it may be a hub id.
+    """Return the path of a local dataset, which is a folder or a file of a known format; None if `source` may be a hub
+    id.
 
     Raises:
-        DataError: it is none of these.
+        DataError: `source` is none of these.
     """
     if source.startswith("mini:"):
         raise DataError(f"{source!r} is served by the package itself, not read from a file")
@@ -46,7 +47,11 @@ def local_path(source: str) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file, which must not be empty."""
+    """Read a text file.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or is empty.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
     except UnicodeDecodeError as error:
@@ -60,7 +65,8 @@ def read_text(path: Path) -> str:
 
 
 def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that hold a row, from row `first` (from 0) on, with their line numbers (from 1).
+    """Yield the non-blank lines of a .jsonl file, starting with row `first` (counted from 0), each with its line number
+    (counted from 1).
 
     Raises:
         DataError: the file cannot be read, or holds no row at all.
@@ -80,15 +86,16 @@ def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def is_blank_line(line: bytes) -> bool:
-    """Whether a line of a .jsonl file holds no row."""
+    """Whether a line of a .jsonl file is blank and so holds no row."""
     return line.strip() in (b"", BOM_UTF8)
 
 
 def parse_jsonl_line(place: str, line: bytes, expected: str = "one object a line") -> Any:
-    """Parse a line of a .jsonl file; `place` names it in errors.
+    """Parse a line of a .jsonl file. In error messages, `place` names the line, and `expected` says what it should
+    hold.
 
     Raises:
-        DataError: it is not UTF-8, or not JSON.
+        DataError: the line is not UTF-8, or not JSON.
     """
     try:
         text = line.decode()
@@ -102,21 +109,21 @@ def _not_utf8(place: str) -> DataError:
 
 
 def _parsed(text: str, place: Callable[[int], str], expected: str) -> Any:
-    """Parse JSON; `place` returns the name of a line of it, counted from 1."""
+    """Parse JSON. `place` returns the name, for error messages, of a line of the text, counted from 1."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _Twice as error:
         raise DataError(f"{place(1)}: an object has the key {error} twice; rename one of them") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place(error.lineno)}: not JSON: {error.msg}; expected {expected}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # Python refuses integers of more than 4,300 digits
         raise DataError(f"{place(1)}: {error}") from None
     except RecursionError:
         raise DataError(f"{place(1)}: nested too deeply to be a row") from None
 
 
 class _Twice(Exception):
-    """A key that an object has twice; json would silently keep the second value."""
+    """Raised for a key that an object has twice; json would silently keep only the second value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,7 +168,8 @@ def _read_csv(path: Path) -> LocatedRows:
 
 
 def _header(path: Path, line: int, names: list[str]) -> list[str]:
-    """Refuse column names that occur twice, except the empty name, which a comma at the end of a line makes."""
+    """Return the column names after checking that none occurs twice, except the empty name, which results from a comma
+    at the end of the line."""
     if (twice := _first_twice([name for name in names if name])) is not None:
         raise DataError(f"{path}, line {line}: the header names {twice!r} twice; rename one of these columns")
     return names
@@ -173,10 +181,10 @@ def _numbered(rows: Any) -> LocatedRows:
 
 
 def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
-    """Yield rows from number `first` (from 0) on; row groups before it are not read.
+    """Yield the rows of a parquet file, starting with row `first` (counted from 0). Row groups before it are not read.
 
     Raises:
-        DataError: it is not a parquet file, or it is broken.
+        DataError: the file is not a parquet file, or is damaged.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -204,10 +212,10 @@ def _read_parquet(path: Path) -> LocatedRows:
 
 
 def load_folder(path: Path) -> Any:
-    """Load the Dataset or DatasetDict that save_to_disk wrote; its rows are memory-mapped.
+    """Load the Dataset or DatasetDict that save_to_disk wrote into a folder; its rows are memory-mapped.
 
     Raises:
-        DataError: the folder holds none.
+        DataError: the folder holds neither.
     """
     from datasets import load_from_disk
 
@@ -232,10 +240,10 @@ def load_hub_dataset(source: str, config_name: str | None) -> Any:
 
 
 def from_hub(source: str, load: Callable[[], Any]) -> Any:
-    """Call `load`, which asks the hub, and explain its failure.
+    """Call `load`, which accesses the hub, and return its result.
 
     Raises:
-        DataError: it fails.
+        DataError: `load` fails; the message gives the reason and advice.
     """
     hub.check_reachable()
     try:
@@ -248,7 +256,7 @@ def from_hub(source: str, load: Callable[[], Any]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, shortened."""
+    """Return the first line of a library's error message, truncated to 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

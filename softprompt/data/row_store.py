@@ -1,4 +1,4 @@
-"""The rows of a dataset as JSON in one buffer, which takes a fraction of the memory that dicts of them take."""
+"""The rows of a dataset as JSON in one buffer, which takes a fraction of the memory of as many dicts."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class RowStore(Sequence[Row]):
-    """A list of rows that only grows at its end. An item is parsed when it is asked for; a slice is a copy."""
+    """A list of rows to which rows can be appended. An item is parsed on access; a slice is a copy."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self._text, self._ends = bytearray(), array("q")
@@ -21,7 +21,7 @@ class RowStore(Sequence[Row]):
             self.append(row)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        # Keys keep their order, which decides on what a chat template writes of tools, and on the columns' order.
+        # Keys keep their order: a chat template renders the keys of tools in it, and columns are listed in it.
         self._text += _ENCODER.encode(row).encode("utf-8", "surrogatepass")
         self._ends.append(len(self._text))
 
@@ -38,16 +38,17 @@ class RowStore(Sequence[Row]):
 
     @property
     def fingerprint(self) -> str:
-        """The same as `fingerprint_of_rows` gives."""
+        """The fingerprint that `fingerprints.fingerprint_of_rows` computes."""
         return self._summarized()[1]
 
     @property
     def hashes(self) -> np.ndarray:
-        """int64 [rows]; equal rows have equal hashes, within this process."""
+        """A hash of each row, int64 [rows]. Equal rows have equal hashes; hashes differ between processes."""
         return self._summarized()[2]
 
     def _summarized(self) -> tuple[int, str, np.ndarray]:
-        """All rows' number, fingerprint and hashes, made in one pass over them and kept until there are more rows."""
+        """Return the number, the fingerprint and the hashes of the rows. They are computed in one pass over the rows,
+        and kept until the number of rows changes."""
         if self._summary is None or self._summary[0] != len(self):
             digest, hashes = hashlib.sha256(), np.empty(len(self), dtype=np.int64)
             for number, row in enumerate(self):

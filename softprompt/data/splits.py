@@ -16,7 +16,7 @@ from softprompt.data.readers import READERS, LocatedRows, first_line, load_folde
 from softprompt.utils.errors import DataError
 
 TRAIN = "train"
-HELD_OUT = ("validation", "valid", "val", "dev", "test")  # the first that exists is held out by default
+HELD_OUT = ("validation", "valid", "val", "dev", "test")  # the first of these that exists is the default held-out split
 WORDS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -40,7 +40,7 @@ MAX_LISTED = 20  # files or splits listed in a message
 
 
 class Selection(NamedTuple):
-    """Rows of a dataset, by number, to find out whether two selections have rows in common.
+    """Rows of a dataset by their numbers, used to find out whether two selections have rows in common.
 
     `dataset_id` identifies the dataset. `ranges` are (start, stop) row numbers of each split, and `files` the files
     that these rows are in.
@@ -63,7 +63,7 @@ class Selection(NamedTuple):
 
 
 class SelectedRows(NamedTuple):
-    """The rows of a selection, each with its line or row number. `split` is the name of the split, or its slices."""
+    """The rows of a selection, each with its line or row number. `split` is the split or the slices as requested."""
 
     split: str
     rows: LocatedRows
@@ -72,10 +72,10 @@ class SelectedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a dataset by name; the value is a list of files, or a `datasets.Dataset`.
+    """The splits of a dataset. `parts` maps the name of a split to a list of files or to a `datasets.Dataset`.
 
-    A dataset without named splits (`named` is False) has one split called train. `notices` are sentences about rows of
-    the dataset that belong to no split.
+    A dataset without named splits (`named` is False) has one split called train. `notices` are sentences about files
+    that are not read or are missing.
     """
 
     source: str
@@ -89,12 +89,13 @@ class Splits:
         return choose(self.source, list(self.parts) if self.named else [], split, flag)
 
     def describe_split(self, rows: str, split: str) -> list[str]:
-        """Say which split the training or held-out rows come from, if the dataset has several."""
+        """Return a sentence that says which split the rows come from, if the dataset has several splits; `rows` is
+        "training" or "held-out"."""
         names = _listed(list(self.parts))
         return [f"{rows} rows: split {split} of {self.source}, which has {names}"] if len(self.parts) > 1 else []
 
     def selection(self, name: str) -> Selection:
-        """Select a whole split."""
+        """Return the selection of a whole split."""
         return Selection(self.dataset_id, {name: [(0, sys.maxsize)]}, self._files(name))
 
     def select(self, split: str | None, flag: str) -> SelectedRows:
@@ -138,11 +139,14 @@ class Splits:
 def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> str:
     """Choose a split, or slices of splits.
 
-    `split` is taken if it is given; else the first of HELD_OUT that the dataset has; else its only split. A dataset
-    without named splits (`names` is empty) has one split called train.
+    The result is `split` if it is given, else the first of HELD_OUT that the dataset has, else its only split. A
+    dataset without named splits (`names` is empty) has one split called train.
+
+    Args:
+        flag: the flag that names the split, for error messages.
 
     Raises:
-        DataError: there is no such split, or no split is named and the dataset has several.
+        DataError: there is no such split; or none is given, and the dataset has several but none of HELD_OUT.
     """
     if split is None:
         held_out = [name for name in HELD_OUT if name in names]
@@ -158,7 +162,7 @@ def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> s
 
 
 def names_in(spec: str) -> list[str]:
-    """The names of the splits in a sum of slices such as train[:10]+test."""
+    """Return the names of the splits in a sum of slices such as train[:10]+test."""
     return list(dict.fromkeys(part.split("[")[0].strip() for part in spec.split("+")))
 
 
@@ -179,17 +183,19 @@ def find_splits(source: str, config_name: str | None) -> Splits:
 
 
 def hub_dataset_id(source: str, config_name: str | None) -> str:
-    """See `Selection`."""
+    """Return the `dataset_id` of a hub dataset; see `Selection`."""
     return f"hub {source} {config_name}"
 
 
 def shards(folder: Path) -> list[Path]:
-    """Data files of a folder, sorted by name; if it has none, those in its subfolders (data/ in a hub repository)."""
+    """Return the data files of a folder, sorted by name; if it has none, those in its subfolders (data/ in a hub
+    repository)."""
     return _files_of(folder.iterdir()) or _files_of(folder.rglob("*"), folder)
 
 
 def _files_of(paths: Iterator[Path], folder: Path | None = None) -> list[Path]:
-    """Data files, except hidden files and, below `folder`, those in hidden folders."""
+    """Return the data files among `paths`, sorted. Hidden files and, below `folder`, files in hidden folders are left
+    out."""
     return sorted(
         path
         for path in paths
@@ -221,7 +227,7 @@ def _of_files(source: str, dataset_id: str, folder: Path, files: Sequence[Path])
 
 
 def _split_of(path: Path) -> str | None:
-    """The split named by a file's name, or by one of its folders."""
+    """Return the split that a file's name, or else one of its folders, names; None if none does."""
     if shard := SHARD.fullmatch(path.stem):
         return shard[1]
     return next((word for name in (path.stem, *reversed(path.parts[:-1])) if (word := _word_in(name))), None)
@@ -232,7 +238,7 @@ def _word_in(name: str) -> str | None:
 
 
 def _missing(folder: Path, files: Sequence[Path]) -> Iterator[str]:
-    """Warn about missing shards, by the number of shards in the names of those that exist."""
+    """Yield warnings about missing shards. The names of the existing shards tell how many there should be."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if shard := SHARD.fullmatch(file.stem):

@@ -1,4 +1,5 @@
-"""The loader of streamed rows, and its shuffle buffer, whose order for a seed never changes between versions."""
+"""The loader of streamed rows, and its shuffle buffer. For a given seed, every version of Python and of this package
+shuffles in the same order."""
 
 import dataclasses
 import itertools
@@ -22,11 +23,12 @@ T = TypeVar("T")
 class ShuffleBuffer(Generic[T]):
     """Shuffles a stream through a buffer of `size` items.
 
-    Each further item replaces a random one, which is yielded; at the end of the stream the rest is yielded in random
-    order. This is the buffer that the documentation of `datasets.IterableDataset.shuffle` describes (version 5.2 itself
-    shuffles by halves). The order depends only on the number of items, so it can be replayed without reading them.
+    Once the buffer is full, each new item replaces a random item of the buffer, which is yielded. At the end of the
+    stream, the remaining items are yielded in random order. This is the buffer that the documentation of
+    `datasets.IterableDataset.shuffle` describes (the implementation in datasets 5.2 differs from it). The order depends
+    only on the size, the seed, the epoch and the number of items, so it can be replayed without reading the items.
 
-    `random.random()` is used because it is the only draw whose sequence for a seed Python promises to keep.
+    `random.random()` is used because it is the only method whose sequence for a seed Python guarantees.
     """
 
     def __init__(self, size: int, seed: int, epoch: int):
@@ -50,16 +52,17 @@ class ShuffleBuffer(Generic[T]):
             yield held.pop()
 
 
-PREFETCHED = 2  # windows that a thread prepares ahead of the step
+PREFETCHED = 2  # how many windows a thread prepares in advance
 Encode = Callable[[Sequence[Raw]], list[Encoded]]
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A position in a stream: `epoch` passes are done, and `taken` rows of the next one have left the buffer.
+    """A position in a stream: `epoch` passes are complete, and `taken` rows of the current pass have left the shuffle
+    buffer.
 
-    `length` is the number of rows of a pass, once its end has been reached. The other counts are of rows since the
-    beginning of the run, as in `Tokenized`.
+    `length` is the number of rows of a pass; None until the source's end has been reached. The other counts are those
+    of `Tokenized`, over all rows since the beginning of the run.
     """
 
     epoch: int = 0
@@ -85,8 +88,9 @@ class StreamPosition:
 class StreamLoader:
     """Yields the rows of a source through a shuffle buffer, in a different order in each pass.
 
-    Rows are tokenised (`encode`) in a thread, ahead of the step. The order follows from seed and pass alone, so a
-    resumed run replays it on row numbers, and reads only the rows that the buffer held and those after them.
+    Rows are tokenised (`encode`) in a thread, in advance of the step that needs them. The order can be replayed with
+    row numbers instead of rows (see `ShuffleBuffer`), so a resumed run reads only the rows that the buffer held and
+    those after them.
     """
 
     places = "{}"
@@ -94,10 +98,10 @@ class StreamLoader:
     def __init__(
         self, source: Source, encode: Encode, args: TrainingArguments, rows_per_step: int, buffer_size: int, name: str
     ):
-        """`encode` tokenises raw rows and may raise DataError; `name` is the source's name in messages."""
+        """`encode` tokenises raw rows and may raise DataError; `name` names the source in error messages."""
         self.source, self.encode, self.args, self.name = source, encode, args, name
         self.rows_per_step, self.buffer_size = rows_per_step, buffer_size
-        self.length = source.rows if source.counted else None  # of a pass; also once the source has ended
+        self.length = source.rows if source.counted else None  # else set when it ends
 
     @property
     def rows(self) -> int | None:
@@ -114,7 +118,8 @@ class StreamLoader:
         )
 
     def _passes(self, at: StreamPosition) -> float:
-        """Passes done. A part of a pass counts only if rows were left out; else the number of steps is exact."""
+        """Return the number of passes that are done. A part of a pass counts only if rows without a target were left
+        out; otherwise `total_steps` is exact."""
         return at.epoch + (at.taken / self.rows if at.without_target and self.rows else 0)
 
     def describe_rows_read(self, position: Position) -> str:
@@ -149,19 +154,20 @@ class StreamLoader:
             yield self._window(window, at, ends_epoch=True)
 
     def _marked(self, at: StreamPosition) -> StreamPosition:
-        """Note the length of a pass if the source had ended before the row was drawn; replaying the order needs it."""
+        """Return the position with the length of a pass, if the source had ended before this row was drawn from the
+        buffer. Replaying the order needs that length."""
         drained = self.length is not None and at.taken + self.buffer_size > self.length
         return dataclasses.replace(at, length=self.length) if drained and at.length is None else at
 
     def _window(self, rows: Sequence[tuple[str, Encoded]], at: StreamPosition, ends_epoch: bool) -> Window:
-        """Make a window. If the length of a pass is not known, its `epoch` counts whole passes only."""
+        """Make a window. If the length of a pass is unknown, `Window.epoch` counts only whole passes."""
         length = self.rows or (at.length if at.epoch else None)
         places = [place for place, _ in rows]
         epoch = at.epoch + (min(1, at.taken / length) if length else 0)
         return Window([row.example for _, row in rows], places, epoch, ends_epoch, dataclasses.asdict(at))
 
     def _after_all(self, at: StreamPosition, kept: bool) -> StreamPosition:
-        """The position at the end of a pass; `kept` says whether any of its rows has a target."""
+        """Return the position after a pass; `kept` says whether any row of the pass has a target."""
         if self.source.counted and at.taken != self.rows:
             raise self._changed()
         if not kept:
@@ -174,13 +180,14 @@ class StreamLoader:
         while chunk := list(islice(rows, CHUNK)):
             try:
                 encoded = iter(self.encode(chunk))
-            except DataError:  # again row by row, so that the rows before the faulty one are used
+            except DataError:  # encode row by row, so that the rows before the faulty one are used
                 encoded = (self.encode([raw])[0] for raw in chunk)
             for (place, _), row in zip(chunk, encoded, strict=True):
                 yield place, row
 
     def _drawn(self, at: StreamPosition) -> Iterator[Raw]:
-        """Yield the rows of a pass in shuffled order, from the first one that has not left the buffer."""
+        """Return an iterator over the rows of a pass in shuffled order, starting after the `taken` rows that have left
+        the buffer."""
         length = self.rows if self.source.counted else at.length
         numbers = itertools.count() if length is None else iter(range(length))
         order: ShuffleBuffer[Any] = ShuffleBuffer(self.buffer_size, self.args.seed, at.epoch)
@@ -197,7 +204,7 @@ class StreamLoader:
         return order.through(rows)
 
     def _counted(self, first: int) -> Iterator[Raw]:
-        """Yield the source's rows from number `first` on, and note their number when they end."""
+        """Yield the source's rows, starting with row `first`. At their end, store the number of rows in `length`."""
         read = first
         for row in self.source.read(first):
             yield row
@@ -209,7 +216,7 @@ class StreamLoader:
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yield `items`, none of which may be None, while a thread computes up to `depth` of them ahead."""
+    """Yield `items` while a thread computes up to `depth` of them in advance. No item may be None."""
     pool = ThreadPoolExecutor(1, "rows")
     try:
         waiting = deque(pool.submit(next, items, None) for _ in range(depth))

@@ -1,6 +1,6 @@
-"""Sources of streamed rows: datasets on disk or on the hub that are read during training, from any row on.
+"""Sources of streamed rows: datasets on disk or on the hub that are read during training. Reading may start at any row.
 
-Each has a number of rows (None if it is not known before the end) and a fingerprint of its content.
+Each source has a number of rows (None if it is not known in advance) and a fingerprint of its content.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 
 Raw = tuple[str, Any]  # the place of a row, and the row itself or its unparsed line
-STREAMABLE_SUFFIXES = (".jsonl", ".parquet")  # formats that can be read from any row on
-PIECE = 1 << 22  # bytes of a file that are hashed at a time
+STREAMABLE_SUFFIXES = (".jsonl", ".parquet")  # formats that can be read starting at any row
+PIECE = 1 << 22  # how many bytes of a file are hashed at a time
 
 
 class Source(Protocol):
     """Rows that are read during training.
 
-    `rows` is exact if they were `counted`, else the number that the hub states, if any. `selection` identifies the
-    rows. `notices` are sentences about rows of the dataset that are not read.
+    `rows` is the exact number of rows if `counted` is True; otherwise it is the number that the hub states, or None.
+    `selection` describes which rows of which dataset they are. `notices` are sentences about the dataset for the user.
     """
 
     @property
@@ -49,7 +49,7 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
     def read(self, first: int = 0) -> Iterator[Raw]:
-        """Yield rows from number `first` (from 0) on. Seeking is cheaper than reading all rows before it.
+        """Yield rows, starting with row `first` (counted from 0), which costs less than reading all rows before it.
 
         Raises:
             DataError: a row cannot be read.
@@ -58,7 +58,7 @@ class Source(Protocol):
 
 
 def parse_row(raw: Raw) -> tuple[str, Any]:
-    """Return the place and the parsed row.
+    """Return the place of a row and the row itself, parsed if it was a line.
 
     Raises:
         DataError: the line is not UTF-8, or not JSON.
@@ -72,8 +72,8 @@ def open_source(
 ) -> Source:
     """Open a split of a dataset for `--streaming`.
 
-    Local files are read once, to count rows and to hash the content. For large files the result is cached (if `keep`)
-    until the file changes.
+    Local files are read once, to count their rows and to hash their content. For large files the result is cached until
+    the file changes; if `keep` is False, it is not written to the cache.
 
     Raises:
         DataError: there is no such dataset or split, or it holds no rows that can be read.
@@ -99,7 +99,11 @@ def open_source(
 
 
 def _whole(name: str, names: Iterable[str], flag: str) -> str:
-    """Refuse slices of splits."""
+    """Return the name of a split.
+
+    Raises:
+        ConfigError: it is a slice rather than a whole split.
+    """
     if name not in names:
         raise ConfigError(f"{flag} {name}: --streaming reads whole splits; name one, or leave --streaming out")
     return name
@@ -113,7 +117,7 @@ class FileScan(NamedTuple):
 
 
 def scan_file(path: Path, keep: bool = True) -> FileScan:
-    """Count the rows of a file, and hash it.
+    """Count the rows of a file, and hash its bytes.
 
     Raises:
         DataError: the file cannot be read, or is empty.
@@ -135,7 +139,7 @@ def count_parquet_rows(path: Path) -> int:
 
 
 def _hashed(path: Path) -> tuple[str, int]:
-    """The hash of a file's bytes, and the number of its lines that hold a row."""
+    """Return the hash of a file's bytes, and the number of its non-blank lines."""
     digest, rows = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while lines := file.readlines(PIECE):
@@ -156,7 +160,7 @@ def _remembered(path: Path, make: Callable[[], str], pattern: str, keep: bool) -
 
 @dataclass(frozen=True)
 class Files:
-    """Reads .jsonl and .parquet files one after the other."""
+    """A `Source` that reads .jsonl and .parquet files one after the other."""
 
     files: Sequence[Path]
     scans: Sequence[FileScan]
@@ -192,7 +196,7 @@ def _numbered(name: str, rows: Any, first: int) -> Iterator[Raw]:
 
 
 class _Saved:
-    """Reads a folder of Dataset.save_to_disk, which datasets memory-maps."""
+    """A `Source` that reads a folder written by Dataset.save_to_disk, which `datasets` memory-maps."""
 
     counted = True
 
@@ -209,9 +213,10 @@ class _Saved:
 
 
 class _OnTheHub:
-    """Reads a hub dataset while it is downloaded.
+    """A `Source` that reads a hub dataset while it is downloaded.
 
-    The content cannot be hashed beforehand, so the fingerprint is that of the hub's revision as datasets knows it.
+    The content cannot be hashed in advance, so the fingerprint is computed from the dataset's configuration and from
+    the revisions of its files on the hub.
     """
 
     counted, notices = False, ()
@@ -234,16 +239,16 @@ class _OnTheHub:
     def read(self, first: int = 0) -> Iterator[Raw]:
         try:
             yield from _numbered(self.source, self.dataset.skip(first), first)
-        except Exception as error:  # a network error after the retries of datasets, or a broken file
+        except Exception as error:  # a network error after the retries of `datasets`, or a damaged file
             raise DataError(f"dataset {self.source!r}: cannot be read on: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
 class SkipFirst:
-    """A source without its first rows.
+    """A `Source` without the first rows of another one.
 
-    The number of skipped rows is part of the fingerprint: with another number, rows that were trained on could become
-    held-out rows.
+    The number of skipped rows is part of the fingerprint: with another number, a resumed run could use rows that were
+    trained on as held-out rows.
     """
 
     source: Source
@@ -274,7 +279,7 @@ class SkipFirst:
 
 
 def first_rows(source: Source, n: int) -> list[Raw]:
-    """Read the first rows, at most `n`."""
+    """Return the first `n` rows, or all rows if there are fewer."""
     return list(islice(source.read(), n))
 
 

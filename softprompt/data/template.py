@@ -11,7 +11,7 @@ from softprompt.utils.errors import ConfigError, DataError
 
 DEFAULT = "default"
 CHAT = "chat"
-PROBE = "softprompt's probe"  # a text that no template contains
+PROBE = "softprompt's probe"  # a text that no template contains, put in the place of an answer
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class Template:
 
     Args:
         spec: "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format string
-            over the columns. In a format string a literal \\n, as typed in a shell, means a line break.
-        optional: columns of a format string that a question may leave out, because some training rows had them empty.
+            over the columns. In a format string the two characters \\n, as typed in a shell, mean a line break, and \\t
+            a tab.
+        optional: columns of a format string that a question may omit, because they were empty in some training rows.
 
     Raises:
-        ConfigError: a format string has no column, has anything but plain column names in braces, or includes the
-            answer.
+        ConfigError: a format string has no column, has something other than plain column names in braces, or includes
+            the answer.
     """
 
     spec: str = DEFAULT
@@ -41,7 +42,8 @@ class Template:
         except ValueError as error:
             raise ConfigError(f"--template {self.spec!r} is not a format string: {error}") from None
         names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
-        # Only plain names: {row.__class__} and the like would let a downloaded template reach into Python objects.
+        # Only plain names are allowed: fields such as {row.__class__} would let a downloaded template read attributes
+        # of Python objects.
         if not names or any(not name.isidentifier() or spec or conversion for name, spec, conversion in names):
             raise ConfigError(
                 f"--template {self.spec!r} must be `chat` or hold columns as plain names, "
@@ -72,13 +74,13 @@ class Template:
         return "input" if "input" in others else next(iter(others), None)
 
     def of_rows(self, rows: Sequence[Mapping[str, Any]]) -> "Template":
-        """The same template; columns that are empty in some of the training rows become optional."""
+        """Return the same template, in which the columns that are empty in some training rows are optional."""
         if self.spec in (DEFAULT, CHAT):
             return self
         return replace(self, optional=frozenset(n for n in self.fields if any(not row.get(n) for row in rows)))
 
     def row(self, prompt: str, input: str | None = None) -> dict[str, str]:
-        """Make a row of a new question: `prompt` fills the template's first column, `input` its `second`.
+        """Make a row from a new question: `prompt` fills the template's first column, `input` its column `second`.
 
         Raises:
             ConfigError: a column that is not optional would be empty, or the template has no column for `input`.
@@ -99,8 +101,9 @@ class Template:
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:
         """Render the prompt text of a row.
 
-        The tokenizer is only used for its chat template, and for eos_token after earlier answers. With another template
-        than chat, a conversation (`messages`) is rendered as rows with their answers, as an exported model does.
+        The tokenizer is used only for its chat template, and for its eos_token after earlier answers. If the template
+        is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer, as an
+        exported model does it.
         """
         if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
             return "".join(
@@ -117,10 +120,11 @@ class Template:
         return text.format_map({name: row[name] for name in self.fields})
 
     def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
-        """The text that the model learns to produce: the row's answer (or `text` instead of it) and its end token.
+        """Return the text that the model learns to produce: the row's answer, or `text` in its place, and an end token.
 
-        The end token is the first special token that the chat template writes after an answer; what follows it, often a
-        line break, is never generated. If there is none, or one that bases are not trained to write, it is eos_token.
+        For a chat template, the end token is the first special token that it writes after an answer; what follows that
+        token, often a line break, is left out. The end token is eos_token if the template writes no special token, or
+        one that bases are not trained to write, and for all other templates.
 
         Raises:
             DataError: the chat template refuses the messages, or does not continue its own generation prompt.
@@ -138,11 +142,11 @@ class Template:
         return said
 
     def own_answer(self, row: Mapping[str, Any]) -> str:
-        """The text of a row's answer, without what the template adds."""
+        """Return the text of a row's answer, without anything that the template adds."""
         return answer_message(row)["content"] if self.spec == CHAT else row["output"]
 
     def _continued(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
-        """What the chat template writes after its generation prompt for this answer, up to the end token."""
+        """Return what the chat template writes for this answer after its generation prompt, up to the end token."""
         prompt = self.render(row, tokenizer)
         whole = _apply_chat(tokenizer, [*prompt_messages(row), answer], row.get("tools"))
         if not whole.startswith(prompt):
@@ -157,30 +161,31 @@ class Template:
         return written.removesuffix(behind) + before + learned
 
     def end(self, row: Mapping[str, Any], tokenizer: Any) -> str | None:
-        """The special token that the template writes after the answer; None if the chat template writes none."""
+        """Return the special token that the template writes after the answer; None if a chat template writes none."""
         if self.spec != CHAT:
             return tokenizer.eos_token
         return _split_at_end(self._behind_answer(row, answer_message(row), tokenizer), tokenizer)[1]
 
     def _behind_answer(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
-        """What the chat template writes after an answer's text.
+        """Return what the chat template writes after an answer's text.
 
-        A probe replaces the text, because the answer itself may be empty or end with what looks like a special token.
+        PROBE replaces the text, because the answer itself may be empty or may end with the text of a special token.
         """
         probe = {**answer, "content": PROBE}
         return _apply_chat(tokenizer, [*prompt_messages(row), probe], row.get("tools")).rpartition(PROBE)[2]
 
 
 def never_written(tokenizer: Any) -> set[str]:
-    """Special tokens that are never targets when a base is trained, so no prompt can make it write them."""
+    """Return the special tokens that are never targets when a base is trained, so that no prompt can make the base
+    generate them."""
     return {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token, None}
 
 
 def saved_template(settings: Mapping[str, Any]) -> Template:
-    """The template saved beside an adapter.
+    """Return the template from the settings that were saved beside an adapter.
 
     Raises:
-        ConfigError: see `Template`; or optional columns that the template does not have.
+        ConfigError: the template is malformed (see `Template`), or lacks one of the optional columns.
     """
     template, optional = Template(settings.get("template", DEFAULT)), settings.get("optional_columns", [])
     if not (isinstance(optional, list) and all(isinstance(n, str) and n in template.fields for n in optional)):
@@ -189,7 +194,7 @@ def saved_template(settings: Mapping[str, Any]) -> Template:
 
 
 def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages before the answer, made from `messages`, `prompt`, or `instruction` and `input`."""
+    """Return the messages before the answer, made from `messages`, `prompt`, or `instruction` and `input`."""
     if "messages" in row:
         messages = list(row["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -201,7 +206,7 @@ def prompt_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The message that is learned, made from `messages`, `completion` or `output`."""
+    """Return the message that is learned, made from `messages`, `completion` or `output`."""
     if "messages" in row:
         return row["messages"][-1]
     answer = row["completion"] if "completion" in row else row["output"]
@@ -210,7 +215,8 @@ def answer_message(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str | None]:
-    """Split off the special tokens (and white space) that end `text`; return the rest and the first of these tokens."""
+    """Remove the special tokens and white space at the end of `text`. Return the rest, and the first of these tokens or
+    None."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     special = "|".join(map(re.escape, sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)))
     found = re.search(rf"({special})(?:\s|{special})*\Z", text)
@@ -224,7 +230,7 @@ def _apply_chat(
         raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
-    except Exception as error:  # templates raise whatever they like, TemplateError for a forbidden role for one
+    except Exception as error:  # a template may raise any error, such as TemplateError for a role
         raise DataError(f"the tokenizer's chat template refuses a row: {error}") from None
     if tools:
         _check_written("tools", text, lambda: tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
@@ -237,7 +243,8 @@ def _apply_chat(
 
 
 def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
-    """Raise DataError if tools or calls do not change the text: the model would not learn what the row says."""
+    """Raise DataError if the rendered text is the same without the tools or tool calls of the row, because the model
+    would not learn them."""
     try:
         written = without() != text
     except Exception:  # a template may fail without them
@@ -249,7 +256,7 @@ def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
 
 
 def ignored_keys(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, int]:
-    """Count the rows by message keys that the chat template does not read."""
+    """Return the message keys that the chat template does not read, each with the number of rows that have it."""
     own = tokenizer.chat_template or ""
     known = set(re.findall(r"\w+", own if isinstance(own, str) else " ".join(own.values()))) | {"role", "content"}
     found: dict[str, int] = {}

@@ -1,11 +1,12 @@
-"""A cache of token ids of large datasets: the same rows, template, tokenizer and cuts are tokenised once.
+"""A cache of the token ids of large datasets. Rows are tokenised again only if the rows, the template, the tokenizer or
+the truncation changed.
 
-A file of the cache is safetensors. It holds the arrays of `Examples` under their names, and of each example (int32
-[rows]) `missing` and `kept` as in `Tokenized`; the counts of `Tokenized` and a checksum are its metadata. The arrays of
-a cache that is read are memory-mapped, so a file is replaced or removed, but never written to.
+A cache file is a safetensors file. It holds the arrays of `Examples`, and `missing` and `kept` of `Tokenized` (int32
+[rows]), under these names. Its metadata are the counts of `Tokenized` and a checksum. Readers memory-map the arrays, so
+a file may be replaced or removed, but is never changed in place.
 
-The cache of `datasets.map` does not serve here: it is keyed by a pickle of the tokenizer, which changes between
-processes, stores ids and labels as int64 lists, and is never cleaned up.
+The cache of `datasets.map` is unsuitable: its key is a pickle of the tokenizer, which differs between processes; it
+stores ids and labels as int64 lists; and it is never cleaned up.
 """
 
 import dataclasses
@@ -26,9 +27,9 @@ from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
-KEPT = 20  # files; the least recently written go first
-VERSION = "4"  # of the format, and of what `tokenize` does
-ARRAYS = {  # in the order of their places in a file; the widest first, so that each is aligned
+KEPT = 20  # the most files in the cache; the least recently written are removed first
+VERSION = "4"  # of the file format and of the behaviour of `tokenize`
+ARRAYS = {  # in the order in which a file holds them: the widest type first, so that each array is aligned
     "offsets": np.dtype(np.int64),
     **dict.fromkeys(("input_ids", "first_targets", "missing", "kept"), np.dtype(np.int32)),
 }
@@ -43,13 +44,16 @@ def cached(
     read: bool = True,
     write: bool = True,
 ) -> Tokenized:
-    """Return the cached result of `make` for these rows, or call `make` and cache what it returns.
+    """Return the cached result of `make` for these rows. If there is none, call `make` and cache its result.
 
-    A cache that cannot be read or written is treated as if there were none. What was just written is memory-mapped,
-    too, so that it does not stay in memory.
+    A cache file that cannot be read or written is ignored. A result that was just written is memory-mapped from the
+    file, so that it does not stay in memory.
 
     Args:
-        settings: everything else that the result depends on, JSON-able.
+        make: tokenises the rows.
+        settings: everything else that the result depends on; must be JSON-able.
+        read: whether to use a cached result.
+        write: whether to cache the result of `make`.
     """
     if len(rows) < LEAST_ROWS or getattr(tokenizer, "backend_tokenizer", None) is None:
         return make()
@@ -67,7 +71,7 @@ def _key(rows: RowStore, tokenizer: str, settings: Sequence[Any]) -> str:
 
 
 def _read(path: Path) -> Tokenized | None:
-    """Memory-map a file of the cache; None where it cannot be read or is broken."""
+    """Memory-map a cache file; return None if it cannot be read or is damaged."""
     try:
         with safe_open(path, framework="pt") as file:  # as numpy arrays they would be copied
             metadata = file.metadata()
@@ -92,7 +96,8 @@ def _checksum(arrays: Mapping[str, np.ndarray], counts: Mapping[str, str]) -> st
 
 
 def _write(path: Path, made: Tokenized) -> bool:
-    """Add a file to the cache and remove the oldest ones; False where that fails, which must not stop a run."""
+    """Add a file to the cache, and remove the oldest ones above KEPT. Return whether this succeeded; a failure must not
+    stop a run."""
     examples = made.examples
     arrays: dict[str, np.ndarray] = {
         "offsets": examples.offsets,
@@ -104,7 +109,7 @@ def _write(path: Path, made: Tokenized) -> bool:
     metadata = {name: str(getattr(made, name)) for name in COUNTS}
     metadata["sha256"] = _checksum(arrays, metadata)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # a reader of ids can read the rows
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # token ids reveal the rows, which may be private
         write_files(path.parent, {path.name: [_header(arrays, metadata), *(array.data for array in arrays.values())]})
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
             old.unlink()
@@ -114,7 +119,8 @@ def _write(path: Path, made: Tokenized) -> bool:
 
 
 def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file; the library's own `save` would copy every array."""
+    """Return the header of a safetensors file. It is made here because the library's own `save` would copy every
+    array."""
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, array in arrays.items():

@@ -1,4 +1,5 @@
-"""Turn rows into token ids with labels, by tokenizer and template; padding, devices and prompts come later."""
+"""Turn rows into token ids with labels, using a tokenizer and a template. Padding, devices and soft prompts are the
+business of later stages."""
 
 import sys
 from array import array
@@ -15,16 +16,21 @@ from softprompt.utils.errors import DataError
 
 __all__ = ["IGNORE", "Encoded", "Example", "Examples", "Tokenized", "count_targets", "encode", "end_tokens", "tokenize"]
 
-CHUNK = 512  # rows that are tokenised together
+CHUNK = 512  # how many rows are tokenised together
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The examples that have a target, and what was counted while they were made.
+    """Tokenised rows: the examples that have a target, and counts.
 
-    `kept` holds the row number of each example, from 0. `missing` holds the number of tokens that each example's answer
-    lost to `max_length`, 0 where the answer is whole. The other counts are of all rows. `cache` is the file that the
-    examples were read from.
+    Attributes:
+        kept: the row number of each example, counted from 0.
+        missing: for each example, how many tokens of its answer were truncated; 0 if the answer is whole.
+        rows: number of all rows.
+        cut: number of rows that were truncated.
+        without_target: number of rows that were left out because they have no target.
+        empty_answers: number of rows with an empty answer.
+        cache: the cache file that the examples were read from, if any.
     """
 
     examples: Examples
@@ -40,7 +46,7 @@ class Tokenized:
         return self.described(f"{len(self.examples):,} rows")
 
     def described(self, rows: str) -> str:
-        """One line of counts; `rows` is the text for the number of rows."""
+        """Describe the counts in one line; `rows` is the text for the number of rows."""
         tokens, targets = len(self.examples.input_ids), self.examples.targets
         parts = [f"{rows}, {tokens:,} tokens, {targets:,} of them targets"]
         parts += describe_losses(self.cut, self.without_target, self.empty_answers)
@@ -50,7 +56,7 @@ class Tokenized:
 
 
 def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[str]:
-    """Describe rows that were cut, left out, or have an empty answer; each argument is a number of rows."""
+    """Describe the rows that were truncated, left out, or have an empty answer; each argument is a number of rows."""
     parts = []
     if cut:
         parts.append(f"{cut:,} rows cut at max_length")
@@ -65,10 +71,10 @@ def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[s
 
 
 def end_tokens(examples: Sequence[Example], tokenizer: Any, end: str | None = None) -> list[int]:
-    """Ids of the tokens that end an answer, eos_token last.
+    """Return the ids of the tokens that end an answer; the last one is that of eos_token.
 
-    These are eos_token, the token that the chat template writes after an answer (`end`, see `Template.end`), and other
-    special tokens that examples end with.
+    The others are the token that the chat template writes after an answer (`end`, see `Template.end`), and special
+    tokens that some example ends with.
     """
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
@@ -88,14 +94,16 @@ def tokenize(
     progress: bool = False,
     workers: int | None = None,
 ) -> Tokenized:
-    """Tokenise prompt and answer separately, join them, mask the prompt's labels, and cut both at `max_length` tokens.
+    """Tokenise prompt and answer separately, join them, set the prompt's labels to -100, and truncate the result to
+    `max_length` tokens.
 
-    This is what the article does. `truncation_side="input"` shortens the prompt's longest text instead, as far as is
-    needed for the answer to fit, then the next longest; an answer that is too long by itself is still cut.
+    This is what the article does, and truncates the end of the answer. `truncation_side="input"` instead shortens the
+    prompt's longest text until the answer fits, then the next longest text; an answer that is too long by itself is
+    still truncated.
 
     Args:
         progress: show a progress bar on stderr.
-        workers: the number of worker processes; None or 1 tokenises in this process. The result is the same.
+        workers: the number of worker processes; None or 1 tokenises in this process. The result does not depend on it.
 
     Raises:
         DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
@@ -118,7 +126,7 @@ def tokenize(
 
 
 def _tokenize_chunk(settings: tuple[Any, Template, int, str], chunk: tuple[int, Sequence[Any]]) -> "_Columns":
-    """Tokenise consecutive rows, of which the first has the number `chunk[0]`."""
+    """Tokenise consecutive rows; `chunk` holds the number of the first one, and the rows."""
     start, rows = chunk[0], list(chunk[1])
     places = [f"row {number}" for number in range(start + 1, start + len(rows) + 1)]
     columns = _Columns()
@@ -133,7 +141,8 @@ def _ints() -> "array[int]":
 
 @dataclass
 class _Columns:
-    """Examples in growing arrays, and the counts of `Tokenized`; small to send from one process to another."""
+    """Examples in arrays that can be appended to, and the counts of `Tokenized`: a compact form to send from one
+    process to another."""
 
     input_ids: "array[int]" = field(default_factory=_ints)
     lengths: "array[int]" = field(default_factory=_ints)
@@ -175,8 +184,8 @@ class _Columns:
 class Encoded(NamedTuple):
     """One row as an example, which may have no target.
 
-    `cut` says whether tokens were cut off, `empty` whether the answer is empty. `prompt_length` is the number of tokens
-    of the prompt before any cut, `missing` the number of tokens that the answer lost.
+    `cut` says whether the row was truncated, and `empty` whether the answer is empty. `prompt_length` is the number of
+    tokens of the prompt before truncation, and `missing` is the number of tokens by which the answer was truncated.
     """
 
     example: Example
@@ -194,7 +203,7 @@ def encode(
     max_length: int,
     truncation_side: str,
 ) -> list[Encoded]:
-    """Tokenise rows, see `tokenize`; `places` name the rows in errors.
+    """Tokenise rows as `tokenize` describes; `places` name the rows in error messages.
 
     Raises:
         DataError: the chat template refuses a row.
@@ -214,19 +223,20 @@ def encode(
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str], template: Template) -> list[list[int]]:
-    """Token ids of prompt texts. A chat template writes its own special tokens; else see `text_ids`."""
+    """Return the token ids of prompt texts. For other templates than "chat", which writes its own special tokens, the
+    tokenizer adds those that begin a text (see `text_ids`)."""
     return _ids(tokenizer, texts) if template.spec == CHAT else text_ids(tokenizer, texts)
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that are continued: special tokens that the tokenizer puts before a text are kept (a begin
-    token), those that it puts after it are not (an end token, BERT's [SEP])."""
+    """Return the token ids of texts that will be continued. They include the special tokens that the tokenizer adds
+    before a text (a begin token), but not those that it adds after a text (an end token, BERT's [SEP])."""
     front = begin_ids(tokenizer)
     return [[*front, *ids] for ids in _ids(tokenizer, texts)]
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """Token ids that the tokenizer puts before every text; BLOOM's puts none."""
+    """Return the ids of the special tokens that the tokenizer adds before every text; BLOOM's adds none."""
     (bare,) = _ids(tokenizer, ["a"])
     whole = tokenizer("a", verbose=False)["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -252,8 +262,8 @@ def _example(prompt: list[int], answer: list[int], max_length: int) -> Example:
 
 
 def _shortened(row: Mapping[str, Any], tokenizer: Any, template: Template, room: int) -> list[int]:
-    """Shorten the prompt's longest text to as many characters as leave the prompt within `room` tokens; if even an
-    empty one is too long, go on with the next longest text."""
+    """Return the token ids of the prompt with its longest text truncated to as many characters as fit into `room`
+    tokens. If the prompt is too long even with that text empty, also truncate the next longest text."""
     text, replaced = _longest_text(row)
 
     def prompt(characters: int) -> list[int]:
@@ -277,13 +287,14 @@ def _rendered(place: str, row: Mapping[str, Any], tokenizer: Any, template: Temp
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids without special tokens; verbose would warn of long rows, which are cut afterwards."""
+    """Return token ids without special tokens. `verbose=False` suppresses the warning about long rows, which are
+    truncated later."""
     without = {"return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(list(texts), add_special_tokens=False, verbose=False, **without)["input_ids"]
 
 
 def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:
-    """The longest text of a row's prompt, and a function that returns the row with that text replaced."""
+    """Return the longest text of a row's prompt, and a function that returns the row with that text replaced."""
     name = next((n for n in ("messages", "prompt") if isinstance(row.get(n), list)), None)
     if name is None:
         answer = "output" if "output" in row else "completion"

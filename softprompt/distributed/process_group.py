@@ -26,10 +26,10 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 from softprompt.utils.std_streams import null_stream
 
 T = TypeVar("T")
-RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # to wait for ranks that have not started yet
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # how long to wait for ranks that have not started yet
 # A rank may legitimately be late by hours (it may read hundreds of GB); the watchdog detects lost ranks much sooner.
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
-GRACE_SECONDS = 5.0  # after a failed collective, until the system reports a local process as dead
+GRACE_SECONDS = 5.0  # how long to wait, after a failed collective, for the system to report a local process as dead
 
 
 class StopSource(Protocol):
@@ -81,7 +81,8 @@ class World:
         return self.rank == 0
 
     def share_stop_request(self, source: StopSource) -> StopSource:
-        """Register this rank's stop source; return the one that all ranks agree on (of a single process, `source`)."""
+        """Register this rank's stop source, and return a stop source on which all ranks agree. For a single process it
+        is `source` itself."""
         self._stop_source = source
         return source if self.size == 1 else AgreedStop(self)
 
@@ -125,8 +126,9 @@ class World:
         """Call `do` on every rank, and return this rank's result once all ranks have succeeded.
 
         Raises:
-            SoftpromptError: `do` failed on a rank. Rank 0 raises its own error if it has one.
-            OtherRankError: `do` failed on another rank; the message is that of the lowest failed rank.
+            SoftpromptError: on rank 0, the error that `do` raised there.
+            OtherRankError: `do` failed on some rank, and this is not rank 0 with an error of its own; the message is
+                that of the lowest failed rank.
         """
         fault: SoftpromptError | None = None
         try:
@@ -162,8 +164,9 @@ class World:
     def _lost_rank(self, reason: str) -> SoftpromptError:
         """Find out which rank broke a collective operation, and return the error that names it.
 
-        Three sources tell: the last message that a rank left in the store, at once; the process table, for ranks of
-        this machine, within moments; and the watchdog, for other machines, which then ends this process.
+        There are three sources: the last message that a rank left in the store, which is available at once; the process
+        table, which shows within seconds that a rank of this machine is dead; and, for ranks of other machines, the
+        watchdog, which then ends this process itself.
         """
         local = [(rank, pid) for rank, (host, pid) in enumerate(self.members) if host == platform.node()]
         other_hosts = sorted({host for host, _ in self.members} - {platform.node()})
@@ -183,9 +186,9 @@ class World:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the ranks, and leave them in order at the end of the block.
+    """Join the process group at the beginning of the block, and leave it at the end.
 
-    Inside the block only rank 0 prints to stdout, and the watchdog ends the other ranks when one is lost.
+    Inside the block only rank 0 prints to stdout, and the watchdog ends the other ranks when a rank is lost.
     """
     world = init_world()
     with ExitStack() as stack:

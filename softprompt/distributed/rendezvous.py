@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-POLL_SECONDS = 0.2  # between a rank's looks for rank 0's reply
+POLL_SECONDS = 0.2  # how often a rank checks for rank 0's reply
 NAME_KEY = "softprompt start"
 
 
@@ -27,7 +27,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
         timeout: How long to wait for the other ranks.
 
     Raises:
-        RuntimeError: a rank did not come in time (on rank 0 it is raised by torch's store).
+        RuntimeError: a rank did not join in time (on rank 0, torch's store raises this).
     """
     return _invite(store, size, timeout) if rank == 0 else _join(store, rank, timeout)
 

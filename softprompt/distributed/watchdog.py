@@ -1,8 +1,8 @@
 """A heartbeat between the ranks, which names a rank that is lost, hangs or has ended with an error.
 
-It works where no connection breaks, and where the main thread waits in a collective operation that never returns.
-Rank 0 watches all other ranks; they watch rank 0 only, and its last message ends them. So even with a thousand ranks
-the store receives few requests.
+It also detects a lost rank whose connections stay open, and it works while the main thread waits in a collective
+operation that never returns. Rank 0 watches all other ranks; these watch only rank 0, and its last message ends them.
+So the store receives few requests even with a thousand ranks.
 """
 
 import json
@@ -22,9 +22,9 @@ import torch.distributed as dist
 from softprompt.utils.errors import SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
 
-BEAT_SECONDS = 3.0  # between a rank's beats, and between its looks at the other ranks' beats
-SILENCE_SECONDS = 45.0  # without a beat until a rank counts as lost; one call may hold the GIL for many seconds
-ENDED_WELL = None
+BEAT_SECONDS = 3.0  # the interval of a rank's beats and of its checks of other ranks' beats
+SILENCE_SECONDS = 45.0  # how long a lost rank has had no beat; long, since one call may hold the GIL for many seconds
+ENDED_WELL = None  # the last beat of a rank that ended without an error
 LastMessage = tuple[str, int]  # the error message with which a rank ended, and its exit code
 
 
@@ -34,11 +34,11 @@ class Watchdog:
     They are active inside a `with` block. When a rank is silent for SILENCE_SECONDS or has ended with an error, or when
     the store does not answer, they end this process with a one-line message, whatever its main thread is doing.
 
-    Silence is counted in this process's own looks, not by the clock, so a process that was suspended does not accuse
-    others when it wakes up.
+    Silence is measured by the number of this process's own checks rather than by the clock, so that a process that was
+    suspended does not report others as lost when it continues.
 
-    What a rank writes into the store under its number is its beat: an increasing number while it runs, ENDED_WELL, or
-    its LastMessage.
+    A beat is a value that a rank writes into the store under its number: an increasing number while the rank runs, then
+    ENDED_WELL or its LastMessage.
     """
 
     def __init__(self, store: dist.Store, rank: int, names: Sequence[str]):
@@ -47,11 +47,11 @@ class Watchdog:
         Args:
             store: The store of the process group; the watchdog uses a connection of its own.
             rank: This process's rank.
-            names: How messages call each rank.
+            names: The name of each rank in messages.
         """
         self.store = dist.PrefixStore("heartbeat", store.clone())  # the main thread may block the other connection
         self.rank, self.names = rank, names
-        self.last_messages: dict[int, LastMessage] = {}  # of ranks that ended with an error, as far as known
+        self.last_messages: dict[int, LastMessage] = {}  # of the ranks known to have ended with an error
         self._answers, self._silent = 0, Counter[int]()
         self._lock, self._over = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch_ranks, self._watch_store)]
@@ -63,7 +63,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop the threads, and leave the error of this rank, or that it ended well, in the store."""
+        """Stop the threads, and write this rank's last beat: its error, or ENDED_WELL."""
         with suppress(RuntimeError), self._lock:  # the store ends with the process that serves it
             self._over.set()
             self._write_beat(_last_message(error, self.rank))
@@ -71,7 +71,8 @@ class Watchdog:
             thread.join(BEAT_SECONDS)
 
     def read_beats(self, ranks: Sequence[int] | None = None) -> dict[int, Any]:
-        """Return the latest beat of `ranks` (default: all other ranks), and keep last messages among them.
+        """Return the latest beat of each of `ranks` (default: all other ranks). Store the last messages among them in
+        `last_messages`.
 
         Raises:
             RuntimeError: the store cannot be reached.
@@ -101,8 +102,9 @@ class Watchdog:
     def _end_if_lost(self) -> None:
         """End this process if a watched rank has been silent for too long.
 
-        A rank that ended with an error is silent, too. Rank 0 then gives itself the full time to end by itself, because
-        it may have met the same error and be saving its state; other ranks have nothing to save.
+        A rank that ended with an error is silent, too. If it is rank 0, this process ends soon. If it is another rank,
+        rank 0 waits for the full SILENCE_SECONDS, because its main thread may have the same error and may be saving the
+        run's state; other ranks have nothing to save.
         """
         ((rank, looks),) = self._silent.most_common(1)
         message = self.last_messages.get(rank)
@@ -114,8 +116,8 @@ class Watchdog:
         _end_process(line if self.rank == 0 or not message else "", code)
 
     def _watch_store(self) -> None:
-        """End this process if the store does not answer. This needs its own thread, because the other one may then wait
-        for an answer forever."""
+        """End this process if the store does not answer. This needs a thread of its own, because the other thread may
+        wait for the answer forever."""
         before = waited = 0
         while not self._over.wait(BEAT_SECONDS):
             waited = waited + 1 if self._answers == before else 0
@@ -130,7 +132,7 @@ class Watchdog:
 
 
 def _last_message(error: BaseException | None, rank: int) -> LastMessage | None:
-    if error is None or isinstance(error, Stopped):  # all ranks stop together
+    if error is None or isinstance(error, Stopped):  # all ranks stop after the same step
         return ENDED_WELL
     text = str(error) if isinstance(error, SoftpromptError) else f"{type(error).__name__}: {error}"
     line = " ".join(text.split())

@@ -1,4 +1,4 @@
-"""A store for activations: in memory up to a limit, beyond it in an unnamed temporary file."""
+"""A store for activations: in memory up to a limit, and beyond the limit in an unnamed temporary file."""
 
 import os
 import tempfile
@@ -23,8 +23,8 @@ class _Spilled(NamedTuple):
 
 
 class ActivationStore:
-    """Stores tensors by key: the inputs of blocks and their gradients, for one window. Use it as a context manager; at
-    the end everything is discarded.
+    """Stores tensors by key: the inputs of blocks and their gradients, for one window. It is a context manager; at the
+    end of the context everything is discarded.
 
     The file in `folder` is created when `max_bytes` of memory are full. It is unlinked at once, so it does not outlive
     the process. Space in it is reused for tensors of the same size.
@@ -46,7 +46,7 @@ class ActivationStore:
             self._file.close()
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Store a tensor; a tensor under the same key must have been removed.
+        """Store a tensor. There must be no tensor under the same key.
 
         Raises:
             TrainingError: The folder cannot be written to, or the disk is full.

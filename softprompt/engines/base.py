@@ -1,4 +1,4 @@
-"""The engine interface, which is all that the training loop and the evaluation know of a model."""
+"""The engine interface, the only access of the training loop and of the evaluation of losses to a model."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -47,13 +47,13 @@ class Engine(Protocol):
         ...
 
     def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        """Return the summed loss of each row, which is minus the log-likelihood of its targets; `prompt` as in
+        """Return the summed loss of each row, which is minus the log-likelihood of its targets. For `prompt` see
         `evaluate`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to cut windows the same way, so that sums round alike; serialisable as
-        JSON."""
+        """Return the settings with which a resumed run cuts windows in the same way, so that its sums are rounded in
+        the same way; serialisable as JSON."""
         ...
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:

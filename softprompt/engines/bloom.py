@@ -1,10 +1,10 @@
-"""The exact fast forward over frozen BLOOM, for packed rows behind a soft prompt.
+"""An exact and fast forward pass of frozen BLOOM, for packed rows behind a soft prompt.
 
 A window (the rows of one optimizer step) is computed without padding, and the prompt only once. This is exact because
 of causality: the virtual tokens precede the text, so their hidden states do not depend on it, and every row may share
 their keys and values.
 
-Three phases make the prompt's gradient (the schedules, `MicrobatchMajor` and `LayerMajor`, put them in order):
+The prompt's gradient is computed in three phases, which the schedules `MicrobatchMajor` and `LayerMajor` run:
 
 1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all blocks by itself. The result is a
    `PrefixKV`: each layer's keys and values [P, N, 2, D], and the last virtual token's output [1, H], which predicts the
@@ -20,8 +20,8 @@ Three phases make the prompt's gradient (the schedules, `MicrobatchMajor` and `L
 3. Prompt backward, once per window. The copies' accumulated gradients go backward through the graph of phase 1, to
    ∂loss/∂prompt [P, H].
 
-Matrix products run in the compute dtype. Residual stream, layer norms and loss are in the wide dtype (fp32, or fp64
-under fp64), on the CPU attention too.
+Matrix products run in the compute dtype. The residual stream, the layer norms and the loss are in the wide dtype (fp32,
+or fp64 if the compute dtype is fp64); on the CPU, attention is, too.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,12 @@ from softprompt.engines.prefix_attention import RowGroup, attend, causal_alibi, 
 from softprompt.models.bloom_weights import BlockWeights, BloomShape, BloomWeights, LinearParams
 
 BlockAttention = Callable[[Tensor, Tensor], Tensor]  # queries [S, N, D], keys and values [S, N, 2, D] → [S, N·D]
-Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same for the layer whose index comes first
+Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same, with the layer's index as the first argument
 LinearFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [S, in], weight [out, in], bias [out] → [S, out]
 
 
 class PrefixKV(NamedTuple):
-    """What the rows need of the prompt.
+    """The results of the prompt pass that the rows need.
 
     Attributes:
         layers: For each layer the prompt's keys and values [P, N, 2, D].
@@ -176,8 +176,8 @@ def run_block(
     predictors: Tensor | None = None,
     linear: LinearFn = F.linear,
 ) -> Tensor:
-    """Run the residual stream [S, H] through one block; with `predictors` [n] int64, compute only these positions
-    beyond keys and values, and return [n, H]."""
+    """Run the residual stream [S, H] through one block and return [S, H]. With `predictors` [n] int64, queries, output
+    projection and MLP are computed only at these positions, and the result is [n, H]."""
     y = layer_norm(x, block.input_layernorm, shape.epsilon)
     if predictors is None:
         qkv = split_heads(apply_linear(y, block.query_key_value, linear), 3, shape)  # [S, N, 3, D]
@@ -210,7 +210,7 @@ def finish_block(
 
 
 def layer_norm(x: Tensor, params: LinearParams, epsilon: float) -> Tensor:
-    """[…, H] → […, H]"""
+    """Apply a layer norm: […, H] → […, H]."""
     return F.layer_norm(x, x.shape[-1:], params.weight, params.bias, epsilon)
 
 
@@ -220,13 +220,14 @@ def apply_linear(x: Tensor, params: LinearParams, linear: LinearFn) -> Tensor:
 
 
 def split_heads(x: Tensor, parts: int, shape: BloomShape) -> Tensor:
-    """[S, N·parts·D] → [S, N, parts, D]; in fp32 on the CPU, whose attention is slow in narrower dtypes."""
+    """Split a projection into heads: [S, N·parts·D] → [S, N, parts, D]. On the CPU, where attention in narrower dtypes
+    is slow, the result is at least fp32."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     return x.to(dtype).reshape(-1, shape.N, parts, shape.D)
 
 
 def split_projection(params: LinearParams, shape: BloomShape) -> tuple[LinearParams, LinearParams]:
-    """Split the projection to [N, 3, D] into one to queries [N, 1, D] and one to keys and values [N, 2, D]."""
+    """Split the projection to [N, 3, D] into one to the queries [N, 1, D] and one to the keys and values [N, 2, D]."""
     weight, bias = (t.unflatten(0, (shape.N, 3, shape.D)) for t in params)
     q, kv = (LinearParams(weight[:, s].flatten(0, 2), bias[:, s].flatten()) for s in (slice(0, 1), slice(1, 3)))
     return q, kv

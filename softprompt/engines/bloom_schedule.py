@@ -1,4 +1,4 @@
-"""Schedules of the packed engine over BLOOM: what they share, and the one for weights that are in memory."""
+"""Schedules of the packed engine for BLOOM: their common base class, and the schedule for blocks in memory."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +13,7 @@ from softprompt.models.bloom_weights import BloomWeights
 
 
 class BloomSchedule:
-    """The part of `packed.Schedule` that does not depend on the order of micro-batches and blocks."""
+    """The part of a `packed.Schedule` for BLOOM that does not depend on the order of micro-batches and blocks."""
 
     def __init__(self, weights: BloomWeights, gradient_checkpointing: bool):
         self.weights, self.gradient_checkpointing = weights, gradient_checkpointing
@@ -31,14 +31,14 @@ class BloomSchedule:
         raise NotImplementedError
 
     def _prompt_or_empty(self, prompt: Tensor | None) -> Tensor:
-        """[P, H]; for None [0, H]."""
+        """Return the prompt [P, H]; for None an empty one [0, H]."""
         if prompt is not None:
             return prompt
         return self.weights.embed(torch.zeros(0, dtype=torch.int64, device=self.device))
 
 
 class MicrobatchMajor(BloomSchedule):
-    """Run one micro-batch after the other, each through all blocks. For blocks that are all in memory.
+    """Runs one micro-batch after the other, each through all blocks. It is for blocks that are all in memory.
 
     See `bloom` for the phases. With `gradient_checkpointing`, blocks are recomputed in the backward pass.
     """

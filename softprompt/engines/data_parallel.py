@@ -24,7 +24,7 @@ class DataParallelEngine:
 
     Args:
         engine: Computes this rank's rows.
-        join: Called when this rank's rows are done. With a sharded base it takes part in the other ranks' passes.
+        join: Called after this rank's rows are computed. With a sharded base, it takes part in the other ranks' passes.
     """
 
     def __init__(self, engine: Engine, world: World, join: Callable[[], None] = lambda: None):

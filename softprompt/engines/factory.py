@@ -1,4 +1,4 @@
-"""Choose and build the engine of a run or of inference. Other packages only use the `Engine` interface."""
+"""Choose and build the engine of a training run or of inference. Other packages use only the `Engine` interface."""
 
 import math
 from collections.abc import Mapping
@@ -37,9 +37,10 @@ def make_engine(
 
     Args:
         base: The loaded, frozen base.
-        P: Virtual tokens.
-        blocks: Where the blocks of `base` are, if not in it: in files, sharded among ranks, or quantised. The packed
-            engine then uses the layer-major schedule. The padded engine supports sharded blocks only.
+        P: Number of virtual tokens.
+        blocks: The blocks if they are not in the memory of `base`: stored in files, sharded among ranks, or quantised.
+            The packed engine then uses the layer-major schedule. Of these, the padded engine supports only sharded
+            blocks.
 
     Raises:
         ConfigError: See `trains_packed`.
@@ -64,7 +65,7 @@ def trains_packed(config: TrainConfig, base_config: Any, device: torch.device) -
     """Whether a training run over a base of this configuration uses the packed engine.
 
     Raises:
-        ConfigError: See `takes_packed`; or the run uses the padded engine and has settings of the packed one.
+        ConfigError: See `takes_packed`; or the run uses the padded engine and sets options of the packed one.
     """
     args = config.training
     packed = takes_packed(config.model.engine, base_config, device, str(config.model.model_name_or_path))
@@ -80,7 +81,7 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     """Build the packed engine with the layer-major schedule.
 
     Args:
-        held: About how many blocks' worth of memory the base takes.
+        held: About how many blocks the memory of this process holds at a time, in the compute dtype.
     """
     device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)
     auto = auto_tokens(shape, dtype, P, device, total_memory(device), True)
@@ -96,7 +97,7 @@ def engine_for_inference(
     batch_size: int = 8,
     quantised: QuantizedBlocks | None = None,
 ) -> Engine:
-    """Build the engine that computes losses and likelihoods in inference. (The generator is built from it.)
+    """Build the engine that computes losses and likelihoods in inference; the generator is built from it.
 
     Args:
         kind: The value of `--engine`. A base with quantised blocks always gets the packed engine.
@@ -113,8 +114,8 @@ def engine_for_inference(
 
 
 def takes_packed(kind: str, base_config: Any, device: torch.device, name: str) -> bool:
-    """Whether `--engine` selects the packed engine for a base. `auto` selects it for BLOOM on the CPU; not on CUDA,
-    where it has not been measured yet.
+    """Whether `--engine` (`kind`) selects the packed engine for a base. `auto` selects it for BLOOM on the CPU, but not
+    on CUDA, where its speed has not been measured yet.
 
     Raises:
         ConfigError: `--engine packed` with a base that is no BLOOM.

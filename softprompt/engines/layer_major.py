@@ -1,7 +1,8 @@
 """The layer-major schedule: all micro-batches of a window pass through a block before the next block is requested.
 
-It is for BLOOMs whose blocks are expensive to get (read from files, gathered from other ranks, dequantised): each block
-is requested twice per window, once in the forward and once in the backward pass, however many micro-batches there are.
+It is for a BLOOM whose blocks are expensive to obtain (read from files, gathered from other ranks, or dequantised):
+each block is requested twice per window, once in the forward and once in the backward pass, however many micro-batches
+there are.
 
 Notation: p_i [P, H] is block i's input at the virtual tokens, k_i [P, N, 2, D] their keys and values in that block, and
 x_i [S, H] its input at the tokens of a micro-batch. dp_i, dk_i, dx_i are the gradients of the scaled loss summed over
@@ -12,9 +13,9 @@ all micro-batches. Phases (compare `bloom`):
     backward, i = L-1 … 0:   for each micro-batch  dx_i = dx_{i+1} · ∂block_i/∂x_i,  dk_i += dx_{i+1} · ∂block_i/∂k_i;
                              then  dp_i = (dp_{i+1}, dk_i) · ∂block_i(p_i)
 
-Only the inputs of blocks are kept, in an `ActivationStore`; the backward pass recomputes everything inside a block, and
-stores dx_i in the place of x_i. Operations on a micro-batch and the order of sums are those of `MicrobatchMajor` with
-gradient checkpointing, so the results are equal to the bit.
+Only the inputs of blocks are kept, in an `ActivationStore`. The backward pass recomputes everything inside a block, and
+stores dx_i in the place of x_i. The operations on a micro-batch and the order of sums are those of `MicrobatchMajor`
+with gradient checkpointing, so the results are bit-identical.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,10 +36,10 @@ from softprompt.models.bloom_weights import BlockWeights, BloomWeights
 
 
 class LayerMajor(BloomSchedule):
-    """See the module's docstring and `packed.Schedule`.
+    """The layer-major `packed.Schedule`; see the module's docstring.
 
     Args:
-        max_bytes: Memory for the inputs of blocks; the rest goes to a file in `folder`.
+        max_bytes: Memory for the inputs of blocks; those that exceed it are stored in a file in `folder`.
     """
 
     def __init__(self, weights: BloomWeights, max_bytes: int, folder: Path):
@@ -76,7 +77,7 @@ class _Window:
         self.batches = list(batches)
         like = weights.embedding_layernorm.weight
         self.groups = [group_rows(batch.lengths, like.device) for batch in self.batches]
-        # A micro-batch without tokens has first tokens as its only targets, which need the prompt alone.
+        # The only targets of a micro-batch without tokens are first tokens of rows, which are predicted by the prompt.
         self.with_tokens = [b for b, batch in enumerate(self.batches) if batch.lengths]
         widest = max((length for batch in self.batches for length in batch.lengths), default=0)
         self.bias = causal_alibi(self.shape.N, widest, P, like)  # [1, N, W, P + W]
@@ -103,7 +104,8 @@ class _Window:
             yield loss_inputs(self.weights, last_hidden, batch, self.store.pop((self.shape.L, b)))
 
     def _forward(self, blocks: Iterator[BlockWeights], p: Tensor, keep: bool) -> list[Tensor]:
-        """Run the forward phase. Return p_0 … p_L, or only p_L unless `keep`, which also keeps all x_i in the store."""
+        """Run the forward phase. If `keep`, return p_0 … p_L and keep all x_i in the store; else return only p_L and
+        keep only x_L."""
         outputs, read = [p], self.store.get if keep else self.store.pop
         for b, batch in enumerate(self.batches):
             self.store.put((0 if batch.lengths else self.shape.L, b), embed_rows(self.weights, batch))

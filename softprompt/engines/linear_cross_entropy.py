@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In fp16 the weights of a block of the vocabulary are scaled to sum to at most this, so that their weighted sum of the
-# head's rows does not overflow as long as the head's entries are below about 2,000.
+# In fp16 the softmax weights of a block of the vocabulary are scaled so that their sum is at most this. Then the
+# weighted sum of the head's rows does not overflow as long as the head's entries are below about 2,000.
 FP16_MAX_WEIGHT = 16
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits that are stored at a time; on the CPU these fit its cache
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits stored at a time; on the CPU they fit into its cache
 
 
 class LossInputs(NamedTuple):
-    """What the fused loss is computed from.
+    """The inputs of the fused loss.
 
     Attributes:
         hidden: Final hidden states at n positions that predict a target [n, H], in the compute dtype.
@@ -52,14 +52,16 @@ def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Te
 
 @torch.no_grad()
 def projected_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Return the terms of that sum, without a gradient: [n] in the wide dtype."""
+    """Return the n terms of the sum that `projected_cross_entropy` computes, without a gradient: [n] in the wide
+    dtype."""
     target_rows = head[targets].to(_wide(hidden))  # [n, H]
     others, _ = _attend_to_others(hidden, head, targets, target_rows, False)
     return F.softplus(others - (hidden.to(target_rows.dtype) * target_rows).sum(1))
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """The gradient is computed in the forward pass, while a block's logits are available.
+    """The autograd function of `projected_cross_entropy`. It computes the gradient in the forward pass, while a block's
+    logits are available.
 
     Separate the target t from the other words v, whose logits have the log-sum-exp o. Then −log p(t) = softplus(o −
     l_t), and its gradient with respect to the hidden state is σ(o − l_t) · (E_{v ≠ t}[w_v] − w_t), where w are rows of
@@ -74,7 +76,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         others, mean = _attend_to_others(hidden, head, targets, target_rows, ctx.needs_input_grad[0])  # [n], [n, H]
         margin = others - (hidden.to(target_rows.dtype) * target_rows).sum(1)  # [n]
         if mean is not None:
-            # Kept in the wide dtype, as it is still to be scaled.
+            # Saved in the wide dtype, because the backward pass scales it.
             ctx.save_for_backward(mean.sub_(target_rows).mul_(margin.sigmoid()[:, None]))
             ctx.dtype = hidden.dtype
         return F.softplus(margin).sum()
@@ -123,17 +125,18 @@ def _attend_to_others(
 def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block: Tensor, target_rows: Tensor) -> Tensor:
     """Add the weighted sum of a block's rows to `into`.
 
-    The mean over all blocks is compared with the target's row. In a narrow dtype the product therefore starts from
-    −Σ weights · target row: what is rounded then is their difference, not a sum that may be far larger. In fp16 the sum
-    could overflow as well; there the weights are scaled to sum to at most `FP16_MAX_WEIGHT`.
+    The caller subtracts the target's row from the mean over all blocks. In a dtype narrower than the wide one, the
+    product therefore starts from −(Σ weights) · target row, so that their difference is rounded, rather than a sum that
+    may be far larger. In fp16 the sum could also overflow; there the weights are scaled so that their sum is at most
+    `FP16_MAX_WEIGHT`.
 
     Args:
         into: [n, H] in the wide dtype, changed in place.
         weights: [n, b], between 0 and 1; weight_sum: their sum [n, 1].
         block: Rows of the head [b, H].
     Returns:
-        The sum of the weights that were used [n, 1]; in a narrow dtype of the rounded ones, so that the mean of equal
-        rows is that row.
+        The sum of the weights that were used [n, 1]. In a narrow dtype it is the sum of the rounded weights, so that
+        the mean of equal rows is that row.
     """
     if block.dtype is into.dtype:
         into.add_(weights @ block)

@@ -1,6 +1,7 @@
-"""Estimates of the memory that BLOOM takes: arithmetic on sizes, so that the same run is cut the same way everywhere.
+"""Estimates of the memory that BLOOM takes. They are computed from sizes rather than measured, so that equal machines
+cut a run into the same micro-batches.
 
-The estimates decide `--tokens_per_microbatch auto` and are what a dry run prints.
+The estimates determine `--tokens_per_microbatch auto`, and a dry run prints them.
 """
 
 import os
@@ -11,9 +12,9 @@ from torch import nn
 from softprompt.engines.linear_cross_entropy import BLOCK_ELEMENTS
 from softprompt.models.bloom_weights import BloomShape
 
-MEMORY_SHARE = 0.6  # of a device's memory to plan for; the rest is for the allocator, the context and other programs
-MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # the largest automatic micro-batch; on the CPU, more was no faster
-MIN_TOKENS = 256
+MEMORY_SHARE = 0.6  # share of a device's memory that is used; the rest is for the allocator, CUDA and other programs
+MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of the largest automatic micro-batch; on the CPU, more was no faster
+MIN_TOKENS = 256  # tokens of the smallest automatic micro-batch
 GIB = 2**30
 
 
@@ -33,8 +34,8 @@ def base_bytes(shape: BloomShape, dtype: torch.dtype) -> int:
 
 
 def resident_bytes(base: nn.Module) -> int:
-    """Return the bytes of a loaded base's parameters in this process: without those on the meta device, and of sharded
-    ones this rank's slices."""
+    """Return the bytes of a loaded base's parameters in this process. Parameters on the meta device do not count; of a
+    sharded parameter, only this rank's slice counts."""
     mine = (p.to_local() if hasattr(p, "to_local") else p for p in base.parameters())  # a DTensor's slice
     return sum(p.nbytes for p in mine if not p.is_meta)
 
@@ -42,16 +43,16 @@ def resident_bytes(base: nn.Module) -> int:
 def bytes_per_token(shape: BloomShape, dtype: torch.dtype, gradient_checkpointing: bool = False) -> int:
     """Estimate the memory that a token takes until its backward pass.
 
-    Per layer these are the inputs of both layer norms in fp32, queries, keys, values (twice: concatenated with the
-    prompt's, they are copied) and the output of attention in the dtype of attention, and the input of the GELU. With
-    gradient checkpointing it is each layer's input, and one layer in full.
+    Each layer keeps in fp32 the inputs of both layer norms, the queries, the keys and values (twice, because they are
+    copied when concatenated with the prompt's) and the output of attention; and in the compute dtype the input of the
+    GELU. With gradient checkpointing, each layer keeps only its input, and one layer at a time keeps everything.
     """
     layer = 4 * 2 * shape.H + 4 * (3 + 2 + 1) * shape.H + dtype.itemsize * 4 * shape.H
     return shape.L * 4 * shape.H + layer if gradient_checkpointing else shape.L * layer
 
 
 def loss_bytes(tokens: int, V: int, device: torch.device) -> int:
-    """Estimate the memory of the fused loss over so many tokens: three buffers of a block of logits in fp32."""
+    """Estimate the memory of the fused loss over `tokens` tokens: three fp32 buffers, each for a block of logits."""
     return 3 * 4 * min(BLOCK_ELEMENTS[device.type], tokens * V)
 
 

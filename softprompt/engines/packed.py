@@ -1,8 +1,8 @@
-"""The packed engine: rows are packed without padding into micro-batches, which a schedule takes through the base.
+"""The packed engine: rows are packed without padding into micro-batches, which a schedule runs through the base.
 
-The engine itself knows no model: it cuts a window into micro-batches, adds up losses, and retries with smaller
-micro-batches when memory runs out. A `Schedule` knows how to compute packed rows behind a prompt with a particular
-kind of base; BLOOM's are `bloom_schedule.MicrobatchMajor` and `layer_major.LayerMajor`.
+The engine does not depend on the model: it cuts a window into micro-batches, sums losses, and retries with smaller
+micro-batches when memory runs out. A `Schedule` computes packed rows behind a prompt with a particular kind of base;
+those for BLOOM are `bloom_schedule.MicrobatchMajor` and `layer_major.LayerMajor`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,8 +39,8 @@ class Schedule(Protocol):
     def accumulate(self, prompt: Tensor, batches: Iterable[Packed], grad_scale: Tensor | float) -> Tensor:
         """Compute the summed loss of a window and backpropagate grad_scale · loss to the prompt.
 
-        The prompt's own gradient is touched last, once, when all micro-batches are done; so a window that ran out of
-        memory can be repeated.
+        The prompt's own gradient is changed only once, after all micro-batches; so a window that ran out of memory can
+        be repeated.
 
         Args:
             prompt: [P, H], part of an autograd graph.
@@ -51,25 +51,25 @@ class Schedule(Protocol):
         ...
 
     def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[Packed]) -> Iterator[LossInputs]:
-        """Yield the hidden states and targets of each micro-batch, in order and without a gradient, behind a prompt
-        [P, H] or behind none."""
+        """Yield the loss inputs of each micro-batch, in order and without a gradient. `prompt` is [P, H]; None is the
+        bare base."""
         ...
 
     def activation_bytes(self, P: int, longest: int, tokens: int, tokens_per_microbatch: int) -> int:
         """Estimate the memory that a window takes in addition to the base.
 
         Args:
-            P: Virtual tokens.
-            longest: Tokens of the window's longest row.
-            tokens: Tokens of the window.
-            tokens_per_microbatch: Tokens of its largest micro-batch.
+            P: Number of virtual tokens.
+            longest: Number of tokens of the window's longest row.
+            tokens: Number of tokens of the window.
+            tokens_per_microbatch: Number of tokens of the window's largest micro-batch.
         """
         ...
 
 
 class PackedEngine:
-    """The `Engine` over packed rows: a window is cut into micro-batches of at most `tokens_per_microbatch` tokens, or
-    of one longer row. When memory runs out, that limit is halved and the window repeated."""
+    """The `Engine` for packed rows. A window is cut into micro-batches of at most `tokens_per_microbatch` tokens; a row
+    that is longer is a micro-batch by itself. When memory runs out, the limit is halved and the window is repeated."""
 
     def __init__(self, schedule: Schedule, tokens_per_microbatch: int):
         self.schedule, self.tokens_per_microbatch = schedule, tokens_per_microbatch
@@ -132,7 +132,7 @@ class PackedEngine:
 
     def _retry_when_out_of_memory(self, run: Callable[[], T], rows: Sequence[Example]) -> T:
         """Call `run` until it does not run out of memory, halving `tokens_per_microbatch` before each repetition. The
-        prompt's gradient is touched only at the end of a window, so a failed attempt leaves nothing behind.
+        prompt's gradient is changed only at the end of a window, so a failed attempt does not change it.
 
         Raises:
             TrainingError: Memory does not suffice for micro-batches of one row.
@@ -140,7 +140,7 @@ class PackedEngine:
         while True:
             try:
                 return run()
-            except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
+            except RuntimeError as error:  # a lack of memory on the CPU raises no more specific type
                 longest = max((len(row.input_ids) for row in rows), default=0)
                 if not is_out_of_memory(error):
                     raise

@@ -1,4 +1,4 @@
-"""The padded engine: rows padded to one length, and the base's own forward. Works for any causal language model."""
+"""The padded engine: it pads rows to one length and runs the base's own forward, for any causal language model."""
 
 import inspect
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`
 def prepend(
     prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepend the prompt to every row. Virtual tokens are attended to and are no targets.
+    """Prepend the prompt to every row. Virtual tokens have attention mask 1 and label -100.
 
     Args:
         prompt: [P, H].
@@ -50,7 +50,7 @@ def prepend(
 def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Run the base's own forward over padded rows behind the prompt [P, H]; P = 0 is the bare base.
 
-    Rows are padded on the right, so a token's index is its position, which is transformers' default.
+    Rows are padded on the right, so the position of a token is its index, which is transformers' default.
 
     Returns:
         Logits [B, P+T, V] in the dtype of the base's head, and labels [B, P+T] int64.
@@ -65,13 +65,13 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Check on a few tokens that a prompt can precede the text of `base`: its own forward over token ids, at the
     explicit positions 0 … T, must give the logits of `padded_forward` without a prompt.
 
-    The base's own forward sees one more token, which must not change the logits before it. Explicit positions matter
-    because transformers' `generate` passes them, while `padded_forward` leaves positions to the base. BLOOM, whose
-    forward is known, is not run; nor is a base that passed before.
+    The base's own forward gets one more token, which must not change the logits before it. It gets explicit positions
+    because transformers' `generate` passes them, while `padded_forward` leaves the positions to the base. BLOOM is not
+    checked, since its forward is known; a base that has passed the check is not checked again.
 
     Raises:
-        ModelError: The logits differ, so this base does more with a token than look up its embedding, does not count
-            positions from 0 (RoBERTa), or attends to later tokens; or it cannot be run on embeddings.
+        ModelError: The logits differ, because the base does more with a token than look up its embedding, does not
+            count positions from 0 (RoBERTa), or attends to later tokens; or the base cannot be run on embeddings.
     """
     if base.config.model_type == "bloom" or base in _checked:
         return
@@ -101,7 +101,7 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 class PromptTunedModel(nn.Module):
-    """A prompt and its frozen base as one module: what `--print_model` prints and the parameter line counts."""
+    """A prompt and its frozen base as one module, which `--print_model` prints and whose parameters are counted."""
 
     def __init__(self, prompt: PromptEmbedding, base: PreTrainedModel):
         super().__init__()
@@ -113,7 +113,7 @@ class PromptTunedModel(nn.Module):
         return padded_forward(self.base, self.prompt(), batch)
 
     def trainable_parameters_line(self) -> str:
-        """Return the line that PEFT's `print_trainable_parameters` prints."""
+        """Return the numbers of parameters in the format of PEFT's `print_trainable_parameters`."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"
@@ -190,7 +190,7 @@ class PaddedEngine:
         return "padded engine"
 
     def _prompt_or_empty(self, prompt: Tensor | None) -> Tensor:
-        """[P, H]; for None [0, H]."""
+        """Return the prompt [P, H] on the device; for None an empty one [0, H]."""
         return word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)
 
     def _collated(self, P: int, rows: Sequence[Example]) -> Batch:

@@ -1,8 +1,8 @@
 """Prefix attention: each packed row attends causally, with ALiBi, to the prompt's keys and values and to its own.
 
-The rows of a stream [S, …] are of different lengths, and attention needs [B, T, …]. So consecutive rows of equal length
-(elsewhere than on the CPU: of similar length) form a group, which one call computes; only inside a group are rows
-padded. The prompt's keys and values are the same for all rows.
+The packed rows [S, …] have different lengths, but attention needs tensors [B, T, …]. So consecutive rows of equal
+length (on CUDA, of similar length) form a group, which one call computes; rows are padded only within a group. The
+prompt's keys and values are the same for all rows.
 """
 
 import math
@@ -15,15 +15,15 @@ from torch import Tensor
 
 
 class RowGroup(NamedTuple):
-    """Consecutive rows of a stream that one call of attention computes.
+    """Consecutive packed rows that one call of attention computes.
 
     Attributes:
-        rows: B, their number.
-        width: T, the tokens of the longest.
-        tokens: The tokens of all of them.
-        pad_index: [B·T] int64, which of the group's tokens stand at each place of the padded rows; pads, on the right,
-            repeat a row's last token. None if all rows are equally long.
-        unpad_index: [tokens] int64, the places of the tokens in the padded rows; None likewise.
+        rows: Number of rows, B.
+        width: Number of tokens of the longest row, T.
+        tokens: Number of tokens of all rows.
+        pad_index: [B·T] int64, the index of the group's token at each place of the padded rows; padding, on the right,
+            repeats a row's last token. None if all rows have the same length.
+        unpad_index: [tokens] int64, the place of each token in the padded rows; None if all rows have the same length.
     """
 
     rows: int
@@ -34,21 +34,23 @@ class RowGroup(NamedTuple):
 
 
 def alibi_slopes(n_heads: int) -> list[float]:
-    """Return ALiBi's slope of each head (Press et al. 2022, arXiv:2108.12409): 2^(-8i/n) for i = 1 … n. If n is no
-    power of two: those of the next lower power, then every other one of the next higher power."""
+    """Return ALiBi's slope of each of n heads (Press et al. 2022, arXiv:2108.12409): 2^(-8i/n) for i = 1 … n. If n is
+    no power of two, these are the slopes of the next lower power of two, followed by every other slope of the next
+    higher one."""
     below = 2 ** int(math.log2(n_heads))
     slopes = [2 ** (-8 * i / below) for i in range(1, below + 1)]
     return slopes + [2 ** (-4 * i / below) for i in range(1, 2 * (n_heads - below), 2)]
 
 
 def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
-    """Return what is added to the attention scores of a row behind a prompt: ALiBi and the causal mask.
+    """Return the bias to add to the attention scores of a row behind a prompt: ALiBi and the causal mask.
 
     Args:
-        width: W, the tokens of the longest row. A shorter row uses the first rows and columns.
-        like: A tensor of the dtype and device of the result.
+        width: W, the number of tokens of the longest row. A shorter row uses the first rows and columns of the result.
+        like: A tensor with the dtype and device of the result.
     Returns:
-        [1, N, W, P + W]: -slope · distance to the prompt's keys, then to the row's own; -inf for later keys.
+        [1, N, W, P + W]: -slope · distance for the P keys of the prompt and then for the row's own W keys; -inf for
+        keys later than the query.
     """
     slopes = torch.tensor(alibi_slopes(n_heads), dtype=like.dtype, device=like.device)  # [N]
     query = torch.arange(P, P + width, device=like.device)[:, None]  # [width, 1]
@@ -58,10 +60,10 @@ def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
 
 
 def group_rows(lengths: Sequence[int], device: torch.device) -> list[RowGroup]:
-    """Group rows, sorted by length in descending order, for `attend`.
+    """Group rows for `attend`; `lengths` must be in descending order.
 
-    On the CPU a group has rows of equal length, so nothing is padded. Elsewhere each call costs time, so a row may join
-    if it has at least three quarters of the length of the group's first row.
+    On the CPU the rows of a group have equal length, so nothing is padded. On CUDA each call costs time, so a row joins
+    a group if it has at least three quarters of the length of the group's first row.
     """
     least = 1.0 if device.type == "cpu" else 0.75
     runs: list[list[int]] = []
@@ -92,7 +94,7 @@ def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[
         kv: Keys and values [S, N, 2, D].
         prefix_kv: The prompt's keys and values [P, N, 2, D].
         bias: [1, N, W, P + W] for W at least the longest row, from `causal_alibi`.
-        groups: The rows of the stream, from `group_rows`.
+        groups: The groups of rows, from `group_rows`.
     Returns:
         [S, N·D] in the dtype of `q`.
     """
@@ -110,6 +112,6 @@ def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[
 
 
 def _as_rows(x: Tensor, group: RowGroup) -> Tensor:
-    """[tokens, …] → [B, T, …], padded."""
+    """Convert a group's tokens [tokens, …] to padded rows [B, T, …]."""
     x = x if group.pad_index is None else x.index_select(0, group.pad_index)
     return x.unflatten(0, (group.rows, group.width))

@@ -7,8 +7,9 @@ from softprompt.utils.text_table import table
 
 
 def comparison_report(results: Mapping[str, AdapterResult], notes: Sequence[str] = ()) -> str:
-    """Return a table with a column for each adapter and a row for each metric that any of them has, then notes
-    on the rows and the `notes` given, then each adapter's confusion matrix."""
+    """Return a table with a column for each adapter and a row for each metric that any of them has. It is followed by
+    the results' notes on the rows, the given `notes`, each adapter's confusion matrix, and a note on rows whose answer
+    is none of the choices."""
     metrics: dict[str, list[str]] = {}
     for result in results.values():
         evaluation, matrix = result.evaluation, result.confusion_matrix
@@ -31,7 +32,7 @@ def comparison_report(results: Mapping[str, AdapterResult], notes: Sequence[str]
 
 
 def _row_notes(results: Mapping[str, AdapterResult]) -> list[str]:
-    """The notes on the rows: once if they are the same for all adapters, else each with the adapter's name."""
+    """Return the notes on the rows: once if they are the same for all adapters, else each with the adapter's name."""
     distinct = {tuple(result.notes) for result in results.values()}
     if len(distinct) == 1:
         return list(distinct.pop())
@@ -39,7 +40,7 @@ def _row_notes(results: Mapping[str, AdapterResult]) -> list[str]:
 
 
 def _other_answers_note(result: AdapterResult) -> list[str]:
-    """A note on rows whose answer is none of the choices, if there are any."""
+    """Return a note on the rows whose answer is none of the choices; an empty list if there are none."""
     if not result.predictions:
         return []
     others = [answer for answer in result.expected if answer not in result.predictions[0].probabilities]

@@ -10,11 +10,11 @@ from softprompt.utils.text_table import table
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """How often rows with one label were classified as another.
+    """How often rows with each expected label were classified as each label.
 
     Attributes:
-        labels: the choices in their order, then the answers of rows that are none of the choices; such a row is never
-            classified correctly.
+        labels: the choices in their order, then those expected answers that are none of the choices; rows with such an
+            answer are never classified correctly.
         counts: number of rows by (expected label, predicted label).
     """
 
@@ -23,7 +23,7 @@ class ConfusionMatrix:
 
     @classmethod
     def from_predictions(cls, expected: Sequence[str], predicted: Sequence[ChoiceResult]) -> "ConfusionMatrix":
-        """Count the pairs of expected answers and predictions, at least one, row by row."""
+        """Count the pairs of expected answer and prediction over the rows; there must be at least one row."""
         labels = dict.fromkeys([*predicted[0].probabilities, *expected])
         return cls(list(labels), Counter(zip(expected, (one.label for one in predicted), strict=True)))
 

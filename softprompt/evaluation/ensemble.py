@@ -1,4 +1,5 @@
-"""Evaluate a prompt ensemble on held-out rows: the loss of its mean likelihood, and the answers that it votes for."""
+"""Evaluate an ensemble of prompts on held-out rows: the loss of the mean likelihood, and the answers that are voted
+for."""
 
 import math
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from softprompt.generation.voting import vote_answer
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """A prompt of an ensemble, and what it made of the rows.
+    """A prompt of an ensemble, with the rows and its answers to them.
 
     Attributes:
         prompt: [P, H]; None is the bare base.
-        examples: the rows in this member's template.
-        answers: its answers to the rows; None if answers are not compared.
+        rows: the rows as texts.
+        examples: the rows tokenised with this member's template.
+        answers: this member's answers to the rows; None if answers are not compared.
         missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
     """
 
@@ -71,11 +73,11 @@ def score_answers(
 def _score_row(
     engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
 ) -> list[list[float]]:
-    """Each member's log-likelihoods of the answers to one row."""
+    """Return each member's log-likelihoods of the answers to one row: [members][answers]."""
     return [score_answers(engine, tokenizer, member, answers, slice(row, row + 1))[0] for member in members]
 
 
 def _log_mean_exp(values: Sequence[float]) -> float:
-    """log of the mean of exp(value); the largest is factored out, so that no exp underflows for all."""
+    """Return log(mean(exp(values))). The largest value is subtracted first, so that not all exponentials underflow."""
     largest = max(values)
     return largest + math.log(sum(math.exp(value - largest) for value in values) / len(values))

@@ -17,7 +17,7 @@ from softprompt.engines.base import Engine
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 
-SHORT_ANSWER = 32  # the most tokens of an answer that is compared, its end token included
+SHORT_ANSWER = 32  # the largest number of tokens of an answer that is compared, its end token included
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Evaluation:
         loss: mean loss over all targets of the rows.
         answers: greedy answers to all rows; None if answers are not compared.
         exact_match: share of the compared rows whose answer equals the expected one; None if answers are not compared.
-        compared: number of rows whose answers are compared: those whose expected answer is whole.
+        compared: number of rows whose answers are compared, which are those whose expected answer is not truncated.
     """
 
     loss: float
@@ -53,10 +53,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluate any prompt on the same held-out rows.
+    """Evaluates any prompt on the same held-out rows.
 
     Attributes:
-        generator: writes the answers for exact match; None computes the loss alone.
+        generator: generates the answers for exact match; if it is None, only the loss is computed.
         examples: the tokenised rows.
         batch_size: number of rows that are answered at the same time.
         missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
@@ -128,23 +128,23 @@ def compare_answers(
 
 
 def question_ids(example: Example) -> list[int]:
-    """Token ids of a row before its first target."""
+    """Return the token ids of a row before its first target."""
     first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
     return example.input_ids[:first]
 
 
 def expected_answer(tokenizer: Any, example: Example) -> str:
-    """Text of a row's own answer, as far as it is not truncated."""
+    """Return the text of a row's expected answer, as far as it is not truncated."""
     return decode_text(tokenizer, answer_ids(example))
 
 
 def answer_ids(example: Example) -> list[int]:
-    """Token ids of a row's targets."""
+    """Return the token ids of a row's targets."""
     return [label for label in example.labels if label != IGNORE]
 
 
 def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> list[int]:
-    """Number of tokens of each row's whole answer, truncated tokens included."""
+    """Return the number of tokens of each row's whole answer, truncated tokens included."""
     rows = zip(examples, missing or [0] * len(examples), strict=True)
     return [count_targets(example) + truncated for example, truncated in rows]
 

@@ -1,10 +1,10 @@
 """Evaluate adapters side by side on one dataset.
 
-What is compared, over which rows, under which names of the table:
+The table has these metrics:
 
-loss, perplexity            over all targets of the rows; on a plain text, over all tokens but the first
-exact match                 over the rows whose short answer is whole; see `evaluator`
-accuracy (likelier label)   if the answers are labels: over all rows, how often the likeliest label is the row's own
+loss, perplexity            over all targets of the rows; on a plain text, over all its tokens except the first
+exact match                 over the rows whose expected answer is not truncated; see `evaluator`
+accuracy (likelier label)   if the answers are labels: the share of all rows whose likeliest label is the expected one
 macro F1                    of the same classification; a confusion matrix of each adapter follows the table
 
 All adapters are evaluated on the same rows, truncated in the same way.
@@ -38,11 +38,11 @@ class AdapterResult:
     """Result of evaluating one adapter.
 
     Attributes:
-        template: the template in which the rows were tokenised (the bare base has none of its own).
+        template: the template with which the rows were tokenised; for the bare base, that of the reference adapter.
         data: the tokenised rows.
         rows: the same rows as texts.
-        expected: the rows' own answers, without white space at the ends.
-        notes: what the user should know about these rows.
+        expected: the rows' expected answers, without white space at the ends.
+        notes: sentences about these rows for the user.
         predictions: the classification of each row; None if the answers are not labels.
     """
 
@@ -71,8 +71,8 @@ class AdapterResult:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How rows are truncated, the same for all adapters. `notes` say which settings were chosen if the adapters were
-    trained with different ones."""
+    """How rows are truncated, which is the same for all adapters. If the adapters were trained with different settings,
+    `notes` say which were chosen."""
 
     max_length: int
     truncation_side: str
@@ -82,10 +82,10 @@ class Truncation:
 def common_truncation(
     adapters: Sequence[LoadedAdapter], max_length: int | None = None, truncation_side: str | None = None
 ) -> Truncation:
-    """Choose how rows are truncated: as given, else as in the adapters' training.
+    """Choose how rows are truncated: as the arguments say, else as in the adapters' training.
 
-    If the adapters differ, the largest max_length is taken, and the side "input": so as many answers as possible are
-    whole. The bare base only counts if it is the only adapter.
+    If the adapters differ, the largest max_length and the side "input" are used, so that as many answers as possible
+    are whole. The bare base is ignored unless there is no adapter with a prompt.
     """
     trained = [adapter for adapter in adapters if adapter.prompt is not None] or list(adapters)
     lengths = sorted({adapter.max_length for adapter in trained})
@@ -107,17 +107,19 @@ def common_truncation(
 
 @dataclass(frozen=True)
 class AdapterEvaluator:
-    """Evaluate any adapter on the rows of one dataset.
+    """Evaluates any adapter on the rows of one dataset.
 
     Attributes:
-        generator: writes the answers for exact match; None leaves exact match out.
-        dataset: a dataset as train.py takes it, mini:TASK, or a .txt file, whose text follows the prompt as it is.
+        generator: generates the answers for exact match; if it is None, there is no exact match.
+        dataset: a dataset as train.py takes it, mini:TASK, or a .txt file, whose plain text is evaluated without a
+            template.
         batch_size: number of rows that are answered at the same time.
-        choices: the labels; None takes the answers that occur, if they are short and at most MAX_LABELS.
-        reference: the adapter whose template and columns the bare base is evaluated with.
-        columns: the dataset's names of columns, for all adapters; they override each adapter's own, which count as far
-            as the dataset has such columns.
-        split: split of the dataset, as --eval_split names it.
+        choices: the labels. If None, the labels are the answers that occur, provided that they are short and there are
+            at most MAX_LABELS of them.
+        reference: the adapter whose template and columns are used for the bare base.
+        columns: the dataset's column name for each of the template's columns, for all adapters. These override each
+            adapter's own column names, which are used only if the dataset has such columns.
+        split: split of the dataset, as in --eval_split.
     """
 
     engine: Engine
@@ -135,9 +137,8 @@ class AdapterEvaluator:
         """Evaluate one adapter.
 
         Raises:
-            DataError: as raised by `dataset.load_rows` and `tokenization.tokenize`, or no row has one of the choices
-                as its answer.
-            ConfigError: invalid choices, or choices for a plain text.
+            DataError: see `dataset.load_rows` and `tokenization.tokenize`; or no row's answer is one of the choices.
+            ConfigError: the choices are invalid, or are given for a plain text.
         """
         source = self.reference if adapter.prompt is None else adapter  # of template and columns
         if self.dataset.lower().endswith(".txt"):
@@ -189,11 +190,11 @@ class AdapterEvaluator:
         return replace(first, evaluation=evaluation, predictions=predictions)
 
     def _labels(self, data: Tokenized, answers: Sequence[str]) -> dict[str, str]:
-        """Find the labels. Each maps, as it is shown, to the text that is scored: as the rows have it, with the white
-        space at its ends that training learned. Empty if the rows are not a classification.
+        """Return the labels, each with the text that is scored for it: the answer as it is in the rows, with the white
+        space at its ends that was learned in training. Return an empty dict if the rows are not a classification.
 
         Args:
-            answers: the rows' own answers.
+            answers: the rows' expected answers.
         """
         texts: dict[str, str] = {}
         for answer in answers:
@@ -225,7 +226,7 @@ class AdapterEvaluator:
         )
 
     def _describe(self, data: Tokenized) -> str:
-        """Say how many rows there are, and how they were truncated."""
+        """Describe the number of rows and how they were truncated."""
         how, n = self.truncation, len(data.examples)
         rows = data.described(f"{n:,}{f' of {data.rows:,}' if n < data.rows else ''} rows")
         return f"{self.dataset} at --max_length {how.max_length} --truncation_side {how.truncation_side}: {rows}"

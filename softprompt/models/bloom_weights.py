@@ -1,7 +1,7 @@
 """BLOOM's frozen weights, block by block.
 
-The packed engine and the generator iterate over blocks through `BloomWeights` and do not know where these are stored:
-`ResidentWeights` here holds all of them on one device, `StreamedWeights` (weight_offload) reads them from files,
+The packed engine's schedules and the generator iterate over the blocks through `BloomWeights`, whatever the storage:
+`ResidentWeights` holds all blocks on one device, `StreamedWeights` (weight_offload) reads them from files,
 `ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantises them.
 """
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 
 class LinearParams(NamedTuple):
-    """The parameters of a linear layer: weight [out, in] in the compute dtype, bias [out] fp32. Or of a layer norm:
-    scale and shift, [H] fp32 each."""
+    """The parameters of a linear layer (weight [out, in] in the compute dtype, bias [out] fp32), or of a layer norm
+    (scale and shift, [H] fp32 each)."""
 
     weight: Tensor
     bias: Tensor
@@ -52,7 +52,8 @@ class BloomShape(NamedTuple):
 
 
 class BloomWeights(Protocol):
-    """What the packed forward needs of a BLOOM. The blocks may be stored anywhere; all else is on the compute device.
+    """The weights that the packed forward needs of a BLOOM. The blocks may be stored anywhere; all other weights are on
+    the compute device.
 
     Attributes:
         shape: The base's sizes.
@@ -80,10 +81,10 @@ class BloomWeights(Protocol):
 
 
 class NonBlockWeights:
-    """The part of `BloomWeights` that every provider keeps on the device: everything except the blocks.
+    """The part of `BloomWeights` that is on the device wherever the blocks are: everything except the blocks.
 
-    These are the base's own tensors, not copies, with one exception: a tied head is copied where the compute dtype is
-    not that of the embeddings.
+    These are the base's own tensors, not copies, with one exception: a tied head is copied if the compute dtype differs
+    from the dtype of the embeddings.
     """
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
@@ -118,8 +119,9 @@ def linear_params(module: Any) -> LinearParams:
 
 
 def is_bloom(config: Any) -> bool:
-    """Whether the packed forward computes what a base of this configuration computes: it is a BLOOM, and does not add
-    up slices of two projections (`slow_but_exact` with `pretraining_tp` > 1), which leaves out their biases."""
+    """Whether the packed forward computes what a base of this configuration computes. It must be a BLOOM, and must not
+    compute two projections as sums over slices (`slow_but_exact` with `pretraining_tp` > 1), since transformers leaves
+    out their biases then."""
     sliced = getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1
     return config.model_type == "bloom" and not sliced
 

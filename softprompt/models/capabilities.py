@@ -25,8 +25,9 @@ OTHER_MODALITIES = r"(vision|visual|image|audio|speech)"
 def max_positions(base: PreTrainedModel) -> int | None:
     """Return how many positions a row may have, virtual tokens included.
 
-    There is a limit where positions are looked up in a table (GPT-2, OPT, GPT-J, …) or the configuration bounds them
-    (MPT). The result is None where there is none: rotary positions, ALiBi, and sinusoids that are computed as needed.
+    There is a limit if positions are looked up in a table (GPT-2, OPT, GPT-J, …) or the configuration limits them
+    (MPT). The result is None if there is no limit: with rotary positions, ALiBi, and sinusoids that are computed as
+    needed.
     """
     config = text_config(base.config)
     if config.model_type == "mpt":
@@ -35,7 +36,7 @@ def max_positions(base: PreTrainedModel) -> int | None:
 
 
 def check_supports_prompt(base: PreTrainedModel, name: str) -> None:
-    """Refuse a base of a kind that no soft prompt can precede.
+    """Check that a soft prompt can precede the text of a base of this kind.
 
     Raises:
         ModelError: Its forward takes no `inputs_embeds`, or every layer looks up embeddings by token id.
@@ -51,8 +52,8 @@ def check_supports_prompt(base: PreTrainedModel, name: str) -> None:
 
 
 def why_not_generate(base: PreTrainedModel) -> str | None:
-    """Return why transformers' `generate` cannot generate behind a prompt with this base; None if it can. The test is
-    that of `GenerationMixin._prepare_model_inputs`."""
+    """Return why transformers' `generate` cannot generate behind a prompt with this base; None if it can. The check is
+    the one in `GenerationMixin._prepare_model_inputs`."""
     prepare = getattr(base, "prepare_inputs_for_generation", None)
     if prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters:
         return None
@@ -60,11 +61,11 @@ def why_not_generate(base: PreTrainedModel) -> str | None:
 
 
 def check_vocabulary(tokenizer: Any, base: PreTrainedModel, name: str) -> None:
-    """Refuse a tokenizer that produces token ids without embeddings.
+    """Check that the tokenizer's words have embeddings in the base.
 
-    Tokens that were added to the tokenizer may lie beyond the embeddings, as long as no text contains one: Gemma 3's
-    text models have one for images (see `check_token_ids`). A pad token beyond the embeddings is replaced by the
-    end-of-sequence token, since pads are masked.
+    Tokens that were added to the tokenizer may be without an embedding, such as the token for images in Gemma 3's text
+    models; `check_token_ids` refuses texts that contain one. A pad token without an embedding is replaced by the
+    end-of-sequence token, since padding is masked.
 
     Raises:
         ModelError: A word or the end-of-sequence token has an id beyond the word embeddings.
@@ -110,8 +111,8 @@ def check_positions(positions: int | None, P: int, tokens: int, where: str, advi
 
     Args:
         positions: The result of `max_positions`.
-        where: What has that many tokens, for the message.
-        advice: What to do about it; the default names the largest --max_length that fits.
+        where: What has that many tokens, for the error message.
+        advice: What to do, for the error message; the default names the largest --max_length that fits.
 
     Raises:
         ConfigError: There are too few positions.
@@ -133,7 +134,7 @@ class RowMaxima(NamedTuple):
 
     @classmethod
     def of(cls, *parts: Examples) -> "RowMaxima":
-        """Of all these examples together; there is at least one."""
+        """Return the maxima over all examples in `parts`, which hold at least one example."""
         some = [part for part in parts if len(part)]
         return cls(max(int(part.lengths.max()) for part in some), max(int(part.input_ids.max()) for part in some))
 
@@ -141,8 +142,8 @@ class RowMaxima(NamedTuple):
 def check_rows_fit(base: PreTrainedModel, P: int, max_length: int, rows: RowMaxima, streamed: bool = False) -> None:
     """Check that the base can take the rows behind P virtual tokens.
 
-    A --max_length that the user chose must fit, whatever the rows' lengths, and so must the default one if more rows
-    are streamed later. Otherwise the longest row must fit.
+    If --max_length differs from its default, or if further rows are streamed during training, `max_length` tokens must
+    fit, whatever the rows' lengths. Otherwise only the longest row must fit.
 
     Raises:
         ConfigError: There are too few positions, or a token has no embedding.

@@ -1,9 +1,9 @@
 """`--shard_base`: a BLOOM that no rank holds as a whole. torch's `fully_shard` gives each rank a slice of every block.
 
-A block is gathered from all ranks right before a pass needs it, and resharded right after. Gathering is a collective,
-so all ranks must make the same passes in the same order, however many rows each of them has. Therefore a rank announces
-each pass in an all-reduce before it starts, and a rank that has no work left joins the others' passes until no rank
-announces another one (the same idea as `torch.distributed.algorithms.Join`).
+A block is gathered from all ranks shortly before a pass needs it, and resharded afterwards. Gathering is a collective
+operation, so all ranks must make the same passes in the same order, however many rows each of them has. Therefore a
+rank announces each pass in an all-reduce before it starts. A rank that has no work left joins the others' passes until
+no rank announces another one; `torch.distributed.algorithms.Join` uses the same idea.
 """
 
 import math
@@ -19,14 +19,14 @@ from softprompt.distributed.process_group import World
 from softprompt.models.bloom_weights import BlockWeights, NonBlockWeights, block_weights
 from softprompt.utils.safetensors_io import StoredTensor
 
-gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter before torch 2.13
 
 
 class ShardedBlocks:
     """The sharded blocks of a base, and the passes over them.
 
-    transformers' own forward gathers blocks by the hooks of `fully_shard`; its passes are announced by a hook here.
-    Code that computes with the blocks' parameters itself uses `iter_blocks`.
+    In transformers' own forward, the hooks of `fully_shard` gather the blocks, and a hook of this class announces the
+    pass. Code that uses the blocks' parameters directly calls `iter_blocks`.
     """
 
     def __init__(self, base: PreTrainedModel, world: World):
@@ -35,16 +35,16 @@ class ShardedBlocks:
         base.transformer.register_forward_pre_hook(self._announce_forward)
 
     def iter_blocks(self, order: Sequence[int]) -> Iterator[Any]:
-        """Yield the blocks 0 … L-1, or those followed by L-1 … 0. A yielded block is gathered until the next one is
-        requested."""
+        """Return an iterator over the blocks in `order`, which is 0 … L-1, or 0 … L-1 followed by L-1 … 0. A block
+        stays gathered until the next one is requested."""
         self._finish_current_pass()
         self._announce(len(order) // len(self.blocks))
         self._current_pass = self._iter_gathered(order)
         return self._current_pass
 
     def join(self) -> None:
-        """Take part in the passes of ranks that still have work, until none has. Every rank must call this after its
-        own work."""
+        """Take part in the passes of the ranks that still have work, until no rank has any. Every rank must call this
+        after its own work."""
         self._finish_current_pass()
         L = len(self.blocks)
         while directions := self._announce(0):
@@ -55,13 +55,13 @@ class ShardedBlocks:
         self._announce(2 if torch.is_grad_enabled() else 1)
 
     def _announce(self, directions: int) -> int:
-        """Announce a pass: forward only (1), forward and backward (2), or none (0). Return what the ranks that make a
-        pass announced; all of them announce the same."""
+        """Announce a pass: forward only (1), forward and backward (2), or none (0). Return the largest number that any
+        rank announced. All ranks that make a pass announce the same number."""
         mine = torch.tensor([directions > 0, directions > 1], dtype=torch.float64)
         return int((self.world.all_reduce(mine) > 0).sum())
 
     def _iter_gathered(self, order: Sequence[int]) -> Iterator[Any]:
-        """Yield gathered blocks. The next one is gathered asynchronously while the present one is computed with."""
+        """Yield gathered blocks. While the caller uses a block, the next one is gathered asynchronously."""
         for at, i in enumerate(order):
             self._gather(i)
             for following in order[at + 1 : at + 2]:
@@ -70,17 +70,18 @@ class ShardedBlocks:
             self.blocks[i].reshard()
 
     def _gather(self, i: int, ahead: bool = False) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # its memory is reused, for training as well
+        with torch.inference_mode(False), torch.no_grad():  # its buffers are also used in training
             self.world.collective(lambda: self.blocks[i].unshard(async_op=ahead))
 
     def _finish_current_pass(self) -> None:
-        """Complete a pass that was abandoned halfway: the other ranks are making it."""
+        """Complete a pass that the caller did not finish, for example after an error, since the other ranks make it."""
         for _ in self._current_pass:
             pass
 
 
 class ShardedWeights(NonBlockWeights):
-    """`BloomWeights` in which each rank holds its slices of the blocks, the gathered block in use, and the next one."""
+    """`BloomWeights` whose blocks are sharded. A rank holds its slices of all blocks, the gathered block in use, and
+    the next block."""
 
     def __init__(self, base: PreTrainedModel, shards: ShardedBlocks, compute_dtype: torch.dtype):
         super().__init__(base, compute_dtype)
@@ -99,7 +100,7 @@ class ShardedWeights(NonBlockWeights):
 def shard_blocks(base: PreTrainedModel, stored: Mapping[str, StoredTensor], world: World) -> ShardedBlocks:
     """Shard the blocks of a base among all ranks; each rank reads its own slices from the files, one tensor at a time.
 
-    Every rank must call this; it does not wait for the others.
+    Every rank must call this; it does not wait for the other ranks.
 
     Args:
         base: A frozen BLOOM, on its device, with its blocks on the meta device (see `meta_loading.MetaModel`). Its

@@ -1,7 +1,7 @@
 """Load a base and its tokenizer from a folder or the hub; freeze the base and move it to its device.
 
-`load_base` does all of it. Programs that change the base between the steps call `read_base`, `freeze` and
-`move_to_device` themselves.
+`load_base` does all of this. Code that changes the base in between calls `read_base`, `freeze` and `move_to_device`
+itself.
 """
 
 import os
@@ -21,12 +21,13 @@ from softprompt.utils.errors import ModelError
 
 
 def base_path(name: str) -> str:
-    """Return where a base is loaded from: `mini` is a folder in this package, any other name a folder or a hub id."""
+    """Return the folder or hub id from which a base is loaded: for `mini`, a folder in this package, else the name."""
     return str(BASE_DIR) if name == "mini" else name
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """Load the base's tokenizer. If it has no pad token, the end-of-sequence token takes its place: pads are masked.
+    """Load the base's tokenizer. If it has no pad token, the end-of-sequence token is used for padding, which is
+    masked.
 
     Raises:
         ModelError: The base or its tokenizer does not exist or cannot be loaded, or the tokenizer has no
@@ -47,11 +48,11 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 def load_config(name_or_path: str) -> Any:
-    """Load a base's configuration, and refuse what it shows to be unsuitable as a base.
+    """Load a base's configuration, and check that prompts can be learned for such a model.
 
     Raises:
-        ModelError: The configuration does not exist or cannot be loaded, its weights are quantised, or it is no causal
-            language model of transformers.
+        ModelError: The configuration does not exist or cannot be loaded, or the model has quantised weights or is no
+            causal language model of transformers.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
@@ -113,8 +114,9 @@ def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
 def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Freeze `base` in place, put it in eval mode, and set the dtypes of its parameters.
 
-    Weight matrices are kept in `compute_dtype`: autocast would cast them to it at each use, with the same result. All
-    else (embeddings, norms, biases, a tied head) becomes fp32, whatever the dtype in the files.
+    Weight matrices are stored in `compute_dtype`, to which autocast would otherwise cast them at each use, with the
+    same result. All other parameters (embeddings, norms, biases, a tied head) become fp32, whatever their dtype in the
+    files.
 
     Raises:
         ModelError: transformers loaded the base quantised.
@@ -130,12 +132,12 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
 
 
 def _weight_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield a module's own parameters that are used in matrix products only: the weights [out, in] of linear layers,
-    [in, out] of GPT-2's Conv1D, and those of experts in one tensor [experts, …, …]. Routers are left out: they are
-    small, and some models require them in fp32.
+    """Yield those of a module's own parameters that are used only in matrix products: the weights of linear layers
+    [out, in], those of GPT-2's Conv1D [in, out], and the stacked weights of experts [experts, …, …]. The weights of
+    routers are left out: they are small, and some models require them in fp32.
 
-    transformers' grouped product over experts does not run under autocast but in the dtype of its weights, which is
-    therefore the compute dtype, as for all other products.
+    transformers' grouped matrix product over experts ignores autocast and runs in the dtype of its weights, which
+    therefore must be the compute dtype.
     """
     if isinstance(module, nn.Linear | Conv1D):
         yield module.weight

@@ -1,4 +1,4 @@
-"""Load a BLOOM without its blocks: these stay on the meta device, beside a list of where their values are stored."""
+"""Load a BLOOM without its blocks, which stay on the meta device, and list where the blocks' values are stored."""
 
 import os
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
 
-PREFIX = "transformer."  # of all names except the head's; the BLOOMs on the hub are stored without it
+PREFIX = "transformer."  # begins all tensor names except the head's; in the files of BLOOMs on the hub it is missing
 
 
 class MetaModel(NamedTuple):
-    """A base whose blocks are on the meta device (names, shapes and dtypes without values), and where the values are
-    stored, by the same names."""
+    """A base whose blocks are on the meta device (shapes and dtypes without values), and, by the names of the blocks'
+    tensors, where their values are stored."""
 
     base: PreTrainedModel
     blocks: dict[str, StoredTensor]
@@ -79,7 +79,8 @@ def _folder(name_or_path: str) -> Path:
 
 
 def _dtype(config: Any, files: Iterable[StoredTensor]) -> torch.dtype:
-    """Return the dtype that transformers' `dtype="auto"` means: the configuration's, else that of the first tensor."""
+    """Return the dtype that transformers chooses for `dtype="auto"`: that of the configuration, else that of the first
+    tensor."""
     named = getattr(config, "dtype", None)
     named = getattr(torch, named) if isinstance(named, str) else named
     return named or next((stored.file_dtype for stored in files), torch.float32)

@@ -1,4 +1,4 @@
-"""The device and the compute dtype: that of matrix products."""
+"""The device and the compute dtype, which is the dtype of matrix products."""
 
 import torch
 
@@ -28,8 +28,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) -> torch.dtype:
     """Return the dtype of matrix products.
 
-    That is bf16 or fp16 if one is True, and fp32 if one is False and none is True. If both are None it is fp32 on the
-    CPU; on CUDA bf16 if the GPU supports it in hardware, else fp16.
+    It is the dtype whose flag is True; fp32 if no flag is True and one is False. If both are None, it is fp32 on the
+    CPU, and on CUDA bf16 if the GPU supports it in hardware, else fp16.
     """
     if bf16 or fp16:
         return torch.bfloat16 if bf16 else torch.float16

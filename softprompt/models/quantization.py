@@ -1,14 +1,15 @@
 """`--load_in_8bit` and `--load_in_4bit`: the linear layers of BLOOM's blocks are stored in 8 or 4 bits and dequantised,
 one block at a time, whenever a pass needs them.
 
-The formats are bitsandbytes', under transformers' names for them. `load_in_8bit`: each row is int8 times its absolute
-maximum ÷ 127 (Dettmers et al. 2022, arXiv:2208.07339, without the separate product for outliers). `load_in_4bit`: NF4
-in blocks of 64 values, whose absolute maxima are themselves quantised to 8 bits (Dettmers et al. 2023,
-arXiv:2305.14314). bitsandbytes has both for CPU and for CUDA; torchao has NF4 only as a prototype and a different 4-bit
-kernel per device.
+The formats are those of bitsandbytes, and the flags have their names in transformers. `load_in_8bit`: each row of a
+weight is stored as int8 values and its absolute maximum; a weight is int8 value · maximum ÷ 127 (Dettmers et al. 2022,
+arXiv:2208.07339, without the separate product for outliers). `load_in_4bit`: NF4 in blocks of 64 values, whose absolute
+maxima are themselves quantised to 8 bits (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes has both formats for
+CPU and for CUDA; torchao has NF4 only as a prototype, and a different 4-bit kernel for each device.
 
-Matrix products run in the compute dtype on the dequantised weights, in forward and backward, so the prompt's gradient
-is exactly that of a base with the dequantised weights. Embeddings, head, layer norms and biases are not quantised.
+Matrix products run in the compute dtype on the dequantised weights, in the forward and in the backward pass. So the
+prompt's gradient is exactly that of a base with the dequantised weights. Embeddings, head, layer norms and biases are
+not quantised.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,8 @@ class QuantizedBlocks(NamedTuple):
 
 
 def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> QuantizedBlocks:
-    """Quantise the linear layers of a BLOOM's blocks, one after the other on `device`. In `base` they are replaced by
-    tensors on the meta device.
+    """Quantise the linear layers of a BLOOM's blocks, one after the other, on `device`. In `base`, their weights are
+    replaced by tensors on the meta device.
 
     Raises:
         ConfigError: The base is no BLOOM, or bitsandbytes is not installed.
@@ -102,7 +103,7 @@ def load_quantized(
 
 
 class QuantizedWeights(NonBlockWeights):
-    """`BloomWeights` in the memory of one device, the blocks' linear layers in 8 or 4 bits."""
+    """`BloomWeights` in the memory of one device, with the blocks' linear layers in 8 or 4 bits."""
 
     def __init__(self, base: PreTrainedModel, quantised: QuantizedBlocks, compute_dtype: torch.dtype):
         """

@@ -12,10 +12,11 @@ from softprompt.utils.safetensors_io import StoredTensor
 
 
 class StreamedWeights(NonBlockWeights):
-    """`BloomWeights` with two block buffers: while one is computed with, a thread reads the next block into the other.
+    """`BloomWeights` with two block buffers: while the block in one buffer is used, a thread reads the next block into
+    the other.
 
-    A block that a buffer holds is not read again. So a forward pass that is followed by a backward pass reads the last
-    two blocks once, and the next window finds the first two in memory.
+    A block that a buffer still holds is not read again. So a forward pass followed by a backward pass reads the last
+    two blocks only once, and afterwards the first two blocks are in memory for the next window.
     """
 
     def __init__(self, base: PreTrainedModel, blocks: Mapping[str, StoredTensor], compute_dtype: torch.dtype):
@@ -59,8 +60,8 @@ class StreamedWeights(NonBlockWeights):
 
 
 class _BlockBuffer:
-    """Memory for one block's tensors: weights of linear layers in the compute dtype, all else fp32. On CUDA there is a
-    second copy in pinned host memory, from which the reading thread copies to the device."""
+    """Memory for one block's tensors: weights of linear layers in the compute dtype, all others in fp32. On CUDA there
+    is a second copy in pinned host memory, from which the reading thread copies to the device."""
 
     def __init__(self, like: Sequence[Tensor], stored: Sequence[Sequence[StoredTensor]], device: torch.device):
         cuda = device.type == "cuda"
@@ -73,8 +74,9 @@ class _BlockBuffer:
         self.num_bytes = sum(t.nbytes for t in self.device)
 
     def start_reading(self, reader: ThreadPoolExecutor, i: int) -> None:
-        """Start reading block i over the present one. Work that was already queued on the device may still use that."""
-        self._reading.exception()  # wait for a read whose block was not asked for, or that failed
+        """Start reading block i into this buffer. Operations that are queued on the device may still use the block that
+        the buffer holds now; the copy to the device waits for them."""
+        self._reading.exception()  # wait for an earlier read, whose block may not have been requested; ignore its error
         self.index = i
         last_use = torch.cuda.current_stream(self.copy_stream.device).record_event() if self.copy_stream else None
         self._reading = reader.submit(self._read, i, last_use)

@@ -21,24 +21,29 @@ from softprompt.runs.file_names import (
 from softprompt.runs.state import Metrics, TrainingState
 from softprompt.utils.atomic_io import Files, read_inside
 
-MAX_FILE_BYTES = 32 << 30  # of a checkpoint; a bound for links to endless files
+MAX_FILE_BYTES = 32 << 30  # the largest file of a checkpoint; a limit for links to endless files such as /dev/zero
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint-N folders of a run, oldest first. Folders that the run removes meanwhile may be missing."""
+    """Return the checkpoint-N folders of a run, by ascending N."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The N of checkpoint-N."""
+    """Return the N of checkpoint-N."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | None = None) -> list[int]:
-    """Return the steps of the checkpoints to remove once checkpoint-`newest` is written: later ones, since the run went
-    back before them, and the oldest ones above `limit` (None: keep all). checkpoint-`newest` and checkpoint-`best` are
-    kept. `numbers` are the steps of all checkpoints in order."""
+    """Return the steps of the checkpoints to remove after checkpoint-`newest` was written.
+
+    These are the checkpoints of later steps, which are left from before the run was resumed at an earlier step, and the
+    oldest ones of those that exceed `limit` (None: no limit). checkpoint-`newest` and checkpoint-`best` are kept.
+
+    Args:
+        numbers: the steps of all checkpoints, ascending.
+    """
     old = [n for n in numbers if n <= newest]
     above = len(old) - limit if limit else 0
     spare = [n for n in old if n not in (newest, best)]
@@ -46,7 +51,8 @@ def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | 
 
 
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return STATE_FILES with the state of the loop and `more` values, which must be JSON-able."""
+    """Return the content of STATE_FILES, which hold the state of the loop; `more` values, which must be JSON-able, are
+    added to trainer_state.json."""
     values = {
         "step": state.step,
         "taken": state.taken,
@@ -70,8 +76,8 @@ def with_checksums(files: Files) -> dict[str, bytes]:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint-N folder. None if it is whole: every file is there as it was written, and
-    the state is of step N."""
+    """Return what is wrong with a checkpoint-N folder; None if it is whole. It is whole if every file exists with the
+    content that was written, and the state is that of step N."""
     name = CHECKSUMS_FILE
     try:
         text = read_inside(checkpoint, name, MAX_FILE_BYTES)

@@ -1,4 +1,4 @@
-"""Unexpected errors: write the traceback to a file, and show one line."""
+"""Report unexpected errors: write the traceback to a file, and return one line for the user."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from typing import NamedTuple
 from softprompt.utils.errors import SoftpromptError
 from softprompt.utils.redact import redacted
 
-MAX_CHARACTERS = 300  # of an error's message
+MAX_CHARACTERS = 300  # to which an error's message is truncated
 
 
 @contextmanager
 def crashes_in(folder: Path) -> Iterator[None]:
-    """Mark errors inside the context as errors of the run in `folder`."""
+    """Mark errors raised inside the context as errors of the run in `folder`."""
     try:
         yield
     except Exception as error:
@@ -28,8 +28,8 @@ def crashes_in(folder: Path) -> Iterator[None]:
 
 
 class Failure(NamedTuple):
-    """An error after which other work continues: one line, and for unexpected errors a report with the traceback. It
-    keeps none of the error's frames, and so no tensors."""
+    """An error after which other work continues: one line, and, for an unexpected error, a report with the traceback as
+    text. It holds no reference to the error's frames, and so keeps no tensors alive."""
 
     line: str
     report: str
@@ -47,9 +47,12 @@ def failure(error: Exception) -> Failure:
 
 
 def crash_line(error: BaseException) -> str:
-    """Write the traceback into the run's folder, or into the folder for temporary files.
+    """Write the traceback of an unexpected error to a file in the run's folder, or else in the folder for temporary
+    files.
 
-    Returns one line with the error, that file, and the run's newest whole checkpoint."""
+    Returns:
+        One line with the error, that file, and the run's newest whole checkpoint.
+    """
     folder: Path | None = getattr(error, "output_dir", None)
     what = " ".join(str(error).split())[:MAX_CHARACTERS]
     file = _written(_report(error), folder)
@@ -63,7 +66,7 @@ def crash_line(error: BaseException) -> str:
 
 
 def _report(error: BaseException) -> str:
-    """Return the command, the versions and the traceback."""
+    """Return a text with the command, the versions and the traceback."""
     versions = {name: module.__version__ for name in ("torch", "transformers") if (module := sys.modules.get(name))}
     head = [f"command: {shlex.join(sys.argv)}", f"python {platform.python_version()}, {platform.platform()}"]
     head += [f"{name} {version}" for name, version in versions.items()]

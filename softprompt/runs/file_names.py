@@ -1,11 +1,11 @@
-"""Names of the files that a run's folder and its checkpoints hold."""
+"""Names of the files in a run's folder and in its checkpoints."""
 
 from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
 REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
-MARK = '<meta name="generator" content="softprompt.report">'  # by which a report is known
+MARK = '<meta name="generator" content="softprompt.report">'  # identifies a page as a report
 RESULTS_FILE = "all_results.json"
-QUESTION_FILE = "question.jsonl"  # a question to try, if flags cannot ask it
+QUESTION_FILE = "question.jsonl"  # a question to try with the prompt, if flags cannot express it
 FACTS_FILE, START_FILE = "report.json", "prompt_start.safetensors"  # see report.collect
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -1,5 +1,5 @@
-"""A manifest in an output folder lists the files that were written there. Only listed files are ever replaced or
-removed; any other file in the folder belongs to somebody else."""
+"""A manifest in an output folder lists the files that this package wrote there. Only listed files, the folder's own
+files, are ever replaced or removed; any other file was written by something else."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from softprompt.utils.atomic_io import Files, read_inside, remove_folder, write_
 from softprompt.utils.errors import OutputError
 
 MAX_BYTES = 1 << 20
-NAMED = 3  # files that a message names
+NAMED = 3  # the most files that a message names
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Kind:
 
     Attributes:
         name: what writes into the folder, for messages.
-        file: the name of the manifest.
-        pattern: a regular expression for the names that the manifest may list, so that a manifest from elsewhere cannot
-            lead to other files.
-        older: finds by their content the files of a version that wrote no manifest.
-        beside: finds files that another command wrote into a folder with a manifest.
+        file: the file name of the manifest.
+        pattern: a regular expression that names in the manifest must match, so that a manifest from elsewhere cannot
+            list other files.
+        older: returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognises
+            them by their content.
+        beside: returns files of the folder's own that another command wrote into it without listing them.
     """
 
     name: str
@@ -45,13 +46,13 @@ class Manifest:
     kind: Kind
 
     def names(self) -> set[str]:
-        """Return the names of the folder's own files that exist."""
+        """Return the names of the folder's own files, as far as they exist."""
         listed = self._listed()
         found = self.kind.older(self.folder) if listed is None else listed | self.kind.beside(self.folder)
         return {name for name in found if self._stands(name)}
 
     def foreign(self, names: Iterable[str]) -> list[str]:
-        """Return those of `names`, and the manifest's own name, that exist and are not the folder's own."""
+        """Return those of `names` that exist and are not the folder's own. The manifest's file name is checked, too."""
         owned = self.names()
         not_ours = [self.kind.file] if self._listed() is None else []
         return [name for name in [*names, *not_ours] if name not in owned and self._stands(name)]
@@ -79,12 +80,21 @@ class Manifest:
         self.own(names)
 
     def own(self, names: Iterable[str]) -> None:
-        """List `names`, which this process has just written or is about to write. Raises OSError."""
+        """List `names`, which this process has just written or is about to write.
+
+        Raises:
+            OSError: the manifest cannot be written.
+        """
         if not set(names) <= (self._listed() or set()):
             self._write(self.names() | set(names))
 
     def write(self, files: Files) -> None:
-        """Write `files` into the folder, each atomically. Raises as `add` does."""
+        """Write `files` into the folder, each atomically.
+
+        Raises:
+            FileExistsError: one of them exists and is not the folder's own.
+            OSError: a file or the manifest cannot be written.
+        """
         self.add(files)
         write_files(self.folder, files)
 
@@ -92,7 +102,7 @@ class Manifest:
         """Remove those of `names` that are the folder's own."""
         names = set(names) & self.names()
         if names:
-            self.own(names)  # files of an older version are recognised by each other, so list them before some are gone
+            self.own(names)  # some files of an older version are recognised only beside others, so list all of them now
         for name in sorted(names):
             path = self.folder / name
             if path.is_dir():
@@ -103,7 +113,7 @@ class Manifest:
             self._write(self.names())
 
     def _listed(self) -> set[str] | None:
-        """None if there is no manifest, or another file has its name."""
+        """Return the names that the manifest lists; None if there is no manifest, or another file has its name."""
         try:
             found = json.loads(read_inside(self.folder, self.kind.file, MAX_BYTES))
             names = found["files"] if found["written_by"] == self._mark else None

@@ -19,8 +19,8 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
     """Return the output folder of a run; it is not created yet.
 
     Raises:
-        OutputError: it is a file, cannot be written to, holds another run than that of `checkpoint` or somebody else's
-            files that the run would replace, or another process is writing there.
+        OutputError: the folder is a file, cannot be written to, holds another run than that of `checkpoint`, holds
+            files of something else that the run would replace, or is in use by another process.
     """
     if config.training.output_dir is not None:
         path = Path(config.training.output_dir)
@@ -34,11 +34,12 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
 
 
 def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> FolderLock:
-    """Create the output folder and take its lock. If its name is a default one and another process has created that
-    folder meanwhile, take the next free name.
+    """Create the output folder and take its lock. If its name is the default one and another process has created a
+    folder of that name in the meantime, use the next free name.
 
     Raises:
-        OutputError: the folder cannot be created, or another process is writing there or has written a run since.
+        OutputError: the folder cannot be created, or another process is writing into it or has written a run into it in
+            the meantime.
     """
     try:
         if config.training.output_dir is None:
@@ -60,7 +61,7 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
 
 
 def continues_in(output_dir: Path, checkpoint: Path | None) -> bool:
-    """Return whether `output_dir` holds the run that `checkpoint` belongs to, which may then be continued there."""
+    """Whether `output_dir` holds the run that `checkpoint` belongs to, so that the run is continued there."""
     here = output_dir.resolve()
     return checkpoint is not None and here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 

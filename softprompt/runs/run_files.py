@@ -32,9 +32,9 @@ from softprompt.utils.errors import OutputError
 
 OF_A_RUN = (*sorted(OF_A_CHECKPOINT), QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
 MANIFEST_FILE = "run_manifest.json"
-EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # of TensorBoard; in OUTPUT_DIR, as Trainer's
+EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # TensorBoard's files, in OUTPUT_DIR/runs as Trainer's
 PATTERN = rf"{'|'.join(map(re.escape, OF_A_RUN))}|{CHECKPOINT}|{EVENTS_FOLDER}/events\.out\.tfevents\.[^/]*"
-HEAD = 1 << 16  # bytes of a file that are read to recognise it
+HEAD = 1 << 16  # how many bytes of a file are read to recognise it
 OF_A_STATE = {"step", "taken", "scaler", "unlogged", "arguments", "fingerprints"}
 
 
@@ -54,11 +54,15 @@ def refuse_other_run(folder: Path, overwrite: bool) -> None:
 
 
 def refuse_foreign_files(folder: Path, board: bool, after_step: int | None = None) -> None:
-    """Check that a run may replace or remove everything in `folder` that it would: a new run, or one that is resumed
-    there `after_step`. With a `board`, TensorBoard's event files count too.
+    """Check that no file in `folder` that a run would replace or remove was written by something else.
+
+    Args:
+        board: whether the run writes TensorBoard's event files.
+        after_step: the step after which the run in `folder` is resumed; None for a new run.
 
     Raises:
-        OutputError: a file that the run would write, a checkpoint, or a file in a checkpoint is somebody else's.
+        OutputError: a file that the run would write, a checkpoint that it would replace, or a file in such a checkpoint
+            was written by something else.
     """
     manifest = run_files(folder)
     later = [path for path in folder.glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name)]
@@ -69,16 +73,16 @@ def refuse_foreign_files(folder: Path, board: bool, after_step: int | None = Non
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the files of the run in `folder`."""
+    """Remove the files of the run in `folder`. A checkpoint that holds a file of something else is kept."""
     manifest = run_files(folder)
     manifest.remove(name for name in manifest.names() if not foreign_in(folder / name))
 
 
 def own_checkpoint(folder: Path, step: int) -> Path:
-    """List checkpoint-`step` in the manifest, and return its folder, which is to be written now.
+    """List checkpoint-`step` in the manifest, and return its folder, which the caller writes.
 
     Raises:
-        FileExistsError: the folder, or a file in it, is somebody else's.
+        FileExistsError: the folder exists and is not the run's own, or it holds a file that no checkpoint has.
     """
     path = folder / f"checkpoint-{step}"
     run_files(folder).add([path.name])
@@ -88,13 +92,13 @@ def own_checkpoint(folder: Path, step: int) -> Path:
 
 
 def tidy(folder: Path) -> None:
-    """Remove temporary files that a killed process left."""
+    """Remove the temporary files that a killed process has left in `folder`."""
     remove_leftovers(folder, CHECKPOINT, (*OF_A_RUN, MANIFEST_FILE))
 
 
 def remove_old_checkpoints(folder: Path, newest: int, limit: int | None, best: int | None = None) -> list[str]:
-    """Remove the checkpoints that `checkpoints.surplus` names, once checkpoint-`newest` is written. A checkpoint that
-    holds somebody else's file is kept; return these files."""
+    """Remove the checkpoints that `checkpoints.surplus` names, after checkpoint-`newest` was written. A checkpoint that
+    holds a file of something else is kept. Return the names of these files."""
     manifest = run_files(folder)
     owned = manifest.names()
     numbers = [step_of(path) for path in checkpoints(folder) if path.name in owned]
@@ -105,31 +109,32 @@ def remove_old_checkpoints(folder: Path, newest: int, limit: int | None, best: i
 
 
 def foreign_in(path: Path) -> list[str]:
-    """Return the files in a checkpoint-N folder that no checkpoint has, as checkpoint-N/NAME; none if `path` is a
-    file."""
+    """Return the names, as checkpoint-N/NAME, of the files in a checkpoint-N folder that a run does not write. Return
+    an empty list if `path` is no folder."""
     if not path.is_dir():
         return []
     return [f"{path.name}/{p.name}" for p in path.iterdir() if p.name not in (*OF_A_CHECKPOINT, CHECKSUMS_FILE)]
 
 
 def events_in(folder: Path) -> list[str]:
-    """Return TensorBoard's event files in a run's folder."""
+    """Return the names of TensorBoard's event files in a run's folder."""
     return [f"{EVENTS_FOLDER}/{path.name}" for path in (folder / EVENTS_FOLDER).glob(EVENTS)]
 
 
 def _beside(folder: Path) -> set[str]:
-    """A page that `softprompt report` wrote about the run, and empty checkpoint folders."""
+    """Return the name of the page that `softprompt report` wrote about the run, and those of empty checkpoint
+    folders."""
     return _empty(folder) | ({REPORT_FILE} if _looks_written(folder, REPORT_FILE) else set())
 
 
 def _empty(folder: Path) -> set[str]:
-    """Empty checkpoint folders, which may be removed."""
+    """Return the names of empty checkpoint folders, which may be removed."""
     return {path.name for path in checkpoints(folder) if not path.is_symlink() and not any(path.iterdir())}
 
 
 def _of_an_older_version(folder: Path) -> set[str]:
-    """The files of a run of an older version, which wrote no manifest. Each is recognised by content that only such a
-    run writes; doubtful files are left out."""
+    """Return the names of the files of a run of an older version, which wrote no manifest. Each file is recognised by
+    content that only a run writes; doubtful files are left out."""
     of_steps = {path.name for path in checkpoints(folder) if not path.is_symlink() and _is_checkpoint(path)}
     if not of_steps and not any(_looks_written(folder, name) for name in (STATE_FILE, FACTS_FILE)):
         return _empty(folder)
@@ -144,7 +149,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _looks_written(folder: Path, name: str) -> bool:
-    """Whether a file has the content that a run writes under this name."""
+    """Whether a file's content looks like what a run writes under this name."""
     return not (folder / name).is_symlink() and (folder / name).is_file() and LOOKS[name](folder, name)
 
 
@@ -157,7 +162,7 @@ def _contains(text: str) -> Callable[[Path, str], bool]:
 
 
 def _tensors(*names: str) -> Callable[[Path, str], bool]:
-    """A test whether a safetensors file holds no other tensors than `names`, by its header."""
+    """Return a test of whether a safetensors file, judged by its header, holds no other tensors than `names`."""
 
     def looks(folder: Path, name: str) -> bool:
         head = _head(folder / name)
@@ -179,7 +184,7 @@ def _is_log(folder: Path, name: str) -> bool:
 
 
 def _is_question(folder: Path, name: str) -> bool:
-    """Runs without a manifest had no such file."""
+    """Return False: versions that wrote no manifest wrote no such file."""
     return False
 
 

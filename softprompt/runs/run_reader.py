@@ -1,4 +1,4 @@
-"""Read a run back from its folder, whether it has ended or not."""
+"""Read the folder of a run, whether the run has ended or not."""
 
 import json
 import math
@@ -16,19 +16,19 @@ from softprompt.utils.errors import ReportError
 from softprompt.utils.file_lock import FolderLock
 
 Facts = dict[str, Any]
-MAX_BYTES = 256 << 20  # of a file that is read
+MAX_BYTES = 256 << 20  # the largest file that is read
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder holds.
+    """The content of a run's folder.
 
     Attributes:
         facts: the content of report.json; empty if an older version wrote none.
-        history: one record per logged step and per evaluation, with numbers only.
+        history: the records of metrics.jsonl, of which only finite numbers are kept.
         results: the content of all_results.json; empty if the run has not ended.
-        runs_now: whether a process is writing the run.
-        checkpoint: the newest whole checkpoint of a run that has not ended.
+        runs_now: whether a process is writing into the folder.
+        checkpoint: the newest whole checkpoint of a run that has not ended; None if there is none.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class RunRecord:
         return self.facts.get("arguments", {})
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """Return the (step, value) points of a metric, without records from before the first step."""
+        """Return the (step, value) points of a metric, without records of step 0."""
         return [(record["step"], record[name]) for record in self.history if name in record and record["step"]]
 
     def of_base(self, name: str) -> float | None:
@@ -63,16 +63,16 @@ class RunRecord:
         return {**self.results, **self.facts.get("base_alone", {})}.get(f"{name}_base")
 
     def final(self, name: str) -> float | None:
-        """Return a metric of the final prompt, or, if the run has not ended, its last value."""
+        """Return a metric of the final prompt; if the run has not ended, the metric's last value so far."""
         points = self.series(name)
         return self.results.get(name) if self.ended else points[-1][1] if points else None
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read a run's folder; the run may still be going on.
+    """Read a run's folder. The run may still be in progress.
 
     Raises:
-        ReportError: there is no such folder, no run in it, no metrics yet, or a file cannot be read.
+        ReportError: the folder does not exist, holds no run or no metrics yet, or has a file that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What the training loop hands to its callbacks, and the state that a checkpoint keeps of it."""
+"""What the training loop passes to its callbacks, and the state of the loop that a checkpoint holds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        number: counted from 1.
-        epoch: passes over the rows after this step, as a fraction.
-        loss: the mean over the targets of the step; None if it is not finite, which only a step has that the GradScaler
-            skipped.
-        grad_norm: the gradient's norm before clipping; None as for `loss`.
-        learning_rate: the one that the step used.
-        tokens: real tokens, without padding and virtual tokens.
-        seconds: wall-clock time.
+        number: the number of the step, counted from 1.
+        epoch: number of passes over the rows after this step, as a fraction.
+        loss: mean loss over the targets of the step. None if it is not finite, which is possible only if the GradScaler
+            skipped the step.
+        grad_norm: the gradient's norm before clipping; None if it is not finite.
+        learning_rate: the learning rate of this step.
+        tokens: number of tokens, without padding and virtual tokens.
+        seconds: wall-clock time of the step.
     """
 
     number: int
@@ -40,13 +40,13 @@ class TrainingState:
     """What the loop needs to continue as if it had not stopped.
 
     Attributes:
-        step: optimizer steps done.
-        taken: those that the GradScaler did not skip; the learning rate schedule counts only these.
-        unlogged: steps since the last log record.
+        step: number of optimizer steps done.
+        taken: number of those that the GradScaler did not skip; the learning rate schedule counts only these.
+        unlogged: the steps since the last log record.
         optimizer: AdamW's moments [P, H] fp32 and its step count.
         scaler: the state of the GradScaler; empty without fp16.
         rng: states of torch's random generators, uint8, by device type.
-        position: where the loader continues, beside the step.
+        position: the position of the last step's window, from which the loader continues.
     """
 
     step: int = 0

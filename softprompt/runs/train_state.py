@@ -1,10 +1,10 @@
-"""Find the checkpoint that a run resumes, and read the state of the loop from it. How its settings are merged with the
-command line is in training/resume_settings.py. A checkpoint has, beside the adapter:
+"""Find the checkpoint that a run resumes, and read the state of the loop from it. `training.resume_settings` merges its
+settings with those given now. Besides the adapter, a checkpoint holds these files:
 
 optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
 rng_state.safetensors   states of torch's random generators, uint8
 trainer_state.json      position, schedule, scaler, unlogged steps, totals, best, settings, fingerprints
-metrics.jsonl           all metrics so far
+metrics.jsonl           all metrics up to this step
 checksums.json          sha256 of every other file of the checkpoint
 """
 
@@ -33,8 +33,8 @@ OF_THIS_CALL = (
 
 
 def way_on(output_dir: Path, more: str = "") -> str:
-    """Return a clause for the last message of a run that failed: its newest whole checkpoint, and the command that
-    continues it; `more` is appended to the command."""
+    """Return a clause for the error message of a failed run. It names the newest whole checkpoint and the command that
+    continues the run; `more` is appended to the command."""
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
@@ -42,7 +42,8 @@ def way_on(output_dir: Path, more: str = "") -> str:
 
 
 def resume_command(output_dir: Path) -> str:
-    """Return the command that resumes a run, with torchrun on as many nodes if this process was started so."""
+    """Return the command that resumes a run; with torchrun and the same number of nodes if torchrun started this
+    process."""
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
     launcher = f"torchrun --nproc_per_node={local}{nodes}" if launched_by_torchrun() else "python"
@@ -51,14 +52,15 @@ def resume_command(output_dir: Path) -> str:
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means. None if it is not given, or if there is none yet.
+    """Return the checkpoint that `--resume_from_checkpoint` selects. Return None if the flag is not given; or if it is
+    given without a value, and the run has no checkpoint yet.
 
-    The value is a checkpoint-N folder, or a run's folder, whose newest whole checkpoint is taken. Without a value,
-    --output_dir is that folder.
+    The value is a checkpoint-N folder, or a run's folder, of which the newest whole checkpoint is selected. Without a
+    value, the run's folder is --output_dir.
 
     Raises:
-        ConfigError: no value, and no --output_dir either.
-        CheckpointError: the folder is no whole checkpoint, or the run has no whole one.
+        ConfigError: there is neither a value nor --output_dir.
+        CheckpointError: the checkpoint is not whole, or the run has no whole checkpoint.
     """
     named = config.training.resume_from_checkpoint
     if named is None:
@@ -81,8 +83,7 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
 
 
 def run_folder(config: TrainConfig) -> Path | None:
-    """Return the folder that a run will be written to, if its settings name it: --output_dir, else the folder of the
-    resumed run."""
+    """Return the folder that a run will be written to: --output_dir, else the folder of the resumed run, else None."""
     named = config.training.resume_from_checkpoint
     if config.training.output_dir is not None:
         return Path(config.training.output_dir)
@@ -93,11 +94,11 @@ def run_folder(config: TrainConfig) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Return the state of the loop, and everything else in a whole checkpoint: the values of trainer_state.json, and
-    the metrics as `history`.
+    """Read a whole checkpoint. Return the state of the loop, and a dict of the other values of trainer_state.json
+    (OF_THE_RUN) and the metrics (`history`).
 
     Raises:
-        CheckpointError: another version wrote it, and it lacks what this version needs.
+        CheckpointError: another version wrote the checkpoint, and values that this version needs are missing.
     """
     files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
     values = json.loads(files[STATE_FILE])

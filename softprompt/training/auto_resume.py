@@ -1,9 +1,9 @@
 """Resume automatically when torchrun restarts a run.
 
-torchrun repeats its command after a rank has died. The newest checkpoint in the run's folder decides whether to start
-or to resume: it names the launch and the processes that saved it. torchrun's restart count cannot decide: each node
-counts only the restarts that it asked for, torchrun restarts after a refusal too, and checkpoints of an older run may
-lie in the folder.
+torchrun repeats its command after a rank has died. The newest whole checkpoint in the run's folder decides whether to
+start or to resume, because it names the launch and the processes that saved it. torchrun's restart count cannot decide:
+each node counts only the restarts that it requested, torchrun also restarts a run that refused to start, and the folder
+may hold checkpoints of an older run.
 """
 
 import json
@@ -21,8 +21,8 @@ from softprompt.utils.torchrun_env import may_restart
 
 
 def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
-    """Whether an earlier start of the same launch saved the newest checkpoint in the run's folder. `starts` are the
-    `torchrun_env.start()` of all ranks; empty without torchrun."""
+    """Whether an earlier attempt of the same launch saved the newest whole checkpoint in the run's folder. `starts` are
+    the results of `torchrun_env.launch_ids` on all ranks; empty without torchrun."""
     folder = run_folder(config)
     newest = newest_whole(folder) if starts and folder else None
     if newest is None:
@@ -35,7 +35,7 @@ def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
 
 
 def resume_settings(config: TrainConfig, goes_on: bool) -> TrainConfig:
-    """The settings as given, or, if `goes_on`, those that resume the run from its newest checkpoint.
+    """Return the settings as given, or, if `goes_on`, those that resume the run from its newest checkpoint.
 
     Raises:
         ConfigError: torchrun may restart a run that has no `--output_dir`.

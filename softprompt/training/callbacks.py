@@ -29,10 +29,10 @@ from softprompt.utils.errors import Stopped
 
 
 class RunCallbacks:
-    """Implements loop.Callbacks for a whole run. Every rank has them; only rank 0 shows and writes anything."""
+    """The `loop.Callbacks` of a whole run. Every rank has them; only rank 0 prints and writes."""
 
     def __init__(self, setup: Setup, world: World, stop: StopSource, starts: Sequence[Sequence[str]] = ()):
-        """`starts` are the processes of a torchrun launch (see auto_resume), which checkpoints name."""
+        """`starts` identify the launch and the processes of all ranks; checkpoints store them (see `auto_resume`)."""
         self.setup, self.world, self.stop, self.starts = setup, world, stop, starts
         self.start, self.data, self.prompt = setup.start, setup.data, setup.prompt
         self.config, self.args = setup.config, setup.config.training
@@ -67,7 +67,7 @@ class RunCallbacks:
 
     def begin(self) -> Run:
         """Start the log, and evaluate the bare base for comparison. Return the run as it is before its first step."""
-        self._adapter_files({})  # fail now, not after the last step, if the adapter's files cannot be made
+        self._adapter_files({})  # if the adapter's files cannot be made, fail now rather than after the last step
         self.log.start(self.start.totals, self.start.history)
         if self.evaluator:
             self.log.say("evaluating the base without a prompt …")
@@ -80,7 +80,7 @@ class RunCallbacks:
         return self.stop.exit_code is not None or self._patience_is_over()
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped if the loop was asked to end before its last step."""
+        """Raise Stopped if a signal or the time limit ended the loop before its last step."""
         done, total = self.log.totals.steps, self.loader.total_steps
         code = self.stop.exit_code
         if code is not None and not self._is_over(done) and not self._patience_is_over():
@@ -166,8 +166,8 @@ class RunCallbacks:
             self.log.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, as {why}{nothing}")
 
     def _evaluate(self) -> Evaluation | None:
-        """Evaluate the prompt after the last step, and log the result, unless a run that is resumed after its end was
-        evaluated there before."""
+        """Evaluate the current prompt. Log the result, unless the log already has an evaluation at this step: that of
+        a run which is resumed after its end."""
         if not self.evaluator:
             return None
         self.latest = self.evaluator(self.prompt.weight.detach())
@@ -187,7 +187,8 @@ class RunCallbacks:
         return self.best.step if self.args.load_best_model_at_end else None
 
     def _take_best(self) -> Evaluation | None:
-        """Restore the best prompt and evaluate it. None if its checkpoint is not whole; the prompt then stays."""
+        """Restore the best prompt and return its evaluation. If no whole checkpoint holds it, keep the last prompt and
+        return None."""
         name, step = f"checkpoint-{self.best.step}", self.best.step
         places = [self.output_dir, *([self.start.checkpoint.parent] if self.start.checkpoint else [])]
         faults = {place / name: self._fault_of_best(place / name) for place in places}
@@ -228,7 +229,7 @@ class RunCallbacks:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """Return the settings that the run uses, without those that only concern one call."""
+        """Return the settings that the run uses, without those that concern only this call (OF_THIS_CALL)."""
         used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
         every = {**self.config.as_dict(), **used}
         return {name: value for name, value in every.items() if name not in OF_THIS_CALL}

@@ -19,7 +19,8 @@ from softprompt.training.loop import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
 LEAST_MOVE = 0.1
-LEAST_SLOWER = 2  # times the time of fp32; a CPU without bf16 instructions takes about a hundred times as long
+# Warn if bf16 takes more than this times as long as fp32; on a CPU without bf16 instructions it is about a hundred.
+LEAST_SLOWER = 2
 
 
 def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ def print_data(
 
 def print_answer_end(end: str | None, tokenizer: Any) -> None:
     """Print which token ends answers if the chat template does not end them with the tokenizer's eos_token. `end` is
-    the token that it writes; None if it writes none."""
+    the special token that the template writes after an answer; None if it writes none."""
     eos = tokenizer.eos_token
     if end is None:
         print(
@@ -85,8 +86,8 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) ->
 def print_steps(
     config: TrainConfig, feed: WindowLoader, devices: int, output_dir: Path, searches: bool = False
 ) -> None:
-    """Print steps and learning rate, and warn if the rate is too low to move a RANDOM prompt. `searches`: the rate is
-    still to be found."""
+    """Print steps and learning rate, and warn if the rate is too low to move a RANDOM prompt. `searches` says whether
+    the rate is still to be found."""
     args, peak = config.training, config.learning_rate
     total, rows = feed.total_steps, feed.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
@@ -108,7 +109,7 @@ def print_steps(
 
 
 def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
-    """Seconds of a small matrix product, the faster of two."""
+    """Return the seconds that a small matrix product takes: the faster of two trials."""
     a, seconds = torch.ones(edge, edge, dtype=dtype), []
     for _ in range(2):
         began = time.perf_counter()

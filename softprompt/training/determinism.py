@@ -1,4 +1,4 @@
-"""`--deterministic`: let torch use deterministic algorithms only, and raise an error where it has none."""
+"""`--deterministic`: let torch use only deterministic algorithms, and raise an error where it has none."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ def deterministic(on: bool) -> Iterator[None]:
     """Use deterministic algorithms inside the context if `on`, and restore torch's flags afterwards.
 
     This follows torch's notes on reproducibility. `torch.utils.deterministic.fill_uninitialized_memory` stays off,
-    since no code here reads memory that it has not written.
+    since no code of this package reads uninitialized memory.
     """
     if not on:
         yield

@@ -18,7 +18,7 @@ from softprompt.training.lr_finder import sweep_steps
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
 
-MEASURED = 3  # steps, after a first one that is not counted
+MEASURED = 3  # timed steps; an untimed one precedes them
 
 
 def dry_run(config: TrainConfig, world: World | None = None) -> str:
@@ -26,7 +26,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     Nothing is written.
 
     Raises:
-        SoftpromptError: as of `run.set_up`.
+        SoftpromptError: see `run.set_up`.
     """
     if world is None:
         with process_group() as world:
@@ -66,7 +66,8 @@ def _described_rows(setup: Setup, tokens: int) -> str:
 
 
 def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
-    """The number of rows in `steps` steps; each pass over `n` rows ends with a short step."""
+    """Return the number of rows in `steps` steps; the last step of each pass over `n` rows may have fewer rows. `n` is
+    None if it is not known."""
     if n is None:
         return steps * rows_per_step
     passes, more = divmod(steps, steps_per_epoch(n, rows_per_step))

@@ -1,4 +1,4 @@
-"""Early stopping: the best evaluation so far, and when to stop waiting for a better one. The state is JSON."""
+"""Early stopping: keep the best evaluation so far, and decide when to stop. The state is JSON-able."""
 
 import math
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from softprompt.config.train_args import TrainingArguments
 
 @dataclass(frozen=True)
 class BestMetric:
-    """The step and the metric of the best evaluation, None before the first; `without_gain` counts the evaluations
-    since the last one that improved by more than the threshold."""
+    """The step and the metric of the best evaluation; both are None before the first one. `without_gain` is the number
+    of evaluations since the last one that improved by more than `--early_stopping_threshold`."""
 
     step: int | None = None
     metric: float | None = None
@@ -19,12 +19,12 @@ class BestMetric:
 
 
 def metric_name(args: TrainingArguments) -> str:
-    """Return `--metric_for_best_model` with the prefix eval_, which may be left out there."""
+    """Return the value of `--metric_for_best_model` with the prefix eval_, which the user may omit."""
     return "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
 def greater_is_better(args: TrainingArguments) -> bool:
-    """Return `--greater_is_better` if it is given; else True for exact match alone."""
+    """Return `--greater_is_better` if it is given, else whether the metric is exact match."""
     given = args.greater_is_better
     return metric_name(args) == "eval_exact_match" if given is None else given
 
@@ -32,8 +32,8 @@ def greater_is_better(args: TrainingArguments) -> bool:
 def update_best(best: BestMetric, step: int, metrics: Mapping[str, Any], args: TrainingArguments) -> BestMetric:
     """Return `best` after one more evaluation. A metric that is missing or not finite is no improvement.
 
-    As in transformers: the best is the one that is better than all before (Trainer); patience only counts improvements
-    of more than `--early_stopping_threshold` over the best before (EarlyStoppingCallback).
+    As in transformers, any improvement makes an evaluation the best one (Trainer), but only an improvement of more than
+    `--early_stopping_threshold` resets the count of evaluations without a gain (EarlyStoppingCallback).
     """
     value = metrics.get(metric_name(args))
     if value is None or not math.isfinite(value):
@@ -46,5 +46,6 @@ def update_best(best: BestMetric, step: int, metrics: Mapping[str, Any], args: T
 
 
 def out_of_patience(best: BestMetric, args: TrainingArguments) -> bool:
-    """Whether `--early_stopping_patience` consecutive evaluations brought no improvement."""
+    """Whether the last `--early_stopping_patience` evaluations brought no sufficient improvement; False without the
+    flag."""
     return args.early_stopping_patience is not None and best.without_gain >= args.early_stopping_patience

@@ -7,7 +7,7 @@ from typing import Any
 from softprompt.data.template import Template, prompt_messages
 from softprompt.utils.errors import SoftpromptError
 
-MOST_CHARACTERS = 120  # of a text that is printed as the value of a flag
+MOST_CHARACTERS = 120  # the most characters of a text that is printed as the value of a flag
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class FirstQuestion:
     """A question for infer.py.
 
     Attributes:
-        row: the question as a line of a --prompts_file.
-        flags: the same as texts by the names of infer.py's flags, if they are short and printable on one line.
+        row: the question as the object on one line of a --prompts_file.
+        flags: the same question as texts, by the names of infer.py's flags; None unless all texts are short and
+            printable on one line.
     """
 
     row: Mapping[str, Any]
@@ -24,9 +25,9 @@ class FirstQuestion:
 
 
 def first_question(rows: Iterable[Mapping[str, Any]], template: Template, tokenizer: Any) -> FirstQuestion | None:
-    """Return the shortest question of `rows`, preferably one that flags can ask and whose first text is not empty. None
-    if all are empty. The question of a conversation is its last user message, preceded by the other messages if the
-    chat template needs them."""
+    """Return the shortest question in `rows`, preferably one that flags can ask and whose first text is not empty.
+    Return None if all questions are empty. The question of a conversation is its last user message, preceded by the
+    other messages if the chat template refuses a single one."""
     found = [question for row in rows if (question := _question_of(row, template, tokenizer))]
     return min(found, key=lambda q: (q.flags is None, _begins_empty(q), len(str(q.row))), default=None)
 

@@ -22,12 +22,12 @@ from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.utils.errors import DataError, NonFiniteError
 
-LEAST_SCALE = 1e-4  # of a GradScaler: at a smaller scale, an overflow has another cause
-NAMED = 64  # rows of a step that an error names
+LEAST_SCALE = 1e-4  # of a GradScaler; an overflow at a smaller scale is not caused by the scale
+NAMED = 64  # the most rows of a step that an error names
 
 
 class Callbacks(Protocol):
-    """What the loop calls. It knows nothing of reports, files or terminals."""
+    """What the loop calls. The loop itself knows nothing of reports, files or terminals."""
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
@@ -39,14 +39,14 @@ class Callbacks(Protocol):
     def on_save(self, step: Step, state: TrainingState) -> None: ...
 
     def wants_to_stop(self) -> bool:
-        """Whether to stop after this step. The loop asks once per step: ranks that train together agree then, and all
-        stop after the same step."""
+        """Whether to stop after this step. The loop calls this once per step, so that all ranks agree and stop after
+        the same step."""
         ...
 
 
 class QuietCallbacks:
-    """Callbacks of a short training that writes and prints nothing: a cell of a study, a trial of the learning rate.
-    `on_every_step` is called after each step; `code` is the exit code of a request to stop, None without one."""
+    """Callbacks of a short training run that writes and prints nothing, such as a cell of a study or a trial of a
+    learning rate. `on_every_step` is called after each step; `code` is the exit code of a request to stop, or None."""
 
     def __init__(self, stop: StopSource, on_every_step: Callable[[], object]):
         self.stop, self.on_every_step = stop, on_every_step
@@ -68,8 +68,8 @@ class QuietCallbacks:
 
 
 def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the 0-based optimizer step; schedules are
-    transformers.get_scheduler's."""
+    """Return the learning rate as a function of the optimizer step, counted from 0. The schedules are those of
+    transformers.get_scheduler."""
     from transformers import get_scheduler
 
     warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total)
@@ -79,13 +79,14 @@ def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable
 
 
 def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
-    """About how far AdamW can move one value: each step moves it by at most about the learning rate."""
+    """Return about how far AdamW can move one value in `total` steps: each step moves it by at most about the learning
+    rate."""
     stride = max(1, total // 10_000)
     return stride * sum(map(lr_at, range(0, total, stride)))
 
 
 def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:
-    """Fused AdamW over the prompt, Trainer's `adamw_torch_fused`."""
+    """Make a fused AdamW for the prompt, as Trainer's `adamw_torch_fused`."""
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(
         [prompt.weight], lr=peak, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
@@ -101,17 +102,19 @@ def train(
     callbacks: Callbacks,
     start: TrainingState | None = None,
 ) -> None:
-    """Train `prompt` [P, H] in place, from the first step or from the state `start`, whose prompt it must hold then.
+    """Train `prompt` [P, H] in place, from the first step or from the state `start`. If `start` is given, `prompt` must
+    hold the values that were saved with it.
 
     Raises:
-        NonFiniteError: the loss, the gradient or the prompt is not finite. fp16 steps that the GradScaler skips are no
-            error unless its scale becomes tiny.
-        DataError: the loader met a row that cannot be read; the steps before it are saved.
+        NonFiniteError: the loss, the gradient or the prompt is not finite. An fp16 step that the GradScaler skips is an
+            error only if the scale has become smaller than LEAST_SCALE.
+        DataError: a row cannot be read; the steps before it are saved.
     """
     start = start or TrainingState()
     loop = _Loop(engine, prompt, loader, args, peak_learning_rate, callbacks, start)
     _set_rng(start.rng, engine.device, args.seed)
-    if loader.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):  # it is saved already
+    # Nothing to save: `start` was read from a checkpoint.
+    if loader.is_over(start.step, start.position) or (start.step and callbacks.wants_to_stop()):
         return
     with closing(loader.windows(start.step, start.position)) as windows:
         try:
@@ -150,7 +153,7 @@ class _Loop:
         self.goes_on = True
 
     def step(self, window: Window) -> None:
-        """Take one optimizer step, then log, evaluate and save as is due."""
+        """Take one optimizer step; then log, evaluate and save if they are due."""
         self.number, self.position = self.number + 1, window.position
         self.unsaved = step = self._take(window)
         self.since_log.append(step)
@@ -167,7 +170,7 @@ class _Loop:
         self.goes_on = not (last or stop)
 
     def save(self) -> None:
-        """Save the last step unless it is saved."""
+        """Save the state after the last step, unless it is saved already."""
         if self.unsaved:
             moments, rng = self.optimizer.state[self.prompt.weight], _rng_states(self.engine.device)
             scaler, log = self.scaler.state_dict(), self.since_log
@@ -237,7 +240,8 @@ def _rng_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_rng(states: Mapping[str, Tensor], device: torch.device, seed: int) -> None:
-    """Restore the saved states; seed what was not saved (in a new run, or for another kind of device)."""
+    """Restore the saved generator states. Seed generators whose state was not saved: all of them in a new run, or the
+    GPU's if the checkpoint was written on the CPU."""
     torch.manual_seed(seed)
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])

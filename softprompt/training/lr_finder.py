@@ -1,10 +1,10 @@
 """`--find_learning_rate`: choose the peak learning rate by a short sweep on training rows before the run.
 
 The prompt is trained from its initial values at each of `RATES`, for a share of the run's steps and with the run's
-schedule scaled to them. The better rates continue to a rung of more steps (successive halving, Jamieson and Talwalkar
-2016, arXiv:1502.07943). Rates are compared by the mean loss over training rows that are set aside. If the rungs favour
-rates that are far apart, the sweep says nothing about the longer run, and no rate is found. The seed determines
-everything: the same run finds the same rate.
+schedule scaled to them. The better rates are trained again, for more steps (a second rung of successive halving,
+Jamieson and Talwalkar 2016, arXiv:1502.07943). Rates are compared by the mean loss over training rows that are set
+aside. If the best rates of the two rungs are far apart, the sweep cannot predict the longer run, and no rate is found.
+Given the same seed, the same run finds the same rate.
 """
 
 import math
@@ -29,11 +29,11 @@ from softprompt.utils.errors import NonFiniteError, Stopped
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
-LEAST_STEPS = 10  # of a rung
-SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # training rows by which rates are compared
-LEAST_GAIN = 0.01  # of the loss before training; with less, no rate is found
-TIE = 0.03  # of the lowest loss: short runs favour large rates, so the smallest of close rates is taken
-APART = 5  # times; neighbours among RATES are closer
+LEAST_STEPS = 10  # of each trial
+SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # share, most and fewest training rows that are set aside
+LEAST_GAIN = 0.01  # share of the initial loss by which a rate must lower it; else no rate is found
+TIE = 0.03  # losses within this share of the lowest are a tie; the smallest rate wins, as short runs favour large ones
+APART = 5  # rates whose ratio reaches this are far apart; neighbours among RATES are closer
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Sweep:
 
 
 def with_found_rate(setup: Setup, stop: StopSource, show_bar: bool) -> Setup:
-    """Find the learning rate on the training rows (of a stream, on its first rows), and return the run at that rate,
-    with a first record of its metrics that says so. Without a result the rate stays what it was.
+    """Find the learning rate on the training rows (of a stream, on its first rows). Return the setup with that rate,
+    and with a first metrics record that holds the rate and the losses of the sweep. If no rate is found, the rate is
+    unchanged.
 
     Raises:
         Stopped: `stop` asked to stop.
@@ -107,11 +108,11 @@ def find_learning_rate(
 
     Args:
         values: initial values of the prompt, [P, H] fp32; they are not changed.
-        total: steps of the run to come.
+        total: number of steps of the run that follows.
         on_step: called after every step of the sweep.
     Raises:
         Stopped: `request` asked to stop.
-        TrainingError: an error that would end the run at any rate: out of memory, a lost rank.
+        TrainingError: an error that would end the run at any rate, such as a lack of memory or a lost rank.
     """
     held, rest = set_aside(examples, args.seed)
     if len(held) < FEWEST_ASIDE:
@@ -138,7 +139,7 @@ def find_learning_rate(
 
     start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
     for share, most in RUNGS:
-        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the last rung comes first
+        left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the rung before comes first
         losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
     lowest = min(losses[rate] for rate in left)
     if not lowest < start * (1 - LEAST_GAIN):
@@ -159,8 +160,8 @@ def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Se
 
 
 def short_schedule(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:
-    """The settings of a run of `steps` with the schedule of one of `total` steps: a warm-up that is given in steps is
-    scaled."""
+    """Return the settings of a run of `steps` steps with the schedule of a run of `total` steps: a warm-up that is
+    given as a number of steps is scaled."""
     warmup = args.warmup_steps if args.warmup_steps < 1 else min(0.99, args.warmup_steps / total)
     return replace(args, max_steps=steps, warmup_steps=warmup)
 

@@ -1,4 +1,4 @@
-"""Show and keep the metrics of a running training: a progress bar, metrics.jsonl, TensorBoard."""
+"""Show and store the metrics of a running training: a progress bar, metrics.jsonl, TensorBoard."""
 
 import os
 import sys
@@ -23,12 +23,12 @@ class Totals:
     """Sums over all steps of a run, including those before a resume.
 
     Attributes:
-        steps, epoch: as of the last step.
+        steps, epoch: number of the last step, and the epoch after it.
         loss: sum of the finite losses.
-        tokens: real tokens.
-        seconds: time spent in steps.
-        runtime: seconds of the whole loop up to the last checkpoint.
-        without_loss: steps whose loss was not finite.
+        tokens: number of tokens, without padding and virtual tokens.
+        seconds: time spent in optimizer steps.
+        runtime: seconds of the whole loop, evaluations included, up to the last checkpoint.
+        without_loss: number of steps whose loss was not finite.
     """
 
     steps: int = 0
@@ -62,7 +62,7 @@ class Totals:
 
 
 class MetricsLog:
-    """Shows a progress bar on a terminal, else one plain line per log record, and appends to metrics.jsonl."""
+    """Shows a progress bar on a terminal, or one plain line per log record elsewhere, and appends to metrics.jsonl."""
 
     def __init__(
         self, total: int, metrics_file: Path, stream: TextIO | None = None, board: TensorBoardLog | None = None
@@ -78,7 +78,7 @@ class MetricsLog:
         self.behind = False  # whether metrics.jsonl lacks records that could not be written
 
     def start(self, totals: Totals | None = None, history: Sequence[Metrics] = ()) -> None:
-        """Rewrite metrics.jsonl with `history`, the records before a resume, and show the bar."""
+        """Rewrite metrics.jsonl with `history`, the records from before a resume, and show the progress bar."""
         self.totals = totals or self.totals
         self.history = list(history)
         self._write(self._write_whole)
@@ -103,7 +103,7 @@ class MetricsLog:
         self._show(lambda: self.bar.update(1))
 
     def on_log(self, record: Metrics) -> None:
-        """Append a record to metrics.jsonl, and show it."""
+        """Append a record to metrics.jsonl. Print it if there is no progress bar or if it is an evaluation."""
         self.history.append(record)
         if self.board:
             self.board.log(record)
@@ -112,7 +112,7 @@ class MetricsLog:
             self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
 
     def on_end(self, results: Metrics) -> None:
-        """Send the results that are known only at the end to TensorBoard; they are no record of metrics.jsonl."""
+        """Send the results that are known only at the end to TensorBoard. They are not added to metrics.jsonl."""
         known = {name: v for name, v in results.items() if name.startswith("train_") or name.endswith("_base")}
         if self.board:
             self.board.log({"step": self.totals.steps, **known})
@@ -130,7 +130,7 @@ class MetricsLog:
             file.write(metrics_file([record]))
 
     def _write(self, write: Callable[[], None]) -> None:
-        """Write, but do not end the run if that fails: missing records are written as soon as it works again."""
+        """Call `write`, but do not end the run if it fails: missing records are written once writing works again."""
         try:
             write()
             self.behind = False
@@ -140,7 +140,7 @@ class MetricsLog:
             self.behind = True
 
     def _show(self, show: Callable[[], object]) -> None:
-        """Show, but do not end the run if the terminal is gone or the reader of a pipe has left."""
+        """Call `show`, but do not end the run if the terminal is gone or the pipe's reader has closed it."""
         try:
             show()
         except (OSError, ValueError):

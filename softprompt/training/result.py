@@ -1,4 +1,4 @@
-"""What a run consists of before it trains, and what it leaves."""
+"""The parts of a run before training (`Setup`), and its result (`Run`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from softprompt.training.setup import RunData
 
 
 class Setup(NamedTuple):
-    """What a run trains with, loaded and checked: see the parts in training.setup."""
+    """What a run trains with, loaded and checked; `training.setup` describes the parts."""
 
     start: StartingPoint
     output_dir: Path
@@ -34,15 +34,15 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A training run: what it trained with, and what it leaves.
+    """A training run: what it trains with, and its results.
 
     Attributes:
         metrics: the content of all_results.json; empty until the run has ended.
         adapter_bytes: the size of the saved prompt's file.
         question: a training row to try the prompt with.
-        before, after: evaluations of the bare base and of the prompt; None without held-out rows.
-        not_pushed: why the run is not on the hub, if `--push_to_hub` failed.
-        no_answers: why the base cannot answer behind a prompt, if it cannot.
+        before, after: evaluations of the bare base and of the final prompt; None without held-out rows.
+        not_pushed: why `--push_to_hub` failed; None if it did not.
+        no_answers: why the base cannot generate behind a prompt; None if it can.
     """
 
     setup: Setup

@@ -1,4 +1,4 @@
-"""Where a run starts: at the beginning, or at the checkpoint that it resumes and must agree with.
+"""Where a run starts: at the beginning, or at a checkpoint.
 
 A resumed run must agree with its checkpoint on which rows come next, which token ids they become, and how its
 evaluations are compared. `StartingPoint` holds the settings and the saved state; the checks raise CheckpointError.
@@ -31,8 +31,8 @@ Say = Callable[[str], None]
 class StartingPoint:
     """The settings of a run, and the state that its loop starts from.
 
-    A new run has the defaults. A resumed one has its `checkpoint`, and from there the state of the loop, the totals and
-    metrics so far, the best evaluation, and the fingerprints of the rows, tokenizer and base that it saw.
+    A new run has the defaults. A resumed run has a `checkpoint`, and what was read from it: the state of the loop, the
+    totals and metrics so far, the best evaluation, and the fingerprints of rows, tokenizer and base.
     """
 
     config: TrainConfig
@@ -46,12 +46,13 @@ class StartingPoint:
 
     @property
     def searches_learning_rate(self) -> bool:
-        """Whether `--find_learning_rate` has still to be done; a resumed run has its result."""
+        """Whether the learning rate is still to be found (`--find_learning_rate`); a resumed run already has it."""
         return self.config.training.find_learning_rate and self.checkpoint is None
 
 
 def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
-    """The start of a run on `devices` processes. Settings of a checkpoint are merged with those given, then checked.
+    """Return where a run on `devices` processes starts. If it is resumed, the settings given now are merged over those
+    of the checkpoint, and then checked.
 
     Raises:
         ConfigError: the settings are wrong.
@@ -77,8 +78,8 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
 
 
 def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> StartingPoint:
-    """Return `start` with the `fingerprints` of what this run sees, after comparing them with the checkpoint's. The
-    best evaluation is dropped if later ones cannot be compared with it.
+    """Compare the `fingerprints` of this run's rows, tokenizer and base with the checkpoint's, and return `start` with
+    them. The best evaluation is dropped if later ones cannot be compared with it.
 
     Raises:
         CheckpointError: rows, tokenizer or base differ, and `--ignore_data_skip` is not given.
@@ -92,8 +93,8 @@ def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> S
 
 
 def rows_of_steps(config: TrainConfig, saved: Mapping[str, Any], devices: int) -> int:
-    """Rows of an optimizer step: as when the run began, whatever the number of devices, unless the batch size or
-    accumulation given now differs."""
+    """Return the number of rows of an optimizer step. It stays as the checkpoint has it, whatever the number of devices
+    is now, unless the batch size or the gradient accumulation differs from the checkpoint's."""
     changed = any(getattr(config.training, name) != saved["arguments"].get(name) for name in OF_A_STEP)
     return rows_of_a_step(config.training, devices) if changed else int(saved["rows_per_step"])
 
@@ -102,8 +103,8 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
     """Compare the settings that decide which rows come next and what token ids they become.
 
     Raises:
-        CheckpointError: they differ, so rows would be repeated, left out or tokenized differently. With
-            --ignore_data_skip that is only printed.
+        CheckpointError: they differ from the checkpoint's, so rows would be repeated, left out or tokenized
+            differently. With --ignore_data_skip this is only printed.
     """
     old, ignored = saved_config(saved), config.training.ignore_data_skip
     was = old.data.streaming
@@ -128,8 +129,8 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
 
 
 def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
-    """Return the state to continue from. If another buffer or seed draws a stream's rows in another order, the pass
-    over the rows starts again."""
+    """Return the state to continue from. If another buffer size or seed changes the order of a stream's rows, the
+    current pass over the rows starts again."""
     if start.position and _is_shuffled_anew(saved_config(saved), config):
         return replace(start, position={**start.position, "taken": 0})
     return start
@@ -137,7 +138,7 @@ def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str
 
 def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> BestMetric:
     """Return the best evaluation up to the checkpoint. It is dropped if later evaluations cannot be compared with it,
-    or if its prompt is wanted now and was not saved then."""
+    or if --load_best_model_at_end is new and no whole checkpoint holds the best prompt."""
     best, old = BestMetric(**saved["best"]), saved_config(saved)
     if best.step is None:
         return best
@@ -155,11 +156,11 @@ def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path,
 def other_contents(
     saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, ignored: bool, say: Say
 ) -> list[str]:
-    """Return the names of the contents `now` that differ from the `saved` ones. What an earlier version did not save is
-    not compared; held-out rows are not compared if there were none.
+    """Return the names of those fingerprints `now` that differ from the `saved` ones. Fingerprints that an earlier
+    version did not save are not compared; neither are held-out rows if the checkpoint had none.
 
     Raises:
-        CheckpointError: some differ and are not `ignored`: the run would continue with another base, tokenizer or
+        CheckpointError: some differ, and `ignored` is False: the run would continue with another base, tokenizer or
             dataset, or with other held-out rows.
     """
     others = [what for what in now if saved.get(what, now[what]) != now[what]]
@@ -180,21 +181,21 @@ def other_contents(
 
 
 def are_comparable(others: Collection[str]) -> bool:
-    """Whether evaluations can be compared with earlier ones, given which contents differ."""
+    """Whether evaluations can be compared with earlier ones, given the names of the contents that differ."""
     return not any(_family(what) in (HELD_OUT, "tokenizer") for what in others)
 
 
 def _order_of(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """The settings that decide which rows a step takes, and which token ids they become."""
+    """Return the settings that decide which rows a step takes, and which token ids they become."""
     data = config.data
-    # Without streaming, another choice of columns shows in the fingerprint of the rows.
+    # Without streaming, the fingerprint of the rows depends on the columns.
     streamed = {"--buffer_size": data.buffer_size, "--columns": config.columns} if data.streaming else {}
     step = " × ".join(f"--{name}" for name in OF_A_STEP)
     return {"--seed": config.training.seed, f"{step} (rows of a step)": rows_per_step, **streamed, **_seen_as(config)}
 
 
 def _seen_as(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide which token ids a row becomes."""
+    """Return the settings that decide which token ids a row becomes."""
     data = config.data
     return {
         "--template": data.template or DEFAULT,
@@ -208,7 +209,7 @@ def _measure(config: TrainConfig) -> tuple[Any, ...]:
 
 
 def _is_shuffled_anew(old: TrainConfig, config: TrainConfig) -> bool:
-    """Whether the rows of a stream are drawn in another order."""
+    """Whether the settings change the order in which the rows of a stream are drawn."""
     drawn = [(one.data.buffer_size, one.training.seed) for one in (old, config)]
     return old.data.streaming and config.data.streaming and drawn[0] != drawn[1]
 
@@ -218,7 +219,7 @@ def _family(what: str) -> str:
 
 
 def _named(whats: Collection[str]) -> list[str]:
-    """Names for messages: `tokenizer.eos_token` becomes `tokenizer (eos_token)`."""
+    """Return names for messages: "tokenizer.eos_token" becomes "tokenizer (eos_token)"."""
     named = []
     for family in dict.fromkeys(map(_family, whats)):
         parts = [what.partition(".")[2] or "tokenizer.json" for what in whats if _family(what) == family]

@@ -1,4 +1,4 @@
-"""The settings of a resumed run: those of the checkpoint, overridden by those that are given now."""
+"""The settings of a resumed run: those of the checkpoint, overridden by those given now."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -14,19 +14,20 @@ FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
     *("init_adapter", "find_learning_rate", "preset"),
 )
-# A run has at most one setting of each group; the one that is given replaces the checkpoint's.
+# A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
     ("bf16", "fp16"),
     ("eval_dataset", "eval_rows"),
     ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
 )
-# The setting on the right, if given, derives the default on the left, which then replaces the checkpoint's value.
+# If the setting on the right is given now, the checkpoint's value of the setting on the left is dropped, so that its
+# default is derived anew.
 DERIVED = {
     "eval_strategy": "eval_steps",
     "greater_is_better": "metric_for_best_model",
     "max_steps": "num_train_epochs",
 }
-# A checkpoint's value is dropped if none of the settings on the right is on any more.
+# The checkpoint's value of the setting on the left is dropped if none of the settings on the right is on any more.
 ONLY_WITH = {
     "buffer_size": ("streaming",),
     "offload_folder": ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
@@ -39,8 +40,8 @@ ONLY_WITH = {
 def merge_settings(
     config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]
 ) -> TrainConfig:
-    """Merge the settings given now over the checkpoint's, derive defaults anew, and check the result once. What a run
-    begins with (FIXED_AT_START) stays the checkpoint's. Each difference is printed with the value that wins.
+    """Merge the settings given now over those of the checkpoint, derive defaults anew, and check the result. Settings
+    in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used.
 
     Raises:
         ConfigError: a value out of range, or settings that contradict each other.
@@ -51,7 +52,7 @@ def merge_settings(
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
     if _same_engine(given, saved):
-        old |= state["engine"]  # including finer cuts after running out of memory
+        old |= state["engine"]  # the size of micro-batches, which may have been reduced for want of memory
     searched = bool(old.pop("find_learning_rate", False))  # the learning rate that was found is among the settings
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}
@@ -69,7 +70,7 @@ def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
 
 
 def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool) -> set[str]:
-    """The checkpoint's settings that the given ones replace or make useless."""
+    """Return the names of the checkpoint's settings that do not apply any more, given the new ones."""
     on = {name for name, value in given.items() if value not in (None, False, 0, AUTO)}
     dropped = {name for group in EXCLUSIVE if on & set(group) for name in group}
     dropped |= {name for name, by in DERIVED.items() if by in on}

@@ -1,4 +1,4 @@
-"""One training run, from settings to a saved prompt."""
+"""A training run, from settings to a saved prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,14 +36,14 @@ from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
-MAY_DIFFER = {  # settings that ranks may have of their own: where things are on their machine
+MAY_DIFFER = {  # settings that may differ between ranks, such as paths, which depend on the machine
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
     *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers"),
 }
 
 
 class Observer(Protocol):
-    """What a run calls on rank 0, for what training does not know about: the report and the upload."""
+    """Called by a run on rank 0. It does what the training package does not know about: the report and the upload."""
 
     def check(self, config: TrainConfig, output_dir: Path) -> None:
         """Raise SoftpromptError for what would fail after training. Called before any row is read."""
@@ -54,17 +54,17 @@ class Observer(Protocol):
         ...
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
-        """The run is whole and written. Return it, with what is to be added."""
+        """The run has ended and is written. Return it, possibly with added fields."""
         ...
 
 
 def run_training(config: TrainConfig, world: World | None = None, observer: Observer | None = None) -> Run:
     """Train as `config` says, and describe progress on stdout. Nothing is written before everything is loaded and
-    checked, on all ranks if torchrun started several.
+    checked on all ranks.
 
     Raises:
-        SoftpromptError: anything in the settings, the data, the base or the output folder that stands in the way, or a
-            run that cannot continue.
+        SoftpromptError: the settings, the data, the base or the output folder prevent the run, or the run failed or was
+            stopped.
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.training.dry_run.dry_run(config)")
@@ -85,10 +85,10 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
 
 
 def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
-    """Load and check everything that a run needs, on every rank by itself; nothing is written.
+    """Load and check everything that a run needs. Every rank does this by itself; nothing is written.
 
     Raises:
-        SoftpromptError: as of `run_training`.
+        SoftpromptError: the settings, the data, the base or the output folder prevent the run.
     """
     start = starting_point(config, world.size)
     output_dir = check_places(start, world, check)
@@ -141,12 +141,12 @@ def _train(
             return observer.end(run, callbacks) if observer else run
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(output_dir)}") from None
-    except DataError as error:  # of a stream
+    except DataError as error:  # a row of a stream that cannot be read
         raise DataError(f"{error}; once that is mended, {way_on(output_dir, ' --ignore_data_skip')}") from None
 
 
 def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
-    """The output folder, which rank 0 makes, locks, and clears of what is to be overwritten."""
+    """Return the output folder. Rank 0 creates it, locks it, and removes the files of a run that is overwritten."""
     if not world.is_main:
         return setup.output_dir
     checkpoint = setup.start.checkpoint
@@ -161,7 +161,8 @@ def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
 
 
 def _known_by(setup: Setup) -> dict[str, Any]:
-    """What no two ranks may differ in: everything but where things are, which each node may have elsewhere."""
+    """Return what must be equal on all ranks: all settings except MAY_DIFFER, the starting point, and the contents of
+    rows, tokenizer and base."""
     flags = {f"--{name}": value for name, value in setup.config.as_dict().items() if name not in MAY_DIFFER}
     loader = setup.data.loader
     begun = {"last step done": setup.start.state.step, "number of steps": loader.total_steps}
@@ -169,7 +170,8 @@ def _known_by(setup: Setup) -> dict[str, Any]:
 
 
 def _refuse_unlike(ranks: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ConfigError if a rank was set up with something else than rank 0: nodes may have disks of their own."""
+    """Raise ConfigError if `_known_by` differs between a rank and rank 0, for example because the nodes' disks hold
+    different files."""
     for rank, known in enumerate(ranks):
         if unlike := [what for what in known if known[what] != ranks[0].get(what)]:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Write a run's files into its output folder: checkpoints, results. Files of others are left alone."""
+"""Write a run's checkpoints and results into its output folder. Files that the run did not write are left alone."""
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
@@ -11,17 +11,18 @@ from softprompt.utils.errors import TrainingError
 
 
 class RunWriter:
-    """Writes into `output_dir`; `say` prints a line beside the progress bar.
+    """Writes into `output_dir`; `say` prints a line above the progress bar.
 
-    What cannot be written ends the run with a TrainingError of one line that names the file and the reason.
+    If a file cannot be written, a TrainingError with a one-line message names the file and the reason.
     """
 
     def __init__(self, output_dir: Path, say: Callable[[str], object]):
         self.output_dir, self.say = output_dir, say
-        self._named: set[str] = set()  # files of others in checkpoints, that were named in a warning
+        self._named: set[str] = set()  # foreign files in checkpoints that a warning has named already
 
     def write_checkpoint(self, step: int, files: Mapping[str, bytes], limit: int | None, best: int | None) -> None:
-        """Write checkpoint-`step`, then remove the oldest ones above `limit` (None: keep all) but for the `best`."""
+        """Write checkpoint-`step`, then remove the checkpoints that `checkpoints.surplus` names: those of later steps,
+        and the oldest above `limit` (None: keep all), except that of step `best`."""
         with self._writing(f"checkpoint-{step}"):
             write_folder(own_checkpoint(self.output_dir, step), files)
         try:
@@ -51,8 +52,8 @@ class RunWriter:
 
 
 def clear_output_dir(output_dir: Path, goes_on: bool) -> None:
-    """Take away what a broken-off write has left and, unless it is the run that `goes_on`, the run that is there, or
-    what one has left that ended before its first checkpoint."""
+    """Remove the temporary files of an interrupted write. Unless `goes_on`, which means that the run in the folder is
+    continued, also remove that run's files."""
     tidy(output_dir)
     if not goes_on:
         remove_run(output_dir)

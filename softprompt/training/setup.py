@@ -1,5 +1,5 @@
-"""The parts that a run is made of: rows, base, prompt, engine, evaluator. Each is loaded, checked and described on
-stdout; nothing is written."""
+"""Load and check the parts of a run (rows, base, prompt, engine, evaluator), and describe them on stdout. Nothing is
+written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -57,20 +57,21 @@ from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched_by_torchrun
 
-FIRST_ROWS = 100  # that are kept as texts: one of them becomes the question to try
+FIRST_ROWS = 100  # how many training rows are kept as texts; one of them becomes the question to try
 
 
 class RunData(NamedTuple):
-    """Tokenized rows, and what made them.
+    """Tokenized rows, with the tokenizer and the template that produced them.
 
     Attributes:
-        template: with the columns that are empty in some rows as optional ones.
-        train: the training rows; of a stream, its beginning.
-        loader: windows of training rows, counted over all ranks together.
+        template: the run's template; columns that are empty in some training rows are optional.
+        train: the training rows; for a stream, only its first rows.
+        held_out: the held-out rows; None if there are none.
+        loader: yields the training rows of each optimizer step, those of all ranks together.
         first_rows: the first training rows as texts.
-        end: the special token that the template writes behind an answer, if it writes one.
-        streamed: whether rows are read while training.
-        fingerprints: of the rows and of the tokenizer, by content.
+        end: the special token that the template writes after an answer; None if it writes none.
+        streamed: whether rows are read during training.
+        fingerprints: hashes of the contents of the rows and the tokenizer, by name.
     """
 
     tokenizer: Any
@@ -85,7 +86,13 @@ class RunData(NamedTuple):
 
 
 class Base(NamedTuple):
-    """A model, and where its blocks are if they are not in it: in files, or quantized."""
+    """The base model.
+
+    Attributes:
+        model: a transformers model, whose blocks may be on the meta device.
+        blocks: the blocks if they are not in `model`: where their tensors are stored, or the quantized blocks.
+        fingerprint: a hash of the weights under the name "base"; empty on a rank that does not compute it.
+    """
 
     model: PreTrainedModel
     blocks: Mapping[str, StoredTensor] | QuantizedBlocks | None
@@ -93,10 +100,11 @@ class Base(NamedTuple):
 
 
 def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Path:
-    """Choose the output folder, and look at everything that would only fail late. Rank 0 calls `check` with the folder.
+    """Choose the output folder, and check what would otherwise fail only later. On rank 0, also call `check` with the
+    settings and the folder.
 
     Raises:
-        ConfigError: a device, a folder or a library that is not there, or a base that cannot be shared out.
+        ConfigError: a device, a folder or a library is missing, or the base cannot be sharded.
         ModelError: a base whose configuration says that no prompt can be trained for it.
         OutputError: the folder cannot be used.
     """
@@ -127,7 +135,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     """Read and tokenize the rows.
 
     Raises:
-        DataError: rows that cannot be read, or of which none can be trained on.
+        DataError: rows cannot be read, or none of them can be trained on.
         ModelError: the base has no usable tokenizer.
     """
     template = make_template(config)
@@ -154,10 +162,10 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
 
 
 def load_base(config: TrainConfig, world: World) -> Base:
-    """Read the base on the CPU, whole or without the blocks that are to be sharded or streamed.
+    """Load the base onto the CPU: without its blocks if they are to be sharded or streamed, else as a whole.
 
     Raises:
-        ModelError: it cannot be loaded, or takes no prompt.
+        ModelError: the base cannot be loaded, or no prompt can precede its text.
     """
     path, sharded = _path_of_base(config), _is_sharded(config, world)
     if config.model.stream_base or sharded:
@@ -182,11 +190,11 @@ def freeze_base(config: TrainConfig, base: Base) -> Base:
 
 
 def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
-    """The prompt [P, H] fp32 of the checkpoint, or its initial values, on the device of the base.
+    """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
 
     Raises:
-        ModelError: the base does not know all words of the tokenizer.
-        ConfigError: the initial values cannot be made, or the rows do not fit behind them.
+        ModelError: the tokenizer has words without an embedding in the base.
+        ConfigError: the initial values cannot be made, or the base has too few positions for the prompt and the rows.
     """
     config = start.config
     check_vocabulary(data.tokenizer, base, _path_of_base(config))
@@ -201,9 +209,9 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
 def make_engines(
     config: TrainConfig, base: Base, tokenizer: Any, P: int, world: World
 ) -> tuple[Engine, Generator | None]:
-    """The engine for a prompt of P tokens and the generator over the same weights; with several ranks, ones that share
-    the rows out. There is no generator where answers would need the base once per token (`--stream_base`), or where
-    the base cannot answer behind a prompt."""
+    """Make the engine for a prompt of P virtual tokens, and the generator over the same weights. With several ranks
+    both divide the rows among the ranks. The generator is None with `--stream_base`, where every generated token would
+    read the whole base, and if the base cannot generate behind a prompt."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     sharded = isinstance(base.blocks, Mapping) and _is_sharded(config, world)
@@ -219,10 +227,10 @@ def make_engines(
 def make_evaluator(
     config: TrainConfig, data: RunData, base: PreTrainedModel, engine: Engine, generator: Generator | None
 ) -> Evaluator | None:
-    """What evaluates prompts on the held-out rows; None where there are none.
+    """Make the evaluator of the held-out rows; None if there are none.
 
     Raises:
-        ConfigError: `--metric_for_best_model exact_match` where answers are not compared.
+        ConfigError: the metric for the best model is exact match, but answers are not compared.
     """
     if data.held_out is None:
         return None

@@ -1,4 +1,4 @@
-"""Stop a run by a signal or a time limit. The loop looks between steps, so that the last step is saved first."""
+"""Stop a run by a signal or a time limit. The loop checks for a request between steps, and saves before it stops."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from softprompt.utils.errors import SIGNAL_EXIT_CODES, TIMEOUT_EXIT_CODE
 
 
 class StopRequest:
-    """A context that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once.
+    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once.
 
-    `exit_code` is None until a signal has come or `max_time` (seconds, from here on) has passed.
+    `exit_code` is None until a signal has arrived or `max_time` seconds have passed since this object was created.
     """
 
     def __init__(self, max_time: float | None = None):
@@ -41,5 +41,5 @@ class StopRequest:
         if self.signal is not None:
             raise SystemExit(SIGNAL_EXIT_CODES[signal.Signals(number)])
         self.signal = number
-        with contextlib.suppress(OSError, AttributeError):  # print may be what was interrupted
+        with contextlib.suppress(OSError, AttributeError):  # the signal may have interrupted print
             os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")

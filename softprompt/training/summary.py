@@ -1,4 +1,4 @@
-"""The summary that a run prints at its end: metrics before and after, examples, and a command to try."""
+"""The summary that a run prints at its end: metrics before and after training, examples, and a command to try."""
 
 import os
 
@@ -17,7 +17,8 @@ WIDTH = 44
 
 
 def summary(run: Run) -> str:
-    """Return a table of metrics, held-out examples before and after, and the infer.py command or why there is none."""
+    """Return a table of metrics, held-out rows with answers before and after training, and the infer.py command to try
+    or the reason why there is none."""
     parts = [_figures(run), _examples(run)]
     if run.no_answers:
         ask = command("infer")
@@ -28,8 +29,8 @@ def summary(run: Run) -> str:
 
 
 def infer_command(run: Run, question: FirstQuestion) -> str:
-    """Return the command that asks the trained prompt, with the base quantized as in training. The run's folder is
-    named unless infer.py finds it by itself."""
+    """Return the command that asks `question` with the trained prompt; the base is quantized as in training. The run's
+    folder is omitted if infer.py finds it by itself."""
     bits = quantization_bits(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
     folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
@@ -67,7 +68,7 @@ def _examples(run: Run) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text on one line, without the default template's Human/Assistant."""
+    """Return the text on one line, without the default template's "Human:" and "Assistant:"."""
     text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
     return " ".join(text.split())
 

@@ -21,8 +21,8 @@ def check_installed() -> None:
 
 
 class TensorBoardLog:
-    """Writes event files into one folder, so that the curves of a resumed run continue those before. If they cannot be
-    written, a warning is printed once and training continues without."""
+    """Writes event files into one folder, so that the curves of a resumed run continue the earlier ones. If they cannot
+    be written, a warning is printed once and training continues without TensorBoard."""
 
     def __init__(self, output_dir: Path, arguments: Mapping[str, Any]):
         self.output_dir, self.folder, self.arguments = output_dir, output_dir / EVENTS_FOLDER, arguments
@@ -30,8 +30,8 @@ class TensorBoardLog:
         self.writer: Any = None
 
     def start(self, history: Sequence[Metrics], step: int, say: Callable[[str], object]) -> None:
-        """Continue after `step`: events beyond it are purged, since the run went back to it. Without event files, the
-        records of `history` are written again. Warnings go to `say`."""
+        """Continue after `step`. Events of later steps are purged, since a resumed run repeats these steps. If there
+        are no event files yet, the records of `history` are written. `say` prints warnings."""
         self.say = say
         from torch.utils.tensorboard import SummaryWriter
 
@@ -68,16 +68,16 @@ class TensorBoardLog:
     def _try(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except Exception as error:  # of the disk, in a thread of the writer's
+        except Exception as error:  # the writer's thread may raise any error of the disk
             self.writer = None
             self.say(f"warning: {self.folder} cannot be written ({error}); training goes on without TensorBoard")
 
 
 def _cell(value: object) -> str:
-    """A value as a cell of a Markdown table."""
+    """Return a value as a cell of a Markdown table."""
     return str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def tag(name: str) -> str:
-    """The tag that transformers' TensorBoardCallback gives a metric."""
+    """Return the tag that transformers' TensorBoardCallback gives to a metric."""
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
