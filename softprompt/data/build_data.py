@@ -145,7 +145,7 @@ def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -
     """Count the training rows that repeat an earlier one, and the held-out rows that are also training rows."""
     different = np.unique(train.hashes)
     if again := len(train) - len(different):
-        yield f"{again:,} of {which}{len(train):,} training rows are there before"
+        yield f"{again:,} of {which}{len(train):,} training rows repeat an earlier row"
     if both := int(np.isin(held_out.hashes, different).sum()):
         yield f"warning: {both:,} of {len(held_out):,} held-out rows are among {which or 'the '}training rows, too"
 

@@ -16,15 +16,8 @@ from softprompt.data.splits import TRAIN, find_splits
 from softprompt.data.template import CHAT, Template
 from softprompt.utils.errors import ConfigError, DataError
 
-CHAT_COLUMNS = (
-    "messages",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "tools",
-)  # columns of a chat's rows
+# Columns of a chat's rows.
+CHAT_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")
 MAX_LISTED = 20  # columns listed in a message
 
 

@@ -25,17 +25,8 @@ WORDS = {
 SHARD = re.compile(r"(\w+(?:\.\w+)*)-(\d{5,})-of-(\d{5,})(?:-\w+)?")  # a file's name as push_to_hub makes it
 SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a hub dataset
-UNREADABLE_SUFFIXES = (
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".zip",
-    ".tsv",
-    ".arrow",
-    ".feather",
-    ".xlsx",
-)  # not supported
+# Formats that are not supported.
+UNREADABLE_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tsv", ".arrow", ".feather", ".xlsx")
 MAX_LISTED = 20  # files or splits listed in a message
 
 
@@ -157,7 +148,7 @@ def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> s
     if unknown and names:
         raise DataError(f"{source} has no split {unknown[0]!r}; {flag} takes one of {_listed(names)}")
     if unknown:
-        raise DataError(f"{source} has no splits, so {flag} {split} names none of it; leave that out")
+        raise DataError(f"{source} has no splits; leave {flag} {split} out")
     return split
 
 
@@ -246,7 +237,8 @@ def _missing(folder: Path, files: Sequence[Path]) -> Iterator[str]:
             found.setdefault((name, int(shard[3])), set()).add(int(shard[2]))
     for (name, count), there in found.items():
         if len(there) < count:
-            yield f"warning: {folder}: {len(there):,} of the {count:,} shards of {name} are there, the others' rows not"
+            found_shards = f"{len(there):,} of the {count:,} shards of {name} exist"
+            yield f"warning: {folder}: {found_shards}; the rows of the others are missing"
 
 
 def _of_datasets(source: str, dataset_id: str, loaded: Any) -> Splits:

@@ -109,7 +109,7 @@ class StreamLoader:
 
     @property
     def total_steps(self) -> int:
-        assert self.rows is not None or self.args.max_steps > 0, "prepare asks for --max_steps"
+        assert self.rows is not None or self.args.max_steps > 0, "_open requires --max_steps"
         return total_steps(self.rows or 0, self.args, self.rows_per_step)
 
     def is_over(self, step: int, position: Position) -> bool:
@@ -212,7 +212,7 @@ class StreamLoader:
         self.length = read
 
     def _changed(self) -> DataError:
-        return DataError(f"{self.name}: has not as many rows as before; it must not change while a run reads it")
+        return DataError(f"{self.name}: does not have as many rows as before; it must not change while a run reads it")
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -240,7 +240,7 @@ class _OnTheHub:
         try:
             yield from _numbered(self.source, self.dataset.skip(first), first)
         except Exception as error:  # a network error after the retries of `datasets`, or a damaged file
-            raise DataError(f"dataset {self.source!r}: cannot be read on: {first_line(error)}") from None
+            raise DataError(f"dataset {self.source!r}: cannot be read any further: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

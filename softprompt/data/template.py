@@ -135,9 +135,8 @@ class Template:
             return self._continued(row, answer_message(row), tokenizer)
         said = self._continued(row, {"role": "assistant", "content": text}, tokenizer)
         added = said.partition(text)[0].strip() if text else ""
-        if added and text.startswith(
-            added
-        ):  # the template puts this (<think> …) before an answer, and so did the model
+        if added and text.startswith(added):
+            # The template puts this (<think> …) before an answer, and so did the model.
             return self.answer(row, tokenizer, text.removeprefix(added).strip())
         return said
 

@@ -66,7 +66,7 @@ def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[s
             "(--truncation_side input or a larger --max_length keeps it)"
         )
     if empty_answers:
-        parts.append(f"{empty_answers:,} rows with an empty answer (they teach to stop at once)")
+        parts.append(f"{empty_answers:,} rows with an empty answer (they teach the model to stop at once)")
     return parts
 
 

@@ -93,9 +93,8 @@ class Evaluator:
         if self.compares_answers:
             return f"exact match is over the {whole:,} of {n:,} rows whose answer max_length does not truncate"
         if not whole:
-            short = answers_are_short(
-                self.examples, self.missing
-            )  # longer answers are not compared even if they are whole
+            # Longer answers are not compared even if they are whole.
+            short = answers_are_short(self.examples, self.missing)
             hint = " (a larger --max_length keeps them whole)" if short else ""
             return f"no exact match: max_length truncates the answers of all {n:,} rows{hint}"
         long = sum(length > SHORT_ANSWER for length in answer_lengths(self.examples, self.missing))

@@ -57,7 +57,7 @@ def crash_line(error: BaseException) -> str:
     what = " ".join(str(error).split())[:MAX_CHARACTERS]
     file = _written(_report(error), folder)
     line = f"unexpected {type(error).__name__}{': ' if what else ''}{what}; "
-    line += f"the traceback is in {file}" if file else "no place took a file with the traceback"
+    line += f"the traceback is in {file}" if file else "the traceback could not be written to any folder"
     if folder is not None:
         from softprompt.runs.train_state import way_on
 

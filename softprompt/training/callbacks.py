@@ -101,7 +101,7 @@ class RunCallbacks:
         self._evaluate()
         if self._patience_is_over():
             best = f"; the best was at step {self.best.step}" if self.best.step else ""
-            self.log.say(f"{self.args.early_stopping_patience} evaluations without a gain end the run{best}")
+            self.log.say(f"{self.args.early_stopping_patience} evaluations without improvement; training stops{best}")
         return self.args.load_best_model_at_end and self.best.step == step.number
 
     def on_save(self, step: Step, state: TrainingState) -> None:

@@ -122,8 +122,8 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
     if not ignored:
         way = "begin this pass again" if _is_shuffled_anew(old, config) else "continue all the same"
         raise CheckpointError(
-            f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or seen otherwise: "
-            f"leave out what was not so, or add --ignore_data_skip to {way}"
+            f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or tokenized "
+            f"differently; give the same flags, or add --ignore_data_skip to {way}"
         )
     say(f"{checkpoint.name}: was trained with {told}; some rows of this pass may be repeated or left out")
 
@@ -144,7 +144,7 @@ def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path,
         return best
     asked_now = config.training.load_best_model_at_end and not old.training.load_best_model_at_end
     if _measure(old) != _measure(config):
-        why = "was found by another measure"
+        why = "was chosen by another metric"
     elif asked_now and fault_of(checkpoint.parent / f"checkpoint-{best.step}"):
         why = "was not saved"
     else:

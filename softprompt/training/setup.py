@@ -115,7 +115,9 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
         check_installed()
     offload = Path(config.model.offload_folder or ".")
     if offload.exists() and not offload.is_dir():
-        raise ConfigError(f"--offload_folder {offload}: is no folder; name one, or a place where one can be made")
+        raise ConfigError(
+            f"--offload_folder {offload}: is not a folder; name a folder, or a path where one can be created"
+        )
     if config.model.offload_folder:
         check_writable(offload, "--offload_folder")
     if config.model.shard_base and not launched_by_torchrun():

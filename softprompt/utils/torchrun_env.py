@@ -33,9 +33,8 @@ def launch_ids() -> tuple[str, str]:
     files; without one, torchrun's process.
     """
     folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or "/").parents
-    launch = (
-        str(folder[2]) if len(folder) > 3 else _process_name(os.getppid())
-    )  # FOLDER/attempt_N/LOCAL_RANK/error.json
+    # The file is FOLDER/attempt_N/LOCAL_RANK/error.json.
+    launch = str(folder[2]) if len(folder) > 3 else _process_name(os.getppid())
     return f"{platform.node()} {launch}", f"{platform.node()} {_process_name(os.getpid())}"
 
 

@@ -87,7 +87,7 @@ def test_a_folder_whose_files_name_no_split_is_one(names, tmp_path):
     for name in names:
         write(tmp_path / name, rows(name, 2))
     assert load_rows(str(tmp_path), Template(), {}) == [row for name in names for row in rows(name, 2)]
-    with pytest.raises(DataError, match="has no splits, so --dataset_split test names none of it"):
+    with pytest.raises(DataError, match="has no splits, leave --dataset_split test out"):
         load_rows(str(tmp_path), Template(), {}, split="test")
 
 
@@ -207,7 +207,7 @@ def test_held_out_rows_are_never_the_training_rows(streaming, tmp_path):
     assert "warning: 3 of 4 held-out rows are among the " in "".join(found.notices)
     write(tmp_path / "twice.jsonl", rows("a", 4) + rows("a", 3) + rows("a", 2))
     found = read(dataset=str(tmp_path / "twice.jsonl"), eval_rows=2, streaming=streaming)
-    assert "3 of " in found.notices[0] and "training rows are there before" in found.notices[0]
+    assert "3 of " in found.notices[0] and "training rows repeat an earlier row" in found.notices[0]
     assert "warning: 2 of 2 held-out rows" in found.notices[1]
 
 

@@ -126,11 +126,11 @@ def test_going_on_reads_no_more_than_the_buffer_and_what_follows():
 def test_a_stream_that_became_shorter_is_not_trained_on_in_another_order():
     feed = stream_of(Numbers(30), 4, 5, max_steps=99)
     feed.source.n = 29
-    with pytest.raises(DataError, match=r"numbers: has not as many rows as before"):
+    with pytest.raises(DataError, match=r"numbers: does not have as many rows as before"):
         taken(feed, 20)
     at = taken(stream_of(Numbers(30), 4, 25, max_steps=99), 3)[-1][4]
     feed.source.n, feed.buffer_size = 20, 25
-    with pytest.raises(DataError, match=r"numbers: has not as many rows as before"):
+    with pytest.raises(DataError, match=r"numbers: does not have as many rows as before"):
         taken(feed, 20, 3, at)
 
 

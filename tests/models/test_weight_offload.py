@@ -307,5 +307,5 @@ def test_an_offload_folder_that_is_a_file_is_refused_at_once(tmp_path):
     config = train_config(
         "mini", stream_base=True, offload_folder=str(tmp_path / "file"), output_dir=str(tmp_path / "r")
     )
-    with pytest.raises(ConfigError, match=r"--offload_folder .*file: is no folder; name one"):
+    with pytest.raises(ConfigError, match=r"--offload_folder .*file: is not a folder; name a folder"):
         set_up(config, World())

@@ -153,7 +153,7 @@ def test_early_stopping_is_the_same_in_a_resumed_run(run_settings, losses, capsy
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-4", "checkpoint-8"]
     assert expected[0] == prompt_of("run/checkpoint-4")
     told = capsys.readouterr().err
-    assert "2 evaluations without a gain end the run; the best was at step 4" in told
+    assert "2 evaluations without improvement; training stops; the best was at step 4" in told
     for at in (1, 2, 3, 4, 5, 7, 8):  # before and on each decision
         shutil.rmtree("run")
         interrupted(run_settings, at)
