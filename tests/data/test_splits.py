@@ -87,7 +87,7 @@ def test_a_folder_whose_files_name_no_split_is_one(names, tmp_path):
     for name in names:
         write(tmp_path / name, rows(name, 2))
     assert load_rows(str(tmp_path), Template(), {}) == [row for name in names for row in rows(name, 2)]
-    with pytest.raises(DataError, match="has no splits, leave --dataset_split test out"):
+    with pytest.raises(DataError, match="has no splits; leave --dataset_split test out"):
         load_rows(str(tmp_path), Template(), {}, split="test")
 
 
@@ -117,7 +117,7 @@ CHOSEN = {  # of these splits, what --eval_split names, what is taken
     ("a,b", None): "a has the splits|a, b; name the one to hold out with --eval_split",
     ("train,test", "validation"): "has no split 'validation'; --eval_split takes one of train, test",
     ("train,test", "train+dev[:3]"): "has no split 'dev'",
-    ("", "test"): "has no splits, so --eval_split test names none",
+    ("", "test"): "has no splits; leave --eval_split test out",
 }
 
 
@@ -223,9 +223,9 @@ def test_slices_of_one_split_must_not_meet(tmp_path):
 
 # ruff: noqa: E501 (a table reads best with a case a line)
 REFUSED = {
-    "a split of a file": ({"dataset": "r.jsonl", "dataset_split": "nonsense"}, DataError, "r.jsonl has no splits, so --dataset_split nonsense"),
-    "a split of a saved dataset": ({"dataset": "one", "dataset_split": "test"}, DataError, "one has no splits, so --dataset_split test"),
-    "a split of a file of held-out rows": ({"dataset": "r.jsonl", "eval_dataset": "h.jsonl", "eval_split": "test"}, DataError, "h.jsonl has no splits, so --eval_split test"),
+    "a split of a file": ({"dataset": "r.jsonl", "dataset_split": "nonsense"}, DataError, "r.jsonl has no splits; leave --dataset_split nonsense"),
+    "a split of a saved dataset": ({"dataset": "one", "dataset_split": "test"}, DataError, "one has no splits; leave --dataset_split test"),
+    "a split of a file of held-out rows": ({"dataset": "r.jsonl", "eval_dataset": "h.jsonl", "eval_split": "test"}, DataError, "h.jsonl has no splits; leave --eval_split test"),
     "a split of a mini task": ({"dataset_split": "test"}, ConfigError, "--dataset_split test: mini:sentiment has no splits"),
     "another split of a mini task": ({"eval_split": "test"}, ConfigError, "--eval_split test: mini:sentiment has held-out rows of its own"),
     "two ways": ({"dataset": "r.jsonl", "eval_split": "test", "eval_rows": 3}, ConfigError, "--eval_split and --eval_rows exclude each other"),

@@ -211,7 +211,7 @@ def test_full_disk_is_one_error_line(world, tmp_path, table):
         flags = [*flags, "--save_total_limit", "50"]
         code, told = run(tmp_path, [*flags, "--output_dir", "run"])
         line = one_line(told)
-        assert code == 1 and "No space left on device" in line and "is whole; go on with" in line
+        assert code == 1 and "No space left on device" in line and "is whole; continue with" in line
         assert all(fault_of(path) is None for path in checkpoints(tmp_path / "run"))
         subprocess.run(["mount", "-o", "remount,size=9m", str(tmp_path / "run")], check=True)
         resumed(tmp_path, flags, expected)

@@ -177,7 +177,7 @@ def test_file_added_during_a_run_is_not_replaced(run_settings, monkeypatch):
         return finish(self)
 
     monkeypatch.setattr(RunCallbacks, "finish", late)
-    with pytest.raises(TrainingError, match=r"README\.md.*checkpoint-13 is whole; go on with"):
+    with pytest.raises(TrainingError, match=r"README\.md.*checkpoint-13 is whole; continue with"):
         softprompt.train(**run_settings)
     assert Path("run/README.md").read_bytes() == MINE
     monkeypatch.setattr(RunCallbacks, "finish", finish)

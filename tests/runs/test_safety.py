@@ -183,7 +183,7 @@ def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monk
 
     monkeypatch.setattr(PackedEngine, "accumulate", spoiled)
     with pytest.raises(
-        TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; go on with"
+        TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; continue with"
     ):
         softprompt.train(**run_settings)
     assert [p.name for p in checkpoints(Path("run"))] == ["checkpoint-2", "checkpoint-4"]
