@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from softprompt.config.schema import build, option, setting_types, type_faults
+from softprompt.config.shared_options import bf16_option, device_option, load_in_4bit_option, load_in_8bit_option
 from softprompt.config.validation import precision_faults, quantization_faults, seed_faults
 from softprompt.config.value_parsers import parse_columns, parse_labels
 from softprompt.utils.errors import ConfigError
@@ -90,24 +91,14 @@ class AdapterArguments:
         "(default: the newest adapter under runs/)",
     )
     model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
-    device: str = option("auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.")
-    bf16: bool | None = option(
-        None,
-        "Compute in bf16 autocast; `--bf16 false` computes in fp32. (default: true on a GPU that supports bf16, else "
-        "false)",
-    )
+    device: str = device_option()
+    bf16: bool | None = bf16_option()
     fp16: bool | None = option(
         None,
         "Compute in fp16 autocast; `--fp16 false` computes in fp32. (default: true on a GPU without bf16, else false)",
     )
-    load_in_8bit: bool = option(
-        False, "Quantise the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
-    )
-    load_in_4bit: bool = option(
-        False,
-        "Quantise the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
-        "Needs the packed engine.",
-    )
+    load_in_8bit: bool = load_in_8bit_option()
+    load_in_4bit: bool = load_in_4bit_option()
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
         "Choose how answers are generated. packed: fast, for BLOOM; padded: transformers' generate, for any causal "
