@@ -34,7 +34,7 @@ def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
     return False
 
 
-def resume_settings(config: TrainConfig, goes_on: bool) -> TrainConfig:
+def with_auto_resume(config: TrainConfig, goes_on: bool) -> TrainConfig:
     """Return the settings as given, or, if `goes_on`, those that resume the run from its newest checkpoint.
 
     Raises:

@@ -14,7 +14,7 @@ from softprompt.engines.padded import PromptTunedModel
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.train_state import way_on
-from softprompt.training.auto_resume import has_saved, resume_settings
+from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
@@ -26,8 +26,8 @@ from softprompt.training.run_writer import clear_output_dir
 from softprompt.training.setup import (
     check_places,
     freeze_base,
-    load_base,
     load_data,
+    load_run_base,
     make_engines,
     make_evaluator,
     start_prompt,
@@ -72,7 +72,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
         with process_group() as world:
             return run_training(config, world, observer)
     starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
-    config = resume_settings(config, world.all_gather(has_saved(config, starts))[0])
+    config = with_auto_resume(config, world.all_gather(has_saved(config, starts))[0])
     setup = world.run_on_all(lambda: set_up(config, world, observer.check if observer else None))
     world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
@@ -93,7 +93,7 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     start = starting_point(config, world.size)
     output_dir = check_places(start, world, check)
     data = load_data(start.config, start.rows_per_step)
-    base = load_base(start.config, world)
+    base = load_run_base(start.config, world)
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
     base = freeze_base(start.config, base)
     prompt = start_prompt(start, data, base.model)

@@ -113,12 +113,12 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
     output_dir = choose_output_dir(config, start.checkpoint)
     if config.sharing.report_to == "tensorboard":
         check_installed()
-    offload = Path(config.model.offload_folder or ".")
-    if offload.exists() and not offload.is_dir():
-        raise ConfigError(
-            f"--offload_folder {offload}: is not a folder; name a folder, or a path where one can be created"
-        )
     if config.model.offload_folder:
+        offload = Path(config.model.offload_folder)
+        if offload.exists() and not offload.is_dir():
+            raise ConfigError(
+                f"--offload_folder {offload}: is not a folder; name a folder, or a path where one can be created"
+            )
         check_writable(offload, "--offload_folder")
     if config.model.shard_base and not launched_by_torchrun():
         raise ConfigError(
@@ -163,7 +163,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     )
 
 
-def load_base(config: TrainConfig, world: World) -> Base:
+def load_run_base(config: TrainConfig, world: World) -> Base:
     """Load the base onto the CPU: without its blocks if they are to be sharded or streamed, else as a whole.
 
     Raises:

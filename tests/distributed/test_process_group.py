@@ -20,7 +20,7 @@ from softprompt.distributed.process_group import World
 from softprompt.distributed.row_assignment import assign_rows
 from softprompt.runs.checkpoints import with_checksums
 from softprompt.runs.file_names import OF_A_CHECKPOINT, STATE_FILE
-from softprompt.training.auto_resume import has_saved, resume_settings
+from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.run import _refuse_unlike
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import ConfigError
@@ -125,7 +125,7 @@ def test_bad_input_is_reported_once(tmp_path):
 def test_a_run_that_may_be_restarted_needs_an_output_dir(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ConfigError, match="--max-restarts finds a run again by its folder"):
-        resume_settings(train_config("mini"), False)
+        with_auto_resume(train_config("mini"), False)
 
 
 def saved(folder, step, *starts):
@@ -146,9 +146,9 @@ def test_a_restart_resumes_only_from_checkpoints_of_its_own_launch(tmp_path):
     assert not has_saved(config, [])
     saved(tmp_path, 32)  # by a single process
     assert not has_saved(config, [["a", "5"]])
-    again = resume_settings(config, True).training
+    again = with_auto_resume(config, True).training
     assert again.resume_from_checkpoint == NEWEST and not again.overwrite_output_dir
-    assert resume_settings(config, False) is config
+    assert with_auto_resume(config, False) is config
 
 
 def test_a_launch_has_the_same_name_at_each_restart(monkeypatch):

@@ -12,7 +12,7 @@ import softprompt
 from softprompt.cli import parse_training
 from softprompt.config.loader import train_config
 from softprompt.runs.train_state import run_folder
-from softprompt.training.auto_resume import resume_settings
+from softprompt.training.auto_resume import with_auto_resume
 from softprompt.training.resume_settings import merge_settings
 from softprompt.utils.errors import ConfigError
 
@@ -164,8 +164,8 @@ def test_torchrun_restart_continues_in_the_resumed_runs_folder(monkeypatch, tmp_
     (tmp_path / "run/checkpoint-8/trainer_state.json").write_text("{}")
     for named in ("run", "run/checkpoint-8"):
         config = train_config(resume_from_checkpoint=str(tmp_path / named), eval_steps=5)
-        assert run_folder(config) == tmp_path / "run" and resume_settings(config, False) is config
-        again = resume_settings(config, True)
+        assert run_folder(config) == tmp_path / "run" and with_auto_resume(config, False) is config
+        again = with_auto_resume(config, True)
         state = {"arguments": train_config(**OWN, eval_rows=4).as_dict(), "engine": {}}
         found = merge_settings(again, tmp_path / "run/checkpoint-9", state, [].append).training
         assert (found.output_dir, found.resume_from_checkpoint) == (str(tmp_path / "run"), "newest")
