@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 def summary(records: dict[str, list[Case]], peers: Sequence[str], operations_per_token: float) -> dict[str, Case]:
-    """Summarise the records of each contestant, one for each round.
+    """Summarize the records of each contestant, one for each round.
 
     Args:
         records: Records by contestant.

@@ -53,7 +53,7 @@ from softprompt.models.capabilities import (
     max_positions,
     why_not_generate,
 )
-from softprompt.models.loading import base_path, check_not_quantised, load_base, load_tokenizer, word_embeddings
+from softprompt.models.loading import base_path, check_not_quantized, load_base, load_tokenizer, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, load_quantized
 from softprompt.report.after_training import ReportAndPush
@@ -103,7 +103,7 @@ class SoftPromptModel:
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
         engine: str = AUTO,
-        quantised: QuantizedBlocks | None = None,
+        quantized: QuantizedBlocks | None = None,
     ):
         """Make a model from a loaded base and one prompt, which becomes the adapter "default".
 
@@ -115,20 +115,20 @@ class SoftPromptModel:
             generation: Generation settings that override the article's.
             compute_dtype: dtype of matrix products.
             engine: Value of infer.py's flag --engine.
-            quantised: The base's quantised blocks, which `models.quantization.quantize_blocks` returned.
+            quantized: The base's quantized blocks, which `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: transformers loaded the base quantised, the tokenizer has tokens that the base lacks, or no
+            ModelError: transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
                 prompt can precede the base's text (see `engines.padded.check_forward`).
             ConfigError: see `engines.factory.engine_for_inference`.
         """
-        check_not_quantised(base)
+        check_not_quantized(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
         self.name = str(getattr(base, "name_or_path", ""))
         self.adapters = {"default": LoadedAdapter(prompt, template or Template(), dict(generation or {}))}
-        self.active_adapter, self.quantised = "default", quantised is not None
+        self.active_adapter, self.quantized = "default", quantized is not None
         check_vocabulary(tokenizer, base, self.name)
-        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantised=quantised)
+        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantized=quantized)
         self.generator = make_generator(self.engine, base, tokenizer)
 
     @classmethod
@@ -157,7 +157,7 @@ class SoftPromptModel:
             AdapterError: an adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
                 given the name "none".
             ModelError: the base cannot be loaded.
-            ConfigError: the device, the precision, the quantisation or the engine is not available.
+            ConfigError: the device, the precision, the quantization or the engine is not available.
         """
         if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
@@ -171,8 +171,8 @@ class SoftPromptModel:
         path = base_path(name)
         tokenizer = load_tokenizer(path)
         bits = quantization_bits(load_in_8bit, load_in_4bit)
-        loaded, quantised = load_quantized(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
-        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantised=quantised)
+        loaded, quantized = load_quantized(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
+        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantized=quantized)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
             model._add(each, tuned)
@@ -282,7 +282,7 @@ class SoftPromptModel:
         asked, positions = [], max_positions(self.base)
         for number, one in enumerate(self._encoded(prompts, adapter, where)):
             chosen = merge_settings(one.adapter.generation, settings)
-            if chosen.num_beams > 1 and self.quantised:
+            if chosen.num_beams > 1 and self.quantized:
                 raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
             samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
             seeds = [sample_seed(seed, number, sample) for sample in samples]

@@ -54,7 +54,7 @@ class TrainConfig:
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate: the one given, else the default of the prompt's initialisation."""
+        """The peak learning rate: the one given, else the default of the prompt's initialization."""
         given = self.training.learning_rate
         return DEFAULT_LEARNING_RATES[self.prompt.prompt_tuning_init] if given is None else given
 

@@ -66,7 +66,7 @@ def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str
 
 def is_text(value: Any) -> bool:
     """Return whether `value` is a string that UTF-8 can encode. A lone surrogate, which JSON can spell and a shell with
-    another encoding passes on, can be neither tokenised nor written."""
+    another encoding passes on, can be neither tokenized nor written."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 

@@ -23,7 +23,7 @@ def bf16_option() -> Any:
 def load_in_8bit_option() -> Any:
     """Return the field of --load_in_8bit."""
     return option(
-        False, "Quantise the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
+        False, "Quantize the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
     )
 
 
@@ -31,6 +31,6 @@ def load_in_4bit_option() -> Any:
     """Return the field of --load_in_4bit."""
     return option(
         False,
-        "Quantise the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
+        "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
         "Needs the packed engine.",
     )

@@ -9,7 +9,7 @@ from softprompt.config.shared_options import bf16_option, device_option, load_in
 
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
-# steps of a comparable size; the other initialisations start on word embeddings, which are smaller.
+# steps of a comparable size; the other initializations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_MAX_LENGTH = 256
@@ -100,9 +100,9 @@ class DataArguments:
     truncation_side: Literal["output", "input"] = option(
         "output", "Truncate a row at the end of its answer (output), or within its input, which keeps the answer."
     )
-    overwrite_cache: bool = option(False, "Tokenise the rows again even if their token ids are cached.")
+    overwrite_cache: bool = option(False, "Tokenize the rows again even if their token ids are cached.")
     preprocessing_num_workers: int | None = option(
-        None, "Tokenise the rows in this many processes; the result is the same. (default: 1)"
+        None, "Tokenize the rows in this many processes; the result is the same. (default: 1)"
     )
     streaming: bool = option(
         False,
@@ -145,17 +145,17 @@ class PromptTuningArguments:
     )
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB", "CLASS_LABELS"] = option(
         "RANDOM",
-        "Initialise the prompt with unit-variance noise (RANDOM), or with the embeddings of a text (TEXT), of random "
+        "Initialize the prompt with unit-variance noise (RANDOM), or with the embeddings of a text (TEXT), of random "
         "words (SAMPLE_VOCAB), or of class labels followed by random words (CLASS_LABELS).",
     )
     prompt_tuning_init_text: str | None = option(
         None,
-        "Initialise with this text if --prompt_tuning_init is TEXT; it is truncated or repeated to a given "
+        "Initialize with this text if --prompt_tuning_init is TEXT; it is truncated or repeated to a given "
         "--num_virtual_tokens. (default: none)",
     )
     class_labels: str | None = option(
         None,
-        "Initialise with these comma-separated labels if --prompt_tuning_init is CLASS_LABELS: one virtual token each, "
+        "Initialize with these comma-separated labels if --prompt_tuning_init is CLASS_LABELS: one virtual token each, "
         "the mean of its sub-word embeddings. (default: none)",
     )
     vocab_population: int | None = option(

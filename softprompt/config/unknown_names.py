@@ -72,7 +72,7 @@ REASONS = {
     r"logging_strategy|logging_first_step": "--logging_steps N logs",
     r"logging_dir|run_name|project|trackio_.*": "--report_to tensorboard writes into OUTPUT_DIR/runs",
     r"dataloader_.*|group_by_length|train_sampling_strategy": (
-        "rows are tokenised before training and loaded without workers"
+        "rows are tokenized before training and loaded without workers"
     ),
     r"(bf16|fp16)_full_eval|half_precision_backend|fp16_backend|fp16_opt_level|tf32|dtype|torch_dtype": (
         "--bf16 and --fp16 set the precision of training and evaluation"

@@ -39,12 +39,12 @@ def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[
 
 
 def quantization_bits(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
-    """Return the number of bits of a quantised weight, or None if the base is not quantised."""
+    """Return the number of bits of a quantized weight, or None if the base is not quantized."""
     return 8 if load_in_8bit else 4 if load_in_4bit else None
 
 
 def quantization_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
-    """Return the faults of the settings that quantise the base."""
+    """Return the faults of the settings that quantize the base."""
     if load_in_8bit and load_in_4bit:
         return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"]
     if engine == "padded" and (load_in_8bit or load_in_4bit):
@@ -124,7 +124,7 @@ def _model_faults(model: ModelArguments) -> Iterator[str]:
     yield from quantization_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
         yield (
-            "--load_in_8bit and --load_in_4bit quantise a whole base and exclude --stream_base and --shard_base; "
+            "--load_in_8bit and --load_in_4bit quantize a whole base and exclude --stream_base and --shard_base; "
             "give one of the two"
         )
     if model.engine == "padded" and model.stream_base:

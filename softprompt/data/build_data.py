@@ -1,4 +1,4 @@
-"""Build the data of a run from its settings: read the rows, tokenise them, and make the loader."""
+"""Build the data of a run from its settings: read the rows, tokenize them, and make the loader."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -161,7 +161,7 @@ def _check_config_name(config: TrainConfig) -> None:
 
 
 def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any, rows_per_step: int) -> WindowLoader:
-    """Make the loader of a run. The rows of a stream are tokenised as they are read, so the loader may then raise
+    """Make the loader of a run. The rows of a stream are tokenized as they are read, so the loader may then raise
     DataError."""
     if rows.source is None:
         return ListLoader(data.examples, config.training, rows_per_step)
@@ -178,7 +178,7 @@ def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any
 def tokenize_rows(
     config: TrainConfig, template: Template, tokenizer: Any, rows: Rows
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Tokenise the training rows (of a stream, its first rows) and the held-out rows. On a terminal, show a progress
+    """Tokenize the training rows (of a stream, its first rows) and the held-out rows. On a terminal, show a progress
     bar.
 
     Raises:

@@ -10,7 +10,7 @@ IGNORE = -100  # the label of a token that is no target: the default ignore_inde
 
 
 class Example(NamedTuple):
-    """One tokenised row: T token ids and T labels.
+    """One tokenized row: T token ids and T labels.
 
     The label of a token is its id if the token is a target, else -100. In rows to train or to evaluate on, the first
     token is not a target, because the base without a prompt has nothing to predict it from.

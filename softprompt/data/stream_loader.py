@@ -88,7 +88,7 @@ class StreamPosition:
 class StreamLoader:
     """Yields the rows of a source through a shuffle buffer, in a different order in each pass.
 
-    Rows are tokenised (`encode`) in a thread, in advance of the step that needs them. The order can be replayed with
+    Rows are tokenized (`encode`) in a thread, in advance of the step that needs them. The order can be replayed with
     row numbers instead of rows (see `ShuffleBuffer`), so a resumed run reads only the rows that the buffer held and
     those after them.
     """
@@ -98,7 +98,7 @@ class StreamLoader:
     def __init__(
         self, source: Source, encode: Encode, args: TrainingArguments, rows_per_step: int, buffer_size: int, name: str
     ):
-        """`encode` tokenises raw rows and may raise DataError; `name` names the source in error messages."""
+        """`encode` tokenizes raw rows and may raise DataError; `name` names the source in error messages."""
         self.source, self.encode, self.args, self.name = source, encode, args, name
         self.rows_per_step, self.buffer_size = rows_per_step, buffer_size
         self.length = source.rows if source.counted else None  # else set when it ends

@@ -1,4 +1,4 @@
-"""A cache of the token ids of large datasets. Rows are tokenised again only if the rows, the template, the tokenizer or
+"""A cache of the token ids of large datasets. Rows are tokenized again only if the rows, the template, the tokenizer or
 the truncation changed.
 
 A cache file is a safetensors file. It holds the arrays of `Examples`, and `missing` and `kept` of `Tokenized` (int32
@@ -26,9 +26,9 @@ from softprompt.data.tokenization import Tokenized
 from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
-LEAST_ROWS = 10_000  # fewer are tokenised in about the time that reading a cache takes
+LEAST_ROWS = 10_000  # fewer are tokenized in about the time that reading a cache takes
 KEPT = 20  # the most files in the cache; the least recently written are removed first
-VERSION = "4"  # of the file format and of the behaviour of `tokenize`
+VERSION = "4"  # of the file format and of the behavior of `tokenize`
 ARRAYS = {  # in the order in which a file holds them: the widest type first, so that each array is aligned
     "offsets": np.dtype(np.int64),
     **dict.fromkeys(("input_ids", "first_targets", "missing", "kept"), np.dtype(np.int32)),
@@ -50,7 +50,7 @@ def cached(
     file, so that it does not stay in memory.
 
     Args:
-        make: tokenises the rows.
+        make: tokenizes the rows.
         settings: everything else that the result depends on; must be JSON-able.
         read: whether to use a cached result.
         write: whether to cache the result of `make`.

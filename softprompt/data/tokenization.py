@@ -16,12 +16,12 @@ from softprompt.utils.errors import DataError
 
 __all__ = ["IGNORE", "Encoded", "Example", "Examples", "Tokenized", "count_targets", "encode", "end_tokens", "tokenize"]
 
-CHUNK = 512  # how many rows are tokenised together
+CHUNK = 512  # how many rows are tokenized together
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Tokenised rows: the examples that have a target, and counts.
+    """Tokenized rows: the examples that have a target, and counts.
 
     Attributes:
         kept: the row number of each example, counted from 0.
@@ -94,7 +94,7 @@ def tokenize(
     progress: bool = False,
     workers: int | None = None,
 ) -> Tokenized:
-    """Tokenise prompt and answer separately, join them, set the prompt's labels to -100, and truncate the result to
+    """Tokenize prompt and answer separately, join them, set the prompt's labels to -100, and truncate the result to
     `max_length` tokens.
 
     This is what the article does, and truncates the end of the answer. `truncation_side="input"` instead shortens the
@@ -103,7 +103,7 @@ def tokenize(
 
     Args:
         progress: show a progress bar on stderr.
-        workers: the number of worker processes; None or 1 tokenises in this process. The result does not depend on it.
+        workers: the number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
 
     Raises:
         DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
@@ -116,7 +116,7 @@ def tokenize(
     else:
         columns = (_tokenize_chunk(settings, chunk) for chunk in chunks)
     whole = _Columns()
-    with tqdm(total=len(rows), desc="tokenising", unit=" rows", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False) as bar:
         for part in columns:
             whole.extend(part)
             bar.update(part.rows)
@@ -126,7 +126,7 @@ def tokenize(
 
 
 def _tokenize_chunk(settings: tuple[Any, Template, int, str], chunk: tuple[int, Sequence[Any]]) -> "_Columns":
-    """Tokenise consecutive rows; `chunk` holds the number of the first one, and the rows."""
+    """Tokenize consecutive rows; `chunk` holds the number of the first one, and the rows."""
     start, rows = chunk[0], list(chunk[1])
     places = [f"row {number}" for number in range(start + 1, start + len(rows) + 1)]
     columns = _Columns()
@@ -203,7 +203,7 @@ def encode(
     max_length: int,
     truncation_side: str,
 ) -> list[Encoded]:
-    """Tokenise rows as `tokenize` describes; `places` name the rows in error messages.
+    """Tokenize rows as `tokenize` describes; `places` name the rows in error messages.
 
     Raises:
         DataError: the chat template refuses a row.

@@ -91,7 +91,7 @@ class World:
         return self._stop_source.exit_code if self._stop_source else None
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return the value of every rank, by rank. Values must be serialisable as JSON.
+        """Return the value of every rank, by rank. Values must be serializable as JSON.
 
         `torch.distributed.all_gather_object` would do the same with pickle.
         """
@@ -205,7 +205,7 @@ def process_group() -> Iterator[World]:
 
 
 def init_world() -> World:
-    """Initialise torch's process group from torchrun's environment variables; every rank must call this.
+    """Initialize torch's process group from torchrun's environment variables; every rank must call this.
 
     Returns:
         The world; rank 0 of 1 without torchrun. If a process group exists already, its rank and size.

@@ -34,7 +34,7 @@ class Engine(Protocol):
             window: The rows of one optimizer step; empty on a rank that has none.
             grad_scale: Factor of the gradient, usually 1 / targets (times the factor of a gradient scaler).
         Returns:
-            The summed loss, an fp64 scalar on the device, detached and without synchronisation; the number of targets.
+            The summed loss, an fp64 scalar on the device, detached and without synchronization; the number of targets.
         """
         ...
 
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings with which a resumed run cuts windows in the same way, so that its sums are rounded in
-        the same way; serialisable as JSON."""
+        the same way; serializable as JSON."""
         ...
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:

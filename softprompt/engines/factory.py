@@ -38,7 +38,7 @@ def make_engine(
     Args:
         base: The loaded, frozen base.
         P: Number of virtual tokens.
-        blocks: The blocks if they are not in the memory of `base`: stored in files, sharded among ranks, or quantised.
+        blocks: The blocks if they are not in the memory of `base`: stored in files, sharded among ranks, or quantized.
             The packed engine then uses the layer-major schedule. Of these, the padded engine supports only sharded
             blocks.
 
@@ -95,20 +95,20 @@ def engine_for_inference(
     tokenizer: Any,
     dtype: torch.dtype,
     batch_size: int = 8,
-    quantised: QuantizedBlocks | None = None,
+    quantized: QuantizedBlocks | None = None,
 ) -> Engine:
     """Build the engine that computes losses and likelihoods in inference; the generator is built from it.
 
     Args:
-        kind: The value of `--engine`. A base with quantised blocks always gets the packed engine.
-        quantised: The blocks of `base`, if they are quantised.
+        kind: The value of `--engine`. A base with quantized blocks always gets the packed engine.
+        quantized: The blocks of `base`, if they are quantized.
 
     Raises:
         ConfigError: See `takes_packed`.
     """
     device, name = word_embeddings(base).weight.device, str(getattr(base, "name_or_path", "this base"))
-    if quantised or takes_packed(kind, base.config, device, name):
-        weights = QuantizedWeights(base, quantised, dtype) if quantised else ResidentWeights(base, dtype)
+    if quantized or takes_packed(kind, base.config, device, name):
+        weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
         return PackedEngine(MicrobatchMajor(weights), MAX_TOKENS[device.type])
     return PaddedEngine(base, tokenizer, batch_size, dtype)
 

@@ -1,6 +1,6 @@
 """The layer-major schedule: all micro-batches of a window pass through a block before the next block is requested.
 
-It is for a BLOOM whose blocks are expensive to obtain (read from files, gathered from other ranks, or dequantised):
+It is for a BLOOM whose blocks are expensive to obtain (read from files, gathered from other ranks, or dequantized):
 each block is requested twice per window, once in the forward and once in the backward pass, however many micro-batches
 there are.
 

@@ -1,4 +1,4 @@
-"""The loss: a sum of token cross-entropies, so that it can be normalised over a whole optimizer step or evaluation.
+"""The loss: a sum of token cross-entropies, so that it can be normalized over a whole optimizer step or evaluation.
 
 `cross_entropy_sum` takes logits. `projected_cross_entropy` fuses the language model head with the loss: it takes hidden
 states and the head, and computes logits for a block of the vocabulary at a time.

@@ -26,7 +26,7 @@ class EnsembleMember:
     Attributes:
         prompt: [P, H]; None is the bare base.
         rows: the rows as texts.
-        examples: the rows tokenised with this member's template.
+        examples: the rows tokenized with this member's template.
         answers: this member's answers to the rows; None if answers are not compared.
         missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
     """

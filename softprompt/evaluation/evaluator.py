@@ -57,7 +57,7 @@ class Evaluator:
 
     Attributes:
         generator: generates the answers for exact match; if it is None, only the loss is computed.
-        examples: the tokenised rows.
+        examples: the tokenized rows.
         batch_size: number of rows that are answered at the same time.
         missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
     """

@@ -38,8 +38,8 @@ class AdapterResult:
     """Result of evaluating one adapter.
 
     Attributes:
-        template: the template with which the rows were tokenised; for the bare base, that of the reference adapter.
-        data: the tokenised rows.
+        template: the template with which the rows were tokenized; for the bare base, that of the reference adapter.
+        data: the tokenized rows.
         rows: the same rows as texts.
         expected: the rows' expected answers, without white space at the ends.
         notes: sentences about these rows for the user.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
-from softprompt.models.loading import check_not_quantised, word_embeddings
+from softprompt.models.loading import check_not_quantized, word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ModelError
 
@@ -45,7 +45,7 @@ def bake_prompt(base: PreTrainedModel, prompt: Tensor, ids: list[int], dtype: to
         The constant logit of the new tokens, or None if it is the mean of the other logits.
 
     Raises:
-        ModelError: The base is quantised, has no linear head, cannot be resized, or does more with a token than look
+        ModelError: The base is quantized, has no linear head, cannot be resized, or does more with a token than look
             up its embedding.
     """
     _check_kind(base)
@@ -104,7 +104,7 @@ def _row_of_head(base: PreTrainedModel, dtype: torch.dtype) -> tuple[float | Non
 
 
 def _check_kind(base: PreTrainedModel) -> None:
-    check_not_quantised(base)
+    check_not_quantized(base)
     name, head = type(base).__name__, base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{base.name_or_path}: {name} has no linear head; no tokens can be added to it")

@@ -18,7 +18,7 @@ MAX_PREFIX_BYTES = 256 * 2**20  # limit on the memory of a PrefixCache
 class KVCache:
     """Preallocated keys and values of B slots with W positions each.
 
-    The tensors start as zeros: positions after the end of a row get attention weight 0, and 0 times an uninitialised
+    The tensors start as zeros: positions after the end of a row get attention weight 0, and 0 times an uninitialized
     value could be NaN.
 
     Args:

@@ -90,7 +90,7 @@ def log_likelihoods(
 
 
 def choice_probabilities(scores: Sequence[float], choices: Sequence[str]) -> dict[str, float]:
-    """Normalise the log-likelihoods of the choices to probabilities that sum to 1 (softmax)."""
+    """Normalize the log-likelihoods of the choices to probabilities that sum to 1 (softmax)."""
     return dict(zip(choices, torch.tensor(scores, dtype=torch.float64).softmax(0).tolist(), strict=True))
 
 

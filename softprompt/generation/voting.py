@@ -18,7 +18,7 @@ def vote_answer(answers: Sequence[str], voting: Voting, score: ScoreAnswers) -> 
     """Choose the ensemble's answer among those that its members gave.
 
     The candidates are, with `majority_vote`, the answers that the most members gave; with `mean_likelihood`, all of
-    them. Each member's log-likelihoods of the candidates are normalised to probabilities; the candidate with the
+    them. Each member's log-likelihoods of the candidates are normalized to probabilities; the candidate with the
     largest mean probability over the members wins, the first given if several are equal.
 
     Args:

@@ -26,18 +26,18 @@ class Sentence:
     strength: str  # 强, 中 or 弱
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Keep only letters and digits, so that punctuation does not matter."""
     return "".join(c for c in text.casefold() if unicodedata.category(c)[0] in "LN")
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence is kept for evaluation, by a hash of its normalised text.
+    """Whether a sentence is kept for evaluation, by a hash of its normalized text.
 
     The answer does not depend on when or by what the sentence is generated, nor on its punctuation, so neither the base
     nor a prompt is ever trained on it.
     """
-    bare = normalised(text)
+    bare = normalized(text)
     return bare in words.RESERVED or hashlib.sha256(bare.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
@@ -58,7 +58,7 @@ def sentences(rng: random.Random, count: int, held: bool = False) -> list[Senten
     while len(found) < count:
         new = sentence(rng)
         if held_out(new.text) == held:
-            found.setdefault(normalised(new.text), new)
+            found.setdefault(normalized(new.text), new)
     return list(found.values())
 
 

@@ -2,7 +2,7 @@
 
 The packed engine's schedules and the generator iterate over the blocks through `BloomWeights`, whatever the storage:
 `ResidentWeights` holds all blocks on one device, `StreamedWeights` (weight_offload) reads them from files,
-`ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantises them.
+`ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantizes them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -51,7 +51,7 @@ def load_config(name_or_path: str) -> Any:
     """Load a base's configuration, and check that prompts can be learned for such a model.
 
     Raises:
-        ModelError: The configuration does not exist or cannot be loaded, or the model has quantised weights or is no
+        ModelError: The configuration does not exist or cannot be loaded, or the model has quantized weights or is no
             causal language model of transformers.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
@@ -61,7 +61,7 @@ def load_config(name_or_path: str) -> Any:
     wanted = "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)"
     for one in (config, config.get_text_config()):
         if quantization := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
-            raise _quantised_error(name_or_path, config.model_type, quantization)
+            raise _quantized_error(name_or_path, config.model_type, quantization)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{named} has an encoder and a decoder, and prompts are learned for a decoder alone; {wanted}")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
@@ -119,9 +119,9 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
     files.
 
     Raises:
-        ModelError: transformers loaded the base quantised.
+        ModelError: transformers loaded the base quantized.
     """
-    check_not_quantised(base)
+    check_not_quantized(base)
     base.requires_grad_(False).eval()
     matrices = {id(matrix) for module in base.modules() for matrix in _weight_matrices(module)}
     matrices.discard(id(word_embeddings(base).weight))
@@ -153,24 +153,24 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
     return base
 
 
-def check_not_quantised(base: PreTrainedModel) -> None:
-    """Refuse a base that transformers loaded quantised: casting its weights would lose their scales.
+def check_not_quantized(base: PreTrainedModel) -> None:
+    """Refuse a base that transformers loaded quantized: casting its weights would lose their scales.
 
     Raises:
-        ModelError: The base is quantised.
+        ModelError: The base is quantized.
     """
     if getattr(base, "hf_quantizer", None) is not None:
         name, method = str(base.name_or_path), getattr(base.hf_quantizer, "quantization_config", None)
-        raise _quantised_error(name, base.config.model_type, method or {})
+        raise _quantized_error(name, base.config.model_type, method or {})
 
 
-def _quantised_error(name: str, model_type: str, quantization: Any) -> ModelError:
+def _quantized_error(name: str, model_type: str, quantization: Any) -> ModelError:
     given = quantization if isinstance(quantization, dict) else vars(quantization)
     method = getattr(given.get("quant_method"), "value", given.get("quant_method")) or "by an unknown method"
-    instead = ", which --load_in_4bit of train.py and infer.py quantises as it loads it"
+    instead = ", which --load_in_4bit of train.py and infer.py quantizes as it loads it"
     return ModelError(
-        f"{name}: its weights are stored quantised ({method}), and prompts are learned over weights that are not; give "
-        f"--model_name_or_path the unquantised base{instead if model_type == 'bloom' else ''}"
+        f"{name}: its weights are stored quantized ({method}), and prompts are learned over weights that are not; give "
+        f"--model_name_or_path the unquantized base{instead if model_type == 'bloom' else ''}"
     )
 
 

@@ -1,15 +1,15 @@
-"""`--load_in_8bit` and `--load_in_4bit`: the linear layers of BLOOM's blocks are stored in 8 or 4 bits and dequantised,
+"""`--load_in_8bit` and `--load_in_4bit`: the linear layers of BLOOM's blocks are stored in 8 or 4 bits and dequantized,
 one block at a time, whenever a pass needs them.
 
 The formats are those of bitsandbytes, and the flags have their names in transformers. `load_in_8bit`: each row of a
 weight is stored as int8 values and its absolute maximum; a weight is int8 value · maximum ÷ 127 (Dettmers et al. 2022,
 arXiv:2208.07339, without the separate product for outliers). `load_in_4bit`: NF4 in blocks of 64 values, whose absolute
-maxima are themselves quantised to 8 bits (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes has both formats for
+maxima are themselves quantized to 8 bits (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes has both formats for
 CPU and for CUDA; torchao has NF4 only as a prototype, and a different 4-bit kernel for each device.
 
-Matrix products run in the compute dtype on the dequantised weights, in the forward and in the backward pass. So the
-prompt's gradient is exactly that of a base with the dequantised weights. Embeddings, head, layer norms and biases are
-not quantised.
+Matrix products run in the compute dtype on the dequantized weights, in the forward and in the backward pass. So the
+prompt's gradient is exactly that of a base with the dequantized weights. Embeddings, head, layer norms and biases are
+not quantized.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from softprompt.utils.errors import ConfigError
 
 
 class QuantizedTensor(NamedTuple):
-    """A quantised weight [out, in].
+    """A quantized weight [out, in].
 
     In 8 bits: `codes` int8 [out, in], `state` the rows' absolute maxima [out] fp32. In 4 bits: `codes` with two NF4
     values per byte, `state` bitsandbytes' QuantState.
@@ -49,7 +49,7 @@ class QuantizedTensor(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """The quantised weights of all linear layers of a base's blocks, by block and module, as in
+    """The quantized weights of all linear layers of a base's blocks, by block and module, as in
     `3.mlp.dense_4h_to_h`."""
 
     bits: int
@@ -61,7 +61,7 @@ class QuantizedBlocks(NamedTuple):
 
 
 def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> QuantizedBlocks:
-    """Quantise the linear layers of a BLOOM's blocks, one after the other, on `device`. In `base`, their weights are
+    """Quantize the linear layers of a BLOOM's blocks, one after the other, on `device`. In `base`, their weights are
     replaced by tensors on the meta device.
 
     Raises:
@@ -73,54 +73,54 @@ def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> Q
             f"--load_in_{bits}bit is for BLOOM, and {base.name_or_path} is of type {base.config.model_type}{sliced}; "
             "leave it out"
         )
-    functional, quantised = _functional(), {}
+    functional, quantized = _functional(), {}
     for i, block in enumerate(base.transformer.h):
         for name in BLOCK_MODULES:
             module = block.get_submodule(name)
             if isinstance(module, nn.Linear):
                 weight = module.weight.detach().to(device, torch.float32)
-                quantised[f"{i}.{name}"] = QuantizedTensor(
+                quantized[f"{i}.{name}"] = QuantizedTensor(
                     *functional.int8_vectorwise_quant(weight)[:2]
                     if bits == 8
                     else functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
                 )
                 module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
-    return QuantizedBlocks(bits, quantised)
+    return QuantizedBlocks(bits, quantized)
 
 
 def load_quantized(
     name_or_path: str, bits: int, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[PreTrainedModel, QuantizedBlocks]:
-    """Load a base as `loading.load_base` does, and quantise its blocks.
+    """Load a base as `loading.load_base` does, and quantize its blocks.
 
     Raises:
         ModelError: See `loading.read_base`.
         ConfigError: See `quantize_blocks`.
     """
     base = read_base(name_or_path)
-    quantised = quantize_blocks(base, bits, device)
-    return move_to_device(freeze(base, compute_dtype), device), quantised
+    quantized = quantize_blocks(base, bits, device)
+    return move_to_device(freeze(base, compute_dtype), device), quantized
 
 
 class QuantizedWeights(NonBlockWeights):
     """`BloomWeights` in the memory of one device, with the blocks' linear layers in 8 or 4 bits."""
 
-    def __init__(self, base: PreTrainedModel, quantised: QuantizedBlocks, compute_dtype: torch.dtype):
+    def __init__(self, base: PreTrainedModel, quantized: QuantizedBlocks, compute_dtype: torch.dtype):
         """
         Args:
             base: The frozen base whose blocks `quantize_blocks` replaced.
         """
         super().__init__(base, compute_dtype)
-        self._blocks, self._quantised, self._dtype = base.transformer.h, quantised.weights, compute_dtype
+        self._blocks, self._quantized, self._dtype = base.transformer.h, quantized.weights, compute_dtype
         one_block = compute_dtype.itemsize * 12 * self.shape.H**2
-        self.extra_bytes += quantised.nbytes + 2 * one_block
+        self.extra_bytes += quantized.nbytes + 2 * one_block
 
     def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
         return (BlockWeights(*(self._linear_params(i, name) for name in BLOCK_MODULES)) for i in order)
 
     def _linear_params(self, i: int, name: str) -> LinearParams:
-        module, quantised = self._blocks[i].get_submodule(name), self._quantised.get(f"{i}.{name}")
-        weight = module.weight.detach() if quantised is None else quantised.dequantize(self._dtype)
+        module, quantized = self._blocks[i].get_submodule(name), self._quantized.get(f"{i}.{name}")
+        weight = module.weight.detach() if quantized is None else quantized.dequantize(self._dtype)
         return LinearParams(weight, module.bias.detach())
 
 

@@ -65,7 +65,7 @@ def peft_config(
 ) -> dict[str, Any]:
     """Return the keys and values that PEFT's PromptTuningConfig saves.
 
-    PEFT has no CLASS_LABELS initialisation. Its own reader does not check the name, but code that converts it to
+    PEFT has no CLASS_LABELS initialization. Its own reader does not check the name, but code that converts it to
     `PromptTuningInit` would fail. So SAMPLE_VOCAB is written instead; the model card and checkpoints name the labels.
 
     Args:
@@ -73,7 +73,7 @@ def peft_config(
         base_config: The base's transformers configuration.
         prompt: The prompt [P, H], of any dtype.
         init: The value of `--prompt_tuning_init`.
-        init_text: The text of a TEXT initialisation.
+        init_text: The text of a TEXT initialization.
     """
     num_layers, num_attention_heads = layers_and_heads(base_config)
     return {
@@ -98,7 +98,7 @@ def peft_config(
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
-    """Serialise an adapter.
+    """Serialize an adapter.
 
     Returns:
         The contents of PEFT's two files, byte for byte as PEFT writes them, and of softprompt.json, by file name.
@@ -112,7 +112,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Serialise `value` as indented JSON in UTF-8.
+    """Serialize `value` as indented JSON in UTF-8.
 
     Raises:
         ValueError: it contains NaN or an infinity, which JSON does not have.

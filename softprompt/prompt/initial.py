@@ -15,7 +15,7 @@ from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOC
 from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import (
-    Initialiser,
+    Initializer,
     InputEmbeddings,
     class_label_init,
     random_init,
@@ -35,18 +35,18 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
         base: The base.
 
     Raises:
-        ConfigError: as for `initialiser`; or --num_virtual_tokens differs from that of --init_adapter.
+        ConfigError: as for `initializer`; or --num_virtual_tokens differs from that of --init_adapter.
         AdapterError: --init_adapter is not an adapter for a base of this hidden size.
     """
     embeddings = InputEmbeddings(base)  # [V, H]
     if config.prompt.init_adapter:
         return _from_adapter(config, embeddings.shape[1])
     torch.manual_seed(config.training.seed)
-    return initialiser(config, tokenizer, len(embeddings))(embeddings)
+    return initializer(config, tokenizer, len(embeddings))(embeddings)
 
 
-def initialiser(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initialiser:
-    """Return the initialiser that the settings choose.
+def initializer(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initializer:
+    """Return the initializer that the settings choose.
 
     Args:
         config: The settings of the run.

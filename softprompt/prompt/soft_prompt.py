@@ -1,6 +1,6 @@
-"""The soft prompt, P learnable vectors in the space of the word embeddings, and its initialisers.
+"""The soft prompt, P learnable vectors in the space of the word embeddings, and its initializers.
 
-An initialiser is a function `word_embeddings [V, H] -> prompt [P, H]`. Word embeddings are the outputs of the base's
+An initializer is a function `word_embeddings [V, H] -> prompt [P, H]`. Word embeddings are the outputs of the base's
 embedding module, as in PEFT (Gemma's module multiplies rows of its weight by √H). BLOOM applies
 `word_embeddings_layernorm` to `inputs_embeds`, so its prompts live in the space before that layer norm.
 """
@@ -26,7 +26,7 @@ class EmbeddingTable(Protocol):
     def __getitem__(self, ids: Tensor) -> Tensor: ...
 
 
-Initialiser = Callable[[EmbeddingTable], Tensor]
+Initializer = Callable[[EmbeddingTable], Tensor]
 
 
 class PromptEmbedding(nn.Module):
@@ -39,7 +39,7 @@ class PromptEmbedding(nn.Module):
         """Copy the initial values.
 
         Args:
-            values: [P, H] of any float dtype, from an initialiser or a saved adapter.
+            values: [P, H] of any float dtype, from an initializer or a saved adapter.
         """
         super().__init__()
         self.weight = nn.Parameter(values.detach().to(torch.float32).clone())
@@ -51,8 +51,8 @@ class PromptEmbedding(nn.Module):
         return ", ".join(map(str, self.weight.shape))
 
 
-def random_init(num_virtual_tokens: int) -> Initialiser:
-    """Return an initialiser that draws from N(0, 1); with the same seed, it draws the numbers of PEFT's RANDOM."""
+def random_init(num_virtual_tokens: int) -> Initializer:
+    """Return an initializer that draws from N(0, 1); with the same seed, it draws the numbers of PEFT's RANDOM."""
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:
         return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
@@ -60,8 +60,8 @@ def random_init(num_virtual_tokens: int) -> Initialiser:
     return init
 
 
-def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) -> Initialiser:
-    """Return an initialiser from the embeddings of given tokens, as PEFT's TEXT.
+def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) -> Initializer:
+    """Return an initializer from the embeddings of given tokens, as PEFT's TEXT.
 
     Args:
         token_ids: The tokens, truncated or repeated to `num_virtual_tokens`.
@@ -77,8 +77,8 @@ def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) 
     return lambda word_embeddings: word_embeddings[torch.tensor(ids, device=word_embeddings.device)]
 
 
-def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
-    """Return an initialiser from embeddings of tokens, drawn uniformly with replacement from the whole vocabulary; with
+def sample_vocab_init(num_virtual_tokens: int) -> Initializer:
+    """Return an initializer from embeddings of tokens, drawn uniformly with replacement from the whole vocabulary; with
     the same seed, it draws the tokens of PEFT's SAMPLE_VOCAB."""
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:
@@ -88,8 +88,8 @@ def sample_vocab_init(num_virtual_tokens: int) -> Initialiser:
     return init
 
 
-def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> Initialiser:
-    """Return an initialiser from embeddings of tokens, drawn uniformly from the token ids `population`.
+def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> Initializer:
+    """Return an initializer from embeddings of tokens, drawn uniformly from the token ids `population`.
 
     They are drawn without replacement, unless P is larger than the population (google-research/prompt-tuning,
     `from_sample_of_embeddings`).
@@ -111,13 +111,13 @@ def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> In
     return init
 
 
-def class_label_init(labels: Sequence[Sequence[int]], rest: Initialiser) -> Initialiser:
-    """Return an initialiser whose first virtual tokens are class labels (Lester et al. 2021, section 3.2;
+def class_label_init(labels: Sequence[Sequence[int]], rest: Initializer) -> Initializer:
+    """Return an initializer whose first virtual tokens are class labels (Lester et al. 2021, section 3.2;
     google-research/prompt-tuning, `from_embedded_list`).
 
     Args:
         labels: The token ids of each label; its virtual token is the mean of their embeddings.
-        rest: Initialises the other virtual tokens; P is its P.
+        rest: Initializes the other virtual tokens; P is its P.
     """
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:

@@ -1,6 +1,6 @@
-"""Charts of a report: SVG by matplotlib in the colours and fonts of the page, so that they follow its dark mode.
+"""Charts of a report: SVG by matplotlib in the colors and fonts of the page, so that they follow its dark mode.
 
-Charts are drawn in placeholder colours, which are then replaced by the CSS variables of the page. Text stays text. No
+Charts are drawn in placeholder colors, which are then replaced by the CSS variables of the page. Text stays text. No
 text of the user goes into a chart: names are in the legends, which are part of the page.
 """
 
@@ -16,7 +16,7 @@ INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
 WIDTH, HEIGHT = 4.4, 2.7  # inches of 72 units: one chart fits the width of a phone, two that of a screen
 MAX_POINTS = 600  # of a curve; longer ones are averaged
 LOG_SCALE_RATIO = 20  # of the largest value to the smallest, from which on the scale is logarithmic
-COLOURS = 8  # --c0 to --c7 of the page
+COLORS = 8  # --c0 to --c7 of the page
 INK, FAINT = "#000101", "#000202"  # placeholders for --ink and --faint
 
 
@@ -30,13 +30,13 @@ class Curve:
     """A curve of a line chart.
 
     Args:
-        colour: Number of a colour of the page.
+        color: Number of a color of the page.
         points: Pairs of step and value.
         markers: Whether to mark the points.
         level: Draw a dashed horizontal line at this value instead of the points.
     """
 
-    colour: int
+    color: int
     points: Sequence[tuple[float, float]] = ()
     markers: bool = False
     level: float | None = None
@@ -76,9 +76,9 @@ class ChartRenderer:
             axes.yaxis.set_minor_formatter("")
         for curve in drawn:
             if curve.level is not None:
-                axes.axhline(curve.level, color=_placeholder(curve.colour), linestyle=(0, (4, 3)), linewidth=1.2)
+                axes.axhline(curve.level, color=_placeholder(curve.color), linestyle=(0, (4, 3)), linewidth=1.2)
                 continue
-            style = {"color": _placeholder(curve.colour), "linewidth": 1.3}
+            style = {"color": _placeholder(curve.color), "linewidth": 1.3}
             if curve.markers or len(curve.points) == 1:
                 style |= {"marker": "o", "markersize": 3}
             axes.plot(*zip(*averaged(curve.points), strict=True), **style)
@@ -141,7 +141,7 @@ def needs_log_scale(curves: Sequence[Curve]) -> bool:
 
 
 def averaged(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """Return at most `limit` points. Each is the mean of equally many neighbouring points, at the last one's step."""
+    """Return at most `limit` points. Each is the mean of equally many neighboring points, at the last one's step."""
     each = -(-len(points) // limit)
     groups = [points[start : start + each] for start in range(0, len(points), each)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -160,13 +160,13 @@ def _style_axes(axes: Any, grid: bool = True) -> None:
         axes.set_axisbelow(True)
 
 
-def _placeholder(colour: int) -> str:
-    return f"#0003{colour % COLOURS:02d}"
+def _placeholder(color: int) -> str:
+    return f"#0003{color % COLORS:02d}"
 
 
 def _for_page(svg: str, prefix: str, label: str) -> str:
     """Return matplotlib's file as an element of the page: without prolog and metadata, with ids that start with
-    `prefix`, and with the page's colours and fonts."""
+    `prefix`, and with the page's colors and fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg)
@@ -174,6 +174,6 @@ def _for_page(svg: str, prefix: str, label: str) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg).replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    for colour in range(COLOURS):
-        svg = svg.replace(_placeholder(colour), f"var(--c{colour})")
+    for color in range(COLORS):
+        svg = svg.replace(_placeholder(color), f"var(--c{color})")
     return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")

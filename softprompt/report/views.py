@@ -33,7 +33,7 @@ RESULTS = {  # metrics of all_results.json: label and format
 @dataclass(frozen=True)
 class Chart:
     """A chart: its title, an SVG element, its legend, and a note below it. An entry of the legend is the number of a
-    colour of the page (-1: faint), whether the line is dashed, and a text."""
+    color of the page (-1: faint), whether the line is dashed, and a text."""
 
     title: str
     svg: Markup
@@ -180,9 +180,7 @@ def comparison_view(
     for number, (record, name) in enumerate(zip(records, names, strict=True)):
         results = {label: (base, value) for label, base, value in _results(record)}
         settings = [(key, record.arguments.get(key)) for key in differ if key != "output_dir"]
-        rows.append(
-            {"name": name, "colour": number, "status": status(record), "settings": settings, "results": results}
-        )
+        rows.append({"name": name, "color": number, "status": status(record), "settings": settings, "results": results})
     curves = list(_compared_curves(records, names, renderer)) if renderer else []
     return {"labels": labels, "rows": rows, "curves": curves}
 

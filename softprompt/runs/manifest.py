@@ -25,7 +25,7 @@ class Kind:
         file: the file name of the manifest.
         pattern: a regular expression that names in the manifest must match, so that a manifest from elsewhere cannot
             list other files.
-        older: returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognises
+        older: returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognizes
             them by their content.
         beside: returns files of the folder's own that another command wrote into it without listing them.
     """
@@ -102,7 +102,7 @@ class Manifest:
         """Remove those of `names` that are the folder's own."""
         names = set(names) & self.names()
         if names:
-            self.own(names)  # some files of an older version are recognised only beside others, so list all of them now
+            self.own(names)  # some files of an older version are recognized only beside others, so list all of them now
         for name in sorted(names):
             path = self.folder / name
             if path.is_dir():

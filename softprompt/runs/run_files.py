@@ -34,7 +34,7 @@ OF_A_RUN = (*sorted(OF_A_CHECKPOINT), QUESTION_FILE, RESULTS_FILE, PICTURE_FILE,
 MANIFEST_FILE = "run_manifest.json"
 EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # TensorBoard's files, in OUTPUT_DIR/runs as Trainer's
 PATTERN = rf"{'|'.join(map(re.escape, OF_A_RUN))}|{CHECKPOINT}|{EVENTS_FOLDER}/events\.out\.tfevents\.[^/]*"
-HEAD = 1 << 16  # how many bytes of a file are read to recognise it
+HEAD = 1 << 16  # how many bytes of a file are read to recognize it
 OF_A_STATE = {"step", "taken", "scaler", "unlogged", "arguments", "fingerprints"}
 
 
@@ -133,7 +133,7 @@ def _empty(folder: Path) -> set[str]:
 
 
 def _of_an_older_version(folder: Path) -> set[str]:
-    """Return the names of the files of a run of an older version, which wrote no manifest. Each file is recognised by
+    """Return the names of the files of a run of an older version, which wrote no manifest. Each file is recognized by
     content that only a run writes; doubtful files are left out."""
     of_steps = {path.name for path in checkpoints(folder) if not path.is_symlink() and _is_checkpoint(path)}
     if not of_steps and not any(_looks_written(folder, name) for name in (STATE_FILE, FACTS_FILE)):

@@ -61,7 +61,7 @@ def charts(results: Sequence[CellResult]) -> dict[str, bytes] | None:
 def _cells_on(results: Sequence[CellResult], axis: Axis) -> list[CellResult]:
     """Return the trained cells that an axis shows, at their best learning rates.
 
-    Initialisations have different default rates, so each is at its own best one.
+    Initializations have different default rates, so each is at its own best one.
     """
     if axis.field == "learning_rate":
         return [r for r in results if r.trained and not r.failed]
@@ -98,7 +98,7 @@ def _label(r: CellResult, shown: Sequence[CellResult], axis: Axis, shorten: bool
         "context": varied_context(shown)(r),
     }
     on_axis = ("init", "start") if axis.field == "init" else (axis.field,)
-    rivals = {"start": [q for q in shown if q.init == r.init]}  # other initialisations are distinguished by their name
+    rivals = {"start": [q for q in shown if q.init == r.init]}  # other initializations are distinguished by their name
     varied = [f for f in values if f not in on_axis and len({getattr(q, f) for q in rivals.get(f, shown)}) > 1]
     return ", ".join(_printable(values[f], shorten) for f in varied) or "held-out loss"
 

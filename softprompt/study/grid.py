@@ -30,7 +30,7 @@ from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
-# Settings that only some initialisations use. Under [settings] they apply to those cells of the grid alone.
+# Settings that only some initializations use. Under [settings] they apply to those cells of the grid alone.
 SETTINGS_OF_INIT = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
@@ -201,7 +201,7 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
 
 
 def _usable_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that the cell's initialisation does not use."""
+    """Return the settings without those that the cell's initialization does not use."""
     init = given.get("prompt_tuning_init", "RANDOM")
     return {name: value for name, value in given.items() if init in SETTINGS_OF_INIT.get(name, (init,))}
 

@@ -26,7 +26,7 @@ def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
     return [
         _doubling(results, "Longer prompts train better", "virtual tokens", lambda r: r.virtual_tokens),
         _hard_prompts(results),
-        _text_initialisation(results),
+        _text_initialization(results),
         _larger_bases(results),
         _doubling(results, "More rows train better", "rows", lambda r: r.rows),
         *_learning_rates(results),
@@ -63,7 +63,7 @@ def _larger_bases(results: Sequence[CellResult]) -> Finding:
     return _doubling(results, hypothesis, "parameters", lambda r: r.parameters)
 
 
-def _text_initialisation(results: Sequence[CellResult]) -> Finding:
+def _text_initialization(results: Sequence[CellResult]) -> Finding:
     comparisons: list[Comparison] = []
     results = at_best_learning_rate([r for r in results if r.init in ("TEXT", "RANDOM")], "init", "start")
     for key, group in group_by(results, key_without("init", "start", "learning_rate", "seed")).items():
@@ -100,7 +100,7 @@ def _evaluated_on(r: CellResult) -> Any:
 
 
 def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
-    """Compare each initialisation's default with the rate that is best on the other seeds, and with the article's."""
+    """Compare each initialization's default with the rate that is best on the other seeds, and with the article's."""
     trained = [r for r in results if r.trained]
     other_rates, article_rate = list[Comparison](), list[Comparison]()
     for key, group in group_by(trained, key_without("learning_rate", "seed")).items():

@@ -29,7 +29,7 @@ from softprompt.models.capabilities import (
 )
 from softprompt.models.loading import base_path, load_config, load_tokenizer, weight_files
 from softprompt.models.precision import resolve_device
-from softprompt.prompt.initial import initialiser
+from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure
 from softprompt.study.cell import Cell
 from softprompt.study.grid import Study, raise_cell_errors
@@ -237,7 +237,7 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
     trains_packed(cell.config, inputs.base.config, resolve_device(cell.config.model.device))
     if not inputs.held_out:
         raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
-    initialiser(cell.config, inputs.tokenizer, len(inputs.tokenizer))
+    initializer(cell.config, inputs.tokenizer, len(inputs.tokenizer))
     check_init_text(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
     check_rows_fit(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
     if cell.rows and cell.rows > len(inputs.examples):

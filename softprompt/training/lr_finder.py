@@ -32,8 +32,8 @@ RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how
 LEAST_STEPS = 10  # of each trial
 SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # share, most and fewest training rows that are set aside
 LEAST_GAIN = 0.01  # share of the initial loss by which a rate must lower it; else no rate is found
-TIE = 0.03  # losses within this share of the lowest are a tie; the smallest rate wins, as short runs favour large ones
-APART = 5  # rates whose ratio reaches this are far apart; neighbours among RATES are closer
+TIE = 0.03  # losses within this share of the lowest are a tie; the smallest rate wins, as short runs favor large ones
+APART = 5  # rates whose ratio reaches this are far apart; neighbors among RATES are closer
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Recognise out-of-memory errors, and retry with smaller batches."""
+"""Recognize out-of-memory errors, and retry with smaller batches."""
 
 import sys
 

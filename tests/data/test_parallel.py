@@ -1,4 +1,4 @@
-"""Worker processes change nothing but the time that tokenising takes."""
+"""Worker processes change nothing but the time that tokenizing takes."""
 
 import os
 import signal

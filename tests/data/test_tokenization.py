@@ -88,7 +88,7 @@ texts = st.text(max_size=30).filter(lambda s: "</s>" not in s)
     st.lists(st.fixed_dictionaries({"instruction": texts, "input": texts, "output": texts}), min_size=1),
     st.integers(10, 90),
 )
-def test_rows_are_tokenised_as_in_the_article(rows, max_length):
+def test_rows_are_tokenized_as_in_the_article(rows, max_length):
     tokenizer = shared_tokenizer()
     expected = [naive(row, tokenizer, max_length) for row in rows]
     with_target = [pair for pair in expected if set(pair[1]) != {-100}]

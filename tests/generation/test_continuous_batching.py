@@ -268,7 +268,7 @@ def test_on_token_gets_every_token(tokenizer):
 
 
 def test_bf16_follows_fp32(tokenizer):
-    """The first tokens are mostly the same; later ones diverge, since a random base has no clear favourite."""
+    """The first tokens are mostly the same; later ones diverge, since a random base has no clear favorite."""
     base = make_bloom(seed=2)
     asked = random_questions(6, 9)
     exact = answers_of("packed", freeze(copy.deepcopy(base), FP32), tokenizer, asked, GREEDY)

@@ -28,7 +28,7 @@ def prompt_like(base, P, seed=0):
     return torch.randn(P, base.config.hidden_size, generator=draw, dtype=torch.float64).to(base.dtype)
 
 
-def labelled(ids, keep):
+def labeled(ids, keep):
     """An example whose targets are the tokens that `keep` (booleans) marks."""
     return Example(ids, [token if kept else -100 for token, kept in zip(ids, keep, strict=True)])
 
@@ -37,7 +37,7 @@ def labelled(ids, keep):
 ROWS = st.lists(
     st.integers(1, 15).flatmap(
         lambda n: st.builds(
-            labelled,
+            labeled,
             st.lists(st.integers(4, 59), min_size=n, max_size=n),
             st.one_of(st.just([False] * n), st.lists(st.booleans(), min_size=n, max_size=n)),
         )

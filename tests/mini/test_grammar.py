@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from softprompt.data.template import Template
 from softprompt.mini import BASE_DIR, TASKS, rows
 from softprompt.mini.corpus import QUESTIONS_BACK, corpus
-from softprompt.mini.grammar import held_out, normalised, sentence, sentences
+from softprompt.mini.grammar import held_out, normalized, sentence, sentences
 from softprompt.mini.make import SIZES, main, make_model, make_tokenizer
 from softprompt.mini.words import RESERVED
 from softprompt.utils.errors import DataError
 
-HANDWRITTEN = {normalised(review) for review, _ in REVIEWS}
+HANDWRITTEN = {normalized(review) for review, _ in REVIEWS}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def instructions(split: str) -> list[str]:
 
 
 def test_eval_sentences_are_in_no_training_row() -> None:
-    train, evaluation = ({normalised(text) for text in instructions(split)} for split in ("train", "eval"))
+    train, evaluation = ({normalized(text) for text in instructions(split)} for split in ("train", "eval"))
     assert len(train) == 6400 and len(evaluation) == 200, "no sentence twice, in whatever punctuation"
     assert not train & evaluation
     assert not train & HANDWRITTEN
@@ -49,8 +49,8 @@ def test_eval_sentences_are_in_no_training_row() -> None:
 
 def test_eval_sentences_are_in_no_pretraining_text(pretraining_rows) -> None:
     """Each text of a row is looked at line by line, since a request may stand on a line beside the sentence."""
-    seen = {normalised(line) for row in pretraining_rows for line in row.user.splitlines()}
-    assert not seen & {normalised(text) for text in instructions("eval")}
+    seen = {normalized(line) for row in pretraining_rows for line in row.user.splitlines()}
+    assert not seen & {normalized(text) for text in instructions("eval")}
     assert not seen & HANDWRITTEN
 
 
@@ -93,7 +93,7 @@ def test_rows_are_bare_and_the_same_every_time() -> None:
 
 
 def test_rows_do_not_depend_on_the_process() -> None:
-    """Neither hash randomisation nor import order may change them; and no torch is imported to make them."""
+    """Neither hash randomization nor import order may change them; and no torch is imported to make them."""
     code = (
         "import sys, json; from softprompt.mini import rows; assert 'torch' not in sys.modules;"
         "print(json.dumps(rows('reply', 'eval', 20)))"

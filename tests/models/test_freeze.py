@@ -54,13 +54,13 @@ def test_only_embeddings_norms_biases_and_routers_are_wide(kind):
     assert word_embeddings(base).weight.dtype == torch.float32
 
 
-def test_a_base_that_was_loaded_quantised_is_refused(tiny_base, tokenizer):
+def test_a_base_that_was_loaded_quantized_is_refused(tiny_base, tokenizer):
     from transformers import BloomForCausalLM
     from transformers.quantizers import AutoHfQuantizer
 
     base = BloomForCausalLM.from_pretrained(tiny_base)
     base.hf_quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_8bit=True))
-    with pytest.raises(ModelError, match=r"stored quantised \(bitsandbytes\).*--load_in_4bit"):
+    with pytest.raises(ModelError, match=r"stored quantized \(bitsandbytes\).*--load_in_4bit"):
         freeze(base, torch.float32)
-    with pytest.raises(ModelError, match="stored quantised"):
+    with pytest.raises(ModelError, match="stored quantized"):
         SoftPromptModel(base, tokenizer, None)

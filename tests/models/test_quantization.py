@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bit: exactly that of the rounded weights, near the unquantised one, smaller, and refused where it
+"""A base in 8 or 4 bit: exactly that of the rounded weights, near the unquantized one, smaller, and refused where it
 cannot be."""
 
 import copy
@@ -83,7 +83,7 @@ BOUNDS = {8: 0.05, 4: 0.35}  # ‖g - g₀‖ / ‖g₀‖, as benchmarks/README
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_on_the_mini_base_the_gradient_stays_near_the_unquantised_one(bits):
+def test_on_the_mini_base_the_gradient_stays_near_the_unquantized_one(bits):
     base, draw = load_base(str(BASE_DIR), CPU, FP32), torch.Generator().manual_seed(2)
     words = base.get_input_embeddings().weight
     values, rows = words[torch.randint(4, len(words), (10,), generator=draw)], random_examples(16, 30, len(words))

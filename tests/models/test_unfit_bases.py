@@ -18,7 +18,7 @@ from softprompt.config.loader import train_config
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
-QUANTISED = {  # configuration of a quantised BLOOM, and how it is called
+QUANTIZED = {  # configuration of a quantized BLOOM, and how it is called
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
@@ -39,8 +39,8 @@ def unfit(request, tiny_base, tmp_path) -> Path:
     """A folder with a tokenizer and weights, and the configuration of something else."""
     folder = Path(shutil.copytree(tiny_base, tmp_path / "unfit"))
     config = json.loads((folder / "config.json").read_text())
-    if request.param in QUANTISED:
-        config["quantization_config"] = QUANTISED[request.param]
+    if request.param in QUANTIZED:
+        config["quantization_config"] = QUANTIZED[request.param]
     else:
         other = OTHERS[request.param][0]
         config = other.to_dict() if other else {"model_type": request.param}
@@ -49,10 +49,10 @@ def unfit(request, tiny_base, tmp_path) -> Path:
 
 
 def reason(kind: str) -> str:
-    return rf"stored quantised \({kind}\)" if kind in QUANTISED else OTHERS[kind][1]
+    return rf"stored quantized \({kind}\)" if kind in QUANTIZED else OTHERS[kind][1]
 
 
-EACH = pytest.mark.parametrize("unfit", [*QUANTISED, *OTHERS], indirect=True)
+EACH = pytest.mark.parametrize("unfit", [*QUANTIZED, *OTHERS], indirect=True)
 
 
 @EACH

@@ -87,7 +87,7 @@ def test_the_fingerprint_is_that_of_the_loaded_base(dtype, tied, tmp_path):
         assert one == other
 
 
-def test_a_large_base_is_recognised_by_samples(tmp_path, monkeypatch):
+def test_a_large_base_is_recognized_by_samples(tmp_path, monkeypatch):
     from softprompt.utils import fingerprints as module
 
     make_bloom(hidden_size=64).save_pretrained(tmp_path)
@@ -158,7 +158,7 @@ FAULTS = {
         lambda p: change(p, lambda h: h[NAME].pop("data_offsets") and None),
         rf"{NAME}: data_offsets is miss",
     ),
-    "a quantised one": (
+    "a quantized one": (
         lambda p: change(p, lambda h: h[NAME].update(dtype="I8")),
         rf"{NAME}: dtype I8 is not one of F64",
     ),

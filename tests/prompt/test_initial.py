@@ -1,4 +1,4 @@
-"""Initialisers that google-research/prompt-tuning has and PEFT lacks: class labels, and frequent tokens."""
+"""Initializers that google-research/prompt-tuning has and PEFT lacks: class labels, and frequent tokens."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def rows_of(prompt, words):
     return [next(i for i, word in enumerate(words) if torch.equal(word, vector)) for vector in prompt]
 
 
-def labelled(labels, **given):
+def labeled(labels, **given):
     return {"prompt_tuning_init": "CLASS_LABELS", "class_labels": labels, **given}
 
 
@@ -88,7 +88,7 @@ def test_a_population_smaller_than_P_is_drawn_with_replacement(tokenizer):
 def test_a_label_is_the_mean_of_its_token_embeddings(dtype, tokenizer):
     base = make_bloom().to(dtype)
     words = base.get_input_embeddings().weight.detach()
-    prompt = start(base, tokenizer, **labelled("正面, 很差,ok", num_virtual_tokens=7))
+    prompt = start(base, tokenizer, **labeled("正面, 很差,ok", num_virtual_tokens=7))
     assert prompt.shape == (7, 32) and prompt.dtype == torch.float32
     lengths = set()
     for vector, label in zip(prompt, ["正面", "很差", "ok"], strict=False):
@@ -119,8 +119,8 @@ def test_initial_prompts_equal_pefts_where_the_embedding_module_scales(kind, ini
     assert text is None or ratio == pytest.approx(1 if kind == "llama" else 32**0.5)
 
 
-@pytest.mark.parametrize("given", [{"vocab_population": 40}, labelled("正面,很差")], ids=["words", "labels"])
-def test_other_initialisers_use_the_outputs_of_the_embedding_module(given, tokenizer):
+@pytest.mark.parametrize("given", [{"vocab_population": 40}, labeled("正面,很差")], ids=["words", "labels"])
+def test_other_initializers_use_the_outputs_of_the_embedding_module(given, tokenizer):
     base = small_base("gemma")
     settings = {"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 6, **given}
     vectors = base.get_input_embeddings()(torch.arange(300))
@@ -136,7 +136,7 @@ def test_other_initialisers_use_the_outputs_of_the_embedding_module(given, token
 
 def test_labels_may_fill_the_whole_prompt(tokenizer):
     base = make_bloom()
-    prompt = start(base, tokenizer, **labelled("正面,负面", num_virtual_tokens=2))
+    prompt = start(base, tokenizer, **labeled("正面,负面", num_virtual_tokens=2))
     assert not torch.equal(prompt[0], prompt[1])
 
 
@@ -145,13 +145,13 @@ def test_labels_may_fill_the_whole_prompt(tokenizer):
     [
         ({"prompt_tuning_init": "CLASS_LABELS"}, "--prompt_tuning_init CLASS_LABELS needs --class_labels"),
         ({"class_labels": "a,b"}, "only used with --prompt_tuning_init CLASS_LABELS"),
-        (labelled("a,,b"), "an empty or repeated label"),
-        (labelled("a, "), "an empty or repeated label"),
-        (labelled("a,b,a"), "an empty or repeated label"),
-        (labelled("a,b,c", num_virtual_tokens=2), "3 labels for 2 virtual tokens"),
-        (labelled(",".join("abcdefghijk")), "11 labels for 10 virtual tokens"),
+        (labeled("a,,b"), "an empty or repeated label"),
+        (labeled("a, "), "an empty or repeated label"),
+        (labeled("a,b,a"), "an empty or repeated label"),
+        (labeled("a,b,c", num_virtual_tokens=2), "3 labels for 2 virtual tokens"),
+        (labeled(",".join("abcdefghijk")), "11 labels for 10 virtual tokens"),
         ({"vocab_population": 5}, "only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"),
-        (labelled("a,b", vocab_population=0), "--vocab_population 0 must be above 0"),
+        (labeled("a,b", vocab_population=0), "--vocab_population 0 must be above 0"),
     ],
     ids=str,
 )
@@ -183,11 +183,11 @@ def test_a_tokenizer_of_single_bytes_has_no_frequent_tokens():
 
 
 def test_peft_loads_a_run_from_class_labels(tmp_path: Path, tiny_base: Path):
-    """adapter_config.json names an initialisation that PEFT has; the model card names the labels."""
+    """adapter_config.json names an initialization that PEFT has; the model card names the labels."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "好", "output": "正面"}\n' * 4, encoding="utf-8")
     where = {"model_name_or_path": str(tiny_base), "dataset": str(rows), "output_dir": str(tmp_path / "run")}
-    run = softprompt.train(**where, max_steps=1, num_virtual_tokens=3, **labelled("正面,负面"))
+    run = softprompt.train(**where, max_steps=1, num_virtual_tokens=3, **labeled("正面,负面"))
     written = load_adapter(run.output_dir)
     assert written.config["prompt_tuning_init"] in [each.value for each in peft.PromptTuningInit]
     theirs = peft.PeftModel.from_pretrained(BloomForCausalLM.from_pretrained(tiny_base), run.output_dir)

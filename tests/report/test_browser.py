@@ -60,7 +60,7 @@ def test_pages_fit_every_width_and_load_no_other_file(name, pages, tab):
 def test_dark_mode_applies_on_screen_and_not_in_print(pages, tab):
     def shades(**media):
         tab.open(pages["one"], **media)
-        return [sum(int(n) for n in colour.strip("rgb()").split(",")[:3]) / 3 for colour in tab.ask(INKS)]
+        return [sum(int(n) for n in color.strip("rgb()").split(",")[:3]) / 3 for color in tab.ask(INKS)]
 
     page, ink = shades(prefers_color_scheme="light")
     assert page > 240 and ink < 60

@@ -119,7 +119,7 @@ def test_text_of_rows_is_escaped(run):
     assert "<b>好</b>" in told.text and "{{ 7*7 }}" in told.text
 
 
-def test_charts_use_the_colours_of_the_page_and_contain_no_text_of_the_user(run):
+def test_charts_use_the_colors_of_the_page_and_contain_no_text_of_the_user(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     pictures = "".join(re.findall(r"<svg .*?</svg>", html, re.S))
     assert "var(--ink)" in pictures and "var(--c0)" in pictures and "#0003" not in pictures

@@ -327,7 +327,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(n, world, tmp_path, ta
     older.rename(older.with_name("checkpoint-99"))
     assert find_checkpoint(config, print) == newest
     for what, count in tried.items():
-        table(f"a checkpoint's file {what}", count, "recognised; the one before is taken")
+        table(f"a checkpoint's file {what}", count, "recognized; the one before is taken")
     with pytest.raises(CheckpointError, match="it is of step 2"):
         find_checkpoint(parse_training(["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-99")]), print)
 

@@ -36,7 +36,7 @@ def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     assert [c.config.learning_rate for c in found.cells] == [0.03]
 
 
-def test_settings_of_an_initialisation_apply_to_its_cells_only(tmp_path):
+def test_settings_of_an_initialization_apply_to_its_cells_only(tmp_path):
     more = 'prompt_tuning_init_text = "看"\nclass_labels = "正面,负面"\nvocab_population = 50\n[[grid]]\n'
     found = study(tmp_path, HEAD + more + 'prompt_tuning_init = ["RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS"]\n')
     prompts = [c.config.prompt for c in found.cells]

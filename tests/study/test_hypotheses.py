@@ -64,7 +64,7 @@ def test_a_longer_prompt_that_halves_the_loss_with_each_doubling():
 
 
 def test_cells_that_differ_in_more_than_the_hypothesis_are_not_compared():
-    """They are longer, but also have another initialisation, context, number of rows, or seed."""
+    """They are longer, but also have another initialization, context, number of rows, or seed."""
     others = [{"init": "TEXT"}, {"context": "{1}"}, {"rows": 7}, {"seed": 9}, {"dataset": "e"}, {"base": "c"}]
     cells = points({}, *({"virtual_tokens": 20, "loss": 0.1, **other} for other in others))
     assert evaluate_hypotheses(cells)[LENGTHS].sentence.endswith("(no cells of the study can be compared).")
@@ -99,7 +99,7 @@ def test_the_best_hard_prompt_is_compared_with_the_best_soft_prompt():
     assert evaluate_hypotheses(elsewhere + seeds(1.0))[TEXTS].conclusion == UNDECIDED
 
 
-def test_text_and_random_initialisation():
+def test_text_and_random_initialization():
     cells = seeds(1.0) + seeds(0.5, init="TEXT", start="a text", learning_rate=1e-2)
     assert evaluate_hypotheses(cells)[STARTS].conclusion == HOLDS
     assert evaluate_hypotheses(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
@@ -178,7 +178,7 @@ def noise(draw, spread):
 
 
 def texts_beside_noise(draw, seed):
-    """Six text initialisations and one random one: six gains that share a run."""
+    """Six text initializations and one random one: six gains that share a run."""
     baseline = [replace(ONE, seed=seed, loss=noise(draw, 0.1))]
     return baseline + [
         replace(ONE, seed=seed, init="TEXT", start=str(n), loss=math.exp(-0.2) * noise(draw, 0.02)) for n in range(6)

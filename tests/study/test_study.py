@@ -40,9 +40,9 @@ def test_bases_and_rows_are_loaded_once_and_finished_cells_are_not_run_again(
         GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
     )
     loads, trained = Counted(monkeypatch, cell_runner, "read_base"), Counted(monkeypatch, cell_runner, "train")
-    tokenised = Counted(monkeypatch, study_plan, "tokenize_rows")
+    tokenized = Counted(monkeypatch, study_plan, "tokenize_rows")
     run_study(study)
-    assert (loads.calls, tokenised.calls, trained.calls) == (2, 1, 16)
+    assert (loads.calls, tokenized.calls, trained.calls) == (2, 1, 16)
     first = capsys.readouterr()
     assert "18 cells, 0 of them finished before" in first.out
     made = sorted((place.folder / "out" / "cells").iterdir())

@@ -125,7 +125,7 @@ def test_no_rate_is_found_if_none_lowers_the_loss(base, monkeypatch):
     "longer, slope, found", [(0.3, 1.0, 0.3), (0.1, 1.0, 0.1), (0.03, 1.0, None), (0.03, 0.001, 0.03)]
 )
 def test_no_rate_is_found_if_the_best_changes_too_much(longer, slope, found, base, monkeypatch):
-    """In the shorter rung, 0.3 is the best. A best rate that moves to a neighbour in the longer rung is found. One that
+    """In the shorter rung, 0.3 is the best. A best rate that moves to a neighbor in the longer rung is found. One that
     moves further is found only if the loss hardly depends on the rate."""
     trained = []
 

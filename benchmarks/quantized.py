@@ -1,8 +1,8 @@
-"""What a base in 8 or 4 bit costs and saves: `python benchmarks/quantised.py [--model_name_or_path FOLDER]`.
+"""What a base in 8 or 4 bit costs and saves: `python benchmarks/quantized.py [--model_name_or_path FOLDER]`.
 
 For each form of the base, in a process of its own: bytes of the blocks' linear layers as they are held; the process's
 resident memory once the base is there, and how far above it memory rose in one step over --rows rows; their loss behind
-a prompt of words, and how far the prompt's gradient g is from g₀, the unquantised base's: ‖g - g₀‖ / ‖g₀‖. Rows are
+a prompt of words, and how far the prompt's gradient g is from g₀, the unquantized base's: ‖g - g₀‖ / ‖g₀‖. Rows are
 held-out ones of mini:sentiment, or of --dataset.
 """
 
