@@ -24,9 +24,9 @@ from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
+from softprompt.engines.factory import padded_engine
 from softprompt.engines.memory_estimate import auto_tokens, total_memory
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights, bloom_shape
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -158,10 +158,10 @@ def _run_loop(
 
 def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
     if c.kind == "padded":
-        return PaddedEngine(base, tokenizer, c.rows_per_microbatch, c.dtype)
+        return padded_engine(base, tokenizer, c.dtype, c.rows_per_microbatch)
     device = word_embeddings(base).weight.device
     tokens = auto_tokens(bloom_shape(base.config), c.dtype, P, device, total_memory(device))
-    return PackedEngine(MicrobatchMajor(ResidentWeights(base, c.dtype)), tokens)
+    return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, c.dtype)), tokens)
 
 
 class TrainerStepTimer(TrainerCallback):

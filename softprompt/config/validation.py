@@ -101,10 +101,6 @@ def faults(
     yield from _training_faults(training)
     yield from _evaluation_faults(data, training)
     yield from _sharing_faults(sharing)
-    if model.engine == "padded":
-        for name in ("tokens_per_microbatch", "gradient_checkpointing"):
-            if getattr(training, name):
-                yield f"--{name} is a setting of the packed engine; leave out either it or --engine padded"
     if training.find_learning_rate and "learning_rate" in given:
         yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
 

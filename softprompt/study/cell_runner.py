@@ -7,13 +7,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config.train_args import DataArguments, ModelArguments
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, count_targets, end_tokens
-from softprompt.engines.factory import make_engine
+from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.generator import make_generator
@@ -91,9 +92,10 @@ class LoadedBase:
         }
         return FinishedCell(record, outcome.adapter)
 
-    def _evaluator(self, planned: PlannedCell, P: int = 0) -> Evaluator:
-        inputs = planned.inputs
-        engine = make_engine(planned.cell.config, self.base, inputs.tokenizer, self.dtype, P)
+    def _evaluator(self, planned: PlannedCell, prompt: Tensor | None = None) -> Evaluator:
+        inputs, config = planned.inputs, planned.cell.config
+        prompt = word_embeddings(self.base).weight[:1] if prompt is None else prompt
+        engine, _ = choose_engine(config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.examples)
         generator = make_generator(engine, self.base, inputs.tokenizer)
         batch_size = planned.cell.config.training.per_device_eval_batch_size
         return Evaluator(engine, generator, inputs.tokenizer, inputs.held_out, batch_size, inputs.held_out_missing)
@@ -103,7 +105,7 @@ class LoadedBase:
         config, inputs = planned.cell.config, planned.inputs
         values = initial_prompt(config, inputs.tokenizer, self.base)
         prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
-        evaluator, answers = self._evaluator(planned, len(values)), None
+        evaluator, answers = self._evaluator(planned, values), None
         metrics: Metrics = {}
         try:
             if planned.cell.trained:
@@ -147,7 +149,8 @@ class LoadedBase:
             for folder, record in zip(planned.members, records, strict=True)
         ]
         voting = planned.cell.voting or "majority_vote"
-        evaluation = evaluate_ensemble(self._evaluator(planned, P).engine, inputs.tokenizer, members, voting)
+        engine = self._evaluator(planned, members[0].prompt).engine
+        evaluation = evaluate_ensemble(engine, inputs.tokenizer, members, voting)
         return _Outcome(P, evaluation.metrics(), evaluation.answers)
 
     def _description(self, planned: PlannedCell) -> CellRecord:

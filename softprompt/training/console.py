@@ -66,7 +66,8 @@ def print_answer_end(end: str | None, tokenizer: Any) -> None:
         print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
 
 
-def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) -> None:
+def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, how: str | None = None) -> None:
+    """Print the sizes of prompt and base, and the engine. `how` says how the engine was chosen."""
     if config.model.print_model:
         print(model)
     print(model.trainable_parameters_line())
@@ -74,6 +75,8 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) ->
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
     print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
+    if how:
+        print(how)
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
         if slower > LEAST_SLOWER:

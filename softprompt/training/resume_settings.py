@@ -77,7 +77,7 @@ def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool
     left = on | {name for name, value in old.items() if value and name not in dropped and name not in given}
     dropped |= {name for name, by in ONLY_WITH.items() if given.keys() & set(by) and not left & set(by)}
     if not same_engine:
-        dropped |= {"tokens_per_microbatch"} | ({"gradient_checkpointing"} if given["engine"] == "padded" else set())
+        dropped |= {"tokens_per_microbatch"}
     return (dropped & old.keys()) - given.keys()
 
 

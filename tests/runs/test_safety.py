@@ -123,16 +123,16 @@ def test_trust_remote_code_cannot_be_set_from_a_file(tiny_base, tmp_path, capsys
 
 def test_random_states_are_restored(run_settings, monkeypatch):
     """With noise in every step, the resumed run is the same only if its generator goes on, too."""
-    from softprompt.engines.packed import PackedEngine
+    from softprompt.engines.microbatch_engine import MicrobatchEngine
 
-    accumulate = PackedEngine.accumulate
+    accumulate = MicrobatchEngine.accumulate
 
     def noisy(self, prompt, window, grad_scale):
         result = accumulate(self, prompt, window, grad_scale)
         prompt.weight.grad += 0.1 * torch.randn(prompt.weight.shape)
         return result
 
-    monkeypatch.setattr(PackedEngine, "accumulate", noisy)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", noisy)
     softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
@@ -171,9 +171,9 @@ def test_resuming_from_an_early_checkpoint_replaces_the_later_ones(run_settings,
 
 
 def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monkeypatch):
-    from softprompt.engines.packed import PackedEngine
+    from softprompt.engines.microbatch_engine import MicrobatchEngine
 
-    accumulate, calls = PackedEngine.accumulate, iter(range(1, 99))
+    accumulate, calls = MicrobatchEngine.accumulate, iter(range(1, 99))
 
     def spoiled(self, prompt, window, grad_scale):
         result = accumulate(self, prompt, window, grad_scale)
@@ -181,7 +181,7 @@ def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monk
             prompt.weight.grad[0, 0] = torch.inf
         return result
 
-    monkeypatch.setattr(PackedEngine, "accumulate", spoiled)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", spoiled)
     with pytest.raises(
         TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; continue with"
     ):

@@ -16,8 +16,8 @@ from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.factory import padded_engine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.generation.generator import make_generator
 from softprompt.models.bloom_weights import ResidentWeights
@@ -53,17 +53,17 @@ class Recorder:
         return False
 
 
-def engine_of(kind, base, tokenizer, rows=4, dtype=torch.float32):
+def engine_of(kind, base, tokenizer, tokens=60, dtype=torch.float32):
     base = freeze(base, dtype)
     if kind == "packed":
-        return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype)), tokens_per_microbatch=60)
-    return PaddedEngine(base, tokenizer, rows, dtype)
+        return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, dtype)), tokens_per_microbatch=tokens)
+    return padded_engine(base, tokenizer, dtype, tokens)
 
 
 def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, kind="padded", **settings):
     """Train a copy of `values` [P, H]. Return the prompt and the recorder of the callbacks."""
     args = TrainingArguments(**settings)
-    engine = engine_of(kind, base, tokenizer, args.per_device_train_batch_size, dtype)
+    engine = engine_of(kind, base, tokenizer, dtype=dtype)
     prompt, kept = PromptEmbedding(values), Recorder()
     train(engine, prompt, ListLoader(rows, args), args, learning_rate, kept)
     return prompt.weight.detach(), kept
@@ -144,7 +144,7 @@ def test_mini_base_equals_trainer_and_peft(kind, tmp_path):
     mine, kept = run(base, tokenizer, values, rows, 3e-2, kind=kind, **settings)
     # These losses fall to 1e-3, and log-softmax in fp32 rounds each at 1e-7 where its target is almost certain.
     for step, record in zip(kept.steps, history, strict=True):
-        assert step.loss == pytest.approx(record["loss"], rel=1e-5, abs=0 if kind == "padded" else 1e-6)
+        assert step.loss == pytest.approx(record["loss"], rel=1e-5, abs=1e-6)
     assert ((mine - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
@@ -154,7 +154,7 @@ def test_only_the_prompt_changes(dtype, kind, tokenizer):
     base, values = freeze(make_bloom(), dtype), random_init(4)(torch.empty(1, 32))
     rows = random_examples(20, 9)
     before = copy.deepcopy(base.state_dict())
-    engine = engine_of(kind, base, tokenizer, 4, dtype)
+    engine = engine_of(kind, base, tokenizer, dtype=dtype)
     prompt = PromptEmbedding(values)
     Evaluator(engine, make_generator(engine, base, tokenizer), tokenizer, rows[:5], 2)(prompt.weight.detach())
     assert torch.equal(prompt.weight, values)
@@ -247,7 +247,7 @@ def test_non_finite_loss_stops_the_run(kind, tokenizer):
 
 
 def test_exact_match_counts_answers(tokenizer):
-    engine = PaddedEngine(freeze(make_bloom(), torch.float32), tokenizer, 4, torch.float32)
+    engine = padded_engine(freeze(make_bloom(), torch.float32), tokenizer, torch.float32, 128)
     expected = [tokenizer(text)["input_ids"] for text in ("正面", "负面", "ok")]
     rows = [Example([70, *ids, 2], [-100, *ids, 2]) for ids in expected]
     given = [
@@ -283,7 +283,7 @@ def test_padded_engine_with_other_architectures(family, tokenizer):
     expected = naive_loss(base, values, rows)
     expected.backward()
     prompt = PromptEmbedding(values)
-    engine = PaddedEngine(freeze(base, torch.float32), tokenizer, 4, torch.float32)
+    engine = padded_engine(freeze(base, torch.float32), tokenizer, torch.float32, 128)
     total, count = engine.accumulate(prompt, rows, 1 / sum(sum(x != -100 for x in r.labels) for r in rows))
     assert total.item() / count == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(prompt.weight.grad, values.grad, rtol=1e-4, atol=1e-7)

@@ -18,7 +18,7 @@ from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -54,7 +54,7 @@ def base():
 
 
 def sweep(base, rows, args=ARGS, values=None, request=Never):
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     values = torch.zeros(3, 32) if values is None else values
     return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
 
@@ -66,7 +66,7 @@ def test_sweep_is_successive_halving_over_separate_runs(base, monkeypatch):
     found = sweep(base, rows)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
     aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     left, expected = list(RATES), {}
     for share, most in RUNGS:
         left = left[:most]
@@ -103,7 +103,7 @@ def test_sweep_does_not_change_the_initial_prompt(base):
 
 def test_sweep_steps_is_the_number_of_steps_taken(base):
     steps = []
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     rows = random_examples(70, 5)
     find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
     assert len(steps) == sweep_steps(24)
@@ -136,7 +136,7 @@ def test_no_rate_is_found_if_the_best_changes_too_much(longer, slope, found, bas
         return torch.tensor(1 + slope * abs(math.log(trained[-1][1] / best))), 1
 
     monkeypatch.setattr(find_rate, "train", lambda *args: trained.append((args[3].max_steps, args[4])))
-    monkeypatch.setattr(PackedEngine, "evaluate", loss)
+    monkeypatch.setattr(MicrobatchEngine, "evaluate", loss)
     swept = sweep(base, random_examples(70, 5), replace(ARGS, max_steps=400))
     assert swept.learning_rate == found and {steps for steps, _ in trained} == {20, 40}
     told = "contradict each other: 0.3 was best in the shorter ones, 0.03 in the longer"
@@ -155,7 +155,7 @@ def test_error_unrelated_to_the_rate_ends_the_sweep(base, monkeypatch):
     def died(*args):
         raise TrainingError("rank 0: rank 1 died")
 
-    monkeypatch.setattr(PackedEngine, "accumulate", died)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", died)
     with pytest.raises(TrainingError, match="rank 1 died"):
         sweep(base, random_examples(70, 5))
 

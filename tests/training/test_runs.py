@@ -195,12 +195,17 @@ def test_dry_run_describes_the_run_and_writes_nothing(engine, flags, tmp_path, c
 
 
 def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, monkeypatch):
-    out, _ = run_program(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
+    out, _ = run_program(
+        train, [*flags, "--engine", "packed", "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch
+    )
     assert "packed engine, 50 tokens at a time" in out
     state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
-    assert state["engine"] == {"tokens_per_microbatch": 50}
+    assert state["engine"] == {"engine": "packed", "tokens_per_microbatch": 50}
     out, _ = run_program(
-        train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch
+        train,
+        [*flags, "--engine", "packed", "--tokens_per_microbatch", "auto", "--gradient-checkpointing"],
+        capsys,
+        monkeypatch,
     )
     assert "packed engine, 1,024 tokens at a time" in out
 

@@ -12,7 +12,7 @@ import torch
 from helpers.short_runs import interrupted, outcome
 
 import softprompt
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.runs.checkpoints import checkpoints, fault_of
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import Stopped
@@ -28,13 +28,13 @@ def overflowing(run_settings, monkeypatch):
 @pytest.fixture
 def without_loss(overflowing, monkeypatch):
     """The same, but the skipped steps have no finite loss either."""
-    accumulate = PackedEngine.accumulate
+    accumulate = MicrobatchEngine.accumulate
 
     def spoiled(self, prompt, window, grad_scale):
         loss, targets = accumulate(self, prompt, window, grad_scale)
         return (loss if prompt.weight.grad.isfinite().all() else loss * math.nan), targets
 
-    monkeypatch.setattr(PackedEngine, "accumulate", spoiled)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", spoiled)
     return overflowing
 
 
