@@ -55,7 +55,7 @@ class FlagParser(argparse.ArgumentParser):
         """Return only the settings that `argv` gives. `--help` prints the help and exits with code 0.
 
         Raises:
-            ConfigError: an unknown flag, or a value that is not of the flag's type.
+            ConfigError: An unknown flag, or a value that is not of the flag's type.
         """
         if {"-h", "--help"} & set(argv):
             for action in self._actions:  # --max-length does what --max_length does; show one of them
@@ -81,7 +81,7 @@ def parse_setting(name: str, value: str) -> dict[str, Any]:
     """Parse one generation setting from text, as its command-line flag does.
 
     Raises:
-        ConfigError: no such setting, or a value of another type.
+        ConfigError: No such setting, or a value of another type.
     """
     return FlagParser([GenerationArguments]).parse([f"--{name}={value}"])
 
@@ -90,7 +90,7 @@ def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
     """Read `preset` and the settings of the dataclasses `groups` from a TOML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or holds an unknown setting.
+        ConfigError: The file cannot be read, is not TOML, or holds an unknown setting.
     """
     try:
         values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))

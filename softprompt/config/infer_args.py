@@ -180,7 +180,7 @@ def infer_config(**given: Any) -> InferConfig:
     """Return validated settings of inference from keyword arguments with the names of the flags.
 
     Raises:
-        ConfigError: an unknown setting, a value of a wrong type or out of range, or settings that contradict each
+        ConfigError: An unknown setting, a value of a wrong type or out of range, or settings that contradict each
             other; the message names all of them.
     """
     config = InferConfig(*build(INFER_GROUPS, given))

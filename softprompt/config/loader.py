@@ -75,7 +75,7 @@ def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
     """Return the preset of a run: the one it names, else `mini` unless it names a base of its own.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: There is no such preset.
     """
     if preset is not None and str(preset) not in PRESETS:
         hint = closest_name(str(preset), PRESETS)
@@ -90,7 +90,7 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     `training.resume_settings.merge_settings` completes the settings from the checkpoint and validates them.
 
     Raises:
-        ConfigError: an unknown preset or setting, a value of a wrong type or out of range, or settings that contradict
+        ConfigError: An unknown preset or setting, a value of a wrong type or out of range, or settings that contradict
             each other; the message names all of them.
     """
     config = unvalidated_config(preset, given)
@@ -101,7 +101,7 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     """Return settings after checking their names and types; `validated` checks their ranges and combinations.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value of a wrong type.
+        ConfigError: An unknown preset or setting, or a value of a wrong type.
     """
     for name in SECRETS:
         if given.get(name):
@@ -119,7 +119,7 @@ def validated(config: TrainConfig) -> TrainConfig:
     """Check ranges and combinations, and return the same settings.
 
     Raises:
-        ConfigError: a value out of range, or settings that contradict each other.
+        ConfigError: A value out of range, or settings that contradict each other.
     """
     parts = (config.model, config.data, config.prompt, config.training, config.sharing)
     if found := list(faults(*parts, config.given)):

@@ -33,7 +33,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     """Return one instance of each dataclass, from settings with the names of the flags.
 
     Raises:
-        ConfigError: unknown settings, or values that are not of their field's type; the message names all of them.
+        ConfigError: Unknown settings, or values that are not of their field's type; the message names all of them.
     """
     known, values = setting_types(groups), expand_paths(values)
     faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]

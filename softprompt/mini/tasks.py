@@ -57,10 +57,10 @@ def rows(task: str, split: str = "train", n: int | None = None, seed: int = 0) -
     All tasks have the same sentences. Those of `split="eval"` are held out (see `grammar.held_out`).
 
     Args:
-        n: the number of rows, by default that of SPLITS.
+        n: The number of rows, by default that of SPLITS.
 
     Raises:
-        DataError: an unknown task or split.
+        DataError: An unknown task or split.
     """
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)

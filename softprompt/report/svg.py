@@ -46,7 +46,7 @@ class ChartRenderer:
     """Draws the charts of one page. Ids within the SVGs are unique on the page.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
     """
 
     def __init__(self) -> None:

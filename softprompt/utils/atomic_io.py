@@ -30,7 +30,7 @@ def check_writable(path: Path, flag: str) -> None:
         flag: The flag that named it, for the error message.
 
     Raises:
-        OutputError: the path, or its nearest existing parent, is not a folder or cannot be written to.
+        OutputError: The path, or its nearest existing parent, is not a folder or cannot be written to.
     """
     nearest = path.absolute()
     while not os.path.lexists(nearest):
@@ -63,8 +63,8 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
     """Return the content of the file `name` in `folder`, opened as by `open_inside`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is larger than `limit` bytes, not a regular file, or a link that leads out of the folder.
+        FileNotFoundError: There is no such file.
+        ValueError: It is larger than `limit` bytes, not a regular file, or a link that leads out of the folder.
     """
     with open_inside(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
@@ -80,8 +80,8 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     may also lead to the cache's blobs.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a regular file, or a link that leads out of the folder.
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a regular file, or a link that leads out of the folder.
     """
     path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -104,7 +104,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         replace: Whether to replace what exists at `path`.
 
     Raises:
-        FileExistsError: something exists at `path` at the end of the block, and `replace` is false.
+        FileExistsError: Something exists at `path` at the end of the block, and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(f".{NEW}", f".{path.name}-", path.parent))

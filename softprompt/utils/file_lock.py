@@ -43,8 +43,8 @@ class ProcessLock:
         """Take the lock and return it.
 
         Raises:
-            OutputError: another process holds the lock.
-            OSError: the lock file cannot be created, or it is a symbolic link.
+            OutputError: Another process holds the lock.
+            OSError: The lock file cannot be created, or it is a symbolic link.
         """
         if self.path.is_symlink():  # older versions of filelock would follow it and truncate its target
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))

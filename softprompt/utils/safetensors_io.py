@@ -51,7 +51,7 @@ class StoredTensor:
             first: Index of the first value.
 
         Raises:
-            TrainingError: the file has become shorter, or cannot be read.
+            TrainingError: The file has become shorter, or cannot be read.
         """
         self._fill(target.view(-1), first)
 
@@ -101,7 +101,7 @@ def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, 
         The tensors by name. Their files stay open as long as a tensor exists.
 
     Raises:
-        ModelError: there are no such files, one that the index names is missing, or one is truncated or broken.
+        ModelError: There are no such files, one that the index names is missing, or one is truncated or broken.
     """
     if (folder / FILE).is_file():
         return _tensors_of(folder / FILE)
