@@ -74,7 +74,7 @@ def train(preset: str | None = None, **settings: Any) -> Run:
         The finished run: its folder, metrics and evaluations.
 
     Raises:
-        SoftpromptError: the settings, the data, the base or the output folder prevent the run.
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     with tolerant_streams():
         run = run_and_report(train_config(preset, **settings))
@@ -113,14 +113,14 @@ class SoftPromptModel:
             prompt: Learned prompt [P, H] fp32; None is the base without a prompt.
             template: Template of the questions, by default the article's.
             generation: Generation settings that override the article's.
-            compute_dtype: dtype of matrix products.
+            compute_dtype: Dtype of matrix products.
             engine: Value of infer.py's flag --engine.
             quantized: The base's quantized blocks, which `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
+            ModelError: Transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
                 prompt can precede the base's text (see `engines.padded.check_forward`).
-            ConfigError: see `engines.factory.engine_for_inference`.
+            ConfigError: See `engines.factory.engine_for_inference`.
         """
         check_not_quantized(base)
         self.base, self.tokenizer, self.compute_dtype = base, tokenizer, compute_dtype
@@ -154,10 +154,10 @@ class SoftPromptModel:
             device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.
 
         Raises:
-            AdapterError: an adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
+            AdapterError: An adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
                 given the name "none".
-            ModelError: the base cannot be loaded.
-            ConfigError: the device, the precision, the quantization or the engine is not available.
+            ModelError: The base cannot be loaded.
+            ConfigError: The device, the precision, the quantization or the engine is not available.
         """
         if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
@@ -183,7 +183,7 @@ class SoftPromptModel:
         Return the name.
 
         Raises:
-            AdapterError: see `from_pretrained`.
+            AdapterError: See `from_pretrained`.
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
@@ -194,7 +194,7 @@ class SoftPromptModel:
         """Make an adapter the active one, which answers questions that name no adapter.
 
         Raises:
-            AdapterError: the adapter is not loaded.
+            AdapterError: The adapter is not loaded.
         """
         find_adapter(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
@@ -208,8 +208,8 @@ class SoftPromptModel:
                 `generation.voting`.
 
         Raises:
-            ConfigError: there are fewer than two adapters, or `voting` has another value.
-            AdapterError: an adapter is unknown.
+            ConfigError: There are fewer than two adapters, or `voting` has another value.
+            AdapterError: An adapter is unknown.
         """
         return Ensemble(self, list(self.adapters) if adapters is None else adapters, voting)
 
@@ -267,10 +267,10 @@ class SoftPromptModel:
                 ignored.
 
         Raises:
-            ConfigError: a setting is unknown or invalid, or a question leaves no room for an answer.
-            ModelError: the base cannot generate behind a prompt.
-            DataError: a row lacks columns of the template.
-            AdapterError: an adapter is unknown.
+            ConfigError: A setting is unknown or invalid, or a question leaves no room for an answer.
+            ModelError: The base cannot generate behind a prompt.
+            DataError: A row lacks columns of the template.
+            AdapterError: An adapter is unknown.
         """
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
@@ -304,8 +304,8 @@ class SoftPromptModel:
         """Return for each question the likeliest of `choices`, and the probability of each among them.
 
         Raises:
-            ConfigError: there are fewer than two choices, or the same choice occurs twice.
-            DataError, AdapterError: see `stream`.
+            ConfigError: There are fewer than two choices, or the same choice occurs twice.
+            DataError, AdapterError: See `stream`.
         """
         check_choices(choices)
         return [
@@ -323,7 +323,7 @@ class SoftPromptModel:
         """Return for each question the log-likelihood of each of `answers`: log p(answer and end token | question).
 
         Raises:
-            ConfigError, DataError, AdapterError: see `stream`.
+            ConfigError, DataError, AdapterError: See `stream`.
         """
         return self._scores(self._encoded(prompts, adapter, where), answers)
 
@@ -332,7 +332,7 @@ class SoftPromptModel:
         else the article's.
 
         Raises:
-            ConfigError: a setting is unknown or invalid.
+            ConfigError: A setting is unknown or invalid.
         """
         return merge_settings(self._adapter_named(adapter or self.active_adapter).generation, given)
 

@@ -147,7 +147,7 @@ def parse_training(argv: Sequence[str]) -> TrainConfig:
     """Return the settings of `train`: flags override --config FILE.toml, which overrides the preset and the defaults.
 
     Raises:
-        ConfigError: a flag or the file is wrong.
+        ConfigError: A flag or the file is wrong.
     """
     parser = FlagParser(GROUPS, program_name("train"), "Learn a soft prompt for a frozen language model.")
     start = parser.add_argument_group("start")
@@ -165,7 +165,7 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
     """Return the settings of `infer`.
 
     Raises:
-        ConfigError: a flag is wrong.
+        ConfigError: A flag is wrong.
     """
     description = "Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal."
     return infer_config(**FlagParser(INFER_GROUPS, program_name("infer"), description).parse(argv))
@@ -175,7 +175,7 @@ def parse_chat(argv: Sequence[str]) -> InferConfig:
     """Return the settings of `chat`: those of `infer` except the ones that ask a question or name an evaluation.
 
     Raises:
-        ConfigError: a flag is wrong, or the command line asks a question.
+        ConfigError: A flag is wrong, or the command line asks a question.
     """
     asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
     description = "Hold a conversation on the terminal. Type /help there to list its commands."
@@ -197,7 +197,7 @@ def parse_export(argv: Sequence[str]) -> ExportConfig:
     """Return the settings of `export`; its arguments are the adapter's folder and flags.
 
     Raises:
-        ConfigError: an argument is wrong.
+        ConfigError: An argument is wrong.
     """
     description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
     usage = "ADAPTER --output DIR [--flag value …]"
@@ -210,7 +210,7 @@ def parse_study(argv: Sequence[str]) -> Study:
     """Return the study that `study` runs; its arguments are the study's file and flags.
 
     Raises:
-        ConfigError: an argument or the file is wrong.
+        ConfigError: An argument or the file is wrong.
     """
     description = "Train every cell of a grid of settings, and report what the results show."
     parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
@@ -228,7 +228,7 @@ def parse_report(argv: Sequence[str]) -> ReportConfig:
     """Return the settings of `report`; its arguments are folders of runs and flags.
 
     Raises:
-        ConfigError: an argument is wrong.
+        ConfigError: An argument is wrong.
     """
     description = "Write one HTML page about one run, or about several runs side by side."
     parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")

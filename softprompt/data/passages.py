@@ -17,7 +17,7 @@ def passages(source: str, tokenizer: Any, max_length: int) -> Examples:
     most max_length - 1 tokens before it, and from the soft prompt if there is one.
 
     Raises:
-        DataError: the file does not exist, is not UTF-8, or has fewer than two tokens.
+        DataError: The file does not exist, is not UTF-8, or has fewer than two tokens.
         ConfigError: `max_length` leaves passages without a target.
     """
     if max_length < 2:

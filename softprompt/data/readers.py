@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or is empty.
+        DataError: The file cannot be read, is not UTF-8, or is empty.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
@@ -69,7 +69,7 @@ def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
     (counted from 1).
 
     Raises:
-        DataError: the file cannot be read, or holds no row at all.
+        DataError: The file cannot be read, or holds no row at all.
     """
     rows = 0
     try:
@@ -95,7 +95,7 @@ def parse_jsonl_line(place: str, line: bytes, expected: str = "one object a line
     hold.
 
     Raises:
-        DataError: the line is not UTF-8, or not JSON.
+        DataError: The line is not UTF-8, or not JSON.
     """
     try:
         text = line.decode()
@@ -184,7 +184,7 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
     """Yield the rows of a parquet file, starting with row `first` (counted from 0). Row groups before it are not read.
 
     Raises:
-        DataError: the file is not a parquet file, or is damaged.
+        DataError: The file is not a parquet file, or is damaged.
     """
     from pyarrow.parquet import ParquetFile
 
@@ -215,7 +215,7 @@ def load_folder(path: Path) -> Any:
     """Load the Dataset or DatasetDict that save_to_disk wrote into a folder; its rows are memory-mapped.
 
     Raises:
-        DataError: the folder holds neither.
+        DataError: The folder holds neither.
     """
     from datasets import load_from_disk
 
@@ -232,7 +232,7 @@ def load_hub_dataset(source: str, config_name: str | None) -> Any:
     """Load the DatasetDict of a hub id.
 
     Raises:
-        DataError: there is no such dataset, or the hub cannot be reached.
+        DataError: There is no such dataset, or the hub cannot be reached.
     """
     from datasets import load_dataset
 

@@ -24,13 +24,13 @@ class Tokenized:
     """Tokenized rows: the examples that have a target, and counts.
 
     Attributes:
-        kept: the row number of each example, counted from 0.
-        missing: for each example, how many tokens of its answer were truncated; 0 if the answer is whole.
-        rows: number of all rows.
-        cut: number of rows that were truncated.
-        without_target: number of rows that were left out because they have no target.
-        empty_answers: number of rows with an empty answer.
-        cache: the cache file that the examples were read from, if any.
+        kept: The row number of each example, counted from 0.
+        missing: For each example, how many tokens of its answer were truncated; 0 if the answer is whole.
+        rows: Number of all rows.
+        cut: Number of rows that were truncated.
+        without_target: Number of rows that were left out because they have no target.
+        empty_answers: Number of rows with an empty answer.
+        cache: The cache file that the examples were read from, if any.
     """
 
     examples: Examples
@@ -102,11 +102,11 @@ def tokenize(
     still truncated.
 
     Args:
-        progress: show a progress bar on stderr.
-        workers: the number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
+        progress: Show a progress bar on stderr.
+        workers: The number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
 
     Raises:
-        DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
+        DataError: No row keeps a target, the chat template refuses a row, or a worker process was killed.
     """
     settings = (tokenizer, template, max_length, truncation_side)
     starts = range(0, len(rows), CHUNK)
@@ -206,7 +206,7 @@ def encode(
     """Tokenize rows as `tokenize` describes; `places` name the rows in error messages.
 
     Raises:
-        DataError: the chat template refuses a row.
+        DataError: The chat template refuses a row.
     """
     texts = [_rendered(place, row, tokenizer, template) for place, row in zip(places, rows, strict=True)]
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], template)

@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt export`, validated as those of `config.loader`."""
+"""Settings of `python -m softprompt export`, validated like those of `config.loader`."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,6 +9,8 @@ from softprompt.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExportArguments:
+    """The flags of the command."""
+
     _argument_group_name: ClassVar[str] = "export"
 
     output: str | None = option(None, "Write the model into this folder, which must not exist yet.")
@@ -16,7 +18,7 @@ class ExportArguments:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32",
         "Write all weights, the prompt included, in this dtype. float32 gives the answers of infer.py on a CPU; auto "
-        "takes the dtype of the base's files and rounds the prompt to it.",
+        "keeps the dtype of the base's files and rounds the prompt to it.",
     )
 
 
@@ -27,7 +29,7 @@ class ExportConfig:
     Args:
         adapter: Adapter folder.
         output: Folder to write.
-        model_name_or_path: The base; None: the one that the adapter names.
+        model_name_or_path: Folder or hub id of the base; None for the base that the adapter names.
         dtype: Dtype of the written weights, or "auto".
     """
 
@@ -45,7 +47,7 @@ def export_config(adapter: str, **given: Any) -> ExportConfig:
         given: The command's flags as keyword arguments.
 
     Raises:
-        ConfigError: A setting is unknown or has a wrong value, or there is no `output`.
+        ConfigError: A setting is unknown or has a wrong value, or `adapter` or `output` is missing.
     """
     (arguments,) = build([ExportArguments], given)
     if not arguments.output:

@@ -1,5 +1,4 @@
-"""Chat in a terminal: each line is a question of its own, answered as the adapter was trained to, or optionally a
-question behind earlier turns."""
+"""Chat in a terminal. Each line is a separate question, as in training; optionally, earlier turns precede it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,15 +8,15 @@ from softprompt.generation.adapters import NONE
 from softprompt.utils.errors import SoftpromptError
 
 HELP = """/adapter NAME    answer with another adapter: a name given with --adapter, or a folder
-/base            answer with the bare base, without a prompt
+/base            answer with the base alone, without a soft prompt
 /history N       put the last N turns before each question; 0 by default, since prompts are trained on single questions
 /set NAME VALUE  change a setting, such as /set temperature 0.7 or /set do_sample false; /set alone shows all settings
-/help            show this help; Ctrl-C stops an answer, the arrow keys bring earlier lines back
+/help            show this help; Ctrl-C stops an answer, the arrow keys recall earlier lines
 /quit            end the chat, like Ctrl-D"""
 
 
 class ChatModel(Protocol):
-    """What a chat needs of `api.SoftPromptModel`."""
+    """The part of `api.SoftPromptModel` that a chat uses."""
 
     adapters: Any
     active_adapter: str
@@ -32,14 +31,14 @@ class Chat:
     """A chat with a model.
 
     Attributes:
-        given: generation settings of this chat by name.
-        parse: turns the name and the text of a setting into that setting, as the command line's flags do.
-        read: shows a prompt and returns the next line; raises EOFError at the end.
-        write: shows a text as it is, without adding a line break.
-        stream: whether an answer is shown while it is written.
-        adapter: name of the adapter that answers.
-        history: how many earlier turns stand before a question.
-        turns: all turns so far, each a question and its answer.
+        given: Generation settings of this chat by name.
+        parse: Parses the name and text of a setting as the command line parses a flag; returns {name: value}.
+        read: Displays its argument before the cursor and returns the next line; raises EOFError at the end of input.
+        write: Displays a text without adding a line break.
+        stream: Whether an answer is displayed while it is generated.
+        adapter: Name of the adapter that answers.
+        history: Number of earlier turns that precede a question.
+        turns: All turns so far, each a question and its answer.
     """
 
     model: ChatModel
@@ -56,7 +55,8 @@ class Chat:
         self.adapter = self.model.active_adapter
 
     def run(self) -> None:
-        """Read and answer lines until /quit or the end of input. An error is shown, and the chat goes on."""
+        """Read and answer lines until /quit or the end of input. A SoftpromptError is displayed and does not end the
+        chat."""
         self.write("Each line is a question; /help lists the commands.\n")
         while True:
             try:
@@ -76,7 +76,12 @@ class Chat:
                 self.write(" …stopped\n")
 
     def answer(self, question: str) -> None:
-        """Answer a question and remember the turn. Several samples are shown one per line; the first is remembered."""
+        """Answer a question and append the turn to `turns`. Several samples are displayed one per line, and the first
+        one is kept.
+
+        Raises:
+            SoftpromptError: A setting is invalid, or the question cannot be answered.
+        """
         if not question:
             return
         single = self.model.settings(self.adapter, **self._answer_settings(self.given)).num_return_sequences == 1
@@ -87,7 +92,11 @@ class Chat:
         self.turns.append((question, texts[0]))
 
     def run_command(self, line: str) -> None:
-        """Run a line that begins with a slash."""
+        """Run a command, which is a line that begins with a slash.
+
+        Raises:
+            SoftpromptError: An adapter cannot be loaded, or a setting is invalid.
+        """
         name, *arguments = line.split(maxsplit=2)
         if name == "/help":
             self.write(HELP + "\n")
@@ -121,13 +130,13 @@ class Chat:
     def _set(self, arguments: list[str]) -> None:
         if len(arguments) == 2:
             changed = {**self.given, **self.parse(*arguments)}
-            self.model.settings(self.adapter, **self._answer_settings(changed))  # raises before a bad value is kept
+            self.model.settings(self.adapter, **self._answer_settings(changed))  # raises if the value is invalid
             self.given = changed
         else:
             self.write(f"{self.model.settings(self.adapter, **self._answer_settings(self.given))}\n")
 
     def _with_history(self, question: str) -> Any:
-        """The question as it is, or as the last message of a conversation behind the last turns."""
+        """Return the question; with a history, return a conversation of the last turns and the question."""
         earlier = self.turns[-self.history :] if self.history else []
         if not earlier:
             return question
@@ -136,5 +145,5 @@ class Chat:
 
     @staticmethod
     def _answer_settings(given: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what belongs to a call and not to an answer."""
+        """Return the settings of a single answer, without those of a call (seed, batch size)."""
         return {name: value for name, value in given.items() if name not in ("seed", "batch_size")}

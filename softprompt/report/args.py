@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt report`, validated as those of `config.loader`."""
+"""Settings of `python -m softprompt report`, validated as in `config.loader`."""
 
 import os
 from collections.abc import Sequence
@@ -12,11 +12,13 @@ from softprompt.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class ReportArguments:
+    """Flags of `python -m softprompt report`."""
+
     _argument_group_name: ClassVar[str] = "report"
 
     output_file: str | None = option(
         None,
-        f"Write the page into this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
+        f"Write the page to this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
         "several runs are given)",
     )
 

@@ -11,7 +11,8 @@ def loss_plot(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes
 
     Args:
         history: The records of metrics.jsonl.
-        eval_loss_base: Held-out loss of the base without a prompt, drawn as a dashed line; None if it is not known.
+        eval_loss_base: Held-out loss of the base without a prompt, in nats per target token; None if unknown. It is
+            drawn as a dashed line.
     """
     try:
         from matplotlib.figure import Figure

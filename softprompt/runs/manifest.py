@@ -21,13 +21,13 @@ class Kind:
     """A kind of output folder.
 
     Attributes:
-        name: what writes into the folder, for messages.
-        file: the file name of the manifest.
-        pattern: a regular expression that names in the manifest must match, so that a manifest from elsewhere cannot
+        name: What writes into the folder, for messages.
+        file: The file name of the manifest.
+        pattern: A regular expression that names in the manifest must match, so that a manifest from elsewhere cannot
             list other files.
-        older: returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognizes
+        older: Returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognizes
             them by their content.
-        beside: returns files of the folder's own that another command wrote into it without listing them.
+        beside: Returns files of the folder's own that another command wrote into it without listing them.
     """
 
     name: str
@@ -71,8 +71,8 @@ class Manifest:
         """List `names`, which are about to be written.
 
         Raises:
-            FileExistsError: one of them exists and is not the folder's own.
-            OSError: the manifest cannot be written.
+            FileExistsError: One of them exists and is not the folder's own.
+            OSError: The manifest cannot be written.
         """
         names = set(names)
         for name in self.foreign(names):
@@ -83,7 +83,7 @@ class Manifest:
         """List `names`, which this process has just written or is about to write.
 
         Raises:
-            OSError: the manifest cannot be written.
+            OSError: The manifest cannot be written.
         """
         if not set(names) <= (self._listed() or set()):
             self._write(self.names() | set(names))
@@ -92,8 +92,8 @@ class Manifest:
         """Write `files` into the folder, each atomically.
 
         Raises:
-            FileExistsError: one of them exists and is not the folder's own.
-            OSError: a file or the manifest cannot be written.
+            FileExistsError: One of them exists and is not the folder's own.
+            OSError: A file or the manifest cannot be written.
         """
         self.add(files)
         write_files(self.folder, files)

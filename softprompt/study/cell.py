@@ -30,7 +30,7 @@ class Cell:
 
     Args:
         config: The settings of the run, its seed included.
-        rows: How many training rows it uses, drawn by the seed. None: all.
+        rows: Number of training rows, drawn with the seed. None: all.
         trained: Whether the prompt is trained. False for a hard prompt, which is the embeddings of a text, and for an
             ensemble.
         voting: How the members of an ensemble vote; None unless the cell is an ensemble.

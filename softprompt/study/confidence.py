@@ -11,8 +11,8 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 
 def t_quantile(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t distribution with `degrees` (at least 1) degrees of freedom.
 
-    Above the table it is an expansion around the normal quantile (Abramowitz and Stegun, Handbook of Mathematical
-    Functions, 26.7.5), whose error is below 0.01 % there.
+    For more degrees of freedom than the table has, it uses an expansion around the normal quantile (Abramowitz and
+    Stegun, Handbook of Mathematical Functions, 26.7.5), whose error is below 0.01 % there.
     """
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]

@@ -35,13 +35,13 @@ from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
-# Length of a folder's name before its hash. File systems limit names to 255 bytes, and a Chinese character has three.
+# Largest length of a folder's name before its hash. File systems limit names to 255 bytes; a Chinese character takes 3.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 
 
 @dataclass(frozen=True)
 class CellInputs:
-    """What the cells over one base and one dataset share.
+    """The inputs that all cells with the same base and dataset share.
 
     Args:
         base: The base on the meta device: its modules without weights.
@@ -49,7 +49,7 @@ class CellInputs:
         examples: Training examples.
         held_out: Held-out examples.
         held_out_rows: The row of each held-out example.
-        held_out_missing: How many tokens of each held-out answer were cut off (see `data.tokenization.Tokenized`).
+        held_out_missing: How many tokens of each held-out answer were truncated (see `data.tokenization.Tokenized`).
         extent: The largest length and token id of all examples.
         fingerprints: Fingerprints of the base, the tokenizer and the rows.
     """
@@ -91,8 +91,8 @@ class PlannedCell:
 def plan_study(study: Study) -> list[PlannedCell]:
     """Read and tokenize all rows, read the configuration and tokenizer of each base, and check every cell.
 
-    Cells that mean the same run (10 virtual tokens by default or given, all rows or their number) are planned once.
-    If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
+    Cells that describe the same run are planned once, such as one with the default of 10 virtual tokens and one that
+    sets 10. If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
 
     Raises:
         SoftpromptError: A base or dataset does not exist, a cell has settings that cannot work, or no cell can run.
@@ -116,7 +116,8 @@ def plan_study(study: Study) -> list[PlannedCell]:
 
 
 def virtual_tokens(cell: Cell, inputs: CellInputs) -> int:
-    """Return the number of a cell's virtual tokens: as given, else that of its initial text, else the default."""
+    """Return the number of a cell's virtual tokens: the given one, else the length of its initial text in tokens, else
+    the default."""
     prompt = cell.config.prompt
     if prompt.num_virtual_tokens:
         return prompt.num_virtual_tokens
@@ -147,7 +148,7 @@ class _TokenizedRows(NamedTuple):
 class _InputCache:
     """Loads each tokenizer once, reads each dataset once, and tokenizes it once for each different tokenizer.
 
-    `refused` holds this project's errors among those for which a cell has no inputs.
+    `refused` holds the SoftpromptErrors among the errors that left cells without inputs.
     """
 
     def __init__(self) -> None:
@@ -243,7 +244,7 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
 
 
 def _identity(cell: Cell, inputs: CellInputs) -> str:
-    """Return what a cell's settings amount to, so that cells that mean the same run have the same identity."""
+    """Return a key that is equal for cells that describe the same run."""
     rows = None if cell.rows == len(inputs.examples) else cell.rows
     return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs), "rows": rows})
 
