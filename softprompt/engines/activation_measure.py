@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt.models.loading import word_embeddings
 from softprompt.utils.model_config import layers_and_heads
@@ -37,7 +38,7 @@ class ActivationMeasure(NamedTuple):
         return round(tokens * token)
 
 
-def measure_activations(base: nn.Module, run: Callable[[Tensor], Tensor]) -> ActivationMeasure:
+def measure_activations(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) -> ActivationMeasure:
     """Measure what `run` keeps.
 
     Args:
@@ -45,24 +46,21 @@ def measure_activations(base: nn.Module, run: Callable[[Tensor], Tensor]) -> Act
     """
     short, long = (_saved_bytes(base, run, T) for T in (SHORT, 2 * SHORT))
     quadratic = max(0.0, (long - 2 * short) / (2 * SHORT**2))
-    H = word_embeddings(base).weight.shape[1]  # type: ignore[arg-type]
+    H = word_embeddings(base).weight.shape[1]
     layers, _ = layers_and_heads(base.config)
     return ActivationMeasure(short / SHORT - quadratic * SHORT, quadratic, layers, 4 * H)
 
 
-def _saved_bytes(base: nn.Module, run: Callable[[Tensor], Tensor], T: int) -> int:
+def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int) -> int:
     """Return the bytes of the tensors that autograd saves for a row of T tokens, without the base's own tensors."""
-    sizes: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> None:  # the storage alone: there is no backward pass, and a tensor would keep its graph
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
-    weight = word_embeddings(base).weight  # type: ignore[arg-type]
+    weight = word_embeddings(base).weight
     embeddings = torch.zeros(T, weight.shape[1], device=weight.device, requires_grad=True)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run(embeddings + weight[:1].detach().float())
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        run(embeddings + weight[:1].detach().float())
     own = {t.untyped_storage().data_ptr() for t in (*base.parameters(), *base.buffers())}
-    del kept
-    return sum(size for pointer, size in sizes.items() if pointer not in own)
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)

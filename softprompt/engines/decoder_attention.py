@@ -112,10 +112,10 @@ def packed_attention(
         [1, S, N, D'], and no attention weights.
 
     Raises:
-        TypeError: The model does not pass keyword arguments on to its attention.
+        ModelError: The model does not pass keyword arguments on to its attention.
     """
     if packed_rows is None:
-        raise TypeError(f"{type(module).__name__} gets no keyword arguments of the model's forward")
+        raise ModelError(f"{type(module).__name__} gets no keyword arguments of the model's forward")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
     if q.device.type == "cpu":  # where attention in narrower dtypes is slow
         q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))

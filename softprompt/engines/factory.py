@@ -96,10 +96,10 @@ def choose_engine(
     if not verdict.is_right(dtype):
         if kind == "packed":
             raise ConfigError(f"--engine packed: {verdict}; leave it out")
-        return ChosenEngine(padded, f"padded engine: the packed one was {verdict}")
+        return ChosenEngine(padded, f"padded engine, because of the packed one: {verdict}")
     speed = verdict.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:
-        return ChosenEngine(padded, f"padded engine: {1 / speed:.1f} times as fast as the packed one")
+        return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
     return ChosenEngine(packed, f"packed engine: {verdict}; {speed:.1f} times as fast")
 
 

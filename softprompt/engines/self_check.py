@@ -61,11 +61,9 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         if self.failure:
-            return self.failure
-        return (
-            f"checked against the padded one on {self.rows} rows, gradient off by {self.gradient_error:.0e}, "
-            f"a token's loss by {self.loss_error:.0e}"
-        )
+            return f"it cannot run this base ({self.failure})"
+        off = f"gradient off by {self.gradient_error:.0e}, a token's loss by {self.loss_error:.0e}"
+        return f"checked against the padded one on {self.rows} rows, {off}"
 
 
 def rows_to_check(rows: Sequence[Example]) -> list[Example]:
@@ -97,7 +95,7 @@ def compare(packed: Engine, padded: Engine, prompt: Tensor, rows: Sequence[Examp
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return Verdict(len(rows), longest, failure=f"it cannot run this base: {reason}")
+        return Verdict(len(rows), longest, failure=reason)
     off = [_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected_losses, strict=True)]
     size = expected.norm().item()
     gradient_error = (gradient - expected).norm().item() / size if size else gradient.norm().item()

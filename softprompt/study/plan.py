@@ -27,6 +27,7 @@ from softprompt.models.capabilities import (
     check_vocabulary,
 )
 from softprompt.models.loading import base_path, load_config, load_tokenizer, weight_files
+from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure
 from softprompt.study.cell import Cell
@@ -233,6 +234,7 @@ def _read_base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
 
 def _check(cell: Cell, inputs: CellInputs) -> None:
     """Raise ConfigError if a cell's settings cannot work with its base and rows."""
+    resolve_device(cell.config.model.device)
     if not inputs.held_out:
         raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
     initializer(cell.config, inputs.tokenizer, len(inputs.tokenizer))

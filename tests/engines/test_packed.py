@@ -364,32 +364,6 @@ def test_in_fp16_the_sum_over_a_large_vocabulary_does_not_overflow():
     assert value.item() == pytest.approx(math.log(100_000), rel=1e-6) and x.grad.abs().max() == 0
 
 
-def test_other_bases_take_the_padded_engine(tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from softprompt.config.loader import train_config
-    from softprompt.engines.factory import make_engine
-    from softprompt.utils.errors import ConfigError
-
-    gpt2 = freeze(GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2)), FP32)
-    sliced = freeze(make_bloom(pretraining_tp=2, slow_but_exact=True), FP32)
-    bases = {"bloom": freeze(make_bloom(), FP32), "gpt2": gpt2, "sliced": sliced}
-
-    def engine(base, **given):
-        config = train_config(model_name_or_path="x", dataset="x", **given)
-        return str(make_engine(config, bases[base], tokenizer, FP32, 10))
-
-    assert engine("bloom") == "packed engine, 1,024 tokens at a time"
-    assert engine("bloom", engine="padded") == engine("gpt2") == engine("sliced") == "padded engine"
-    assert engine("bloom", tokens_per_microbatch=77) == "packed engine, 77 tokens at a time"
-    with pytest.raises(ConfigError, match="--engine packed is for BLOOM, and x is of type gpt2; leave it out"):
-        engine("gpt2", engine="packed")
-    with pytest.raises(ConfigError, match=r"this run takes the padded one; leave them out$"):
-        engine("gpt2", tokens_per_microbatch=77)
-    with pytest.raises(ConfigError, match="--gradient_checkpointing is a setting of the packed engine"):
-        engine("bloom", engine="padded", gradient_checkpointing=True)
-
-
 def test_the_token_budget_follows_the_memory():
     from softprompt.engines.memory_estimate import MAX_TOKENS, MIN_TOKENS, auto_tokens
     from softprompt.models.bloom_weights import BloomShape

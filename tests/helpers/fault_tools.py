@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import train
 from softprompt.cli import run_command
-from softprompt.engines import packed
+from softprompt.engines import prefix_schedule
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.training import loop as trainer
 from softprompt.training.callbacks import RunCallbacks
@@ -138,7 +138,7 @@ def signal_in_first_step(folder: Path) -> None:
 
 
 def signal_mid_window(folder: Path) -> None:
-    before(packed, "collate_packed", 4, _signal)  # each window has several micro-batches
+    before(prefix_schedule, "collate_packed", 4, _signal)  # each window has several micro-batches
 
 
 def signal_in_evaluation(folder: Path) -> None:

@@ -283,18 +283,6 @@ def test_a_base_without_weights(place, tmp_path, tiny_base):
         run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
 
 
-def test_a_setting_that_the_engine_of_a_cell_does_not_have(place, tmp_path, tiny_base, monkeypatch):
-    shutil.copytree(tiny_base, tmp_path / "sliced")
-    config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
-    config |= {"slow_but_exact": True, "pretraining_tp": 2}
-    (tmp_path / "sliced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    trained = Counted(monkeypatch, cell_runner, "train")
-    grid = f"[[grid]]\ngradient_checkpointing = true\nmodel_name_or_path = ['{tiny_base}', '{tmp_path / 'sliced'}']"
-    with pytest.raises(ConfigError, match=r"the cell .*sliced.*--gradient_checkpointing are settings of the packed"):
-        run_study(place(grid=grid))
-    assert trained.calls == 0 and not (place.folder / "out").exists()
-
-
 def test_two_studies_in_one_folder(place):
     study = place()
     (place.folder / "out").mkdir()

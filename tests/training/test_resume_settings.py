@@ -71,7 +71,7 @@ MERGED = {
     "another engine": (
         {"engine": "packed", "tokens_per_microbatch": 9, "gradient_checkpointing": True},
         {"engine": "padded"},
-        {"tokens_per_microbatch": None, "gradient_checkpointing": False},
+        {"tokens_per_microbatch": None, "gradient_checkpointing": True},
     ),
     "a rate that was found": (
         {"find_learning_rate": True},

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.programs import run_program
+from helpers.short_runs import interrupted
 from safetensors.torch import load_file
 
 import infer
@@ -18,6 +19,7 @@ from softprompt.config.loader import PRESETS, train_config
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
+from softprompt.engines import factory
 from softprompt.models.loading import load_tokenizer
 
 ROWS = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i in range(40)]
@@ -223,3 +225,17 @@ def test_warning_if_bf16_is_slow_on_the_cpu(tmp_path, monkeypatch, capsys):
     times[torch.bfloat16] = 1.0
     softprompt.train(output_dir=str(tmp_path / "b"), **settings)
     assert "bf16 matrix product" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("speed", "kept"), [(0.1, "padded"), (9.0, "packed")])
+def test_a_resumed_run_keeps_its_engine(speed, kept, run_settings, tmp_path, monkeypatch, capsys):
+    """Whichever one would be taken now."""
+    for number, measured in enumerate((speed, 1 / speed)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {number}"))
+        monkeypatch.setattr(factory, "measure_speed", lambda *args, measured=measured: measured)
+        if number == 0:
+            interrupted(run_settings, 5)
+        else:
+            softprompt.train(resume_from_checkpoint="run")
+    engines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Base ")]
+    assert [f"{kept} engine" in line for line in engines] == [True, True]
