@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from softprompt.config.schema import build, option, setting_types, type_faults
-from softprompt.config.shared_options import bf16_option, device_option, load_in_4bit_option, load_in_8bit_option
+from softprompt.config.schema import build, option, same_option, setting_types, type_faults
+from softprompt.config.train_args import ModelArguments
 from softprompt.config.validation import precision_faults, quantization_faults, seed_faults
 from softprompt.config.value_parsers import parse_columns, parse_labels
 from softprompt.utils.errors import ConfigError
@@ -91,14 +91,14 @@ class AdapterArguments:
         "(default: the newest adapter under runs/)",
     )
     model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
-    device: str = device_option()
-    bf16: bool | None = bf16_option()
+    device: str = same_option(ModelArguments, "device")
+    bf16: bool | None = same_option(ModelArguments, "bf16")
     fp16: bool | None = option(
         None,
         "Compute in fp16 autocast; `--fp16 false` computes in fp32. (default: true on a GPU without bf16, else false)",
     )
-    load_in_8bit: bool = load_in_8bit_option()
-    load_in_4bit: bool = load_in_4bit_option()
+    load_in_8bit: bool = same_option(ModelArguments, "load_in_8bit")
+    load_in_4bit: bool = same_option(ModelArguments, "load_in_4bit")
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
         "Choose how answers are generated. packed: fast, for BLOOM; padded: transformers' generate, for any causal "

@@ -24,6 +24,13 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def same_option(group: type, name: str) -> Any:
+    """Return a new field like that of `name` in another dataclass: Python does not allow two dataclasses to share
+    one."""
+    shared = next(f for f in fields(group) if f.name == name)
+    return option(shared.default, shared.metadata["help"])
+
+
 def setting_types(groups: Sequence[type]) -> dict[str, Any]:
     """Return the type of every setting in the dataclasses `groups`, by its name."""
     return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}

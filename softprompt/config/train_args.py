@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from softprompt.config.schema import option
-from softprompt.config.shared_options import bf16_option, device_option, load_in_4bit_option, load_in_8bit_option
 
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
@@ -28,8 +27,12 @@ class ModelArguments:
         "Train over this base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the small "
         "model in this package. (default: the preset's)",
     )
-    device: str = device_option()
-    bf16: bool | None = bf16_option()
+    device: str = option("auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.")
+    bf16: bool | None = option(
+        None,
+        "Compute in bf16 autocast; `--bf16 false` computes in fp32. (default: true on a GPU that supports bf16, else "
+        "false)",
+    )
     fp16: bool | None = option(
         None,
         "Compute in fp16 autocast with a GradScaler; `--fp16 false` computes in fp32. (default: true on a GPU without "
@@ -61,8 +64,14 @@ class ModelArguments:
         "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the "
         "system's folder for temporary files)",
     )
-    load_in_8bit: bool = load_in_8bit_option()
-    load_in_4bit: bool = load_in_4bit_option()
+    load_in_8bit: bool = option(
+        False, "Quantize the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
+    )
+    load_in_4bit: bool = option(
+        False,
+        "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
+        "Needs the packed engine.",
+    )
     print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Selection, find_splits
 from softprompt.data.stream_loader import StreamLoader
-from softprompt.data.stream_sources import Raw, SkipFirst, Source, first_rows, open_source, parse_row
+from softprompt.data.stream_sources import Raw, Source, open_source, parse_row, skip_first
 from softprompt.data.template import CHAT, Template
 from softprompt.data.token_cache import cached
 from softprompt.data.tokenization import Encoded, Tokenized, encode, tokenize
@@ -92,14 +93,15 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
     if source.rows is None and config.training.max_steps <= 0:
         raise ConfigError(f"--max_steps is missing: how many rows {dataset} has is not known before they are all read")
     held = data.eval_rows
-    first = check_rows(dataset, map(parse_row, first_rows(source, held + ROWS_CHECKED_FIRST)), template, config.columns)
+    beginning = islice(source.read(0), held + ROWS_CHECKED_FIRST)
+    first = check_rows(dataset, map(parse_row, beginning), template, config.columns)
     if not first:
         raise DataError(f"{dataset} holds no rows; expected at least one with instruction and output")
     if held >= len(first):
         raise DataError(f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on")
     held_out = _Part(first[:held]) if held else _held_out(config, template, source.selection)
     notices = [*source.notices, *held_out.notices, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
-    return Rows(first[held:], held_out.rows, SkipFirst(source, held), notices)
+    return Rows(first[held:], held_out.rows, skip_first(source, held), notices)
 
 
 def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
@@ -124,7 +126,7 @@ def _held_out(config: TrainConfig, template: Template, training: Selection | Non
     if data.streaming and local_path(dataset) is None:
         source = open_source(dataset, name, data.eval_split, flag=flag)
         _refuse_training_rows(dataset, source.selection, training)
-        return _Part(check_rows(dataset, map(parse_row, source.read()), template, config.columns), source.selection)
+        return _Part(check_rows(dataset, map(parse_row, source.read(0)), template, config.columns), source.selection)
     splits = find_splits(dataset, name)
     selected = splits.select(data.eval_split, flag)
     _refuse_training_rows(dataset, selected.selection, training)
