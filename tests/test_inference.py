@@ -12,7 +12,8 @@ from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, ru
 
 import infer
 import softprompt
-from softprompt.cli import COMMANDS, parse_inference, run_command
+from softprompt.cli import COMMANDS, run_command
+from softprompt.config.command_line import parse_inference
 from softprompt.data.template import Template
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.generation.likelihood import answer_examples, log_likelihoods

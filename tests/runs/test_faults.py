@@ -23,7 +23,7 @@ from helpers.short_runs import ROWS
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 
-from softprompt.cli import parse_training
+from softprompt.config.command_line import parse_training
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.runs.checkpoints import checkpoints, fault_of

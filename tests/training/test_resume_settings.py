@@ -9,7 +9,7 @@ import pytest
 from helpers.short_runs import interrupted
 
 import softprompt
-from softprompt.cli import parse_training
+from softprompt.config.command_line import parse_training
 from softprompt.config.loader import train_config
 from softprompt.runs.train_state import run_folder
 from softprompt.training.auto_resume import with_auto_resume

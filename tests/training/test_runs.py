@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import infer
 import softprompt
 import train
-from softprompt.cli import parse_inference, parse_training
+from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.loader import PRESETS, train_config
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
