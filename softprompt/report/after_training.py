@@ -24,14 +24,15 @@ from softprompt.runs.run_files import run_files
 from softprompt.runs.run_reader import Facts, read_run
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.result import Run
+from softprompt.training.run import Observer
 from softprompt.utils.errors import PushError
 from softprompt.utils.shell_commands import argument, command
 
 Say = Callable[[str], object]
 
 
-class ReportAndPush:
-    """An observer of a run (see `training.run`): writes its report, and uploads the run with `--push_to_hub`."""
+class ReportAndPush(Observer):
+    """Writes the report of a run, and uploads the run with `--push_to_hub`."""
 
     def __init__(self) -> None:
         self.facts: Facts = {}

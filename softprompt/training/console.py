@@ -1,7 +1,7 @@
 """What a run prints before it starts: rows, model, steps, and whether the learning rate can move the prompt."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,26 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) ->
     held = f" in {bits} bit" if bits else ""
     print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
-        slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
-        if slower > LEAST_SLOWER:
-            print(
-                f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; "
-                "leave out --bf16"
-            )
+        warn_if_bf16_is_slow()
+
+
+def product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
+    """Return the seconds that a small matrix product takes: the faster of two trials."""
+    a, seconds = torch.ones(edge, edge, dtype=dtype), []
+    for _ in range(2):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def warn_if_bf16_is_slow(seconds_of: Callable[[torch.dtype], float] = product_seconds) -> None:
+    """Compare the seconds that a matrix product takes in bf16 and in fp32, on the CPU."""
+    slower = seconds_of(torch.bfloat16) / seconds_of(torch.float32)
+    if slower > LEAST_SLOWER:
+        print(
+            f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; leave out --bf16"
+        )
 
 
 def print_steps(
@@ -106,16 +120,6 @@ def print_steps(
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
-
-
-def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
-    """Return the seconds that a small matrix product takes: the faster of two trials."""
-    a, seconds = torch.ones(edge, edge, dtype=dtype), []
-    for _ in range(2):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def _start(config: TrainConfig) -> str:

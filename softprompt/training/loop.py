@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +25,25 @@ LEAST_SCALE = 1e-4  # of a GradScaler; an overflow at a smaller scale is not cau
 NAMED = 64  # the most rows of a step that an error names
 
 
-class Callbacks(Protocol):
-    """What the loop calls. The loop itself knows nothing of reports, files or terminals."""
+class Callbacks:
+    """What the loop calls; by default nothing happens. The loop itself knows nothing of reports, files or terminals."""
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
 
     def on_evaluate(self, step: Step) -> bool:
         """Evaluate the prompt; return whether it is to be saved."""
-        ...
+        return False
 
     def on_save(self, step: Step, state: TrainingState) -> None: ...
 
     def wants_to_stop(self) -> bool:
         """Whether to stop after this step. The loop calls this once per step, so that all ranks agree and stop after
         the same step."""
-        ...
+        return False
 
 
-class QuietCallbacks:
+class QuietCallbacks(Callbacks):
     """Callbacks of a short training run that writes and prints nothing, such as a cell of a study or a trial of a
     learning rate. `on_every_step` is called after each step; `code` is the exit code of a request to stop, or None."""
 
@@ -54,13 +53,6 @@ class QuietCallbacks:
 
     def on_step(self, step: Step) -> None:
         self.on_every_step()
-
-    def on_log(self, metrics: Metrics) -> None: ...
-
-    def on_evaluate(self, step: Step) -> bool:
-        return False
-
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
 
     def wants_to_stop(self) -> bool:
         self.code = self.stop.exit_code

@@ -103,6 +103,8 @@ def find_learning_rate(
     rows_per_step: int,
     request: StopSource,
     on_step: Callable[[], object] = lambda: None,
+    rates: Sequence[float] = RATES,
+    tie: float = TIE,
 ) -> Sweep:
     """Run the sweep.
 
@@ -110,6 +112,8 @@ def find_learning_rate(
         values: initial values of the prompt, [P, H] fp32; they are not changed.
         total: number of steps of the run that follows.
         on_step: called after every step of the sweep.
+        rates, tie: see `successive_halving`.
+
     Raises:
         Stopped: `request` asked to stop.
         TrainingError: an error that would end the run at any rate, such as a lack of memory or a lost rank.
@@ -137,14 +141,33 @@ def find_learning_rate(
         loss = loss_of(prompt.weight.detach())
         return loss if math.isfinite(loss) else math.inf
 
-    start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
+    return successive_halving(loss_of(values.to(engine.device)), loss_after, total, rates, tie)
+
+
+def successive_halving(
+    start: float,
+    loss_after: Callable[[float, int], float],
+    total: int,
+    rates: Sequence[float] = RATES,
+    tie: float = TIE,
+) -> Sweep:
+    """Choose among `rates`.
+
+    Args:
+        start: loss of the initial prompt.
+        loss_after: trains the initial prompt at a rate for a number of steps, and returns its loss.
+        total: number of steps of the run that follows.
+        tie: see TIE.
+    """
+    losses: dict[float, float] = {}
+    left = list(rates)
     for share, most in RUNGS:
         left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the rung before comes first
         losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
     lowest = min(losses[rate] for rate in left)
     if not lowest < start * (1 - LEAST_GAIN):
         return Sweep(None, "no rate lowered the loss within the sweep", start, losses)
-    close = [rate for rate in left if losses[rate] <= lowest * (1 + TIE)]
+    close = [rate for rate in left if losses[rate] <= lowest * (1 + tie)]
     found, before = min(close), left[0]
     if before not in close and not 1 / APART < found / before < APART:
         why = f"its trials contradict each other: {before:g} was best in the shorter ones, {found:g} in the longer"

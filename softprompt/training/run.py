@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -42,20 +42,19 @@ MAY_DIFFER = {  # settings that may differ between ranks, such as paths, which d
 }
 
 
-class Observer(Protocol):
-    """Called by a run on rank 0. It does what the training package does not know about: the report and the upload."""
+class Observer:
+    """Called by a run on rank 0. It does what the training package does not know about: the report and the upload. By
+    default nothing happens."""
 
     def check(self, config: TrainConfig, output_dir: Path) -> None:
         """Raise SoftpromptError for what would fail after training. Called before any row is read."""
-        ...
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """The base has been evaluated, and training is about to start."""
-        ...
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
         """The run has ended and is written. Return it, possibly with added fields."""
-        ...
+        return run
 
 
 def run_training(config: TrainConfig, world: World | None = None, observer: Observer | None = None) -> Run:
@@ -71,9 +70,10 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
+    observer = observer or Observer()
     starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
     config = with_auto_resume(config, world.all_gather(has_saved(config, starts))[0])
-    setup = world.run_on_all(lambda: set_up(config, world, observer.check if observer else None))
+    setup = world.run_on_all(lambda: set_up(config, world, observer.check))
     world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
@@ -110,7 +110,7 @@ def _train(
     world: World,
     request: StopRequest,
     starts: Sequence[Sequence[str]],
-    observer: Observer | None,
+    observer: Observer,
 ) -> Run:
     with torch.no_grad():
         setup.prompt.weight.copy_(world.broadcast(setup.prompt.weight))
@@ -119,13 +119,11 @@ def _train(
         setup = with_found_rate(setup, stop, show_bar=world.is_main)
     setup = setup._replace(output_dir=output_dir)
     callbacks = RunCallbacks(setup, world, stop, starts)
-    observer = observer if world.is_main else None
+    observer = observer if world.is_main else Observer()
     callbacks.print_start()
     try:
         with callbacks.log:
-            begun = callbacks.begin()
-            if observer:
-                observer.begin(begun, callbacks)
+            observer.begin(callbacks.begin(), callbacks)
             start = setup.start
             train(
                 setup.engine,
@@ -137,8 +135,7 @@ def _train(
                 start.state,
             )
             callbacks.stop_if_asked()
-            run = callbacks.finish()
-            return observer.end(run, callbacks) if observer else run
+            return observer.end(callbacks.finish(), callbacks)
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(output_dir)}") from None
     except DataError as error:  # a row of a stream that cannot be read
