@@ -301,7 +301,7 @@ def test_choices(place, capsys, monkeypatch):
     for name in ("a", "b", "none"):
         (verdict,) = model.classify(["这部电影"], choices, adapter=name)
         tuned = model.adapters.get(name)
-        template = tuned.template if tuned else softprompt.api.Template()
+        template = tuned.template if tuned else Template()
         text = model.tokenizer(template.render(template.row("这部电影"), model.tokenizer))["input_ids"]
         scores = []
         for choice in choices:
