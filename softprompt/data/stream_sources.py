@@ -20,7 +20,8 @@ from softprompt.data.readers import (
     parquet_rows,
     parse_jsonl_line,
 )
-from softprompt.data.splits import TRAIN, Selection, choose, find_splits, hub_dataset_id
+from softprompt.data.split_files import TRAIN
+from softprompt.data.splits import Selection, choose, find_splits, hub_dataset_id
 from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 

@@ -15,7 +15,7 @@ from softprompt.data.template import never_written
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
-from softprompt.training.loop import farthest_move, learning_rates
+from softprompt.training.optimizer import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
 LEAST_MOVE = 0.1

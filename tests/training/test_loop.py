@@ -24,7 +24,8 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.runs.state import Step
-from softprompt.training.loop import learning_rates, train
+from softprompt.training.loop import train
+from softprompt.training.optimizer import learning_rates
 from softprompt.utils.errors import TrainingError
 
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
