@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from softprompt.config.arg_parser import parse_setting
-from softprompt.config.infer_args import InferConfig, has_splits
+from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from softprompt.config.arg_parser import FlagParser, read_toml
-from softprompt.config.infer_args import INFER_GROUPS, InferConfig, QuestionArguments, infer_config
+from softprompt.config.infer_args import INFER_GROUPS, QuestionArguments
+from softprompt.config.infer_config import InferConfig, infer_config
 from softprompt.config.loader import GROUPS, PRESETS, TrainConfig, train_config
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.shell_commands import command, program_name

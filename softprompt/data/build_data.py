@@ -11,6 +11,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
+from softprompt.data.encoding import Encoded, encode
 from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Selection, find_splits
@@ -18,7 +19,7 @@ from softprompt.data.stream_loader import StreamLoader
 from softprompt.data.stream_sources import Raw, Source, open_source, parse_row, skip_first
 from softprompt.data.template import CHAT, Template
 from softprompt.data.token_cache import cached
-from softprompt.data.tokenization import Encoded, Tokenized, encode, tokenize
+from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.mini import rows as mini_rows
 from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.torchrun_env import is_main

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from softprompt.data.encoding import text_ids
 from softprompt.data.examples import IGNORE, Example, Examples
 from softprompt.data.readers import read_text
-from softprompt.data.tokenization import text_ids
 from softprompt.utils.errors import ConfigError, DataError
 
 

@@ -11,9 +11,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softprompt.data.readers import READERS, LocatedRows, first_line, load_folder, load_hub_dataset, local_path
+from softprompt.data.hub_datasets import load_folder, load_hub_dataset
+from softprompt.data.readers import READERS, LocatedRows, local_path
 from softprompt.data.split_files import TRAIN, listed, shards, splits_of_files
-from softprompt.utils.errors import DataError
+from softprompt.utils.errors import DataError, first_line
 
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # the first of these that exists is the default held-out split
 SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")

@@ -11,18 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softprompt.data.readers import (
-    first_line,
-    from_hub,
-    is_blank_line,
-    jsonl_lines,
-    local_path,
-    parquet_rows,
-    parse_jsonl_line,
-)
+from softprompt.data.hub_datasets import from_hub
+from softprompt.data.readers import is_blank_line, jsonl_lines, local_path, parquet_rows, parse_jsonl_line
 from softprompt.data.split_files import TRAIN
 from softprompt.data.splits import Selection, choose, find_splits, hub_dataset_id
-from softprompt.utils.errors import ConfigError, DataError
+from softprompt.utils.errors import ConfigError, DataError, first_line
 from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 
 Raw = tuple[str, Any]  # the place of a row, and the row itself or its unparsed line

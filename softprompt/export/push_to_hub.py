@@ -10,7 +10,7 @@ from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, 
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.runs.run_files import run_files
 from softprompt.utils import hub
-from softprompt.utils.errors import ConfigError, PushError
+from softprompt.utils.errors import ConfigError, PushError, first_line
 from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import argument
 
@@ -118,5 +118,4 @@ def upload_command(name: str, folder: Path, sharing: SharingArguments) -> str:
 
 def _line(error: Exception) -> str:
     """Return the first line of an error's message, without secrets."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redacted((lines or [type(error).__name__])[0][:300].rstrip("."))
+    return redacted(first_line(error, 300).rstrip("."))

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from softprompt.config.schema import is_text
 from softprompt.data.dataset import Row, question
+from softprompt.data.encoding import prompt_ids
 from softprompt.data.template import Template
-from softprompt.data.tokenization import prompt_ids
 from softprompt.generation.adapters import NONE, AdapterNames, LoadedAdapter, find_adapter
 from softprompt.utils.errors import ConfigError, DataError
 

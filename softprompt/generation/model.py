@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.config.infer_args import Voting, generation_faults
+from softprompt.config.infer_args import Voting
+from softprompt.config.infer_config import generation_faults
 from softprompt.config.schema import AUTO
 from softprompt.config.validation import precision_faults, quantization_bits, quantization_faults
 from softprompt.data.template import Template

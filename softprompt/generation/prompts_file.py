@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from softprompt.config.infer_args import InferConfig
+from softprompt.config.infer_config import InferConfig
 from softprompt.config.schema import is_text
 from softprompt.config.validation import quantization_bits
 from softprompt.data.dataset import load_prompts

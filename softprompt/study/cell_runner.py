@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from softprompt.config.train_args import DataArguments, ModelArguments
+from softprompt.config.data_args import DataArguments
+from softprompt.config.train_args import ModelArguments
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, count_targets, end_tokens

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
+from softprompt.config.data_args import DataArguments
+from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.data.build_data import Rows, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import total_steps
 from softprompt.data.dataset import Row

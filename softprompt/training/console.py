@@ -9,9 +9,9 @@ import torch
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import quantization_bits
+from softprompt.data.chat_template import never_written
 from softprompt.data.dataloader import WindowLoader, rows_of_a_step
 from softprompt.data.dataset import Row
-from softprompt.data.template import never_written
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from softprompt.config.schema import is_text
 from softprompt.generation import model as inference
 from softprompt.models import loading as model
-from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter
 from softprompt.utils.errors import DataError, SoftpromptError
 
 TEXT = st.text(max_size=8) | st.sampled_from(["", "好", "a\nb", '"', "\u2028", "\ud83d", "\0", "a,b"])

@@ -293,7 +293,8 @@ def test_padded_engine_with_other_architectures(family, tokenizer):
 def test_checkpoints_hold_no_base_weight(tmp_path: Path, tokenizer):
     from safetensors import safe_open
 
-    from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+    from softprompt.prompt.adapter_folder import adapter_files, peft_config
+    from softprompt.prompt.adapter_io import Adapter
     from softprompt.runs.checkpoints import state_files
     from softprompt.utils.atomic_io import write_folder
 
