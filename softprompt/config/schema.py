@@ -77,10 +77,10 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def closest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+def closest_name(name: str, known: Iterable[str]) -> str:
     """Return a clause that suggests the known name most similar to `name`, or "" if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def takes_auto(hint: Any) -> bool:

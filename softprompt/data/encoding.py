@@ -1,12 +1,14 @@
-"""One row as token ids with labels: rendered, tokenized, joined and truncated."""
+"""Rows as token ids with labels (rendered, tokenized, joined and truncated), and the passages of a plain text."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from softprompt.data.chat_template import answer_message
-from softprompt.data.examples import IGNORE, Example
+from softprompt.data.examples import IGNORE, Example, Examples
+from softprompt.data.readers import read_text
 from softprompt.data.template import CHAT, Template
-from softprompt.utils.errors import DataError
+from softprompt.utils.errors import ConfigError, DataError
 
 
 class Encoded(NamedTuple):
@@ -129,3 +131,25 @@ def _longest_text(row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str
         return {**row, name: [*messages[:at], {**messages[at], "content": text}, *messages[at + 1 :]]}
 
     return messages[at]["content"], replaced
+
+
+def passages(source: str, tokenizer: Any, max_length: int) -> Examples:
+    """Cut the text of a file into passages of `max_length` tokens.
+
+    Each passage begins with the last token of the previous passage; that first token is not a target. These are the
+    rolling windows of EleutherAI's lm-evaluation-harness with one token of context: each token is predicted from at
+    most max_length - 1 tokens before it, and from the soft prompt if there is one.
+
+    Raises:
+        DataError: the file does not exist, is not UTF-8, or has fewer than two tokens.
+        ConfigError: `max_length` leaves passages without a target.
+    """
+    if max_length < 2:
+        raise ConfigError(f"--max_length {max_length} leaves a passage of {source} nothing to predict; give 2 or more")
+    if not Path(source).is_file():
+        raise DataError(f"--eval_dataset {source}: no such file")
+    (ids,) = text_ids(tokenizer, [read_text(Path(source))])
+    if len(ids) < 2:
+        raise DataError(f"--eval_dataset {source}: its text has {len(ids)} tokens; expected at least 2")
+    cut = (ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1))
+    return Examples.from_rows(Example(some, [IGNORE, *some[1:]]) for some in cut)

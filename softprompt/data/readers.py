@@ -206,13 +206,9 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
         raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
 
 
-def _read_parquet(path: Path) -> LocatedRows:
-    return _numbered(parquet_rows(path))
-
-
 READERS: dict[str, Callable[[Path], LocatedRows]] = {
     ".json": _read_json,
     ".jsonl": read_jsonl,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": lambda path: _numbered(parquet_rows(path)),
 }

@@ -17,7 +17,7 @@ from typing import Any
 from softprompt import mini
 from softprompt.config.infer_args import Voting
 from softprompt.data.dataset import Row, check_fields, load_rows
-from softprompt.data.passages import passages
+from softprompt.data.encoding import passages
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.engines.base import Engine

@@ -1,7 +1,6 @@
 """Upload a finished run to the Hugging Face hub with huggingface_hub: `--push_to_hub`."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FI
 UNAUTHORIZED = (401, 403)  # HTTP status codes
 
 
-def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], object]) -> None:
+def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
     """Check before training that the run can be uploaded.
 
     If the hub does not answer now, that is a warning, because it may answer when training has ended.
@@ -26,7 +25,6 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
     Args:
         sharing: Repository and token.
         output_dir: Folder of the run, whose name is the default name of the repository.
-        say: Called with a warning.
 
     Raises:
         ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the repository
@@ -50,10 +48,10 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             raise ConfigError(f"--push_to_hub: the hub refuses the token ({_line(error)}); give a valid one") from None
-        say(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
+        print(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
     except Exception as error:  # of httpx, of name resolution, or offline mode
         reason = _line(error)
-        say(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
+        print(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
     else:
         _refuse_foreign(api, name if "/" in name else f"{user}/{name}")
 

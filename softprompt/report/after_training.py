@@ -1,6 +1,7 @@
 """Write the report of a run, and upload the run. Neither can make the run fail: an error is one line."""
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
-from softprompt.report.loss_plot import loss_plot
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
 from softprompt.runs.run_files import run_files
 from softprompt.runs.run_reader import Facts, read_run
+from softprompt.runs.state import Metrics
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.result import Run
 from softprompt.training.run import Observer
@@ -44,7 +45,7 @@ class ReportAndPush(Observer):
             ConfigError: As of `check_hub`.
         """
         if config.sharing.push_to_hub:
-            check_hub(config.sharing, output_dir, print)
+            check_hub(config.sharing, output_dir)
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """Write what is known of a run when training starts: report.json and the initial prompt."""
@@ -139,3 +140,32 @@ def _initial_prompt(run: Run) -> Tensor | None:
 def _line(error: Exception) -> str:
     what = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}{': ' if what else ''}{what}"
+
+
+def loss_plot(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes | None:
+    """Return a PNG, or None if matplotlib is not installed.
+
+    Args:
+        history: The records of metrics.jsonl.
+        eval_loss_base: Held-out loss of the base without a prompt, drawn as a dashed line; None if it is not known.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    train = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
+    held_out = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training loss")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out loss")
+    if eval_loss_base is not None:
+        axes.axhline(eval_loss_base, color="gray", linestyle="--", label="held-out loss of the base alone")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

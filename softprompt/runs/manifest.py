@@ -57,14 +57,14 @@ class Manifest:
         not_ours = [self.kind.file] if self._listed() is None else []
         return [name for name in [*names, *not_ours] if name not in owned and self._stands(name)]
 
-    def refuse(self, foreign: Iterable[str], flag: str = "--output_dir") -> None:
+    def refuse(self, foreign: Iterable[str]) -> None:
         """Raise OutputError if there are `foreign` files."""
         if some := sorted(foreign):
             told = ", ".join(some[:NAMED]) + (f" and {len(some) - NAMED} more" if len(some) > NAMED else "")
             them = "it" if len(some) == 1 else "them"
             raise OutputError(
-                f"{flag} {self.folder}: {told} would be replaced, but no {self.kind.name} wrote {them}; name another "
-                f"folder, or move {them} away"
+                f"--output_dir {self.folder}: {told} would be replaced, but no {self.kind.name} wrote {them}; name "
+                f"another folder, or move {them} away"
             )
 
     def add(self, names: Iterable[str]) -> None:
@@ -76,7 +76,9 @@ class Manifest:
         """
         names = set(names)
         for name in self.foreign(names):
-            raise FileExistsError(errno.EEXIST, f"is there already, and no {self.kind.name} wrote it", self._path(name))
+            raise FileExistsError(
+                errno.EEXIST, f"is there already, and no {self.kind.name} wrote it", str(self.folder / name)
+            )
         self.own(names)
 
     def own(self, names: Iterable[str]) -> None:
@@ -131,6 +133,3 @@ class Manifest:
 
     def _stands(self, name: str) -> bool:
         return os.path.lexists(self.folder / name)
-
-    def _path(self, name: str) -> str:
-        return str(self.folder / name)

@@ -183,11 +183,6 @@ def _is_log(folder: Path, name: str) -> bool:
         return False
 
 
-def _is_question(folder: Path, name: str) -> bool:
-    """Return False: versions that wrote no manifest wrote no such file."""
-    return False
-
-
 def _json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(read_inside(folder, name, 256 << 20))
@@ -215,7 +210,7 @@ LOOKS: dict[str, Callable[[Path, str], bool]] = {
     STATE_FILE: _has(*OF_A_STATE),
     RESULTS_FILE: _has("epoch", "train_runtime", "train_tokens_per_second"),
     PICTURE_FILE: _contains("Matplotlib"),
-    QUESTION_FILE: _is_question,
+    QUESTION_FILE: lambda folder, name: False,  # versions that wrote no manifest wrote no such file
     FACTS_FILE: _has("arguments", "base", "prompt"),
     START_FILE: _tensors(PROMPT_KEY),
     REPORT_FILE: _contains(MARK),

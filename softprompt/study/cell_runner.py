@@ -18,7 +18,7 @@ from softprompt.engines.factory import make_engine
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.generator import make_generator
-from softprompt.models.loading import base_path, freeze, move_to_device, read_base, word_embeddings
+from softprompt.models.loading import base_path, load_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
@@ -71,7 +71,7 @@ class LoadedBase:
         """
         device = resolve_device(model.device)
         dtype = resolve_dtype(device, model.bf16, model.fp16)
-        return cls(move_to_device(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
+        return cls(load_base(base_path(str(model.model_name_or_path)), device, dtype), dtype)
 
     def run(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
         """Run one cell. If training does not end in finite numbers, that is its result."""

@@ -119,10 +119,8 @@ class RunCallbacks(Callbacks):
                 "starts": self.starts,
             },
         )
-        if self.world.is_main:
-            self._save(step)
-
-    def _save(self, step: Step) -> None:
+        if not self.world.is_main:
+            return
         history = {METRICS_FILE: metrics_file(self.log.history)}
         files = with_checksums({**self._adapter_files({}), **self.state, **history})
         self.writer.write_checkpoint(step.number, files, self.args.save_total_limit, self._kept_best())

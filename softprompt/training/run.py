@@ -13,6 +13,7 @@ from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
+from softprompt.runs.run_files import remove_run, tidy
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
@@ -22,7 +23,6 @@ from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.result import Run, Setup
 from softprompt.training.resume import compare_contents, starting_point
-from softprompt.training.run_writer import clear_output_dir
 from softprompt.training.setup import (
     check_places,
     freeze_base,
@@ -149,7 +149,9 @@ def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
     checkpoint = setup.start.checkpoint
     folder = stack.enter_context(claim_output_dir(setup.config, setup.output_dir, checkpoint)).folder
     try:
-        clear_output_dir(folder, continues_in(folder, checkpoint))
+        tidy(folder)
+        if not continues_in(folder, checkpoint):
+            remove_run(folder)
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

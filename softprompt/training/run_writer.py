@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
+from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints, run_files
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import TrainingError
 
@@ -49,11 +49,3 @@ class RunWriter:
             reason = error.strerror or type(error).__name__
             where = error.filename or self.output_dir
             raise TrainingError(f"{what} cannot be written: {where}: {reason}") from None
-
-
-def clear_output_dir(output_dir: Path, goes_on: bool) -> None:
-    """Remove the temporary files of an interrupted write. Unless `goes_on`, which means that the run in the folder is
-    continued, also remove that run's files."""
-    tidy(output_dir)
-    if not goes_on:
-        remove_run(output_dir)

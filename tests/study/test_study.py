@@ -39,7 +39,7 @@ def test_bases_and_rows_are_loaded_once_and_finished_cells_are_not_run_again(
         "seeds = [0, 1]\nhard_prompts = ['好']",
         GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
     )
-    loads, trained = Counted(monkeypatch, cell_runner, "read_base"), Counted(monkeypatch, cell_runner, "train")
+    loads, trained = Counted(monkeypatch, cell_runner, "load_base"), Counted(monkeypatch, cell_runner, "train")
     tokenized = Counted(monkeypatch, study_plan, "tokenize_rows")
     run_study(study)
     assert (loads.calls, tokenized.calls, trained.calls) == (2, 1, 16)
