@@ -83,7 +83,7 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
         AdapterError: see `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither a name from the
             command line nor a folder, or that is for another base.
     """
-    settings, folders = config.model, parse_adapter_specs(config.model.adapter or ())
+    settings, folders = config.model, parse_adapter_specs(config.model.adapter)
     named = {line.adapter: line.where for line in lines if line.adapter not in (None, NONE, *folders)}
     for name, where in named.items():
         if not Path(str(name)).is_dir():

@@ -15,7 +15,7 @@ from softprompt.config.schema import AUTO
 from softprompt.config.validation import precision_faults, quantization_bits, quantization_faults
 from softprompt.data.template import Template
 from softprompt.engines.factory import engine_for_inference
-from softprompt.generation.adapters import AdapterNames, LoadedAdapter, load_adapters, parse_adapter_specs
+from softprompt.generation.adapters import AdapterNames, AdapterSpecs, LoadedAdapter, load_adapters, parse_adapter_specs
 from softprompt.generation.base_with_adapters import BaseWithAdapters
 from softprompt.generation.encode_questions import EncodedQuestion, Question, encode_questions, naming_question
 from softprompt.generation.generator import make_generator
@@ -88,7 +88,7 @@ class SoftPromptModel(BaseWithAdapters):
     def from_pretrained(
         cls,
         base: str | os.PathLike[str] | None = None,
-        adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Sequence[str] | None = None,
+        adapter: AdapterSpecs = None,
         *,
         device: str = AUTO,
         bf16: bool | None = None,
@@ -116,10 +116,7 @@ class SoftPromptModel(BaseWithAdapters):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
-        if isinstance(adapter, Mapping):
-            folders = {name: os.fspath(folder) for name, folder in adapter.items()}
-        else:
-            folders = parse_adapter_specs([adapter] if isinstance(adapter, str | os.PathLike) else adapter or ())
+        folders = parse_adapter_specs(adapter)
         adapters, first, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)

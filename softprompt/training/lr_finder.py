@@ -123,25 +123,43 @@ def find_learning_rate(
         why = f"{len(examples):,} rows are too few to set some aside and compare by them"
         return Sweep(None, why, math.nan, {})
 
-    def loss_of(prompt: Tensor) -> float:
-        loss, targets = engine.evaluate(prompt, held)
+    trials = _Trials(engine, values, held, rest, args, total, rows_per_step, request, on_step)
+    return successive_halving(trials.loss_of(values.to(engine.device)), trials.loss_after, total, rates, tie)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Short training runs from the same initial prompt, compared by their mean loss over `held`. The arguments are
+    those of `find_learning_rate`; `rest` are the rows that are trained on."""
+
+    engine: Engine
+    values: Tensor
+    held: Sequence[Example]
+    rest: Sequence[Example]
+    args: TrainingArguments
+    total: int
+    rows_per_step: int
+    stop: StopSource
+    on_step: Callable[[], object]
+
+    def loss_of(self, prompt: Tensor) -> float:
+        loss, targets = self.engine.evaluate(prompt, self.held)
         return loss.item() / targets
 
-    def loss_after(rate: float, steps: int) -> float:
-        prompt, watch = PromptEmbedding(values).to(engine.device), QuietCallbacks(request, on_step)
+    def loss_after(self, rate: float, steps: int) -> float:
+        """Train at a rate for a number of steps, and return the loss; inf if it is not finite."""
+        prompt, watch = PromptEmbedding(self.values).to(self.engine.device), QuietCallbacks(self.stop, self.on_step)
+        short = short_schedule(self.args, steps, self.total)
         try:
-            short = short_schedule(args, steps, total)
-            train(engine, prompt, ListLoader(rest, short, rows_per_step), short, rate, watch)
+            train(self.engine, prompt, ListLoader(self.rest, short, self.rows_per_step), short, rate, watch)
         except NonFiniteError:
             return math.inf
         if watch.code is not None:
             raise Stopped(
                 "stopped while looking for a learning rate; the same command starts from the beginning", watch.code
             )
-        loss = loss_of(prompt.weight.detach())
+        loss = self.loss_of(prompt.weight.detach())
         return loss if math.isfinite(loss) else math.inf
-
-    return successive_halving(loss_of(values.to(engine.device)), loss_after, total, rates, tie)
 
 
 def successive_halving(
