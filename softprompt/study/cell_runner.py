@@ -13,7 +13,7 @@ from softprompt.config.data_args import DataArguments
 from softprompt.config.train_args import ModelArguments
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
-from softprompt.data.tokenization import Example, count_targets, end_tokens
+from softprompt.data.tokenization import Example, end_tokens
 from softprompt.engines.factory import make_engine
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
@@ -84,7 +84,12 @@ class LoadedBase:
         began = time.perf_counter()
         outcome = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
         record = {
-            **self._description(planned),
+            **planned.description(),
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "fingerprints": planned.inputs.fingerprints,
+            "device": str(word_embeddings(self.base).weight.device),
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
             "virtual_tokens": outcome.virtual_tokens,
             "metrics": {**outcome.metrics, **self.without_prompt[data].metrics("_base")},
             "answers": outcome.answers,
@@ -97,7 +102,9 @@ class LoadedBase:
         engine = make_engine(planned.cell.config, self.base, inputs.tokenizer, self.dtype, P)
         generator = make_generator(engine, self.base, inputs.tokenizer)
         batch_size = planned.cell.config.training.per_device_eval_batch_size
-        return Evaluator(engine, generator, inputs.tokenizer, inputs.held_out, batch_size, inputs.held_out_missing)
+        return Evaluator(
+            engine, generator, inputs.tokenizer, inputs.held_out.examples, batch_size, inputs.held_out.missing
+        )
 
     def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> _Outcome:
         """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text."""
@@ -108,7 +115,7 @@ class LoadedBase:
         metrics: Metrics = {}
         try:
             if planned.cell.trained:
-                examples = subset(inputs.examples, planned.cell.rows, config.training.seed)
+                examples = subset(inputs.train.examples, planned.cell.rows, config.training.seed)
                 with deterministic(config.training.deterministic):
                     loader = ListLoader(examples, config.training)
                     train(evaluator.engine, prompt, loader, config.training, config.learning_rate, callbacks)
@@ -117,7 +124,7 @@ class LoadedBase:
                 metrics, answers = evaluation.metrics(), evaluation.answers
         except NonFiniteError as error:
             metrics = {"error": str(error)}
-        ends = end_tokens(inputs.examples, inputs.tokenizer)
+        ends = end_tokens(inputs.train.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()
         files = adapter_folder(config, self.base.config, learned, ends, (), settings, metrics)
         return _Outcome(len(values), metrics, answers, files)
@@ -141,30 +148,15 @@ class LoadedBase:
                 load_adapter(folder).prompt.to(device),
                 template,
                 inputs.held_out_rows,
-                inputs.held_out,
+                inputs.held_out.examples,
                 record["answers"],
-                inputs.held_out_missing,
+                inputs.held_out.missing,
             )
             for folder, record in zip(planned.members, records, strict=True)
         ]
         voting = planned.cell.voting or "majority_vote"
         evaluation = evaluate_ensemble(self._evaluator(planned, P).engine, inputs.tokenizer, members, voting)
         return _Outcome(P, evaluation.metrics(), evaluation.answers)
-
-    def _description(self, planned: PlannedCell) -> CellRecord:
-        """Return the part of a cell's record that is known before it runs."""
-        inputs = planned.inputs
-        return {
-            "settings": planned.cell.settings(),
-            "rows": planned.cell.rows or len(inputs.examples),
-            "steps": planned.steps,
-            "parameters": sum(p.numel() for p in self.base.parameters()),
-            "held_out_targets": sum(map(count_targets, inputs.held_out)),
-            "fingerprints": inputs.fingerprints,
-            "device": str(word_embeddings(self.base).weight.device),
-            "threads": torch.get_num_threads(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
 
 
 def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:
