@@ -3,13 +3,14 @@ business of later stages."""
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from softprompt.data.encoding import Encoded, encode
+from softprompt.data.encoding import encode
 from softprompt.data.examples import IGNORE, Example, Examples, count_targets
 from softprompt.data.parallel import map_in_processes
 from softprompt.data.template import Template
@@ -109,77 +110,57 @@ def tokenize(
     Raises:
         DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
     """
-    settings = (tokenizer, template, max_length, truncation_side)
+    parts = _tokenized_chunks(rows, (tokenizer, template, max_length, truncation_side), workers or 1)
+    whole, counts, shortest_prompt = _empty_columns(), Counter[str](), sys.maxsize
+    with tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False) as bar:
+        for columns, of_part, shortest in parts:
+            for name, values in columns.items():
+                whole[name].extend(values)
+            counts.update(of_part)
+            shortest_prompt = min(shortest_prompt, shortest)
+            bar.update(of_part["rows"])
+    if not whole["kept"]:
+        raise no_targets_error(shortest_prompt, max_length)
+    examples = Examples.from_columns(whole["input_ids"], whole["lengths"], whole["first_targets"])
+    left_out, empty = len(rows) - len(examples), counts["empty_answers"]
+    return Tokenized(examples, whole["kept"], whole["missing"], len(rows), counts["cut"], left_out, empty)
+
+
+def _tokenized_chunks(
+    rows: Sequence[Any], settings: tuple[Any, Template, int, str], workers: int
+) -> "Iterator[tuple[dict[str, array[int]], Counter[str], int]]":
     starts = range(0, len(rows), CHUNK)
     chunks = ((start, rows[start : start + CHUNK]) for start in starts)
-    if workers and workers > 1 and len(starts) > 1:
-        columns = map_in_processes(_tokenize_chunk, settings, chunks, min(workers, len(starts)))
-    else:
-        columns = (_tokenize_chunk(settings, chunk) for chunk in chunks)
-    whole = _Columns()
-    with tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False) as bar:
-        for part in columns:
-            whole.extend(part)
-            bar.update(part.rows)
-    if not whole.kept:
-        raise no_targets_error(whole.shortest_prompt, max_length)
-    return whole.tokenized()
+    if workers > 1 and len(starts) > 1:
+        return map_in_processes(_tokenize_chunk, settings, chunks, min(workers, len(starts)))
+    return (_tokenize_chunk(settings, chunk) for chunk in chunks)
 
 
-def _tokenize_chunk(settings: tuple[Any, Template, int, str], chunk: tuple[int, Sequence[Any]]) -> "_Columns":
-    """Tokenize consecutive rows; `chunk` holds the number of the first one, and the rows."""
+def _empty_columns() -> "dict[str, array[int]]":
+    """Return arrays for the columns of `Examples` and `Tokenized`: a compact form to send from one process to
+    another."""
+    return {name: array("i") for name in ("input_ids", "lengths", "first_targets", "kept", "missing")}
+
+
+def _tokenize_chunk(
+    settings: tuple[Any, Template, int, str], chunk: tuple[int, Sequence[Any]]
+) -> "tuple[dict[str, array[int]], Counter[str], int]":
+    """Tokenize consecutive rows; `chunk` holds the number of the first one, and the rows. Return their columns, the
+    counts of `Tokenized`, and the length of the shortest prompt."""
     start, rows = chunk[0], list(chunk[1])
     places = [f"row {number}" for number in range(start + 1, start + len(rows) + 1)]
-    columns = _Columns()
-    for number, row in enumerate(encode(rows, places, *settings), start=start):
-        columns.append(number, row)
-    return columns
-
-
-def _ints() -> "array[int]":
-    return array("i")
-
-
-@dataclass
-class _Columns:
-    """Examples in arrays that can be appended to, and the counts of `Tokenized`: a compact form to send from one
-    process to another."""
-
-    input_ids: "array[int]" = field(default_factory=_ints)
-    lengths: "array[int]" = field(default_factory=_ints)
-    first_targets: "array[int]" = field(default_factory=_ints)
-    kept: "array[int]" = field(default_factory=_ints)
-    missing: "array[int]" = field(default_factory=_ints)
-    rows: int = 0
-    cut: int = 0
-    empty_answers: int = 0
-    shortest_prompt: int = sys.maxsize
-
-    def append(self, number: int, row: "Encoded") -> None:
-        self.rows += 1
-        self.cut += row.cut
-        self.empty_answers += row.empty
-        self.shortest_prompt = min(self.shortest_prompt, row.prompt_length)
-        first_target = row.example.labels.count(IGNORE)
-        if first_target < len(row.example.labels):
-            self.input_ids.extend(row.example.input_ids)
-            self.lengths.append(len(row.example.input_ids))
-            self.first_targets.append(first_target)
-            self.kept.append(number)
-            self.missing.append(row.missing)
-
-    def extend(self, other: "_Columns") -> None:
-        for name in ("input_ids", "lengths", "first_targets", "kept", "missing"):
-            getattr(self, name).extend(getattr(other, name))
-        self.rows += other.rows
-        self.cut += other.cut
-        self.empty_answers += other.empty_answers
-        self.shortest_prompt = min(self.shortest_prompt, other.shortest_prompt)
-
-    def tokenized(self) -> Tokenized:
-        examples = Examples.from_columns(self.input_ids, self.lengths, self.first_targets)
-        left_out = self.rows - len(examples)
-        return Tokenized(examples, self.kept, self.missing, self.rows, self.cut, left_out, self.empty_answers)
+    encoded = encode(rows, places, *settings)
+    columns = _empty_columns()
+    for number, row in enumerate(encoded, start=start):
+        ids, first_target = row.example.input_ids, row.example.labels.count(IGNORE)
+        if first_target < len(ids):
+            columns["input_ids"].extend(ids)
+            columns["lengths"].append(len(ids))
+            columns["first_targets"].append(first_target)
+            columns["kept"].append(number)
+            columns["missing"].append(row.missing)
+    counts = Counter(rows=len(rows), cut=sum(e.cut for e in encoded), empty_answers=sum(e.empty for e in encoded))
+    return columns, counts, min(e.prompt_length for e in encoded)
 
 
 def no_targets_error(shortest_prompt: int, max_length: int) -> DataError:
