@@ -7,7 +7,7 @@ from typing import Any
 from softprompt.config.train_args import SharingArguments
 from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.file_names import REPORT_FILE
-from softprompt.runs.run_files import run_files
+from softprompt.runs.manifest import Manifest
 from softprompt.utils import hub
 from softprompt.utils.errors import ConfigError, PushError, first_line
 from softprompt.utils.redact import redacted
@@ -89,7 +89,7 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         api = HfApi(token=sharing.hub_token)
         made = api.create_repo(name, private=sharing.hub_private_repo, exist_ok=True)
         name = made.repo_id
-        message, ours = "A soft prompt, learned with softprompt", run_files(folder).names().intersection(UPLOADED_FILES)
+        message, ours = "A soft prompt, learned with softprompt", Manifest(folder).names().intersection(UPLOADED_FILES)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
         return str(made)
     except Exception as error:  # of any kind: the run itself has succeeded

@@ -19,14 +19,12 @@ class EncodedQuestion(NamedTuple):
 
     Attributes:
         where: how error messages name the question.
-        adapter_name: name of its adapter.
         adapter: the adapter itself.
         row: the question as a checked row of the adapter's template.
         input_ids: token ids of the row in the adapter's template, at least one.
     """
 
     where: str
-    adapter_name: str
     adapter: LoadedAdapter
     row: Row
     input_ids: list[int]
@@ -62,7 +60,7 @@ def encode_questions(
     for place, asked, name in zip(where, questions, of_each, strict=True):
         adapter = adapters.get(name, LoadedAdapter()) if name == NONE else find_adapter(adapters, name, place)
         row, input_ids = encode_question(place, asked, adapter.template, tokenizer)
-        encoded.append(EncodedQuestion(place, name, adapter, row, input_ids))
+        encoded.append(EncodedQuestion(place, adapter, row, input_ids))
     return encoded
 
 

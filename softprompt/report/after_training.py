@@ -20,7 +20,7 @@ from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
-from softprompt.runs.run_files import run_files
+from softprompt.runs.manifest import Manifest
 from softprompt.runs.run_reader import Facts, read_run
 from softprompt.runs.state import Metrics
 from softprompt.training.callbacks import RunCallbacks
@@ -51,7 +51,7 @@ class ReportAndPush(Observer):
         """Write what is known of a run when training starts: report.json and the initial prompt."""
         with _warning_on_error(FACTS_FILE, callbacks.log.say):
             self.facts |= run_facts(run, callbacks.arguments())
-            run_files(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
+            Manifest(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
         """Complete the report, upload the run if asked for, and return it with the reason if the upload failed."""
@@ -71,7 +71,7 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
         ranks: Number of ranks that trained; the other ranks have ended, so a base that is sharded is incomplete.
         say: Called with each line to print.
     """
-    folder, files, ended = run.output_dir, run_files(run.output_dir), {**facts, "end": {}}
+    folder, files, ended = run.output_dir, Manifest(run.output_dir), {**facts, "end": {}}
     with _warning_on_error(FACTS_FILE, say):
         files.write({FACTS_FILE: json_bytes(ended)})
     with _warning_on_error(PICTURE_FILE, say):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints, run_files
+from softprompt.runs.manifest import Manifest
+from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import TrainingError
 
@@ -37,7 +38,7 @@ class RunWriter:
     def write_results(self, files: Mapping[str, bytes]) -> None:
         """Write the files of the finished run beside its checkpoints."""
         with self._writing("the run's results"):
-            run_files(self.output_dir).write(dict(files))
+            Manifest(self.output_dir).write(dict(files))
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
