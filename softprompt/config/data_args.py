@@ -9,6 +9,11 @@ DEFAULT_MAX_LENGTH = 256
 DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE = 10_000, 1_000_000_000
 
 
+def is_mini_task(dataset: str | None) -> bool:
+    """Return whether a dataset is a task of the mini base, such as mini:sentiment."""
+    return str(dataset).startswith("mini:")
+
+
 @dataclass(frozen=True)
 class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
@@ -74,5 +79,5 @@ class DataArguments:
     @property
     def held_out(self) -> str | None:
         """The dataset of the held-out rows; None if there are none or --eval_rows takes them from the training rows."""
-        is_mini_task = str(self.dataset).startswith("mini:")  # such a task has held-out rows of its own
-        return self.eval_dataset or (self.dataset if self.eval_split or is_mini_task else None)
+        has_own = is_mini_task(self.dataset)  # such a task has held-out rows of its own
+        return self.eval_dataset or (self.dataset if self.eval_split or has_own else None)

@@ -5,6 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from softprompt.config.data_args import is_mini_task
 from softprompt.config.infer_args import INFER_GROUPS, AdapterArguments, GenerationArguments, QuestionArguments
 from softprompt.config.schema import build, setting_types, type_faults
 from softprompt.config.validation import precision_faults, quantization_faults, seed_faults
@@ -66,7 +67,7 @@ def _question_faults(question: QuestionArguments, adapters: int) -> list[str]:
 
 def has_splits(dataset: str | None) -> bool:
     """Return whether a dataset can have splits, which a .txt and a mini task do not."""
-    return dataset is not None and not dataset.lower().endswith(".txt") and not dataset.startswith("mini:")
+    return dataset is not None and not dataset.lower().endswith(".txt") and not is_mini_task(dataset)
 
 
 def _rows_faults(question: QuestionArguments) -> list[str]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from softprompt.config.data_args import DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE, DataArguments
+from softprompt.config.data_args import DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE, DataArguments, is_mini_task
 from softprompt.config.train_args import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
     SECRETS,
@@ -163,11 +163,6 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         parse_columns(data.columns)
     except ConfigError as error:
         yield str(error)
-
-
-def is_mini_task(dataset: str | None) -> bool:
-    """Return whether a dataset is a task of the mini base, such as mini:sentiment."""
-    return str(dataset).startswith("mini:")
 
 
 def _training_faults(training: TrainingArguments) -> Iterator[str]:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softprompt.config.data_args import is_mini_task
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
 from softprompt.data.encoding import Encoded, encode
@@ -107,7 +107,7 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
 
 def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
     if is_mini_task(dataset):
-        return _Part(_made_rows(dataset, "train", template))
+        return _Part(mini_task_rows(dataset, "train", template))
     data = config.data
     splits = find_splits(dataset, data.dataset_config_name)
     selected = splits.select(data.dataset_split, "--dataset_split")
@@ -122,7 +122,7 @@ def _held_out(config: TrainConfig, template: Template, training: Selection | Non
     if dataset is None:
         return _Part(RowStore())
     if is_mini_task(dataset):
-        return _Part(_made_rows(dataset, "eval", template))
+        return _Part(mini_task_rows(dataset, "eval", template))
     flag, name = "--eval_split", data.dataset_config_name
     if data.streaming and local_path(dataset) is None:
         source = open_source(dataset, name, data.eval_split, flag=flag)
@@ -202,6 +202,7 @@ def tokenize_rows(
     return examples(rows.train), examples(rows.held_out) if rows.held_out else None
 
 
-def _made_rows(dataset: str, split: str, template: Template) -> RowStore:
+def mini_task_rows(dataset: str, split: str, template: Template) -> RowStore:
+    """Make the rows of a task of the mini base, such as mini:sentiment."""
     made = mini_rows(dataset.removeprefix("mini:"), split)
     return RowStore(check_fields(f"{dataset}, row {n}", row, template) for n, row in enumerate(made, start=1))

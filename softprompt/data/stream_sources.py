@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from softprompt.data.hub_datasets import from_hub
 from softprompt.data.readers import is_blank_line, jsonl_lines, local_path, parquet_rows, parse_jsonl_line
@@ -87,15 +87,8 @@ def _whole(name: str, names: Iterable[str], flag: str) -> str:
     return name
 
 
-class FileScan(NamedTuple):
-    """The number of rows of a file, and the hash of its bytes."""
-
-    rows: int
-    sha256: str
-
-
-def scan_file(path: Path, keep: bool = True) -> FileScan:
-    """Count the rows of a file, and hash its bytes.
+def scan_file(path: Path, keep: bool = True) -> tuple[int, str]:
+    """Return the number of rows of a file, and the hash of its bytes.
 
     Raises:
         DataError: the file cannot be read, or is empty.
@@ -104,11 +97,11 @@ def scan_file(path: Path, keep: bool = True) -> FileScan:
         from pyarrow.parquet import read_metadata
 
         next(parquet_rows(path), None)
-        return FileScan(read_metadata(path).num_rows, _sha256_of(path, keep))
+        return read_metadata(path).num_rows, _sha256_of(path, keep)
     next(jsonl_lines(path))
     text = _remembered(path, lambda: "{} {}".format(*_hashed(path)), r"[0-9a-f]{64} \d+", keep)
     sha256, count = text.split()
-    return FileScan(int(count), sha256)
+    return int(count), sha256
 
 
 def _sha256_of(path: Path, keep: bool) -> str:
@@ -142,16 +135,15 @@ def _file_source(files: Sequence[Path], selection: Selection, notices: Sequence[
             f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
             f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
         )
-    scans = [scan_file(file, keep) for file in files]
+    counts, hashes = zip(*(scan_file(file, keep) for file in files), strict=True)
 
     def read(first: int) -> Iterator[Raw]:
-        for path, each in zip(files, scans, strict=True):
-            if first < each.rows:
+        for path, count in zip(files, counts, strict=True):
+            if first < count:
                 yield from _rows_of(path, first)
-            first = max(0, first - each.rows)
+            first = max(0, first - count)
 
-    fingerprint = _hash([each.sha256 for each in scans])
-    return Source(selection, sum(each.rows for each in scans), fingerprint, read, notices=notices)
+    return Source(selection, sum(counts), _hash(hashes), read, notices=notices)
 
 
 def _rows_of(path: Path, first: int) -> Iterator[Raw]:

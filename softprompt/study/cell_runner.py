@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,15 +36,6 @@ class FinishedCell(NamedTuple):
 
     record: CellRecord
     adapter: Mapping[str, bytes]
-
-
-class _Outcome(NamedTuple):
-    """What training or voting gave: the number of virtual tokens, metrics, held-out answers, and adapter files."""
-
-    virtual_tokens: int
-    metrics: Metrics
-    answers: list[str] | None = None
-    adapter: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class LoadedBase:
                 print(f"{data.dataset}: {evaluator.exact_match_note}")
             self.without_prompt[data] = evaluator(None)
         began = time.perf_counter()
-        outcome = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
+        outcome, adapter = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
         record = {
             **planned.description(),
             "parameters": sum(p.numel() for p in self.base.parameters()),
@@ -90,12 +80,11 @@ class LoadedBase:
             "device": str(word_embeddings(self.base).weight.device),
             "threads": torch.get_num_threads(),
             "date": time.strftime("%Y-%m-%d"),
-            "virtual_tokens": outcome.virtual_tokens,
-            "metrics": {**outcome.metrics, **self.without_prompt[data].metrics("_base")},
-            "answers": outcome.answers,
+            **outcome,
+            "metrics": {**outcome["metrics"], **self.without_prompt[data].metrics("_base")},
             "seconds": round(time.perf_counter() - began, 2),
         }
-        return FinishedCell(record, outcome.adapter)
+        return FinishedCell(record, adapter)
 
     def _evaluator(self, planned: PlannedCell, P: int = 0) -> Evaluator:
         inputs = planned.inputs
@@ -106,8 +95,9 @@ class LoadedBase:
             engine, generator, inputs.tokenizer, inputs.held_out.examples, batch_size, inputs.held_out.missing
         )
 
-    def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> _Outcome:
-        """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text."""
+    def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
+        """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text. Return the result without
+        its description."""
         config, inputs = planned.cell.config, planned.inputs
         values = initial_prompt(config, inputs.tokenizer, self.base)
         prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
@@ -127,10 +117,10 @@ class LoadedBase:
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()
         files = adapter_folder(config, self.base.config, learned, ends, (), settings, metrics)
-        return _Outcome(len(values), metrics, answers, files)
+        return FinishedCell({"virtual_tokens": len(values), "metrics": metrics, "answers": answers}, files)
 
-    def _run_ensemble(self, planned: PlannedCell) -> _Outcome:
-        """Evaluate the prompts of an ensemble's members together.
+    def _run_ensemble(self, planned: PlannedCell) -> FinishedCell:
+        """Evaluate the prompts of an ensemble's members together. Return the result without its description.
 
         Raises:
             TrainingError: A member failed.
@@ -140,7 +130,8 @@ class LoadedBase:
             raise TrainingError(f"{missing:,} of the ensemble's {len(planned.members):,} prompts failed")
         P = records[0]["virtual_tokens"]
         if any("error" in record["metrics"] for record in records):
-            return _Outcome(P, {"error": "a prompt of the ensemble did not end in finite numbers"})
+            error = {"error": "a prompt of the ensemble did not end in finite numbers"}
+            return FinishedCell({"virtual_tokens": P, "metrics": error, "answers": None}, {})
         device, template = word_embeddings(self.base).weight.device, make_template(planned.cell.config)
         inputs = planned.inputs
         members = [
@@ -156,7 +147,8 @@ class LoadedBase:
         ]
         voting = planned.cell.voting or "majority_vote"
         evaluation = evaluate_ensemble(self._evaluator(planned, P).engine, inputs.tokenizer, members, voting)
-        return _Outcome(P, evaluation.metrics(), evaluation.answers)
+        found = {"virtual_tokens": P, "metrics": evaluation.metrics(), "answers": evaluation.answers}
+        return FinishedCell(found, {})
 
 
 def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:
