@@ -192,17 +192,8 @@ class SoftPromptModel(BaseWithAdapters):
             raise ModelError(
                 f"{self.name}: {why_not_generate(self.base)}; --choices and --eval_dataset work without it"
             )
-        asked, positions = [], max_positions(self.base)
-        for number, one in enumerate(self._encoded(prompts, adapter, where)):
-            chosen = merge_settings(one.adapter.generation, settings)
-            if chosen.num_beams > 1 and self.quantized:
-                raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
-            samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
-            seeds = [sample_seed(seed, number, sample) for sample in samples]
-            requests = [Request(one.input_ids, chosen, one.adapter.prompt, each) for each in seeds]
-            with naming_question(one.where):
-                requests[0].new_token_budget(positions)
-            asked.append(requests)
+        encoded = enumerate(self._encoded(prompts, adapter, where))
+        asked = [self._requests(one, settings, partial(sample_seed, seed, number)) for number, one in encoded]
         search = partial(beam_search, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
         return stream_answers(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
@@ -221,9 +212,8 @@ class SoftPromptModel(BaseWithAdapters):
             DataError, AdapterError: see `stream`.
         """
         check_choices(choices)
-        return [
-            choice_result(scores, choices) for scores in self._scores(self._encoded(prompts, adapter, where), choices)
-        ]
+        scores = self.log_likelihoods(prompts, choices, adapter=adapter, where=where)
+        return [choice_result(of_question, choices) for of_question in scores]
 
     def log_likelihoods(
         self,
@@ -238,17 +228,7 @@ class SoftPromptModel(BaseWithAdapters):
         Raises:
             ConfigError, DataError, AdapterError: see `stream`.
         """
-        return self._scores(self._encoded(prompts, adapter, where), answers)
-
-    def _encoded(
-        self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None
-    ) -> list[EncodedQuestion]:
-        asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
-        for one in asked:
-            check_token_ids(one.input_ids, self.base, one.where)
-        return asked
-
-    def _scores(self, asked: Sequence[EncodedQuestion], answers: Sequence[str]) -> list[list[float]]:
+        asked = self._encoded(prompts, adapter, where)
         texts, rows = [one.input_ids for one in asked], [one.row for one in asked]
         templates = [one.adapter.template for one in asked]
         examples = answer_examples(texts, rows, answers, templates, self.tokenizer)
@@ -258,3 +238,24 @@ class SoftPromptModel(BaseWithAdapters):
             for example in behind:
                 check_positions(positions, P, len(example.input_ids), one.where, "shorten it or the choices")
         return log_likelihoods(self.engine, [one.adapter.prompt for one in asked], examples)
+
+    def _requests(
+        self, asked: EncodedQuestion, settings: Mapping[str, Any], seed_of: Callable[[int], int]
+    ) -> list[Request]:
+        """Return one request per sample of an answer, or a single one for beam search."""
+        chosen = merge_settings(asked.adapter.generation, settings)
+        if chosen.num_beams > 1 and self.quantized:
+            raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
+        samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
+        requests = [Request(asked.input_ids, chosen, asked.adapter.prompt, seed_of(sample)) for sample in samples]
+        with naming_question(asked.where):
+            requests[0].new_token_budget(max_positions(self.base))
+        return requests
+
+    def _encoded(
+        self, prompts: Sequence[Question], names: AdapterNames, where: Sequence[str] | None
+    ) -> list[EncodedQuestion]:
+        asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
+        for one in asked:
+            check_token_ids(one.input_ids, self.base, one.where)
+        return asked
