@@ -118,8 +118,9 @@ def answer_prompt(config: InferConfig, model: SoftPromptModel) -> None:
         return
     given = generation_settings(config)
     single = question.ensemble or model.settings(**given).num_return_sequences == 1
-    write = _write if single and _streams(config) and not question.ensemble else None
-    answers = answerer.stream([row], where=["--prompt"], **({"on_text": write} if write else {}), **given)
+    streams = sys.stdout.isatty() if question.stream is None else question.stream
+    write = _write if single and streams and not question.ensemble else None
+    answers = answerer.stream([row], where=["--prompt"], on_text=write, **given)
     tell(model.description)
     for answer in answers:
         print("" if write else answer if single else "\n".join(answer))
@@ -186,10 +187,6 @@ def _evaluated(
 
 def _on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def _streams(config: InferConfig) -> bool:
-    return sys.stdout.isatty() if config.question.stream is None else config.question.stream
 
 
 def _write(text: str) -> None:

@@ -59,7 +59,8 @@ def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **se
 def write_plain_model(folder: str, arguments: ExportArguments) -> str:
     """Write the adapter in `folder` as `arguments` say; see `export`."""
     output = Path(str(arguments.output))
-    _refuse_existing(output)
+    if os.path.lexists(output):
+        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
     check_writable(output, "--output")
     adapter = load_adapter(folder)
     name = arguments.model_name_or_path or adapter.base_model_name_or_path
@@ -126,11 +127,6 @@ def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str
             )
     if adapter.base_model_name_or_path not in (None, name):
         print(f"warning: the adapter was trained on {adapter.base_model_name_or_path}, not on {name}", file=sys.stderr)
-
-
-def _refuse_existing(output: Path) -> None:
-    if os.path.lexists(output):
-        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
 
 
 def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype) -> None:

@@ -73,7 +73,9 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) ->
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
-    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
+    prompt = config.prompt
+    start = f"from {prompt.init_adapter}" if prompt.init_adapter else f"starts {prompt.prompt_tuning_init}"
+    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; prompt {start}")
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         warn_if_bf16_is_slow()
 
@@ -120,11 +122,6 @@ def print_steps(
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
-
-
-def _start(config: TrainConfig) -> str:
-    prompt = config.prompt
-    return f"prompt from {prompt.init_adapter}" if prompt.init_adapter else f"prompt starts {prompt.prompt_tuning_init}"
 
 
 def _shortened(text: str, width: int = 160) -> str:
