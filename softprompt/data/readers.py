@@ -1,8 +1,8 @@
-"""Read rows, unchanged and with their line or row number, from files, folders and hub datasets.
+"""Read rows, unchanged and with their line or row number, from files.
 
 JSON and CSV are read with Python's own modules rather than with `datasets`, whose readers guess types (a column of
 dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken. Folders of save_to_disk and
-hub datasets are read with `datasets`, parquet files with pyarrow.
+hub datasets are read with `datasets` (see `hub_datasets`), parquet files with pyarrow.
 """
 
 import csv

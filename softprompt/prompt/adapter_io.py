@@ -1,4 +1,4 @@
-"""Reading and writing adapter folders in PEFT's format.
+"""Reading adapter folders in PEFT's format; `adapter_folder` writes them.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
 softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it

@@ -51,7 +51,8 @@ class Cell:
 
     def members(self) -> list["Cell"]:
         """Return the cells whose prompts vote in this ensemble, one for each seed."""
-        return [Cell(with_seed(self.config, seed), self.rows) for seed in self.seeds]
+        each = (replace(self.config.training, seed=seed) for seed in self.seeds)
+        return [Cell(replace(self.config, training=training), self.rows) for training in each]
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the result depends on, except the content of files, as JSON types."""
@@ -73,11 +74,6 @@ class Cell:
             f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} num_virtual_tokens {length} "
             f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} {seeds}"
         )
-
-
-def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """Return `config` with another seed."""
-    return replace(config, training=replace(config.training, seed=seed))
 
 
 def folder_name(cell: Cell, fingerprints: Mapping[str, str]) -> str:
