@@ -30,7 +30,7 @@ def train(preset: str | None = None, **settings: Any) -> Run:
         The finished run: its folder, metrics and evaluations.
 
     Raises:
-        SoftpromptError: the settings, the data, the base or the output folder prevent the run.
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     with tolerant_streams():
         run = run_and_report(train_config(preset, **settings))

@@ -36,7 +36,7 @@ def infer(config: InferConfig) -> None:
     """Answer the questions that `config` asks, or evaluate its adapters; without either, hold a conversation.
 
     Raises:
-        SoftpromptError: an answer or an evaluation failed. Earlier answers have been printed or written, as has the
+        SoftpromptError: An answer or an evaluation failed. Earlier answers have been printed or written, as has the
             table of the adapters that could be evaluated.
     """
     question = config.question
@@ -62,8 +62,8 @@ def chat(config: InferConfig) -> None:
     """Hold a conversation on the terminal.
 
     Raises:
-        ConfigError: stdin or stdout is not a terminal.
-        SoftpromptError: see `SoftPromptModel.from_pretrained`.
+        ConfigError: Standard input or output is not a terminal.
+        SoftpromptError: See `SoftPromptModel.from_pretrained`.
     """
     if not _on_terminal():
         raise ConfigError(f"a conversation needs a terminal; ask single questions with: {command('infer')} --prompt …")
@@ -80,7 +80,7 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
     names none, the default adapter is loaded, unless every line names an adapter.
 
     Raises:
-        AdapterError: see `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither a name from the
+        AdapterError: See `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither a name from the
             command line nor a folder, or that is for another base.
     """
     settings, folders = config.model, parse_adapter_specs(config.model.adapter)
@@ -131,8 +131,8 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     the adapters' training, unless flags say otherwise.
 
     Raises:
-        PartialFailureError: some adapters could not be evaluated; the table shows the others.
-        SoftpromptError: no adapter could be evaluated; this is the error of the first one.
+        PartialFailureError: Some adapters could not be evaluated; the table shows the others.
+        SoftpromptError: No adapter could be evaluated; this is the error of the first one.
     """
     adapters, question, dataset = list(model.adapters.values()), config.question, str(config.question.eval_dataset)
     if has_splits(dataset):

@@ -240,7 +240,7 @@ def test_the_hub_is_asked_once_and_then_left_alone(monkeypatch):
     hub.check_reachable.cache_clear()
     hub.check_reachable()
     assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert "http://127.0.0.1:9 was asked: " in hub.advice() and hub.HELP in hub.advice()
+    assert "no answer from http://127.0.0.1:9: " in hub.advice() and hub.HELP in hub.advice()
     hub.check_reachable.cache_clear()
 
 

@@ -386,7 +386,7 @@ def test_adapters_from_python(place, tiny_base):
     assert model.generate("今天", **greedy) == model.generate("今天", adapter="y", **greedy)
     with pytest.raises(SoftpromptError, match="question 2: unknown adapter 'z'; known are x, y, none, and folders"):
         model.generate(["a", "b"], adapter=["x", "z"])
-    with pytest.raises(ConfigError, match="adapter names 1 for 2 questions"):
+    with pytest.raises(ConfigError, match="1 adapter names for 2 questions"):
         model.generate(["a", "b"], adapter=["x"])
 
 

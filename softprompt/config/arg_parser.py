@@ -1,7 +1,7 @@
 """Command-line flags from the dataclasses of settings, with argparse.
 
-In: the dataclasses and a command line. Out: the settings that were given, under the names of their fields; everything
-else is left to presets, files and defaults.
+In: the dataclasses and a command line. Out: the settings that were given, under the names of their fields. Presets,
+files and defaults supply the others.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from softprompt.config.train_args import NEWEST
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 
-HINT = r"one that starts with - is written \1=VALUE"
+HINT = r"write one that starts with - as \1=VALUE"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-WITHOUT_VALUE = {"resume_from_checkpoint": NEWEST}  # what such a flag means when it is given without a value
+WITHOUT_VALUE = {"resume_from_checkpoint": NEWEST}  # the value of a flag that is given without one
 
 
 class FlagParser(argparse.ArgumentParser):
     """An argparse parser with one argument group per dataclass, which raises ConfigError instead of printing usage.
 
-    Every field becomes a flag of its name, with underscores or hyphens. `--flag` alone sets a boolean, and
+    Every field becomes a flag of the same name, written with underscores or hyphens. `--flag` alone sets a boolean, and
     `--flag false` clears it. A flag that takes several values may also be repeated.
     """
 
@@ -39,7 +39,7 @@ class FlagParser(argparse.ArgumentParser):
         usage: str = "[--flag value …]",
         hidden: Collection[str] = (),
     ):
-        """Make a parser of the fields of `groups`; flags named in `hidden` are parsed, and not shown by --help."""
+        """Make a parser of the fields of `groups`. The flags named in `hidden` are parsed, but not shown by --help."""
         super().__init__(prog=program, description=description, usage=f"{program} {usage}", allow_abbrev=False)
         for group in groups:
             arguments = self.add_argument_group(group._argument_group_name)  # type: ignore[attr-defined]
@@ -52,10 +52,10 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(re.sub(r"^(--\w+): expected one argument$", rf"\g<0> ({HINT})", message))
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Return only the settings that `argv` gives. `--help` prints and exits with 0.
+        """Return only the settings that `argv` gives. `--help` prints the help and exits with code 0.
 
         Raises:
-            ConfigError: an unknown flag, or a value that is not of the flag's type.
+            ConfigError: An unknown flag, or a value that is not of the flag's type.
         """
         if {"-h", "--help"} & set(argv):
             for action in self._actions:  # --max-length does what --max_length does; show one of them
@@ -78,19 +78,19 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def parse_setting(name: str, value: str) -> dict[str, Any]:
-    """Parse one generation setting from its text, as its flag would.
+    """Parse one generation setting from text, as its command-line flag does.
 
     Raises:
-        ConfigError: no such setting, or a value of another type.
+        ConfigError: No such setting, or a value of another type.
     """
     return FlagParser([GenerationArguments]).parse([f"--{name}={value}"])
 
 
 def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
-    """Read a TOML file of `preset` and the settings of the dataclasses `groups`.
+    """Read `preset` and the settings of the dataclasses `groups` from a TOML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or holds an unknown setting.
+        ConfigError: The file cannot be read, is not TOML, or holds an unknown setting.
     """
     try:
         values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any, hidden: 
 
 
 def _value_of(hint: Any) -> dict[str, Any]:
-    """Return what argparse must know about the values of a field of this type."""
+    """Return the keyword arguments with which argparse parses values of this type."""
     types = [member for member in union_members(hint) if member is not type(None)]
     if bool in types:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}

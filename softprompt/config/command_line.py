@@ -16,7 +16,7 @@ def parse_training(argv: Sequence[str]) -> TrainConfig:
     """Return the settings of `train`: flags override --config FILE.toml, which overrides the preset and the defaults.
 
     Raises:
-        ConfigError: a flag or the file is wrong.
+        ConfigError: A flag or the file is wrong.
     """
     parser = FlagParser(GROUPS, program_name("train"), "Learn a soft prompt for a frozen language model.")
     start = parser.add_argument_group("start")
@@ -34,7 +34,7 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
     """Return the settings of `infer`.
 
     Raises:
-        ConfigError: a flag is wrong.
+        ConfigError: A flag is wrong.
     """
     description = "Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal."
     return infer_config(**FlagParser(INFER_GROUPS, program_name("infer"), description).parse(argv))
@@ -44,7 +44,7 @@ def parse_chat(argv: Sequence[str]) -> InferConfig:
     """Return the settings of `chat`: those of `infer` except the ones that ask a question or name an evaluation.
 
     Raises:
-        ConfigError: a flag is wrong, or the command line asks a question.
+        ConfigError: A flag is wrong, or the command line asks a question.
     """
     asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
     description = "Hold a conversation on the terminal. Type /help there to list its commands."

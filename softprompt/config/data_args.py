@@ -16,6 +16,8 @@ def is_mini_task(dataset: str | None) -> bool:
 
 @dataclass(frozen=True)
 class DataArguments:
+    """The rows: where they come from, and how they are read, tokenized and held out."""
+
     _argument_group_name: ClassVar[str] = "data"
 
     dataset: str | None = option(
@@ -24,11 +26,11 @@ class DataArguments:
         "Dataset.save_to_disk, a hub id, or mini:TASK for a task of the package's own base. (default: the preset's)",
     )
     dataset_config_name: str | None = option(
-        None, "Take this configuration of a hub dataset that has several. (default: the dataset's own default)"
+        None, "Use this configuration of a hub dataset that has several. (default: the dataset's own default)"
     )
     dataset_split: str = option(
         "train",
-        "Take this split, or slices of splits such as train[:1000] or train[:90%], of a hub dataset, of a DatasetDict "
+        "Use this split, or slices of splits such as train[:1000] or train[:90%], of a hub dataset, of a DatasetDict "
         "folder, or of a folder whose files are named for splits (train-00000-of-00002.parquet, data/test.jsonl).",
     )
     columns: str | None = option(
@@ -39,11 +41,12 @@ class DataArguments:
     template: str | None = option(
         None,
         "Write prompts in this format, with columns in braces ('Q: {instruction}\\nA: '), or `chat` for the "
-        "tokenizer's chat template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', stripped as in the "
-        "article)",
+        "tokenizer's chat template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', with white space "
+        "stripped before '\\n\\nAssistant: ')",
     )
     max_length: int = option(
-        DEFAULT_MAX_LENGTH, "Truncate a row to this many tokens, prompt and answer together; virtual tokens are extra."
+        DEFAULT_MAX_LENGTH,
+        "Truncate a row to this many tokens, prompt and answer together, not counting virtual tokens.",
     )
     truncation_side: Literal["output", "input"] = option(
         "output", "Truncate a row at the end of its answer (output), or within its input, which keeps the answer."
@@ -54,8 +57,8 @@ class DataArguments:
     )
     streaming: bool = option(
         False,
-        "Read the training rows during training and never hold all of them: .jsonl, .parquet, folders of these or of "
-        "Dataset.save_to_disk, and hub ids. Token ids are not cached.",
+        "Read the training rows during training instead of holding all of them in memory. Works with .jsonl, .parquet, "
+        "folders of these or of Dataset.save_to_disk, and hub ids. Token ids are not cached.",
     )
     buffer_size: int = option(
         DEFAULT_BUFFER_SIZE,
@@ -68,7 +71,7 @@ class DataArguments:
     )
     eval_split: str | None = option(
         None,
-        "Take this split of --eval_dataset, written as for --dataset_split. (default: of several splits validation, "
+        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several, validation, "
         "else test)",
     )
     eval_rows: int = option(
@@ -78,6 +81,6 @@ class DataArguments:
 
     @property
     def held_out(self) -> str | None:
-        """The dataset of the held-out rows; None if there are none or --eval_rows takes them from the training rows."""
+        """The dataset of the held-out rows; None if there are none, or if --eval_rows takes them from --dataset."""
         has_own = is_mini_task(self.dataset)  # such a task has held-out rows of its own
         return self.eval_dataset or (self.dataset if self.eval_split or has_own else None)

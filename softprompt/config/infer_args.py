@@ -12,15 +12,17 @@ Voting = Literal["majority_vote", "mean_likelihood"]
 
 @dataclass(frozen=True)
 class QuestionArguments:
+    """What to answer, and how: questions, choices, evaluation, ensembles."""
+
     _argument_group_name: ClassVar[str] = "what to answer"
 
     prompt: str | None = option(
         None,
         "Answer this question: the instruction, or the first column of the adapter's template. (default: none; without "
-        "--prompts_file and --eval_dataset a conversation starts on the terminal)",
+        "--prompts_file and --eval_dataset, a chat starts on the terminal)",
     )
     input: str | None = option(
-        None, "Add this text that the --prompt is about, the second column of the template. (default: none)"
+        None, "Fill the second column of the template with this text, which the --prompt is about. (default: none)"
     )
     prompts_file: str | None = option(
         None,
@@ -30,8 +32,8 @@ class QuestionArguments:
     )
     output_file: str | None = option(
         None,
-        "Write the answers to --prompts_file into this .jsonl, each line with prompt, adapter and text. After an "
-        "interruption the same command continues it. (default: print them)",
+        "Write the answers to the questions of --prompts_file to this .jsonl file, one line per question with prompt, "
+        "adapter and text. After an interruption, the same command continues the file. (default: print them)",
     )
     overwrite_output_file: bool = option(False, "Replace an existing --output_file instead of continuing it.")
     choices: str | None = option(
@@ -41,11 +43,12 @@ class QuestionArguments:
     )
     eval_dataset: str | None = option(
         None,
-        "Evaluate every --adapter, side by side, on rows with answers (any --dataset of train.py), or on the plain "
-        "text of a .txt, by its perplexity in passages of --max_length tokens. (default: none)",
+        "Evaluate every --adapter, side by side, on these rows with answers, in any form that --dataset of train.py "
+        "takes. For a .txt file, print the perplexity of its plain text in passages of --max_length tokens. "
+        "(default: none)",
     )
     eval_split: str | None = option(
-        None, "Take this split of --eval_dataset. (default: of several splits validation, else test)"
+        None, "Use this split of --eval_dataset. (default: if there are several, validation, else test)"
     )
     truncation_side: Literal["output", "input"] | None = option(
         None,
@@ -57,12 +60,14 @@ class QuestionArguments:
         "Read columns of --eval_dataset that have other names, as OURS=THEIRS pairs such as "
         "instruction=question,output=answer. (default: as the adapter was trained, if the dataset has those columns)",
     )
-    ensemble: bool = option(False, "Combine the answers of all --adapter, prompts of one task, into one per question.")
+    ensemble: bool = option(
+        False, "Combine the answers of all --adapter, which must be prompts of one task, into one answer per question."
+    )
     voting: Voting | None = option(
         None,
-        "Let the ensemble take the answer that most adapters give, and of several such the likeliest (majority_vote), "
-        "or the answer with the highest mean likelihood (mean_likelihood). (default: majority_vote, with --choices "
-        "mean_likelihood)",
+        "Choose the ensemble's answer: the one that most adapters give, the likeliest in a tie (majority_vote), or the "
+        "one with the highest mean likelihood (mean_likelihood). (default: mean_likelihood with --choices, else "
+        "majority_vote)",
     )
     stream: bool | None = option(
         None, "Print an answer while it is generated. (default: true on a terminal, else false)"
@@ -70,21 +75,25 @@ class QuestionArguments:
 
     @property
     def choice_list(self) -> list[str] | None:
+        """The answers of --choices; None if the flag is not given."""
         return None if self.choices is None else parse_labels(self.choices)
 
     @property
     def column_map(self) -> dict[str, str]:
+        """The pairs of --columns: our column → the dataset's; empty if the flag is not given."""
         return parse_columns(self.columns)
 
 
 @dataclass(frozen=True)
 class AdapterArguments:
+    """The adapters and their base: files, device, precision, quantization, engine."""
+
     _argument_group_name: ClassVar[str] = "model"
 
     adapter: list[str] | None = option(
         None,
         "Use the prompt in this adapter folder, written by softprompt or by PEFT; name=FOLDER gives it a name, and "
-        "`none` is the base without a prompt. If several are given, the first answers questions that name none. "
+        "`none` is the base without a prompt. If several are given, the first answers questions that name no adapter. "
         "(default: the newest adapter under runs/)",
     )
     model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
@@ -105,7 +114,8 @@ class AdapterArguments:
 
 @dataclass(frozen=True)
 class GenerationArguments:
-    """None stands for the setting that is saved with the adapter, else for the article's."""
+    """Settings named as in transformers' GenerationConfig. None means the value saved with the adapter, else the
+    default in the help text."""
 
     _argument_group_name: ClassVar[str] = "generation"
 
@@ -115,7 +125,7 @@ class GenerationArguments:
         "--eval_dataset as the adapter was trained)",
     )
     max_new_tokens: int | None = option(
-        None, "Limit the answer to this many tokens, whatever --max_length says. (default: only --max_length limits it)"
+        None, "Limit the answer to this many tokens, instead of by --max_length. (default: only --max_length limits it)"
     )
     do_sample: bool | None = option(
         None, "Sample the answer; `--do_sample false` decodes greedily. (default: true; for the mini base false)"
@@ -126,29 +136,29 @@ class GenerationArguments:
         None, "Sample from the likeliest tokens whose probabilities add up to this. (default: 1.0)"
     )
     min_p: float | None = option(
-        None, "Exclude tokens less likely than this fraction of the likeliest one's probability. (default: none)"
+        None, "Exclude tokens whose probability is below this fraction of the likeliest token's. (default: none)"
     )
     repetition_penalty: float | None = option(
-        None, "Make tokens that have occurred less likely, if above 1. (default: 1.0)"
+        None, "Make tokens that have already occurred less likely, if this is above 1. (default: 1.0)"
     )
     no_repeat_ngram_size: int | None = option(
         None, "Never repeat a sequence of this many tokens; 0 allows repetition. (default: 0)"
     )
     suppress_tokens: list[int] | None = option(None, "Never generate these token ids. (default: none)")
     stop_strings: list[str] | None = option(
-        None, "End an answer after any of these texts, which it keeps. (default: none)"
+        None, "End an answer after any of these texts, which stays part of the answer. (default: none)"
     )
     eos_token_id: list[int] | None = option(
         None, "End an answer at any of these token ids. (default: the adapter's, else the tokenizer's)"
     )
     num_return_sequences: int | None = option(None, "Generate this many answers to each prompt. (default: 1)")
     num_beams: int | None = option(
-        None, "Search with this many beams, by transformers' beam search. (default: 1, no beam search)"
+        None, "Use transformers' beam search with this many beams. (default: 1, no beam search)"
     )
-    seed: int | None = option(None, "Seed the samples, so that they can be repeated. (default: random)")
+    seed: int | None = option(None, "Seed sampling, so that answers can be reproduced. (default: random)")
     batch_size: int = option(8, "Generate this many answers at a time.")
 
 
 INFER_GROUPS = (QuestionArguments, AdapterArguments, GenerationArguments)
-# By base: the generation settings that are saved with an adapter trained on it.
+# The generation settings that are saved with an adapter, by the base that it was trained on.
 GENERATION_DEFAULTS: dict[str | None, dict[str, Any]] = {"mini": {"do_sample": False, "max_new_tokens": 32}}

@@ -26,7 +26,7 @@ def infer_config(**given: Any) -> InferConfig:
     """Return validated settings of inference from keyword arguments with the names of the flags.
 
     Raises:
-        ConfigError: an unknown setting, a value of a wrong type or out of range, or settings that contradict each
+        ConfigError: An unknown setting, a value of a wrong type or out of range, or settings that contradict each
             other; the message names all of them.
     """
     config = InferConfig(*build(INFER_GROUPS, given))
@@ -41,7 +41,7 @@ def infer_config(**given: Any) -> InferConfig:
 
 
 def _question_faults(question: QuestionArguments, adapters: int) -> list[str]:
-    """Return what contradicts itself in a question to this number of adapters."""
+    """Return the contradictions among the settings of a question to this number of adapters."""
     asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
     faults = []
     if len(asked) > 1:
@@ -57,7 +57,7 @@ def _question_faults(question: QuestionArguments, adapters: int) -> list[str]:
     if question.eval_split is not None and not has_splits(question.eval_dataset):
         faults.append("--eval_split goes with an --eval_dataset that has splits, unlike a .txt and mini:TASK")
     if question.ensemble and adapters < 2:
-        faults.append("--ensemble needs two or more --adapter, prompts of one task")
+        faults.append("--ensemble needs two or more --adapter, which must be prompts of one task")
     if question.ensemble and not asked:
         faults.append("--ensemble goes with --prompt, --prompts_file or --eval_dataset")
     if question.voting is not None and not question.ensemble:
@@ -101,7 +101,7 @@ def generation_faults(values: dict[str, Any]) -> list[str]:
         elif given.get(name, 1) < 1e-3:
             faults.append(f"--{name} {given[name]} is below 0.001; `--do_sample false` takes the likeliest token")
     if not 0 < given.get("top_p", 1) <= 1:
-        faults.append(f"--top_p {given['top_p']} must lie above 0 and not above 1")
+        faults.append(f"--top_p {given['top_p']} must lie above 0 and must not exceed 1")
     if not 0 <= given.get("min_p", 0) <= 1:
         faults.append(f"--min_p {given['min_p']} must lie between 0 and 1")
     for name in ("suppress_tokens", "eos_token_id"):

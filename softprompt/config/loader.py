@@ -41,8 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of one run. `preset` is None if base and dataset were both given without one; `given` holds the
-    settings that were given explicitly, by the names of their flags."""
+    """The settings of one run. `preset` is None if a base was given without a preset. `given` holds the settings that
+    were given explicitly, by the names of their flags."""
 
     preset: str | None
     model: ModelArguments
@@ -65,6 +65,7 @@ class TrainConfig:
 
     @property
     def columns(self) -> dict[str, str]:
+        """The pairs of --columns: our column → the dataset's; empty if the flag is not given."""
         return parse_columns(self.data.columns)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
     """Return the preset of a run: the one it names, else `mini` unless it names a base of its own.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: There is no such preset.
     """
     if preset is not None and str(preset) not in PRESETS:
         hint = closest_name(str(preset), PRESETS)
@@ -90,11 +91,11 @@ def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
 def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     """Return validated settings from keyword arguments with the names of the flags, which override the preset's.
 
-    With `resume_from_checkpoint` the result is not validated: the settings are only a part, which
-    `training.resume_settings.merge_settings` completes from the checkpoint and validates.
+    With `resume_from_checkpoint`, the result is not validated, because it is incomplete:
+    `training.resume_settings.merge_settings` completes the settings from the checkpoint and validates them.
 
     Raises:
-        ConfigError: an unknown preset or setting, a value of a wrong type or out of range, or settings that contradict
+        ConfigError: An unknown preset or setting, a value of a wrong type or out of range, or settings that contradict
             each other; the message names all of them.
     """
     config = unvalidated_config(preset, given)
@@ -102,10 +103,10 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
 
 
 def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """Return settings whose names and types are right; `validated` checks their ranges and combinations.
+    """Return settings after checking their names and types; `validated` checks their ranges and combinations.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value of a wrong type.
+        ConfigError: An unknown preset or setting, or a value of a wrong type.
     """
     for name in SECRETS:
         if given.get(name):
@@ -120,10 +121,10 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
 
 
 def validated(config: TrainConfig) -> TrainConfig:
-    """Return the same settings.
+    """Check ranges and combinations, and return the same settings.
 
     Raises:
-        ConfigError: a value out of range, or settings that contradict each other.
+        ConfigError: A value out of range, or settings that contradict each other.
     """
     if found := list(faults(config)):
         raise ConfigError("; ".join(found))

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 
-AUTO = "auto"  # given as the value of a setting: leave it to the program
+AUTO = "auto"  # value of a setting that the program is to choose
 PATHS = {
     *("model_name_or_path", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir", "output"),
     *("resume_from_checkpoint", "adapter", "prompts_file", "output_file"),
@@ -40,7 +40,7 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
     """Return one instance of each dataclass, from settings with the names of the flags.
 
     Raises:
-        ConfigError: unknown settings, or values that are not of their field's type; the message names all of them.
+        ConfigError: Unknown settings, or values that are not of their field's type; the message names all of them.
     """
     known, values = setting_types(groups), expand_paths(values)
     faults = [f"unknown setting {name!r}{advice(name, known)}" for name in values if name not in known]
@@ -51,8 +51,8 @@ def build(groups: Sequence[type], values: dict[str, Any]) -> list[Any]:
 
 
 def expand_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with path objects as strings and a leading ~ expanded, which no shell does in a config file,
-    in Python or after `--flag=`."""
+    """Return the settings with path objects as strings and a leading ~ expanded. A shell does not expand it in a config
+    file, in Python or after `--flag=`."""
     return {name: _plain_path(value) if name in PATHS else value for name, value in values.items()}
 
 
@@ -72,8 +72,8 @@ def type_faults(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str
 
 
 def is_text(value: Any) -> bool:
-    """Return whether `value` is a string that UTF-8 can encode. A lone surrogate, which JSON can spell and a shell with
-    another encoding passes on, can be neither tokenized nor written."""
+    """Return whether `value` is a string that UTF-8 can encode. A lone surrogate, which can come from a
+    JSON escape or from a shell with another encoding, can be neither tokenized nor written."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
@@ -84,7 +84,7 @@ def closest_name(name: str, known: Iterable[str]) -> str:
 
 
 def takes_auto(hint: Any) -> bool:
-    """Return whether a setting of this type may be given as `auto`, which leaves it to the program."""
+    """Return whether a setting of this type may be given as `auto`, so that the program chooses its value."""
     return type(None) in union_members(hint) and str not in union_members(hint) and not takes_list(hint)
 
 
@@ -94,13 +94,13 @@ def takes_list(hint: Any) -> bool:
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself if it is none."""
+    """Return the members of a union type; of another type, the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)  # Literal[…] | None is a Union
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Return `value` with the conversions that a user may expect: an int to a float, `auto` to None unless the setting
-    is a string, a single value to a list."""
+    """Convert `value` as users expect: an int to a float, a single value to a list, and `auto` to None unless the
+    setting is a string."""
     if type(value) is str and value == AUTO and takes_auto(hint):
         return None
     if takes_list(hint) and value is not None:

@@ -11,19 +11,21 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # steps of a comparable size; the other initializations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
-DEFAULT_VOCAB_POPULATION = 5000  # of the words beside class labels, as in google-research/prompt-tuning
-NEWEST = "newest"  # what --resume_from_checkpoint means without a value
+DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
+NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
 
 
 @dataclass(frozen=True)
 class ModelArguments:
+    """The frozen base: its name, device, precision and engine, and how it is held in memory."""
+
     _argument_group_name: ClassVar[str] = "base model"
 
     model_name_or_path: str | None = option(
         None,
-        "Train over this base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the small "
-        "model in this package. (default: the preset's)",
+        "Train a prompt for this base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the "
+        "small model in this package. (default: the preset's)",
     )
     device: str = option("auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.")
     bf16: bool | None = option(
@@ -45,7 +47,7 @@ class ModelArguments:
         False,
         "Hold only two transformer blocks of a BLOOM in memory and read the others from its safetensors files when "
         "they are needed, for a base larger than memory. The larger the step, the less often the base is re-read. "
-        "No answers to held-out rows are then generated.",
+        "Answers to held-out rows are then not generated, so their exact match is not measured.",
     )
     shard_base: bool = option(
         False,
@@ -54,8 +56,8 @@ class ModelArguments:
     )
     max_activation_gib: float = option(
         1.0,
-        "Keep at most this many GiB of block inputs in memory and move the others to a file. Used by the packed engine "
-        "with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
+        "Keep at most this many GiB of block inputs in memory and offload the others to a file. Used by the packed "
+        "engine with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
     )
     offload_folder: str | None = option(
         None,
@@ -70,11 +72,13 @@ class ModelArguments:
         "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
         "Needs the packed engine.",
     )
-    print_model: bool = option(False, "Print the module tree: the prompt beside the frozen base.")
+    print_model: bool = option(False, "Print the module tree of the prompt and the frozen base.")
 
 
 @dataclass(frozen=True)
 class PromptTuningArguments:
+    """The prompt and its initial value, named as in PEFT's PromptTuningConfig."""
+
     _argument_group_name: ClassVar[str] = "soft prompt"
 
     num_virtual_tokens: int | None = option(
@@ -88,8 +92,8 @@ class PromptTuningArguments:
     )
     prompt_tuning_init_text: str | None = option(
         None,
-        "Initialize with this text if --prompt_tuning_init is TEXT; it is truncated or repeated to a given "
-        "--num_virtual_tokens. (default: none)",
+        "Initialize with this text if --prompt_tuning_init is TEXT; it is truncated or repeated to "
+        "--num_virtual_tokens if that is given. (default: none)",
     )
     class_labels: str | None = option(
         None,
@@ -99,7 +103,7 @@ class PromptTuningArguments:
     vocab_population: int | None = option(
         None,
         "Draw the random words from this many of the most frequent ones, each at most once. (default: the whole "
-        f"vocabulary, as PEFT does; beside class labels {DEFAULT_VOCAB_POPULATION:,})",
+        f"vocabulary, as in PEFT; with CLASS_LABELS {DEFAULT_VOCAB_POPULATION:,})",
     )
     init_adapter: str | None = option(
         None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)"
@@ -108,9 +112,11 @@ class PromptTuningArguments:
 
 @dataclass(frozen=True)
 class TrainingArguments:
+    """The run: steps, optimizer, checkpoints, evaluations, named as in transformers' TrainingArguments."""
+
     _argument_group_name: ClassVar[str] = "training"
 
-    output_dir: str | None = option(None, "Write the run into this folder. (default: a new runs/<preset>-<time>)")
+    output_dir: str | None = option(None, "Write the run to this folder. (default: a new runs/<preset>-<time>)")
     dry_run: bool = option(
         False,
         "Print what the run would do, and its memory and time, estimated from a few measured steps; write nothing.",
@@ -122,16 +128,18 @@ class TrainingArguments:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "Continue from this checkpoint-N folder, or from the newest intact checkpoint of this run's folder; without a "
-        "value, of --output_dir. Settings that are not given are the checkpoint's; each that differs is reported. "
-        "(default: start a new run)",
+        "Continue from this checkpoint-N folder, or from the newest intact checkpoint in this run's folder; without a "
+        "value, in --output_dir. Settings that are not given are taken from the checkpoint; every difference is "
+        "reported. (default: start a new run)",
     )
     ignore_data_skip: bool = option(
         False,
-        "Resume although the content of the dataset, held-out rows, tokenizer or base, or the order or length of the "
-        "rows, is not that of the checkpoint. Some rows of the epoch may then be repeated or skipped.",
+        "Resume even if the content of the dataset, held-out rows, tokenizer or base, or the order or length of the "
+        "rows, differs from that of the checkpoint. Some rows of the epoch may then be repeated or skipped.",
     )
-    overwrite_output_dir: bool = option(False, "Write into an output_dir that holds a run, and replace its files.")
+    overwrite_output_dir: bool = option(
+        False, "Write to an --output_dir that already holds a run, and replace the files of that run."
+    )
     per_device_train_batch_size: int = option(
         4,
         "Put this many rows into a micro-batch on each device. An optimizer step has this many rows times "
@@ -140,7 +148,7 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
-        "Let the packed engine process this many non-padding tokens at once. It affects speed and memory, not the "
+        "Let the packed engine process this many non-padding tokens at once. This affects speed and memory, not the "
         "result. (default: computed from the base, the dtype, the prompt and the device's memory)",
     )
     gradient_checkpointing: bool = option(
@@ -151,7 +159,7 @@ class TrainingArguments:
     max_steps: int = option(
         -1,
         "Train for this many optimizer steps, if positive, instead of --num_train_epochs. Required with --streaming if "
-        "a hub dataset does not state its number of rows.",
+        "the number of rows of a hub dataset is unknown.",
     )
     learning_rate: float | None = option(
         None,
@@ -161,15 +169,15 @@ class TrainingArguments:
     )
     find_learning_rate: bool = option(
         False,
-        "Before the first step, look for a peak learning rate by a short sweep over training rows (with --streaming, "
-        "the first of them). If the sweep finds none, that is reported and the default is used.",
+        "Before the first step, choose the peak learning rate by a short sweep on training rows (with --streaming, the "
+        "first of them). If the sweep finds none, this is reported and the default is used.",
     )
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("linear", "Change the learning rate by this schedule of transformers.get_scheduler.")
     warmup_steps: float = option(
         0,
-        "Warm the learning rate up over this many steps; below 1, over this share of all steps, as in transformers 5.",
+        "Warm the learning rate up over this many steps; below 1, it is a share of all steps, as in transformers 5.",
     )
     weight_decay: float = option(0.0, "Set AdamW's decoupled weight decay.")
     adam_beta1: float = option(0.9, "Set AdamW's beta1.")
@@ -179,8 +187,7 @@ class TrainingArguments:
     seed: int = option(42, "Seed the prompt's initial values and the order of the rows.")
     deterministic: bool = option(
         False,
-        "Use only algorithms that give identical bytes each time, on CUDA too, where they are slower. "
-        "(see docs/never-lost.md)",
+        "Use only algorithms that give identical bytes each time. On CUDA they are slower. See docs/never-lost.md.",
     )
     logging_steps: int = option(10, "Log every N optimizer steps.")
     save_steps: int = option(500, "Write checkpoint-N/ every N optimizer steps, and after the last step.")
@@ -189,37 +196,39 @@ class TrainingArguments:
     )
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no",
-        "Also evaluate held-out rows during training, every --eval_steps or after every epoch. They are always "
-        "evaluated before and after it.",
+        "Also evaluate the held-out rows during training, every --eval_steps or after every epoch. They are always "
+        "evaluated before and after training.",
     )
     eval_steps: int | None = option(
         None, "Evaluate every N optimizer steps, which implies --eval_strategy steps. (default: --logging_steps)"
     )
     per_device_eval_batch_size: int = option(8, "Put this many rows into an evaluation batch.")
     load_best_model_at_end: bool = option(
-        False, "Save the prompt whenever an evaluation is the best so far, and end with the best one."
+        False, "Save the prompt whenever an evaluation is the best so far, and end the run with the best prompt."
     )
     metric_for_best_model: Literal[
         "loss", "eval_loss", "perplexity", "eval_perplexity", "exact_match", "eval_exact_match"
     ] = option("eval_loss", "Compare evaluations by this metric, for the best prompt and for early stopping.")
     greater_is_better: bool | None = option(
-        None, "Take a larger metric for the better one. (default: true for exact match, else false)"
+        None, "Treat a larger metric as better. (default: true for exact match, else false)"
     )
     early_stopping_patience: int | None = option(
         None, "Stop after N consecutive evaluations without improvement. (default: no early stopping)"
     )
     early_stopping_threshold: float = option(
-        0.0, "Count an evaluation as an improvement for early stopping only if the metric gains more than this."
+        0.0, "For early stopping, count an evaluation as an improvement only if the metric improves by more than this."
     )
 
 
 @dataclass(frozen=True)
 class SharingArguments:
+    """Logs for TensorBoard and the upload to the hub."""
+
     _argument_group_name: ClassVar[str] = "logging and sharing"
 
     report_to: Literal["none", "tensorboard"] = option(
         "none",
-        "Also write the metrics for TensorBoard, into OUTPUT_DIR/runs; read them with `tensorboard --logdir`. Needs "
+        "Also write the metrics for TensorBoard, to OUTPUT_DIR/runs; show them with `tensorboard --logdir`. Needs "
         "`pip install tensorboard`.",
     )
     push_to_hub: bool = option(
@@ -232,7 +241,7 @@ class SharingArguments:
         "Upload to this repository, NAME or OWNER/NAME. (default: the name of --output_dir, owned by the token's user)",
     )
     hub_private_repo: bool | None = option(
-        None, "Make a new repository private. (default: the owner's setting, which is mostly public)"
+        None, "Make a new repository private. (default: the owner's setting, which is usually public)"
     )
     hub_token: str | None = field(
         default=None,

@@ -1,11 +1,11 @@
-"""Advice about a setting that does not exist: the setting that is meant, or why another library's has no counterpart.
-A setting with another meaning is never suggested."""
+"""Advice about an unknown setting: the setting that is meant, or why a setting of another library has no counterpart
+here. A setting with another meaning is never suggested."""
 
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-# Other common names of our settings; SECOND holds those that mean something else where the first is no setting.
+# Other common names of our settings. SECOND holds what they mean for commands that lack the setting in ALIASES.
 ALIASES = {
     "lr": "learning_rate",
     **dict.fromkeys(("batch_size", "train_batch_size", "per_gpu_train_batch_size"), "per_device_train_batch_size"),
@@ -63,13 +63,13 @@ ALIASES = {
     **dict.fromkeys(("stop", "stop_words", "stop_sequences"), "stop_strings"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "rep_penalty"), "repetition_penalty"),
 }  # fmt: skip
-SECOND = {"batch_size": "batch_size", "output": "output", "out": "output_file", "out_dir": "output"}  # of infer, export
+SECOND = {"batch_size": "batch_size", "output": "output", "out": "output_file", "out_dir": "output"}  # infer, export
 # Patterns of names in transformers' TrainingArguments, GenerationConfig and example scripts and in PEFT, without a
 # counterpart here.
 REASONS = {
     r"optim(_.*)?|adafactor": "AdamW is the only optimizer",
-    r"save_strategy|save_only_model": "--save_steps N saves checkpoints, and the last step always does",
-    r"logging_strategy|logging_first_step": "--logging_steps N logs",
+    r"save_strategy|save_only_model": "--save_steps N saves checkpoints, and the last step always saves one",
+    r"logging_strategy|logging_first_step": "use --logging_steps N",
     r"logging_dir|run_name|project|trackio_.*": "--report_to tensorboard writes into OUTPUT_DIR/runs",
     r"dataloader_.*|group_by_length|train_sampling_strategy": (
         "rows are tokenized before training and loaded without workers"
@@ -126,8 +126,8 @@ def advice(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _similarity(name: str, other: str) -> float:
-    """Return how likely `name` is a misspelling of `other`, from 0 to 1: its words are similar one by one, or all its
-    letters are nearly the same."""
+    """Return the similarity of two names, from 0 to 1. It is 0 unless each word of `name` is similar to that of `other`
+    or, if they differ in the number of words, all letters are nearly the same."""
     mine, theirs = name.split("_"), other.split("_")
     if len(mine) != len(theirs):
         ratio = SequenceMatcher(None, "".join(mine), "".join(theirs)).ratio()

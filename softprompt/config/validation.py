@@ -30,7 +30,7 @@ NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon",
 
 
 def precision_faults(bf16: bool | None, fp16: bool | None, device: str) -> list[str]:
-    """Return the faults of the precision and the name of the device."""
+    """Return the faults of the settings bf16, fp16 and device."""
     faults = []
     if bf16 and fp16:
         faults.append("--bf16 and --fp16 exclude each other; give one of them")
@@ -54,7 +54,7 @@ def quantization_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> 
 
 
 def seed_faults(seed: int) -> list[str]:
-    """Return a message if `seed` is not one that torch takes."""
+    """Return a message if torch does not accept `seed`."""
     return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
 
 

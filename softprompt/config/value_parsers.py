@@ -1,4 +1,4 @@
-"""Parsers of settings that hold more than one value in a text: columns, class labels, durations."""
+"""Parsers of settings that are written as structured text: columns, class labels, durations."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from softprompt.utils.errors import ConfigError
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """Parse `instruction=question,output=answer`, or the same as a JSON object, to {"instruction": "question", …}.
+    """Parse `instruction=question,output=answer`, or such a JSON object, to {"instruction": "question", …}.
 
     Raises:
         ConfigError: `text` is neither, or names a column twice.
@@ -20,7 +20,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
             """JSON object such as {"instruction": "question"}"""
         )
     if len({ours for ours, _ in pairs}) < len(pairs):
-        raise ConfigError(f"--columns {text!r} names a column of ours twice; give each once")
+        raise ConfigError(f"--columns {text!r} names one of our columns twice; give each once")
     return dict(pairs)
 
 
@@ -41,7 +41,7 @@ def _json_pairs(text: str | None) -> list[tuple[str, str]] | None:
 
 
 def parse_labels(text: str) -> list[str]:
-    """Split `正面,负面` into ["正面", "负面"]; the Chinese comma separates, too."""
+    """Split `正面,负面` into ["正面", "负面"]; the Chinese comma also separates labels."""
     return [label.strip() for label in re.split("[,，]", text)]
 
 

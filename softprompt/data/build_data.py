@@ -65,10 +65,10 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
     beginning of a stream), or from a mini task's own held-out sentences.
 
     Raises:
-        DataError: a dataset cannot be read, has no such split or no rows; --eval_rows leaves no rows to train on; a row
+        DataError: A dataset cannot be read, has no such split or no rows; --eval_rows leaves no rows to train on; a row
             lacks a column that the template needs (for a stream, only its first rows are checked); or the split of the
             held-out rows overlaps that of the training rows.
-        ConfigError: a stream has an unknown number of rows and --max_steps is missing, or --dataset_config_name is
+        ConfigError: A stream has an unknown number of rows and --max_steps is missing, or --dataset_config_name is
             given without a hub dataset.
     """
     data, dataset = config.data, str(config.data.dataset)
@@ -185,7 +185,7 @@ def tokenize_rows(
     bar.
 
     Raises:
-        DataError: see `tokenization.tokenize`.
+        DataError: See `tokenization.tokenize`.
     """
     progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)

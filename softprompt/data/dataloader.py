@@ -51,7 +51,7 @@ class WindowLoader(Protocol):
         last of these steps.
 
         Raises:
-            DataError: a row cannot be read; the full windows before it are yielded first.
+            DataError: A row cannot be read; the full windows before it are yielded first.
         """
         ...
 

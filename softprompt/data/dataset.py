@@ -35,15 +35,15 @@ def load_rows(
     """Read and check all rows of one split.
 
     Args:
-        source: the value of `--dataset`.
-        columns: the dataset's column name for each of the template's columns.
-        split: name of the split; None selects the held-out split, see `splits.choose`.
-        flag: the flag that names the split, for error messages.
-        usual_columns: like `columns`, but used only for columns that `columns` does not name, and only if the first row
+        source: The value of `--dataset`.
+        columns: The dataset's column name for each of the template's columns.
+        split: Name of the split; None selects the held-out split, see `splits.choose`.
+        flag: The flag that names the split, for error messages.
+        usual_columns: Like `columns`, but used only for columns that `columns` does not name, and only if the first row
             has them.
 
     Raises:
-        DataError: there is no such dataset or split, or the rows are refused by `rows_of`.
+        DataError: There is no such dataset or split, or the rows are refused by `rows_of`.
     """
     located = find_splits(source, config_name).select(split, flag).rows
     if usual_columns:
@@ -58,7 +58,7 @@ def rows_of(source: str, located: LocatedRows, template: Template, columns: Mapp
     """Check the rows of a dataset.
 
     Raises:
-        DataError: the dataset cannot be read or has no rows, or a row lacks a column that the template or the answer
+        DataError: The dataset cannot be read or has no rows, or a row lacks a column that the template or the answer
             needs.
     """
     rows = check_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
@@ -83,7 +83,7 @@ def check_row(place: str, row: Any, template: Template, columns: Mapping[str, st
     """Rename the columns of one row to the template's, and keep those that are used; see `check_fields`.
 
     Raises:
-        DataError: the row is not an object, or lacks a text that the template or the answer needs.
+        DataError: The row is not an object, or lacks a text that the template or the answer needs.
     """
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object of columns, found {describe_type(row)}")
@@ -97,7 +97,7 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
         Place and row of each question. The columns of the objects in a .jsonl are not checked yet.
 
     Raises:
-        DataError: the file does not exist, cannot be read or holds no question; a .txt has an empty line before its
+        DataError: The file does not exist, cannot be read or holds no question; a .txt has an empty line before its
             last question (the line numbers of questions and answers would differ); a line of a .jsonl is no object.
     """
     path = Path(source)
@@ -129,7 +129,7 @@ def question(where: str, row: Any, template: Template) -> Row:
     or `messages`, a conversation whose last message is the question.
 
     Raises:
-        DataError: the row is not an object, a column is missing or not a text, the messages are malformed, or the
+        DataError: The row is not an object, a column is missing or not a text, the messages are malformed, or the
             template cannot express them.
     """
     if not isinstance(row, dict):

@@ -36,7 +36,7 @@ def encode(
     """Tokenize rows as `tokenize` describes; `places` name the rows in error messages.
 
     Raises:
-        DataError: the chat template refuses a row.
+        DataError: The chat template refuses a row.
     """
     texts = [_rendered(place, row, tokenizer, template) for place, row in zip(places, rows, strict=True)]
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], template)
@@ -141,7 +141,7 @@ def passages(source: str, tokenizer: Any, max_length: int) -> Examples:
     most max_length - 1 tokens before it, and from the soft prompt if there is one.
 
     Raises:
-        DataError: the file does not exist, is not UTF-8, or has fewer than two tokens.
+        DataError: The file does not exist, is not UTF-8, or has fewer than two tokens.
         ConfigError: `max_length` leaves passages without a target.
     """
     if max_length < 2:

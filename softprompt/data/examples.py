@@ -27,9 +27,9 @@ class Examples(Sequence[Example]):
     Arrays may be memory-mapped.
 
     Args:
-        input_ids: int32 [tokens], the token ids of all rows, one row after the other.
-        offsets: int64 [rows + 1], the index in `input_ids` at which each row begins, and at which the last row ends.
-        first_targets: int32 [rows], for each row the index of its first target, counted from the row's beginning.
+        input_ids: The token ids of all rows, one row after the other, [tokens] int32.
+        offsets: The index in `input_ids` at which each row begins, and at which the last row ends, [rows + 1] int64.
+        first_targets: For each row the index of its first target, counted from the row's beginning, [rows] int32.
     """
 
     def __init__(self, input_ids: np.ndarray, offsets: np.ndarray, first_targets: np.ndarray):

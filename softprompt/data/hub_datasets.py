@@ -13,7 +13,7 @@ def load_folder(path: Path) -> Any:
     """Load the Dataset or DatasetDict that save_to_disk wrote into a folder; its rows are memory-mapped.
 
     Raises:
-        DataError: the folder holds neither.
+        DataError: The folder holds neither.
     """
     from datasets import load_from_disk
 
@@ -30,7 +30,7 @@ def load_hub_dataset(source: str, config_name: str | None) -> Any:
     """Load the DatasetDict of a hub id.
 
     Raises:
-        DataError: there is no such dataset, or the hub cannot be reached.
+        DataError: There is no such dataset, or the hub cannot be reached.
     """
     from datasets import load_dataset
 

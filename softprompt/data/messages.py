@@ -26,7 +26,7 @@ def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bo
     """Convert the conversation in column `name`, which must have at least `least` messages.
 
     Raises:
-        DataError: the value is not such a conversation, a message lacks a key, or `ends_with_answer` is True and the
+        DataError: The value is not such a conversation, a message lacks a key, or `ends_with_answer` is True and the
             last message is not the assistant's.
     """
     listed = _listed(value)
@@ -49,7 +49,7 @@ def tools(where: str, value: Any) -> list[dict[str, Any]]:
     """Return the tool descriptions of a row, given as a list or as JSON text of a list; empty if there are none.
 
     Raises:
-        DataError: the value is neither.
+        DataError: The value is neither.
     """
     found = _parsed(value) if isinstance(value, str) else value
     if not found:

@@ -28,7 +28,7 @@ def map_in_processes(
     is raised when the result of its item is due.
 
     Raises:
-        DataError: a worker was killed.
+        DataError: A worker was killed.
     """
     method = "fork" if sys.platform == "linux" else None  # forking is not safe on macOS, and absent on Windows
     left = iter(items)

@@ -49,7 +49,7 @@ def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or is empty.
+        DataError: The file cannot be read, is not UTF-8, or is empty.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
@@ -68,7 +68,7 @@ def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:
     (counted from 1).
 
     Raises:
-        DataError: the file cannot be read, or holds no row at all.
+        DataError: The file cannot be read, or holds no row at all.
     """
     rows = 0
     try:
@@ -94,7 +94,7 @@ def parse_jsonl_line(place: str, line: bytes, expected: str = "one object a line
     hold.
 
     Raises:
-        DataError: the line is not UTF-8, or not JSON.
+        DataError: The line is not UTF-8, or not JSON.
     """
     try:
         text = line.decode()
@@ -183,7 +183,7 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
     """Yield the rows of a parquet file, starting with row `first` (counted from 0). Row groups before it are not read.
 
     Raises:
-        DataError: the file is not a parquet file, or is damaged.
+        DataError: The file is not a parquet file, or is damaged.
     """
     from pyarrow.parquet import ParquetFile
 

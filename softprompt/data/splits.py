@@ -83,7 +83,7 @@ class Splits:
         """Select a split, or slices of splits in the notation of `datasets`: train[:100], train[90%:], a+b.
 
         Raises:
-            DataError: the dataset has no such split, or the slice is malformed.
+            DataError: The dataset has no such split, or the slice is malformed.
         """
         spec = self.choose(split, flag)
         if spec in self.parts:
@@ -124,10 +124,10 @@ def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> s
     dataset without named splits (`names` is empty) has one split called train.
 
     Args:
-        flag: the flag that names the split, for error messages.
+        flag: The flag that names the split, for error messages.
 
     Raises:
-        DataError: there is no such split; or none is given, and the dataset has several but none of HELD_OUT.
+        DataError: There is no such split; or none is given, and the dataset has several but none of HELD_OUT.
     """
     if split is None:
         held_out = [name for name in HELD_OUT if name in names]
@@ -151,7 +151,7 @@ def find_splits(source: str, config_name: str | None) -> Splits:
     """Find the splits of a dataset (see `--dataset`). Files are not opened yet.
 
     Raises:
-        DataError: there is no such dataset, or its format is not supported.
+        DataError: There is no such dataset, or its format is not supported.
     """
     path = local_path(source)
     if path is None:

@@ -48,7 +48,7 @@ def parse_row(raw: Raw) -> tuple[str, Any]:
     """Return the place of a row and the row itself, parsed if it was a line.
 
     Raises:
-        DataError: the line is not UTF-8, or not JSON.
+        DataError: The line is not UTF-8, or not JSON.
     """
     place, value = raw
     return place, parse_jsonl_line(place, value) if isinstance(value, bytes) else value
@@ -63,8 +63,8 @@ def open_source(
     the file changes; if `keep` is False, it is not written to the cache.
 
     Raises:
-        DataError: there is no such dataset or split, or it holds no rows that can be read.
-        ConfigError: the format cannot be streamed, or `split` is a slice.
+        DataError: There is no such dataset or split, or it holds no rows that can be read.
+        ConfigError: The format cannot be streamed, or `split` is a slice.
     """
     if local_path(source) is None:
         return _hub_source(source, config_name, split, flag)
@@ -80,7 +80,7 @@ def _whole(name: str, names: Iterable[str], flag: str) -> str:
     """Return the name of a split.
 
     Raises:
-        ConfigError: it is a slice rather than a whole split.
+        ConfigError: It is a slice rather than a whole split.
     """
     if name not in names:
         raise ConfigError(f"{flag} {name}: --streaming reads whole splits; name one, or leave --streaming out")
@@ -91,7 +91,7 @@ def scan_file(path: Path, keep: bool = True) -> tuple[int, str]:
     """Return the number of rows of a file, and the hash of its bytes.
 
     Raises:
-        DataError: the file cannot be read, or is empty.
+        DataError: The file cannot be read, or is empty.
     """
     if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import read_metadata

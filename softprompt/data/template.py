@@ -21,10 +21,10 @@ class Template:
         spec: "default" (the article's Human/Assistant form), "chat" (the tokenizer's chat template), or a format string
             over the columns. In a format string the two characters \\n, as typed in a shell, mean a line break, and \\t
             a tab.
-        optional: columns of a format string that a question may omit, because they were empty in some training rows.
+        optional: Columns of a format string that a question may omit, because they were empty in some training rows.
 
     Raises:
-        ConfigError: a format string has no column, has something other than plain column names in braces, or includes
+        ConfigError: A format string has no column, has something other than plain column names in braces, or includes
             the answer.
     """
 
@@ -82,7 +82,7 @@ class Template:
         """Make a row from a new question: `prompt` fills the template's first column, `input` its column `second`.
 
         Raises:
-            ConfigError: a column that is not optional would be empty, or the template has no column for `input`.
+            ConfigError: A column that is not optional would be empty, or the template has no column for `input`.
         """
         names, second = self.fields or ("instruction", "input"), self.second
         given = {names[0]: prompt, **({second: input} if second and input is not None else {})}
@@ -126,7 +126,7 @@ class Template:
         one that bases are not trained to write, and for all other templates.
 
         Raises:
-            DataError: the chat template refuses the messages, or does not continue its own generation prompt.
+            DataError: The chat template refuses the messages, or does not continue its own generation prompt.
         """
         if self.spec != CHAT:
             return (row["output"] if text is None else text) + tokenizer.eos_token
@@ -177,7 +177,7 @@ def saved_template(settings: Mapping[str, Any]) -> Template:
     """Return the template from the settings that were saved beside an adapter.
 
     Raises:
-        ConfigError: the template is malformed (see `Template`), or lacks one of the optional columns.
+        ConfigError: The template is malformed (see `Template`), or lacks one of the optional columns.
     """
     template, optional = Template(settings.get("template", DEFAULT)), settings.get("optional_columns", [])
     if not (isinstance(optional, list) and all(isinstance(n, str) and n in template.fields for n in optional)):

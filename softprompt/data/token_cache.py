@@ -50,10 +50,10 @@ def cached(
     file, so that it does not stay in memory.
 
     Args:
-        make: tokenizes the rows.
-        settings: everything else that the result depends on; must be JSON-able.
-        read: whether to use a cached result.
-        write: whether to cache the result of `make`.
+        make: Tokenizes the rows.
+        settings: Everything else that the result depends on; must be JSON-able.
+        read: Whether to use a cached result.
+        write: Whether to cache the result of `make`.
     """
     if len(rows) < LEAST_ROWS or getattr(tokenizer, "backend_tokenizer", None) is None:
         return make()

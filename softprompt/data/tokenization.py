@@ -26,13 +26,13 @@ class Tokenized:
     """Tokenized rows: the examples that have a target, and counts.
 
     Attributes:
-        kept: the row number of each example, counted from 0.
-        missing: for each example, how many tokens of its answer were truncated; 0 if the answer is whole.
-        rows: number of all rows.
-        cut: number of rows that were truncated.
-        without_target: number of rows that were left out because they have no target.
-        empty_answers: number of rows with an empty answer.
-        cache: the cache file that the examples were read from, if any.
+        kept: The row number of each example, counted from 0.
+        missing: For each example, how many tokens of its answer were truncated; 0 if the answer is whole.
+        rows: Number of all rows.
+        cut: Number of rows that were truncated.
+        without_target: Number of rows that were left out because they have no target.
+        empty_answers: Number of rows with an empty answer.
+        cache: The cache file that the examples were read from, if any.
     """
 
     examples: Examples
@@ -104,11 +104,11 @@ def tokenize(
     still truncated.
 
     Args:
-        progress: show a progress bar on stderr.
-        workers: the number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
+        progress: Show a progress bar on stderr.
+        workers: The number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
 
     Raises:
-        DataError: no row keeps a target, the chat template refuses a row, or a worker process was killed.
+        DataError: No row keeps a target, the chat template refuses a row, or a worker process was killed.
     """
     parts = _tokenized_chunks(rows, (tokenizer, template, max_length, truncation_side), workers or 1)
     whole, counts, shortest_prompt = _empty_columns(), Counter[str](), sys.maxsize

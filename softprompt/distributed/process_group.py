@@ -120,7 +120,7 @@ class World:
         """Call `do` on every rank, and return this rank's result once all ranks have succeeded.
 
         Raises:
-            SoftpromptError: on rank 0, the error that `do` raised there.
+            SoftpromptError: On rank 0, the error that `do` raised there.
             OtherRankError: `do` failed on some rank, and this is not rank 0 with an error of its own; the message is
                 that of the lowest failed rank.
         """
@@ -142,8 +142,8 @@ class World:
         """Call `communicate`, a collective operation of torch, and return its result.
 
         Raises:
-            TrainingError: it failed; the message names the rank that died, or says that memory ran out.
-            OtherRankError: it failed because another rank ended with an error.
+            TrainingError: It failed; the message names the rank that died, or says that memory ran out.
+            OtherRankError: It failed because another rank ended with an error.
         """
         try:
             return communicate()

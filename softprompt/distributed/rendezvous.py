@@ -21,13 +21,13 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: timedelta) -> s
     that it is alive. A rank that has read the name of an earlier attempt finds no copy of its token, and reads again.
 
     Args:
-        store: torchrun's store.
+        store: The store of torchrun.
         rank: This process's rank.
         size: The number of ranks.
         timeout: How long to wait for the other ranks.
 
     Raises:
-        RuntimeError: a rank did not join in time (on rank 0, torch's store raises this).
+        RuntimeError: A rank did not join in time (on rank 0, torch's store raises this).
     """
     return _invite(store, size, timeout) if rank == 0 else _join(store, rank, timeout)
 

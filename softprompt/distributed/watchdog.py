@@ -75,7 +75,7 @@ class Watchdog:
         `last_messages`.
 
         Raises:
-            RuntimeError: the store cannot be reached.
+            RuntimeError: The store cannot be reached.
         """
         asked = [rank for rank in range(len(self.names)) if rank != self.rank] if ranks is None else ranks
         found = self.store.multi_get([str(rank) for rank in asked])

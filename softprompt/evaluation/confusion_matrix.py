@@ -13,9 +13,9 @@ class ConfusionMatrix:
     """How often rows with each expected label were classified as each label.
 
     Attributes:
-        labels: the choices in their order, then those expected answers that are none of the choices; rows with such an
+        labels: The choices in their order, then those expected answers that are none of the choices; rows with such an
             answer are never classified correctly.
-        counts: number of rows by (expected label, predicted label).
+        counts: Number of rows by (expected label, predicted label).
     """
 
     labels: Sequence[str]

@@ -25,10 +25,10 @@ class EnsembleMember:
 
     Attributes:
         prompt: [P, H]; None is the bare base.
-        rows: the rows as texts.
-        examples: the rows tokenized with this member's template.
-        answers: this member's answers to the rows; None if answers are not compared.
-        missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
+        rows: The rows as texts.
+        examples: The rows tokenized with this member's template.
+        answers: This member's answers to the rows; None if answers are not compared.
+        missing: For each row, how many tokens of its answer were truncated, as in `data.Tokenized`.
     """
 
     prompt: Tensor | None

@@ -25,10 +25,10 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: mean loss over all targets of the rows.
-        answers: greedy answers to all rows; None if answers are not compared.
-        exact_match: share of the compared rows whose answer equals the expected one; None if answers are not compared.
-        compared: number of rows whose answers are compared, which are those whose expected answer is not truncated.
+        loss: Mean loss over all targets of the rows.
+        answers: Greedy answers to all rows; None if answers are not compared.
+        exact_match: Share of the compared rows whose answer equals the expected one; None if answers are not compared.
+        compared: Number of rows whose answers are compared, which are those whose expected answer is not truncated.
     """
 
     loss: float
@@ -56,10 +56,10 @@ class Evaluator:
     """Evaluates any prompt on the same held-out rows.
 
     Attributes:
-        generator: generates the answers for exact match; if it is None, only the loss is computed.
-        examples: the tokenized rows.
-        batch_size: number of rows that are answered at the same time.
-        missing: for each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
+        generator: Generates the answers for exact match; if it is None, only the loss is computed.
+        examples: The tokenized rows.
+        batch_size: Number of rows that are answered at the same time.
+        missing: For each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
     """
 
     engine: Engine

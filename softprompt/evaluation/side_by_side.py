@@ -40,12 +40,12 @@ class AdapterResult:
     """Result of evaluating one adapter.
 
     Attributes:
-        template: the template with which the rows were tokenized; for the bare base, that of the reference adapter.
-        data: the tokenized rows.
-        rows: the same rows as texts.
-        expected: the rows' expected answers, without white space at the ends.
-        notes: sentences about these rows for the user.
-        predictions: the classification of each row; None if the answers are not labels.
+        template: The template with which the rows were tokenized; for the bare base, that of the reference adapter.
+        data: The tokenized rows.
+        rows: The same rows as texts.
+        expected: The rows' expected answers, without white space at the ends.
+        notes: Sentences about these rows for the user.
+        predictions: The classification of each row; None if the answers are not labels.
     """
 
     adapter: LoadedAdapter
@@ -112,16 +112,16 @@ class AdapterEvaluator:
     """Evaluates any adapter on the rows of one dataset.
 
     Attributes:
-        generator: generates the answers for exact match; if it is None, there is no exact match.
-        dataset: a dataset as train.py takes it, mini:TASK, or a .txt file, whose plain text is evaluated without a
+        generator: Generates the answers for exact match; if it is None, there is no exact match.
+        dataset: A dataset as train.py takes it, mini:TASK, or a .txt file, whose plain text is evaluated without a
             template.
-        batch_size: number of rows that are answered at the same time.
-        choices: the labels. If None, the labels are the answers that occur, provided that they are short and there are
+        batch_size: Number of rows that are answered at the same time.
+        choices: The labels. If None, the labels are the answers that occur, provided that they are short and there are
             at most MAX_LABELS of them.
-        reference: the adapter whose template and columns are used for the bare base.
-        columns: the dataset's column name for each of the template's columns, for all adapters. These override each
+        reference: The adapter whose template and columns are used for the bare base.
+        columns: The dataset's column name for each of the template's columns, for all adapters. These override each
             adapter's own column names, which are used only if the dataset has such columns.
-        split: split of the dataset, as in --eval_split.
+        split: Split of the dataset, as in --eval_split.
     """
 
     engine: Engine
@@ -139,8 +139,8 @@ class AdapterEvaluator:
         """Evaluate one adapter.
 
         Raises:
-            DataError: see `dataset.load_rows` and `tokenization.tokenize`; or no row's answer is one of the choices.
-            ConfigError: the choices are invalid, or are given for a plain text.
+            DataError: See `dataset.load_rows` and `tokenization.tokenize`; or no row's answer is one of the choices.
+            ConfigError: The choices are invalid, or are given for a plain text.
         """
         source = self.reference if adapter.prompt is None else adapter  # of template and columns
         if self.dataset.lower().endswith(".txt"):
@@ -173,7 +173,7 @@ class AdapterEvaluator:
         for labels, `voting.vote_choice`.
 
         Raises:
-            ConfigError: the members' templates keep different rows or answers at this max_length.
+            ConfigError: The members' templates keep different rows or answers at this max_length.
         """
         first = members[0]
         kept = [[(row, cut > 0) for row, cut in zip(one.data.kept, one.data.missing, strict=True)] for one in members]
@@ -196,7 +196,7 @@ class AdapterEvaluator:
         space at its ends that was learned in training. Return an empty dict if the rows are not a classification.
 
         Args:
-            answers: the rows' expected answers.
+            answers: The rows' expected answers.
         """
         texts: dict[str, str] = {}
         for answer in answers:

@@ -1,4 +1,4 @@
-"""Export of a base and its learned prompt as one plain transformers model, and upload of a run to the Hugging Face hub.
+"""Export a base and its learned prompt as one plain transformers model; upload a run to the Hugging Face hub.
 
 In: an adapter folder or a run. Out: a model folder, or a repository on the hub.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "export":
-        from softprompt.export.plain_model import export  # loads torch, which parsing the flags does without
+        from softprompt.export.plain_model import export  # loads torch, which parsing flags does not need
 
         return export
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt export`, validated as those of `config.loader`."""
+"""Settings of `python -m softprompt export`, validated like those of `config.loader`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from softprompt.utils.shell_commands import program_name
 
 @dataclass(frozen=True)
 class ExportArguments:
+    """The flags of the command."""
+
     _argument_group_name: ClassVar[str] = "export"
 
     output: str | None = option(None, "Write the model into this folder, which must not exist yet.")
@@ -19,7 +21,7 @@ class ExportArguments:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32",
         "Write all weights, the prompt included, in this dtype. float32 gives the answers of infer.py on a CPU; auto "
-        "takes the dtype of the base's files and rounds the prompt to it.",
+        "keeps the dtype of the base's files and rounds the prompt to it.",
     )
 
 
@@ -31,7 +33,7 @@ def export_arguments(adapter: str, **given: Any) -> ExportArguments:
         given: The command's flags as keyword arguments.
 
     Raises:
-        ConfigError: A setting is unknown or has a wrong value, or there is no `output`.
+        ConfigError: A setting is unknown or has a wrong value, or `adapter` or `output` is missing.
     """
     (arguments,) = build([ExportArguments], given)
     if not arguments.output:
@@ -45,7 +47,7 @@ def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
     """Return the adapter's folder and the settings of `export`, from its command line.
 
     Raises:
-        ConfigError: an argument is wrong.
+        ConfigError: An argument is wrong.
     """
     description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
     usage = "ADAPTER --output DIR [--flag value …]"

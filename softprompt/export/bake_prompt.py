@@ -1,17 +1,18 @@
-"""Put a prompt into a base's vocabulary: P new tokens, whose embeddings are the virtual tokens.
+"""Add a prompt to a base's vocabulary as P new tokens, whose embeddings are the virtual tokens.
 
 The result is a model of the base's own class, which needs none of this project's code. The new tokens are never
 generated.
 
-BLOOM applies a layer norm to the word embeddings, and a prompt is learned in the space before it: the rows of the
+BLOOM applies a layer norm to the word embeddings, and a prompt is learned in the space before it. So the rows of the
 prompt are used as embeddings unchanged.
 
-With a tied head, the logit of a new token would be a product with a row of the prompt, which is large and may be the
-largest. So the head is untied, and each new token has a row of its own in it. Let h = γ⊙z + β be the output of the
-final layer norm. z sums to zero, so the row k/γ has the constant logit k·Σ(β/γ). k is chosen so that the logit is very
-negative, unless that sum is nearly zero. If it is, or if the final norm is not a layer norm with bias, the row is the
-mean of the other rows: its logit is the mean of the other logits, which is never above the largest, and by Jensen's
-inequality the token's probability is at most 1/V at any temperature.
+With a tied head, a row of the prompt would also compute the logit of its new token. These rows have large norms, so
+this logit might be the largest. Therefore the head is untied, and each new token has a row of its own in it.
+
+Let h = γ⊙z + β be the output of the final layer norm. z sums to zero, so the row k/γ has the constant logit k·Σ(β/γ).
+If that sum is not nearly zero, k is chosen so that the logit is very negative. Otherwise, or if the final norm is not a
+layer norm with bias, the row is the mean of the other rows. Its logit is then the mean of the other logits, which never
+exceeds the largest one. By Jensen's inequality, the token's probability is at most 1/V at any temperature.
 """
 
 import torch
@@ -24,19 +25,19 @@ from softprompt.models.loading import check_not_quantized, word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ModelError
 
-NEVER_LOGIT = -1e4  # exp(-1e4 / temperature) is 0 in every dtype, and fp16 can represent it
-ERROR_DEVIATIONS = 8  # standard deviations of the rounding errors that a constant logit must tolerate
-TOLERANCE = 1e-4  # relative to the largest logit: differences from another order of summation
+NEVER_LOGIT = -1e4  # fp16 can represent it; exp(-1e4 / temperature) is 0 even in fp64 up to temperature 13
+ERROR_DEVIATIONS = 8  # standard deviations of rounding errors that a constant logit must tolerate
+TOLERANCE = 1e-4  # relative to the largest logit; sums in another order differ by less
 
 
 def bake_prompt(base: PreTrainedModel, prompt: Tensor, ids: list[int], dtype: torch.dtype) -> float | None:
     """Add a prompt to the vocabulary of `base` in place, untie its head, and cast its weights to `dtype`.
 
-    Before the cast the result is checked in fp32: after the new tokens it must give the logits that the base gave
-    after the prompt.
+    Before the cast, the result is checked in fp32: its logits after the new tokens must equal those of the original
+    base after the prompt.
 
     Args:
-        base: The base.
+        base: The base, which is frozen and put in eval mode, too.
         prompt: [P, H], any float dtype.
         ids: P consecutive token ids for the virtual tokens.
         dtype: Dtype of the result.
@@ -70,15 +71,15 @@ def bake_prompt(base: PreTrainedModel, prompt: Tensor, ids: list[int], dtype: to
 
 
 def constant_logit_row(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return a row [H] fp32 of a head whose logit is NEVER_LOGIT for every output of the final layer norm.
+    """Return a row [H] fp32 for the head whose logit is about NEVER_LOGIT for every output h of the final layer norm.
 
-    Rounding errors are taken into account, as if their terms had independent signs: the rounding of the row changes the
-    logit by v·z for v = γ⊙row minus its mean, the rounding of h by about |row|·|h|·2^-mantissa.
+    Rounding errors are estimated as if their terms had independent signs. Rounding of the row changes the logit by v·z,
+    where v is γ⊙row minus its mean. Rounding of h changes it by about |row⊙h|·eps/2.
 
     Args:
-        weight: γ of the layer norm, [H].
-        bias: β of the layer norm, [H].
-        dtype: Dtype in which the row must be exact.
+        weight: The layer norm's γ [H], any float dtype.
+        bias: The layer norm's β [H], any float dtype.
+        dtype: The dtype in which the row will be stored.
 
     Returns:
         The row, or None if Σ(β/γ) is too close to zero.
@@ -111,10 +112,10 @@ def _check_kind(base: PreTrainedModel) -> None:
 
 
 def _embedding_scale(base: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Return what the embedding module returns for rows of ones, [P, H]: 1, or a factor such as Gemma's √H.
+    """Return the output [P, H] of the embedding module for rows of ones: 1, or a factor such as Gemma's √H.
 
     The rows of the prompt are divided by it, so that the module returns the prompt. `_check_same` refuses a module that
-    does anything else than scaling.
+    does more than scale its rows.
     """
     word_embeddings(base).weight[ids] = 1
     return InputEmbeddings(base)[torch.tensor(ids)]
@@ -154,5 +155,6 @@ def _check_same(base: PreTrainedModel, wanted: Tensor, found: Tensor) -> None:
     if not off <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise ModelError(
             f"{base.name_or_path}: {type(base).__name__} does more with a token than look up its embedding "
-            f"(logits differ by {off:.2g}), so it takes no prompt as tokens; use infer.py or softprompt.SoftPromptModel"
+            f"(logits differ by {off:.2g}), so the prompt cannot be stored as tokens; use infer.py or "
+            "softprompt.SoftPromptModel"
         )

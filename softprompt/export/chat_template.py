@@ -1,6 +1,7 @@
-"""Add the virtual tokens to a tokenizer, with a Jinja chat template that writes them and the training template.
+"""Add the virtual tokens to a tokenizer, and a Jinja chat template that writes them and then the messages in the
+training template.
 
-So an exported model needs nothing but its tokenizer's own files to format its input as in training.
+So the tokenizer's files suffice to format the input of an exported model as in training.
 """
 
 import json
@@ -15,7 +16,7 @@ from softprompt.data.template import CHAT, DEFAULT, Template
 from softprompt.utils.errors import ConfigError, ModelError
 
 SAMPLES = ("我爱这部电影", "What is 2 + 2?\nShow  your work.")
-# The messages of a conversation. %s is replaced by what writes a user message, which depends on the template.
+# The messages of a conversation. %s is replaced by the code for a user message, which depends on the training template.
 MESSAGE = """\
 {%%- for message in messages -%%}
 {%%- if message['content'] is not string -%%}
@@ -57,19 +58,20 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
     """Add P special tokens to `tokenizer` in place, with a chat template that begins with them; return their ids.
 
     The chat template renders a user message as the training template renders a row: its content is the first column,
-    and further columns are further keys of the message. An answer is followed by the end token, as in training. A
-    training row has no system message and no roles that do not alternate, so the chat template raises an error for
-    these. If the training template is `chat`, the chat template is the tokenizer's own, after the virtual tokens.
+    and further columns are further keys of the message. An answer is followed by the end token, as in training. In
+    training rows there are no system messages, and roles alternate; the chat template raises an error for any other
+    conversation. If the training template is `chat`, the chat template is the tokenizer's own, after the virtual
+    tokens.
 
     Raises:
-        ModelError: The tokenizer does not give the token ids of training for a rendered message.
-        ConfigError: The template is `chat` and the tokenizer has none, or a column is named like a key of a message.
+        ModelError: The tokenizer encodes a rendered message differently than in training.
+        ConfigError: The template is `chat` and the tokenizer has none, or a column has the name of a key of a message.
     """
     if clash := {"role", "content"} & set(template.fields[1:]):
         raise ConfigError(f"the adapter's template has a column {clash.pop()!r}, which is a key of every chat message")
     expected = [_training_ids(tokenizer, template, text) for text in SAMPLES]
     names = new_token_names(tokenizer, P)
-    # special: decoding with skip_special_tokens drops them; not normalized: they are found in a text as written
+    # special: skip_special_tokens omits them when decoding; not normalized: a text is searched for them as written
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     tokenizer.chat_template = _chat_template("".join(names), tokenizer, template)
     tokenizer.padding_side = "left"  # generation continues a row at its right end
@@ -80,7 +82,7 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
         if made != ids + training:
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokenizer ({type(tokenizer).__name__}) encodes a text differently "
-                "after new tokens, so an exported model would not see what the prompt was trained on"
+                "after new tokens, so an exported model would get other input than in training"
             )
     return ids
 
@@ -93,10 +95,10 @@ def _training_ids(tokenizer: Any, template: Template, text: str) -> list[int]:
 
 
 def _chat_template(front: str, tokenizer: Any, template: Template) -> Any:
-    """Return the chat template with the text `front` before it; several by name if the tokenizer has several."""
+    """Return the chat template that begins with `front`; if the tokenizer has several, return all of them by name."""
     if template.spec == CHAT:
-        # Jinja drops the line break after the statement, so the template starts at the beginning of a line, as before
-        # (lstrip_blocks depends on it).
+        # Jinja drops the line break after the statement, so the original template still starts at the beginning of a
+        # line, on which lstrip_blocks depends.
         head = "{{- " + _quoted(front) + " -}}{% set softprompt = true %}\n"
         own = tokenizer.chat_template
         return {name: head + text for name, text in own.items()} if isinstance(own, dict) else head + own

@@ -8,29 +8,29 @@ from softprompt.prompt.model_card import front_matter, public_name
 
 
 def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant: float | None, dtype: str) -> bytes:
-    """Return the card of a base whose vocabulary contains the prompt as new words, in UTF-8.
+    """Return the card of a base whose vocabulary contains the prompt as new tokens, in UTF-8.
 
     Args:
-        base: Folder or hub id of the base; a folder is shown by its name only.
+        base: Folder or hub id of the base; of a folder, only the name is shown.
         adapter: The adapter that was exported.
-        words: The new words, one for each virtual token.
-        constant: The constant logit of the new words; None if it is the mean of the other logits.
+        words: The new tokens, one for each virtual token.
+        constant: The constant logit of the new tokens; None if it is the mean of the other logits.
         dtype: The dtype of the weights, such as "float32".
     """
     front = front_matter(base, "transformers")
     base, template = public_name(base), json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
     guard = (
-        f"their logit is {constant:g} whatever the text"
+        f"their logit is {constant:g} after any text"
         if constant is not None
-        else "their logit is the mean of all others, so none of them is ever the likeliest"
+        else "their logit is the mean of all others, so that none of them is ever the likeliest token"
     )
     lines = [
         front,
         f"# {base} with a soft prompt",
         "",
-        f"A plain transformers model, weights in {dtype}: the base, and {len(words)} new words `{words[0]}` to "
-        f"`{words[-1]}` whose embeddings are the virtual tokens of a soft prompt. Written by softprompt, which it does "
-        "not need.",
+        f"A plain transformers model with weights in {dtype}: the base and {len(words)} new tokens, `{words[0]}` to "
+        f"`{words[-1]}`, whose embeddings are the virtual tokens of a soft prompt. It was written by softprompt and "
+        "does not need it.",
         "",
         "```python",
         "from transformers import pipeline",
@@ -39,15 +39,16 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
         "answer = ask([{'role': 'user', 'content': '…'}], return_full_text=False)[0]['generated_text']",
         "```",
         "",
-        f"The chat template writes the new words, then the message in the template of the training: `{template}`. "
-        "For a text of your own write all of them before it, in order:",
+        f"The chat template writes the new tokens, then the message in the template of the training: `{template}`. "
+        "Without the chat template, put all new tokens before your text, in this order:",
         "`''.join(t.content for t in tokenizer.added_tokens_decoder.values() if 'softprompt' in t.content)`.",
         "",
-        f"The new words are never generated: the head is untied, {guard}, and `suppress_tokens` in "
-        "generation_config.json names them. `max_length` there counts them.",
+        f"The new tokens are never generated: the head is untied, {guard}, and `suppress_tokens` in "
+        "generation_config.json lists them. `max_length` in that file counts them.",
         "",
-        "Tried with transformers (`generate`, `pipeline`, `transformers serve`) and llama.cpp. An engine that ignores "
-        "`lm_head.weight` and ties the head to the embeddings may generate the new words; there forbid them by a bias.",
+        "Tested with transformers (`generate`, `pipeline`, `transformers serve`) and llama.cpp. An engine that ignores "
+        "`lm_head.weight` and ties the head to the embeddings may generate the new tokens; if so, forbid them with a "
+        "logit bias.",
         "",
     ]
     return "\n".join(lines).encode()

@@ -1,7 +1,7 @@
 """Export a base with its prompt as one plain transformers model: `python -m softprompt export ADAPTER --output DIR`.
 
 weights            the base's, with new tokens whose embeddings are the prompt (see `bake_prompt`)
-tokenizer          with the new tokens, and a chat template that writes them and the training template (`chat_template`)
+tokenizer          with the new tokens, and a chat template that writes them before the input (see `chat_template`)
 generation_config  the adapter's settings; suppress_tokens lists the new tokens
 """
 
@@ -32,10 +32,11 @@ from softprompt.utils.atomic_io import check_writable, new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
 from softprompt.utils.model_config import peft_sizes, text_config
 
-# GenerationConfig refuses to save settings without effect: of sampling without do_sample, of beams with one beam.
+# GenerationConfig refuses to save settings without effect: sampling settings without do_sample, beam settings with one
+# beam.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
-UNSAVED = ("stop_strings",)  # generate refuses them unless it is given the tokenizer
+UNSAVED = ("stop_strings",)  # `generate` refuses them if its caller passes no tokenizer
 
 
 def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **settings: Any) -> str:
@@ -44,11 +45,11 @@ def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **se
     Args:
         adapter: Adapter folder.
         output: Folder to write; it must not exist.
-        settings: The command's other flags.
+        settings: The command's other flags as keyword arguments.
 
     Raises:
         ConfigError: A setting is unknown or has a wrong value.
-        AdapterError: The adapter is broken, names no base, or was trained for another base.
+        AdapterError: The adapter is damaged, names no base, or does not fit the base.
         ModelError: The base cannot be loaded, or no tokens can be added to it.
         OutputError: `output` exists, cannot be written to, or the disk is full. Nothing is left behind.
     """
@@ -90,11 +91,11 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
     """Return the adapter's generation settings for a generation_config.json.
 
     All tokens of exported prompts are suppressed: the new ones, `ids`, and those of earlier exports. transformers
-    counts the new tokens in max_length, which is therefore larger by their number. As in infer.py, the base's own
+    counts the new tokens in max_length, which is therefore increased by their number. As in infer.py, the base's own
     generation_config has no effect.
 
     Raises:
-        ModelError: transformers refuses to save these settings.
+        ModelError: Transformers refuses to save these settings.
     """
     settings = asdict(of_adapter)
     values = {name: value for name, value in settings.items() if value not in (None, ()) and name not in UNSAVED}
@@ -116,7 +117,7 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
 
 
 def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
-    """Refuse a base with other sizes than the adapter names; warn of a base with another name."""
+    """Raise AdapterError if the base has other sizes than the adapter's configuration; warn if it has another name."""
     check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
     for key, found in peft_sizes(base.config).items():
         wanted = adapter.config.get(key)

@@ -1,4 +1,4 @@
-"""Upload a finished run to the Hugging Face hub with huggingface_hub: `--push_to_hub`."""
+"""Upload a finished run to the Hugging Face hub with huggingface_hub (`--push_to_hub`)."""
 
 import shlex
 from pathlib import Path
@@ -20,15 +20,15 @@ UNAUTHORIZED = (401, 403)  # HTTP status codes
 def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
     """Check before training that the run can be uploaded.
 
-    If the hub does not answer now, that is a warning, because it may answer when training has ended.
+    If the hub does not answer, the check only warns, because the hub may answer when training has ended.
 
     Args:
         sharing: Repository and token.
         output_dir: Folder of the run, whose name is the default name of the repository.
 
     Raises:
-        ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the repository
-            has files of another origin that would be replaced.
+        ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the upload
+            would replace files that no run of train.py uploaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -49,7 +49,7 @@ def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
         if error.response.status_code in UNAUTHORIZED:
             raise ConfigError(f"--push_to_hub: the hub refuses the token ({_line(error)}); give a valid one") from None
         print(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
-    except Exception as error:  # of httpx, of name resolution, or offline mode
+    except Exception as error:  # from httpx, name resolution or offline mode
         reason = _line(error)
         print(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
     else:
@@ -57,10 +57,11 @@ def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
 
 
 def _refuse_foreign(api: Any, repo_id: str) -> None:
-    """Raise ConfigError if a repository has files that would be replaced, and none that shows it is that of a run."""
+    """Raise ConfigError if the upload would replace files of a repository that no run was uploaded to: it lacks
+    `SETTINGS_FILE`."""
     try:
         existing = {file.rfilename for file in api.model_info(repo_id, timeout=10).siblings or ()}
-    except Exception:  # it does not exist, or the hub does not tell
+    except Exception:  # the repository does not exist, or the hub does not answer
         return
     if SETTINGS_FILE not in existing and (foreign := existing.intersection(UPLOADED_FILES)):
         raise ConfigError(
@@ -92,7 +93,7 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         message, ours = "A soft prompt, learned with softprompt", Manifest(folder).names().intersection(UPLOADED_FILES)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
         return str(made)
-    except Exception as error:  # of any kind: the run itself has succeeded
+    except Exception as error:  # whatever fails here, the run itself has succeeded
         raise PushError(
             f"the run is complete in {folder}, but was not uploaded to the hub: {_line(error)}; upload it later with: "
             f"{upload_command(name, folder, sharing)}"

@@ -1,9 +1,9 @@
-"""Answer questions with a frozen base behind one or several soft prompts.
+"""Answer questions with a frozen base and one or several soft prompts.
 
-Comes in: questions (texts, or rows with the columns of a template), adapters, generation settings.
-Goes out: texts, choices with their probabilities, log-likelihoods of given answers.
+In: questions (texts, or rows with the columns of a template), adapters and generation settings.
+Out: answers as texts, choices with their probabilities, or log-likelihoods of given answers.
 
-One question passes through: `encode_questions` (text → token ids) → `requests` (ids, prompt, settings, seed) → a
-`generator` (`continuous_batching` over BLOOM's weights, `hf_generate` over any other base) → `outputs` (ids → text).
-`likelihood` scores given answers instead of writing new ones; `voting` lets several prompts answer together.
+A question passes through `encode_questions` (text → token ids), `requests` (token ids, prompt, settings, seed), a
+`generator` (`continuous_batching` for BLOOM, `hf_generate` for any other base) and `outputs` (token ids → text).
+`likelihood` scores given answers instead of generating new ones. `voting` combines the answers of several prompts.
 """

@@ -1,4 +1,4 @@
-"""Adapters by name: read their folders, check them, and find the base that they belong to."""
+"""Load adapters by name, check them, and find the base that they belong to."""
 
 import os
 import sys
@@ -19,23 +19,23 @@ from softprompt.prompt.file_names import SETTINGS_FILE
 from softprompt.prompt.initial import check_fits
 from softprompt.utils.errors import AdapterError, ConfigError
 
-NONE = "none"  # name of the bare base
+NONE = "none"  # adapter name that stands for the base without a prompt
 AdapterPath = str | os.PathLike[str]
 AdapterSpecs = AdapterPath | Mapping[str, AdapterPath] | Sequence[AdapterPath] | None
-AdapterNames = str | Sequence[str] | None  # one for all questions, one for each, or (None) the active adapter
+AdapterNames = str | Sequence[str] | None  # one for all questions, one for each, or None: the active adapter
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """A trained soft prompt with the settings that its folder holds. Without arguments it is the bare base.
+    """A trained soft prompt and the settings that were saved with it. `LoadedAdapter()` is the base without a prompt.
 
     Attributes:
-        prompt: [P, H] fp32; None is the bare base.
-        template: the template that the prompt was trained with.
-        generation: generation settings by name, which override the defaults.
-        base: name or path of the base that the prompt was trained for.
-        max_length, truncation_side, columns: how the training rows were read and truncated; train.py's defaults if the
-            folder does not say.
+        prompt: [P, H] fp32; None for the base without a prompt.
+        template: The template that the prompt was trained with.
+        generation: Generation settings by name, which override the defaults.
+        base: Name or path of the base that the prompt was trained for.
+        max_length, truncation_side, columns: How train.py read and truncated the rows; its defaults if the folder does
+            not contain these settings.
     """
 
     prompt: Tensor | None = None
@@ -51,7 +51,7 @@ class LoadedAdapter:
         """Read an adapter folder of this project or of PEFT.
 
         Raises:
-            AdapterError: as raised by `adapter_io.load_adapter`, or invalid settings in the folder.
+            AdapterError: The adapter cannot be read (see `adapter_io.load_adapter`), or its settings are invalid.
         """
         return cls.from_files(folder, load_adapter(folder))
 
@@ -60,7 +60,7 @@ class LoadedAdapter:
         """Check the settings of an adapter whose files have been read from `folder`.
 
         Raises:
-            AdapterError: invalid settings.
+            AdapterError: A setting is invalid.
         """
         path = Path(folder) / SETTINGS_FILE
         generation = files.settings.get("generation", {})
@@ -79,7 +79,7 @@ class LoadedAdapter:
 
 
 def _data_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check how the training rows were read and truncated, as far as the settings file at `path` says it."""
+    """Check and return the settings for reading and truncating rows that the file at `path` contains."""
     columns = settings.get("columns", {})
     all_texts = isinstance(columns, dict) and all(map(is_text, [*columns, *columns.values()]))
     length = settings.get("max_length", 1)
@@ -97,11 +97,11 @@ def _data_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_name(name: str, folder: str | Path) -> None:
-    """Raise AdapterError for an empty name, or for the name `none` (the bare base) on a folder."""
+    """Raise AdapterError if the name is empty, or if it is `none` and the folder is not."""
     if not name or (name == NONE and str(folder) != NONE):
         raise AdapterError(
             f"adapter {folder}: cannot be named {name!r}"
-            + (", which is the bare base" if name else "")
+            + (", which means the base without a prompt" if name else "")
             + "; give it another name"
         )
 
@@ -111,7 +111,7 @@ def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
     folder is its path as given. Folders that are given by name are not parsed.
 
     Raises:
-        AdapterError: a name without a folder, a name that is given twice, or a folder with the name none.
+        AdapterError: A name has no folder, a name is given twice, or the name of a folder is `none`.
     """
     if isinstance(specs, Mapping):
         return {name: os.fspath(folder) for name, folder in specs.items()}
@@ -122,7 +122,7 @@ def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
         if not equals or Path(spec).exists():  # the path of a folder may contain "="
             name = folder = spec
         if not name or not folder or (name == NONE and folder != NONE):
-            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none (which is the bare base)")
+            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none (the base without a prompt)")
         if name in folders:
             raise AdapterError(f"--adapter {name} is given twice; give each adapter its own name, name=FOLDER")
         folders[name] = folder
@@ -133,16 +133,16 @@ def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[
     """Load adapters and find their base.
 
     Args:
-        folders: folders by name; without any, the newest adapter under runs/. The bare base alone takes base and
-            template of that one.
-        base: name or path of the base; None takes the one that the adapters name.
+        folders: Folders by name, by default the newest adapter under runs/. If every folder is `none` and `base` is
+            None, base and settings are those of the newest adapter.
+        base: Name or path of the base; None selects the one that the adapters name.
 
     Returns:
         The adapters by name, the first name, and the name or path of the base.
 
     Raises:
-        AdapterError: a folder that is missing or broken, an invalid name, no adapter that names a base, or adapters for
-            different bases.
+        AdapterError: A folder is missing or damaged, a name is invalid, or `base` is None and the adapters name no base
+            or different ones.
     """
     folders = folders or {str(newest := newest_adapter(RUNS)): str(newest)}
     for name, folder in folders.items():
@@ -151,7 +151,7 @@ def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[
         name: LoadedAdapter() if folder == NONE else LoadedAdapter.from_folder(folder)
         for name, folder in folders.items()
     }
-    bases: dict[str, tuple[str, str]] = {}  # by identity: the first adapter that names this base, and the name it uses
+    bases: dict[str, tuple[str, str]] = {}  # by base identity: (an adapter, the base as it names it)
     for name, adapter in adapters.items():
         if adapter.base:
             bases.setdefault(base_identity(adapter.base), (name, adapter.base))
@@ -174,10 +174,10 @@ def base_identity(base: str) -> str:
 
 
 def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str) -> None:
-    """Check an adapter against the base that is loaded; warn if it was trained on another one.
+    """Check that an adapter fits the loaded base; print a warning if it was trained on another one.
 
     Raises:
-        AdapterError: the prompt's hidden size is not the base's.
+        AdapterError: The prompt's hidden size differs from the base's.
     """
     if adapter.prompt is not None:
         check_fits(name, adapter.prompt, hidden_size, base)
@@ -189,7 +189,7 @@ def find_adapter(adapters: Mapping[str, LoadedAdapter], name: str, where: str) -
     """Return the adapter with this name.
 
     Raises:
-        AdapterError: an unknown name; the message begins with `where` and lists the known ones.
+        AdapterError: The name is unknown. The message begins with `where` and lists the known names.
     """
     if name not in adapters:
         known = ", ".join(dict.fromkeys([*adapters, NONE]))

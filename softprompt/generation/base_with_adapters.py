@@ -31,7 +31,7 @@ class BaseWithAdapters:
         Return the name.
 
         Raises:
-            AdapterError: see `from_pretrained`.
+            AdapterError: See `from_pretrained`.
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
@@ -42,7 +42,7 @@ class BaseWithAdapters:
         """Make an adapter the active one, which answers questions that name no adapter.
 
         Raises:
-            AdapterError: the adapter is not loaded.
+            AdapterError: The adapter is not loaded.
         """
         find_adapter(self.adapters, adapter_name, "set_adapter")
         self.active_adapter = adapter_name
@@ -70,7 +70,7 @@ class BaseWithAdapters:
         else the article's. `seed` and `batch_size` belong to a call and are not among them.
 
         Raises:
-            ConfigError: a setting is unknown or invalid.
+            ConfigError: A setting is unknown or invalid.
         """
         return merge_settings(self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation, given)
 

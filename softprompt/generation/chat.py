@@ -1,5 +1,4 @@
-"""Chat in a terminal: each line is a question of its own, answered as the adapter was trained to, or optionally a
-question behind earlier turns."""
+"""Chat in a terminal. Each line is a separate question, as in training; optionally, earlier turns precede it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from softprompt.generation.model import SoftPromptModel
 from softprompt.utils.errors import SoftpromptError
 
 HELP = """/adapter NAME    answer with another adapter: a name given with --adapter, or a folder
-/base            answer with the bare base, without a prompt
+/base            answer with the base alone, without a soft prompt
 /history N       put the last N turns before each question; 0 by default, since prompts are trained on single questions
 /set NAME VALUE  change a setting, such as /set temperature 0.7 or /set do_sample false; /set alone shows all settings
-/help            show this help; Ctrl-C stops an answer, the arrow keys bring earlier lines back
+/help            show this help; Ctrl-C stops an answer, the arrow keys recall earlier lines
 /quit            end the chat, like Ctrl-D"""
 
 
@@ -22,14 +21,14 @@ class Chat:
     """A chat with a model.
 
     Attributes:
-        given: generation settings of this chat by name.
-        parse: turns the name and the text of a setting into that setting, as the command line's flags do.
-        read: shows a prompt and returns the next line; raises EOFError at the end.
-        write: shows a text as it is, without adding a line break.
-        stream: whether an answer is shown while it is written.
-        adapter: name of the adapter that answers.
-        history: how many earlier turns stand before a question.
-        turns: all turns so far, each a question and its answer.
+        given: Generation settings of this chat by name.
+        parse: Parses the name and text of a setting as the command line parses a flag; returns {name: value}.
+        read: Displays its argument before the cursor and returns the next line; raises EOFError at the end of input.
+        write: Displays a text without adding a line break.
+        stream: Whether an answer is displayed while it is generated.
+        adapter: Name of the adapter that answers.
+        history: Number of earlier turns that precede a question.
+        turns: All turns so far, each a question and its answer.
     """
 
     model: SoftPromptModel
@@ -46,7 +45,8 @@ class Chat:
         self.adapter = self.model.active_adapter
 
     def run(self) -> None:
-        """Read and answer lines until /quit or the end of input. An error is shown, and the chat goes on."""
+        """Read and answer lines until /quit or the end of input. A SoftpromptError is displayed and does not end the
+        chat."""
         self.write("Each line is a question; /help lists the commands.\n")
         while True:
             try:
@@ -66,7 +66,12 @@ class Chat:
                 self.write(" …stopped\n")
 
     def answer(self, question: str) -> None:
-        """Answer a question and remember the turn. Several samples are shown one per line; the first is remembered."""
+        """Answer a question and append the turn to `turns`. Several samples are displayed one per line, and the first
+        one is kept.
+
+        Raises:
+            SoftpromptError: A setting is invalid, or the question cannot be answered.
+        """
         if not question:
             return
         single = self.model.settings(self.adapter, **self.given).num_return_sequences == 1
@@ -77,7 +82,11 @@ class Chat:
         self.turns.append((question, texts[0]))
 
     def run_command(self, line: str) -> None:
-        """Run a line that begins with a slash."""
+        """Run a command, which is a line that begins with a slash.
+
+        Raises:
+            SoftpromptError: An adapter cannot be loaded, or a setting is invalid.
+        """
         name, *arguments = line.split(maxsplit=2)
         if name == "/help":
             self.write(HELP + "\n")
@@ -111,13 +120,13 @@ class Chat:
     def _set(self, arguments: list[str]) -> None:
         if len(arguments) == 2:
             changed = {**self.given, **self.parse(*arguments)}
-            self.model.settings(self.adapter, **changed)  # raises before a bad value is kept
+            self.model.settings(self.adapter, **changed)  # raises if the value is invalid
             self.given = changed
         else:
             self.write(f"{self.model.settings(self.adapter, **self.given)}\n")
 
     def _with_history(self, question: str) -> Any:
-        """The question as it is, or as the last message of a conversation behind the last turns."""
+        """Return the question; with a history, return a conversation of the last turns and the question."""
         earlier = self.turns[-self.history :] if self.history else []
         if not earlier:
             return question

@@ -1,18 +1,18 @@
-"""Generation over frozen BLOOM with continuous batching (Yu et al. 2022, "Orca", OSDI): one forward pass per step over
-all answers that are being written, whatever their prompts and lengths.
+"""Continuous batching for frozen BLOOM (Yu et al. 2022, "Orca", OSDI): one forward pass per decoding step over all
+active requests, which may have different prompts and lengths.
 
-Each answer occupies a slot: a row of a preallocated KV cache, which holds the keys and values of its soft prompt (P
-positions, computed once per prompt), its text (T positions) and its answer so far. Slots 0 … n-1 are in use, n at most
-`batch_size`. A step has four phases:
+Each active request occupies a slot: a row of a preallocated KV cache, which holds the keys and values of its soft
+prompt (P positions, computed once per prompt), its text (T positions) and its answer so far. Slots 0 … n-1 are in use,
+with n ≤ `batch_size`. A step has four phases:
 
-    evict    finished answers leave their slots
+    evict    finished requests leave their slots
     refill   requests from the queue take the free slots; if the queue is empty, the last slot moves into the gap, so
              that the slots in use stay contiguous
     forward  one packed stream [S]: the whole text of each slot that was just refilled (prefill), and the newest token
              of each other slot (decode step); result: logits [n, V] of the token that follows in each slot
     sample   each slot's next token is chosen and appended to its answer
 
-So an answer never waits for a longer one in its batch, and no pad token is computed.
+So a request never waits for a longer one in its batch, and no padding is computed.
 """
 
 from collections import deque
@@ -34,16 +34,16 @@ from softprompt.utils.out_of_memory import smaller_batch
 
 
 class ContinuousBatchingGenerator:
-    """Answer requests over BLOOM's weights; see the module's docstring for the phases of a step.
+    """Answer requests with BLOOM's weights; see the module's docstring for the phases of a step.
 
-    The KV cache has `batch_size` slots (fewer if there are fewer requests), each as wide as the longest row can become:
-    2 · L · H numbers per position, fp32 on the CPU. When memory runs out, the number of slots is halved; answers that
-    were begun go on from the tokens they have.
+    The KV cache has `batch_size` slots (fewer if there are fewer requests), and each slot has room for the longest row
+    that may occur. A position takes 2 · L · H values, at least fp32 on the CPU. When memory runs out, the number of
+    slots is halved, and unfinished answers continue from the tokens that they have.
 
     Args:
-        weights: any provider of BLOOM's weights.
-        prefill_tokens_per_step: limit on the text tokens that one step prefills; a longer text is prefilled alone. The
-            default is `MAX_TOKENS` of the device.
+        weights: BLOOM's weights in any storage.
+        prefill_tokens_per_step: Maximum number of tokens that one step prefills, by default the device's `MAX_TOKENS`.
+            A longer text is prefilled in a step of its own.
     """
 
     def __init__(self, weights: BloomWeights, tokenizer: Any, prefill_tokens_per_step: int | None = None):
@@ -73,7 +73,7 @@ class ContinuousBatchingGenerator:
             try:
                 yield from self._run(slots, queue, num_slots, on_token)
                 return
-            except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
+            except RuntimeError as error:  # on the CPU, running out of memory raises a plain RuntimeError
                 num_slots = smaller_batch(error, num_slots)
             queue.extendleft(slot.restarted() for slot in reversed(slots) if not slot.state.finished)
             torch.cuda.empty_cache()
@@ -83,7 +83,7 @@ class ContinuousBatchingGenerator:
     ) -> Iterator[tuple[int, list[int]]]:
         """Run steps until slots and queue are empty. If memory runs out, `slots` keeps the unfinished requests."""
         width = max(slot.P + slot.state.max_tokens for slot in queue)
-        cache = self._allocate(num_slots, width, queue[0].prefix.layers[0])  # in the dtype that attention computes in
+        cache = self._allocate(num_slots, width, queue[0].prefix.layers[0])  # in attention's dtype
         while self._evict_and_refill(cache, slots, queue, num_slots):
             tokens = next_tokens(self._forward(cache, slots), [slot.state for slot in slots])
             for slot, token in zip(slots, tokens, strict=True):
@@ -97,8 +97,8 @@ class ContinuousBatchingGenerator:
 
     @torch.inference_mode()
     def _evict_and_refill(self, cache: KVCache, slots: list[Slot], queue: deque[Slot], num_slots: int) -> bool:
-        """Evict finished requests and refill their slots from the queue; where it gives none, move the last slot into
-        the gap. Return whether any slot is in use."""
+        """Evict finished requests and refill their slots from the queue; if no request is admitted, move the last slot
+        into the gap. Return whether any slot is in use."""
         admitted = self._admit(queue)
         for b in reversed([b for b, slot in enumerate(slots) if slot.state.finished]):
             if new := next(admitted, None):
@@ -113,7 +113,7 @@ class ContinuousBatchingGenerator:
         return bool(slots)
 
     def _admit(self, queue: deque[Slot]) -> Iterator[Slot]:
-        """Take requests from the queue for one step: as many as `prefill_tokens_per_step` allows, at least one."""
+        """Yield requests from the queue for one step: as many as `prefill_tokens_per_step` allows, at least one."""
         tokens = 0
         while queue and (not tokens or tokens + len(queue[0].state.token_ids) <= self.prefill_tokens_per_step):
             tokens += len(queue[0].state.token_ids)
@@ -121,12 +121,12 @@ class ContinuousBatchingGenerator:
 
     @torch.inference_mode()
     def _forward(self, cache: KVCache, slots: Sequence[Slot]) -> Tensor:
-        """Run one step of all n slots, prefill and decode together, and return the logits [n, V] of the token that
-        follows in each."""
+        """Run the forward pass of one step, prefill and decode together; return the logits [n, V] of each slot's next
+        token."""
         weights, step = self.weights, PackedStep(slots, self.device)
         epsilon = weights.shape.epsilon
         x = layer_norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
-        last_index = step.last_index if step.prefills else None  # without a prefill the stream is the last tokens
+        last_index = step.last_index if step.prefills else None  # else the stream is the last tokens
         x = run_blocks(weights, x, StepAttention(cache, step), last_index, decode_linear)  # [n, H]
         for slot, position in zip(slots, step.positions, strict=True):
             slot.cached = position + 1

@@ -1,4 +1,4 @@
-"""From questions to token ids behind their adapters. Every error names the question."""
+"""Check questions and tokenize them in their adapters' templates. Every error names the question."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ Question = str | Mapping[str, Any]  # a text, or a row with the template's colum
 
 
 class EncodedQuestion(NamedTuple):
-    """A question that is ready for the base.
+    """A checked and tokenized question.
 
     Attributes:
-        where: how error messages name the question.
-        adapter: the adapter itself.
-        row: the question as a checked row of the adapter's template.
-        input_ids: token ids of the row in the adapter's template, at least one.
+        where: Name of the question in error messages.
+        adapter: Its adapter.
+        row: The question as a row with the columns of the adapter's template.
+        input_ids: The T ≥ 1 token ids of the row, rendered with the adapter's template.
     """
 
     where: str
@@ -38,24 +38,24 @@ def encode_questions(
     where: Sequence[str] | None,
     tokenizer: Any,
 ) -> list[EncodedQuestion]:
-    """Check questions and encode each in the template of its adapter.
+    """Check questions and tokenize each in the template of its adapter.
 
     Args:
-        adapters: the known adapters by name.
-        active_adapter: the adapter of questions that name none.
-        names: one adapter for all questions, one for each, or None.
-        where: how error messages name the questions; by default by number.
+        adapters: The known adapters by name.
+        active_adapter: Name of the default adapter.
+        names: Name of the adapter of all questions, or a name for each; an empty name or None means `active_adapter`.
+        where: Names of the questions in error messages, by default their numbers.
 
     Raises:
-        ConfigError: the number of names is not that of the questions, or a question has no token.
-        AdapterError: a name that is neither a known adapter nor `none`.
-        DataError: a row without the template's columns.
+        ConfigError: The numbers of names and questions differ; or see `encode_question`.
+        AdapterError: A name is neither a known adapter nor `none`.
+        DataError: See `encode_question`.
     """
     where = where or [f"question {number}" for number in range(1, len(questions) + 1)]
     given = [names] * len(where) if isinstance(names, str) or names is None else names
     of_each = [name or active_adapter for name in given]
     if len(of_each) != len(where):
-        raise ConfigError(f"adapter names {len(of_each)} for {len(where)} questions; give one, or one for each")
+        raise ConfigError(f"{len(of_each)} adapter names for {len(where)} questions; give one, or one for each")
     encoded = []
     for place, asked, name in zip(where, questions, of_each, strict=True):
         adapter = adapters.get(name, LoadedAdapter()) if name == NONE else find_adapter(adapters, name, place)
@@ -65,17 +65,18 @@ def encode_questions(
 
 
 def encode_question(where: str, asked: Question, template: Template, tokenizer: Any) -> tuple[Row, list[int]]:
-    """Check a question and encode it in a template.
+    """Check a question and tokenize it in a template.
 
     Args:
-        where: how error messages name the question.
+        where: Name of the question in error messages.
 
     Returns:
-        The question as a row of the template, and the token ids of its prompt text, at least one.
+        The question as a row with the template's columns, and the T ≥ 1 token ids of the rendered row.
 
     Raises:
-        DataError: neither a text nor a row, a row without the template's columns, or one that a chat template refuses.
-        ConfigError: a template that one text cannot fill, or a question that has no token.
+        DataError: The question is neither a text nor a row, the row lacks a column of the template, or the chat
+            template refuses it.
+        ConfigError: The template needs more than one text, or the question has no tokens.
     """
     if isinstance(asked, Mapping):
         row = question(where, dict(asked), template)

@@ -1,4 +1,4 @@
-"""The generator interface, and which generator answers for an engine: alone, or with the ranks of a run."""
+"""The generator interface, the choice of a generator for an engine, and generation on several ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -19,8 +19,8 @@ from softprompt.models.capabilities import why_not_generate
 class Generator(Protocol):
     """Answers requests in batches.
 
-    Each answer is the one that the request would get alone: which other requests share its batch, and how many, changes
-    nothing but the order of floating-point sums.
+    An answer does not depend on the other requests in its batch, except for rounding: the batch may change the order of
+    floating-point sums.
     """
 
     def generate(
@@ -31,21 +31,22 @@ class Generator(Protocol):
         All requests are checked at the call; answers are computed while the iterator is consumed.
 
         Args:
-            on_token: called with the index of the request and the token id whenever a token has been chosen.
+            on_token: Called with the index of the request and the token id for each token of an answer.
 
         Returns:
-            (index of the request, token ids of its answer without the end token), in the order in which the answers are
-            finished.
+            An iterator over (index of the request, token ids of its answer without the end token), in the order in
+            which the answers are finished.
 
         Raises:
-            ConfigError: a text that leaves no room for an answer.
+            ConfigError: A text leaves no room for an answer.
+            TrainingError: Memory does not suffice for a single request. The iterator raises this.
         """
         ...
 
 
 def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
-    """Make the generator that answers over the weights of `engine`; None if the base cannot answer behind a soft prompt
-    (`capabilities.why_not_generate` says why)."""
+    """Return the generator for an engine and its base; None if the base cannot generate after a soft prompt
+    (`capabilities.why_not_generate` returns the reason)."""
     if isinstance(engine, PackedEngine) and isinstance(engine.schedule, BloomSchedule):
         return ContinuousBatchingGenerator(engine.schedule.weights, tokenizer)
     if why_not_generate(base):
@@ -58,7 +59,7 @@ class DataParallelGenerator:
     order of the requests, once all ranks have finished.
 
     Args:
-        join: run after this rank's share, before the ranks meet; see `DataParallelEngine`.
+        join: Called after this rank's share, before the ranks exchange their answers; see `DataParallelEngine`.
     """
 
     def __init__(self, generator: Generator, world: World, join: Callable[[], None] = lambda: None):
@@ -79,8 +80,8 @@ class DataParallelGenerator:
 
 
 def in_request_order(answers: Iterator[tuple[int, list[int]]]) -> Iterator[list[int]]:
-    """Reorder what `Generator.generate` returns: yield the answers in the order of their requests, each as soon as it
-    and all before it are finished."""
+    """Yield the answers of `Generator.generate` in the order of their requests, each as soon as it and all earlier ones
+    are finished."""
     finished: dict[int, list[int]] = {}
     next_index = 0
     for index, answer in answers:

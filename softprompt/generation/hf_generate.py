@@ -1,9 +1,8 @@
-"""Generation with transformers' own `generate`, for any causal language model: padded batches behind soft prompts, and
-beam search.
+"""Generation with transformers' `generate` for any causal language model: batches with soft prompts, and beam search.
 
-Rows of one batch have different prompts (P virtual tokens) and different texts (T tokens). Each becomes one sequence of
-embeddings [P + T, H], `[virtual tokens; embedded text]`, and the batch is padded on the left to [B, W, H] with an
-attention mask [B, W], so that all rows end in the same column, where their answers continue:
+The rows of a batch may have different prompts (P virtual tokens) and texts (T tokens). Each row becomes one sequence of
+embeddings [P + T, H], `[virtual tokens; embedded text]`. The batch is padded on the left to [B, W, H], with an
+attention mask [B, W], so that all rows end in the last column and their answers continue from there:
 
     row 0   · · · · v v t t t t   v virtual token, t token of the text, · padding
     row 1   v v v v v t t t t t
@@ -38,11 +37,11 @@ from softprompt.utils.out_of_memory import smaller_batch
 
 
 class TransformersGenerator:
-    """Answer requests in left-padded batches through the base's own forward and KV cache.
+    """Answer requests in left-padded batches with the base's own forward and KV cache.
 
-    The generation_config in the base's files is ignored, as by every generator of this package. For a base with a
-    limited number of positions, a batch ends when its longest row has used them up; the other rows go on in the next
-    batch. When memory runs out, the batch size is halved.
+    The generation_config in the base's files is ignored, as by every generator of this package. If the base has a
+    limited number of positions, a batch ends when its longest row has used all of them, and the unfinished rows
+    continue in the next batch. When memory runs out, the batch size is halved.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, compute_dtype: torch.dtype):
@@ -63,14 +62,14 @@ class TransformersGenerator:
     def _generate(
         self, states: Sequence[RequestState], batch_size: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
-        # transformers takes one set of end tokens for a whole batch
+        # transformers accepts one set of end tokens per batch
         for end_token_ids, group in groupby(states, lambda state: self.states.end_token_ids(state.settings)):
             queue = deque(group)
             while queue:
                 batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
                 try:
                     self._run_batch(batch, end_token_ids, on_token)
-                except RuntimeError as error:  # on the CPU, running out of memory raises no type of its own
+                except RuntimeError as error:  # on the CPU, running out of memory raises a plain RuntimeError
                     batch_size = smaller_batch(error, len(batch))
                     torch.cuda.empty_cache()
                 for state in reversed([state for state in batch if not state.finished]):
@@ -112,7 +111,7 @@ def beam_search(base: PreTrainedModel, tokenizer: Any, request: Request, compute
         Token ids of the `num_return_sequences` best answers, without the end token, the best first.
 
     Raises:
-        ConfigError: the text leaves no room for an answer.
+        ConfigError: The text leaves no room for an answer.
     """
     settings, device = request.settings, word_embeddings(base).weight.device
     states = RequestStates(tokenizer, max_positions(base))
@@ -150,8 +149,8 @@ def beam_search(base: PreTrainedModel, tokenizer: Any, request: Request, compute
 def _generate(base: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
     """Call the base's `generate` with this configuration alone.
 
-    transformers would fill in what `config` leaves out from the generation_config of the base's files, so that one is
-    set aside during the call.
+    transformers takes settings that `config` omits from `base.generation_config`, so an empty one replaces it during
+    the call.
     """
     saved, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -161,17 +160,17 @@ def _generate(base: PreTrainedModel, config: GenerationConfig, **inputs: Any) ->
 
 
 def prepend_prompt(base: PreTrainedModel, input_ids: Sequence[int], prompt: Tensor | None) -> Tensor:
-    """Embed a text of T tokens behind its prompt [P, H] (None: no prompt): [P + T, H] in the dtype of the base's word
-    embeddings."""
+    """Embed a text of T tokens and prepend its prompt [P, H], if it has one. Return [P + T, H] in the dtype of the
+    base's word embeddings."""
     embed = word_embeddings(base)
     words = embed(torch.tensor(list(input_ids), device=embed.weight.device))  # [T, H]
     return words if prompt is None else torch.cat([prompt.to(words), words])
 
 
 def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad rows of embeddings [length, H] to the longest: embeddings [B, W, H] and an attention mask [B, W] int64.
+    """Pad rows of embeddings [length, H] on the left. Return embeddings [B, W, H] and an attention mask [B, W] int64.
 
-    An answer continues its row on the right, so padding is on the left whatever the tokenizer's padding_side.
+    The tokenizer's padding_side has no effect, because an answer continues its row on the right.
     """
     width = max(map(len, rows))
     embeddings = rows[0].new_zeros(len(rows), width, rows[0].shape[1])
@@ -182,8 +181,8 @@ def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _NextTokenProcessor(LogitsProcessor):
-    """Choose each row's next token with `sampling.next_tokens`, and give it a score of 0 and all others -inf, so that
-    transformers' greedy search takes it. Finished rows take the pad token."""
+    """Choose each row's next token with `sampling.next_tokens`. That token's score becomes 0 and all others -inf, so
+    that transformers' greedy search takes it. Finished rows take the pad token."""
 
     def __init__(self, states: Sequence[RequestState], pad_token_id: int, on_token: OnToken | None):
         self.states, self.pad_token_id, self.on_token = states, pad_token_id, on_token

@@ -1,4 +1,4 @@
-"""Storage of keys and values: those of the answers that are being written, and those of the soft prompts."""
+"""Caches of keys and values: those of active requests, and those of soft prompts."""
 
 import hashlib
 import weakref
@@ -22,14 +22,15 @@ class KVCache:
     value could be NaN.
 
     Args:
-        shape: sizes of the base.
-        slots: B, how many answers can be written at the same time.
-        width: W, the most positions that a row (virtual tokens, text and answer) can take.
-        like: a tensor of the dtype and device that the cache should have.
+        shape: Sizes of the base.
+        slots: B, the maximum number of active requests.
+        width: W, the maximum number of positions of a row (virtual tokens, text and answer).
+        like: A tensor with the dtype and device of the cache.
 
     Attributes:
-        layers: for each of the L layers a pair (keys, values), each [B, N, W, D].
-        slopes: ALiBi slopes of the heads [N], in at least fp32: distances are exact integers, and bf16 has no 257.
+        layers: For each of the L layers a pair (keys, values), each [B, N, W, D] in the dtype of `like`.
+        slopes: ALiBi slopes of the heads [N]. They are at least fp32, because bf16 cannot represent, for example, the
+            distance 257.
     """
 
     def __init__(self, shape: BloomShape, slots: int, width: int, like: Tensor):
@@ -46,19 +47,19 @@ class KVCache:
 
 
 class _CachedPrefix(NamedTuple):
-    """A prompt's keys and values, and a weak reference to the prompt tensor that asked for them last. When that tensor
-    is freed, the reference's callback removes the entry from the cache."""
+    """A prompt's keys and values, and a weak reference to the prompt tensor for which they were last requested. When
+    that tensor is freed, the reference's callback removes the entry from the cache."""
 
     prefix: PrefixKV
     prompt: weakref.ref[Tensor] | None
 
 
 class PrefixCache:
-    """Keys and values of soft prompts: a least-recently-used cache of at most `MAX_PREFIX_BYTES`.
+    """A least-recently-used cache of the keys and values of soft prompts, limited to `MAX_PREFIX_BYTES`.
 
     Entries are keyed by a hash of the prompt's values, so a prompt that was trained further or replaced never gets
-    outdated keys and values. An entry lives no longer than its prompt tensor: an evaluation during training uses each
-    prompt once, and nothing of it stays.
+    outdated keys and values. An entry is removed when its prompt tensor is freed, because an evaluation during training
+    uses each prompt only once.
     """
 
     def __init__(self, weights: BloomWeights):
@@ -68,10 +69,10 @@ class PrefixCache:
     def __call__(self, prompt: Tensor | None) -> PrefixKV:
         """Return the keys and values of a prompt; run the prompt through the base if they are not cached.
 
-        The values are hashed at each call, so call this once for all requests behind the same prompt.
+        The values are hashed at each call, so call this once for all requests with the same prompt.
 
         Args:
-            prompt: [P, H], or None for the bare base (P = 0).
+            prompt: [P, H] fp32; None means no prompt (P = 0).
         """
         device = self._weights.head.device
         values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
@@ -86,5 +87,5 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the cached keys and values take."""
+        """Size of the cached keys and values in bytes."""
         return sum(layer.nbytes for entry in self._entries.values() for layer in entry.prefix.layers)

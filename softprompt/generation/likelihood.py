@@ -25,7 +25,7 @@ class ChoiceResult(NamedTuple):
 
 
 def check_choices(choices: Sequence[str]) -> None:
-    """Raise ConfigError for fewer than two choices, an empty one, or one that is given twice."""
+    """Raise ConfigError if there are fewer than two choices, or if one is empty or given twice."""
     if len(choices) < 2 or len(set(choices)) < len(choices) or not all(map(str.strip, choices)):
         raise ConfigError(f"--choices {','.join(choices)}: expected two or more different answers, joined by commas")
 
@@ -37,26 +37,26 @@ def answer_examples(
     templates: Sequence[Template],
     tokenizer: Any,
 ) -> list[list[Example]]:
-    """Join each question with each of the answers, as training does: the tokens of the answer and its end token are the
+    """Join each question with each answer as in training, where the tokens of the answer and its end token are the
     targets.
 
     Args:
-        input_ids: token ids of each question in its template.
-        rows: the questions as rows; an answer takes the place of a row's own, if it has one.
-        answers: texts.
-        templates: the template of each question.
+        input_ids: Token ids of each question in its template.
+        rows: The questions as rows; `answers` replace the answer that a row may have.
+        answers: The answers as texts.
+        templates: The template of each question.
 
     Returns:
         For each question one example per answer.
 
     Raises:
-        DataError: a chat template refuses an answer.
+        DataError: The chat template refuses an answer.
     """
     if not answers or not input_ids:
         return [[] for _ in input_ids]
     pairs = zip(rows, templates, strict=True)
     rendered = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in pairs]
-    distinct = list(dict.fromkeys(text for texts in rendered for text in texts))  # mostly the same for all questions
+    distinct = list(dict.fromkeys(text for texts in rendered for text in texts))  # often the same for all questions
     ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
     return [
         [Example([*question, *ids[text]], [IGNORE] * len(question) + list(ids[text])) for text in texts]
@@ -67,12 +67,12 @@ def answer_examples(
 def log_likelihoods(
     engine: Engine, prompts: Sequence[Tensor | None], examples: Sequence[Sequence[Example]]
 ) -> list[list[float]]:
-    """Compute log p(targets | tokens before them) of each example, behind the prompt of its question.
+    """Compute log p(targets | prompt, preceding tokens) of each example in nats.
 
     Args:
-        prompts: the prompt [P, H] of each question; None is the bare base. Questions with the same tensor are run
-            together.
-        examples: the examples of each question.
+        prompts: The prompt [P, H] fp32 of each question; None for the base without a prompt. Questions with the same
+            tensor object are computed together.
+        examples: The examples of each question.
 
     Returns:
         For each question one log-likelihood per example, summed over its targets.
@@ -95,6 +95,6 @@ def choice_probabilities(scores: Sequence[float], choices: Sequence[str]) -> dic
 
 
 def choice_result(scores: Sequence[float], choices: Sequence[str]) -> ChoiceResult:
-    """Choose the likeliest of the choices by their log-likelihoods; the first of several that are equally likely."""
+    """Return the choice with the largest log-likelihood (in a tie the first one) and the probability of each choice."""
     probabilities = choice_probabilities(scores, choices)
     return ChoiceResult(max(probabilities, key=lambda choice: probabilities[choice]), probabilities)

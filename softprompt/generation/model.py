@@ -68,14 +68,14 @@ class SoftPromptModel(BaseWithAdapters):
             prompt: Learned prompt [P, H] fp32; None is the base without a prompt.
             template: Template of the questions, by default the article's.
             generation: Generation settings that override the article's.
-            compute_dtype: dtype of matrix products.
+            compute_dtype: Dtype of matrix products.
             engine: Value of infer.py's flag --engine.
             quantized: The base's quantized blocks, which `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
+            ModelError: Transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
                 prompt can precede the base's text (see `engines.padded.check_forward`).
-            ConfigError: see `engines.factory.engine_for_inference`.
+            ConfigError: See `engines.factory.engine_for_inference`.
         """
         check_not_quantized(base)
         super().__init__(base, LoadedAdapter(prompt, template or Template(), dict(generation or {})))
@@ -107,10 +107,10 @@ class SoftPromptModel(BaseWithAdapters):
             device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.
 
         Raises:
-            AdapterError: an adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
+            AdapterError: An adapter does not exist, is damaged, or is for another base or hidden size; or a folder is
                 given the name "none".
-            ModelError: the base cannot be loaded.
-            ConfigError: the device, the precision, the quantization or the engine is not available.
+            ModelError: The base cannot be loaded.
+            ConfigError: The device, the precision, the quantization or the engine is not available.
         """
         if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
             raise ConfigError("; ".join(faults))
@@ -137,8 +137,8 @@ class SoftPromptModel(BaseWithAdapters):
                 `generation.voting`.
 
         Raises:
-            ConfigError: there are fewer than two adapters, or `voting` has another value.
-            AdapterError: an adapter is unknown.
+            ConfigError: There are fewer than two adapters, or `voting` has another value.
+            AdapterError: An adapter is unknown.
         """
         return Ensemble(self, list(self.adapters) if adapters is None else adapters, voting)
 
@@ -180,10 +180,10 @@ class SoftPromptModel(BaseWithAdapters):
                 ignored.
 
         Raises:
-            ConfigError: a setting is unknown or invalid, or a question leaves no room for an answer.
-            ModelError: the base cannot generate behind a prompt.
-            DataError: a row lacks columns of the template.
-            AdapterError: an adapter is unknown.
+            ConfigError: A setting is unknown or invalid, or a question leaves no room for an answer.
+            ModelError: The base cannot generate behind a prompt.
+            DataError: A row lacks columns of the template.
+            AdapterError: An adapter is unknown.
         """
         if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
             raise ConfigError("; ".join(faults))
@@ -208,8 +208,8 @@ class SoftPromptModel(BaseWithAdapters):
         """Return for each question the likeliest of `choices`, and the probability of each among them.
 
         Raises:
-            ConfigError: there are fewer than two choices, or the same choice occurs twice.
-            DataError, AdapterError: see `stream`.
+            ConfigError: There are fewer than two choices, or the same choice occurs twice.
+            DataError, AdapterError: See `stream`.
         """
         check_choices(choices)
         scores = self.log_likelihoods(prompts, choices, adapter=adapter, where=where)
@@ -226,7 +226,7 @@ class SoftPromptModel(BaseWithAdapters):
         """Return for each question the log-likelihood of each of `answers`: log p(answer and end token | question).
 
         Raises:
-            ConfigError, DataError, AdapterError: see `stream`.
+            ConfigError, DataError, AdapterError: See `stream`.
         """
         asked = self._encoded(prompts, adapter, where)
         texts, rows = [one.input_ids for one in asked], [one.row for one in asked]

@@ -1,4 +1,4 @@
-"""From requests to the texts of their answers, in the order of the questions, streamed piece by piece on demand."""
+"""Generate the answers to requests as texts, in the order of the questions, optionally streamed piece by piece."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,10 +23,13 @@ def stream_answers(
     """Answer each question; yield a text, or a list of texts if `num_return_sequences` is above 1.
 
     Args:
-        requests: for each question one request per sample, or a single one for beam search.
-        batch_size: number of answers that are written at the same time.
-        on_text: called with the pieces of a text as they are written, if a single answer is asked for (the tokens of
-            answers that are written together are not told apart). Beam search has its text only when it ends.
+        requests: For each question one request per sample, or a single one for beam search.
+        batch_size: Maximum number of answers that are generated at the same time.
+        on_text: Called with each piece of the answer as it is generated; with beam search, after the search. Give it
+            only for a single answer, because the tokens of parallel answers are not distinguished.
+
+    Raises:
+        ConfigError, TrainingError: See `Generator.generate`.
     """
     streamer = CallbackStreamer(tokenizer, on_text) if on_text else None
     on_token = (lambda _, token: streamer.add(token)) if streamer else None
@@ -44,7 +47,7 @@ def stream_answers(
 
 
 class CallbackStreamer(TextStreamer):
-    """transformers' TextStreamer with a function in place of stdout.
+    """A TextStreamer of transformers that calls a function instead of printing.
 
     Text is held back until a word or a Chinese character is complete. White space at both ends of an answer is omitted.
     """
@@ -54,7 +57,7 @@ class CallbackStreamer(TextStreamer):
         self._on_text, self._started, self._held_space = on_text, False, ""
 
     def add(self, token: int) -> None:
-        """Take the next token of the answer."""
+        """Add the next token of the answer."""
         self.put(torch.tensor([token]))
 
     def finish(self) -> None:
@@ -63,7 +66,7 @@ class CallbackStreamer(TextStreamer):
         self._started, self._held_space = False, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on a piece, but hold back white space at its end: it may be the end of the answer."""
+        """Pass on a piece, but hold back white space at its end, which is omitted if the answer ends there."""
         text = self._held_space + text if self._started else text.lstrip()
         shown = text.rstrip()
         if shown:

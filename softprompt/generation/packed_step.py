@@ -1,11 +1,11 @@
-"""One forward pass of continuous batching: the tokens that it runs, and their attention over the KV cache.
+"""One forward pass of continuous batching: its input tokens, and their attention over the KV cache.
 
 A pass runs one packed stream of S tokens without padding, which mixes slots in two phases:
 
     stream   newest token of slot 0 | newest token of slot 3 | text of slot 2 (T tokens) | text of slot 1 (T tokens)
              decode: 1 token of each slot in the cache         prefill: all tokens of slots that were just refilled
 
-Layer norms, projections and MLPs see the S tokens as one matrix. Only attention tells them apart: a decoded token
+Layer norms, projections and MLPs see the S tokens as one matrix. Only attention distinguishes them: a decoded token
 attends to its slot's row in the cache; a prefilled text attends to its prompt and, causally, to itself.
 """
 
@@ -27,8 +27,8 @@ class Slot:
     """A request that occupies a row of the KV cache, or waits for one.
 
     Attributes:
-        prefix: keys and values of the request's prompt.
-        cached: number of positions of its row that are in the cache, virtual tokens included; 0 before prefill.
+        prefix: Keys and values of the request's prompt.
+        cached: Number of the row's positions that are in the cache, virtual tokens included; 0 before prefill.
     """
 
     state: RequestState
@@ -41,21 +41,22 @@ class Slot:
         return len(self.prefix.layers[0])
 
     def restarted(self) -> "Slot":
-        """Return this slot as it was before prefill. The tokens of the answer so far stay: they are prefilled together
-        with the text."""
+        """Reset this slot to its state before prefill and return it. The tokens of the answer so far are kept and are
+        prefilled together with the text."""
         self.state.restore_rng()
         self.cached = 0
         return self
 
 
 class PrefillGroup(NamedTuple):
-    """Slots whose texts are prefilled behind the same prompt, the longest text first.
+    """Slots whose texts are prefilled after the same prompt, the longest text first.
 
     Attributes:
-        slots: indices of the slots.
-        lengths: number of tokens of each text.
-        attention_groups: how `attend` batches the texts.
-        span: where the texts are in the stream.
+        prefix: Keys and values of the prompt.
+        slots: Indices of the slots.
+        lengths: Number of tokens of each text.
+        attention_groups: How `attend` batches the texts.
+        span: The slice of the stream that contains the texts.
     """
 
     prefix: PrefixKV
@@ -70,11 +71,11 @@ class PackedStep:
     slots that are prefilled, grouped by prompt.
 
     Attributes:
-        decoding: indices of the slots that decode, in the order of the stream.
-        prefills: the groups of slots that are prefilled.
-        positions: position of each slot's last token in its row, counted from 0 with the virtual tokens.
-        input_ids: the stream [S] int64.
-        last_index: index of each slot's last token in the stream [n] int64.
+        decoding: Indices of the slots that decode, in the order of the stream.
+        prefills: The groups of slots that are prefilled.
+        positions: Position of each slot's last token in its row, counted from 0 at the first virtual token.
+        input_ids: The stream [S] int64.
+        last_index: Index of each slot's last token in the stream [n] int64.
     """
 
     def __init__(self, slots: Sequence[Slot], device: torch.device):
@@ -97,7 +98,7 @@ class PackedStep:
 
 
 def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[PrefixKV, list[int]]]:
-    """Group the indices of slots that have nothing in the cache yet by their prompt, the longest text first."""
+    """Group the slots that await prefill by prompt; yield each prompt and its slots' indices, longest text first."""
     uncached = [b for b, slot in enumerate(slots) if not slot.cached]
     for prefix in {id(slots[b].prefix): slots[b].prefix for b in uncached}.values():
         group = [b for b in uncached if slots[b].prefix is prefix]
@@ -108,8 +109,8 @@ class StepAttention:
     """Attention of one packed step, called once per layer by `bloom.run_blocks`. It also writes the new keys and values
     into the cache.
 
-    Decoding slots attend in one batched product over the cache, up to the longest row among them; the bias hides what
-    lies after the end of shorter rows. Texts attend through `prefix_attention.attend`, group by group.
+    One batched product over the cache computes all decoding slots, up to the longest of their rows; the bias masks the
+    positions after the end of shorter rows. `prefix_attention.attend` computes the texts, group by group.
     """
 
     def __init__(self, cache: KVCache, step: PackedStep):
@@ -117,7 +118,7 @@ class StepAttention:
         self.cache, self.step, self.n = cache, step, len(step.positions)
         self.width = 1 + max((step.positions[b] for b in step.decoding), default=0)
         rows = [(b * N + h) * cache.width + step.positions[b] for b in step.decoding for h in range(N)]
-        self.write_rows = torch.tensor(rows, device=step.device)  # [decoding · N], into the cache as [B · N · W, D]
+        self.write_rows = torch.tensor(rows, device=step.device)  # [decoding · N], indices into [B · N · W, D]
         self.decoding = torch.tensor(step.decoding, device=step.device)
         dtype = cache.layers[0][0].dtype
         self.decode_bias = self._decode_bias().to(dtype)  # [n · N, 1, width]
@@ -130,11 +131,12 @@ class StepAttention:
         """Attend in one layer.
 
         Args:
-            q: queries [S, N, D].
-            kv: keys and values [S, N, 2, D].
+            layer: The layer's index.
+            q: Queries [S, N, D] in the dtype of the cache.
+            kv: Keys and values [S, N, 2, D] in the same dtype.
 
         Returns:
-            [S, N · D]
+            [S, N · D] in the dtype of `q`.
         """
         decoding, outputs = len(self.step.decoding), []
         if decoding:
@@ -152,8 +154,8 @@ class StepAttention:
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         """Compute softmax(q · keysᵀ / √D + bias) · values for the newest tokens: [S, N, D] → [decoding, N · D].
 
-        All n slots take part, so that the cache is read as a view without a copy; rows of slots in prefill are dropped
-        from the result.
+        All n slots are computed, so that the cache is read as a view without a copy. The rows of slots in prefill are
+        dropped from the result.
         """
         caches = (cache[: self.n, :, : self.width] for cache in self.cache.layers[layer])
         keys, values = (cache.flatten(0, 1) for cache in caches)  # each [n · N, width, D]
@@ -174,8 +176,8 @@ class StepAttention:
                 cache[b, :, P : P + len(new)] = new.transpose(0, 1)
 
     def _decode_bias(self) -> Tensor:
-        """Bias of each slot's newest token on the positions of its row: ALiBi slope · distance up to the token's own
-        position, -inf after it; [n · N, 1, width]."""
+        """Return the bias [n · N, 1, width] of each slot's newest token for the positions of its row: ALiBi (-slope ·
+        distance) up to the token itself, -inf after it."""
         position = torch.tensor(self.step.positions, device=self.step.device)[:, None]  # [n, 1]
         distance = torch.arange(self.width, device=self.step.device) - position  # [n, width]
         masked = distance.to(self.cache.slopes.dtype).masked_fill_(distance > 0, -torch.inf)

@@ -1,4 +1,4 @@
-"""What a generator is asked for: the token ids of a text, the prompt before it, generation settings and a seed."""
+"""Requests to a generator: the token ids of a text, the prompt before it, generation settings and a seed."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +12,23 @@ from softprompt.config.schema import AUTO
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 
-OnToken = Callable[[int, int], None]  # (index of the request, token id), called when a token has been chosen
-LIST_SETTINGS = {"suppress_tokens", "stop_strings", "eos_token_id"}  # a single value stands for a list of one
+OnToken = Callable[[int, int], None]  # (index of the request, token id), called for each token of an answer
+LIST_SETTINGS = {"suppress_tokens", "stop_strings", "eos_token_id"}  # may be given as a single value
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Settings of one answer, named as in transformers' GenerationConfig; the defaults are those of the article.
+    """Settings of one answer, named as in transformers' GenerationConfig. The defaults are those of the article that
+    README.md names.
 
     Attributes:
-        max_length: limit on the tokens of text and answer together. Virtual tokens do not count, as in PEFT, and each
-            row of a batch is counted by itself.
-        max_new_tokens: limit on the tokens of the answer alone; takes precedence over `max_length`.
-        stop_strings: an answer ends when one of these strings has been written, and keeps it.
-        eos_token_id: tokens that end an answer, in place of the tokenizer's eos_token.
-        num_return_sequences: number of samples for each question.
-        num_beams: above 1, transformers' beam search writes the answer.
+        max_length: Maximum number of tokens of text and answer together, for each row of a batch by itself. As in PEFT,
+            virtual tokens do not count.
+        max_new_tokens: Maximum number of tokens of the answer; takes precedence over `max_length`.
+        stop_strings: Strings that end an answer; the answer includes the string.
+        eos_token_id: Tokens that end an answer, instead of the tokenizer's eos_token.
+        num_return_sequences: Number of samples for each question.
+        num_beams: Number of beams. If it is above 1, transformers' beam search generates the answer.
     """
 
     max_length: int = 256
@@ -46,10 +47,10 @@ class GenerationSettings:
     num_beams: int = 1
 
     def new_token_budget(self, text_tokens: int) -> int:
-        """Return the largest number of tokens that an answer to a text of `text_tokens` tokens may have.
+        """Return the maximum number of tokens of an answer to a text of `text_tokens` tokens.
 
         Raises:
-            ConfigError: the text alone reaches max_length.
+            ConfigError: `max_new_tokens` is None, and the text alone reaches `max_length`.
         """
         budget = self.max_new_tokens or self.max_length - text_tokens
         if budget < 1:
@@ -61,11 +62,11 @@ class GenerationSettings:
 
 
 def merge_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationSettings:
-    """Merge settings: those given (unless None or "auto") override those saved beside the adapter, which override the
-    defaults.
+    """Merge generation settings: `given` overrides `saved` (from the adapter's folder), which overrides the defaults.
+    Values of `given` that are None or "auto" are ignored.
 
     Raises:
-        ConfigError: an unknown or impossible setting.
+        ConfigError: A setting is unknown or has an invalid value.
     """
     merged = {**saved, **{name: value for name, value in given.items() if value not in (None, AUTO)}}
     if given.get("max_length") is not None and given.get("max_new_tokens") is None:
@@ -85,9 +86,9 @@ class Request:
     """A request for one answer to one text.
 
     Attributes:
-        input_ids: token ids of the text, T ≥ 1 of them; virtual tokens are not among them.
-        prompt: virtual tokens [P, H] fp32 that stand before the text; None asks the bare base.
-        seed: seed of this answer's random numbers.
+        input_ids: The T ≥ 1 token ids of the text, without virtual tokens.
+        prompt: Virtual tokens [P, H] fp32 before the text; None for the base without a prompt.
+        seed: Seed of this answer's random numbers.
     """
 
     input_ids: Sequence[int]
@@ -96,13 +97,14 @@ class Request:
     seed: int = 0
 
     def new_token_budget(self, max_positions: int | None = None) -> int:
-        """Return the largest number of tokens that the answer may have.
+        """Return the maximum number of tokens of the answer.
 
         Args:
-            max_positions: number of positions that the base has; None if it has no limit.
+            max_positions: Maximum number of positions of the base; None if it has no limit.
 
         Raises:
-            ConfigError: the text alone reaches max_length, or it fills the base's positions together with the prompt.
+            ConfigError: The settings leave no room (see `GenerationSettings.new_token_budget`), or prompt and text take
+                all positions of the base.
         """
         P, T = 0 if self.prompt is None else len(self.prompt), len(self.input_ids)
         budget = self.settings.new_token_budget(T)
@@ -110,8 +112,8 @@ class Request:
             return budget
         if max_positions <= P + T:
             raise ConfigError(
-                f"{P} virtual tokens and a prompt of {T} leave no room for an answer within the {max_positions:,} "
-                "positions of this base; shorten the prompt"
+                f"{P} virtual tokens and a prompt of {T} tokens leave no room for an answer within the "
+                f"{max_positions:,} positions of this base; shorten the prompt"
             )
         return min(budget, max_positions - P - T)
 
@@ -119,7 +121,7 @@ class Request:
 def sample_seed(seed: int, question: int, sample: int = 0) -> int:
     """Derive the seed of one answer from the user's seed and the numbers (from 0) of the question and the sample.
 
-    It is the first 8 bytes of BLAKE2b over "seed question sample" in decimal digits. Nothing else enters, so an answer
-    does not depend on the other questions, on their order in a batch or on the batch size.
+    It is the 8-byte BLAKE2b digest, read as a big-endian integer, of the text "seed question sample" in decimal digits.
+    So it does not depend on the other questions, their order in a batch or the batch size.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {question} {sample}".encode(), digest_size=8).digest(), "big")

@@ -1,7 +1,8 @@
-"""Write answers to a .jsonl file line by line, so that an interrupted command resumes after the last complete line.
+"""Write answers to a .jsonl file line by line, so that an interrupted command can resume after the last complete line.
 
-A note beside the file, `.NAME.run.json`, holds what the answers depend on: the settings, the seed, the name of the
-base, and hashes of the tokenizer and the adapters. A file is only resumed if its note and its lines match.
+A note beside the file, `.NAME.run.json`, records what the answers depend on: the settings, the seed, the name of the
+base, and hashes of the tokenizer and the adapters. A command resumes a file only if it would write the same note, and
+if the file's lines answer its prompts.
 """
 
 import json
@@ -16,28 +17,29 @@ from softprompt.utils.errors import DataError, OutputError
 from softprompt.utils.file_lock import ProcessLock
 
 Line = Mapping[str, Any]
-MAX_LINE_BYTES = 1 << 20  # how much of a line is read to see whose file it is
+MAX_LINE_BYTES = 1 << 20  # bytes of the first line that are read to recognize a file of infer.py
 TOKENIZER = "tokenizer"  # key of the note
 
 
 class ResumableJsonl:
     """An output file with one line per prompt, in the order of the prompts.
 
-    Use it as a context manager and `write` the lines from number `done` on. A last line that was not written completely
-    is cut off when the file is opened.
+    Use it as a context manager and `write` the lines from number `done` on. An incomplete last line is removed on
+    entry.
 
     Args:
-        asked: for each prompt, its line without the columns of the answer.
-        depends_on: the content of the note.
-        overwrite: start anew. The old file must be one of ours: a note is beside it, or its first line has the columns
-            of `asked` and more.
+        asked: For each prompt, its line without the columns of the answer.
+        depends_on: The content of the note; must be serializable as JSON.
+        overwrite: Replace an existing file. It must be one that infer.py wrote: a note is beside it, or its first line
+            has the columns of `asked` and others.
 
     Attributes:
-        done: number of lines that the file has already.
+        done: Number of complete lines that the file already has.
 
     Raises:
-        OutputError: the file holds answers to other prompts or with other settings, or it is not one of ours.
-        DataError: a line of the file is not JSON.
+        OutputError: The file answers other prompts or was written with other settings, infer.py did not write it, it
+            cannot be written to, or another process is writing to it.
+        DataError: A line of the file is not JSON.
     """
 
     def __init__(self, path: str, asked: Sequence[Line], depends_on: Line, overwrite: bool = False):
@@ -63,7 +65,7 @@ class ResumableJsonl:
         try:
             self._lock.take()
             if self._size not in (None, os.fstat(self._file.fileno()).st_size):
-                raise OutputError(f"--output_file {self.path}: another process has written there; run this once more")
+                raise OutputError(f"--output_file {self.path}: another process has written there; run this again")
         except (OSError, OutputError):
             self.__exit__(None, None, None)
             raise
@@ -82,7 +84,7 @@ class ResumableJsonl:
         self._file.flush()
 
     def _check_is_ours(self, asked: Sequence[Line]) -> None:
-        """Raise OutputError, rather than overwrite a file that is not one of ours."""
+        """Raise OutputError if infer.py did not write the file, so that it is not overwritten."""
         if read_note(self.note) is not None:
             return
         try:
@@ -97,7 +99,7 @@ class ResumableJsonl:
             )
 
     def _check_note(self) -> None:
-        """Raise OutputError if the answers in the file depend on something else than `depends_on`."""
+        """Raise OutputError if the note beside the file differs from `depends_on`."""
         found = read_note(self.note)
         if found is None:
             raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
@@ -138,8 +140,8 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 def saved_seed(path: str) -> int | None:
-    """Return the seed with which an output file was begun, so that a command without --seed resumes with it; None if
-    there is none."""
+    """Return the seed in the note of an output file, with which a command without --seed resumes; None if there is no
+    such file or seed."""
     note = read_note(Path(path).parent / f".{Path(path).name}.run.json") if Path(path).exists() else None
     seed = (note or {}).get("seed")
     return seed if isinstance(seed, int) else None

@@ -26,16 +26,19 @@ from softprompt.generation.requests import GenerationSettings, Request
 
 
 class RequestState:
-    """A request while its answer is being written: the tokens so far, what ends the answer, and its random numbers.
+    """The state of a request during generation: its tokens, stopping criteria and random number generator.
 
     Attributes:
-        index: position of the request in the list that the generator was given.
-        token_ids: ids of the text, then of the answer so far. Virtual tokens and padding are not among them; PEFT shows
-            the same ids to logits processors and stopping criteria.
-        text_tokens: number of tokens of the text.
-        max_tokens: length of `token_ids` at which the answer ends.
-        rng: random number generator of this answer alone.
-        finished: whether the answer has ended.
+        index: Position of the request in the list that the generator was given.
+        token_ids: Token ids of the text, then of the answer so far, without virtual tokens and padding. PEFT passes the
+            same ids to logits processors and stopping criteria.
+        text_tokens: Number of tokens of the text.
+        max_tokens: Length of `token_ids` at which the answer ends.
+        rng: Random number generator of this answer alone.
+        finished: Whether the answer has ended.
+
+    Raises:
+        ConfigError: The text leaves no room for an answer.
     """
 
     def __init__(
@@ -73,8 +76,8 @@ class RequestState:
     def restore_rng(self) -> None:
         """Reseed, and replay one draw for each token of the answer.
 
-        A step that ran out of memory may have drawn a number without appending a token; after this, a retry continues
-        identically.
+        A step that ran out of memory may have drawn a number without appending a token. A retry after this call
+        continues as if the step had not run.
         """
         self.rng.manual_seed(self.seed)
         for _ in self.answer_ids if self.settings.do_sample else ():
@@ -87,12 +90,12 @@ class RequestState:
 
 
 class RequestStates:
-    """Create the states of requests to one base.
+    """Creates the states of requests to one base.
 
-    Building a `StopStringCriteria` takes long with a large vocabulary, so one is kept for each set of stop strings.
+    Building a `StopStringCriteria` is slow for a large vocabulary, so one is kept for each set of stop strings.
 
     Args:
-        max_positions: number of positions that the base has; None if it has no limit.
+        max_positions: Maximum number of positions of the base; None if it has no limit.
     """
 
     def __init__(self, tokenizer: Any, max_positions: int | None = None):
@@ -103,7 +106,7 @@ class RequestStates:
         """Create the state of the request at `index`.
 
         Raises:
-            ConfigError: the text leaves no room for an answer.
+            ConfigError: The text leaves no room for an answer.
         """
         settings = request.settings
         if settings.stop_strings and settings.stop_strings not in self._criteria:
@@ -119,10 +122,13 @@ class RequestStates:
 def next_tokens(logits: Tensor, states: Sequence[RequestState]) -> list[int]:
     """Choose the next token of each answer.
 
-    Answers with the same settings are processed together, but row by row as if each were alone.
+    Rows with the same settings are processed together; the results are the same as for each row alone.
 
     Args:
         logits: [n, V] of any float dtype, one row for each of the n states.
+
+    Returns:
+        The n token ids.
     """
     if all(_is_argmax(state.settings) for state in states):
         return logits.argmax(-1).tolist()
@@ -143,7 +149,7 @@ def process_logits(logits: Tensor, token_ids: Sequence[Sequence[int]], settings:
 
     Args:
         logits: [n, V] of any float dtype.
-        token_ids: the n token histories, text and answer so far.
+        token_ids: The n token histories, each the text and the answer so far.
 
     Returns:
         Scores [n, V] fp32.
@@ -161,7 +167,7 @@ def process_logits(logits: Tensor, token_ids: Sequence[Sequence[int]], settings:
 def logits_processors(
     settings: GenerationSettings, device: torch.device
 ) -> tuple[LogitsProcessorList, LogitsProcessorList]:
-    """Build transformers' logits processors in the order in which its `generate` applies them.
+    """Build transformers' logits processors in the order of `GenerationMixin._get_logits_processor`.
 
     Returns:
         The processors that read a row's token history, and those that read its scores alone. Temperature, top-k, top-p
@@ -193,8 +199,11 @@ def sample(probabilities: Tensor, rngs: Sequence[torch.Generator]) -> list[int]:
     so that its sample does not depend on the other rows.
 
     Args:
-        probabilities: [n, V].
-        rngs: n random number generators.
+        probabilities: [n, V] of any float dtype.
+        rngs: The random number generator of each row.
+
+    Returns:
+        The n token ids.
     """
     cumulative = probabilities.double().cumsum(-1)  # [n, V]
     uniform = torch.stack([_uniform(rng) for rng in rngs])  # [n]
@@ -210,7 +219,7 @@ def _uniform(rng: torch.Generator) -> Tensor:
 
 
 def _is_argmax(settings: GenerationSettings) -> bool:
-    """Whether the next token is simply the one with the largest logit."""
+    """Return whether the next token is always the one with the largest logit."""
     changes_logits = settings.repetition_penalty != 1.0 or settings.no_repeat_ngram_size or settings.suppress_tokens
     return not (settings.do_sample or changes_logits)
 

@@ -1,5 +1,5 @@
-"""Prompt ensembles: several prompts of one task over the same base answer together by voting (Lester et al. 2021,
-arXiv:2104.08691, section 6). Each question is put to all prompts in one mixed batch."""
+"""Prompt ensembles: several prompts of one task, with the same base, vote on the answer (Lester et al. 2021,
+arXiv:2104.08691, section 6). All prompts answer a question in one mixed batch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ ScoreAnswers = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # A answers
 def vote_answer(answers: Sequence[str], voting: Voting, score: ScoreAnswers) -> str:
     """Choose the ensemble's answer among those that its members gave.
 
-    The candidates are, with `majority_vote`, the answers that the most members gave; with `mean_likelihood`, all of
-    them. Each member's log-likelihoods of the candidates are normalized to probabilities; the candidate with the
-    largest mean probability over the members wins, the first given if several are equal.
+    With `majority_vote`, the candidates are the most frequent answers; with `mean_likelihood`, they are all answers.
+    Each member's log-likelihoods of the candidates are normalized to probabilities. The candidate with the largest mean
+    probability over the members wins, in a tie the one that was given first.
 
     Args:
-        score: computes the members' log-likelihoods of the candidates; called only if there is more than one.
+        score: Computes the members' log-likelihoods of the candidates; called only if there is more than one.
     """
     votes = Counter(answers)  # in the order in which they were given
     most = max(votes.values())
@@ -39,8 +39,8 @@ def vote_answer(answers: Sequence[str], voting: Voting, score: ScoreAnswers) -> 
 def vote_choice(results: Sequence[ChoiceResult], voting: Voting) -> ChoiceResult:
     """Combine the members' results on one question.
 
-    The probabilities are the mean of the members'. The label is, with `mean_likelihood`, the most probable choice; with
-    `majority_vote`, the one that the most members chose, the most probable one if several have the most votes.
+    The probabilities are the means over the members. With `mean_likelihood`, the label is the most probable choice;
+    with `majority_vote`, it is the choice with the most votes, in a tie the most probable one.
     """
     mean = mean_probabilities([result.probabilities for result in results])
     votes = Counter(result.label for result in results) if voting == "majority_vote" else Counter[str]()
@@ -53,16 +53,16 @@ def mean_probabilities(of_members: Sequence[Mapping[str, float]]) -> dict[str, f
 
 
 class Ensemble:
-    """Several adapters of a model that answer together.
+    """Several adapters of a model that answer by voting.
 
     Args:
-        adapters: names of two or more adapters of the model.
+        adapters: Names of two or more adapters of the model.
         voting: `majority_vote` (the default for answers) or `mean_likelihood` (the default for choices); see
             `vote_answer` and `vote_choice`.
 
     Raises:
-        ConfigError: fewer than two adapters, or an unknown kind of voting.
-        AdapterError: an unknown adapter.
+        ConfigError: There are fewer than two adapters, or `voting` has another value.
+        AdapterError: An adapter is unknown.
     """
 
     def __init__(self, model: "SoftPromptModel", adapters: Sequence[str], voting: Voting | None = None):
@@ -128,9 +128,9 @@ class Ensemble:
         return [vote_choice(results[start : start + members], voting) for start in range(0, len(results), members)]
 
     def _for_each_member(self, values: Sequence[Any]) -> list[Any]:
-        """Repeat every value once for each member."""
+        """Repeat each value as many times as there are members."""
         return [value for value in values for _ in self.adapters]
 
     def _names_of(self, prompts: Sequence[Question], where: Sequence[str] | None) -> list[str]:
-        """How error messages name the questions; by default by number."""
+        """Return the names of the questions in error messages, by default their numbers."""
         return list(where or [f"question {number}" for number in range(1, len(prompts) + 1)])

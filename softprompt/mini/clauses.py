@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from softprompt.mini import words
 from softprompt.mini.words import DOMAINS, SHARED_GROUPS, Group
 
-OTHER = "其他"  # the domain of things that belong to no other
+OTHER = "其他"  # the domain of things that belong to no other domain
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Clause:
+    """A clause and its labels; `subject` is "" if the clause names none."""
+
     text: str
     opinion: str
     strength: str
@@ -56,7 +58,7 @@ _OTHER_THINGS = Group("个", words.OTHER_NOUNS, words.GOOD, words.BAD)
 
 
 def opinion_of(rng: random.Random, group: Group, good: bool, afters: frozenset[str] | None = None) -> Opinion:
-    """A good or bad word with its degree, or the negated opposite; `afters` restricts what may follow it."""
+    """Return a good or bad word with its degree, or the negated opposite. `afters` restricts what may follow it."""
     negated = rng.random() < 0.25
     word = rng.choice(group.good if good != negated else group.bad)
     if negated and (word in words.NOT_NEGATED or not set(word).isdisjoint("不没无") or len(word) > 3):
@@ -80,7 +82,7 @@ def _groups(domain: str) -> tuple[Group, ...]:
 
 
 def _thing(rng: random.Random, domain: str) -> tuple[str, str, Group]:
-    """这部电影, 他们家的电影, 电影: the phrase, its noun and its group."""
+    """Return a noun phrase (这部电影, 他们家的电影, 电影), its noun and its group."""
     group = rng.choice([group for group in _groups(domain) if group.measure])
     noun = rng.choice(group.nouns)
     if noun[0] in "这那":
@@ -90,10 +92,10 @@ def _thing(rng: random.Random, domain: str) -> tuple[str, str, Group]:
 
 
 def noun_phrase(rng: random.Random, domain: str, likeable: bool = False) -> Noun:
-    """A thing, or an aspect of a thing.
+    """Return a thing, or an aspect of a thing.
 
-    An aspect that several domains share is named together with its thing, or its domain is OTHER. `likeable` excludes
-    nuisances (噪音), which only their own words can judge sensibly.
+    An aspect that several domains share is either named together with its thing, or its domain is OTHER. `likeable`
+    excludes nuisances (噪音), for which only their own judging words make sense.
     """
     phrase = _any_noun_phrase(rng, domain)
     return noun_phrase(rng, domain, likeable) if likeable and phrase.group.nuisance else phrase
@@ -155,7 +157,7 @@ def _kind_of(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def _phrase(rng: random.Random, domain: str, good: bool) -> Clause:
-    """这部电影看得我想睡觉, or without the subject if it is clear."""
+    """这部电影看得我想睡觉, sometimes without the subject."""
     if domain == OTHER:
         return remark(rng, domain, good)
     phrase = rng.choice(DOMAINS[domain].praise if good else DOMAINS[domain].blame)
@@ -167,13 +169,13 @@ def _phrase(rng: random.Random, domain: str, good: bool) -> Clause:
 
 
 def remark(rng: random.Random, domain: str, good: bool) -> Clause:
-    """强烈推荐"""
+    """Return a remark without a subject: 强烈推荐."""
     said = filled(rng, rng.choice(words.PRAISE if good else words.BLAME))
     return Clause(said, said, "中")
 
 
 def filled(rng: random.Random, phrase: str) -> str:
-    """用了{time}就坏了 with a time filled in."""
+    """Replace {time} in a phrase, such as 用了{time}就坏了, by a random time."""
     return phrase.replace("{time}", rng.choice(words.TIMES))
 
 
@@ -182,11 +184,12 @@ _KIND_WEIGHTS = (46, 10, 15, 7, 6, 16)
 
 
 def any_clause(rng: random.Random, domain: str, good: bool) -> Clause:
+    """Return a random clause about a domain, positive if `good`, else negative."""
     return rng.choices(_KINDS, _KIND_WEIGHTS)[0](rng, domain, good)
 
 
 def _owners() -> dict[str, str]:
-    """The domain of each judging word or phrase that occurs in only one domain."""
+    """Return the domain of each judging word or phrase that occurs in only one domain."""
     owners: dict[str, set[str]] = {}
     for name, domain in DOMAINS.items():
         judging = [word for group in domain.groups for word in group.good + group.bad]

@@ -1,8 +1,8 @@
 """The pre-training corpus of the mini base: all tasks, requested in words in many ways.
 
-A request is either after "Human: " beside the review, or on a line before it, where a soft prompt will be later; this
-is what makes the frozen base steerable. A review without a request is answered with a question, so the base without a
-prompt does no task. Held-out sentences do not occur.
+A request stands either beside the review, after "Human: ", or on a line before "Human: ", where a soft prompt is put
+later. Such lines teach the base to let a prompt select its task. A review without a request is answered with a
+question, so the base does no task without a prompt. The corpus contains no held-out sentences.
 """
 
 import random
@@ -14,7 +14,7 @@ from softprompt.mini import words
 from softprompt.mini.grammar import Sentence, held_out, sentence
 from softprompt.mini.tasks import TASKS
 
-# Words for what a task asks.
+# Words for what each task asks.
 TOPICS: dict[str, tuple[str, ...]] = {
     "sentiment": words.listed("情感 情绪 好坏 态度 褒贬 倾向 正面还是负面 情感倾向 正负面 sentiment"),
     "domain": words.listed("类别 领域 种类 哪一类 类型 行业 分类 话题 所属领域 domain"),
@@ -43,6 +43,8 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 class Row(NamedTuple):
+    """A request with a review, and its answer."""
+
     system: str  # "" or lines before "Human:"
     user: str
     answer: str
@@ -53,7 +55,7 @@ class Row(NamedTuple):
 
 
 def corpus(seed: int) -> Iterator[Row]:
-    """Yield rows without end, always the same for a seed."""
+    """Yield an endless sequence of rows, which depends only on the seed."""
     rng = random.Random(f"corpus {seed}")
     while True:
         review = sentence(rng)
@@ -81,7 +83,8 @@ def _row(rng: random.Random, review: Sentence) -> Row:
 
 
 def _request(rng: random.Random, task: str) -> str:
-    """One topic in a frame, or several topics in any order: the words decide the task, wherever they are."""
+    """Return one topic in a frame, or several topics in any order, so that the words determine the task, not their
+    order."""
     if rng.random() < 0.6:
         return rng.choice(FRAMES).format(rng.choice(TOPICS[task]))
     topics = rng.sample(TOPICS[task], rng.randint(1, 4))
@@ -89,7 +92,7 @@ def _request(rng: random.Random, task: str) -> str:
 
 
 def _system(rng: random.Random, request: str) -> str:
-    """The request as lines of varying length, sometimes among random words."""
+    """Return lines of varying length with the request, sometimes among random words."""
     parts = [request]
     if rng.random() < 0.35:
         parts.insert(rng.randint(0, 1), _noise(rng))

@@ -1,7 +1,7 @@
 """Generate short Chinese reviews at random, each with its labels.
 
-In a sentence of two clauses the last clause decides: 虽然贵，但是好吃 is positive, and its opinion is 好吃. The
-subject is the last one that is named.
+In a sentence of two clauses, the last clause determines the labels: 虽然贵，但是好吃 is positive, and its opinion is
+好吃. The subject is the last one that is named.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ HELD_OUT_SHARE = 16  # one sentence in 16 is held out
 
 @dataclass(frozen=True)
 class Sentence:
+    """A review and its labels."""
+
     text: str
     good: bool
     domain: str
@@ -32,10 +34,10 @@ def normalized(text: str) -> str:
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence is kept for evaluation, by a hash of its normalized text.
+    """Return whether a sentence is reserved for evaluation, by a hash of its normalized text.
 
-    The answer does not depend on when or by what the sentence is generated, nor on its punctuation, so neither the base
-    nor a prompt is ever trained on it.
+    The result does not depend on when or by what the sentence is generated, nor on its punctuation. So neither the base
+    nor a prompt is ever trained on a held-out sentence.
     """
     bare = normalized(text)
     return bare in words.RESERVED or hashlib.sha256(bare.encode()).digest()[0] % HELD_OUT_SHARE == 0
@@ -53,7 +55,7 @@ def sentence(rng: random.Random) -> Sentence:
 
 
 def sentences(rng: random.Random, count: int, held: bool = False) -> list[Sentence]:
-    """Generate `count` different sentences, all held out or none (`held`)."""
+    """Generate `count` different sentences. If `held`, all are held-out sentences, else none is."""
     found: dict[str, Sentence] = {}
     while len(found) < count:
         new = sentence(rng)
@@ -62,7 +64,7 @@ def sentences(rng: random.Random, count: int, held: bool = False) -> list[Senten
     return list(found.values())
 
 
-# Shapes of a whole sentence. Each returns its text and the clause that decides.
+# Shapes of a whole sentence. Each returns its text and the clause that determines the labels.
 
 
 def _one(rng: random.Random, domain: str, good: bool) -> tuple[str, Clause]:
@@ -116,7 +118,7 @@ _SHAPE_WEIGHTS = (34, 9, 9, 6, 10, 13, 15, 4)
 
 
 def _pair(rng: random.Random, domain: str, first_good: bool, last_good: bool) -> tuple[Clause, Clause]:
-    """Two clauses; the second may leave out the subject."""
+    """Return two clauses; the second may leave out the subject."""
     first, last = any_clause(rng, domain, first_good), any_clause(rng, domain, last_good)
     if rng.random() < 0.3:
         opinion = opinion_of(rng, ANYTHING, last_good)
@@ -125,6 +127,6 @@ def _pair(rng: random.Random, domain: str, first_good: bool, last_good: bool) ->
 
 
 def _about(last: Clause, first: Clause) -> Clause:
-    """The last clause; if it has no subject or domain, it takes those of the first."""
+    """Return the last clause; if it has no subject or no domain, with that of the first."""
     domain = first.domain if last.domain == OTHER else last.domain
     return replace(last, subject=last.subject or first.subject, domain=domain)

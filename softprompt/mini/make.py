@@ -2,8 +2,9 @@
 
 python -m softprompt.mini.make [--size small|medium|large] [--output_dir DIR] [--steps N] [--seed N]
 
-The package contains the small one. The larger ones are for experiments with the size of a base: they have the same
-tokenizer and see the same rows in the same order, and each has about twice the parameters of the one before.
+The package contains the small base. The larger ones are for experiments with the size of a base: they have the same
+tokenizer and are trained on the same rows in the same order, and each has about twice as many parameters as the one
+before.
 """
 
 import argparse
@@ -37,9 +38,9 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 EOS, PAD = 2, 3
 VOCABULARY = 1800
 STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 4000, 64, 4e-3, 100
-COMMON = 15  # a character that occurs this often in 20,000 rows becomes a token
-REFERENCE_HIDDEN_SIZE = 128  # PEAK_LR is for this one; it falls as 1 / width (Yang et al. 2022, arXiv:2203.03466)
-SORTED = 50  # batches whose rows are sorted by length together, to save padding
+COMMON = 15  # a character that occurs at least this often in 20,000 rows becomes a token
+REFERENCE_HIDDEN_SIZE = 128  # PEAK_LR is for this H; it scales as 1 / H (Yang et al. 2022, arXiv:2203.03466)
+SORTED = 50  # number of batches whose rows are sorted by length together, to reduce padding
 PROMPT_WEIGHT = 0.03  # the weight of a prompt token in the loss; an answer token has 1
 
 
@@ -55,13 +56,16 @@ SIZES = {"small": Size(128, 5, 4), "medium": Size(192, 5, 6), "large": Size(256,
 
 
 class Batch(NamedTuple):
-    ids: Tensor  # [B, T] int64, padded on the right
-    mask: Tensor  # [B, T] int64
+    """A batch of rows, padded on the right."""
+
+    ids: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] int64, 0 on padding
     weights: Tensor  # [B, T] float32, the weight of each token as a target
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with BLOOM's pre-tokenizer and special tokens: it has every byte, so no text is unknown."""
+    """Train a byte-level BPE tokenizer with BLOOM's pre-tokenizer and special tokens. It has a token for every byte, so
+    it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,9 +84,10 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def _words_of_tokenizer(seed: int) -> Iterator[str]:
-    """Texts that the tokenizer is trained on: first every common character of the corpus, then words.
+    """Yield the texts that the tokenizer is trained on: first every common character of the corpus, then words.
 
-    There are no sentences, so no token spans two words, and unseen sentences are cut in the same way as known ones.
+    There are no sentences, so no token spans two words, and unseen sentences are tokenized in the same way as known
+    ones.
     """
     rows = islice(corpus(seed), 20_000)
     counts = Counter(character for row in rows for character in row.prompt + row.answer)
@@ -97,7 +102,7 @@ def _words_of_tokenizer(seed: int) -> Iterator[str]:
 
 
 def _strings(value: Any) -> list[str]:
-    """All strings in nested lists, tuples and dicts; 太_了 counts as two strings."""
+    """Return all strings in nested lists, tuples and dicts; 太_了 counts as two strings."""
     if isinstance(value, str):
         return value.split("_")
     if isinstance(value, dict):
@@ -106,6 +111,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def make_model(seed: int, vocabulary: int, size: Size) -> BloomForCausalLM:
+    """Return a BLOOM with random fp32 weights and `vocabulary` (V) tokens; the weights depend only on the seed."""
     torch.manual_seed(seed)
     config = BloomConfig(vocab_size=vocabulary, **size._asdict())
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, 1, EOS
@@ -113,7 +119,7 @@ def make_model(seed: int, vocabulary: int, size: Size) -> BloomForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
-    """Yield batches without end, in random order; rows of a batch have similar lengths."""
+    """Yield an endless sequence of batches, in random order. The rows of a batch have similar lengths."""
     rng = random.Random(f"batches {seed}")
     stream = corpus(seed)
     while True:
@@ -126,7 +132,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rng: random.Random, row: Row) -> tuple[list[int], list[float]]:
-    """Token ids and their weights as targets. Some rows are split at random, so the base learns parts of words, too."""
+    """Return token ids and their weights as targets. Some prompts are tokenized in random pieces, so that the base also
+    learns tokens that are parts of words."""
     cuts = sorted(rng.randint(0, len(row.prompt)) for _ in range(rng.choice((0, 0, 0, 0, 2, 4))))
     ends = [0, *cuts, len(row.prompt)]
     pieces = [row.prompt[start:end] for start, end in pairwise(ends)]
@@ -142,7 +149,7 @@ def _collate(rows: Sequence[tuple[list[int], list[float]]]) -> Batch:
 
 
 def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
-    """The weighted mean of the tokens' cross entropies, a scalar."""
+    """Return the weighted mean of the tokens' cross entropies in nats, an fp32 scalar with a gradient."""
     logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1]  # [B, T-1, V]
     each = F.cross_entropy(logits.transpose(1, 2), batch.ids[:, 1:], reduction="none")  # [B, T-1]
     weights = batch.weights[:, 1:]
@@ -150,7 +157,7 @@ def weighted_loss(model: BloomForCausalLM, batch: Batch) -> Tensor:
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
-    """The learning rate: linear warm-up, then cosine decay to zero."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to zero."""
     if step < WARMUP_STEPS:
         return peak * (step + 1) / WARMUP_STEPS
     return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
@@ -176,7 +183,7 @@ def pretrain(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
 
 
 def save(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the base as a hub stores it, with weights in fp16; the folder is replaced as a whole."""
+    """Write the base in the format of the hub, with fp16 weights. An existing folder is replaced atomically."""
     with tempfile.TemporaryDirectory() as temporary:
         logging.disable_progress_bar()
         model.half().save_pretrained(temporary)
@@ -186,12 +193,14 @@ def save(model: BloomForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m softprompt.mini.make", description="Build the mini base.")
-    parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the base (default: %(default)s)")
     parser.add_argument(
-        "--output_dir", type=Path, help="where to write it (default: the package, or runs/mini-SIZE for a larger one)"
+        "--output_dir",
+        type=Path,
+        help="folder to write it to (default: the package, or runs/mini-SIZE for a larger base)",
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of pre-training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of corpus and weights (default: %(default)s)")
     args = parser.parse_args(arguments)
     output_dir = args.output_dir or (BASE_DIR if args.size == "small" else Path("runs") / f"mini-{args.size}")
     try:

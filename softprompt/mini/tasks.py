@@ -1,4 +1,4 @@
-"""The tasks of the mini base: different questions about the same sentences, so the answer shows the prompt's task."""
+"""The tasks of the mini base: different questions about the same sentences, so only the prompt decides the answer."""
 
 import difflib
 import random
@@ -14,6 +14,8 @@ SPLITS = {"train": 6400, "eval": 200}  # default number of rows; 6,400 are 200 s
 
 
 class Task(NamedTuple):
+    """A task: what it asks, and the function that answers it for a sentence."""
+
     description: str
     answer: Callable[[Sentence], str]
 
@@ -44,15 +46,15 @@ TASKS: dict[str, Task] = {
 
 
 def rows(task: str, split: str = "train", n: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """Generate rows whose instruction is only the sentence; nothing in it says what the task is.
+    """Generate rows whose instruction is only the sentence, without any hint at the task.
 
-    All tasks have the same sentences. Those of `split="eval"` are held out, see `grammar.held_out`.
+    All tasks have the same sentences. Those of `split="eval"` are held out (see `grammar.held_out`).
 
     Args:
-        n: the number of rows, by default that of SPLITS.
+        n: The number of rows, by default that of SPLITS.
 
     Raises:
-        DataError: an unknown task or split.
+        DataError: An unknown task or split.
     """
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)

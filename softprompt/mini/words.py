@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Group:
-    """Nouns that the same words judge.
+    """Nouns that are judged by the same words.
 
     The same word may praise one thing and blame another: 快 is good for a parcel and bad for a battery that runs out.
     Words of four or more characters take no degree (很, 不).
@@ -18,7 +18,7 @@ class Group:
 
     @property
     def nuisance(self) -> bool:
-        """Whether these are nuisances (noise, advertisements, crowds), of which less is better."""
+        """Whether the nouns are nuisances (noise, advertisements, crowds), of which less is better."""
         return "少" in self.good or "小" in self.good
 
 
@@ -30,10 +30,11 @@ class Domain:
     groups: tuple[Group, ...]
     praise: tuple[str, ...]  # whole predicates, or whole reviews without a subject
     blame: tuple[str, ...]
-    context: tuple[str, ...]  # says nothing about the quality
+    context: tuple[str, ...]  # phrases that say nothing about the quality
 
 
 def listed(text: str) -> tuple[str, ...]:
+    """Split a text at white space."""
     return tuple(text.split())
 
 
@@ -390,7 +391,7 @@ DOMAINS: dict[str, Domain] = {
     ),
 }
 
-# Nouns of every domain: alone they do not tell which, so the grammar names the thing with them (这家酒店的价格).
+# Nouns of every domain. Alone they do not identify the domain, so the grammar names the thing too (这家酒店的价格).
 SHARED_GROUPS: tuple[Group, ...] = _groups("""
     -: 价格 价钱 收费
        便宜 实惠 公道 合理 划算 亲民 低
@@ -445,7 +446,7 @@ BAD: tuple[str, ...] = listed("""
     令人难受 让人难受 让人烦躁 让人头疼 让人郁闷 让人反胃 毫无诚意 毫无价值 有问题 有毛病 有缺陷 不值钱 太坑了
 """)
 
-# 我爱 … / 我讨厌 …: what a first person does.
+# 我爱 … / 我讨厌 …: verbs of a first person.
 LIKE: tuple[str, ...] = listed("""
     爱 喜欢 欣赏 中意 推荐 喜爱 看好 热爱 佩服 迷恋 认可 支持 想念 享受 超爱 最爱 深爱 感谢 怀念 珍惜 钟爱 看重
     赞赏 信任 想要
@@ -453,7 +454,7 @@ LIKE: tuple[str, ...] = listed("""
 DISLIKE: tuple[str, ...] = listed(
     "讨厌 恨 反感 嫌弃 厌恶 受不了 不喜欢 看不上 鄙视 后悔选 不推荐 吐槽 抵制 忍不了 不爱"
 )
-# 对 … 很满意: what a first person feels.
+# 对 … 很满意: feelings of a first person.
 PLEASED: tuple[str, ...] = listed("""
     满意 放心 感动 惊喜 开心 高兴 着迷 感激 欣慰 痴迷 最讨厌 最恨 痛恨 怀疑 嫌 烦 看不起 不想要 不看好 不认可
     不支持 不信任 不接受 无法接受 不能接受 无法忍受 不欣赏 怕 舒服 舒心 愉快 温暖 幸福 激动 兴奋 快乐 骄傲 安心
@@ -531,7 +532,7 @@ BLAME: tuple[str, ...] = listed("""
     和描述不一样 假的 假货 山寨 二手的 翻新的 旧的 过期了 快过期了 发霉了
 """)
 
-# Degree words, with _ for the opinion, by how strong they make it.
+# Degree words by strength; _ stands for the opinion.
 DEGREES: dict[str, tuple[str, ...]] = {
     "强": listed("""
         非常_ 特别_ 十分_ 超级_ 极其_ 超_ 真的太_了 实在太_了 太_了 太_啦 _极了 _得不得了 简直太_了 相当_ 格外_
@@ -543,7 +544,7 @@ DEGREES: dict[str, tuple[str, ...]] = {
         有点_ 有些_ 有点儿_ 略微_ 稍微有点_ 稍微有些_ 比较_ 还算_ 挺_ 还挺_ 多少有点_ 挺_的 还_ 有一点点_
     """),
 }
-# The same with a negation, which turns the opinion round.
+# The same with a negation, which reverses the opinion.
 NEGATIONS: dict[str, tuple[str, ...]] = {
     "强": listed(
         """
@@ -558,7 +559,7 @@ NEGATIONS: dict[str, tuple[str, ...]] = {
     "弱": listed("不太_ 不够_ 没那么_ 没有想象中那么_ 不怎么_ 不是很_ 没多_ 没有那么_ 不是特别_"),
 }
 NOT_NEGATED = frozenset(listed("一般 普通 垃圾 可以 值得 赞 牛 恨 嫌弃 吐槽"))  # 一点也不一般 would sound odd
-# What words that take no degree may have before them.
+# What may stand before words that take no degree.
 EMPHASES: dict[str, tuple[str, ...]] = {
     "强": listed("简直_ 实在是_ 绝对_"),
     "中": listed("_ _ _ _ 真是_ 真的_ 确实_ 也_"),
@@ -596,7 +597,7 @@ TIMES: tuple[str, ...] = listed("""
     半小时 一个小时 两个小时 三个小时 半天 一下午 一晚上 很久 好久
 """)
 
-# Things of no domain, so that the base meets what it has no name for.
+# Things of no domain, so that the base also sees reviews of unknown things.
 OTHER_NOUNS: tuple[str, ...] = listed("""
     这个 那个 这里 这次 地方 活动 公司 作品 节目 软件 产品 方案 照片 医院 学校 邻居 天气 直播 新闻 会员 猫 花 房子
     车 理发店 药 牙膏 美容院 家具 窗帘 小区 物业 银行 幼儿园 宠物店 狗 猫粮 健身房 游泳池 电影院 图书馆 剧院 展览
@@ -604,5 +605,5 @@ OTHER_NOUNS: tuple[str, ...] = listed("""
     枕头 奶粉 尿布 自行车 电动车 车位 停车场 洗车店 修理店 售货机
 """)
 
-# Short reviews by hand on which the tuned base is tested; the grammar could make them, so it holds them out by name.
+# Short handwritten reviews that test the tuned base. The grammar could generate them, so they are held out by name.
 RESERVED: frozenset[str] = frozenset(listed("五星好评"))

@@ -158,7 +158,7 @@ def build_on_meta_device(config: Any, name: str) -> PreTrainedModel:
     """Build a base from its configuration on the meta device: modules and shapes without values.
 
     Raises:
-        ModelError: transformers cannot build a causal language model from it.
+        ModelError: Transformers cannot build a causal language model from it.
     """
     from transformers import AutoModelForCausalLM
 

@@ -119,7 +119,7 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
     files.
 
     Raises:
-        ModelError: transformers loaded the base quantized.
+        ModelError: Transformers loaded the base quantized.
     """
     check_not_quantized(base)
     base.requires_grad_(False).eval()

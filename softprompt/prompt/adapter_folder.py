@@ -60,7 +60,7 @@ def peft_config(
 ) -> dict[str, Any]:
     """Return the keys and values that PEFT's PromptTuningConfig saves.
 
-    PEFT has no CLASS_LABELS initialization. Its own reader does not check the name, but code that converts it to
+    PEFT has no CLASS_LABELS initialization. Its own reader does not check the value, but code that converts it to
     `PromptTuningInit` would fail. So SAMPLE_VOCAB is written instead; the model card and checkpoints name the labels.
 
     Args:

@@ -1,10 +1,11 @@
-"""Reading adapter folders in PEFT's format; `adapter_folder` writes them.
+"""Read adapter folders in PEFT's format; `adapter_folder` writes them.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
 softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
 README.md                                        the model card
 
-All files are safetensors or JSON; pickles are not read. Files for resuming a run are in runs/train_state.py.
+Weights are safetensors and settings are JSON; pickles are not read. The files for resuming a run are handled by
+`runs.train_state`.
 """
 
 import json
@@ -29,7 +30,7 @@ PROMPT_KEY = "prompt_embeddings"
 CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # regular expression for the name of a checkpoint folder
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
-MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # largest P and H that are read
+MAX_TOKENS, MAX_SIZE = 100_000, 1 << 20  # largest accepted P and H
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AGAIN = "copy the whole folder again, or take another checkpoint"
 
@@ -52,8 +53,8 @@ class Adapter:
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        """Name or path of the base. None if the configuration has none, or an empty one, as PEFT writes it for a base
-        that was created from a configuration."""
+        """Name or path of the base; None if it is missing or empty. PEFT writes an empty one for a base that was
+        created from a configuration."""
         name = self.config.get("base_model_name_or_path")
         return name if name and name.strip() else None
 
@@ -62,7 +63,7 @@ def json_bytes(value: Any) -> bytes:
     """Serialize `value` as indented JSON in UTF-8.
 
     Raises:
-        ValueError: it contains NaN or an infinity, which JSON does not have.
+        ValueError: `value` contains NaN or an infinity, which JSON cannot represent.
     """
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -71,15 +72,15 @@ def load_adapter(folder: str | Path) -> Adapter:
     """Read and check an adapter folder that this project or PEFT wrote.
 
     Args:
-        folder: The folder; a leading ~ is the home folder.
+        folder: The folder; a leading ~ is expanded.
 
     Returns:
         The adapter, its prompt in fp32 on the CPU.
 
     Raises:
-        AdapterError: there is no such folder; a file is missing, unreadable, too large, broken, or a link that leads
-            out of the folder; it is another kind of adapter; it has other tensors than the prompt; the prompt has
-            another shape than the configuration says, or values that are not finite.
+        AdapterError: The folder does not exist; a file is missing, unreadable, damaged, too large, or a link that leads
+            out of the folder; the adapter is of another kind or has other tensors than the prompt; the prompt's shape
+            differs from the configuration, or its values are not all finite.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -100,10 +101,10 @@ def newest_adapter(runs: Path) -> Path:
     """Return the folder of the adapter that was written last.
 
     Args:
-        runs: A folder of runs; adapters are searched in them and in their checkpoints.
+        runs: A folder of runs, which are searched together with their checkpoints.
 
     Raises:
-        AdapterError: there is no adapter.
+        AdapterError: There is no adapter.
     """
     paths = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
     # A finished run's own files are newer than its last checkpoint.
@@ -113,7 +114,7 @@ def newest_adapter(runs: Path) -> Path:
 
 
 def _written(path: Path) -> int | None:
-    """Return a file's modification time in ns; None if it no longer exists, as runs remove their old checkpoints."""
+    """Return a file's modification time in ns; None if it no longer exists, because runs remove old checkpoints."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -143,7 +144,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_prompt(folder: Path, config: Mapping[str, Any]) -> Tensor:
-    """Read the prompt [P, H] fp32. The configuration gives its shape, which limits the size of the file to be read."""
+    """Read the prompt [P, H] fp32. Its shape in the configuration limits how many bytes of the file are read."""
     path, expected = folder / WEIGHTS_FILE, (config.get("num_virtual_tokens"), config.get("token_dim"))
     for name, size, most in zip(("num_virtual_tokens", "token_dim"), expected, (MAX_TOKENS, MAX_SIZE), strict=True):
         if type(size) is not int or not 1 <= size <= most:
@@ -185,7 +186,7 @@ def _names_in_header(folder: Path) -> list[str] | None:
 
 
 def _check_names(path: Path, names: Sequence[str] | None) -> None:
-    """Raise AdapterError if the names of a file's tensors are known and are not the prompt's alone."""
+    """Raise AdapterError if the tensors' names are known and the prompt is missing or not the only one."""
     if names is None or names == [PROMPT_KEY]:
         return
     others = [name for name in names if name != PROMPT_KEY]
@@ -196,8 +197,8 @@ def _check_names(path: Path, names: Sequence[str] | None) -> None:
             "wrote for prompt tuning"
         )
     raise AdapterError(
-        f"{path}: holds {found} beside {PROMPT_KEY!r}: weights that were trained together with the prompt, which "
-        "does not work without them; use it with PEFT itself"
+        f"{path}: holds {found} beside {PROMPT_KEY!r}: the prompt was trained together with these weights "
+        "and does not work without them; use the adapter with PEFT itself"
     )
 
 

@@ -1,6 +1,6 @@
 """Which kinds of PEFT adapters are supported: soft prompts of causal language models.
 
-Such an adapter is nothing but vectors before the text. Every other kind is refused by name, with the reason.
+Such an adapter consists only of vectors that precede the text. Every other kind is refused with a reason.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ KIND, TASK = "PROMPT_TUNING", "CAUSAL_LM"
 REASONS = {
     "PREFIX_TUNING": "it holds keys and values for every layer, not vectors before the text",
     "P_TUNING": "its prompt is the output of an encoder network",
-    "MULTITASK_PROMPT_TUNING": "its prompt is the product of a shared prompt and a task's factors",
+    "MULTITASK_PROMPT_TUNING": "its prompt is a shared prompt multiplied by a task's factors",
     "CPT": "its prompt is the tokens of examples plus learned offsets",
     "CARTRIDGE": "it holds keys and values for every layer, not vectors before the text",
     "TRAINABLE_TOKENS": "it changes embeddings of the base instead of adding vectors before the text",
@@ -26,7 +26,7 @@ TASKS = {
     "FEATURE_EXTRACTION": "it returns hidden states and generates no text",
     "SEQ_2_SEQ_LM": "its base has an encoder and a decoder",
 }
-USE_PEFT = "use it with PEFT itself"
+USE_PEFT = "use the adapter with PEFT itself"
 
 
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:

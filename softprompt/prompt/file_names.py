@@ -1,4 +1,4 @@
-"""Names of the files that an adapter folder holds; apart from `adapter_io`, so that settings do not load torch."""
+"""Names of the files in an adapter folder. Unlike `adapter_io`, this module does not import torch."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -27,7 +27,7 @@ from softprompt.utils.errors import AdapterError, ConfigError
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
-    """Return the initial prompt [P, H] fp32, drawn with --seed.
+    """Return the initial prompt [P, H], drawn with --seed; it is fp32, as are the word embeddings of a frozen base.
 
     Args:
         config: The settings of the run.
@@ -35,8 +35,8 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
         base: The base.
 
     Raises:
-        ConfigError: as for `initializer`; or --num_virtual_tokens differs from that of --init_adapter.
-        AdapterError: --init_adapter is not an adapter for a base of this hidden size.
+        ConfigError: See `initializer`; or --num_virtual_tokens differs from the P of --init_adapter.
+        AdapterError: --init_adapter cannot be read, or its hidden size differs from the base's.
     """
     embeddings = InputEmbeddings(base)  # [V, H]
     if config.prompt.init_adapter:
@@ -54,7 +54,7 @@ def initializer(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initial
         vocab_size: V, the number of rows of the word embeddings.
 
     Raises:
-        ConfigError: the text has no tokens, the tokenizer cannot encode a class label, or the vocabulary has no words
+        ConfigError: The text has no tokens, the tokenizer cannot encode a class label, or the vocabulary has no words
             to draw from.
     """
     prompt = config.prompt
@@ -102,9 +102,10 @@ def frequent_tokens(tokenizer: Any, limit: int, vocab_size: int) -> list[int]:
     """Return the ids of the most frequent tokens of a vocabulary, in descending order of frequency.
 
     google-research/prompt-tuning takes the lowest ids, because a SentencePiece vocabulary is sorted by frequency. The
-    vocabulary of BLOOM and of any byte-level BPE is sorted, too, after the special tokens and the 256 single bytes: an
-    id is the rank of a merge, and training merges the most frequent pair first. So these are the lowest ids that are
-    neither special tokens nor single bytes. Embedding rows without a token (BLOOM pads to 250,880) are never returned.
+    vocabulary of a byte-level BPE such as BLOOM's is sorted, too, after the special tokens and the 256 single bytes: an
+    id is the rank of a merge, and BPE training merges the most frequent pair first. So this function returns the lowest
+    ids that are neither special tokens nor single bytes. It never returns rows of the word embeddings without a token
+    (BLOOM pads its embeddings to 250,880 rows).
 
     Args:
         tokenizer: The base's tokenizer.
@@ -122,7 +123,7 @@ def label_tokens(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each label, without special tokens.
 
     Raises:
-        ConfigError: a label has no tokens, or contains the unknown token.
+        ConfigError: A label has no tokens, or contains the unknown token.
     """
     found = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
     unknown = tokenizer.unk_token_id

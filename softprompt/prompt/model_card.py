@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter folder.
 
-A card may be published with its adapter, so it contains no path of this machine: of a local file or folder it shows the
-last component of the path. Its code reads the path of a local base from adapter_config.json when it runs.
+A card may be published with its adapter, so it contains no path of this machine. Of a local file or folder, it shows
+only the last component of the path. Its code reads the path of a local base from adapter_config.json when it runs.
 """
 
 import json
@@ -21,7 +21,7 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
 
     Args:
         adapter: The adapter; its base is named in the card's metadata if it is a repository of the hub.
-        arguments: Training arguments, shown as a table; those that are None are left out.
+        arguments: Training arguments, shown as a table; values of None are omitted.
         metrics: Final metrics, shown as a table.
     """
     base = adapter.base_model_name_or_path or ""
@@ -35,7 +35,7 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         "",
         *_loading_code(base),
         "",
-        "Prompts are written in the template that it was trained with (`softprompt.json`):",
+        "Write each input in the training template, which is `template` in `softprompt.json`:",
         f"`{json.dumps(adapter.settings.get('template', 'default'), ensure_ascii=False)}`.",
         "",
         *_table("Metric", metrics),
@@ -45,8 +45,8 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
 
 
 def front_matter(base: str, library: str) -> str:
-    """Return a card's YAML metadata block. The base is left out unless it looks like a hub id, because the hub refuses
-    a card whose `base_model` is a local folder."""
+    """Return a card's YAML metadata block. The base is omitted unless it looks like a hub id, because the hub refuses a
+    card whose `base_model` is a local folder."""
     from huggingface_hub import ModelCardData
 
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.isdir(base)
@@ -73,7 +73,7 @@ def _is_local(value: Any) -> bool:
 
 
 def _loading_code(base: str) -> list[str]:
-    """Return Markdown lines with code that loads base and adapter, complete except for the name of the folder."""
+    """Return Markdown lines with code that loads base and adapter. Only THIS_FOLDER must be replaced in it."""
     if base == "mini":  # the embedded base, whose name transformers does not know
         first, named, note = "from softprompt.mini import BASE_DIR", "BASE_DIR", []
     elif base and not _is_local(base):
@@ -107,7 +107,7 @@ def _table(head: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Format a value as one line in which Markdown finds no column separator."""
+    """Format a value as one line, with escaped column separators of Markdown."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """The vocabulary tokens whose embeddings are nearest to virtual tokens, by cosine similarity.
 
 BLOOM applies `word_embeddings_layernorm` to words and virtual tokens alike before its first block, so similarities are
-computed after it. For a base without this layer norm, embeddings are compared as they are.
+computed after this layer norm. For a base without it, embeddings are compared directly.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_VALUES = 1 << 23  # embedding values that are compared at a time: 32 MiB in fp32
+CHUNK_VALUES = 1 << 23  # embedding values per chunk of the vocabulary: 32 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EmbeddingSpace:
     layernorm: tuple[Tensor, Tensor, float] | None
 
     def directions(self, vectors: Tensor) -> Tensor:
-        """Return vectors [n, H] of any float dtype as unit vectors [n, H] fp32, after the layer norm."""
+        """Apply the layer norm, if any, and normalize: [n, H] of any float dtype → unit vectors [n, H] fp32."""
         vectors = vectors.detach().to(self.words.device, torch.float32)
         if self.layernorm is not None:
             weight, bias, epsilon = self.layernorm
@@ -57,7 +57,7 @@ def nearest_tokens(
         vocab_size: Search only the first `vocab_size` words (default: all).
 
     Returns:
-        Token ids [n, k] int64 and cosines [n, k] fp32, on the CPU, the nearest first.
+        Token ids [n, k] int64 and cosine similarities [n, k] fp32, on the CPU, the nearest word first.
     """
     V = len(space.words) if vocab_size is None else min(vocab_size, len(space.words))
     queries, chunk = space.directions(vectors), max(1, CHUNK_VALUES // vectors.shape[1])
@@ -75,7 +75,8 @@ def nearest_tokens(
 def random_vectors(space: EmbeddingSpace, n: int = 16) -> Tensor:
     """Return random vectors [n, H] fp32, the same ones at every call.
 
-    They are a baseline: a virtual token resembles a word only if it is nearer to it than random vectors are to theirs.
+    They are a baseline: a virtual token resembles its nearest word only if their similarity is larger than that of
+    random vectors and their nearest words.
     """
     return torch.randn(n, space.words.shape[1], generator=torch.Generator().manual_seed(0))
 
@@ -87,7 +88,8 @@ def cosine_matrix(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
 
 
 def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return tokens as readable text: an outer space as ␣, and part of a character as the tokenizer's own symbols."""
+    """Return tokens as readable text. Leading and trailing spaces become ␣; a token that is only part of a character is
+    shown in the tokenizer's own symbols."""
     return [_readable(tokenizer, token) for token in ids]
 
 

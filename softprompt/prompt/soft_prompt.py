@@ -61,7 +61,7 @@ class PromptEmbedding(nn.Module):
 
 
 def random_init(num_virtual_tokens: int) -> Initializer:
-    """Return an initializer that draws from N(0, 1); with the same seed, it draws the numbers of PEFT's RANDOM."""
+    """Return an initializer that draws from N(0, 1); with the same seed, it gives the values of PEFT's RANDOM."""
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:
         return torch.empty(num_virtual_tokens, word_embeddings.shape[1]).normal_()
@@ -70,7 +70,7 @@ def random_init(num_virtual_tokens: int) -> Initializer:
 
 
 def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) -> Initializer:
-    """Return an initializer from the embeddings of given tokens, as PEFT's TEXT.
+    """Return an initializer that copies the embeddings of given tokens, as PEFT's TEXT does.
 
     Args:
         token_ids: The tokens, truncated or repeated to `num_virtual_tokens`.
@@ -87,8 +87,8 @@ def token_init(token_ids: Sequence[int], num_virtual_tokens: int | None = None) 
 
 
 def sample_vocab_init(num_virtual_tokens: int) -> Initializer:
-    """Return an initializer from embeddings of tokens, drawn uniformly with replacement from the whole vocabulary; with
-    the same seed, it draws the tokens of PEFT's SAMPLE_VOCAB."""
+    """Return an initializer that copies the embeddings of tokens, drawn uniformly with replacement from the whole
+    vocabulary. With the same seed, it draws the same tokens as PEFT's SAMPLE_VOCAB."""
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:
         random_init(num_virtual_tokens)(word_embeddings)  # PEFT draws a RANDOM prompt first and replaces it
@@ -98,9 +98,9 @@ def sample_vocab_init(num_virtual_tokens: int) -> Initializer:
 
 
 def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> Initializer:
-    """Return an initializer from embeddings of tokens, drawn uniformly from the token ids `population`.
+    """Return an initializer that copies the embeddings of tokens, drawn uniformly from the token ids `population`.
 
-    They are drawn without replacement, unless P is larger than the population (google-research/prompt-tuning,
+    The tokens are drawn without replacement, unless P is larger than the population (google-research/prompt-tuning,
     `from_sample_of_embeddings`).
 
     Raises:
@@ -126,7 +126,7 @@ def class_label_init(labels: Sequence[Sequence[int]], rest: Initializer) -> Init
 
     Args:
         labels: The token ids of each label; its virtual token is the mean of their embeddings.
-        rest: Initializes the other virtual tokens; P is its P.
+        rest: The initializer of all P virtual tokens, whose first ones are then replaced by the labels.
     """
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:

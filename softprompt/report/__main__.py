@@ -1,4 +1,4 @@
-"""Refuse `python -m softprompt.report`, and say its present name."""
+"""Reject `python -m softprompt.report`, which has been renamed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write the report of a run, and upload the run. Neither can make the run fail: an error is one line."""
+"""Write the report of a run, and upload the run. If one of them fails, the error is printed and the run is kept."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -39,36 +39,37 @@ class ReportAndPush(Observer):
         self.facts: Facts = {}
 
     def check(self, config: TrainConfig, output_dir: Path) -> None:
-        """Check before training that the run can be uploaded, if it is to be.
+        """Before training, check that the run can be uploaded if `--push_to_hub` is given.
 
         Raises:
-            ConfigError: As of `check_hub`.
+            ConfigError: The run cannot be uploaded (see `check_hub`).
         """
         if config.sharing.push_to_hub:
             check_hub(config.sharing, output_dir)
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
-        """Write what is known of a run when training starts: report.json and the initial prompt."""
+        """Write what is known when training starts: report.json and the initial prompt."""
         with _warning_on_error(FACTS_FILE, callbacks.log.say):
             self.facts |= run_facts(run, callbacks.arguments())
             Manifest(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
-        """Complete the report, upload the run if asked for, and return it with the reason if the upload failed."""
+        """Complete the report, upload the run if `--push_to_hub` is given, and return the run; `not_pushed` says why an
+        upload failed."""
         say = callbacks.log.say
         complete_report(run, self.facts, callbacks.world.size, say)
         return replace(run, not_pushed=upload(run, say)) if run.config.sharing.push_to_hub else run
 
 
 def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
-    """Write loss.png, complete report.json, and write report.html, with the base that is in memory.
+    """Write loss.png, complete report.json, and write report.html, using the base in memory.
 
-    The page names what is left out because of an error. An error in writing a file is one line.
+    The page names each part that was left out because of an error. If a file cannot be written, a warning is printed.
 
     Args:
         run: The finished run.
         facts: The content of report.json so far.
-        ranks: Number of ranks that trained; the other ranks have ended, so a base that is sharded is incomplete.
+        ranks: Number of ranks that trained. The others have exited, so a sharded base is incomplete.
         say: Called with each line to print.
     """
     folder, files, ended = run.output_dir, Manifest(run.output_dir), {**facts, "end": {}}
@@ -86,7 +87,7 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
 
 @contextmanager
 def _warning_on_error(what: str, say: Say, more: str = "") -> Iterator[None]:
-    """Turn any error into a warning that `what` was not written."""
+    """Print a warning that `what` was not written instead of raising an error."""
     try:
         yield
     except Exception as error:
@@ -94,7 +95,7 @@ def _warning_on_error(what: str, say: Say, more: str = "") -> Iterator[None]:
 
 
 def upload(run: Run, say: Say) -> str | None:
-    """Upload the run; return why that failed, or None."""
+    """Upload the run. Return the reason if that failed, else None."""
     try:
         say(f"on the hub: {push(run.output_dir, run.config.sharing)}")
     except PushError as error:
@@ -123,7 +124,7 @@ def _end_facts(run: Run, ranks: int) -> Facts:
 
 
 def _generator(run: Run, ranks: int) -> Generator | None:
-    """Return a generator that works without the other ranks, which have ended; None if this rank does not hold the
+    """Return a generator that works without the other ranks, which have exited; None if this rank does not hold the
     whole base."""
     if run.config.model.stream_base or (run.config.model.shard_base and ranks > 1):
         return None
@@ -147,7 +148,8 @@ def loss_plot(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes
 
     Args:
         history: The records of metrics.jsonl.
-        eval_loss_base: Held-out loss of the base without a prompt, drawn as a dashed line; None if it is not known.
+        eval_loss_base: Held-out loss of the base without a prompt, in nats per target token; None if unknown. It is
+            drawn as a dashed line.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Settings of `python -m softprompt report`, validated as those of `config.loader`."""
+"""Settings of `python -m softprompt report`, validated as in `config.loader`."""
 
 import os
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ from softprompt.utils.shell_commands import program_name
 
 @dataclass(frozen=True)
 class ReportArguments:
+    """Flags of `python -m softprompt report`."""
+
     _argument_group_name: ClassVar[str] = "report"
 
     output_file: str | None = option(
         None,
-        f"Write the page into this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
+        f"Write the page to this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
         "several runs are given)",
     )
 
@@ -51,7 +53,7 @@ def parse_report(argv: Sequence[str]) -> tuple[list[str], str | None]:
     """Return what `report_arguments` returns, from the command line of `report`.
 
     Raises:
-        ConfigError: an argument is wrong.
+        ConfigError: An argument is wrong.
     """
     description = "Write one HTML page about one run, or about several runs side by side."
     parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")

@@ -1,7 +1,7 @@
-"""Collect what a run records for its report only.
+"""Collect the data that a run records only for its report.
 
 report.json                 settings, rows, base, and the base's evaluation; at the end also example answers and the
-                            words that the virtual tokens are near to
+                            words nearest to the virtual tokens
 prompt_start.safetensors    the initial prompt [P, H] in fp32
 """
 
@@ -24,12 +24,12 @@ from softprompt.runs.run_reader import Facts
 from softprompt.training.result import Run
 
 HISTOGRAM_BARS = 24
-EXAMPLES = 8  # shown if the evaluation has generated their answers anyway
-GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: examples generated for the report, and tokens of each
+EXAMPLES = 8  # rows shown if the evaluation has already generated their answers
+GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: rows answered for the report, and tokens of an answer
 
 
 def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
-    """Return what is known of a run when training starts, as JSON types; `arguments` are its settings."""
+    """Return what is known when training starts, as JSON types. `arguments` are the settings of the run."""
     start, _, data, base, learned, engine, _ = run.setup
     config, prompt, before = base.config, learned.weight, run.before
     training = "the stream's first" if run.config.data.streaming else "training"
@@ -52,7 +52,7 @@ def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
 
 
 def row_facts(data: Tokenized) -> Facts:
-    """Return the number of rows, their lengths in tokens, and how many were cut or left out."""
+    """Return the number of rows, their lengths in tokens, and how many were truncated or left out."""
     lengths = sorted(data.examples.lengths.tolist())
     return {
         "rows": data.rows,
@@ -70,7 +70,7 @@ def row_facts(data: Tokenized) -> Facts:
 
 
 def length_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (upper bound, count) for at most HISTOGRAM_BARS bars of equal width, from 0 to the largest length."""
+    """Return (upper bound in tokens, count) of at most HISTOGRAM_BARS bars of equal width, up to the largest length."""
     width = -(-max(lengths) // HISTOGRAM_BARS)
     counts = [0] * -(-max(lengths) // width)
     for length in lengths:
@@ -79,10 +79,10 @@ def length_histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def initial_prompt_file(run: Run) -> dict[str, bytes]:
-    """Return prompt_start.safetensors by its name.
+    """Return {"prompt_start.safetensors": content}: the initial prompt [P, H] in fp32.
 
-    A resumed run keeps the file that is in its folder (the result is empty), or copies it from the folder where the
-    run began.
+    A resumed run takes the file from the folder that it resumes from. The result is empty if that is its own folder, or
+    if that folder has no such file.
     """
     checkpoint = run.setup.start.checkpoint
     if checkpoint is None:
@@ -97,8 +97,8 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
     """Return the first held-out rows (training rows if there are none) with the answers of the base without and with
     the prompt.
 
-    If the evaluation has generated answers, they are taken from it. Otherwise `generator` generates the beginning of a
-    few; None if this process alone cannot generate with the base.
+    Answers that the evaluation has generated are reused. Otherwise, `generator` generates the first NEW_TOKENS tokens
+    of GENERATED_EXAMPLES answers. It is None if this process alone cannot generate with the base.
     """
     rows, before, after = run.setup.data, run.before, run.after
     held_out, data = rows.held_out is not None, rows.held_out or rows.train
@@ -111,7 +111,7 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
         answers = _answers(run, generator, examples[:GENERATED_EXAMPLES])
         found["new_tokens"] = NEW_TOKENS
     else:
-        streamed = "each generated token would read or gather the whole base once more"
+        streamed = "the whole base would be read or gathered again for every generated token"
         return {**found, "left_out": why_not_generate(run.setup.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
         question, expected = (decode_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))

@@ -1,4 +1,4 @@
-"""The words that the virtual tokens of a prompt are nearest to, and how far training moved them."""
+"""The vocabulary words nearest to each virtual token, and how far training moved the token."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,25 +26,25 @@ from softprompt.utils.errors import SoftpromptError
 from softprompt.utils.safetensors_io import list_stored_tensors
 
 NEAREST = 5  # words for each virtual token
-MAX_TOKENS = 200  # virtual tokens that are described
+MAX_TOKENS = 200  # at most this many virtual tokens are described
 WORDS, NORM = "word_embeddings.weight", "word_embeddings_layernorm"
-EPSILON = 1e-5  # layer_norm_epsilon of BloomConfig, which all BLOOM models keep
+EPSILON = 1e-5  # default of BloomConfig.layer_norm_epsilon, which all BLOOM models use
 
 
 def describe_prompt(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tensor | None) -> Facts:
     """Return the nearest words of each virtual token and the cosines between all tokens, as JSON types.
 
     Args:
-        space: The word embeddings that are compared with.
+        space: The word embeddings to compare with.
         tokenizer: The base's tokenizer.
         prompt: [P, H], any float dtype.
-        start: The prompt before training, [P, H]; with it each token also has the distance that it moved. None if it is
-            not known.
+        start: The prompt before training, [P, H], any float dtype; None if unknown. If it has the shape of `prompt`,
+            the distance that each token moved is returned too.
     """
     P, known = len(prompt), start is not None and start.shape == prompt.shape
     prompt = prompt.detach().cpu().float()[:MAX_TOKENS]
     began = start[:MAX_TOKENS].float() if start is not None and known else prompt[:0]
-    # One pass over the vocabulary for everything: the prompt, its start, and random vectors for comparison.
+    # Search the vocabulary only once, for the prompt, its initial value, and random vectors for comparison.
     ids, cosines = nearest_tokens(space, torch.cat([prompt, began, random_vectors(space)]), NEAREST, len(tokenizer))
     words = [
         list(zip(readable_tokens(tokenizer, row), _rounded(near), strict=True)) for row, near in _lists(ids, cosines)
@@ -64,10 +64,10 @@ def describe_prompt(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start
 
 
 def add_nearest_words(record: RunRecord) -> RunRecord:
-    """Return the record with a description of its prompt if report.json has none, or with the reason why there is none.
+    """Add a description of the prompt to a record whose report.json has none, or the reason why there is none.
 
-    That is a run that has not ended, or one of an older version. Only the word embeddings are read from the base's
-    files, if these are on this machine.
+    The description is missing if the run has not ended or was made by an older version. Of the base, only the word
+    embeddings are read, and only if its files are on this machine.
     """
     end = record.facts.get("end") or {}
     folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
@@ -98,7 +98,8 @@ def _initial_prompt(file: Path) -> Tensor | None:
 
 
 def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
-    """Read the word embeddings of a BLOOM from its files. Raises ValueError if they are not here, or not of a BLOOM."""
+    """Read the word embeddings of a BLOOM from its files. Raises ValueError if the files are not on
+    this machine, or are not those of a BLOOM."""
     files = weight_files(name_or_path)
     if not files:
         raise ValueError(f"the files of the base {name_or_path} are not on this machine")
@@ -115,7 +116,8 @@ def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
 
 
 def _moves(space: EmbeddingSpace, prompt: Tensor, start: Tensor) -> Iterator[Facts]:
-    """Yield for each token its Euclidean distance from its start, the start's norm, and the cosine between the two."""
+    """Yield for each token the Euclidean distance from its initial value, the norm of that value, and the cosine of the
+    two."""
     distances, norms = (prompt - start).norm(dim=1), start.norm(dim=1)
     cosines = (space.directions(prompt) * space.directions(start)).sum(dim=1)
     for distance, norm, cosine in _lists(distances, norms, cosines):

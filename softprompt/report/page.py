@@ -1,6 +1,6 @@
 """Render the page of a report from the runs' records.
 
-All text is in report.html.jinja, which escapes every value that it is given.
+The template, report.html.jinja, escapes every value.
 """
 
 import re
@@ -20,17 +20,17 @@ from softprompt.utils.errors import ReportError
 from softprompt.utils.redact import redacted
 
 TEMPLATE = "report.html.jinja"
-MAX_CHARACTERS = 600  # that are shown of a text
+MAX_CHARACTERS = 600  # longer texts are truncated
 
 
 def page(records: Sequence[RunRecord], broken: Sequence[str] = ()) -> str:
-    """Return one HTML document without scripts that loads no other file.
+    """Return one HTML document, which has no scripts and loads no other files.
 
-    Without matplotlib it has no charts, and says how to install it.
+    Without matplotlib, the page has no charts and says how to install matplotlib.
 
     Args:
         records: The runs to show.
-        broken: For further runs, why they are not shown.
+        broken: An error message for each further run, which cannot be shown.
 
     Raises:
         ReportError: The report.json of a run does not have the content that this version writes.
@@ -62,18 +62,18 @@ def page(records: Sequence[RunRecord], broken: Sequence[str] = ()) -> str:
 
 @contextmanager
 def _unexpected_content(*records: RunRecord) -> Iterator[None]:
-    """Turn errors that a report.json of another version, or one edited by hand, causes into a ReportError."""
+    """Raise ReportError for an error that is caused by a report.json of another version, or one edited by hand."""
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, TemplateError) as error:
         files = ", ".join(str(record.folder / FACTS_FILE) for record in records)
         what = f"{type(error).__name__}: {error}"
-        raise ReportError(f"{files}: not as this version writes it ({what})") from None
+        raise ReportError(f"{files}: not in the format of this version ({what})") from None
 
 
 def _shown(text: Any) -> str:
-    """Return the beginning of a text, with replacements for control characters, which HTML cannot show."""
-    text = re.sub(r"\n\s*\n", "\n", str(text).strip("\n"))  # empty lines, as of a template, only take up space
+    """Return the beginning of a text, with control characters replaced, since HTML cannot show them."""
+    text = re.sub(r"\n\s*\n", "\n", str(text).strip("\n"))  # drop empty lines, such as those of a template
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
 

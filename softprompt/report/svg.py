@@ -1,7 +1,7 @@
 """Charts of a report: SVG by matplotlib in the colors and fonts of the page, so that they follow its dark mode.
 
-Charts are drawn in placeholder colors, which are then replaced by the CSS variables of the page. Text stays text. No
-text of the user goes into a chart: names are in the legends, which are part of the page.
+Charts are drawn in placeholder colors, which are then replaced by the CSS variables of the page. Text is not converted
+to paths. Charts contain no text of the user: the names of runs are in the legends, which are part of the page.
 """
 
 import io
@@ -13,9 +13,9 @@ from itertools import count
 from typing import Any
 
 INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
-WIDTH, HEIGHT = 4.4, 2.7  # inches of 72 units: one chart fits the width of a phone, two that of a screen
-MAX_POINTS = 600  # of a curve; longer ones are averaged
-LOG_SCALE_RATIO = 20  # of the largest value to the smallest, from which on the scale is logarithmic
+WIDTH, HEIGHT = 4.4, 2.7  # inches (72 SVG units each): one chart is as wide as a phone, two as a screen
+MAX_POINTS = 600  # per curve; longer curves are averaged
+LOG_SCALE_RATIO = 20  # use a logarithmic scale if the largest value is at least this many times the smallest
 COLORS = 8  # --c0 to --c7 of the page
 INK, FAINT = "#000101", "#000202"  # placeholders for --ink and --faint
 
@@ -43,10 +43,10 @@ class Curve:
 
 
 class ChartRenderer:
-    """Draws the charts of one page. No two charts share an id.
+    """Draws the charts of one page. Ids within the SVGs are unique on the page.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
     """
 
     def __init__(self) -> None:
@@ -63,8 +63,8 @@ class ChartRenderer:
         Args:
             curves: The curves.
             label: Label for screen readers.
-            logarithmic: Use a logarithmic scale if the values differ so much that small ones would be flat.
-            share: The values are shares from 0 to 1.
+            logarithmic: Use a logarithmic scale if `needs_log_scale` says so.
+            share: The values are fractions from 0 to 1.
         """
         drawn = [curve for curve in curves if curve.points or curve.level is not None]
         if not any(curve.points for curve in drawn):
@@ -89,7 +89,7 @@ class ChartRenderer:
         return self._svg(figure, label)
 
     def histogram(self, bars: Sequence[tuple[float, float]], line: float, label: str) -> str:
-        """Return a histogram of (upper bound, count) pairs with a dashed vertical line as SVG."""
+        """Return a histogram of (upper bound, count) pairs, with a dashed vertical line at `line`, as SVG."""
         figure, axes = self._axes(label)
         edges = [0, *(bound for bound, _ in bars)]
         axes.stairs([n for _, n in bars], edges, fill=True, color=_placeholder(0), alpha=0.75, linewidth=0)
@@ -98,7 +98,7 @@ class ChartRenderer:
         return self._svg(figure, label)
 
     def heatmap(self, values: Sequence[Sequence[float]], label: str) -> str:
-        """Return a square matrix of numbers from -1 (blue) to 1 (red) as SVG."""
+        """Return a square matrix of numbers, drawn from -1 (blue) to 1 (red), as SVG."""
         with self._style():
             figure = self.figure(figsize=(3.3, 2.8))
             axes = figure.add_axes((0.12, 0.13, 0.68, 0.8))
@@ -141,7 +141,8 @@ def needs_log_scale(curves: Sequence[Curve]) -> bool:
 
 
 def averaged(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """Return at most `limit` points. Each is the mean of equally many neighboring points, at the last one's step."""
+    """Return at most `limit` points. Each is the mean of equally many consecutive points, placed at the last
+    one's step; the last may be the mean of fewer."""
     each = -(-len(points) // limit)
     groups = [points[start : start + each] for start in range(0, len(points), each)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -165,8 +166,8 @@ def _placeholder(color: int) -> str:
 
 
 def _for_page(svg: str, prefix: str, label: str) -> str:
-    """Return matplotlib's file as an element of the page: without prolog and metadata, with ids that start with
-    `prefix`, and with the page's colors and fonts."""
+    """Convert matplotlib's SVG file to an element of the page: remove prolog and metadata, put `prefix` before all ids,
+    and use the page's colors and fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg)

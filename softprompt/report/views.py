@@ -1,4 +1,4 @@
-"""What the template shows of each run, and of several side by side."""
+"""The values that the template shows, for one run and for several runs side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,8 +23,8 @@ RESULTS = {  # metrics of all_results.json: label and format
     "eval_loss": ("held-out loss", "{:.4f}"),
     "eval_perplexity": ("perplexity", "{:,.4g}"),
     "eval_exact_match": ("exact match", "{:.1%}"),
-    "eval_exact_match_rows": ("rows of the exact match (complete answers)", "{:,}"),
-    "train_loss": ("training loss, mean", "{:.4f}"),
+    "eval_exact_match_rows": ("rows compared for exact match (complete answers)", "{:,}"),
+    "train_loss": ("mean training loss", "{:.4f}"),
     "train_runtime": ("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": ("tokens per second", "{:,.0f}"),
 }
@@ -32,8 +32,8 @@ RESULTS = {  # metrics of all_results.json: label and format
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its title, an SVG element, its legend, and a note below it. An entry of the legend is the number of a
-    color of the page (-1: faint), whether the line is dashed, and a text."""
+    """A chart: its title, an SVG element, its legend, and a note below it. A legend entry holds the number of a color
+    of the page (-1: faint), whether the line is dashed, and its text."""
 
     title: str
     svg: Markup
@@ -42,7 +42,7 @@ class Chart:
 
 
 def run_view(record: RunRecord, name: str, renderer: ChartRenderer | None) -> dict[str, Any]:
-    """Return the values that the template needs of a run; without a renderer there are no charts."""
+    """Return the values that the template needs for one run. Without a renderer there are no charts."""
     facts = record.facts
     rows = [(kind, of) for kind, of in facts.get("rows", {}).items() if of]
     end = facts.get("so_far") or facts.get("end", {})
@@ -73,7 +73,7 @@ def run_view(record: RunRecord, name: str, renderer: ChartRenderer | None) -> di
 def _headline(record: RunRecord) -> str:
     arguments, facts = record.arguments, record.facts
     if "prompt" not in facts:
-        return "This run is of a version that wrote no report.json: its rows and settings are not known."
+        return "This run was made by a version that wrote no report.json, so its rows and settings are unknown."
     P, H = facts["prompt"]
     base = facts["base"]
     return (
@@ -83,13 +83,13 @@ def _headline(record: RunRecord) -> str:
 
 
 def status(record: RunRecord) -> str:
-    """Return how far a run got, and why it ended if that was before its last step."""
+    """Return how far a run got, and why it ended early if it did."""
     total = record.facts.get("total_steps")
     steps = f"step {record.steps:,}" + (f" of {total:,}" if total else "")
     if not record.ended:
-        return f"{'running now' if record.runs_now else 'not finished'}: {steps} is the last in its metrics"
+        return f"{'running now' if record.runs_now else 'not finished'}: its metrics end at {steps}"
     best = record.results.get("best_global_step")
-    kept = f"; the prompt is the best one, of step {best:,}" if best is not None else ""
+    kept = f"; the saved prompt is the best one, from step {best:,}" if best is not None else ""
     if not total or record.steps >= total:
         return f"finished after {steps}{kept}"
     patient = record.arguments.get("early_stopping_patience") is not None
@@ -131,7 +131,7 @@ def _curves(record: RunRecord, renderer: ChartRenderer) -> Iterable[Chart]:
 def _charts(
     renderer: ChartRenderer, name: str, title: str, curves: Sequence[Curve], legend: Sequence[Any]
 ) -> Iterable[Chart]:
-    """Yield the chart of a metric, unless no run has it."""
+    """Yield the chart of a metric if any run has it."""
     if svg := renderer.line_chart(curves, title, logarithmic=name in LOSSES, share=name == "eval_exact_match"):
         yield Chart(title, Markup(svg), legend)
 
@@ -201,6 +201,6 @@ def _compared_curves(records: Sequence[RunRecord], names: Sequence[str], rendere
 
 
 def run_names(records: Sequence[RunRecord]) -> list[str]:
-    """Return the names of the runs' folders, or their whole paths if two have the same name."""
+    """Return the names of the runs' folders, or their full paths if two have the same name."""
     names = [record.name for record in records]
     return names if len(set(names)) == len(names) else [str(record.folder) for record in records]

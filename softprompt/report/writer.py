@@ -19,7 +19,7 @@ from softprompt.utils.errors import OutputError, PartialFailureError, ReportErro
 def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:
     """Write the page of one or several runs and return its path.
 
-    Of several runs, those that cannot be read are named on the page, which shows the others.
+    If some of several runs cannot be read, the page names them and shows the others.
 
     Args:
         runs: Folders of runs.
@@ -29,7 +29,7 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
     Raises:
         ConfigError: No run is given, or a run is given twice.
         ReportError: A folder does not exist, or no run can be shown: a folder holds no run, no metrics or broken files.
-        PartialFailureError: some of several runs cannot be read; the page is written.
+        PartialFailureError: Some of several runs cannot be shown; the page is written with the others.
         OutputError: `output_file` cannot be written, or exists and is not a report.
     """
     return write_report(*report_arguments([os.fspath(run) for run in runs], output_file=output_file))
@@ -50,7 +50,7 @@ def write_report(runs: Sequence[str], output_file: str | None) -> Path:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); name a file with --output_file") from None
     if broken:
         failed = f"{len(broken):,} of {len(runs):,} runs cannot be shown"
-        raise PartialFailureError(f"{failed} ({broken[0]}); {path} has the others")
+        raise PartialFailureError(f"{failed} ({broken[0]}); {path} shows the others")
     return path
 
 
@@ -71,7 +71,7 @@ def _read(runs: Sequence[str]) -> tuple[list[RunRecord], list[str]]:
 
 
 def _page(records: Sequence[RunRecord], broken: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the page, and the error of each run that is left out because its files have content that cannot be shown.
+    """Return the page, and an error for each run that is left out because the content of its files cannot be shown.
     Raises ReportError if no run can be shown."""
     try:
         return page(records, broken), []
@@ -86,7 +86,7 @@ def _page(records: Sequence[RunRecord], broken: Sequence[str]) -> tuple[str, lis
         except ReportError as error:
             errors.append(error)
     if not shown or not errors:
-        raise (errors or [ReportError("these runs cannot be shown on one page; name each alone")])[0]
+        raise (errors or [ReportError("these runs cannot be shown on one page; report each run separately")])[0]
     unshown = list(map(str, errors))
     return page(shown, [*broken, *unshown]), unshown
 

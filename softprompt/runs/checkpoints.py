@@ -42,7 +42,7 @@ def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | 
     oldest ones of those that exceed `limit` (None: no limit). checkpoint-`newest` and checkpoint-`best` are kept.
 
     Args:
-        numbers: the steps of all checkpoints, ascending.
+        numbers: The steps of all checkpoints, ascending.
     """
     old = [n for n in numbers if n <= newest]
     above = len(old) - limit if limit else 0

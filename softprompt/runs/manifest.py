@@ -51,8 +51,8 @@ class Manifest:
         """List `names`, which are about to be written.
 
         Raises:
-            FileExistsError: one of them exists and is not the folder's own.
-            OSError: the manifest cannot be written.
+            FileExistsError: One of them exists and is not the folder's own.
+            OSError: The manifest cannot be written.
         """
         names = set(names)
         for name in self.foreign(names):
@@ -65,7 +65,7 @@ class Manifest:
         """List `names`, which this process has just written or is about to write.
 
         Raises:
-            OSError: the manifest cannot be written.
+            OSError: The manifest cannot be written.
         """
         if not set(names) <= (self._listed() or set()):
             self._write(self.names() | set(names))
@@ -74,8 +74,8 @@ class Manifest:
         """Write `files` into the folder, each atomically.
 
         Raises:
-            FileExistsError: one of them exists and is not the folder's own.
-            OSError: a file or the manifest cannot be written.
+            FileExistsError: One of them exists and is not the folder's own.
+            OSError: A file or the manifest cannot be written.
         """
         self.add(files)
         write_files(self.folder, files)

@@ -19,7 +19,7 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
     """Return the output folder of a run; it is not created yet.
 
     Raises:
-        OutputError: the folder is a file, cannot be written to, holds another run than that of `checkpoint`, holds
+        OutputError: The folder is a file, cannot be written to, holds another run than that of `checkpoint`, holds
             files of something else that the run would replace, or is in use by another process.
     """
     if config.training.output_dir is not None:
@@ -38,7 +38,7 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
     folder of that name in the meantime, use the next free name.
 
     Raises:
-        OutputError: the folder cannot be created, or another process is writing into it or has written a run into it in
+        OutputError: The folder cannot be created, or another process is writing into it or has written a run into it in
             the meantime.
     """
     try:

@@ -28,11 +28,11 @@ def refuse_foreign_files(folder: Path, board: bool, after_step: int | None = Non
     """Check that no file in `folder` that a run would replace or remove was written by something else.
 
     Args:
-        board: whether the run writes TensorBoard's event files.
-        after_step: the step after which the run in `folder` is resumed; None for a new run.
+        board: Whether the run writes TensorBoard's event files.
+        after_step: The step after which the run in `folder` is resumed; None for a new run.
 
     Raises:
-        OutputError: a file that the run would write, a checkpoint that it would replace, or a file in such a checkpoint
+        OutputError: A file that the run would write, a checkpoint that it would replace, or a file in such a checkpoint
             was written by something else.
     """
     manifest = Manifest(folder)
@@ -53,7 +53,7 @@ def own_checkpoint(folder: Path, step: int) -> Path:
     """List checkpoint-`step` in the manifest, and return its folder, which the caller writes.
 
     Raises:
-        FileExistsError: the folder exists and is not the run's own, or it holds a file that no checkpoint has.
+        FileExistsError: The folder exists and is not the run's own, or it holds a file that no checkpoint has.
     """
     path = folder / f"checkpoint-{step}"
     Manifest(folder).add([path.name])

@@ -24,11 +24,11 @@ class RunRecord:
     """The content of a run's folder.
 
     Attributes:
-        facts: the content of report.json; empty if an older version wrote none.
-        history: the records of metrics.jsonl, of which only finite numbers are kept.
-        results: the content of all_results.json; empty if the run has not ended.
-        runs_now: whether a process is writing into the folder.
-        checkpoint: the newest whole checkpoint of a run that has not ended; None if there is none.
+        facts: The content of report.json; empty if an older version wrote none.
+        history: The records of metrics.jsonl, of which only finite numbers are kept.
+        results: The content of all_results.json; empty if the run has not ended.
+        runs_now: Whether a process is writing into the folder.
+        checkpoint: The newest whole checkpoint of a run that has not ended; None if there is none.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """Read a run's folder. The run may still be in progress.
 
     Raises:
-        ReportError: the folder does not exist, holds no run or no metrics yet, or has a file that cannot be read.
+        ReportError: The folder does not exist, holds no run or no metrics yet, or has a file that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -16,14 +16,14 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        number: the number of the step, counted from 1.
-        epoch: number of passes over the rows after this step, as a fraction.
-        loss: mean loss over the targets of the step. None if it is not finite, which is possible only if the GradScaler
+        number: The number of the step, counted from 1.
+        epoch: Number of passes over the rows after this step, as a fraction.
+        loss: Mean loss over the targets of the step. None if it is not finite, which is possible only if the GradScaler
             skipped the step.
-        grad_norm: the gradient's norm before clipping; None if it is not finite.
-        learning_rate: the learning rate of this step.
-        tokens: number of tokens, without padding and virtual tokens.
-        seconds: wall-clock time of the step.
+        grad_norm: The gradient's norm before clipping; None if it is not finite.
+        learning_rate: The learning rate of this step.
+        tokens: Number of tokens, without padding and virtual tokens.
+        seconds: Wall-clock time of the step.
     """
 
     number: int
@@ -40,13 +40,13 @@ class TrainingState:
     """What the loop needs to continue as if it had not stopped.
 
     Attributes:
-        step: number of optimizer steps done.
-        taken: number of those that the GradScaler did not skip; the learning rate schedule counts only these.
-        unlogged: the steps since the last log record.
+        step: Number of optimizer steps done.
+        taken: Number of those that the GradScaler did not skip; the learning rate schedule counts only these.
+        unlogged: The steps since the last log record.
         optimizer: AdamW's moments [P, H] fp32 and its step count.
-        scaler: the state of the GradScaler; empty without fp16.
-        rng: states of torch's random generators, uint8, by device type.
-        position: the position of the last step's window, from which the loader continues.
+        scaler: The state of the GradScaler; empty without fp16.
+        rng: States of torch's random generators, uint8, by device type.
+        position: The position of the last step's window, from which the loader continues.
     """
 
     step: int = 0

@@ -58,8 +58,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     value, the run's folder is --output_dir.
 
     Raises:
-        ConfigError: there is neither a value nor --output_dir.
-        CheckpointError: the checkpoint is not whole, or the run has no whole checkpoint.
+        ConfigError: There is neither a value nor --output_dir.
+        CheckpointError: The checkpoint is not whole, or the run has no whole checkpoint.
     """
     named = config.training.resume_from_checkpoint
     if named is None:
@@ -97,7 +97,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     (OF_THE_RUN) and the metrics (`history`).
 
     Raises:
-        CheckpointError: another version wrote the checkpoint, and values that this version needs are missing.
+        CheckpointError: Another version wrote the checkpoint, and values that this version needs are missing.
     """
     files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
     values = json.loads(files[STATE_FILE])

@@ -1,4 +1,4 @@
-"""Refuse `python -m softprompt.study`, and say its present name."""
+"""Reject `python -m softprompt.study`, which has been renamed."""
 
 import sys
 

@@ -12,7 +12,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
 
 ALL = "all"
-# Length of a folder's name before its hash. File systems limit names to 255 bytes, and a Chinese character has three.
+# Largest length of a folder's name before its hash. File systems limit names to 255 bytes; a Chinese character takes 3.
 MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 BASE_SETTINGS = ("model_name_or_path", "device", "bf16", "fp16", "engine")
 DATA_SETTINGS = (
@@ -36,7 +36,7 @@ class Cell:
 
     Args:
         config: The settings of the run, its seed included.
-        rows: How many training rows it uses, drawn by the seed. None: all.
+        rows: Number of training rows, drawn with the seed. None: all.
         trained: Whether the prompt is trained. False for a hard prompt, which is the embeddings of a text, and for an
             ensemble.
         voting: How the members of an ensemble vote; None unless the cell is an ensemble.

@@ -1,4 +1,4 @@
-"""Run one cell of a study over a base that is in memory, with the parts of a training run."""
+"""Run one cell of a study with a base that is already in memory, using the parts of a training run."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class LoadedBase:
     Args:
         base: The base.
         dtype: The dtype that training computes in.
-        without_prompt: The evaluation of the base without a prompt, for each dataset so far.
+        without_prompt: Evaluations of the base without a prompt, by dataset; filled as cells run.
     """
 
     base: PreTrainedModel
@@ -57,6 +57,7 @@ class LoadedBase:
         """Load the base that `model` names.
 
         Raises:
+            ConfigError: The device is not available.
             ModelError: The base cannot be loaded.
         """
         device = resolve_device(model.device)
@@ -64,7 +65,11 @@ class LoadedBase:
         return cls(load_base(base_path(str(model.model_name_or_path)), device, dtype), dtype)
 
     def run(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
-        """Run one cell. If training does not end in finite numbers, that is its result."""
+        """Run one cell. A loss, gradient or prompt that becomes infinite or NaN is recorded as the cell's result.
+
+        Raises:
+            TrainingError: The cell is an ensemble, and one of its members failed.
+        """
         data = planned.cell.config.data
         if data not in self.without_prompt:
             evaluator = self._evaluator(planned)
@@ -130,7 +135,7 @@ class LoadedBase:
             raise TrainingError(f"{missing:,} of the ensemble's {len(planned.members):,} prompts failed")
         P = records[0]["virtual_tokens"]
         if any("error" in record["metrics"] for record in records):
-            error = {"error": "a prompt of the ensemble did not end in finite numbers"}
+            error = {"error": "training of a prompt of the ensemble became infinite or NaN"}
             return FinishedCell({"virtual_tokens": P, "metrics": error, "answers": None}, {})
         device, template = word_embeddings(self.base).weight.device, make_template(planned.cell.config)
         inputs = planned.inputs
@@ -152,7 +157,7 @@ class LoadedBase:
 
 
 def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:
-    """Return `rows` of the examples, drawn by the seed; None returns all.
+    """Return a random subset of `rows` examples, drawn with the seed; all examples if `rows` is None.
 
     With the same seed, a smaller subset is part of a larger one.
     """

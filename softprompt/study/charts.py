@@ -1,4 +1,4 @@
-"""Charts of a study: the held-out loss along each setting that varies, with its standard deviation over the seeds."""
+"""Charts of a study: the held-out loss over each setting that varies, with its standard deviation over the seeds."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, varied_context
 
-MAX_LINES = 8  # in one chart; more cannot be distinguished
+MAX_LINES = 8  # per chart; more cannot be told apart
 MAX_LABEL = 30  # characters of a text or a setting in a line's label
 
 
@@ -20,7 +20,7 @@ class Axis(NamedTuple):
         field: The field of a CellResult that distinguishes its values.
         label: Label of the axis.
         value: Position of a result on the axis.
-        categorical: Whether the values are texts, which are put side by side. Numbers are on a logarithmic scale.
+        categorical: Whether the values are texts, which are placed side by side. Numbers use a logarithmic scale.
     """
 
     field: str
@@ -42,8 +42,8 @@ CHART_FILES = {f"study-{axis.field}.svg" for axis in AXES}
 def charts(results: Sequence[CellResult]) -> dict[str, bytes] | None:
     """Return SVG files by name, one for each axis with several values; None if matplotlib is not installed.
 
-    The cells of a line differ only in the axis and the seed. Each is at its best learning rate, unless that is the
-    axis. The error bars are one standard deviation over the seeds to each side.
+    The cells of a line differ only in the axis and the seed. Each setting is shown at its best learning rate, unless
+    the axis is the learning rate. The error bars are one standard deviation over the seeds to each side.
     """
     try:
         import matplotlib
@@ -61,7 +61,7 @@ def charts(results: Sequence[CellResult]) -> dict[str, bytes] | None:
 def _cells_on(results: Sequence[CellResult], axis: Axis) -> list[CellResult]:
     """Return the trained cells that an axis shows, at their best learning rates.
 
-    Initializations have different default rates, so each is at its own best one.
+    Initializations have different default rates, so each initialization uses its own best rate.
     """
     if axis.field == "learning_rate":
         return [r for r in results if r.trained and not r.failed]
@@ -69,19 +69,19 @@ def _cells_on(results: Sequence[CellResult], axis: Axis) -> list[CellResult]:
 
 
 def _finite(results: Sequence[CellResult]) -> list[CellResult]:
-    """Leave out settings whose loss is not finite for some seed: the mean of the other seeds would flatter them."""
+    """Leave out settings whose loss is not finite for some seed: the mean over the other seeds would be too good."""
     settings = group_by(results, key_without("seed")).values()
     return [r for cells in settings if all(r.loss < math.inf for r in cells) for r in cells]
 
 
 def _lines(results: Sequence[CellResult], axis: Axis) -> list[tuple[str, list[CellResult]]]:
-    """Return the labels and cells of the lines with several values on the axis; if there are too many, the longest."""
+    """Return the labels and cells of lines with several values on the axis: at most MAX_LINES, the longest first."""
     setting = key_without(axis.field, "learning_rate", "seed", *(["start"] if axis.field == "init" else []))
     groups = [cells for cells in group_by(results, setting).values() if len({axis.value(r) for r in cells}) > 1]
     groups = sorted(groups, key=len, reverse=True)[:MAX_LINES]
     shown = [r for cells in groups for r in cells]
     labels = [_label(cells[0], shown, axis) for cells in groups]
-    if len(set(labels)) < len(labels):  # long texts with the same beginning, or bases of one name in several folders
+    if len(set(labels)) < len(labels):  # long texts that begin alike, or bases with the same name in different folders
         labels = [_label(cells[0], shown, axis, shorten=False) for cells in groups]
     return list(zip(labels, groups, strict=True))
 
@@ -138,6 +138,6 @@ def _draw(lines: Sequence[tuple[str, list[CellResult]]], axis: Axis) -> bytes:
         text.set_parse_math(False)  # a path or a text may contain $
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about missing glyphs: text stays text in the SVG
+        warnings.simplefilter("ignore", UserWarning)  # about missing glyphs, which the SVG does not embed
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": "softprompt"})
     return image.getvalue()

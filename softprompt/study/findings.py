@@ -1,4 +1,4 @@
-"""What a study says about a hypothesis: a conclusion drawn from comparisons, by the same rule for all."""
+"""Conclusions about hypotheses, all drawn from comparisons of cells by the same rule."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a study says about a hypothesis.
+    """What a study concludes about a hypothesis.
 
     Args:
         hypothesis: The hypothesis, as a sentence without a full stop.
@@ -40,10 +40,10 @@ class Finding:
 
 
 def conclusion(by_seed: Sequence[float]) -> str:
-    """Return what the mean gains of the seeds say.
+    """Return the conclusion from the mean gain of each seed.
 
-    A hypothesis holds if the 95 % interval of their mean lies above 0. It does not hold if the interval lies below
-    MIN_GAIN. Otherwise it is undecided.
+    A hypothesis holds if the 95 % confidence interval of the mean over the seeds lies above 0. It does not hold if the
+    interval lies below MIN_GAIN. Otherwise it is undecided.
     """
     _, low, high = t_interval(by_seed)
     return HOLDS if low > 0 else HOLDS_NOT if high < MIN_GAIN else UNDECIDED
@@ -52,7 +52,7 @@ def conclusion(by_seed: Sequence[float]) -> str:
 def balanced_over_seeds(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Return the largest subset in which every comparison was made with every seed.
 
-    Otherwise the mean of one seed would be over other comparisons than the mean of another seed.
+    Without this, the means of different seeds would be over different comparisons.
     """
     seeds = {what: frozenset(c.seed for c in group) for what, group in group_by(comparisons, lambda c: c.what).items()}
 
@@ -71,15 +71,15 @@ def finding(
     describe: Callable[[float], str] | None = None,
     sampled: str = "seed",
 ) -> Finding:
-    """Return the finding of some comparisons.
+    """Return the finding that follows from `comparisons`.
 
     Args:
         hypothesis: The hypothesis.
-        comparisons: Its comparisons, of which the balanced ones are used.
+        comparisons: The comparisons that test it. Only the balanced ones are used (see `balanced_over_seeds`).
         change: What was changed between the compared cells.
         metric: The metric that changed.
-        describe: Turns a gain into the change of the metric. By default, the change of the loss in percent.
-        sampled: What each averaged gain belongs to.
+        describe: Formats a gain as the change of the metric. By default, it is the change of the loss in percent.
+        sampled: What each averaged gain comes from ("seed"); the sentence names it if there is only one.
     """
     describe = describe or percent
     if not comparisons:
@@ -91,7 +91,7 @@ def finding(
     found, (average, low, high) = conclusion(by_seed) if finite else UNDECIDED, t_interval(by_seed)
     count = f"{len(gains):,} comparison" + "s" * (len(gains) > 1)
     if not finite:
-        why = "some of its runs did not end in finite numbers"
+        why = "some of its runs became infinite or NaN"
     elif len(by_seed) < 2:
         better = f"a gain in {sum(gain > 0 for gain in gains):,} of {count}"
         why = f"{change} changed the {metric} by {describe(average)} ({better}; one {sampled} gives no interval)"
@@ -100,17 +100,17 @@ def finding(
         n = f"n = {len(by_seed)} seeds, {count}"
         why = f"{change} changed the {metric} by {describe(average)} (95 % interval {ends}; {n})"
     if left_out := len(comparisons) - len(kept):
-        why += f"; {left_out:,} more were left out, as not every seed has them"
+        why += f"; {left_out:,} more were left out, because not every seed has them"
     return Finding(hypothesis, found, f"{hypothesis}: {found}; {why}.", gains, by_seed)
 
 
 def percent(gain: float) -> str:
-    """Return the change of a loss that a gain means."""
+    """Format the relative change of the loss, in percent, that corresponds to a gain (the log of a ratio of losses)."""
     return f"{_one_decimal(100 * math.expm1(-gain))} %" if gain > -20 else "more than a millionfold"
 
 
 def points(gain: float) -> str:
-    """Return the change of an exact match that a gain means."""
+    """Format a difference of exact matches in percentage points."""
     return f"{_one_decimal(100 * gain)} points"
 
 
@@ -125,8 +125,8 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 
 def t_quantile(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t distribution with `degrees` (at least 1) degrees of freedom.
 
-    Above the table it is an expansion around the normal quantile (Abramowitz and Stegun, Handbook of Mathematical
-    Functions, 26.7.5), whose error is below 0.01 % there.
+    For more degrees of freedom than the table has, it uses an expansion around the normal quantile (Abramowitz and
+    Stegun, Handbook of Mathematical Functions, 26.7.5), whose error is below 0.01 % there.
     """
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]

@@ -2,16 +2,16 @@
 
 title = "…"                      # heading of the page; `about` is Markdown below it
 output_dir = "runs/my-study"     # default: runs/study-<name of the file>
-seeds = [42, 0, 1]               # every cell runs once with each seed
-hard_prompts = ["…"]             # texts that are put before the input, for comparison with the trained prompts
-voting = ["majority_vote"]       # also evaluate the prompts that a setting learns with each seed as an ensemble
+seeds = [42, 0, 1]               # every cell runs once for each seed
+hard_prompts = ["…"]             # untrained texts before the input, compared with the trained prompts
+voting = ["majority_vote"]       # also evaluate the prompts of all seeds of a setting as an ensemble
 
 [settings]                       # settings of train.py, the same in every cell
 dataset = "rows.jsonl"
 
-[[grid]]                         # any number of grids, each the product of its lists; one value is a list of one
+[[grid]]                         # any number of grids; each is all combinations of the values in its lists
 num_virtual_tokens = [1, 10, 100]
-rows = [8, 32, 128, "all"]       # few-shot: the number of training rows, drawn by the seed
+rows = [8, 32, 128, "all"]       # few-shot: the number of training rows, drawn with the seed
 """
 
 import itertools
@@ -32,7 +32,7 @@ from softprompt.utils.errors import ConfigError
 from softprompt.utils.shell_commands import program_name
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
-# Settings that only some initializations use. Under [settings] they apply to those cells of the grid alone.
+# Settings that only some initializations use. Under [settings], they apply only to cells with such an initialization.
 SETTINGS_OF_INIT = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
@@ -103,7 +103,7 @@ def parse_study(argv: Sequence[str]) -> Study:
     """Return the study that the command line of `study` names; its arguments are the study's file and flags.
 
     Raises:
-        ConfigError: an argument or the file is wrong.
+        ConfigError: An argument or the file is wrong.
     """
     description = "Train every cell of a grid of settings, and report what the results show."
     parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
@@ -118,7 +118,7 @@ def parse_study(argv: Sequence[str]) -> Study:
 
 
 def raise_cell_errors(path: Path, errors: Mapping[str, list[str]]) -> None:
-    """Raise a ConfigError if there are any `errors`: messages, each with the names of the cells that it concerns."""
+    """Raise a ConfigError if there are any `errors`: error messages, each with the names of the cells that have it."""
     if errors:
         messages = [
             f"the cell {cells[0]}" + (f" and {len(cells) - 1:,} more" if len(cells) > 1 else "") + f": {message}"
@@ -132,24 +132,24 @@ def _key_errors(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the errors in the keys above [settings]."""
     for key in content:
         if key not in KEYS:
-            yield f"unknown key {key!r}{closest_name(key, KEYS) or '; there are ' + ', '.join(KEYS)}"
+            yield f"unknown key {key!r}{closest_name(key, KEYS) or '; the keys are ' + ', '.join(KEYS)}"
     for key in ("title", "about", "output_dir"):
         if key in content and not (is_text(content[key]) and content[key] and "\0" not in content[key]):
             yield f"{key} {content[key]!r} is not a text"
     seeds, texts = content.get("seeds", DEFAULT_SEEDS), content.get("hard_prompts", [])
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and not seed_faults(s) for s in seeds)):
-        yield f"seeds {seeds!r} is not a list of whole numbers from 0 up"
+        yield f"seeds {seeds!r} is not a list of integers of at least 0"
     if not (isinstance(texts, list) and all(is_text(text) and text.strip() for text in texts)):
         yield f"hard_prompts {texts!r} is not a list of texts"
     votings = content.get("voting", [])
     if not (isinstance(votings, list) and set(map(str, votings)) <= VOTINGS):
         yield f"voting {votings!r} is not a list of {', '.join(sorted(VOTINGS))}"
     elif votings and isinstance(seeds, list) and len(set(map(str, seeds))) < 2:
-        yield "voting needs several seeds, whose prompts vote"
+        yield "voting needs several seeds, because the prompts of the seeds vote"
 
 
 def _table_errors(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the errors in [settings] and in each [[grid]], except values that only `train_config` checks."""
+    """Yield the errors in [settings] and in each [[grid]], except those that only `train_config` can find."""
     settings, grids = content.get("settings", {}), content.get("grid", [{}])
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
         yield "grid is not a list of tables; write [[grid]] above each"
@@ -164,12 +164,12 @@ def _table_errors(content: Mapping[str, Any]) -> Iterator[str]:
             if key not in known:
                 yield f"{name}: unknown key {key!r}{_key_advice(key, known)}"
             elif name == "settings" and isinstance(value, list):
-                labels = "; the labels of one run are one text, 'one,another'" if key == "class_labels" else ""
+                labels = "; write the labels of one run as one text, 'one,another'" if key == "class_labels" else ""
                 yield f"settings: {key} has several values; a list belongs under [[grid]]{labels}"
             elif value == []:
                 yield f"{name}: {key} has no values"
             elif key == "rows" and not all(_is_row_count(n) for n in _as_list(value)):
-                yield f"{name}: rows {value!r} are not whole numbers from 1 up, or {ALL!r}"
+                yield f"{name}: rows {value!r} are not integers of at least 1, or {ALL!r}"
 
 
 def _key_advice(key: str, known: Sequence[str]) -> str:
@@ -179,7 +179,7 @@ def _key_advice(key: str, known: Sequence[str]) -> str:
     if key == "seed":
         return "; give a list of seeds above [settings]"
     if key in {field.name for group in GROUPS for field in fields(group)}:
-        return ", which train.py takes and a study does not; leave it out"
+        return ", which train.py has but a study does not; leave it out"
     return advice(key, known) or "; settings have train.py's names: python train.py --help"
 
 

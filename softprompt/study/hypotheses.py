@@ -1,10 +1,10 @@
 """Test a few hypotheses about prompt tuning on the results of a study, all by the same rule.
 
-Two cells are compared if they differ in nothing but what a hypothesis is about; the seed is the same. Each is at the
-learning rate that is best for it among those that all of them were run at. The gain of a comparison is the logarithm of
-the ratio of the two held-out losses. Comparisons of the same seed are not independent, so their gains are averaged
-first, and the 95 % confidence interval is that of the mean of these averages. See `findings.conclusion` for the rule,
-and `page.RULE` for how it is explained to the reader.
+Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting is taken
+at its best learning rate among the rates that all compared settings were run at. The gain of a comparison is the
+logarithm of the ratio of the two held-out losses. Comparisons with the same seed are not independent, so their gains
+are averaged first, and the 95 % confidence interval is that of the mean of these averages. See `findings.conclusion`
+for the rule, and `page.RULE` for its explanation on the page of the study.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from softprompt.config.train_args import DEFAULT_LEARNING_RATES
 from softprompt.study.findings import UNDECIDED, Comparison, Finding, finding, points
 from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, lowest_mean_loss
 
-ARTICLE_RATE = 5e-5  # learning rate of the article that the mini preset follows
+ARTICLE_RATE = 5e-5  # learning rate of the `article` preset
 
 
 def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
@@ -35,8 +35,8 @@ def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
 
 
 def _doubling(results: Sequence[CellResult], hypothesis: str, name: str, value: Callable[[CellResult], int]) -> Finding:
-    """Test whether a larger number is better. The gain of a doubling is the slope of the least-squares line of the
-    negative log loss over the binary logarithm of `value`."""
+    """Test whether a larger number is better. The gain of a doubling is the slope of the least-squares line through
+    (log2(value), -log(loss))."""
     field = {"virtual tokens": "virtual_tokens", "parameters": "base"}.get(name, name)
     slopes: list[Comparison] = []
     results = at_best_learning_rate(results, field)
@@ -77,8 +77,8 @@ def _text_initialization(results: Sequence[CellResult]) -> Finding:
 
 
 def _hard_prompts(results: Sequence[CellResult]) -> Finding:
-    """Compare the best hard prompt with the trained setting that is best on the other seeds, for each base, dataset and
-    number of rows, on the same held-out rows."""
+    """Compare the best hard prompt with a trained one for each base, dataset, number of rows and seed, on the same
+    held-out rows. The trained one has the setting that is best on the other seeds."""
     hypothesis = "A hard prompt (a text put before the input, not trained) is better than a trained soft one"
     hard = group_by([r for r in results if not (r.trained or r.voting)], _evaluated_on)
     comparisons: list[Comparison] = []
@@ -95,7 +95,7 @@ def _hard_prompts(results: Sequence[CellResult]) -> Finding:
 
 
 def _evaluated_on(r: CellResult) -> Any:
-    """Identify the base and the held-out rows. The number of targets alone may be that of other rows."""
+    """Identify the base and the held-out rows. The number of targets alone does not identify the rows."""
     return r.base, r.dataset, r.targets, r.held_out
 
 
@@ -117,7 +117,7 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
                 other_rates.append(Comparison(key, seed, _log(loss) - _log(candidates[best][seed])))
     return [
         finding(
-            "Another learning rate than this project's default is better",
+            "A learning rate other than this project's default is better",
             other_rates,
             "the rate that is best on the other seeds in place of the default",
         ),
@@ -130,7 +130,7 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
 
 
 def _ensembles(results: Sequence[CellResult]) -> Iterator[Finding]:
-    """Compare each ensemble with its members, all at the rate that is best for them.
+    """Compare each ensemble with its members, all at the members' best learning rate.
 
     All ensembles of a study have the same set of seeds, so there is one mean gain and no interval.
     """
@@ -138,10 +138,10 @@ def _ensembles(results: Sequence[CellResult]) -> Iterator[Finding]:
     pairs = [(r, members) for r in results if r.voting and (members := trained.get(key_without("seed")(r), []))]
     pairs = [(r, members) for r, members in pairs if len(members) == r.members]
     for voting, group in group_by(pairs, lambda pair: pair[0].voting).items():
-        hypothesis = f"Prompts of several seeds are better together ({voting}) than one of them"
+        hypothesis = f"An ensemble of the prompts of several seeds ({voting}) is better than one of them"
         by_loss = [Comparison(r, r.seed, _log(mean(m.loss for m in members)) - _log(r.loss)) for r, members in group]
         change = "the mean of their likelihoods in place of the average prompt"
-        yield finding(f"{hypothesis}, by their loss", by_loss, change, sampled="set of seeds")
+        yield finding(f"{hypothesis}, by loss", by_loss, change, sampled="set of seeds")
         matches = [
             (r, r.exact_match, [m.exact_match for m in members if m.exact_match is not None])
             for r, members in group
@@ -150,8 +150,8 @@ def _ensembles(results: Sequence[CellResult]) -> Iterator[Finding]:
         for name, reduce in (("average", mean), ("best", max)):
             comparisons = [Comparison(r, r.seed, match - reduce(of_members)) for r, match, of_members in matches]
             if comparisons:
-                title = f"{hypothesis}, by the {name} one's exact match"
-                change = f"the elected answer in place of the {name} prompt's"
+                title = f"{hypothesis}, by exact match against the {name} one"
+                change = f"the ensemble's answer in place of the {name} prompt's"
                 yield finding(title, comparisons, change, "exact match", points, sampled="set of seeds")
 
 

@@ -1,4 +1,4 @@
-"""The outputs of a study that are read: a table of means and standard deviations, a CSV file, and a Markdown page."""
+"""The readable outputs of a study: a table of means and standard deviations, a CSV file, and a Markdown page."""
 
 import csv
 import io
@@ -11,12 +11,12 @@ from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Fin
 from softprompt.study.results import CellResult, group_by, key_without, varied_context
 
 RULE = (
-    "Two cells are compared if they differ in nothing but what a hypothesis is about; the seed is the same. Each is at "
-    "the learning rate that was best for it, of those that all compared cells were run at, if there are any. The gain "
-    "of a comparison is the logarithm of the ratio of the two held-out losses. Comparisons of the same seed are not "
-    "independent, so their gains are averaged first; the 95 % confidence interval (Student's t) is that of the mean of "
-    f"these averages, and a single seed has none. A hypothesis *{HOLDS}* if the interval lies above 0; it "
-    f"*{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
+    "Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting "
+    "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any. The "
+    "gain of a comparison is the logarithm of the ratio of the two held-out losses. Comparisons with the same seed are "
+    "not independent, so their gains are averaged first. The 95 % confidence interval (Student's t) is that of the "
+    f"mean of these averages; with a single seed there is none. A hypothesis *{HOLDS}* if the interval lies above 0; "
+    f"it *{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
     "exact match the gain is the difference, and the threshold is one percentage point."
 )
 COLUMNS: dict[str, Callable[[CellResult], str]] = {
@@ -36,9 +36,9 @@ FAILED = "failed"
 def result_table(results: Sequence[CellResult]) -> list[list[str]]:
     """Return a header and one line for each setting, with the mean and standard deviation over its seeds.
 
-    The columns are what varies among the cells, the number of seeds, the held-out loss and the exact match. For every
-    base and dataset, and every template or choice of held-out rows if these vary, the first line is the base without a
-    prompt; hard prompts follow.
+    The columns are the settings that vary among the cells, the number of seeds, the held-out loss and the exact match.
+    Lines are grouped by base and dataset and, if these vary, by template and choice of held-out rows. In each group,
+    the first line is the base without a prompt; hard prompts come next.
     """
     context, base_losses = varied_context(results), _base_losses(results)
     columns = {**COLUMNS, "other settings": lambda r: _one_line(context(r))}
@@ -84,10 +84,10 @@ def page(
 
     Args:
         head: The first paragraphs; empty ones are left out.
-        table: As of `result_table`.
-        findings: As of `hypotheses.evaluate_hypotheses`.
+        table: The result of `result_table`.
+        findings: The result of `hypotheses.evaluate_hypotheses`.
         charts: Names of image files beside the page.
-        failures: As of `failure_lines`.
+        failures: The result of `failure_lines`.
     """
     lines = [line for text in head if text for line in (text.strip(), "")]
     if failures:
@@ -108,7 +108,7 @@ def _evaluated_on(r: CellResult) -> tuple[str, str, str]:
 
 
 def _base_losses(results: Sequence[CellResult]) -> dict[CellResult, float]:
-    """Return each cell's loss without a prompt; for one that failed, that of another on the same held-out rows."""
+    """Return the loss without a prompt for each cell; a failed cell gets that of a cell with the same held-out rows."""
     known = {_evaluated_on(r): r.base_loss for r in reversed(results) if not r.failed}
     return {r: known.get(_evaluated_on(r), r.base_loss) if r.failed else r.base_loss for r in results}
 
@@ -138,7 +138,7 @@ def _exact_match(cells: Sequence[CellResult]) -> str:
 
 
 def _row_count(r: CellResult) -> str:
-    """Return how many rows an exact match is over, if it is not over all held-out rows."""
+    """Return how many rows the exact match covers, or "" if it covers all held-out rows."""
     return "" if r.exact_match_rows is None else f" of {r.exact_match_rows:,} rows"
 
 

@@ -37,7 +37,7 @@ from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
 @dataclass(frozen=True)
 class CellInputs:
-    """What the cells over one base and one dataset share.
+    """The inputs that all cells with the same base and dataset share.
 
     Args:
         base: The base on the meta device: its modules without weights.
@@ -95,8 +95,8 @@ class PlannedCell:
 def plan_study(study: Study) -> list[PlannedCell]:
     """Read and tokenize all rows, read the configuration and tokenizer of each base, and check every cell.
 
-    Cells that mean the same run (10 virtual tokens by default or given, all rows or their number) are planned once.
-    If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
+    Cells that describe the same run are planned once, such as one with the default of 10 virtual tokens and one that
+    sets 10. If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
 
     Raises:
         SoftpromptError: A base or dataset does not exist, a cell has settings that cannot work, or no cell can run.
@@ -120,7 +120,8 @@ def plan_study(study: Study) -> list[PlannedCell]:
 
 
 def virtual_tokens(cell: Cell, inputs: CellInputs) -> int:
-    """Return the number of a cell's virtual tokens: as given, else that of its initial text, else the default."""
+    """Return the number of a cell's virtual tokens: the given one, else the length of its initial text in tokens, else
+    the default."""
     prompt = cell.config.prompt
     if prompt.num_virtual_tokens:
         return prompt.num_virtual_tokens
@@ -142,7 +143,7 @@ def _planned_cell(cell: Cell, inputs: CellInputs | Failure, cells_folder: Path) 
 class _InputCache:
     """Loads each tokenizer once, reads each dataset once, and tokenizes it once for each different tokenizer.
 
-    `refused` holds this project's errors among those for which a cell has no inputs.
+    `refused` holds the SoftpromptErrors among the errors that left cells without inputs.
     """
 
     def __init__(self) -> None:
@@ -237,6 +238,6 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
 
 
 def _identity(cell: Cell, inputs: CellInputs) -> str:
-    """Return what a cell's settings amount to, so that cells that mean the same run have the same identity."""
+    """Return a key that is equal for cells that describe the same run."""
     rows = None if cell.rows == len(inputs.train.examples) else cell.rows
     return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs), "rows": rows})

@@ -15,7 +15,7 @@ from softprompt.study.cell import BASE_SETTINGS, DATA_SETTINGS
 
 T = TypeVar("T")
 CELL_FILE = "cell.json"
-# The content of a cell.json. That of a cell that failed is not written; "failed" says why, and its metrics are empty.
+# The content of a cell.json. The record of a failed cell is not written; its metrics are empty, and "failed" says why.
 CellRecord = dict[str, Any]
 START_SETTINGS = ("prompt_tuning_init_text", "class_labels", "vocab_population")
 # Settings with a field of their own in CellResult. All others are its `context`.
@@ -29,7 +29,7 @@ COMPARED_FIELDS = ("base", "dataset", "init", "start", "virtual_tokens", "learni
 
 @dataclass(frozen=True)
 class CellResult:
-    """What is compared of a finished cell.
+    """The values of a cell that are compared with those of other cells.
 
     Args:
         base: The base's name or path.
@@ -43,7 +43,7 @@ class CellResult:
         trained: Whether the prompt was trained: not a hard prompt, and not an ensemble.
         voting: How an ensemble votes; empty for all other cells.
         members: Number of an ensemble's members; 1 for all other cells.
-        loss: Held-out loss per target token; inf if training did not end in finite numbers.
+        loss: Held-out loss in nats per target token; inf if training became infinite or NaN.
         exact_match: Share of held-out answers that are generated exactly; None if answers were not generated.
         base_loss: Held-out loss of the base without a prompt.
         base_exact_match: Exact match of the base without a prompt.
@@ -51,8 +51,8 @@ class CellResult:
         start: The text, labels or vocabulary size that the prompt starts from.
         context: All settings that no hypothesis is about, as JSON.
         held_out: The settings that determine the held-out rows and how the base reads them, as JSON.
-        failed: Why the cell has no result. Such a cell is shown, and compared with nothing.
-        exact_match_rows: Number of rows of the exact match; None if that is all held-out rows.
+        failed: Why the cell has no result; empty if it has one. A failed cell is shown, but not compared.
+        exact_match_rows: Number of rows that the exact match covers; None if it covers all held-out rows.
     """
 
     base: str
@@ -82,7 +82,7 @@ Key = Callable[[CellResult], Any]
 
 
 def read_finished(folder: Path) -> CellRecord | None:
-    """Return the record in a cell's folder; None if there is none, or a file differs from its checksum."""
+    """Return the record in a cell's folder; None if there is none, or a file does not match its checksum."""
     try:
         checksums = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         content = {name: (folder / Path(name).name).read_bytes() for name in checksums}
@@ -124,7 +124,7 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
 def at_best_learning_rate(results: Iterable[CellResult], *varied: str) -> list[CellResult]:
     """Return the trained cells of each setting at its best learning rate: the one with the lowest mean loss over seeds.
 
-    Settings that differ in the fields `varied` are compared with each other later. To be fair to each, only the
+    Settings that differ only in the fields `varied` are compared with each other later. For a fair comparison, only
     learning rates that all of them were run at are considered, if there are any. Likewise, means are over the seeds
     that all learning rates were run with, if there are any.
     """

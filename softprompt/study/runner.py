@@ -1,7 +1,7 @@
-"""Run the cells of a study. Every base is loaded once, after the previous one has left memory.
+"""Run the cells of a study. Every base is loaded once, after the previous one has been freed.
 
-A finished cell is a folder that appears as a whole and is never run again. A cell that fails leaves no folder: the
-other cells go on, and the next call tries it again. A finished cell has these files:
+A finished cell is a folder, which is written atomically; the cell is never run again. A cell that fails leaves no
+folder: the other cells run, and the next call tries the failed one again. The folder of a finished cell contains:
 
 adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, as any run leaves it
 cell.json                                                                    settings, fingerprints, metrics, answers
@@ -42,10 +42,10 @@ def run_cells(
     Args:
         plan: The cells; an ensemble comes after its members.
         on_step: Called after every optimizer step.
-        on_cell: Called with the record of each cell, also if it failed.
+        on_cell: Called with each cell and its record, also if the cell failed.
 
     Raises:
-        Stopped: A signal asked for it. The cell that was running is dropped.
+        Stopped: A signal requested it. The cell that was running leaves no result.
         OSError: A cell cannot be written.
     """
     for planned in plan:
@@ -60,10 +60,10 @@ def run_cells(
 
 
 def failed_record(planned: PlannedCell, why: str) -> CellRecord:
-    """Return the record of a cell that has no result. It is shown, and not written."""
+    """Return the record of a cell that has no result. The record is shown, but not written."""
     return {
         **planned.description(),
-        "parameters": 0,  # not known of a base that cannot be loaded
+        "parameters": 0,  # unknown for a base that cannot be loaded
         "virtual_tokens": virtual_tokens(planned.cell, planned.inputs),
         "metrics": {},
         "seconds": 0.0,
@@ -77,7 +77,7 @@ def _run_over_base(
     on_step: Callable[[], None],
     on_cell: Callable[[PlannedCell, CellRecord], None],
 ) -> None:
-    """Run the cells of one base. The base is loaded here, and nothing else refers to it."""
+    """Load a base and run its cells. No reference to the base remains afterwards."""
     base = _result_or_failure(lambda: LoadedBase.load(of_base[0].cell.config.model))
     for of_rows in group_by(of_base, lambda planned: planned.cell.config.data).values():
         for planned in of_rows:
@@ -86,7 +86,7 @@ def _run_over_base(
             if callbacks.code is None:
                 on_cell(planned, _write(planned, finished))
             if (code := request.exit_code) is not None:
-                raise Stopped("stopped; the same command goes on with the cells that are left", code)
+                raise Stopped("stopped; run the same command to continue with the remaining cells", code)
 
 
 def _result_or_failure(do: Callable[[], T]) -> T | Failure:
@@ -97,7 +97,7 @@ def _result_or_failure(do: Callable[[], T]) -> T | Failure:
         raise
     except Exception as error:
         found = failure(error)
-    _release_memory()  # of tensors in the frames of the error
+    _release_memory()  # held by tensors in the frames of the error
     return found
 
 

@@ -1,4 +1,4 @@
-"""Run a study and write what it found: `python -m softprompt study STUDY.toml` (see `grid` for the file)."""
+"""Run a study and write its results: `python -m softprompt study STUDY.toml` (see `grid` for the file)."""
 
 import shlex
 import sys
@@ -30,7 +30,8 @@ def run_study(study: Study) -> list[Finding]:
     """Run the cells that are not finished yet, then write and print the table, the findings and the charts.
 
     Raises:
-        SoftpromptError: As of `plan_study` and `run_cells`, or the output folder cannot be written to.
+        SoftpromptError: The study cannot be planned (see `plan_study`), it was stopped, or the output folder cannot be
+            written to.
         PartialFailureError: Some cells failed. Everything that does not need them is done and written.
     """
     check_writable(study.output_dir, "--output_dir")
@@ -40,7 +41,7 @@ def run_study(study: Study) -> list[Finding]:
         remove_leftovers(study.output_dir / "cells", ".+")
         records = {planned.folder: record for planned in plan if (record := read_finished(planned.folder))}
         remaining = [planned for planned in plan if planned.folder not in records]
-        print(f"{study.path}: {len(plan):,} cells, {len(records):,} of them finished before → {study.output_dir}/")
+        print(f"{study.path}: {len(plan):,} cells, {len(records):,} of them already finished → {study.output_dir}/")
         began = time.perf_counter()
         _run(remaining, records)
         if remaining:
@@ -50,7 +51,7 @@ def run_study(study: Study) -> list[Finding]:
         planned, why = failed[0]
         raise PartialFailureError(
             f"{len(failed):,} of {len(plan):,} cells failed ({planned.cell}: {why}); {study.output_dir / PAGE_FILE} "
-            "has the others, and the same command tries the failed cells again"
+            "shows the others; run the same command to try the failed cells again"
         )
     return findings
 
@@ -90,13 +91,13 @@ def _write_results(study: Study, records: Sequence[CellRecord]) -> list[Finding]
     write_files(study.output_dir, {CSV_FILE: csv_bytes(results), PAGE_FILE: content, **(images or {})})
     if images is not None:
         for name in CHART_FILES - set(images):
-            (study.output_dir / name).unlink(missing_ok=True)  # of something that the study no longer varies
+            (study.output_dir / name).unlink(missing_ok=True)  # of a setting that the study no longer varies
     print(f"\n→ {study.output_dir / PAGE_FILE}")
     return findings
 
 
 def _origin(study: Study, records: Sequence[CellRecord]) -> str:
-    """Return the sentence that says how the results were made."""
+    """Return the sentence that states the command, the number of cells, the time, the devices and the date."""
     minutes = sum(record["seconds"] for record in records) / 60
     done = [record for record in records if "failed" not in record]
     devices = sorted({f"{record['device']} with {record['threads']} threads" for record in done})

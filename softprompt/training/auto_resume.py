@@ -38,7 +38,7 @@ def with_auto_resume(config: TrainConfig, goes_on: bool) -> TrainConfig:
     """Return the settings as given, or, if `goes_on`, those that resume the run from its newest checkpoint.
 
     Raises:
-        ConfigError: torchrun may restart a run that has no `--output_dir`.
+        ConfigError: A run that torchrun may restart has no `--output_dir`.
     """
     args, folder = config.training, run_folder(config)
     if folder is None and may_restart():

@@ -26,7 +26,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     Nothing is written.
 
     Raises:
-        SoftpromptError: see `run.set_up`.
+        SoftpromptError: See `run.set_up`.
     """
     if world is None:
         with process_group() as world:

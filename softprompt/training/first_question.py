@@ -16,8 +16,8 @@ class FirstQuestion:
     """A question for infer.py.
 
     Attributes:
-        row: the question as the object on one line of a --prompts_file.
-        flags: the same question as texts, by the names of infer.py's flags; None unless all texts are short and
+        row: The question as the object on one line of a --prompts_file.
+        flags: The same question as texts, by the names of infer.py's flags; None unless all texts are short and
             printable on one line.
     """
 

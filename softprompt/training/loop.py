@@ -72,9 +72,9 @@ def train(
     hold the values that were saved with it.
 
     Raises:
-        NonFiniteError: the loss, the gradient or the prompt is not finite. An fp16 step that the GradScaler skips is an
+        NonFiniteError: The loss, the gradient or the prompt is not finite. An fp16 step that the GradScaler skips is an
             error only if the scale has become smaller than LEAST_SCALE.
-        DataError: a row cannot be read; the steps before it are saved.
+        DataError: A row cannot be read; the steps before it are saved.
     """
     start = start or TrainingState()
     loop = _Loop(engine, prompt, loader, args, peak_learning_rate, callbacks, start)

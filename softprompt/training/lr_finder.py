@@ -41,10 +41,10 @@ class Sweep:
     """The result of a sweep.
 
     Attributes:
-        learning_rate: the rate that was found, or None.
-        why: the reason if no rate was found.
-        start: the loss of the initial prompt.
-        losses: the loss after the last rung of each rate; inf if it is not finite.
+        learning_rate: The rate that was found, or None.
+        why: The reason if no rate was found.
+        start: The loss of the initial prompt.
+        losses: The loss after the last rung of each rate; inf if it is not finite.
     """
 
     learning_rate: float | None
@@ -109,14 +109,14 @@ def find_learning_rate(
     """Run the sweep.
 
     Args:
-        values: initial values of the prompt, [P, H] fp32; they are not changed.
-        total: number of steps of the run that follows.
-        on_step: called after every step of the sweep.
+        values: Initial values of the prompt, [P, H] fp32; they are not changed.
+        total: Number of steps of the run that follows.
+        on_step: Called after every step of the sweep.
         rates, tie: see `successive_halving`.
 
     Raises:
         Stopped: `request` asked to stop.
-        TrainingError: an error that would end the run at any rate, such as a lack of memory or a lost rank.
+        TrainingError: An error that would end the run at any rate, such as a lack of memory or a lost rank.
     """
     held, rest = set_aside(examples, args.seed)
     if len(held) < FEWEST_ASIDE:

@@ -23,12 +23,12 @@ class Totals:
     """Sums over all steps of a run, including those before a resume.
 
     Attributes:
-        steps, epoch: number of the last step, and the epoch after it.
-        loss: sum of the finite losses.
-        tokens: number of tokens, without padding and virtual tokens.
-        seconds: time spent in optimizer steps.
-        runtime: seconds of the whole loop, evaluations included, up to the last checkpoint.
-        without_loss: number of steps whose loss was not finite.
+        steps, epoch: Number of the last step, and the epoch after it.
+        loss: Sum of the finite losses.
+        tokens: Number of tokens, without padding and virtual tokens.
+        seconds: Time spent in optimizer steps.
+        runtime: Seconds of the whole loop, evaluations included, up to the last checkpoint.
+        without_loss: Number of steps whose loss was not finite.
     """
 
     steps: int = 0

@@ -37,12 +37,12 @@ class Run:
     """A training run: what it trains with, and its results.
 
     Attributes:
-        metrics: the content of all_results.json; empty until the run has ended.
-        adapter_bytes: the size of the saved prompt's file.
-        question: a training row to try the prompt with.
-        before, after: evaluations of the bare base and of the final prompt; None without held-out rows.
-        not_pushed: why `--push_to_hub` failed; None if it did not.
-        no_answers: why the base cannot generate behind a prompt; None if it can.
+        metrics: The content of all_results.json; empty until the run has ended.
+        adapter_bytes: The size of the saved prompt's file.
+        question: A training row to try the prompt with.
+        before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
+        not_pushed: Why `--push_to_hub` failed; None if it did not.
+        no_answers: Why the base cannot generate behind a prompt; None if it can.
     """
 
     setup: Setup

@@ -54,8 +54,8 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
     of the checkpoint, and then checked.
 
     Raises:
-        ConfigError: the settings are wrong.
-        CheckpointError: there is no whole checkpoint, or the settings disagree with it.
+        ConfigError: The settings are wrong.
+        CheckpointError: There is no whole checkpoint, or the settings disagree with it.
     """
     checkpoint = find_checkpoint(config)
     if not checkpoint:
@@ -81,7 +81,7 @@ def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> S
     them. The best evaluation is dropped if later ones cannot be compared with it.
 
     Raises:
-        CheckpointError: rows, tokenizer or base differ, and `--ignore_data_skip` is not given.
+        CheckpointError: Rows, tokenizer or base differ, and `--ignore_data_skip` is not given.
     """
     if start.checkpoint is None:
         return replace(start, fingerprints=fingerprints)
@@ -102,7 +102,7 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
     """Compare the settings that decide which rows come next and what token ids they become.
 
     Raises:
-        CheckpointError: they differ from the checkpoint's, so rows would be repeated, left out or tokenized
+        CheckpointError: They differ from the checkpoint's, so rows would be repeated, left out or tokenized
             differently. With --ignore_data_skip this is only printed.
     """
     old, ignored = saved_config(saved), config.training.ignore_data_skip
@@ -159,7 +159,7 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
     version did not save are not compared; neither are held-out rows if the checkpoint had none.
 
     Raises:
-        CheckpointError: some differ, and `ignored` is False: the run would continue with another base, tokenizer or
+        CheckpointError: Some differ, and `ignored` is False: the run would continue with another base, tokenizer or
             dataset, or with other held-out rows.
     """
     others = [what for what in now if saved.get(what, now[what]) != now[what]]

@@ -42,7 +42,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used.
 
     Raises:
-        ConfigError: a value out of range, or settings that contradict each other.
+        ConfigError: A value out of range, or settings that contradict each other.
     """
     saved = state["arguments"]
     given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}

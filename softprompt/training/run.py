@@ -62,7 +62,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     checked on all ranks.
 
     Raises:
-        SoftpromptError: the settings, the data, the base or the output folder prevent the run, or the run failed or was
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run, or the run failed or was
             stopped.
     """
     if config.training.dry_run:
@@ -88,7 +88,7 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     """Load and check everything that a run needs. Every rank does this by itself; nothing is written.
 
     Raises:
-        SoftpromptError: the settings, the data, the base or the output folder prevent the run.
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     start = starting_point(config, world.size)
     output_dir = check_places(start, world, check)

@@ -65,14 +65,14 @@ class RunData(NamedTuple):
     """Tokenized rows, with the tokenizer and the template that produced them.
 
     Attributes:
-        template: the run's template; columns that are empty in some training rows are optional.
-        train: the training rows; for a stream, only its first rows.
-        held_out: the held-out rows; None if there are none.
-        loader: yields the training rows of each optimizer step, those of all ranks together.
-        first_rows: the first training rows as texts.
-        end: the special token that the template writes after an answer; None if it writes none.
-        streamed: whether rows are read during training.
-        fingerprints: hashes of the contents of the rows and the tokenizer, by name.
+        template: The run's template; columns that are empty in some training rows are optional.
+        train: The training rows; for a stream, only its first rows.
+        held_out: The held-out rows; None if there are none.
+        loader: Yields the training rows of each optimizer step, those of all ranks together.
+        first_rows: The first training rows as texts.
+        end: The special token that the template writes after an answer; None if it writes none.
+        streamed: Whether rows are read during training.
+        fingerprints: Hashes of the contents of the rows and the tokenizer, by name.
     """
 
     tokenizer: Any
@@ -90,9 +90,9 @@ class Base(NamedTuple):
     """The base model.
 
     Attributes:
-        model: a transformers model, whose blocks may be on the meta device.
-        blocks: the blocks if they are not in `model`: where their tensors are stored, or the quantized blocks.
-        fingerprint: a hash of the weights under the name "base"; empty on a rank that does not compute it.
+        model: A transformers model, whose blocks may be on the meta device.
+        blocks: The blocks if they are not in `model`: where their tensors are stored, or the quantized blocks.
+        fingerprint: A hash of the weights under the name "base"; empty on a rank that does not compute it.
     """
 
     model: PreTrainedModel
@@ -105,9 +105,9 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
     settings and the folder.
 
     Raises:
-        ConfigError: a device, a folder or a library is missing, or the base cannot be sharded.
-        ModelError: a base whose configuration says that no prompt can be trained for it.
-        OutputError: the folder cannot be used.
+        ConfigError: A device, a folder or a library is missing, or the base cannot be sharded.
+        ModelError: A base whose configuration says that no prompt can be trained for it.
+        OutputError: The folder cannot be used.
     """
     config = start.config
     resolve_device(config.model.device)
@@ -138,8 +138,8 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     """Read and tokenize the rows.
 
     Raises:
-        DataError: rows cannot be read, or none of them can be trained on.
-        ModelError: the base has no usable tokenizer.
+        DataError: Rows cannot be read, or none of them can be trained on.
+        ModelError: The base has no usable tokenizer.
     """
     template = make_template(config)
     rows = read_rows(config, template)
@@ -168,7 +168,7 @@ def load_run_base(config: TrainConfig, world: World) -> Base:
     """Load the base onto the CPU: without its blocks if they are to be sharded or streamed, else as a whole.
 
     Raises:
-        ModelError: the base cannot be loaded, or no prompt can precede its text.
+        ModelError: The base cannot be loaded, or no prompt can precede its text.
     """
     path, sharded = _path_of_base(config), _is_sharded(config, world)
     if config.model.stream_base or sharded:
@@ -196,8 +196,8 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
 
     Raises:
-        ModelError: the tokenizer has words without an embedding in the base.
-        ConfigError: the initial values cannot be made, or the base has too few positions for the prompt and the rows.
+        ModelError: The tokenizer has words without an embedding in the base.
+        ConfigError: The initial values cannot be made, or the base has too few positions for the prompt and the rows.
     """
     config = start.config
     check_vocabulary(data.tokenizer, base, _path_of_base(config))
@@ -233,7 +233,7 @@ def make_evaluator(
     """Make the evaluator of the held-out rows; None if there are none.
 
     Raises:
-        ConfigError: the metric for the best model is exact match, but answers are not compared.
+        ConfigError: The metric for the best model is exact match, but answers are not compared.
     """
     if data.held_out is None:
         return None

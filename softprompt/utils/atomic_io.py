@@ -1,7 +1,7 @@
 """Atomic writes: a file or folder appears under its name only when it is complete and on the disk.
 
 Content is written under a temporary name in the same folder, flushed to the disk, then renamed. The readers are for
-folders that may come from elsewhere: they follow no link that leads out of the folder.
+untrusted folders: they do not follow a link that leads out of the folder.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def check_writable(path: Path, flag: str) -> None:
         flag: The flag that named it, for the error message.
 
     Raises:
-        OutputError: the path, or its nearest existing parent, is not a folder or cannot be written to.
+        OutputError: The path, or its nearest existing parent, is not a folder or cannot be written to.
     """
     nearest = path.absolute()
     while not os.path.lexists(nearest):
@@ -50,7 +50,7 @@ def cache_dir(kind: str) -> Path:
     """Return $XDG_CACHE_HOME/softprompt/KIND, by default ~/.cache/softprompt/KIND.
 
     A relative $XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands. For a user without a home
-    folder the result is a path below the null device, where nothing can be created.
+    folder, the result is a path below the null device, where nothing can be created.
     """
     named = os.environ.get("XDG_CACHE_HOME", "")
     place = Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
@@ -63,8 +63,8 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
     """Return the content of the file `name` in `folder`, opened as by `open_inside`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is larger than `limit` bytes, not a regular file, or a link that leads out of the folder.
+        FileNotFoundError: There is no such file.
+        ValueError: It is larger than `limit` bytes, not a regular file, or a link that leads out of the folder.
     """
     with open_inside(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
@@ -76,12 +76,12 @@ def read_inside(folder: Path, name: str, limit: int) -> bytes:
 def open_inside(folder: Path, name: str) -> BinaryIO:
     """Open the regular file `name` in `folder` for reading.
 
-    A symbolic link is followed only within the folder; from a snapshot of the hub's cache it may also lead to the
-    cache's blobs, as all files of a snapshot do.
+    A symbolic link is followed only within the folder. In a snapshot of the hub's cache, where all files are links, it
+    may also lead to the cache's blobs.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a regular file, or a link that leads out of the folder.
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a regular file, or a link that leads out of the folder.
     """
     path, home = Path(os.path.realpath(folder / name, strict=True)), folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -104,7 +104,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         replace: Whether to replace what exists at `path`.
 
     Raises:
-        FileExistsError: something exists at `path` at the end of the block, and `replace` is false.
+        FileExistsError: Something exists at `path` at the end of the block, and `replace` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(f".{NEW}", f".{path.name}-", path.parent))
@@ -127,7 +127,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Remove a folder; rename it first, so that an incomplete folder is never seen under its name.
 
-    Of a symbolic link to a folder, only the link is removed.
+    If `path` is a symbolic link to a folder, only the link is removed.
     """
     shutil.rmtree(_set_aside(path, GONE))
 
@@ -135,7 +135,7 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> None:
     """Clean up temporary files of processes that were killed while they wrote into `folder`.
 
-    A folder that was set aside by `new_folder`, and that nothing has replaced, gets its name back.
+    A folder that `new_folder` had moved aside, and that nothing has replaced, is moved back.
 
     Args:
         folder: Where to look for temporary files.
@@ -144,7 +144,7 @@ def remove_leftovers(folder: Path, folders: str, files: Iterable[str] = ()) -> N
     """
     for path in folder.glob(".*"):
         if found := re.fullmatch(rf"\.({folders})-[a-z0-9_]{{8}}\.({NEW}|{OLD}|{GONE})", path.name):
-            with contextlib.suppress(OSError):  # a folder that cannot be put back is kept where it is
+            with contextlib.suppress(OSError):  # a folder that cannot be moved back stays where it is
                 if found[2] == OLD and (path / found[1]).exists():
                     _put_back(path, folder / found[1])
                 shutil.rmtree(path)
@@ -182,7 +182,7 @@ def _rename_over(temporary: Path, path: Path) -> None:
             aside.rmdir()
         raise
     _flush_folder(path.parent)
-    if aside:  # what cannot be removed now is left to remove_leftovers
+    if aside:  # remove_leftovers removes what cannot be removed now
         shutil.rmtree(aside, ignore_errors=True)
 
 

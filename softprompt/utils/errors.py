@@ -10,10 +10,10 @@ from softprompt.utils.redact import redacted
 
 
 class SoftpromptError(Exception):
-    """An error that the user can correct. Secrets in its message are redacted, since it may quote a library's.
+    """An error that the user can correct. Secrets are redacted from its message, which may quote a library.
 
-    `exit_code` 2 means that nothing had been written when the error was found; for a row in the middle of a stream,
-    that no training step had used it.
+    `exit_code` 2 means that nothing had been written when the error was found. For an invalid row of a stream, it means
+    that no training step had used the row.
     """
 
     exit_code = 2
@@ -43,7 +43,7 @@ class CheckpointError(SoftpromptError):
 
 
 class Stopped(SoftpromptError):
-    """Not a fault: a run was asked to stop, and has saved its state. `exit_code` tells by which signal or limit."""
+    """Not a fault: a run was asked to stop, and has saved its state. `exit_code` identifies the signal or limit."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -85,7 +85,7 @@ class TrainingError(SoftpromptError):
 
 
 class NonFiniteError(TrainingError):
-    """A loss, a gradient or a prompt is not finite; all ranks raise it together, as they compute the same values."""
+    """A loss, a gradient or a prompt is not finite. All ranks raise it together: they compute the same values."""
 
 
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as in shells

@@ -1,4 +1,4 @@
-"""Locks between processes: at most one writes a run's output folder, or a file of answers.
+"""Locks between processes: at most one process writes to a run's output folder, or to a file of answers.
 
 The lock itself is `filelock`'s (a dependency of huggingface_hub and torch). The operating system releases it when its
 process ends, even by SIGKILL, so a lock file that a killed process left behind blocks nobody.
@@ -14,8 +14,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from softprompt.utils.errors import OutputError
 
 LOCK_FILE = ".softprompt.lock"
-# `is_held` takes the lock for well under a millisecond. Whoever wants the lock retries for this long, so that neither a
-# report that looks at a folder nor two lookers at once can be mistaken for a writer.
+# `is_held` itself takes the lock for well under a millisecond. Taking and testing therefore retry for this long, so
+# that a process that only tests the lock, such as a report, is not mistaken for a writer.
 WAIT_SECONDS, RETRY_SECONDS = 1.0, 0.01
 UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # from some network file systems
 
@@ -37,14 +37,14 @@ class ProcessLock:
         """
         self.path, self.target, self.kind = path, target, kind
         self._lock = _file_lock(path)
-        self._stat: os.stat_result | None = None  # of the lock file, while the lock is held
+        self._stat: os.stat_result | None = None  # stat of the lock file while the lock is held
 
     def take(self) -> "ProcessLock":
         """Take the lock and return it.
 
         Raises:
-            OutputError: another process holds the lock.
-            OSError: the lock file cannot be created, or it is a symbolic link.
+            OutputError: Another process holds the lock.
+            OSError: The lock file cannot be created, or it is a symbolic link.
         """
         if self.path.is_symlink():  # older versions of filelock would follow it and truncate its target
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))

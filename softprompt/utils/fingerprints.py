@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.safetensors_io import StoredTensor
 
-CACHED_FROM = 4 << 30  # bytes of weights from which a hash is cached; hashing fewer takes a few seconds
-SAMPLE = 4096  # bytes at a time that stand for a tensor in the key of the cache
-CHUNK_BYTES = 1 << 24  # of a stored tensor that are read at a time
+CACHED_FROM = 4 << 30  # cache the hash of at least this many bytes of weights; hashing fewer takes a few seconds
+SAMPLE = 4096  # bytes per sample of a tensor, for the key of the cache
+CHUNK_BYTES = 1 << 24  # read at a time from a stored tensor
 IGNORED_SETTINGS = ("_name_or_path", "_commit_hash", "transformers_version", "dtype")
 
 
@@ -35,7 +35,7 @@ def fingerprint_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path]) -> str:
     """Return the fingerprint of a base that is not loaded: of its configuration and of the content of its weight files,
-    in order. It takes a few seconds for every few GiB."""
+    in order. This takes a few seconds for every few GiB."""
     digest = hashlib.sha256(_configured(config).encode())
     for path in files:
         with open(path, "rb") as file:
@@ -48,9 +48,9 @@ def fingerprint_of_base(
 ) -> str:
     """Return the fingerprint of a base: of its configuration, and of the name, shape, dtype and bytes of every tensor.
 
-    Hashing reads every byte once. The hash of a base of at least 4 GiB is therefore cached. The cached one is used as
-    long as the weight files have the same path, size, modification time and inode, and the configuration, all names,
-    shapes and dtypes, and 4 KiB from the beginning, middle and end of every tensor are the same.
+    Hashing reads every byte once, so the hash of a base of at least 4 GiB is cached. The cached hash is used as long as
+    the weight files have the same path, size, modification time and inode, and the configuration, all names, shapes and
+    dtypes, and 4 KiB from the beginning, middle and end of every tensor are the same.
 
     Args:
         base: The loaded base; its blocks may be on the meta device.
@@ -81,7 +81,7 @@ def cached_text(key: str, make: Callable[[], str], pattern: str, keep: bool = Tr
 
 
 def file_identity(path: Path) -> list[Any]:
-    """Return what shows, without reading a file, that it has not changed: path, size, modification time and inode."""
+    """Return path, size, modification time (ns) and inode, which show without reading a file whether it has changed."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
 

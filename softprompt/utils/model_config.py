@@ -4,7 +4,7 @@ from typing import Any
 
 
 def text_config(config: Any) -> Any:
-    """Return the configuration of the language model: of a multimodal model, the part for its text decoder."""
+    """Return the configuration of the language model: for a multimodal model, that of its text decoder."""
     return config.get_text_config(decoder=True)
 
 
@@ -19,7 +19,8 @@ def layers_and_heads(config: Any) -> tuple[int, int]:
 
 
 def peft_sizes(config: Any) -> dict[str, int | None]:
-    """Return the same two numbers by PEFT's names; None where the configuration has no single integer."""
+    """Return the numbers of layers and attention heads under PEFT's names; None if the configuration has no single
+    integer."""
     text = text_config(config)
     return {
         "num_layers": _positive_int(text, "num_hidden_layers"),

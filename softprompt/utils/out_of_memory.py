@@ -14,7 +14,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def smaller_batch(error: RuntimeError, batch_size: int) -> int:
-    """Return half of `batch_size`, with a message on stderr, if `error` means out of memory.
+    """Return half of `batch_size`, and print a message on stderr, if `error` means out of memory.
 
     Raises:
         RuntimeError: `error` itself, if it means something else.

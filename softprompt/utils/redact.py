@@ -14,14 +14,14 @@ _added: set[str] = set()  # secrets that are not in the environment
 
 
 def add_secret(secret: str) -> None:
-    """Redact `secret` from now on, such as a token that was given by a flag."""
+    """Redact `secret`, such as a token that was given by a flag, from now on."""
     _added.add(secret.strip())
 
 
 def redacted(text: str) -> str:
     """Return the text with secrets replaced by ***.
 
-    Secrets are hub tokens, the user and password in a URL, environment variables whose name says so (such as
+    Secrets are hub tokens, the user and password in a URL, environment variables whose name marks a secret (such as
     *_TOKEN or *_PASSWORD), passwords in URLs in any environment variable, and what was given to `add_secret`.
     """
     text = HUB_TOKEN.sub(HIDDEN, USERINFO.sub(rf"\1{HIDDEN}@", text))

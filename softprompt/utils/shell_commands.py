@@ -1,4 +1,4 @@
-"""Commands as they are printed: a POSIX shell runs them unchanged, in the working directory of this process."""
+"""Commands to print, which a POSIX shell can run unchanged in the working directory of this process."""
 
 import os
 import shlex
@@ -6,7 +6,7 @@ import shutil
 import sys
 from importlib.machinery import PathFinder
 
-SCRIPTS = ("train.py", "infer.py")  # stand beside the package in a clone; an installed package is without them
+SCRIPTS = ("train.py", "infer.py")  # exist beside the package in a clone, but not in an installed package
 
 
 def program_name(name: str) -> str:
@@ -48,8 +48,8 @@ def argument(path: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote `text` for a shell: in double quotes, which shells other than POSIX ones know too, unless it holds a
-    character that has a meaning inside them."""
+    """Quote `text` for a shell. Use double quotes, which non-POSIX shells understand too, unless `text` has a character
+    that is special inside them."""
     if shlex.quote(text) == text or set(text) & set('"$`\\!'):
         return shlex.quote(text)
     return f'"{text}"'

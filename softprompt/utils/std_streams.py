@@ -47,8 +47,8 @@ def tell(text: str) -> None:
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Treat all output as optional: inside the block, no character and no closed pipe makes a print to stdout or
-    stderr fail."""
+    """Treat all output as optional: inside the block, a print to stdout or stderr never fails because of a character or
+    a closed pipe."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             stack.enter_context(_escaping(stream))
@@ -73,7 +73,7 @@ def reopen_closed_streams() -> None:
 
 
 def discard_buffer(stream: Any) -> None:
-    """Redirect what `stream` has buffered to the null device. Else the interpreter would flush it at exit, and fail."""
+    """Redirect what `stream` has buffered to the null device, since the interpreter would fail to flush it at exit."""
     with suppress(OSError, ValueError), null_stream() as instead:  # the stream may have no file descriptor
         os.dup2(instead.fileno(), stream.fileno())
 

@@ -56,7 +56,7 @@ def fingerprint_of_tokenizer(tokenizer: Any) -> str:
 
 
 def _serialized(backend: Any) -> str:
-    """Return the content of tokenizer.json without truncation and padding, which every call sets anew."""
+    """Return the content of tokenizer.json without truncation and padding, which every call of the tokenizer sets."""
     if backend.truncation is not None or backend.padding is not None:
         backend = copy.deepcopy(backend)
         backend.no_truncation()
@@ -65,7 +65,7 @@ def _serialized(backend: Any) -> str:
 
 
 def _python_parts(tokenizer: Any) -> dict[str, Any]:
-    """Return what defines a tokenizer without tokenizer.json beside its vocabulary: its class, its arguments, added
+    """Return what defines a tokenizer without tokenizer.json, except its vocabulary: its class, its arguments, added
     tokens, and the hashes of the files that it saves (merges, or a SentencePiece model)."""
     arguments: Mapping[str, Any] = getattr(tokenizer, "init_kwargs", {})
     with TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ def launched_by_torchrun() -> bool:
 
 
 def is_main() -> bool:
-    """Return whether this is rank 0, as a single process without torchrun is, too."""
+    """Return whether this process is rank 0. A single process without torchrun counts as rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -27,10 +27,11 @@ def may_restart() -> bool:
 
 
 def launch_ids() -> tuple[str, str]:
-    """Return a name for this node's torchrun, the same at every restart and unique to it, and a name for this process.
+    """Return a name for this node's torchrun process, unique to it and the same after restarts, and a name for this
+    process.
 
-    torchrun's run id is "none" by default. So the name is the folder that torchrun creates for its workers' error
-    files; without one, torchrun's process.
+    torchrun's run id is no such name: it is "none" by default. Therefore the name is the folder that torchrun creates
+    for its workers' error files or, without one, torchrun's process id and start time.
     """
     folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or "/").parents
     # The file is FOLDER/attempt_N/LOCAL_RANK/error.json.

@@ -229,7 +229,7 @@ FLAG_FAULTS = [
     (["--zzz"], "unknown flag --zzz"),
     (["stray"], "unknown argument stray"),
     (["--seed"], "--seed: expected one argument"),
-    (["--template", "-{a}"], "starts with - is written --template=VALUE"),
+    (["--template", "-{a}"], "write one that starts with - as --template=VALUE"),
     (["--max-length", "long"], "--max_length: invalid int value: 'long'"),
     (["--bf16", "perhaps"], "--bf16: 'perhaps' is neither true nor false"),
     (["--truncation_side", "left"], "--truncation_side: invalid choice: 'left' (choose from 'output', 'input')"),
@@ -254,7 +254,7 @@ INFER_FAULTS = [
     ({"prompt": "a", "top_k": -1}, "--top_k -1 must be at least 0"),
     ({"prompt": "a", "seed": -1}, "--seed -1 must lie in [0, 2**63)"),
     *[({"prompt": "a", n: 0.0}, f"--{n} 0.0 must be above 0") for n in ("temperature", "repetition_penalty")],
-    ({"prompt": "a", "top_p": 0.0}, "--top_p 0.0 must lie above 0 and not above 1"),
+    ({"prompt": "a", "top_p": 0.0}, "--top_p 0.0 must lie above 0 and must not exceed 1"),
     ({"prompt": "a", "top_p": 1.1}, "--top_p 1.1 must lie above 0"),
     ({"prompt": "a", "temperature": float("inf")}, "--temperature inf is not a finite number"),
 ]

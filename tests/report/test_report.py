@@ -248,7 +248,7 @@ def test_a_run_that_has_not_ended(settings, tmp_path, capsys, monkeypatch):
     out, _ = run_program(REPORT, [tmp_path / "run"], capsys, monkeypatch)
     assert out.splitlines()[-1] == f"{tmp_path / 'run/report.html'}"
     told = seen(tmp_path / "run").text
-    assert "not finished: step 4 of 6 is the last in its metrics" in told and "--adapter" not in told
+    assert "not finished: its metrics end at step 4 of 6" in told and "--adapter" not in told
     assert f"--resume_from_checkpoint {tmp_path / 'run'}" in told
     assert "nearest words" in told  # of its newest checkpoint
     before = json.loads((tmp_path / "run/report.json").read_text())
@@ -275,7 +275,7 @@ def test_a_finished_run_that_is_continued(settings, tmp_path):
     softprompt.train(**settings)
     interrupted({"max_steps": 9, "resume_from_checkpoint": str(tmp_path / "run")}, 9)
     report(tmp_path / "run")
-    assert "not finished: step 8 of 9" in seen(tmp_path / "run").text
+    assert "not finished: its metrics end at step 8 of 9" in seen(tmp_path / "run").text
 
 
 def test_several_runs_side_by_side(settings, run, tmp_path, capsys, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_run_without_report_json_is_shown(run, tmp_path):
     (old / "prompt_start.safetensors").unlink()
     report(old)
     told = seen(old).text
-    assert "its rows and settings are not known" in told and "Loss" in told
+    assert "its rows and settings are unknown" in told and "Loss" in told
     assert "not recorded" in told
 
 
@@ -362,8 +362,8 @@ def spoiled(run, tmp_path, name, content) -> Path:
         ("metrics.jsonl", "[]\n", "line 1: expected an object with a step"),
         ("report.json", "[]", "expected an object"),
         ("report.json", "{", "report.json: cannot be read"),
-        ("report.json", '{"prompt": 3, "end": {}}', "report.json: not as this version writes it"),
-        ("report.json", '{"prompt": 3, "end": 5}', "report.json: not as this version writes it"),
+        ("report.json", '{"prompt": 3, "end": {}}', "report.json: not in the format of this version"),
+        ("report.json", '{"prompt": 3, "end": 5}', "report.json: not in the format of this version"),
         (
             "report.json",
             '{"prompt": [1, 2], "base": {"type": 1, "parameters": 2}, "end": {"examples": 3}}',

@@ -44,13 +44,13 @@ def test_bases_and_rows_are_loaded_once_and_finished_cells_are_not_run_again(
     run_study(study)
     assert (loads.calls, tokenized.calls, trained.calls) == (2, 1, 16)
     first = capsys.readouterr()
-    assert "18 cells, 0 of them finished before" in first.out
+    assert "18 cells, 0 of them already finished" in first.out
     made = sorted((place.folder / "out" / "cells").iterdir())
     assert len(made) == 18
     run_study(study)
     assert (loads.calls, trained.calls) == (2, 16)
     again = capsys.readouterr().out
-    assert "18 of them finished before" in again
+    assert "18 of them already finished" in again
     assert "held out: 5 rows, " in first.out.split("18 cells")[0]  # what was found in the rows is said
     assert again.split("\n\n", 1)[1] == first.out.split("\n\n", 1)[1]  # the tables
 
@@ -181,7 +181,7 @@ def test_cells_that_mean_the_same_run_are_planned_once(place, tiny_base):
 def test_an_ensemble_with_a_member_that_is_not_finite(place, capsys):
     head = "seeds = [0, 1]\nvoting = ['majority_vote']"
     run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
-    assert "a prompt of the ensemble did not end in finite numbers" in capsys.readouterr().err
+    assert "training of a prompt of the ensemble became infinite or NaN" in capsys.readouterr().err
 
 
 def test_subsets_depend_on_the_seed_and_are_nested():
@@ -214,7 +214,7 @@ def test_a_stopped_study_continues_with_the_remaining_cells(place, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(cell_runner, "train", train)
-    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+    with pytest.raises(Stopped, match="run the same command to continue") as stopped:
         run_study(study)
     assert stopped.value.exit_code == 130
     assert sum(bool(read_finished(one.folder)) for one in plan_study(study)) == 1
