@@ -28,12 +28,12 @@ class Source:
     """Rows that are read during training.
 
     Attributes:
-        selection: which rows of which dataset they are.
-        rows: the exact number of rows if `counted` is True; otherwise it is the number that the hub states, or None.
-        fingerprint: a hash of the rows' content.
-        read: yields rows, starting with a given row (counted from 0), which costs less than reading all rows before it.
+        selection: Which rows of which dataset they are.
+        rows: The exact number of rows if `counted` is True; otherwise it is the number that the hub states, or None.
+        fingerprint: A hash of the rows' content.
+        read: Yields rows, starting with a given row (counted from 0), which costs less than reading all rows before it.
             It raises DataError if a row cannot be read.
-        notices: sentences about the dataset for the user.
+        notices: Sentences about the dataset for the user.
     """
 
     selection: Selection

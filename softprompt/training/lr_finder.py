@@ -112,7 +112,7 @@ def find_learning_rate(
         values: Initial values of the prompt, [P, H] fp32; they are not changed.
         total: Number of steps of the run that follows.
         on_step: Called after every step of the sweep.
-        rates, tie: see `successive_halving`.
+        rates, tie: See `successive_halving`.
 
     Raises:
         Stopped: `request` asked to stop.
@@ -172,10 +172,10 @@ def successive_halving(
     """Choose among `rates`.
 
     Args:
-        start: loss of the initial prompt.
-        loss_after: trains the initial prompt at a rate for a number of steps, and returns its loss.
-        total: number of steps of the run that follows.
-        tie: see TIE.
+        start: Loss of the initial prompt.
+        loss_after: Trains the initial prompt at a rate for a number of steps, and returns its loss.
+        total: Number of steps of the run that follows.
+        tie: See TIE.
     """
     losses: dict[float, float] = {}
     left = list(rates)
