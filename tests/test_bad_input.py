@@ -21,7 +21,8 @@ from softprompt.data.build_data import read_rows
 from softprompt.data.dataset import question
 from softprompt.data.template import Template
 from softprompt.generation.adapters import LoadedAdapter
-from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, SoftpromptError
 

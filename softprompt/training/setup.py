@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import make_loader, make_template, read_rows, tokenize_rows
+from softprompt.data.chat_template import ignored_keys
 from softprompt.data.dataloader import WindowLoader
 from softprompt.data.dataset import Row
-from softprompt.data.template import CHAT, Template, ignored_keys
+from softprompt.data.template import CHAT, Template
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine

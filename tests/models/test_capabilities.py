@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import infer
 import softprompt
 import train
-from softprompt.api import SoftPromptModel
 from softprompt.cli import run_command
 from softprompt.data.collate import Batch
 from softprompt.engines.factory import padded_engine
 from softprompt.engines.padded import padded_forward
 from softprompt.export.plain_model import export
+from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.capabilities import build_on_meta_device, max_positions, why_not_generate
 from softprompt.models.loading import freeze, load_base, word_embeddings

@@ -177,7 +177,7 @@ def test_resume_refusals(run_settings):
 
 
 def test_resume_flag_needs_no_value():
-    from softprompt.cli import parse_training
+    from softprompt.config.command_line import parse_training
 
     assert parse_training(["--resume_from_checkpoint"]).training.resume_from_checkpoint == "newest"
     assert parse_training(["--resume_from_checkpoint", "r"]).training.resume_from_checkpoint == "r"

@@ -24,7 +24,8 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.runs.state import Step
-from softprompt.training.loop import learning_rates, train
+from softprompt.training.loop import train
+from softprompt.training.optimizer import learning_rates
 from softprompt.utils.errors import TrainingError
 
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -292,7 +293,8 @@ def test_padded_engine_with_other_architectures(family, tokenizer):
 def test_checkpoints_hold_no_base_weight(tmp_path: Path, tokenizer):
     from safetensors import safe_open
 
-    from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+    from softprompt.prompt.adapter_folder import adapter_files, peft_config
+    from softprompt.prompt.adapter_io import Adapter
     from softprompt.runs.checkpoints import state_files
     from softprompt.utils.atomic_io import write_folder
 

@@ -19,7 +19,8 @@ from softprompt.engines.factory import padded_engine
 from softprompt.engines.padded import PromptTunedModel, padded_forward
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import freeze
-from softprompt.prompt.adapter_io import Adapter, adapter_files, load_adapter, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.utils.atomic_io import write_folder
