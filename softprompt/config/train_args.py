@@ -40,8 +40,9 @@ class ModelArguments:
     )
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
-        "Choose the forward and backward pass. packed: an exact, fast one for BLOOM; padded: the base model's own, for "
-        "any causal language model; auto: packed for BLOOM on the CPU, else padded.",
+        "Choose the forward and backward pass. packed: rows without padding, and the prompt once per step; padded: the "
+        "base model's own forward, for any causal language model; auto: check the packed engine against the padded one "
+        "on a few rows, and take the faster one if it is right.",
     )
     stream_base: bool = option(
         False,
@@ -148,12 +149,12 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
-        "Let the packed engine process this many non-padding tokens at once. This affects speed and memory, not the "
-        "result. (default: computed from the base, the dtype, the prompt and the device's memory)",
+        "Compute this many tokens at once. The padded engine counts padding and virtual tokens, too. This affects speed "
+        "and memory, not the result. (default: computed from the base, the dtype and the device's memory)",
     )
     gradient_checkpointing: bool = option(
         False,
-        "Let the packed engine keep only the blocks' inputs and recompute the other activations in the backward pass.",
+        "Keep only the inputs of the base's layers, and recompute the other activations in the backward pass.",
     )
     num_train_epochs: float = option(1.0, "Train for this many passes over the training rows.")
     max_steps: int = option(

@@ -234,14 +234,19 @@ def engine_for_inference(
         quantized: The blocks of `base`, if they are quantized.
 
     Raises:
-        ModelError: The base cannot be run on embeddings, or not by the packed engine.
+        ConfigError: `--engine packed` with a base that is no BLOOM.
+        ModelError: The base cannot be run on embeddings.
     """
     device = word_embeddings(base).weight.device
     tokens = MAX_TOKENS[device.type]
     if not quantized and not takes_packed(kind, base.config, device):
         return padded_engine(base, tokenizer, dtype, tokens)
     if not quantized and not is_bloom(base.config):
-        return packed_engine(base, dtype, tokens)
+        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
+        raise ConfigError(
+            f"--engine packed generates answers with BLOOM, and {base.name_or_path} is of type "
+            f"{base.config.model_type}{sliced}; leave it out"
+        )
     weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
     return MicrobatchEngine(MicrobatchMajor(weights), tokens)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bases import make_bloom
-from helpers.peers import peft_model, peft_prompt, random_examples
-from transformers import BloomForCausalLM, DataCollatorForSeq2Seq, Trainer
-from transformers import TrainingArguments as TheirArguments
+from helpers.peers import random_examples
+from helpers.trainer_runs import Recorder, peer_run
+from transformers import BloomForCausalLM
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
@@ -23,35 +23,11 @@ from softprompt.generation.generator import make_generator
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
-from softprompt.runs.state import Step
 from softprompt.training.loop import train
 from softprompt.training.optimizer import learning_rates
 from softprompt.utils.errors import TrainingError
 
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
-
-
-class Recorder:
-    """Callbacks that record their calls."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.logs, self.evaluations, self.saves = [], [], []
-
-    def on_step(self, step):
-        self.steps.append(step)
-
-    def on_log(self, metrics):
-        self.logs.append(metrics)
-
-    def on_evaluate(self, step):
-        self.evaluations.append(step.number)
-
-    def on_save(self, step, state):
-        self.saves.append(step.number)
-
-    def wants_to_stop(self):
-        return False
 
 
 def engine_of(kind, base, tokenizer, tokens=60, dtype=torch.float32):
@@ -68,26 +44,6 @@ def run(base, tokenizer, values, rows, learning_rate=1e-2, dtype=torch.float32, 
     prompt, kept = PromptEmbedding(values), Recorder()
     train(engine, prompt, ListLoader(rows, args), args, learning_rate, kept)
     return prompt.weight.detach(), kept
-
-
-def peer_run(base, tokenizer, values, rows, folder, **settings):
-    """Train with Trainer + get_peft_model and the same arguments. Return the prompt [P, H] and the log history."""
-    model = peft_model(base, values)
-    args = TheirArguments(
-        output_dir=str(folder),
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **settings,
-    )
-    dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model=model, args=args, train_dataset=dataset, data_collator=collator)
-    trainer.train()
-    history = [record for record in trainer.state.log_history if "grad_norm" in record]
-    return peft_prompt(model).detach(), history
 
 
 COSINE = "cosine"
