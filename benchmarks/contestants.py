@@ -18,16 +18,13 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from softprompt.config.loader import train_config
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
-from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.memory_estimate import auto_tokens, total_memory
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
-from softprompt.models.bloom_weights import ResidentWeights, bloom_shape
+from softprompt.engines.factory import make_engine
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Step, TrainingState
@@ -157,11 +154,8 @@ def _run_loop(
 
 
 def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
-    if c.kind == "padded":
-        return PaddedEngine(base, tokenizer, c.rows_per_microbatch, c.dtype)
-    device = word_embeddings(base).weight.device
-    tokens = auto_tokens(bloom_shape(base.config), c.dtype, P, device, total_memory(device))
-    return PackedEngine(MicrobatchMajor(ResidentWeights(base, c.dtype)), tokens)
+    config = train_config(model_name_or_path="x", dataset="x")
+    return make_engine(config, base, tokenizer, c.dtype, P, kind=c.kind)
 
 
 class TrainerStepTimer(TrainerCallback):

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from softprompt.data.tokenization import IGNORE, Example
-from softprompt.models.bloom_weights import BloomShape
 
 T = TypeVar("T")
 EDGE = {"cpu": 2048, "cuda": 8192}  # of the square matmul; a GPU does 2048 before the launch overhead is forgotten
@@ -59,42 +61,69 @@ def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) 
     return statistics.median(seconds[1:])
 
 
-def needed_operations(shape: BloomShape, rows: Sequence[Example], P: int, windows: int) -> float:
+class Work(NamedTuple):
+    """What a token costs in a base: L layers of `layer` weights each, of which `q` make the queries and `kv` the keys
+    and values; queries of `width` = N · D; hidden size H and vocabulary V."""
+
+    L: int
+    layer: int
+    q: int
+    kv: int
+    width: int
+    H: int
+    V: int
+
+
+def work_of(config: Any) -> Work:
+    """Of a dense decoder, all of whose layers have the same sizes."""
+    text = config.get_text_config(decoder=True)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    L, N, H = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+    D = getattr(text, "head_dim", None) or H // N
+    K = getattr(text, "num_key_value_heads", None) or N
+    layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == L)
+    layer = sum(m.weight.numel() for m in layers[0].modules() if isinstance(m, nn.Linear | Conv1D))
+    return Work(L, layer, H * N * D, 2 * H * K * D, N * D, H, text.vocab_size)
+
+
+def needed_operations(work: Work, rows: Sequence[Example], P: int, windows: int) -> float:
     """Operations of the matrix products that the exact gradient of `windows` optimizer steps over `rows` needs."""
-    return sum(needed_parts(shape, rows, P, windows))
+    return sum(needed_parts(work, rows, P, windows))
 
 
-def needed_parts(shape: BloomShape, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
+def needed_parts(work: Work, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
     """These operations of the products with weights, and of those in attention.
 
     The same for every contestant: whatever else one computes (padding, the prompt anew for each row, logits that no
-    loss is taken at, a forward repeated to save memory) is not counted. A matrix [a, b] costs 2ab a position; a block
-    has 12·H² weights: 3 for queries, keys and values, 1 for dense, 8 for the MLP.
+    loss is taken at, a forward repeated to save memory) is not counted. A weight costs 2 operations a position.
 
     With s = Σ(t − 1) text positions, as a row's last of t tokens predicts nothing; n positions that predict a target;
     W windows of P virtual tokens each:
 
-    * blocks, forward: 24·H²·(L − 1)·(s + W·P) + last block: keys and values 4·H²·(s + W·P), all else 20·H²·n;
+    * layers, forward: 2·layer·(L − 1)·(s + W·P) + last layer: keys and values 2·kv·(s + W·P), all else
+      2·(layer − kv)·n;
     * vocabulary, forward: 2·H·V·n;
-    * input gradients of both: the same again, less the first block's queries, keys and values of the text, behind
-      which is nothing to train: 6·H²·s;
-    * attention, forward: q·kᵀ and p·v, 4·H a visible pair (query, key); text of a row Σ_{i<t−1}(P + i + 1) pairs, the
-      prompt W·P·(P + 1)/2, in L − 1 layers; in the last the queries at the n positions only;
-    * attention, backward: four products, 8·H a pair; in the first block the text's queries only ask for gradients at
-      the prompt's keys and values: 6·H for each of s·P pairs.
+    * input gradients of both: the same again, less the first layer's queries, keys and values of the text, behind
+      which is nothing to train: 2·(q + kv)·s;
+    * attention, forward: q·kᵀ and p·v, 4·width a visible pair (query, key); text of a row Σ_{i<t−1}(P + i + 1) pairs,
+      the prompt W·P·(P + 1)/2, in L − 1 layers; in the last the queries at the n positions only. Sliding windows, which
+      hide some pairs, are left out;
+    * attention, backward: four products, 8·width a pair; in the first layer the text's queries only ask for gradients
+      at the prompt's keys and values: 6·width for each of s·P pairs.
     """
-    L, H = shape.L, shape.H
+    L, width = work.L, work.width
     text = sum(len(row.input_ids) - 1 for row in rows)  # s
     predictors = [at - 1 for row in rows for at, label in enumerate(row.labels) if at and label != IGNORE]
     n, prompt = len(predictors), windows * P
-    blocks = H * H * (24 * (L - 1) * (text + prompt) + 4 * (text + prompt) + 20 * n)
-    products = blocks + 2 * H * shape.V * n
+    layers = 2 * (work.layer * (L - 1) * (text + prompt) + work.kv * (text + prompt) + (work.layer - work.kv) * n)
+    products = layers + 2 * work.H * work.V * n
     of_text = sum((len(row.input_ids) - 1) * (P + len(row.input_ids) / 2) for row in rows)  # pairs of a layer
     of_prompt = windows * P * (P + 1) / 2
     of_last = sum(P + i + 1 for i in predictors)
     pairs = (L - 1) * (of_text + of_prompt) + of_last
-    pairs_backward = 8 * H * (pairs - of_text) + 6 * H * text * P
-    return 2 * products - 6 * H * H * text, 4 * H * pairs + pairs_backward
+    pairs_backward = 8 * width * (pairs - of_text) + 6 * width * text * P
+    return 2 * products - 2 * (work.q + work.kv) * text, 4 * width * pairs + pairs_backward
 
 
 def limit_memory(share: float = 0.9) -> None:

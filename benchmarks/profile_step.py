@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from cases import SIZES, Base, synthetic
 from contestants import ROWS_PER_STEP, contestants, engine_of, quiet
-from measure import call_seconds, copy_rate, matmul_rate, needed_parts
+from measure import call_seconds, copy_rate, matmul_rate, needed_parts, work_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from softprompt import mini
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
-from softprompt.models.bloom_weights import bloom_shape
 from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 
@@ -91,16 +90,16 @@ def main() -> None:
     args = parser.parse_args()
     contestant = contestants()["packed-bf16" if args.bf16 else "packed"]
     base, device = Base(args.size), torch.device("cpu")
-    model, shape = base.load(device, contestant.dtype), bloom_shape(base.config())
-    rows = synthetic(args.row_lengths, shape.V).choose(1).plain
-    prompt = PromptEmbedding(random_init(args.num_virtual_tokens)(torch.empty(1, shape.H)))
+    model, work = base.load(device, contestant.dtype), work_of(base.config())
+    rows = synthetic(args.row_lengths, work.V).choose(1).plain
+    prompt = PromptEmbedding(random_init(args.num_virtual_tokens)(torch.empty(1, work.H)))
     engine = engine_of(contestant, model, load_tokenizer(str(mini.BASE_DIR)), args.num_virtual_tokens)
 
     plain, step, spent = profiled(engine, prompt, rows)
     with Counting() as counted:
         engine.accumulate(prompt, rows, 1.0)
     rate, bandwidth, call = matmul_rate(contestant.dtype, device), copy_rate(device), call_seconds(device)
-    products, attention = needed_parts(shape, rows, args.num_virtual_tokens, 1)
+    products, attention = needed_parts(work, rows, args.num_virtual_tokens, 1)
     operations = {"matrix products": products, "attention": attention}
     named = {key for keys in PARTS.values() for key in keys}
     parts = {**PARTS, REST: tuple(key for key in counted.calls if key not in named)}

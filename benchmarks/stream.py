@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from softprompt.data.tokenization import Example
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze, load_base
 from softprompt.models.meta_loading import load_meta_model
@@ -110,14 +110,14 @@ class ReadCounter:
         os.preadv = preadv
 
 
-def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> PackedEngine:
+def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> MicrobatchEngine:
     if contestant != "streamed":
         weights = ResidentWeights(load_base(str(folder), torch.device("cpu"), FP32), FP32)
-        return PackedEngine(MicrobatchMajor(weights, contestant == "checkpointed"), args.tokens)
+        return MicrobatchEngine(MicrobatchMajor(weights, contestant == "checkpointed"), args.tokens)
     base, blocks = load_meta_model(str(folder))
     streamed = StreamedWeights(freeze(base, FP32), blocks, FP32)
     schedule = LayerMajor(streamed, int(args.max_activation_gib * 2**30), Path(args.offload_folder))
-    return PackedEngine(schedule, args.tokens)
+    return MicrobatchEngine(schedule, args.tokens)
 
 
 def main() -> None:

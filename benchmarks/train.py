@@ -32,14 +32,13 @@ from typing import NamedTuple
 import torch
 from cases import SIZES, Base, Rows, from_dataset, synthetic
 from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, quiet, run, steps_of
-from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above
+from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above, work_of
 from report import Case, charts, summary, table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt import mini
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.models.bloom_weights import bloom_shape
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.soft_prompt import random_init
@@ -93,7 +92,7 @@ def parse() -> argparse.Namespace:
     every = list(contestants())
     add = parser.add_argument
     add("--size", nargs="+", choices=["mini", *SIZES], default=[], help="bases; all but mini have random weights")
-    add("--model_name_or_path", metavar="FOLDER", help="a real BLOOM (default: --size mini)")
+    add("--model_name_or_path", metavar="FOLDER", help="a real base (default: --size mini)")
     add("--num_virtual_tokens", type=int, nargs="+", default=[10])
     add("--row_lengths", type=int, nargs="+", default=[60], help="mean lengths of synthetic rows, in tokens")
     add("--dataset", help="real rows instead: what train.py's --dataset takes, or mini:TASK")
@@ -112,11 +111,11 @@ def parse() -> argparse.Namespace:
 
 def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[tuple[Job, Case]]:
     """A job and its description for each pool of rows and each length of the prompt."""
-    shape, tokenizer = bloom_shape(base.config()), args.tokenizer or base.folder or str(mini.BASE_DIR)
+    work, tokenizer = work_of(base.config()), args.tokenizer or base.folder or str(mini.BASE_DIR)
     if args.dataset:
-        pools = [from_dataset(args.dataset, load_tokenizer(tokenizer), shape.V)]
+        pools = [from_dataset(args.dataset, load_tokenizer(tokenizer), work.V)]
     else:
-        pools = [synthetic(mean, shape.V) for mean in args.row_lengths]
+        pools = [synthetic(mean, work.V) for mean in args.row_lengths]
     made = []
     for pool in pools:
         rows = pool.choose(args.steps)
@@ -128,7 +127,7 @@ def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[
                 "rows": pool.name,
                 "mean_row_length": tokens / len(rows.plain),
                 "share_of_targets": sum(map(count_targets, rows.plain)) / tokens,
-                "operations_per_token": needed_operations(shape, rows.plain, P, args.steps) / tokens,
+                "operations_per_token": needed_operations(work, rows.plain, P, args.steps) / tokens,
                 "steps": args.steps,
                 "rounds": args.rounds,
             }

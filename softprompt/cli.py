@@ -9,20 +9,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from softprompt.config.arg_parser import FlagParser, read_toml
-from softprompt.config.infer_args import INFER_GROUPS, InferConfig, QuestionArguments, infer_config
-from softprompt.config.loader import GROUPS, PRESETS, TrainConfig, train_config
+from softprompt.config.command_line import parse_chat, parse_inference, parse_training
 from softprompt.config.unknown_names import advice
-from softprompt.export.args import ExportArguments, ExportConfig, export_config
-from softprompt.report.args import ReportArguments, ReportConfig, report_config
-from softprompt.study.grid import Study, read_study, relocated
+from softprompt.export.args import parse_export
+from softprompt.report.args import parse_report
+from softprompt.study.grid import parse_study
 from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
-from softprompt.utils.shell_commands import command, program_name
+from softprompt.utils.shell_commands import program_name
 from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
 from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
 
@@ -66,21 +62,21 @@ def chat(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """Write a base and its learned prompt as one plain transformers model."""
-    config = parse_export(argv)
+    adapter, arguments = parse_export(argv)
 
     from softprompt.export.plain_model import write_plain_model
 
-    print(write_plain_model(config))
+    print(write_plain_model(adapter, arguments))
 
 
 def report(argv: Sequence[str]) -> None:
     """Write one HTML page about one run, or about several runs side by side."""
-    config = parse_report(argv)
+    runs, output_file = parse_report(argv)
 
     from softprompt.report.svg import INSTALL, installed
     from softprompt.report.writer import write_report
 
-    path = write_report(config)
+    path = write_report(runs, output_file)
     if not installed():
         print(f"warning: no charts because matplotlib is not installed: {INSTALL}", file=sys.stderr)
     print(path)
@@ -141,99 +137,6 @@ def _overview() -> argparse.ArgumentParser:
     for name, known in COMMANDS.items():
         commands.add_parser(name, help=known.help)
     return parser
-
-
-def parse_training(argv: Sequence[str]) -> TrainConfig:
-    """Return the settings of `train`: flags override --config FILE.toml, which overrides the preset and the defaults.
-
-    Raises:
-        ConfigError: A flag or the file is wrong.
-    """
-    parser = FlagParser(GROUPS, program_name("train"), "Learn a soft prompt for a frozen language model.")
-    start = parser.add_argument_group("start")
-    start.add_argument(
-        "--preset",
-        help=f"Start from these defaults: {', '.join(PRESETS)}. (default: mini; none if --model_name_or_path is given)",
-    )
-    start.add_argument("--config", metavar="FILE.toml", help="Read settings from this file; flags override it.")
-    given = parser.parse(argv)
-    from_file = read_toml(given.pop("config"), GROUPS) if "config" in given else {}
-    return train_config(**{**from_file, **given})
-
-
-def parse_inference(argv: Sequence[str]) -> InferConfig:
-    """Return the settings of `infer`.
-
-    Raises:
-        ConfigError: A flag is wrong.
-    """
-    description = "Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal."
-    return infer_config(**FlagParser(INFER_GROUPS, program_name("infer"), description).parse(argv))
-
-
-def parse_chat(argv: Sequence[str]) -> InferConfig:
-    """Return the settings of `chat`: those of `infer` except the ones that ask a question or name an evaluation.
-
-    Raises:
-        ConfigError: A flag is wrong, or the command line asks a question.
-    """
-    asking = {field.name for field in fields(QuestionArguments)} - {"stream"}
-    description = "Hold a conversation on the terminal. Type /help there to list its commands."
-    parser = FlagParser(INFER_GROUPS, program_name("chat"), description, hidden=asking)
-    parser.add_argument("question", nargs="*", help=argparse.SUPPRESS)
-    given = parser.parse(argv)
-    named = [f"--{name}" for name in given if name in asking]
-    if question := given.pop("question", []):
-        named.append(repr(question[0]))
-    if named:
-        raise ConfigError(
-            f"this is a conversation and takes no {named[0]}; type questions once it has started, or use: "
-            f"{command('infer')} --prompt …"
-        )
-    return infer_config(**given)
-
-
-def parse_export(argv: Sequence[str]) -> ExportConfig:
-    """Return the settings of `export`; its arguments are the adapter's folder and flags.
-
-    Raises:
-        ConfigError: An argument is wrong.
-    """
-    description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
-    usage = "ADAPTER --output DIR [--flag value …]"
-    parser = FlagParser([ExportArguments], program_name("export"), description, usage)
-    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")
-    return export_config(**parser.parse(argv))
-
-
-def parse_study(argv: Sequence[str]) -> Study:
-    """Return the study that `study` runs; its arguments are the study's file and flags.
-
-    Raises:
-        ConfigError: An argument or the file is wrong.
-    """
-    description = "Train every cell of a grid of settings, and report what the results show."
-    parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
-    parser.add_argument("study", metavar="STUDY.toml", help="The grid: what to vary. docs/study.md describes the file.")
-    parser.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        help="Write the study into this folder. (default: output_dir of STUDY.toml, else runs/study-NAME)",
-    )
-    given = parser.parse(argv)
-    return relocated(read_study(Path(given["study"]).expanduser()), given.get("output_dir"))
-
-
-def parse_report(argv: Sequence[str]) -> ReportConfig:
-    """Return the settings of `report`; its arguments are folders of runs and flags.
-
-    Raises:
-        ConfigError: An argument is wrong.
-    """
-    description = "Write one HTML page about one run, or about several runs side by side."
-    parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
-    return report_config(**parser.parse(argv))
 
 
 def run_command(

@@ -4,44 +4,32 @@ conversation.
 In: the settings of infer.py. Out: answers on stdout or in a file; the names of the base and the adapters on stderr.
 """
 
-import hashlib
-import json
-import secrets
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from softprompt.api import SoftPromptModel
 from softprompt.config.arg_parser import parse_setting
-from softprompt.config.infer_args import InferConfig, has_splits
-from softprompt.config.schema import is_text
-from softprompt.config.validation import quantization_bits
-from softprompt.data.dataset import load_prompts
+from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
 from softprompt.generation.chat import Chat
-from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
+from softprompt.generation.model import SoftPromptModel
+from softprompt.generation.prompts_file import (
+    PromptLine,
+    answer_file,
+    answerer_of,
+    generation_settings,
+    read_prompts,
+)
 from softprompt.runs.crash_report import failure
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError
 from softprompt.utils.shell_commands import command
-from softprompt.utils.std_streams import can_show
-from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
-
-
-class PromptLine(NamedTuple):
-    """A line of a --prompts_file: its place for error messages, its columns, and the adapter that it names or None."""
-
-    where: str
-    row: dict[str, Any]
-    adapter: str | None
+from softprompt.utils.std_streams import tell
 
 
 def infer(config: InferConfig) -> None:
@@ -58,7 +46,7 @@ def infer(config: InferConfig) -> None:
                 'give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat'
             )
         return chat(config)
-    lines = list(_read_prompts(question.prompts_file)) if question.prompts_file is not None else []
+    lines = list(read_prompts(question.prompts_file)) if question.prompts_file is not None else []
     if question.ensemble and (named := next((line for line in lines if line.adapter is not None), None)):
         raise DataError(f"{named.where}: names an adapter, but --ensemble asks all of them; leave one of the two out")
     model = load_model(config, lines)
@@ -80,7 +68,7 @@ def chat(config: InferConfig) -> None:
     if not _on_terminal():
         raise ConfigError(f"a conversation needs a terminal; ask single questions with: {command('infer')} --prompt …")
     model = load_model(config)
-    _tell(model.description)
+    tell(model.description)
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and line editing)
     given = {name: value for name, value in asdict(config.generation).items() if value is not None}
@@ -95,23 +83,15 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
         AdapterError: See `SoftPromptModel.from_pretrained`; or a line names an adapter that is neither a name from the
             command line nor a folder, or that is for another base.
     """
-    settings, folders = config.model, parse_adapter_specs(config.model.adapter or ())
+    settings, folders = config.model, parse_adapter_specs(config.model.adapter)
     named = {line.adapter: line.where for line in lines if line.adapter not in (None, NONE, *folders)}
     for name, where in named.items():
         if not Path(str(name)).is_dir():
             find_adapter({known: LoadedAdapter() for known in folders}, str(name), where)
     if not folders and lines and all(line.adapter for line in lines):
         folders = {str(name): str(name) for name in named} or {NONE: NONE}
-    model = SoftPromptModel.from_pretrained(
-        settings.model_name_or_path,
-        folders or None,
-        device=settings.device,
-        bf16=settings.bf16,
-        fp16=settings.fp16,
-        load_in_8bit=settings.load_in_8bit,
-        load_in_4bit=settings.load_in_4bit,
-        engine=settings.engine,
-    )
+    others = {name: value for name, value in asdict(settings).items() if name not in ("model_name_or_path", "adapter")}
+    model = SoftPromptModel.from_pretrained(settings.model_name_or_path, folders or None, **others)
     for name, where in named.items():
         if name in model.adapters:
             continue
@@ -130,72 +110,20 @@ def answer_prompt(config: InferConfig, model: SoftPromptModel) -> None:
     question = config.question
     prompt, text = question.prompt or "", question.input
     row = {"prompt": prompt, "input": text} if question.ensemble else model.template.row(prompt, text)
-    answerer = _answerer(config, model)
+    answerer = answerer_of(config, model)
     if question.choice_list is not None:
         (result,) = answerer.classify([row], question.choice_list, where=["--prompt"])
-        _tell(model.description)
+        tell(model.description)
         print(f"{result.label}\t{result.probability:.4f}")
         return
-    given = _generation_settings(config)
-    single = question.ensemble or model.settings(**_without(given, "seed", "batch_size")).num_return_sequences == 1
-    write = _write if single and _streams(config) and not question.ensemble else None
-    answers = answerer.stream([row], where=["--prompt"], **({"on_text": write} if write else {}), **given)
-    _tell(model.description)
+    given = generation_settings(config)
+    single = question.ensemble or model.settings(**given).num_return_sequences == 1
+    streams = sys.stdout.isatty() if question.stream is None else question.stream
+    write = _write if single and streams and not question.ensemble else None
+    answers = answerer.stream([row], where=["--prompt"], on_text=write, **given)
+    tell(model.description)
     for answer in answers:
         print("" if write else answer if single else "\n".join(answer))
-
-
-def answer_file(config: InferConfig, model: SoftPromptModel, lines: Sequence[PromptLine]) -> None:
-    """Write one JSON line for each prompt, in the file's order: the prompt's columns, the adapter, and the answer as
-    `text`. Several answers to a prompt are a list `texts`. With --choices, `text` is the likeliest choice, and
-    `probability` is its probability."""
-    question, given = config.question, _generation_settings(config)
-    names = [line.adapter or model.active_adapter for line in lines]
-    members = list(model.adapters) if question.ensemble else None
-    records = [{**line.row, "adapter": members or name} for line, name in zip(lines, names, strict=True)]
-    file, done = None, 0
-    if question.output_file is not None:
-        depends_on = {**_depends_on(config, model, set(members or names)), "seed": given["seed"]}
-        file = ResumableJsonl(question.output_file, records, depends_on, question.overwrite_output_file)
-        done = file.done
-    answers = _answer_columns(config, model, lines, names, given, done)
-    _tell(model.description)
-    bar = tqdm(total=len(lines), initial=done, unit=" prompts", disable=file is None or not sys.stderr.isatty())
-    with file or nullcontext(), bar:
-        for record, columns in zip(records[done:], answers, strict=True):
-            if file:
-                file.write({**record, **columns})
-            else:
-                print(_json_line({**record, **columns}), flush=True)
-            bar.update()
-    if file:
-        _tell(f"{len(lines):,} answers in {question.output_file}")
-
-
-def _answerer(config: InferConfig, model: SoftPromptModel) -> Any:
-    """Return the object whose `stream` and `classify` answer: the model, or, with --ensemble, the ensemble of all its
-    adapters."""
-    return model.ensemble(voting=config.question.voting) if config.question.ensemble else model
-
-
-def _answer_columns(
-    config: InferConfig,
-    model: SoftPromptModel,
-    lines: Sequence[PromptLine],
-    adapters: Sequence[str],
-    given: Mapping[str, Any],
-    done: int,
-) -> Iterator[dict[str, Any]]:
-    """Return an iterator over the answers to all lines but the first `done`, each as columns of the output. All lines
-    are checked before the first one is answered."""
-    rows, places, choices = [line.row for line in lines], [line.where for line in lines], config.question.choice_list
-    answerer = _answerer(config, model)
-    adapter: dict[str, Any] = {} if config.question.ensemble else {"adapter": adapters}
-    if choices is not None:
-        results = answerer.classify(rows, choices, where=places, **adapter)
-        return ({"text": result.label, "probability": result.probability} for result in results[done:])
-    answers = answerer.stream(rows, where=places, skip=done, **adapter, **given)
-    return ({"text" if isinstance(answer, str) else "texts": answer} for answer in answers)
 
 
 def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
@@ -210,7 +138,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     if has_splits(dataset):
         splits = find_splits(dataset, None)
         for line in splits.describe_split("held-out", splits.choose(question.eval_split, "--eval_split")):
-            _tell(line)
+            tell(line)
     cut = common_truncation(adapters, config.generation.max_length, question.truncation_side)
     evaluator = AdapterEvaluator(
         model.engine,
@@ -229,7 +157,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
     in_passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
     told = [*cut.notes, *([f"passages of --max_length {cut.max_length} tokens"] if in_passages else [])]
-    _tell(model.description)
+    tell(model.description)
     print(comparison_report(results, told))
     if fault:
         raise PartialFailureError(fault)
@@ -257,68 +185,9 @@ def _evaluated(
     return results, f"{failed} ({name}: {failure(error).line}); the table shows the others"
 
 
-def _read_prompts(source: str) -> Iterator[PromptLine]:
-    for where, row in load_prompts(source):
-        name = row.get("adapter")
-        if name is not None and not (is_text(name) and name):
-            raise DataError(f"{where}: adapter must be a folder, a name given with --adapter, or none, not {name!r}")
-        yield PromptLine(where, _without(row, "adapter"), name)
-
-
-def _generation_settings(config: InferConfig) -> dict[str, Any]:
-    """Return the generation settings with a seed: that of --seed, else that of the output file if it is continued, else
-    a random one."""
-    given = asdict(config.generation)
-    if given["seed"] is None:
-        output = config.question.output_file
-        noted = saved_seed(output) if output is not None and not config.question.overwrite_output_file else None
-        given["seed"] = secrets.randbits(31) if noted is None else noted
-    return given
-
-
-def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
-    """Return, as JSON-able values, everything that the answers depend on except the prompts and the seed. An output
-    file is continued only if these values are unchanged; tokenizer and adapters are represented by hashes of their
-    content."""
-    settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
-    if config.question.ensemble:
-        settings["ensemble"] = config.question.voting or "default"
-    if bits := quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit):
-        settings["bits"] = bits
-    adapters = {name: _fingerprint(model.adapters.get(name, LoadedAdapter())) for name in sorted(names)}
-    known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}
-    return {**known, "choices": config.question.choices, **settings}
-
-
-def _fingerprint(adapter: LoadedAdapter) -> str:
-    values = b"" if adapter.prompt is None else adapter.prompt.cpu().numpy().tobytes()
-    rest = json.dumps([adapter.template.spec, dict(adapter.generation)], sort_keys=True).encode()
-    return hashlib.blake2b(values + rest, digest_size=16).hexdigest()
-
-
-def _json_line(columns: Mapping[str, Any]) -> str:
-    """Return the columns as one line of JSON. Non-ASCII characters are escaped if stdout's encoding lacks one of
-    them."""
-    line = json.dumps(columns, ensure_ascii=False)
-    return line if can_show(line) else json.dumps(columns)
-
-
 def _on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _streams(config: InferConfig) -> bool:
-    return sys.stdout.isatty() if config.question.stream is None else config.question.stream
-
-
-def _tell(text: str) -> None:
-    """Print on stderr, so that stdout holds only answers."""
-    print(text, file=sys.stderr)
-
-
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}

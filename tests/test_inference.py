@@ -12,7 +12,8 @@ from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, ru
 
 import infer
 import softprompt
-from softprompt.cli import COMMANDS, parse_inference, run_command
+from softprompt.cli import COMMANDS, run_command
+from softprompt.config.command_line import parse_inference
 from softprompt.data.template import Template
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
@@ -300,7 +301,7 @@ def test_choices(place, capsys, monkeypatch):
     for name in ("a", "b", "none"):
         (verdict,) = model.classify(["这部电影"], choices, adapter=name)
         tuned = model.adapters.get(name)
-        template = tuned.template if tuned else softprompt.api.Template()
+        template = tuned.template if tuned else Template()
         text = model.tokenizer(template.render(template.row("这部电影"), model.tokenizer))["input_ids"]
         scores = []
         for choice in choices:

@@ -113,11 +113,7 @@ def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any, hidden: 
     kwargs = {"default": field.default, "help": argparse.SUPPRESS if hidden else text + shown, **_value_of(hint)}
     if field.name in WITHOUT_VALUE:
         kwargs |= {"nargs": "?", "const": WITHOUT_VALUE[field.name]}
-    arguments.add_argument(*_spellings(field.name), **kwargs)
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+    arguments.add_argument(*dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]), **kwargs)
 
 
 def _value_of(hint: Any) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from softprompt.config.data_args import DataArguments
 from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
     DEFAULT_LEARNING_RATES,
     SECRETS,
-    DataArguments,
     ModelArguments,
     PromptTuningArguments,
     SharingArguments,
@@ -53,6 +53,11 @@ class TrainConfig:
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def parts(self) -> tuple[Any, ...]:
+        """The settings of each group."""
+        return self.model, self.data, self.prompt, self.training, self.sharing
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate: the one given, else the default of the prompt's initialization."""
         given = self.training.learning_rate
@@ -66,7 +71,7 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return every setting except secrets, by the names of the flags, with values that JSON can hold."""
         flat = {"preset": self.preset}
-        for part in (self.model, self.data, self.prompt, self.training, self.sharing):
+        for part in self.parts:
             flat |= dataclasses.asdict(part)
         return {name: value for name, value in flat.items() if name not in SECRETS}
 
@@ -121,7 +126,6 @@ def validated(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: A value out of range, or settings that contradict each other.
     """
-    parts = (config.model, config.data, config.prompt, config.training, config.sharing)
-    if found := list(faults(*parts, config.given)):
+    if found := list(faults(config)):
         raise ConfigError("; ".join(found))
     return config

@@ -24,6 +24,13 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def same_option(group: type, name: str) -> Any:
+    """Return a new field like that of `name` in another dataclass: Python does not allow two dataclasses to share
+    one."""
+    shared = next(f for f in fields(group) if f.name == name)
+    return option(shared.default, shared.metadata["help"])
+
+
 def setting_types(groups: Sequence[type]) -> dict[str, Any]:
     """Return the type of every setting in the dataclasses `groups`, by its name."""
     return {f.name: get_type_hints(group)[f.name] for group in groups for f in fields(group)}
@@ -70,10 +77,10 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
-def closest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
+def closest_name(name: str, known: Iterable[str]) -> str:
     """Return a clause that suggests the known name most similar to `name`, or "" if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def takes_auto(hint: Any) -> bool:

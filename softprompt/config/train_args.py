@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from softprompt.config.schema import option
-from softprompt.config.shared_options import bf16_option, device_option, load_in_4bit_option, load_in_8bit_option
 
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
 # steps of a comparable size; the other initializations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
-DEFAULT_MAX_LENGTH = 256
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
-DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE = 10_000, 1_000_000_000
 NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
 
@@ -30,8 +27,12 @@ class ModelArguments:
         "Train a prompt for this base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the "
         "small model in this package. (default: the preset's)",
     )
-    device: str = device_option()
-    bf16: bool | None = bf16_option()
+    device: str = option("auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.")
+    bf16: bool | None = option(
+        None,
+        "Compute in bf16 autocast; `--bf16 false` computes in fp32. (default: true on a GPU that supports bf16, else "
+        "false)",
+    )
     fp16: bool | None = option(
         None,
         "Compute in fp16 autocast with a GradScaler; `--fp16 false` computes in fp32. (default: true on a GPU without "
@@ -39,8 +40,9 @@ class ModelArguments:
     )
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
-        "Choose the forward and backward pass. packed: an exact, fast one for BLOOM; padded: the base model's own, for "
-        "any causal language model; auto: packed for BLOOM on the CPU, else padded.",
+        "Choose the forward and backward pass. packed: rows without padding, and the prompt once per step; padded: the "
+        "base model's own forward, for any causal language model; auto: check the packed engine against the padded one "
+        "on a few rows, and take the faster one if it is right.",
     )
     stream_base: bool = option(
         False,
@@ -63,81 +65,15 @@ class ModelArguments:
         "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the "
         "system's folder for temporary files)",
     )
-    load_in_8bit: bool = load_in_8bit_option()
-    load_in_4bit: bool = load_in_4bit_option()
-    print_model: bool = option(False, "Print the module tree of the prompt and the frozen base.")
-
-
-@dataclass(frozen=True)
-class DataArguments:
-    """The rows: where they come from, and how they are read, tokenized and held out."""
-
-    _argument_group_name: ClassVar[str] = "data"
-
-    dataset: str | None = option(
-        None,
-        "Train on these rows: a .json, .jsonl, .csv or .parquet file, a folder of such files, a folder of "
-        "Dataset.save_to_disk, a hub id, or mini:TASK for a task of the package's own base. (default: the preset's)",
+    load_in_8bit: bool = option(
+        False, "Quantize the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
     )
-    dataset_config_name: str | None = option(
-        None, "Use this configuration of a hub dataset that has several. (default: the dataset's own default)"
-    )
-    dataset_split: str = option(
-        "train",
-        "Use this split, or slices of splits such as train[:1000] or train[:90%], of a hub dataset, of a DatasetDict "
-        "folder, or of a folder whose files are named for splits (train-00000-of-00002.parquet, data/test.jsonl).",
-    )
-    columns: str | None = option(
-        None,
-        "Read columns that have other names, as OURS=THEIRS pairs such as instruction=question,output=answer, or as a "
-        "JSON object if a name contains a comma. (default: the dataset's own names)",
-    )
-    template: str | None = option(
-        None,
-        "Write prompts in this format, with columns in braces ('Q: {instruction}\\nA: '), or `chat` for the "
-        "tokenizer's chat template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', with white space "
-        "stripped before '\\n\\nAssistant: ')",
-    )
-    max_length: int = option(
-        DEFAULT_MAX_LENGTH,
-        "Truncate a row to this many tokens, prompt and answer together, not counting virtual tokens.",
-    )
-    truncation_side: Literal["output", "input"] = option(
-        "output", "Truncate a row at the end of its answer (output), or within its input, which keeps the answer."
-    )
-    overwrite_cache: bool = option(False, "Tokenize the rows again even if their token ids are cached.")
-    preprocessing_num_workers: int | None = option(
-        None, "Tokenize the rows in this many processes; the result is the same. (default: 1)"
-    )
-    streaming: bool = option(
+    load_in_4bit: bool = option(
         False,
-        "Read the training rows during training instead of holding all of them in memory. Works with .jsonl, .parquet, "
-        "folders of these or of Dataset.save_to_disk, and hub ids. Token ids are not cached.",
+        "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
+        "Needs the packed engine.",
     )
-    buffer_size: int = option(
-        DEFAULT_BUFFER_SIZE,
-        "Draw the next row of --streaming at random from a shuffle buffer of this size; 1 keeps the dataset's order.",
-    )
-    eval_dataset: str | None = option(
-        None,
-        "Evaluate on these held-out rows, in any form that --dataset takes. (default: --dataset if --eval_split is "
-        "given or for mini:TASK, else none)",
-    )
-    eval_split: str | None = option(
-        None,
-        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several, validation, "
-        "else test)",
-    )
-    eval_rows: int = option(
-        0,
-        "Hold out this many rows for evaluation, from the end of --dataset, or with --streaming from its beginning.",
-    )
-
-    @property
-    def held_out(self) -> str | None:
-        """The dataset of the held-out rows; None if there are none, or if --eval_rows takes them from --dataset."""
-        is_mini_task = str(self.dataset).startswith("mini:")  # such a task has held-out rows of its own
-        return self.eval_dataset or (self.dataset if self.eval_split or is_mini_task else None)
+    print_model: bool = option(False, "Print the module tree of the prompt and the frozen base.")
 
 
 @dataclass(frozen=True)
@@ -213,12 +149,12 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
-        "Let the packed engine process this many non-padding tokens at once. This affects speed and memory, not the "
-        "result. (default: computed from the base, the dtype, the prompt and the device's memory)",
+        "Compute this many tokens at once. The padded engine counts padding and virtual tokens, too. This affects speed "
+        "and memory, not the result. (default: computed from the base, the dtype and the device's memory)",
     )
     gradient_checkpointing: bool = option(
         False,
-        "Let the packed engine keep only the blocks' inputs and recompute the other activations in the backward pass.",
+        "Keep only the inputs of the base's layers, and recompute the other activations in the backward pass.",
     )
     num_train_epochs: float = option(1.0, "Train for this many passes over the training rows.")
     max_steps: int = option(

@@ -3,14 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from softprompt.config.data_args import DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE, DataArguments, is_mini_task
 from softprompt.config.train_args import (
-    DEFAULT_BUFFER_SIZE,
     DEFAULT_NUM_VIRTUAL_TOKENS,
-    MAX_BUFFER_SIZE,
     SECRETS,
-    DataArguments,
     ModelArguments,
     PromptTuningArguments,
     SharingArguments,
@@ -18,6 +16,9 @@ from softprompt.config.train_args import (
 )
 from softprompt.config.value_parsers import parse_columns, parse_duration, parse_labels
 from softprompt.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from softprompt.config.loader import TrainConfig
 
 MAX_VIRTUAL_TOKENS = 100_000
 POSITIVE = (
@@ -84,28 +85,18 @@ def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
             yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"
 
 
-def faults(
-    model: ModelArguments,
-    data: DataArguments,
-    prompt: PromptTuningArguments,
-    training: TrainingArguments,
-    sharing: SharingArguments,
-    given: Mapping[str, Any],
-) -> Iterator[str]:
-    """Yield the faults of a training run's settings. `given` holds those that were given explicitly."""
-    for part in (model, data, prompt, training, sharing):
+def faults(config: "TrainConfig") -> Iterator[str]:
+    """Yield the faults of a training run's settings."""
+    for part in config.parts:
         yield from _text_faults(dataclasses.asdict(part))
+    model, training = config.model, config.training
     yield from _model_faults(model)
-    yield from _data_faults(data)
-    yield from _prompt_faults(prompt)
+    yield from _data_faults(config.data)
+    yield from _prompt_faults(config.prompt)
     yield from _training_faults(training)
-    yield from _evaluation_faults(data, training)
-    yield from _sharing_faults(sharing)
-    if model.engine == "padded":
-        for name in ("tokens_per_microbatch", "gradient_checkpointing"):
-            if getattr(training, name):
-                yield f"--{name} is a setting of the packed engine; leave out either it or --engine padded"
-    if training.find_learning_rate and "learning_rate" in given:
+    yield from _evaluation_faults(config.data, training)
+    yield from _sharing_faults(config.sharing)
+    if training.find_learning_rate and "learning_rate" in config.given:
         yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
 
 
@@ -168,11 +159,6 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
         parse_columns(data.columns)
     except ConfigError as error:
         yield str(error)
-
-
-def is_mini_task(dataset: str | None) -> bool:
-    """Return whether a dataset is a task of the mini base, such as mini:sentiment."""
-    return str(dataset).startswith("mini:")
 
 
 def _training_faults(training: TrainingArguments) -> Iterator[str]:

@@ -2,22 +2,24 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from softprompt.config.data_args import is_mini_task
 from softprompt.config.loader import TrainConfig
-from softprompt.config.validation import is_mini_task
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
+from softprompt.data.encoding import Encoded, encode
 from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Selection, find_splits
 from softprompt.data.stream_loader import StreamLoader
-from softprompt.data.stream_sources import Raw, SkipFirst, Source, first_rows, open_source, parse_row
+from softprompt.data.stream_sources import Raw, Source, open_source, parse_row, skip_first
 from softprompt.data.template import CHAT, Template
 from softprompt.data.token_cache import cached
-from softprompt.data.tokenization import Encoded, Tokenized, encode, tokenize
+from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.mini import rows as mini_rows
 from softprompt.utils.errors import ConfigError, DataError
 from softprompt.utils.torchrun_env import is_main
@@ -92,19 +94,20 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
     if source.rows is None and config.training.max_steps <= 0:
         raise ConfigError(f"--max_steps is missing: how many rows {dataset} has is not known before they are all read")
     held = data.eval_rows
-    first = check_rows(dataset, map(parse_row, first_rows(source, held + ROWS_CHECKED_FIRST)), template, config.columns)
+    beginning = islice(source.read(0), held + ROWS_CHECKED_FIRST)
+    first = check_rows(dataset, map(parse_row, beginning), template, config.columns)
     if not first:
         raise DataError(f"{dataset} holds no rows; expected at least one with instruction and output")
     if held >= len(first):
         raise DataError(f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on")
     held_out = _Part(first[:held]) if held else _held_out(config, template, source.selection)
     notices = [*source.notices, *held_out.notices, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
-    return Rows(first[held:], held_out.rows, SkipFirst(source, held), notices)
+    return Rows(first[held:], held_out.rows, skip_first(source, held), notices)
 
 
 def _training(config: TrainConfig, template: Template, dataset: str) -> _Part:
     if is_mini_task(dataset):
-        return _Part(_made_rows(dataset, "train", template))
+        return _Part(mini_task_rows(dataset, "train", template))
     data = config.data
     splits = find_splits(dataset, data.dataset_config_name)
     selected = splits.select(data.dataset_split, "--dataset_split")
@@ -119,12 +122,12 @@ def _held_out(config: TrainConfig, template: Template, training: Selection | Non
     if dataset is None:
         return _Part(RowStore())
     if is_mini_task(dataset):
-        return _Part(_made_rows(dataset, "eval", template))
+        return _Part(mini_task_rows(dataset, "eval", template))
     flag, name = "--eval_split", data.dataset_config_name
     if data.streaming and local_path(dataset) is None:
         source = open_source(dataset, name, data.eval_split, flag=flag)
         _refuse_training_rows(dataset, source.selection, training)
-        return _Part(check_rows(dataset, map(parse_row, source.read()), template, config.columns), source.selection)
+        return _Part(check_rows(dataset, map(parse_row, source.read(0)), template, config.columns), source.selection)
     splits = find_splits(dataset, name)
     selected = splits.select(data.eval_split, flag)
     _refuse_training_rows(dataset, selected.selection, training)
@@ -199,6 +202,7 @@ def tokenize_rows(
     return examples(rows.train), examples(rows.held_out) if rows.held_out else None
 
 
-def _made_rows(dataset: str, split: str, template: Template) -> RowStore:
+def mini_task_rows(dataset: str, split: str, template: Template) -> RowStore:
+    """Make the rows of a task of the mini base, such as mini:sentiment."""
     made = mini_rows(dataset.removeprefix("mini:"), split)
     return RowStore(check_fields(f"{dataset}, row {n}", row, template) for n, row in enumerate(made, start=1))

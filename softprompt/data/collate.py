@@ -20,12 +20,6 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
-def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Yield consecutive micro-batches of `size` rows; the last one may be smaller."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
-
-
 def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
     tokenizer that pads on the right.
@@ -68,20 +62,29 @@ class Packed(NamedTuple):
         return Packed(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
 
 
-def cut_by_tokens(examples: Sequence[Example], tokens_per_microbatch: int) -> Iterator[list[Example]]:
+def cut_by_tokens(
+    examples: Sequence[Example], tokens_per_microbatch: int, pad_behind: int | None = None
+) -> Iterator[list[Example]]:
     """Cut a window into micro-batches of at most `tokens_per_microbatch` tokens, or of one row that has more.
 
     Rows are sorted by length, longest first. So the rows of a micro-batch have similar lengths, and if memory does not
     suffice, the first micro-batch fails.
+
+    Args:
+        pad_behind: If given, rows are padded to one length behind so many virtual tokens, and both padding and virtual
+            tokens count.
     """
     part: list[Example] = []
     tokens = 0
     for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
-        if part and tokens + len(example.input_ids) > tokens_per_microbatch:
+        longest = len((part or [example])[0].input_ids)
+        more = len(example.input_ids) if pad_behind is None else pad_behind + longest
+        if part and tokens + more > tokens_per_microbatch:
             yield part
             part, tokens = [], 0
+            more = len(example.input_ids) + (pad_behind or 0)
         part.append(example)
-        tokens += len(example.input_ids)
+        tokens += more
     if part:
         yield part
 

@@ -12,7 +12,8 @@ from softprompt.config.schema import is_text
 from softprompt.data.messages import CONVERSATIONS, describe_type, messages, tools
 from softprompt.data.readers import LocatedRows, read_jsonl, read_text
 from softprompt.data.row_store import Row, RowStore
-from softprompt.data.splits import TRAIN, find_splits
+from softprompt.data.split_files import TRAIN
+from softprompt.data.splits import find_splits
 from softprompt.data.template import CHAT, Template
 from softprompt.utils.errors import ConfigError, DataError
 

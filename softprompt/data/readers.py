@@ -1,8 +1,8 @@
-"""Read rows, unchanged and with their line or row number, from files, folders and hub datasets.
+"""Read rows, unchanged and with their line or row number, from files.
 
 JSON and CSV are read with Python's own modules rather than with `datasets`, whose readers guess types (a column of
 dates becomes timestamps, "NA" in a CSV becomes null) and do not say which line is broken. Folders of save_to_disk and
-hub datasets are read with `datasets`, parquet files with pyarrow.
+hub datasets are read with `datasets` (see `hub_datasets`), parquet files with pyarrow.
 """
 
 import csv
@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt.utils import hub
-from softprompt.utils.errors import DataError
+from softprompt.utils.errors import DataError, first_line
 
 LocatedRows = Iterator[tuple[str, Any]]  # ("line 7", row)
 BATCH = 1024  # how many rows of a parquet file are converted at a time
@@ -207,62 +206,9 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
         raise DataError(f"{path}: not a parquet file: {first_line(error)}") from None
 
 
-def _read_parquet(path: Path) -> LocatedRows:
-    return _numbered(parquet_rows(path))
-
-
-def load_folder(path: Path) -> Any:
-    """Load the Dataset or DatasetDict that save_to_disk wrote into a folder; its rows are memory-mapped.
-
-    Raises:
-        DataError: The folder holds neither.
-    """
-    from datasets import load_from_disk
-
-    try:
-        return load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(
-            f"{path}: expected a folder of Dataset.save_to_disk that holds rows, or of {', '.join(READERS)} files: "
-            f"{first_line(error)}"
-        ) from None
-
-
-def load_hub_dataset(source: str, config_name: str | None) -> Any:
-    """Load the DatasetDict of a hub id.
-
-    Raises:
-        DataError: There is no such dataset, or the hub cannot be reached.
-    """
-    from datasets import load_dataset
-
-    return from_hub(source, lambda: load_dataset(source, config_name))
-
-
-def from_hub(source: str, load: Callable[[], Any]) -> Any:
-    """Call `load`, which accesses the hub, and return its result.
-
-    Raises:
-        DataError: `load` fails; the message gives the reason and advice.
-    """
-    hub.check_reachable()
-    try:
-        return load()
-    except Exception as error:
-        raise DataError(
-            f"dataset {source!r}: no such file or folder here, and not loadable from the hub "
-            f"({first_line(error)}); {hub.advice()}"
-        ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, truncated to 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 READERS: dict[str, Callable[[Path], LocatedRows]] = {
     ".json": _read_json,
     ".jsonl": read_jsonl,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": lambda path: _numbered(parquet_rows(path)),
 }

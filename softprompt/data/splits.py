@@ -4,30 +4,20 @@ A file is one split called train. So is a folder of files, unless the names of f
 that `datasets` reads them: train-00000-of-00002.parquet, data/test.jsonl, validation/rows.csv.
 """
 
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from softprompt.data.readers import READERS, LocatedRows, first_line, load_folder, load_hub_dataset, local_path
-from softprompt.utils.errors import DataError
+from softprompt.data.hub_datasets import load_folder, load_hub_dataset
+from softprompt.data.readers import READERS, LocatedRows, local_path
+from softprompt.data.split_files import TRAIN, listed, shards, splits_of_files
+from softprompt.utils.errors import DataError, first_line
 
-TRAIN = "train"
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # the first of these that exists is the default held-out split
-WORDS = {
-    **dict.fromkeys(("train", "training"), TRAIN),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-SHARD = re.compile(r"(\w+(?:\.\w+)*)-(\d{5,})-of-(\d{5,})(?:-\w+)?")  # a file's name as push_to_hub makes it
 SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")
-METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # beside the rows of a hub dataset
-# Formats that are not supported.
-UNREADABLE_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tsv", ".arrow", ".feather", ".xlsx")
-MAX_LISTED = 20  # files or splits listed in a message
 
 
 class Selection(NamedTuple):
@@ -82,7 +72,7 @@ class Splits:
     def describe_split(self, rows: str, split: str) -> list[str]:
         """Return a sentence that says which split the rows come from, if the dataset has several splits; `rows` is
         "training" or "held-out"."""
-        names = _listed(list(self.parts))
+        names = listed(list(self.parts))
         return [f"{rows} rows: split {split} of {self.source}, which has {names}"] if len(self.parts) > 1 else []
 
     def selection(self, name: str) -> Selection:
@@ -142,11 +132,11 @@ def choose(source: str, names: Sequence[str], split: str | None, flag: str) -> s
     if split is None:
         held_out = [name for name in HELD_OUT if name in names]
         if len(names) > 1 and not held_out:
-            raise DataError(f"{source} has the splits {_listed(names)}; name the one to hold out with {flag}")
+            raise DataError(f"{source} has the splits {listed(names)}; name the one to hold out with {flag}")
         return held_out[0] if held_out else names[0] if names else TRAIN
     unknown = [name for name in ([split] if split in names else names_in(split)) if name not in (names or (TRAIN,))]
     if unknown and names:
-        raise DataError(f"{source} has no split {unknown[0]!r}; {flag} takes one of {_listed(names)}")
+        raise DataError(f"{source} has no split {unknown[0]!r}; {flag} takes one of {listed(names)}")
     if unknown:
         raise DataError(f"{source} has no splits; leave {flag} {split} out")
     return split
@@ -170,75 +160,14 @@ def find_splits(source: str, config_name: str | None) -> Splits:
     if not path.is_dir():
         return Splits(source, dataset_id, {TRAIN: [path]}, named=False)
     files = [] if any((path / name).exists() for name in SAVE_TO_DISK_FILES) else shards(path)
-    return _of_files(source, dataset_id, path, files) if files else _of_datasets(source, dataset_id, load_folder(path))
+    if not files:
+        return _of_datasets(source, dataset_id, load_folder(path))
+    return Splits(source, dataset_id, *splits_of_files(source, path, files))
 
 
 def hub_dataset_id(source: str, config_name: str | None) -> str:
     """Return the `dataset_id` of a hub dataset; see `Selection`."""
     return f"hub {source} {config_name}"
-
-
-def shards(folder: Path) -> list[Path]:
-    """Return the data files of a folder, sorted by name; if it has none, those in its subfolders (data/ in a hub
-    repository)."""
-    return _files_of(folder.iterdir()) or _files_of(folder.rglob("*"), folder)
-
-
-def _files_of(paths: Iterator[Path], folder: Path | None = None) -> list[Path]:
-    """Return the data files among `paths`, sorted. Hidden files and, below `folder`, files in hidden folders are left
-    out."""
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in READERS
-        and path.name not in METADATA_FILES
-        and not any(part.startswith(".") for part in (path.relative_to(folder).parts if folder else (path.name,)))
-        and path.is_file()
-    )
-
-
-def _of_files(source: str, dataset_id: str, folder: Path, files: Sequence[Path]) -> Splits:
-    notices, named = list(_missing(folder, files)), {file: _split_of(file.relative_to(folder)) for file in files}
-    names = {name for name in named.values() if name}
-    if len(names) == 1 and not _word_in(next(iter(names))):  # data-00000-of-00002
-        names, named = set(), dict.fromkeys(files)
-    parts: dict[str, Any] = {name: [f for f in files if named[f] == name] for name in sorted(names)}
-    others = [file for file in files if named[file] is None]
-    if others and TRAIN not in parts:
-        parts = {TRAIN: others, **parts}
-    elif others:
-        notices.append(f"{source}: left out, since their names name no split: {_relative(folder, others)}")
-    unread = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREADABLE_SUFFIXES]
-    if unread:
-        notices.append(f"{source}: not read: {_relative(folder, unread)}; rows are read from {', '.join(READERS)}")
-    below = [] if files[0].parent != folder else _files_of(folder.rglob("*"), folder)
-    if nested := [file for file in below if file.parent != folder]:
-        notices.append(f"{source}: left out, in folders beside files of rows: {_relative(folder, nested)}")
-    return Splits(source, dataset_id, parts, named=bool(names), notices=notices)
-
-
-def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name, or else one of its folders, names; None if none does."""
-    if shard := SHARD.fullmatch(path.stem):
-        return shard[1]
-    return next((word for name in (path.stem, *reversed(path.parts[:-1])) if (word := _word_in(name))), None)
-
-
-def _word_in(name: str) -> str | None:
-    return next((WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in WORDS), None)
-
-
-def _missing(folder: Path, files: Sequence[Path]) -> Iterator[str]:
-    """Yield warnings about missing shards. The names of the existing shards tell how many there should be."""
-    found: dict[tuple[str, int], set[int]] = {}
-    for file in files:
-        if shard := SHARD.fullmatch(file.stem):
-            name = str(file.relative_to(folder).with_name(shard[1]))
-            found.setdefault((name, int(shard[3])), set()).add(int(shard[2]))
-    for (name, count), there in found.items():
-        if len(there) < count:
-            found_shards = f"{len(there):,} of the {count:,} shards of {name} exist"
-            yield f"warning: {folder}: {found_shards}; the rows of the others are missing"
 
 
 def _of_datasets(source: str, dataset_id: str, loaded: Any) -> Splits:
@@ -257,12 +186,3 @@ def _pieces(spec: str, lengths: Mapping[str, int], flag: str) -> list[tuple[str,
             f"({first_line(error)})"
         ) from None
     return [(piece.splitname, piece.from_, piece.to) for piece in absolute]
-
-
-def _relative(folder: Path, files: Sequence[Path]) -> str:
-    return _listed([file.relative_to(folder).as_posix() for file in files])
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")

@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import BEGINNING, Position, Window, total_steps
+from softprompt.data.encoding import Encoded
 from softprompt.data.stream_sources import Raw, Source
-from softprompt.data.tokenization import CHUNK, Encoded, count_targets, describe_losses
+from softprompt.data.tokenization import CHUNK, count_targets, describe_losses
 from softprompt.utils.errors import DataError
 
 T = TypeVar("T")

@@ -7,22 +7,15 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from softprompt.data.readers import (
-    first_line,
-    from_hub,
-    is_blank_line,
-    jsonl_lines,
-    local_path,
-    parquet_rows,
-    parse_jsonl_line,
-)
-from softprompt.data.splits import TRAIN, Selection, choose, find_splits, hub_dataset_id
-from softprompt.utils.errors import ConfigError, DataError
+from softprompt.data.hub_datasets import from_hub
+from softprompt.data.readers import is_blank_line, jsonl_lines, local_path, parquet_rows, parse_jsonl_line
+from softprompt.data.split_files import TRAIN
+from softprompt.data.splits import Selection, choose, find_splits, hub_dataset_id
+from softprompt.utils.errors import ConfigError, DataError, first_line
 from softprompt.utils.fingerprints import CACHED_FROM, SAMPLE, cached_text, file_identity
 
 Raw = tuple[str, Any]  # the place of a row, and the row itself or its unparsed line
@@ -30,31 +23,25 @@ STREAMABLE_SUFFIXES = (".jsonl", ".parquet")  # formats that can be read startin
 PIECE = 1 << 22  # how many bytes of a file are hashed at a time
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source:
     """Rows that are read during training.
 
-    `rows` is the exact number of rows if `counted` is True; otherwise it is the number that the hub states, or None.
-    `selection` describes which rows of which dataset they are. `notices` are sentences about the dataset for the user.
+    Attributes:
+        selection: Which rows of which dataset they are.
+        rows: The exact number of rows if `counted` is True; otherwise it is the number that the hub states, or None.
+        fingerprint: A hash of the rows' content.
+        read: Yields rows, starting with a given row (counted from 0), which costs less than reading all rows before it.
+            It raises DataError if a row cannot be read.
+        notices: Sentences about the dataset for the user.
     """
 
-    @property
-    def selection(self) -> Selection: ...
-    @property
-    def notices(self) -> Sequence[str]: ...
-    @property
-    def counted(self) -> bool: ...
-    @property
-    def rows(self) -> int | None: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-    def read(self, first: int = 0) -> Iterator[Raw]:
-        """Yield rows, starting with row `first` (counted from 0), which costs less than reading all rows before it.
-
-        Raises:
-            DataError: A row cannot be read.
-        """
-        ...
+    selection: Selection
+    rows: int | None
+    fingerprint: str
+    read: Callable[[int], Iterator[Raw]]
+    counted: bool = True
+    notices: Sequence[str] = ()
 
 
 def parse_row(raw: Raw) -> tuple[str, Any]:
@@ -80,22 +67,13 @@ def open_source(
         ConfigError: The format cannot be streamed, or `split` is a slice.
     """
     if local_path(source) is None:
-        return _OnTheHub(source, config_name, split, flag)
+        return _hub_source(source, config_name, split, flag)
     there = find_splits(source, config_name)
     name = _whole(there.choose(split, flag), there.parts, flag)
-    part, selection, notices = (
-        there.parts[name],
-        there.selection(name),
-        [*there.notices, *there.describe_split("training", name)],
-    )
-    if not isinstance(part, list):
-        return _Saved(source, part, selection, notices, keep)
-    if other := next((file for file in part if file.suffix.lower() not in STREAMABLE_SUFFIXES), None):
-        raise ConfigError(
-            f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
-            f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
-        )
-    return Files(part, [scan_file(file, keep) for file in part], selection, notices)
+    part, described = there.parts[name], [*there.notices, *there.describe_split("training", name)]
+    if isinstance(part, list):
+        return _file_source(part, there.selection(name), described, keep)
+    return _folder_source(source, part, there.selection(name), described, keep)
 
 
 def _whole(name: str, names: Iterable[str], flag: str) -> str:
@@ -109,33 +87,25 @@ def _whole(name: str, names: Iterable[str], flag: str) -> str:
     return name
 
 
-class FileScan(NamedTuple):
-    """The number of rows of a file, and the hash of its bytes."""
-
-    rows: int
-    sha256: str
-
-
-def scan_file(path: Path, keep: bool = True) -> FileScan:
-    """Count the rows of a file, and hash its bytes.
+def scan_file(path: Path, keep: bool = True) -> tuple[int, str]:
+    """Return the number of rows of a file, and the hash of its bytes.
 
     Raises:
         DataError: The file cannot be read, or is empty.
     """
     if path.suffix.lower() == ".parquet":
+        from pyarrow.parquet import read_metadata
+
         next(parquet_rows(path), None)
-        rows, pattern = count_parquet_rows(path), r"[0-9a-f]{64}"
-        return FileScan(rows, _remembered(path, lambda: _hashed(path)[0], pattern, keep))
+        return read_metadata(path).num_rows, _sha256_of(path, keep)
     next(jsonl_lines(path))
     text = _remembered(path, lambda: "{} {}".format(*_hashed(path)), r"[0-9a-f]{64} \d+", keep)
     sha256, count = text.split()
-    return FileScan(int(count), sha256)
+    return int(count), sha256
 
 
-def count_parquet_rows(path: Path) -> int:
-    from pyarrow.parquet import read_metadata
-
-    return read_metadata(path).num_rows
+def _sha256_of(path: Path, keep: bool) -> str:
+    return _remembered(path, lambda: _hashed(path)[0], r"[0-9a-f]{64}", keep)
 
 
 def _hashed(path: Path) -> tuple[str, int]:
@@ -158,29 +128,22 @@ def _remembered(path: Path, make: Callable[[], str], pattern: str, keep: bool) -
     return cached_text(key, make, pattern, keep)
 
 
-@dataclass(frozen=True)
-class Files:
-    """A `Source` that reads .jsonl and .parquet files one after the other."""
+def _file_source(files: Sequence[Path], selection: Selection, notices: Sequence[str], keep: bool) -> Source:
+    """Return a source that reads .jsonl and .parquet files one after the other."""
+    if other := next((file for file in files if file.suffix.lower() not in STREAMABLE_SUFFIXES), None):
+        raise ConfigError(
+            f"--streaming reads .jsonl and .parquet files, folders of them, what Dataset.save_to_disk wrote, and "
+            f"hub ids; {other} is none of these: write it as .jsonl, or leave --streaming out"
+        )
+    counts, hashes = zip(*(scan_file(file, keep) for file in files), strict=True)
 
-    files: Sequence[Path]
-    scans: Sequence[FileScan]
-    selection: Selection
-    notices: Sequence[str] = ()
-    counted = True
-
-    @property
-    def rows(self) -> int:
-        return sum(each.rows for each in self.scans)
-
-    @property
-    def fingerprint(self) -> str:
-        return _hash([each.sha256 for each in self.scans])
-
-    def read(self, first: int = 0) -> Iterator[Raw]:
-        for path, each in zip(self.files, self.scans, strict=True):
-            if first < each.rows:
+    def read(first: int) -> Iterator[Raw]:
+        for path, count in zip(files, counts, strict=True):
+            if first < count:
                 yield from _rows_of(path, first)
-            first = max(0, first - each.rows)
+            first = max(0, first - count)
+
+    return Source(selection, sum(counts), _hash(hashes), read, notices=notices)
 
 
 def _rows_of(path: Path, first: int) -> Iterator[Raw]:
@@ -195,92 +158,56 @@ def _numbered(name: str, rows: Any, first: int) -> Iterator[Raw]:
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=first + 1))
 
 
-class _Saved:
-    """A `Source` that reads a folder written by Dataset.save_to_disk, which `datasets` memory-maps."""
+def _folder_source(name: str, dataset: Any, selection: Selection, notices: Sequence[str], keep: bool) -> Source:
+    """Return a source that reads a folder written by Dataset.save_to_disk, which `datasets` memory-maps."""
+    rows, hashes = len(dataset), [_sha256_of(Path(each["filename"]), keep) for each in dataset.cache_files]
 
-    counted = True
+    def read(first: int) -> Iterator[Raw]:
+        return _numbered(name, dataset.skip(first) if first < rows else (), first)
 
-    def __init__(self, name: str, dataset: Any, selection: Selection, notices: Sequence[str], keep: bool):
-        self.name, self.dataset, self.selection, self.notices = name, dataset, selection, notices
-        self.rows = len(self.dataset)
-        files = [Path(each["filename"]) for each in self.dataset.cache_files]
-        hashes = [_remembered(file, lambda file=file: _hashed(file)[0], r"[0-9a-f]{64}", keep) for file in files]
-        self.fingerprint = _hash(hashes)
-
-    def read(self, first: int = 0) -> Iterator[Raw]:
-        rows = self.dataset.skip(first) if first < self.rows else ()
-        return _numbered(self.name, rows, first)
+    return Source(selection, rows, _hash(hashes), read, notices=notices)
 
 
-class _OnTheHub:
-    """A `Source` that reads a hub dataset while it is downloaded.
+def _hub_source(source: str, config_name: str | None, split: str | None, flag: str) -> Source:
+    """Return a source that reads a hub dataset while it is downloaded.
 
     The content cannot be hashed in advance, so the fingerprint is computed from the dataset's configuration and from
     the revisions of its files on the hub.
     """
+    from datasets import load_dataset_builder
 
-    counted, notices = False, ()
+    builder = from_hub(source, lambda: load_dataset_builder(source, config_name))
+    files = getattr(builder.config, "data_files", None) or {}
+    names = [str(name) for name in builder.info.splits or files]
+    split = _whole(choose(source, names, split, flag), names or (TRAIN,), flag)
+    dataset = from_hub(source, lambda: builder.as_streaming_dataset(split=split))
+    known = (builder.info.splits or {}).get(split)
+    rows = known.num_examples if known and known.num_examples else None
+    revisions = [list(map(str, f)) for f in getattr(files.get(split), "origin_metadata", None) or ()]
 
-    def __init__(self, source: str, config_name: str | None, split: str | None, flag: str):
-        from datasets import load_dataset_builder
-
-        self.source = source
-        builder = from_hub(source, lambda: load_dataset_builder(source, config_name))
-        files = getattr(builder.config, "data_files", None) or {}
-        names = [str(name) for name in builder.info.splits or files]
-        split = _whole(choose(source, names, split, flag), names or (TRAIN,), flag)
-        self.selection = Selection(hub_dataset_id(source, config_name), {split: [(0, sys.maxsize)]})
-        self.dataset = from_hub(source, lambda: builder.as_streaming_dataset(split=split))
-        known = (builder.info.splits or {}).get(split)
-        self.rows = known.num_examples if known and known.num_examples else None
-        revisions = [list(map(str, f)) for f in getattr(files.get(split), "origin_metadata", None) or ()]
-        self.fingerprint = _hash([builder.hash, builder.config_id, split, self.rows, revisions])
-
-    def read(self, first: int = 0) -> Iterator[Raw]:
+    def read(first: int) -> Iterator[Raw]:
         try:
-            yield from _numbered(self.source, self.dataset.skip(first), first)
+            yield from _numbered(source, dataset.skip(first), first)
         except Exception as error:  # a network error after the retries of `datasets`, or a damaged file
-            raise DataError(f"dataset {self.source!r}: cannot be read any further: {first_line(error)}") from None
+            raise DataError(f"dataset {source!r}: cannot be read any further: {first_line(error)}") from None
+
+    selection = Selection(hub_dataset_id(source, config_name), {split: [(0, sys.maxsize)]})
+    fingerprint = _hash([builder.hash, builder.config_id, split, rows, revisions])
+    return Source(selection, rows, fingerprint, read, counted=False)
 
 
-@dataclass(frozen=True)
-class SkipFirst:
-    """A `Source` without the first rows of another one.
+def skip_first(source: Source, skipped: int) -> Source:
+    """Return a source without its first rows.
 
     The number of skipped rows is part of the fingerprint: with another number, a resumed run could use rows that were
     trained on as held-out rows.
     """
-
-    source: Source
-    skipped: int
-
-    @property
-    def counted(self) -> bool:
-        return self.source.counted
-
-    @property
-    def selection(self) -> Selection:
-        return self.source.selection
-
-    @property
-    def notices(self) -> Sequence[str]:
-        return self.source.notices
-
-    @property
-    def rows(self) -> int | None:
-        return None if self.source.rows is None else max(0, self.source.rows - self.skipped)
-
-    @property
-    def fingerprint(self) -> str:
-        return _hash([self.source.fingerprint, self.skipped])
-
-    def read(self, first: int = 0) -> Iterator[Raw]:
-        return self.source.read(first + self.skipped)
-
-
-def first_rows(source: Source, n: int) -> list[Raw]:
-    """Return the first `n` rows, or all rows if there are fewer."""
-    return list(islice(source.read(), n))
+    return replace(
+        source,
+        rows=None if source.rows is None else max(0, source.rows - skipped),
+        fingerprint=_hash([source.fingerprint, skipped]),
+        read=lambda first: source.read(first + skipped),
+    )
 
 
 def _hash(values: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ stores ids and labels as int64 lists; and it is never cleaned up.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,14 @@ def cached(
     """
     if len(rows) < LEAST_ROWS or getattr(tokenizer, "backend_tokenizer", None) is None:
         return make()
-    key = _key(rows, fingerprint_of_tokenizer(tokenizer), [tokenizers.__version__, *settings])
+    depends_on = [VERSION, fingerprint_of_tokenizer(tokenizer), [tokenizers.__version__, *settings], rows.fingerprint]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     path = cache_dir("tokens") / f"{key}.safetensors"
     found = _read(path) if read else None
     if found is not None:
         return dataclasses.replace(found, cache=str(path))
     made = make()
     return (_read(path) or made) if write and _write(path, made) else made
-
-
-def _key(rows: RowStore, tokenizer: str, settings: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps([VERSION, tokenizer, settings, rows.fingerprint]).encode()).hexdigest()
 
 
 def _read(path: Path) -> Tokenized | None:

@@ -41,17 +41,6 @@ class StopSource(Protocol):
         ...
 
 
-class AgreedStop:
-    """The stop request that all ranks agreed on in the reduction of the last step."""
-
-    def __init__(self, world: "World"):
-        self.world = world
-
-    @property
-    def exit_code(self) -> int | None:
-        return self.world.agreed_exit_code
-
-
 class World:
     """This process as one rank of a run, with the collective operations. Without torchrun it is rank 0 of 1.
 
@@ -80,11 +69,16 @@ class World:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    @property
+    def exit_code(self) -> int | None:
+        """As a `StopSource`: what all ranks agreed on in the reduction of the last step."""
+        return self.agreed_exit_code
+
     def share_stop_request(self, source: StopSource) -> StopSource:
         """Register this rank's stop source, and return a stop source on which all ranks agree. For a single process it
         is `source` itself."""
         self._stop_source = source
-        return source if self.size == 1 else AgreedStop(self)
+        return source if self.size == 1 else self
 
     def requested_exit_code(self) -> int | None:
         """Return the exit code with which this rank asks to stop; None to continue."""

@@ -1,24 +1,7 @@
 """An exact and fast forward pass of frozen BLOOM, for packed rows behind a soft prompt.
 
-A window (the rows of one optimizer step) is computed without padding, and the prompt only once. This is exact because
-of causality: the virtual tokens precede the text, so their hidden states do not depend on it, and every row may share
-their keys and values.
-
-The prompt's gradient is computed in three phases, which the schedules `MicrobatchMajor` and `LayerMajor` run:
-
-1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all blocks by itself. The result is a
-   `PrefixKV`: each layer's keys and values [P, N, 2, D], and the last virtual token's output [1, H], which predicts the
-   first token of each row. Its autograd graph is kept for phase 3.
-
-2. Row pass, once per micro-batch (`run_rows`). S tokens of several rows, one row after the other, go through all blocks
-   as one stream [S, H]; each row attends to the prompt's keys and values and to itself (`prefix_attention`). Only the n
-   positions whose next token is a target go through the last block's queries and MLP, the final layer norm and the
-   head; the logits [n, V] are never stored as a whole (`linear_cross_entropy`). The rows see detached copies of the
-   prompt's keys and values, so the backward pass of a micro-batch ends there: it adds to the copies' gradients and
-   frees its activations. The base is frozen and gets no gradient.
-
-3. Prompt backward, once per window. The copies' accumulated gradients go backward through the graph of phase 1, to
-   ∂loss/∂prompt [P, H].
+These are the phases of `prefix_schedule`. Only the n positions whose next token is a target go through the last block's
+queries and MLP, the final layer norm and the head.
 
 Matrix products run in the compute dtype. The residual stream, the layer norms and the loss are in the wide dtype (fp32,
 or fp64 if the compute dtype is fp64); on the CPU, attention is, too.
@@ -26,7 +9,6 @@ or fp64 if the compute dtype is fp64); on the CPU, attention is, too.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softprompt.data.collate import Packed
-from softprompt.engines.linear_cross_entropy import LossInputs, projected_cross_entropy
+from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_attention import RowGroup, attend, causal_alibi, group_rows
+from softprompt.engines.prefix_schedule import PrefixKV
 from softprompt.models.bloom_weights import BlockWeights, BloomShape, BloomWeights, LinearParams
 
 BlockAttention = Callable[[Tensor, Tensor], Tensor]  # queries [S, N, D], keys and values [S, N, 2, D] → [S, N·D]
@@ -43,24 +26,12 @@ Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same, with the layer'
 LinearFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [S, in], weight [out, in], bias [out] → [S, out]
 
 
-class PrefixKV(NamedTuple):
-    """The results of the prompt pass that the rows need.
-
-    Attributes:
-        layers: For each layer the prompt's keys and values [P, N, 2, D].
-        last_hidden: The last block's output at the last virtual token [1, H] (wide), which predicts a row's first
-            token; [0, H] without a prompt.
-    """
-
-    layers: list[Tensor]
-    last_hidden: Tensor
-
-
 # Phase 1: the prompt, once per window.
 
 
 def run_prompt(weights: BloomWeights, prompt: Tensor) -> PrefixKV:
-    """Run the virtual tokens [P, H] through all blocks by themselves; P = 0 means no prompt."""
+    """Run the virtual tokens [P, H] through all blocks by themselves; P = 0 means no prompt. The layers of the result
+    are the keys and values [P, N, 2, D] of each block, and its last hidden state is the last block's output (wide)."""
     shape, layers = weights.shape, list[Tensor]()
     x = embed_prompt(weights, prompt)  # [P, H]
     bias = causal_alibi(shape.N, len(x), 0, x)
@@ -96,11 +67,6 @@ def run_prompt_block(block: BlockWeights, x: Tensor, bias: Tensor, shape: BloomS
 # Phase 2: the rows, once per micro-batch.
 
 
-def run_rows(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> Tensor:
-    """Return the summed loss of a micro-batch behind the prompt, a scalar; `recompute` as in `run_blocks`."""
-    return projected_cross_entropy(*rows_forward(weights, prefix, batch, recompute))
-
-
 def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> LossInputs:
     """Run a micro-batch behind the prompt up to the head; `recompute` as in `run_blocks`."""
     shape, P = weights.shape, len(prefix.layers[0])
@@ -127,14 +93,11 @@ def loss_inputs(weights: BloomWeights, last_hidden: Tensor, batch: Packed, x: Te
     Args:
         last_hidden: As in `PrefixKV`, [1, H] or [0, H].
         x: The last block's output at the micro-batch's predictors [n, H].
-    Returns:
-        f + n hidden states and targets: first the f first tokens of rows that are targets (none without a prompt, as
-        nothing predicts them), then the n targets that a position in the stream predicts.
     """
     first = batch.first_targets if len(last_hidden) else batch.first_targets[:0]  # [f]
     x = torch.cat([last_hidden.expand(len(first), -1) if len(last_hidden) else x[:0], x])  # [f + n, H]
     hidden = layer_norm(x, weights.final_layernorm, weights.shape.epsilon).to(weights.head.dtype)
-    return LossInputs(hidden, weights.head, torch.cat([first, batch.targets]))
+    return LossInputs(hidden, torch.cat([first, batch.targets]))
 
 
 # Blocks, as both phases and the generator run them.

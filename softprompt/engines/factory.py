@@ -1,28 +1,129 @@
 """Choose and build the engine of a training run or of inference. Other packages use only the `Engine` interface."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
+from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
+from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.memory_estimate import GIB, MAX_TOKENS, auto_tokens, total_memory
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.memory_estimate import (
+    GIB,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    auto_tokens,
+    resident_bytes,
+    tokens_that_fit,
+    total_memory,
+)
+from softprompt.engines.microbatch_engine import MicrobatchEngine
+from softprompt.engines.padded_schedule import PaddedSchedule
+from softprompt.engines.self_check import (
+    CLEARLY_FASTER,
+    Verdict,
+    cached_verdict,
+    compare,
+    keep_verdict,
+    measure_speed,
+    rows_to_check,
+    verdict_key,
+)
 from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, bloom_shape, is_bloom
 from softprompt.models.fsdp import ShardedBlocks, ShardedWeights
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import QuantizedBlocks, QuantizedWeights
 from softprompt.models.weight_offload import StreamedWeights
-from softprompt.utils.errors import ConfigError
+from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.safetensors_io import StoredTensor
+
+Blocks = Mapping[str, StoredTensor] | ShardedBlocks | QuantizedBlocks
+
+
+class ChosenEngine(NamedTuple):
+    """An engine, and how it was chosen, as one line; None where there was nothing to choose."""
+
+    engine: Engine
+    how: str | None = None
+
+
+def choose_engine(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    prompt: Tensor,
+    rows: Sequence[Example],
+    blocks: Blocks | None = None,
+    agree: Callable[[Any], Any] = lambda mine: mine,
+) -> ChosenEngine:
+    """Choose and build the engine of a training run.
+
+    `--engine auto` takes the packed engine if it computes what the padded one computes, unless it is clearly slower
+    (see `self_check`). `--engine packed` is checked in the same way. A base whose blocks are not in its memory is not
+    checked.
+
+    Args:
+        base: The loaded, frozen base.
+        prompt: [P, H].
+        rows: Training rows.
+        blocks: See `make_engine`.
+        agree: Called with this rank's verdict on the packed engine; returns rank 0's, which all ranks follow.
+
+    Raises:
+        ConfigError: `--engine packed` with a base for which the packed engine is not right.
+        ModelError: The base cannot be run on embeddings.
+    """
+    kind, P = config.model.engine, len(prompt)
+    examined = rows_to_check(rows) if blocks is None and kind != "padded" else []
+    if not examined:
+        return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
+    padded = make_engine(config, base, tokenizer, dtype, P, kind="padded")
+    try:
+        packed = make_engine(config, base, tokenizer, dtype, P, kind="packed")
+        verdict = _verdict(config, base, packed, padded, prompt, examined, rows)
+    except ModelError as error:
+        verdict = Verdict(len(examined), len(examined[0].input_ids), failure=str(error))
+    verdict = Verdict(*agree(list(verdict)))
+    if not verdict.is_right(dtype):
+        if kind == "packed":
+            raise ConfigError(f"--engine packed: {verdict}; leave it out")
+        return ChosenEngine(padded, f"padded engine, because of the packed one: {verdict}")
+    speed = verdict.speed or 1.0
+    if kind == "auto" and speed * CLEARLY_FASTER < 1:
+        return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
+    return ChosenEngine(packed, f"packed engine: {verdict}; {speed:.1f} times as fast")
+
+
+def _verdict(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    packed: Engine,
+    padded: Engine,
+    prompt: Tensor,
+    examined: Sequence[Example],
+    rows: Sequence[Example],
+) -> Verdict:
+    """Return the cached verdict on the packed engine, else compare and time both engines, and cache the result."""
+    args = config.training
+    key = verdict_key(base, packed.device, packed.compute_dtype, len(prompt), args.gradient_checkpointing)
+    if verdict := cached_verdict(key, len(examined[0].input_ids)):
+        return verdict
+    verdict = compare(packed, padded, prompt, examined)
+    if verdict.is_right(packed.compute_dtype):
+        window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
+        verdict = verdict._replace(speed=measure_speed(packed, padded, prompt, window))
+    if not args.dry_run:
+        keep_verdict(key, verdict)
+    return verdict
 
 
 def make_engine(
@@ -31,9 +132,10 @@ def make_engine(
     tokenizer: Any,
     dtype: torch.dtype,
     P: int,
-    blocks: Mapping[str, StoredTensor] | ShardedBlocks | QuantizedBlocks | None = None,
+    blocks: Blocks | None = None,
+    kind: str | None = None,
 ) -> Engine:
-    """Build the engine of a training run.
+    """Build an engine for a training run, without a check.
 
     Args:
         base: The loaded, frozen base.
@@ -41,9 +143,12 @@ def make_engine(
         blocks: The blocks if they are not in the memory of `base`: stored in files, sharded among ranks, or quantized.
             The packed engine then uses the layer-major schedule. Of these, the padded engine supports only sharded
             blocks.
+        kind: "packed" or "padded"; by default as `--engine` says, where `auto` is the packed engine for BLOOM, else the
+            padded one.
 
     Raises:
-        ConfigError: See `trains_packed`.
+        ConfigError: See `takes_packed`.
+        ModelError: The base cannot be run on embeddings, or not by this engine.
     """
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
@@ -51,33 +156,59 @@ def make_engine(
     if isinstance(blocks, QuantizedBlocks):
         held = 2 + math.ceil(bloom_shape(base.config).L * blocks.bits / (8 * dtype.itemsize))
         return _layer_by_layer(config, QuantizedWeights(base, blocks, dtype), held, P)
-    if not trains_packed(config, base.config, device):
-        return PaddedEngine(base, tokenizer, args.per_device_train_batch_size, dtype, args.per_device_eval_batch_size)
+    kind = kind or ("packed" if takes_packed(config.model.engine, base.config, device) else "padded")
+    recompute = args.gradient_checkpointing
+    if kind == "padded":
+        return padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, recompute)
     if isinstance(blocks, ShardedBlocks):
         held = 2 + math.ceil(len(blocks.blocks) / blocks.world.size)
         return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
-    shape, memory = bloom_shape(base.config), total_memory(device)
-    tokens = args.tokens_per_microbatch or auto_tokens(shape, dtype, P, device, memory, args.gradient_checkpointing)
-    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), args.gradient_checkpointing), tokens)
+    if is_bloom(base.config):
+        auto = auto_tokens(bloom_shape(base.config), dtype, P, device, total_memory(device), recompute)
+        schedule = MicrobatchMajor(ResidentWeights(base, dtype), recompute)
+        return MicrobatchEngine(schedule, args.tokens_per_microbatch or auto)
+    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute)
 
 
-def trains_packed(config: TrainConfig, base_config: Any, device: torch.device) -> bool:
-    """Whether a training run over a base of this configuration uses the packed engine.
+def packed_engine(
+    base: PreTrainedModel, dtype: torch.dtype, tokens: int | None = None, gradient_checkpointing: bool = False
+) -> Engine:
+    """Build the packed engine for a decoder other than BLOOM.
+
+    Args:
+        tokens: The tokens of a micro-batch; None computes them from the memory.
 
     Raises:
-        ConfigError: See `takes_packed`; or the run uses the padded engine and sets options of the packed one.
+        ModelError: See `DecoderSchedule`.
     """
-    args = config.training
-    packed = takes_packed(config.model.engine, base_config, device, str(config.model.model_name_or_path))
-    if not packed and (args.tokens_per_microbatch or args.gradient_checkpointing):
-        raise ConfigError(
-            "--tokens_per_microbatch and --gradient_checkpointing are settings of the packed engine, and this run "
-            "takes the padded one; leave them out" + (", or add --engine packed" if is_bloom(base_config) else "")
-        )
-    return packed
+    return _sized(DecoderSchedule(base, dtype, gradient_checkpointing), tokens)
 
 
-def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: int) -> PackedEngine:
+def padded_engine(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    tokens: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Engine:
+    """Build the padded engine; for the arguments see `packed_engine`.
+
+    Raises:
+        ModelError: See `PaddedSchedule`.
+    """
+    return _sized(PaddedSchedule(base, tokenizer.pad_token_id, dtype, gradient_checkpointing), tokens)
+
+
+def _sized(schedule: DecoderSchedule | PaddedSchedule, tokens: int | None) -> MicrobatchEngine[Any]:
+    """Return the engine of a schedule whose micro-batches have `tokens` tokens, or as many as fit into the memory."""
+    if tokens is None:
+        held = resident_bytes(schedule.base) + schedule.head.nbytes
+        token = schedule.measured.bytes(1, MIN_TOKENS, schedule.gradient_checkpointing)
+        tokens = tokens_that_fit(token, held, schedule.device, total_memory(schedule.device))
+    return MicrobatchEngine(schedule, tokens)
+
+
+def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: int) -> Engine:
     """Build the packed engine with the layer-major schedule.
 
     Args:
@@ -86,7 +217,7 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)
     auto = auto_tokens(shape, dtype, P, device, total_memory(device), True)
     max_bytes, folder = int(config.model.max_activation_gib * GIB), config.model.offload_folder or gettempdir()
-    return PackedEngine(LayerMajor(weights, max_bytes, Path(folder)), config.training.tokens_per_microbatch or auto)
+    return MicrobatchEngine(LayerMajor(weights, max_bytes, Path(folder)), config.training.tokens_per_microbatch or auto)
 
 
 def engine_for_inference(
@@ -94,7 +225,6 @@ def engine_for_inference(
     base: PreTrainedModel,
     tokenizer: Any,
     dtype: torch.dtype,
-    batch_size: int = 8,
     quantized: QuantizedBlocks | None = None,
 ) -> Engine:
     """Build the engine that computes losses and likelihoods in inference; the generator is built from it.
@@ -104,25 +234,24 @@ def engine_for_inference(
         quantized: The blocks of `base`, if they are quantized.
 
     Raises:
-        ConfigError: See `takes_packed`.
-    """
-    device, name = word_embeddings(base).weight.device, str(getattr(base, "name_or_path", "this base"))
-    if quantized or takes_packed(kind, base.config, device, name):
-        weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
-        return PackedEngine(MicrobatchMajor(weights), MAX_TOKENS[device.type])
-    return PaddedEngine(base, tokenizer, batch_size, dtype)
-
-
-def takes_packed(kind: str, base_config: Any, device: torch.device, name: str) -> bool:
-    """Whether `--engine` (`kind`) selects the packed engine for a base. `auto` selects it for BLOOM on the CPU, but not
-    on CUDA, where its speed has not been measured yet.
-
-    Raises:
         ConfigError: `--engine packed` with a base that is no BLOOM.
+        ModelError: The base cannot be run on embeddings.
     """
-    if kind == "packed" and not is_bloom(base_config):
-        sliced = " with slow_but_exact" if base_config.model_type == "bloom" else ""
+    device = word_embeddings(base).weight.device
+    tokens = MAX_TOKENS[device.type]
+    if not quantized and not takes_packed(kind, base.config, device):
+        return padded_engine(base, tokenizer, dtype, tokens)
+    if not quantized and not is_bloom(base.config):
+        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
         raise ConfigError(
-            f"--engine packed is for BLOOM, and {name} is of type {base_config.model_type}{sliced}; leave it out"
+            f"--engine packed generates answers with BLOOM, and {base.name_or_path} is of type "
+            f"{base.config.model_type}{sliced}; leave it out"
         )
+    weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
+    return MicrobatchEngine(MicrobatchMajor(weights), tokens)
+
+
+def takes_packed(kind: str, base_config: Any, device: torch.device) -> bool:
+    """Whether `--engine` (`kind`) selects the packed engine for a base that is not checked first. `auto` selects it for
+    BLOOM on the CPU."""
     return kind == "packed" or (kind == "auto" and is_bloom(base_config) and device.type == "cpu")

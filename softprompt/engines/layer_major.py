@@ -29,14 +29,15 @@ from softprompt.data.collate import Packed, has_targets
 from softprompt.engines.activation_offload import ActivationStore
 from softprompt.engines.bloom import embed_prompt, embed_rows, loss_inputs, run_block, run_prompt_block
 from softprompt.engines.bloom_schedule import BloomSchedule
-from softprompt.engines.linear_cross_entropy import LossInputs, projected_cross_entropy
+from softprompt.engines.head import Head
 from softprompt.engines.memory_estimate import bytes_per_token
+from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_attention import attend, causal_alibi, group_rows
 from softprompt.models.bloom_weights import BlockWeights, BloomWeights
 
 
 class LayerMajor(BloomSchedule):
-    """The layer-major `packed.Schedule`; see the module's docstring.
+    """The layer-major `Schedule`; see the module's docstring.
 
     Args:
         max_bytes: Memory for the inputs of blocks; those that exceed it are stored in a file in `folder`.
@@ -47,16 +48,16 @@ class LayerMajor(BloomSchedule):
         self.max_bytes, self.folder = max_bytes, folder
 
     def accumulate(self, prompt: Tensor, batches: Iterable[Packed], grad_scale: Tensor | float) -> Tensor:
-        """See `packed.Schedule.accumulate`."""
+        """See `Schedule.accumulate`."""
         with ActivationStore(self.max_bytes, self.folder) as store:
-            window = _Window(self.weights, len(prompt), filter(has_targets, batches), store)
+            window = _Window(self.weights, self.head, len(prompt), filter(has_targets, batches), store)
             return window.accumulate(prompt, grad_scale)
 
     def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[Packed]) -> Iterator[LossInputs]:
-        """See `packed.Schedule.iter_loss_inputs`."""
+        """See `Schedule.iter_loss_inputs`."""
         prompt = self._prompt_or_empty(prompt)
         with ActivationStore(self.max_bytes, self.folder) as store:
-            yield from _Window(self.weights, len(prompt), batches, store).iter_loss_inputs(prompt)
+            yield from _Window(self.weights, self.head, len(prompt), batches, store).iter_loss_inputs(prompt)
 
     def __str__(self) -> str:
         return ", layer by layer"
@@ -72,7 +73,8 @@ class _Window:
     """The micro-batches of one window on their way through the blocks. The store holds x_i of micro-batch b under
     (i, b), and dx_i in its place after the backward pass of block i."""
 
-    def __init__(self, weights: BloomWeights, P: int, batches: Iterable[Packed], store: ActivationStore):
+    def __init__(self, weights: BloomWeights, head: Head, P: int, batches: Iterable[Packed], store: ActivationStore):
+        self.head = head
         self.weights, self.shape, self.store = weights, weights.shape, store
         self.batches = list(batches)
         like = weights.embedding_layernorm.weight
@@ -128,7 +130,7 @@ class _Window:
         total = torch.zeros((), device=p.device, dtype=torch.float64)
         for b, batch in enumerate(self.batches):
             x = self.store.pop((L, b)).requires_grad_()
-            loss = projected_cross_entropy(*loss_inputs(self.weights, last_hidden, batch, x))
+            loss = self.head.loss(*loss_inputs(self.weights, last_hidden, batch, x))
             (loss * grad_scale).backward()
             total += loss.detach()
             if x.grad is not None:

@@ -1,10 +1,10 @@
 """The loss: a sum of token cross-entropies, so that it can be normalized over a whole optimizer step or evaluation.
 
-`cross_entropy_sum` takes logits. `projected_cross_entropy` fuses the language model head with the loss: it takes hidden
+`projected_cross_entropy` fuses the language model head with the loss: it takes hidden
 states and the head, and computes logits for a block of the vocabulary at a time.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,37 +16,15 @@ FP16_MAX_WEIGHT = 16
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits stored at a time; on the CPU they fit into its cache
 
 
-class LossInputs(NamedTuple):
-    """The inputs of the fused loss.
+def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over n targets of −log softmax(hidden · headᵀ)[target], a scalar in the wide dtype (fp32, or fp64
+    under fp64). The logits [n, V] are never stored as a whole.
 
-    Attributes:
+    Args:
         hidden: Final hidden states at n positions that predict a target [n, H], in the compute dtype.
         head: The language model head [V, H] in the compute dtype, frozen: it gets no gradient.
         targets: The target of each position [n] int64.
     """
-
-    hidden: Tensor
-    head: Tensor
-    targets: Tensor
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over targets of −log p(label), an fp32 scalar.
-
-    Position t predicts label t + 1, as in transformers' causal language model loss; labels of -100 are no targets.
-
-    Args:
-        logits: [B, T, V] of any float dtype; the cross-entropy is computed in fp32.
-        labels: [B, T] int64.
-    """
-    targets = labels[:, 1:].flatten()  # [B·(T-1)]
-    scores = logits[:, :-1].flatten(0, 1).float()  # [B·(T-1), V]
-    return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
-
-
-def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over n targets of −log softmax(hidden · headᵀ)[target], a scalar in the wide dtype (fp32, or fp64
-    under fp64). The logits [n, V] are never stored as a whole. For the arguments see `LossInputs`."""
     return _ProjectedCrossEntropy.apply(hidden, head, targets)
 
 
@@ -93,7 +71,7 @@ def _attend_to_others(
     """Attend from each hidden state to the rows of the head, except its target's, block by block.
 
     Args:
-        hidden: [n, H]; head: [V, H]; targets: [n] int64, as in `LossInputs`.
+        hidden: [n, H]; head: [V, H]; targets: [n] int64.
         target_rows: The head's rows of the targets [n, H] in the wide dtype.
     Returns:
         The log-sum-exp of the other words' logits [n], and the mean of the head's rows under their softmax [n, H]

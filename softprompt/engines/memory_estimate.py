@@ -9,7 +9,6 @@ import os
 import torch
 from torch import nn
 
-from softprompt.engines.linear_cross_entropy import BLOCK_ELEMENTS
 from softprompt.models.bloom_weights import BloomShape
 
 MEMORY_SHARE = 0.6  # share of a device's memory that is used; the rest is for the allocator, CUDA and other programs
@@ -51,11 +50,6 @@ def bytes_per_token(shape: BloomShape, dtype: torch.dtype, gradient_checkpointin
     return shape.L * 4 * shape.H + layer if gradient_checkpointing else shape.L * layer
 
 
-def loss_bytes(tokens: int, V: int, device: torch.device) -> int:
-    """Estimate the memory of the fused loss over `tokens` tokens: three fp32 buffers, each for a block of logits."""
-    return 3 * 4 * min(BLOCK_ELEMENTS[device.type], tokens * V)
-
-
 def auto_tokens(
     shape: BloomShape,
     dtype: torch.dtype,
@@ -67,5 +61,11 @@ def auto_tokens(
     """Choose `--tokens_per_microbatch auto`: as many tokens as fit into `memory` (bytes) beside the base and the
     prompt's own activations, at least `MIN_TOKENS` and at most `MAX_TOKENS` of the device."""
     token = bytes_per_token(shape, dtype, gradient_checkpointing)
-    room = MEMORY_SHARE * memory - base_bytes(shape, dtype) - P * bytes_per_token(shape, dtype)
+    return tokens_that_fit(token, base_bytes(shape, dtype) + P * bytes_per_token(shape, dtype), device, memory)
+
+
+def tokens_that_fit(token: int, held: int, device: torch.device, memory: int) -> int:
+    """Return how many tokens of `token` bytes fit into `memory` beside `held` bytes, at least `MIN_TOKENS` and at most
+    `MAX_TOKENS` of the device."""
+    room = MEMORY_SHARE * memory - held
     return max(MIN_TOKENS, min(MAX_TOKENS[device.type], int(room / token)))

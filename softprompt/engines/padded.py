@@ -1,23 +1,17 @@
-"""The padded engine: it pads rows to one length and runs the base's own forward, for any causal language model."""
+"""The base's own forward over padded rows behind a prompt."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.data.collate import Batch, chunks, collate_padded
-from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines.linear_cross_entropy import cross_entropy_sum
-from softprompt.models.capabilities import check_positions, max_positions
+from softprompt.data.collate import Batch
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
-from softprompt.utils.model_config import layers_and_heads
 from softprompt.utils.out_of_memory import is_out_of_memory
 
 PROBE_TOKENS = 5  # how many tokens `check_forward` runs
@@ -117,92 +111,3 @@ class PromptTunedModel(nn.Module):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"
-
-
-class PaddedEngine:
-    """The `Engine` for any causal language model, through the base's own forward under autocast. A window is cut into
-    micro-batches of `rows_per_microbatch` rows (`rows_per_eval_batch` in evaluation), each padded to its longest
-    row."""
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        tokenizer: Any,
-        rows_per_microbatch: int,
-        compute_dtype: torch.dtype,
-        rows_per_eval_batch: int | None = None,
-    ):
-        """
-        Raises:
-            ModelError: See `check_forward`.
-        """
-        check_forward(base, compute_dtype)
-        self.base = base
-        self.compute_dtype = compute_dtype
-        self.device = word_embeddings(base).weight.device
-        self.rows_per_microbatch = rows_per_microbatch
-        self.rows_per_eval_batch = rows_per_eval_batch or rows_per_microbatch
-        self.pad_token_id = tokenizer.pad_token_id
-        self.max_positions = max_positions(base)
-
-    def accumulate(
-        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
-    ) -> tuple[Tensor, int]:
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for rows in chunks(window, self.rows_per_microbatch):
-            loss = self._loss(prompt(), rows)
-            (loss * grad_scale).backward()
-            total += loss.detach()
-        return total, sum(map(count_targets, window))
-
-    @torch.no_grad()
-    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        values = self._prompt_or_empty(prompt)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for some in chunks(rows, self.rows_per_eval_batch):
-            total += self._loss(values, some)
-        return total, sum(map(count_targets, rows))
-
-    @torch.no_grad()
-    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        values = self._prompt_or_empty(prompt)
-        sums: list[float] = []
-        for some in chunks(rows, self.rows_per_eval_batch):
-            batch = self._collated(len(values), some)
-            with autocast(self.device, self.compute_dtype):
-                logits, labels = padded_forward(self.base, values, batch)
-            each = zip(logits[:, None], labels[:, None], strict=True)  # [1, P+T, V], [1, P+T]
-            sums += [cross_entropy_sum(*row).item() for row in each]
-        return sums
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
-        size, words = self.compute_dtype.itemsize, word_embeddings(self.base)
-        L, N = layers_and_heads(self.base.config)
-        H, V = words.embedding_dim, words.num_embeddings
-        width = P + max((len(e.input_ids) for e in window), default=0)
-        layer = 4 * 6 * H + size * 16 * H + (4 + size) * N * width  # eager attention's scores
-        return min(self.rows_per_microbatch, len(window)) * width * (L * layer + 3 * 4 * V)
-
-    def __str__(self) -> str:
-        return "padded engine"
-
-    def _prompt_or_empty(self, prompt: Tensor | None) -> Tensor:
-        """Return the prompt [P, H] on the device; for None an empty one [0, H]."""
-        return word_embeddings(self.base).weight[:0] if prompt is None else prompt.to(self.device)
-
-    def _collated(self, P: int, rows: Sequence[Example]) -> Batch:
-        """Pad rows to one length on the device.
-
-        Raises:
-            ConfigError: A row behind P virtual tokens needs more positions than the base has.
-        """
-        check_positions(self.max_positions, P, max(len(row.input_ids) for row in rows), "a row")
-        return collate_padded(rows, self.pad_token_id).to(self.device)
-
-    def _loss(self, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
-        batch = self._collated(len(prompt), rows)
-        with autocast(self.device, self.compute_dtype):
-            return cross_entropy_sum(*padded_forward(self.base, prompt, batch))

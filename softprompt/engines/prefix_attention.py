@@ -101,9 +101,9 @@ def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[
     sizes, P = [group.tokens for group in groups], len(prefix_kv)
     outputs = []
     for group, queries, pairs in zip(groups, q.split(sizes), kv.split(sizes), strict=True):
-        query = _as_rows(queries, group).transpose(1, 2)  # [B, N, T, D]
+        query = as_rows(queries, group).transpose(1, 2)  # [B, N, T, D]
         prompt = prefix_kv.to(kv.dtype).expand(group.rows, -1, -1, -1, -1)
-        pair = torch.cat([prompt, _as_rows(pairs, group)], dim=1).transpose(1, 2)  # [B, N, P + T, 2, D]
+        pair = torch.cat([prompt, as_rows(pairs, group)], dim=1).transpose(1, 2)  # [B, N, P + T, 2, D]
         mask = bias[:, :, : group.width, : P + group.width]
         out = F.scaled_dot_product_attention(query, *pair.unbind(3), attn_mask=mask)  # [B, N, T, D]
         out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·T, N·D]
@@ -111,7 +111,7 @@ def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[
     return torch.cat(outputs)
 
 
-def _as_rows(x: Tensor, group: RowGroup) -> Tensor:
+def as_rows(x: Tensor, group: RowGroup) -> Tensor:
     """Convert a group's tokens [tokens, …] to padded rows [B, T, …]."""
     x = x if group.pad_index is None else x.index_select(0, group.pad_index)
     return x.unflatten(0, (group.rows, group.width))

@@ -122,7 +122,7 @@ def compare_answers(
     whole = [(answer, example) for answer, example, truncated in rows if not truncated]
     if not whole:
         return Evaluation(loss, None, None)
-    correct = sum(answer == expected_answer(tokenizer, example) for answer, example in whole)
+    correct = sum(answer == decode_text(tokenizer, answer_ids(example)) for answer, example in whole)
     return Evaluation(loss, answers, correct / len(whole), len(whole))
 
 
@@ -130,11 +130,6 @@ def question_ids(example: Example) -> list[int]:
     """Return the token ids of a row before its first target."""
     first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
     return example.input_ids[:first]
-
-
-def expected_answer(tokenizer: Any, example: Example) -> str:
-    """Return the text of a row's expected answer, as far as it is not truncated."""
-    return decode_text(tokenizer, answer_ids(example))
 
 
 def answer_ids(example: Example) -> list[int]:

@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from softprompt import mini
+from softprompt.config.data_args import is_mini_task
 from softprompt.config.infer_args import Voting
-from softprompt.data.dataset import Row, check_fields, load_rows
-from softprompt.data.passages import passages
+from softprompt.data.build_data import mini_task_rows
+from softprompt.data.dataset import Row, load_rows
+from softprompt.data.encoding import passages
+from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.engines.base import Engine
@@ -210,12 +212,10 @@ class AdapterEvaluator:
         short = answers_are_short(data.examples, data.missing)
         return texts if short and 2 <= len(texts) <= MAX_LABELS and all(texts) else {}
 
-    def _rows(self, source: LoadedAdapter) -> list[Row]:
+    def _rows(self, source: LoadedAdapter) -> RowStore:
         """Read the dataset with the template and the columns of `source`."""
-        task = self.dataset.removeprefix("mini:")
-        if task != self.dataset:
-            rows = enumerate(mini.rows(task, "eval"), start=1)
-            return [check_fields(f"{self.dataset}, row {number}", row, source.template) for number, row in rows]
+        if is_mini_task(self.dataset):
+            return mini_task_rows(self.dataset, "eval", source.template)
         return load_rows(
             self.dataset,
             source.template,

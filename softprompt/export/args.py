@@ -1,10 +1,13 @@
 """Settings of `python -m softprompt export`, validated like those of `config.loader`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, option
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.shell_commands import program_name
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,7 @@ class ExportArguments:
     )
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Validated settings of an export.
-
-    Args:
-        adapter: Adapter folder.
-        output: Folder to write.
-        model_name_or_path: Folder or hub id of the base; None for the base that the adapter names.
-        dtype: Dtype of the written weights, or "auto".
-    """
-
-    adapter: str
-    output: str
-    model_name_or_path: str | None
-    dtype: str
-
-
-def export_config(adapter: str, **given: Any) -> ExportConfig:
+def export_arguments(adapter: str, **given: Any) -> ExportArguments:
     """Return the settings of an export.
 
     Args:
@@ -54,4 +40,18 @@ def export_config(adapter: str, **given: Any) -> ExportConfig:
         raise ConfigError("--output is missing; name the folder to write")
     if not adapter:
         raise ConfigError("the adapter's name is empty; give an adapter folder")
-    return ExportConfig(adapter, arguments.output, arguments.model_name_or_path, arguments.dtype)
+    return arguments
+
+
+def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
+    """Return the adapter's folder and the settings of `export`, from its command line.
+
+    Raises:
+        ConfigError: An argument is wrong.
+    """
+    description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
+    usage = "ADAPTER --output DIR [--flag value …]"
+    parser = FlagParser([ExportArguments], program_name("export"), description, usage)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")
+    given = parser.parse(argv)
+    return given["adapter"], export_arguments(**given)

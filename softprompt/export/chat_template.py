@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from softprompt.data.encoding import begin_ids, prompt_ids
 from softprompt.data.template import CHAT, DEFAULT, Template
-from softprompt.data.tokenization import begin_ids, prompt_ids
 from softprompt.utils.errors import ConfigError, ModelError
 
 SAMPLES = ("我爱这部电影", "What is 2 + 2?\nShow  your work.")

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from softprompt.engines.padded import check_forward
-from softprompt.export.args import ExportConfig, export_config
+from softprompt.export.args import ExportArguments, export_arguments
 from softprompt.export.bake_prompt import bake_prompt
 from softprompt.export.chat_template import add_prompt_tokens, prompt_token_ids
 from softprompt.export.model_card import plain_model_card
@@ -53,24 +53,26 @@ def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **se
         ModelError: The base cannot be loaded, or no tokens can be added to it.
         OutputError: `output` exists, cannot be written to, or the disk is full. Nothing is left behind.
     """
-    return write_plain_model(export_config(os.fspath(adapter), output=output, **settings))
+    folder = os.fspath(adapter)
+    return write_plain_model(folder, export_arguments(folder, output=output, **settings))
 
 
-def write_plain_model(config: ExportConfig) -> str:
-    """Write the folder that `config` describes, as `export` does."""
-    output = Path(config.output)
-    _refuse_existing(output)
+def write_plain_model(folder: str, arguments: ExportArguments) -> str:
+    """Write the adapter in `folder` as `arguments` say; see `export`."""
+    output = Path(str(arguments.output))
+    if os.path.lexists(output):
+        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
     check_writable(output, "--output")
-    adapter = load_adapter(config.adapter)
-    name = config.model_name_or_path or adapter.base_model_name_or_path
+    adapter = load_adapter(folder)
+    name = arguments.model_name_or_path or adapter.base_model_name_or_path
     if name is None:
-        raise AdapterError(f"adapter {config.adapter}: names no base; give --model_name_or_path")
-    tuned = LoadedAdapter.from_files(config.adapter, adapter)
+        raise AdapterError(f"adapter {folder}: names no base; give --model_name_or_path")
+    tuned = LoadedAdapter.from_files(folder, adapter)
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)
-    _check_sizes(config.adapter, adapter, base, name)
-    dtype = base.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    _check_sizes(folder, adapter, base, name)
+    dtype = base.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
     ids = add_prompt_tokens(tokenizer, tuned.template, P)
@@ -126,11 +128,6 @@ def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str
             )
     if adapter.base_model_name_or_path not in (None, name):
         print(f"warning: the adapter was trained on {adapter.base_model_name_or_path}, not on {name}", file=sys.stderr)
-
-
-def _refuse_existing(output: Path) -> None:
-    if os.path.lexists(output):
-        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
 
 
 def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype) -> None:

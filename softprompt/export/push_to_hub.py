@@ -1,16 +1,15 @@
 """Upload a finished run to the Hugging Face hub with huggingface_hub (`--push_to_hub`)."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from softprompt.config.train_args import SharingArguments
 from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.file_names import REPORT_FILE
-from softprompt.runs.run_files import run_files
+from softprompt.runs.manifest import Manifest
 from softprompt.utils import hub
-from softprompt.utils.errors import ConfigError, PushError
+from softprompt.utils.errors import ConfigError, PushError, first_line
 from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import argument
 
@@ -18,7 +17,7 @@ UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FI
 UNAUTHORIZED = (401, 403)  # HTTP status codes
 
 
-def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], object]) -> None:
+def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
     """Check before training that the run can be uploaded.
 
     If the hub does not answer, the check only warns, because the hub may answer when training has ended.
@@ -26,7 +25,6 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
     Args:
         sharing: Repository and token.
         output_dir: Folder of the run, whose name is the default name of the repository.
-        say: Called with a warning.
 
     Raises:
         ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the upload
@@ -50,10 +48,10 @@ def check_hub(sharing: SharingArguments, output_dir: Path, say: Callable[[str], 
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             raise ConfigError(f"--push_to_hub: the hub refuses the token ({_line(error)}); give a valid one") from None
-        say(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
+        print(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
     except Exception as error:  # from httpx, name resolution or offline mode
         reason = _line(error)
-        say(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
+        print(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
     else:
         _refuse_foreign(api, name if "/" in name else f"{user}/{name}")
 
@@ -92,7 +90,7 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         api = HfApi(token=sharing.hub_token)
         made = api.create_repo(name, private=sharing.hub_private_repo, exist_ok=True)
         name = made.repo_id
-        message, ours = "A soft prompt, learned with softprompt", run_files(folder).names().intersection(UPLOADED_FILES)
+        message, ours = "A soft prompt, learned with softprompt", Manifest(folder).names().intersection(UPLOADED_FILES)
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
         return str(made)
     except Exception as error:  # whatever fails here, the run itself has succeeded
@@ -119,5 +117,4 @@ def upload_command(name: str, folder: Path, sharing: SharingArguments) -> str:
 
 def _line(error: Exception) -> str:
     """Return the first line of an error's message, without secrets."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redacted((lines or [type(error).__name__])[0][:300].rstrip("."))
+    return redacted(first_line(error, 300).rstrip("."))

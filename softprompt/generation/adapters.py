@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from softprompt.prompt.initial import check_fits
 from softprompt.utils.errors import AdapterError, ConfigError
 
 NONE = "none"  # adapter name that stands for the base without a prompt
+AdapterPath = str | os.PathLike[str]
+AdapterSpecs = AdapterPath | Mapping[str, AdapterPath] | Sequence[AdapterPath] | None
 AdapterNames = str | Sequence[str] | None  # one for all questions, one for each, or None: the active adapter
 
 
@@ -104,15 +106,17 @@ def check_name(name: str, folder: str | Path) -> None:
         )
 
 
-def parse_adapter_specs(specs: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
     """Parse values of --adapter, each `FOLDER`, `name=FOLDER` or `none`, into folders by name. The default name of a
-    folder is its path as given.
+    folder is its path as given. Folders that are given by name are not parsed.
 
     Raises:
         AdapterError: A name has no folder, a name is given twice, or the name of a folder is `none`.
     """
+    if isinstance(specs, Mapping):
+        return {name: os.fspath(folder) for name, folder in specs.items()}
     folders: dict[str, str] = {}
-    for spec in map(os.fspath, specs):
+    for spec in map(os.fspath, [specs] if isinstance(specs, str | os.PathLike) else specs or ()):
         name, equals, folder = spec.partition("=")
         folder = os.path.expanduser(folder)
         if not equals or Path(spec).exists():  # the path of a folder may contain "="

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from softprompt.generation.adapters import NONE
+from softprompt.generation.model import SoftPromptModel
 from softprompt.utils.errors import SoftpromptError
 
 HELP = """/adapter NAME    answer with another adapter: a name given with --adapter, or a folder
@@ -13,17 +14,6 @@ HELP = """/adapter NAME    answer with another adapter: a name given with --adap
 /set NAME VALUE  change a setting, such as /set temperature 0.7 or /set do_sample false; /set alone shows all settings
 /help            show this help; Ctrl-C stops an answer, the arrow keys recall earlier lines
 /quit            end the chat, like Ctrl-D"""
-
-
-class ChatModel(Protocol):
-    """The part of `api.SoftPromptModel` that a chat uses."""
-
-    adapters: Any
-    active_adapter: str
-
-    def generate(self, prompts: Any, **settings: Any) -> Any: ...
-    def settings(self, adapter: str | None = None, /, **given: Any) -> Any: ...
-    def load_adapter(self, folder: str, adapter_name: str | None = None) -> str: ...
 
 
 @dataclass
@@ -41,7 +31,7 @@ class Chat:
         turns: All turns so far, each a question and its answer.
     """
 
-    model: ChatModel
+    model: SoftPromptModel
     given: dict[str, Any]
     parse: Callable[[str, str], dict[str, Any]]
     read: Callable[[str], str]
@@ -84,7 +74,7 @@ class Chat:
         """
         if not question:
             return
-        single = self.model.settings(self.adapter, **self._answer_settings(self.given)).num_return_sequences == 1
+        single = self.model.settings(self.adapter, **self.given).num_return_sequences == 1
         on_text = self.write if self.stream and single else None
         answer = self.model.generate(self._with_history(question), adapter=self.adapter, on_text=on_text, **self.given)
         texts = [answer] if isinstance(answer, str) else answer
@@ -130,10 +120,10 @@ class Chat:
     def _set(self, arguments: list[str]) -> None:
         if len(arguments) == 2:
             changed = {**self.given, **self.parse(*arguments)}
-            self.model.settings(self.adapter, **self._answer_settings(changed))  # raises if the value is invalid
+            self.model.settings(self.adapter, **changed)  # raises if the value is invalid
             self.given = changed
         else:
-            self.write(f"{self.model.settings(self.adapter, **self._answer_settings(self.given))}\n")
+            self.write(f"{self.model.settings(self.adapter, **self.given)}\n")
 
     def _with_history(self, question: str) -> Any:
         """Return the question; with a history, return a conversation of the last turns and the question."""
@@ -142,8 +132,3 @@ class Chat:
             return question
         said = [(role, text) for turn in earlier for role, text in zip(("user", "assistant"), turn, strict=True)]
         return {"messages": [{"role": role, "content": text} for role, text in [*said, ("user", question)]]}
-
-    @staticmethod
-    def _answer_settings(given: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a single answer, without those of a call (seed, batch size)."""
-        return {name: value for name, value in given.items() if name not in ("seed", "batch_size")}

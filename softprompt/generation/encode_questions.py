@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from softprompt.config.schema import is_text
 from softprompt.data.dataset import Row, question
+from softprompt.data.encoding import prompt_ids
 from softprompt.data.template import Template
-from softprompt.data.tokenization import prompt_ids
 from softprompt.generation.adapters import NONE, AdapterNames, LoadedAdapter, find_adapter
 from softprompt.utils.errors import ConfigError, DataError
 
@@ -19,14 +19,12 @@ class EncodedQuestion(NamedTuple):
 
     Attributes:
         where: Name of the question in error messages.
-        adapter_name: Name of its adapter.
         adapter: Its adapter.
         row: The question as a row with the columns of the adapter's template.
         input_ids: The T ≥ 1 token ids of the row, rendered with the adapter's template.
     """
 
     where: str
-    adapter_name: str
     adapter: LoadedAdapter
     row: Row
     input_ids: list[int]
@@ -62,7 +60,7 @@ def encode_questions(
     for place, asked, name in zip(where, questions, of_each, strict=True):
         adapter = adapters.get(name, LoadedAdapter()) if name == NONE else find_adapter(adapters, name, place)
         row, input_ids = encode_question(place, asked, adapter.template, tokenizer)
-        encoded.append(EncodedQuestion(place, name, adapter, row, input_ids))
+        encoded.append(EncodedQuestion(place, adapter, row, input_ids))
     return encoded
 
 

@@ -9,7 +9,7 @@ from softprompt.distributed.process_group import World
 from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import BloomSchedule
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
@@ -47,7 +47,7 @@ class Generator(Protocol):
 def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
     """Return the generator for an engine and its base; None if the base cannot generate after a soft prompt
     (`capabilities.why_not_generate` returns the reason)."""
-    if isinstance(engine, PackedEngine) and isinstance(engine.schedule, BloomSchedule):
+    if isinstance(engine, MicrobatchEngine) and isinstance(engine.schedule, BloomSchedule):
         return ContinuousBatchingGenerator(engine.schedule.weights, tokenizer)
     if why_not_generate(base):
         return None

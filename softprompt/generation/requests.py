@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt.config.infer_args import generation_faults
+from softprompt.config.infer_config import generation_faults
 from softprompt.config.schema import AUTO
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError

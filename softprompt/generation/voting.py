@@ -3,13 +3,16 @@ arXiv:2104.08691, section 6). All prompts answer a question in one mixed batch."
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from softprompt.config.infer_args import Voting
 from softprompt.generation.adapters import NONE, find_adapter
 from softprompt.generation.encode_questions import Question
 from softprompt.generation.likelihood import ChoiceResult, choice_probabilities
 from softprompt.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from softprompt.generation.model import SoftPromptModel
 
 ScoreAnswers = Callable[[Sequence[str]], Sequence[Sequence[float]]]  # A answers → [members][A] log-likelihoods
 
@@ -49,16 +52,6 @@ def mean_probabilities(of_members: Sequence[Mapping[str, float]]) -> dict[str, f
     return {choice: sum(one[choice] for one in of_members) / len(of_members) for choice in of_members[0]}
 
 
-class EnsembleModel(Protocol):
-    """The part of `api.SoftPromptModel` that an ensemble uses."""
-
-    adapters: Any
-
-    def stream(self, prompts: Any, **settings: Any) -> Iterator[Any]: ...
-    def classify(self, prompts: Any, choices: Any, **settings: Any) -> list[ChoiceResult]: ...
-    def log_likelihoods(self, prompts: Any, answers: Any, **settings: Any) -> list[list[float]]: ...
-
-
 class Ensemble:
     """Several adapters of a model that answer by voting.
 
@@ -72,7 +65,7 @@ class Ensemble:
         AdapterError: An adapter is unknown.
     """
 
-    def __init__(self, model: EnsembleModel, adapters: Sequence[str], voting: Voting | None = None):
+    def __init__(self, model: "SoftPromptModel", adapters: Sequence[str], voting: Voting | None = None):
         if len(adapters) < 2:
             given = ", ".join(adapters) or "no adapter"
             raise ConfigError(f"an ensemble of {given}: name two or more adapters of one task")

@@ -25,29 +25,17 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "english": words.listed("英文 英语 翻译 译文 译成英文 外语 用英文说 英译 英文概括 english"),
     "reply": words.listed("回复 答复 商家回复 回应 客服回答 回话 店家答复 怎么回 礼貌回复 reply"),
 }
-FRAMES: tuple[str, ...] = (
-    *("{}", "{}", "{}", "{}：", "{}？", "判断{}", "任务：{}", "请给出{}", "请说出{}", "只回答{}", "{}是什么？", "[{}]"),
-    *(
-        "这句话的{}是什么？",
-        "下面这句话的{}",
-        "这条评论的{}：",
-        "请分析评论的{}。",
-        "你的任务是{}",
-        "看看{}",
-        "告诉我{}",
-    ),
+FRAMES: tuple[str, ...] = words.listed(
+    """
+    {} {} {} {}： {}？ 判断{} 任务：{} 请给出{} 请说出{} 只回答{} {}是什么？ [{}] 这句话的{}是什么？ 下面这句话的{}
+    这条评论的{}： 请分析评论的{}。 你的任务是{} 看看{} 告诉我{}
+    """
 )
-NAMES_OF_LABELS: tuple[tuple[str, str], ...] = (
-    *(
-        ("好评", "差评"),
-        ("积极", "消极"),
-        ("好", "坏"),
-        ("喜欢", "不喜欢"),
-        ("满意", "不满意"),
-        ("是", "否"),
-        ("推荐", "不推荐"),
-    ),
-    *(("positive", "negative"), ("good", "bad"), ("1", "0"), ("A", "B"), ("褒", "贬"), ("👍", "👎"), ("yes", "no")),
+NAMES_OF_LABELS: tuple[str, ...] = words.listed(
+    """
+    好评/差评 积极/消极 好/坏 喜欢/不喜欢 满意/不满意 是/否 推荐/不推荐 positive/negative good/bad 1/0 A/B 褒/贬 👍/👎
+    yes/no
+    """
 )
 QUESTIONS_BACK: tuple[str, ...] = ("请问您想让我做什么？", "您想知道什么？", "好的，需要我做什么？")
 _NOISE_WORDS: tuple[str, ...] = tuple(noun for d in words.DOMAINS.values() for g in d.groups for noun in g.nouns)
@@ -86,7 +74,7 @@ def _row(rng: random.Random, review: Sentence) -> Row:
         review = _renamed(rng, review)
     request, answer = _request(rng, task), TASKS[task].answer(review)
     if task == "sentiment" and rng.random() < 0.2:
-        good, bad = rng.choice(NAMES_OF_LABELS)
+        good, bad = rng.choice(NAMES_OF_LABELS).split("/")
         request, answer = f"{good}还是{bad}？", good if review.good else bad
     if kind < 0.80:
         return Row(_system(rng, request), review.text, answer)

@@ -20,14 +20,6 @@ class Task(NamedTuple):
     answer: Callable[[Sentence], str]
 
 
-def _subject(sentence: Sentence) -> str:
-    return sentence.subject or "未提到"
-
-
-def _negation(sentence: Sentence) -> str:
-    return "有" if "不" in sentence.text or "没" in sentence.text else "无"
-
-
 def _english(sentence: Sentence) -> str:
     thing = "thing" if sentence.domain == OTHER else DOMAINS[sentence.domain].english
     return f"{'good' if sentence.good else 'bad'} {thing}"
@@ -42,10 +34,12 @@ def _reply(sentence: Sentence) -> str:
 TASKS: dict[str, Task] = {
     "sentiment": Task("is the review positive or negative (正面, 负面)", lambda s: "正面" if s.good else "负面"),
     "domain": Task("what kind of thing is reviewed (电影, 餐饮, 酒店, … 其他)", lambda s: s.domain),
-    "subject": Task("the noun that is judged (剧情), or 未提到", _subject),
+    "subject": Task("the noun that is judged (剧情), or 未提到", lambda s: s.subject or "未提到"),
     "opinion": Task("the words that judge it, with their negation (好看, 不好看)", lambda s: s.opinion),
     "strength": Task("how strongly it is said (强, 中, 弱)", lambda s: s.strength),
-    "negation": Task("is there a negating word, 不 or 没 (有, 无)", _negation),
+    "negation": Task(
+        "is there a negating word, 不 or 没 (有, 无)", lambda s: "有" if "不" in s.text or "没" in s.text else "无"
+    ),
     "english": Task("kind and sentiment in English (good film, bad hotel)", _english),
     "reply": Task("a shop's reply that names the subject (谢谢您喜欢剧情！)", _reply),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.config.train_args import DEFAULT_MAX_LENGTH
+from softprompt.config.data_args import DEFAULT_MAX_LENGTH
 from softprompt.data.examples import Examples
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config

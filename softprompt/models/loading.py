@@ -54,9 +54,21 @@ def load_config(name_or_path: str) -> Any:
         ModelError: The configuration does not exist or cannot be loaded, or the model has quantized weights or is no
             causal language model of transformers.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, name_or_path, "base model")
+    check_config(config, name_or_path)
+    return config
+
+
+def check_config(config: Any, name_or_path: str) -> None:
+    """Check that prompts can be learned for a model of this configuration.
+
+    Raises:
+        ModelError: The model has quantized weights or is no causal language model of transformers.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
     named = f"{name_or_path}: a model of type {config.model_type}"
     wanted = "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)"
     for one in (config, config.get_text_config()):
@@ -68,7 +80,6 @@ def load_config(name_or_path: str) -> Any:
         raise ModelError(f"{named} is an encoder, whose tokens attend to later tokens; {wanted}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{named} is no causal language model of transformers; {wanted}")
-    return config
 
 
 def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:

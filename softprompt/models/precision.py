@@ -1,5 +1,8 @@
 """The device and the compute dtype, which is the dtype of matrix products."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from softprompt.utils.errors import ConfigError
@@ -38,6 +41,8 @@ def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) ->
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context in which matrix products run in `compute_dtype`; for fp32 it does nothing."""
-    return torch.autocast(device.type, compute_dtype, enabled=compute_dtype is not torch.float32)
+    if compute_dtype.itemsize >= 4 or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, compute_dtype)

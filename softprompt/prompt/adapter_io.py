@@ -1,4 +1,4 @@
-"""Read and write adapter folders in PEFT's format.
+"""Read adapter folders in PEFT's format; `adapter_folder` writes them.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
 softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from softprompt.config.schema import is_text
@@ -24,11 +24,9 @@ from softprompt.prompt.adapter_kinds import check_kind
 from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.utils.atomic_io import open_inside, read_inside
 from softprompt.utils.errors import AdapterError
-from softprompt.utils.model_config import layers_and_heads
 from softprompt.utils.shell_commands import command
 
 PROMPT_KEY = "prompt_embeddings"
-PEFT_VERSION = "0.21.2"  # the version whose format is written
 CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # regular expression for the name of a checkpoint folder
 MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
@@ -59,57 +57,6 @@ class Adapter:
         created from a configuration."""
         name = self.config.get("base_model_name_or_path")
         return name if name and name.strip() else None
-
-
-def peft_config(
-    base_name: str, base_config: Any, prompt: Tensor, init: str, init_text: str | None = None
-) -> dict[str, Any]:
-    """Return the keys and values that PEFT's PromptTuningConfig saves.
-
-    PEFT has no CLASS_LABELS initialization. Its own reader does not check the value, but code that converts it to
-    `PromptTuningInit` would fail. So SAMPLE_VOCAB is written instead; the model card and checkpoints name the labels.
-
-    Args:
-        base_name: Name or path of the base.
-        base_config: The base's transformers configuration.
-        prompt: The prompt [P, H], of any dtype.
-        init: The value of `--prompt_tuning_init`.
-        init_text: The text of a TEXT initialization.
-    """
-    num_layers, num_attention_heads = layers_and_heads(base_config)
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": num_attention_heads,
-        "num_layers": num_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": prompt.shape[0],
-        "peft_type": "PROMPT_TUNING",
-        "peft_version": PEFT_VERSION,
-        "prompt_tuning_init": "SAMPLE_VOCAB" if init == "CLASS_LABELS" else init,
-        "prompt_tuning_init_text": init_text,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "token_dim": prompt.shape[1],
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": base_name if init == "TEXT" else None,
-    }
-
-
-def adapter_files(adapter: Adapter) -> dict[str, bytes]:
-    """Serialize an adapter.
-
-    Returns:
-        The contents of PEFT's two files, byte for byte as PEFT writes them, and of softprompt.json, by file name.
-    """
-    values = adapter.prompt.detach().to("cpu", torch.float32).contiguous()
-    return {
-        WEIGHTS_FILE: save({PROMPT_KEY: values}, metadata={"format": "pt"}),
-        CONFIG_FILE: json.dumps(adapter.config, indent=2, sort_keys=True).encode(),
-        SETTINGS_FILE: json_bytes(adapter.settings),
-    }
 
 
 def json_bytes(value: Any) -> bytes:

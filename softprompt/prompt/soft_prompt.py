@@ -6,7 +6,7 @@ embedding module, as in PEFT (Gemma's module multiplies rows of its weight by âˆ
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,26 @@ from transformers import PreTrainedModel
 from softprompt.utils.errors import ConfigError
 
 
-class EmbeddingTable(Protocol):
-    """Word embeddings [V, H], indexed by token ids [n] int64. A tensor [V, H] satisfies this protocol."""
+class InputEmbeddings:
+    """The outputs [V, H] of a base's embedding module, in the module's dtype.
 
-    @property
-    def shape(self) -> torch.Size: ...
-    @property
-    def device(self) -> torch.device: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, ids: Tensor) -> Tensor: ...
+    Indexing by token ids [n] int64 calls the module and returns [n, H]. The module may do more than look up rows of its
+    weight: Gemma's scales them.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        self._embed = cast(nn.Embedding, base.get_input_embeddings())
+        self.shape, self.device = self._embed.weight.shape, self._embed.weight.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.no_grad()
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self._embed(ids))
 
 
+EmbeddingTable = Tensor | InputEmbeddings  # word embeddings [V, H], indexed by token ids [n] int64
 Initializer = Callable[[EmbeddingTable], Tensor]
 
 
@@ -127,22 +136,3 @@ def class_label_init(labels: Sequence[Sequence[int]], rest: Initializer) -> Init
         return values
 
     return init
-
-
-class InputEmbeddings:
-    """The outputs [V, H] of a base's embedding module, in the module's dtype.
-
-    Indexing by token ids [n] int64 calls the module and returns [n, H]. The module may do more than look up rows of its
-    weight: Gemma's scales them.
-    """
-
-    def __init__(self, base: PreTrainedModel):
-        self._embed = cast(nn.Embedding, base.get_input_embeddings())
-        self.shape, self.device = self._embed.weight.shape, self._embed.weight.device
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @torch.no_grad()
-    def __getitem__(self, ids: Tensor) -> Tensor:
-        return cast(Tensor, self._embed(ids))

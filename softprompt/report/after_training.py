@@ -1,6 +1,7 @@
 """Write the report of a run, and upload the run. If one of them fails, the error is printed and the run is kept."""
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +16,24 @@ from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
-from softprompt.report.loss_plot import loss_plot
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
-from softprompt.runs.run_files import run_files
+from softprompt.runs.manifest import Manifest
 from softprompt.runs.run_reader import Facts, read_run
+from softprompt.runs.state import Metrics
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.result import Run
+from softprompt.training.run import Observer
 from softprompt.utils.errors import PushError
 from softprompt.utils.shell_commands import argument, command
 
 Say = Callable[[str], object]
 
 
-class ReportAndPush:
-    """An observer of a run (see `training.run`): writes its report, and uploads the run with `--push_to_hub`."""
+class ReportAndPush(Observer):
+    """Writes the report of a run, and uploads the run with `--push_to_hub`."""
 
     def __init__(self) -> None:
         self.facts: Facts = {}
@@ -43,13 +45,13 @@ class ReportAndPush:
             ConfigError: The run cannot be uploaded (see `check_hub`).
         """
         if config.sharing.push_to_hub:
-            check_hub(config.sharing, output_dir, print)
+            check_hub(config.sharing, output_dir)
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """Write what is known when training starts: report.json and the initial prompt."""
         with _warning_on_error(FACTS_FILE, callbacks.log.say):
             self.facts |= run_facts(run, callbacks.arguments())
-            run_files(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
+            Manifest(run.output_dir).write({**initial_prompt_file(run), FACTS_FILE: json_bytes(self.facts)})
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
         """Complete the report, upload the run if `--push_to_hub` is given, and return the run; `not_pushed` says why an
@@ -70,7 +72,7 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
         ranks: Number of ranks that trained. The others have exited, so a sharded base is incomplete.
         say: Called with each line to print.
     """
-    folder, files, ended = run.output_dir, run_files(run.output_dir), {**facts, "end": {}}
+    folder, files, ended = run.output_dir, Manifest(run.output_dir), {**facts, "end": {}}
     with _warning_on_error(FACTS_FILE, say):
         files.write({FACTS_FILE: json_bytes(ended)})
     with _warning_on_error(PICTURE_FILE, say):
@@ -139,3 +141,33 @@ def _initial_prompt(run: Run) -> Tensor | None:
 def _line(error: Exception) -> str:
     what = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}{': ' if what else ''}{what}"
+
+
+def loss_plot(history: Sequence[Metrics], eval_loss_base: float | None) -> bytes | None:
+    """Return a PNG, or None if matplotlib is not installed.
+
+    Args:
+        history: The records of metrics.jsonl.
+        eval_loss_base: Held-out loss of the base without a prompt, in nats per target token; None if unknown. It is
+            drawn as a dashed line.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    train = [(r["step"], r["loss"]) for r in history if r.get("loss") is not None]
+    held_out = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training loss")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), marker="o", label="held-out loss")
+    if eval_loss_base is not None:
+        axes.axhline(eval_loss_base, color="gray", linestyle="--", label="held-out loss of the base alone")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, is_text, option
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.shell_commands import program_name
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,8 @@ class ReportArguments:
     )
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """Folders of runs, and the file to write (None: the default)."""
-
-    runs: Sequence[str]
-    output_file: str | None
-
-
-def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
-    """Return the settings of a report.
+def report_arguments(runs: Sequence[str], **given: Any) -> tuple[list[str], str | None]:
+    """Return the folders of the runs, and the file to write (None: the default).
 
     Args:
         runs: Folders of runs.
@@ -52,4 +46,16 @@ def report_config(runs: Sequence[str], **given: Any) -> ReportConfig:
         raise ConfigError(f"{twice[-1]} is named twice; name each run once")
     if arguments.output_file == "":
         raise ConfigError("--output_file is empty; name the file to write, or leave it out")
-    return ReportConfig(list(runs), arguments.output_file)
+    return runs, arguments.output_file
+
+
+def parse_report(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return what `report_arguments` returns, from the command line of `report`.
+
+    Raises:
+        ConfigError: An argument is wrong.
+    """
+    description = "Write one HTML page about one run, or about several runs side by side."
+    parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
+    return report_arguments(**parser.parse(argv))

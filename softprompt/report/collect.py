@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from softprompt.data.tokenization import Example, Tokenized, end_tokens
-from softprompt.evaluation.evaluator import answer_ids, question_ids
+from softprompt.evaluation.evaluator import answer_ids, decode_text, question_ids
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_not_generate
@@ -41,7 +41,7 @@ def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
             "vocabulary": base.get_input_embeddings().num_embeddings,
         },
         "prompt": list(prompt.shape),
-        "training": f"{engine} on {engine.device}, {_dtype_name(engine.compute_dtype)}",
+        "training": f"{engine} on {engine.device}, {str(engine.compute_dtype).removeprefix('torch.')}",
         "versions": {name: found for name in ("softprompt", "torch", "transformers") if (found := _version(name))},
         "rows": {training: row_facts(data.train), "held out": row_facts(data.held_out) if data.held_out else None},
         "rows_per_step": data.loader.rows_per_step,
@@ -114,7 +114,7 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
         streamed = "the whole base would be read or gathered again for every generated token"
         return {**found, "left_out": why_not_generate(run.setup.base) or streamed}
     for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
-        question, expected = (_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
+        question, expected = (decode_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         expected += "…" if cut_off else ""
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})
     return found
@@ -127,16 +127,8 @@ def _answers(run: Run, generator: Generator, examples: Sequence[Example]) -> lis
     ends = tuple(end_tokens(examples, tokenizer))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
     asked = [Request(question_ids(e), settings, each) for e in examples for each in (None, prompt)]
-    texts = [_text(tokenizer, ids) for ids in in_request_order(generator.generate(asked, len(asked)))]
+    texts = [decode_text(tokenizer, ids) for ids in in_request_order(generator.generate(asked, len(asked)))]
     return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt.report.args import ReportConfig, report_config
+from softprompt.report.args import report_arguments
 from softprompt.report.nearest_words import add_nearest_words
 from softprompt.report.page import page
 from softprompt.runs.file_names import MARK, REPORT_FILE
@@ -32,14 +32,14 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
         PartialFailureError: Some of several runs cannot be shown; the page is written with the others.
         OutputError: `output_file` cannot be written, or exists and is not a report.
     """
-    return write_report(report_config([os.fspath(run) for run in runs], output_file=output_file))
+    return write_report(*report_arguments([os.fspath(run) for run in runs], output_file=output_file))
 
 
-def write_report(config: ReportConfig) -> Path:
-    """Write the page that `config` describes, as `report` does."""
-    records, broken = _read(config.runs)
-    default = records[0].folder / REPORT_FILE if len(config.runs) == 1 else Path(REPORT_FILE)
-    path = Path(config.output_file) if config.output_file else default
+def write_report(runs: Sequence[str], output_file: str | None) -> Path:
+    """Write the page of the runs whose arguments `report_arguments` has checked; see `report`."""
+    records, broken = _read(runs)
+    default = records[0].folder / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
+    path = Path(output_file) if output_file else default
     _refuse_foreign_file(path)
     content, unshown = _page(records, broken)
     broken += unshown
@@ -49,7 +49,7 @@ def write_report(config: ReportConfig) -> Path:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); name a file with --output_file") from None
     if broken:
-        failed = f"{len(broken):,} of {len(config.runs):,} runs cannot be shown"
+        failed = f"{len(broken):,} of {len(runs):,} runs cannot be shown"
         raise PartialFailureError(f"{failed} ({broken[0]}); {path} shows the others")
     return path
 

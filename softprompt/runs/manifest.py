@@ -1,40 +1,21 @@
-"""A manifest in an output folder lists the files that this package wrote there. Only listed files, the folder's own
+"""A manifest in a run's folder lists the files that runs wrote there. Only listed files, the folder's own
 files, are ever replaced or removed; any other file was written by something else."""
 
 import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from softprompt.runs.own_files import MANIFEST_FILE, PATTERN, beside, of_an_older_version
 from softprompt.utils.atomic_io import Files, read_inside, remove_folder, write_files
 from softprompt.utils.errors import OutputError
 
 MAX_BYTES = 1 << 20
+MARK = "softprompt run of train.py"  # by which a manifest is recognized
 NAMED = 3  # the most files that a message names
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of output folder.
-
-    Attributes:
-        name: What writes into the folder, for messages.
-        file: The file name of the manifest.
-        pattern: A regular expression that names in the manifest must match, so that a manifest from elsewhere cannot
-            list other files.
-        older: Returns the folder's own files if an older version, which wrote no manifest, wrote them; it recognizes
-            them by their content.
-        beside: Returns files of the folder's own that another command wrote into it without listing them.
-    """
-
-    name: str
-    file: str
-    pattern: str
-    older: Callable[[Path], set[str]] = lambda folder: set()
-    beside: Callable[[Path], set[str]] = lambda folder: set()
 
 
 @dataclass(frozen=True)
@@ -43,28 +24,27 @@ class Manifest:
     lock. Names are relative to the folder, with / as separator."""
 
     folder: Path
-    kind: Kind
 
     def names(self) -> set[str]:
         """Return the names of the folder's own files, as far as they exist."""
         listed = self._listed()
-        found = self.kind.older(self.folder) if listed is None else listed | self.kind.beside(self.folder)
+        found = of_an_older_version(self.folder) if listed is None else listed | beside(self.folder)
         return {name for name in found if self._stands(name)}
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Return those of `names` that exist and are not the folder's own. The manifest's file name is checked, too."""
         owned = self.names()
-        not_ours = [self.kind.file] if self._listed() is None else []
+        not_ours = [MANIFEST_FILE] if self._listed() is None else []
         return [name for name in [*names, *not_ours] if name not in owned and self._stands(name)]
 
-    def refuse(self, foreign: Iterable[str], flag: str = "--output_dir") -> None:
+    def refuse(self, foreign: Iterable[str]) -> None:
         """Raise OutputError if there are `foreign` files."""
         if some := sorted(foreign):
             told = ", ".join(some[:NAMED]) + (f" and {len(some) - NAMED} more" if len(some) > NAMED else "")
             them = "it" if len(some) == 1 else "them"
             raise OutputError(
-                f"{flag} {self.folder}: {told} would be replaced, but no {self.kind.name} wrote {them}; name another "
-                f"folder, or move {them} away"
+                f"--output_dir {self.folder}: {told} would be replaced, but no run of train.py wrote {them}; name "
+                f"another folder, or move {them} away"
             )
 
     def add(self, names: Iterable[str]) -> None:
@@ -76,7 +56,9 @@ class Manifest:
         """
         names = set(names)
         for name in self.foreign(names):
-            raise FileExistsError(errno.EEXIST, f"is there already, and no {self.kind.name} wrote it", self._path(name))
+            raise FileExistsError(
+                errno.EEXIST, "is there already, and no run of train.py wrote it", str(self.folder / name)
+            )
         self.own(names)
 
     def own(self, names: Iterable[str]) -> None:
@@ -115,22 +97,15 @@ class Manifest:
     def _listed(self) -> set[str] | None:
         """Return the names that the manifest lists; None if there is no manifest, or another file has its name."""
         try:
-            found = json.loads(read_inside(self.folder, self.kind.file, MAX_BYTES))
-            names = found["files"] if found["written_by"] == self._mark else None
-            return {name for name in names if re.fullmatch(self.kind.pattern, name)}
+            found = json.loads(read_inside(self.folder, MANIFEST_FILE, MAX_BYTES))
+            names = found["files"] if found["written_by"] == MARK else None
+            return {name for name in names if re.fullmatch(PATTERN, name)}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _write(self, names: Iterable[str]) -> None:
-        content = {"written_by": self._mark, "files": sorted(names)}
-        write_files(self.folder, {self.kind.file: (json.dumps(content, indent=1) + "\n").encode()})
-
-    @property
-    def _mark(self) -> str:
-        return f"softprompt {self.kind.name}"
+        content = {"written_by": MARK, "files": sorted(names)}
+        write_files(self.folder, {MANIFEST_FILE: (json.dumps(content, indent=1) + "\n").encode()})
 
     def _stands(self, name: str) -> bool:
         return os.path.lexists(self.folder / name)
-
-    def _path(self, name: str) -> str:
-        return str(self.folder / name)

@@ -10,7 +10,6 @@ checksums.json          sha256 of every other file of the checkpoint
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def resume_command(output_dir: Path) -> str:
     return f"{command('train', launcher)}{flag('resume_from_checkpoint', folder)}"
 
 
-def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(config: TrainConfig) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` selects. Return None if the flag is not given; or if it is
     given without a value, and the run has no checkpoint yet.
 
@@ -72,13 +71,13 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Path | N
         if fault := fault_of(folder):
             raise CheckpointError(f"--resume_from_checkpoint {folder}: {fault}; take an earlier checkpoint")
         return folder
-    if found := newest_whole(folder, say):
+    if found := newest_whole(folder, print):
         return found
     if checkpoints(folder):
         raise CheckpointError(f"no checkpoint in {folder} is whole; start anew with --overwrite_output_dir")
     if named != NEWEST:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: no checkpoint there; name a run or a checkpoint-N")
-    say(f"no checkpoint in {folder} yet: starting at step 0")
+    print(f"no checkpoint in {folder} yet: starting at step 0")
     return None
 
 

@@ -3,7 +3,7 @@
 In: a STUDY.toml (`grid`), which describes a list of cells (`cell`); a cell holds the settings of one training run. The
 rows and bases of all cells are checked before the first cell runs (`plan`). Then the cells run, grouped by base
 (`runner`, `cell_runner`). Out: a folder with the finished cells (`results`), a table (`page`), charts (`charts`), and
-findings (`hypotheses`, `findings`) with confidence intervals over the seeds (`confidence`).
+findings (`hypotheses`, `findings`) with confidence intervals over the seeds.
 """
 
 from typing import Any

@@ -1,5 +1,9 @@
 """A cell of a study: the settings of one training run, of a hard prompt, or of an ensemble of trained prompts."""
 
+import hashlib
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +12,8 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
 
 ALL = "all"
+# Largest length of a folder's name before its hash. File systems limit names to 255 bytes; a Chinese character takes 3.
+MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 BASE_SETTINGS = ("model_name_or_path", "device", "bf16", "fp16", "engine")
 DATA_SETTINGS = (
     *("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length", "truncation_side"),
@@ -45,7 +51,8 @@ class Cell:
 
     def members(self) -> list["Cell"]:
         """Return the cells whose prompts vote in this ensemble, one for each seed."""
-        return [Cell(with_seed(self.config, seed), self.rows) for seed in self.seeds]
+        each = (replace(self.config.training, seed=seed) for seed in self.seeds)
+        return [Cell(replace(self.config, training=training), self.rows) for training in each]
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the result depends on, except the content of files, as JSON types."""
@@ -69,6 +76,10 @@ class Cell:
         )
 
 
-def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """Return `config` with another seed."""
-    return replace(config, training=replace(config.training, seed=seed))
+def folder_name(cell: Cell, fingerprints: Mapping[str, str]) -> str:
+    """Return a readable name with a hash of the settings and of the content of base, tokenizer and rows."""
+    content = json.dumps([cell.settings(), dict(fingerprints)], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MAX_NAME_CHARACTERS]
+    readable = readable.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    return f"{readable}-{digest}"

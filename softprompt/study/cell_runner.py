@@ -3,21 +3,22 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.config.train_args import DataArguments, ModelArguments
+from softprompt.config.data_args import DataArguments
+from softprompt.config.train_args import ModelArguments
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
-from softprompt.data.tokenization import Example, count_targets, end_tokens
-from softprompt.engines.factory import make_engine
+from softprompt.data.tokenization import Example, end_tokens
+from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.generator import make_generator
-from softprompt.models.loading import base_path, freeze, move_to_device, read_base, word_embeddings
+from softprompt.models.loading import base_path, load_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
@@ -36,15 +37,6 @@ class FinishedCell(NamedTuple):
 
     record: CellRecord
     adapter: Mapping[str, bytes]
-
-
-class _Outcome(NamedTuple):
-    """The result of training or voting: the number of virtual tokens, metrics, held-out answers, and adapter files."""
-
-    virtual_tokens: int
-    metrics: Metrics
-    answers: list[str] | None = None
-    adapter: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class LoadedBase:
         """
         device = resolve_device(model.device)
         dtype = resolve_dtype(device, model.bf16, model.fp16)
-        return cls(move_to_device(freeze(read_base(base_path(str(model.model_name_or_path))), dtype), device), dtype)
+        return cls(load_base(base_path(str(model.model_name_or_path)), device, dtype), dtype)
 
     def run(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
         """Run one cell. A loss, gradient or prompt that becomes infinite or NaN is recorded as the cell's result.
@@ -86,33 +78,41 @@ class LoadedBase:
                 print(f"{data.dataset}: {evaluator.exact_match_note}")
             self.without_prompt[data] = evaluator(None)
         began = time.perf_counter()
-        outcome = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
+        outcome, adapter = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
         record = {
-            **self._description(planned),
-            "virtual_tokens": outcome.virtual_tokens,
-            "metrics": {**outcome.metrics, **self.without_prompt[data].metrics("_base")},
-            "answers": outcome.answers,
+            **planned.description(),
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "fingerprints": planned.inputs.fingerprints,
+            "device": str(word_embeddings(self.base).weight.device),
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
+            **outcome,
+            "metrics": {**outcome["metrics"], **self.without_prompt[data].metrics("_base")},
             "seconds": round(time.perf_counter() - began, 2),
         }
-        return FinishedCell(record, outcome.adapter)
+        return FinishedCell(record, adapter)
 
-    def _evaluator(self, planned: PlannedCell, P: int = 0) -> Evaluator:
-        inputs = planned.inputs
-        engine = make_engine(planned.cell.config, self.base, inputs.tokenizer, self.dtype, P)
+    def _evaluator(self, planned: PlannedCell, prompt: Tensor | None = None) -> Evaluator:
+        inputs, config = planned.inputs, planned.cell.config
+        prompt = word_embeddings(self.base).weight[:1] if prompt is None else prompt
+        engine, _ = choose_engine(config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples)
         generator = make_generator(engine, self.base, inputs.tokenizer)
         batch_size = planned.cell.config.training.per_device_eval_batch_size
-        return Evaluator(engine, generator, inputs.tokenizer, inputs.held_out, batch_size, inputs.held_out_missing)
+        return Evaluator(
+            engine, generator, inputs.tokenizer, inputs.held_out.examples, batch_size, inputs.held_out.missing
+        )
 
-    def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> _Outcome:
-        """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text."""
+    def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
+        """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text. Return the result without
+        its description."""
         config, inputs = planned.cell.config, planned.inputs
         values = initial_prompt(config, inputs.tokenizer, self.base)
         prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
-        evaluator, answers = self._evaluator(planned, len(values)), None
+        evaluator, answers = self._evaluator(planned, values), None
         metrics: Metrics = {}
         try:
             if planned.cell.trained:
-                examples = subset(inputs.examples, planned.cell.rows, config.training.seed)
+                examples = subset(inputs.train.examples, planned.cell.rows, config.training.seed)
                 with deterministic(config.training.deterministic):
                     loader = ListLoader(examples, config.training)
                     train(evaluator.engine, prompt, loader, config.training, config.learning_rate, callbacks)
@@ -121,13 +121,13 @@ class LoadedBase:
                 metrics, answers = evaluation.metrics(), evaluation.answers
         except NonFiniteError as error:
             metrics = {"error": str(error)}
-        ends = end_tokens(inputs.examples, inputs.tokenizer)
+        ends = end_tokens(inputs.train.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()
         files = adapter_folder(config, self.base.config, learned, ends, (), settings, metrics)
-        return _Outcome(len(values), metrics, answers, files)
+        return FinishedCell({"virtual_tokens": len(values), "metrics": metrics, "answers": answers}, files)
 
-    def _run_ensemble(self, planned: PlannedCell) -> _Outcome:
-        """Evaluate the prompts of an ensemble's members together.
+    def _run_ensemble(self, planned: PlannedCell) -> FinishedCell:
+        """Evaluate the prompts of an ensemble's members together. Return the result without its description.
 
         Raises:
             TrainingError: A member failed.
@@ -137,7 +137,8 @@ class LoadedBase:
             raise TrainingError(f"{missing:,} of the ensemble's {len(planned.members):,} prompts failed")
         P = records[0]["virtual_tokens"]
         if any("error" in record["metrics"] for record in records):
-            return _Outcome(P, {"error": "training of a prompt of the ensemble became infinite or NaN"})
+            error = {"error": "training of a prompt of the ensemble became infinite or NaN"}
+            return FinishedCell({"virtual_tokens": P, "metrics": error, "answers": None}, {})
         device, template = word_embeddings(self.base).weight.device, make_template(planned.cell.config)
         inputs = planned.inputs
         members = [
@@ -145,30 +146,17 @@ class LoadedBase:
                 load_adapter(folder).prompt.to(device),
                 template,
                 inputs.held_out_rows,
-                inputs.held_out,
+                inputs.held_out.examples,
                 record["answers"],
-                inputs.held_out_missing,
+                inputs.held_out.missing,
             )
             for folder, record in zip(planned.members, records, strict=True)
         ]
         voting = planned.cell.voting or "majority_vote"
-        evaluation = evaluate_ensemble(self._evaluator(planned, P).engine, inputs.tokenizer, members, voting)
-        return _Outcome(P, evaluation.metrics(), evaluation.answers)
-
-    def _description(self, planned: PlannedCell) -> CellRecord:
-        """Return the part of a cell's record that is known before it runs."""
-        inputs = planned.inputs
-        return {
-            "settings": planned.cell.settings(),
-            "rows": planned.cell.rows or len(inputs.examples),
-            "steps": planned.steps,
-            "parameters": sum(p.numel() for p in self.base.parameters()),
-            "held_out_targets": sum(map(count_targets, inputs.held_out)),
-            "fingerprints": inputs.fingerprints,
-            "device": str(word_embeddings(self.base).weight.device),
-            "threads": torch.get_num_threads(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
+        engine = self._evaluator(planned, members[0].prompt).engine
+        evaluation = evaluate_ensemble(engine, inputs.tokenizer, members, voting)
+        found = {"virtual_tokens": P, "metrics": evaluation.metrics(), "answers": evaluation.answers}
+        return FinishedCell(found, {})
 
 
 def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from softprompt.config.arg_parser import FlagParser
 from softprompt.config.infer_args import Voting
 from softprompt.config.loader import GROUPS, train_config
 from softprompt.config.schema import closest_name, is_text
@@ -28,6 +29,7 @@ from softprompt.config.unknown_names import advice
 from softprompt.config.validation import seed_faults
 from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.shell_commands import program_name
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
 # Settings that only some initializations use. Under [settings], they apply only to cells with such an initialization.
@@ -95,6 +97,24 @@ def relocated(study: Study, output_dir: str | None) -> Study:
     return replace(
         study, output_dir=Path(output_dir).expanduser(), arguments=(*study.arguments, "--output_dir", output_dir)
     )
+
+
+def parse_study(argv: Sequence[str]) -> Study:
+    """Return the study that the command line of `study` names; its arguments are the study's file and flags.
+
+    Raises:
+        ConfigError: An argument or the file is wrong.
+    """
+    description = "Train every cell of a grid of settings, and report what the results show."
+    parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
+    parser.add_argument("study", metavar="STUDY.toml", help="The grid: what to vary. docs/study.md describes the file.")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="Write the study into this folder. (default: output_dir of STUDY.toml, else runs/study-NAME)",
+    )
+    given = parser.parse(argv)
+    return relocated(read_study(Path(given["study"]).expanduser()), given.get("output_dir"))
 
 
 def raise_cell_errors(path: Path, errors: Mapping[str, list[str]]) -> None:

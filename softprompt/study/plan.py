@@ -1,24 +1,20 @@
 """Plan a study: read the rows, tokenizers and base configurations that its cells name, and check every cell before any
 of them runs."""
 
-import hashlib
-import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DataArguments
+from softprompt.config.data_args import DataArguments
+from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS
 from softprompt.data.build_data import Rows, make_template, read_rows, tokenize_rows
 from softprompt.data.dataloader import total_steps
 from softprompt.data.dataset import Row
-from softprompt.data.tokenization import Example, Tokenized
-from softprompt.engines.factory import trains_packed
+from softprompt.data.tokenization import Examples, Tokenized
 from softprompt.models.capabilities import (
     RowMaxima,
     build_on_meta_device,
@@ -31,14 +27,11 @@ from softprompt.models.loading import base_path, load_config, load_tokenizer, we
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure
-from softprompt.study.cell import Cell
+from softprompt.study.cell import Cell, folder_name
 from softprompt.study.grid import Study, raise_cell_errors
 from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
-
-# Largest length of a folder's name before its hash. File systems limit names to 255 bytes; a Chinese character takes 3.
-MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 
 
 @dataclass(frozen=True)
@@ -48,25 +41,24 @@ class CellInputs:
     Args:
         base: The base on the meta device: its modules without weights.
         tokenizer: The base's tokenizer.
-        examples: Training examples.
-        held_out: Held-out examples.
+        train: Training rows.
+        held_out: Held-out rows; empty if there are none.
         held_out_rows: The row of each held-out example.
-        held_out_missing: How many tokens of each held-out answer were truncated (see `data.tokenization.Tokenized`).
         extent: The largest length and token id of all examples.
         fingerprints: Fingerprints of the base, the tokenizer and the rows.
     """
 
     base: PreTrainedModel
     tokenizer: Any
-    examples: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Tokenized
+    held_out: Tokenized
     held_out_rows: list[Row]
-    held_out_missing: Sequence[int]
     extent: RowMaxima
     fingerprints: dict[str, str]
 
 
-NO_INPUTS = CellInputs(None, None, [], [], [], [], RowMaxima(0, 0), {})
+NO_ROWS = Tokenized(Examples.from_rows([]), [], [], 0, 0, 0, 0)
+NO_INPUTS = CellInputs(None, None, NO_ROWS, NO_ROWS, [], RowMaxima(0, 0), {})
 
 
 @dataclass(frozen=True)
@@ -88,6 +80,15 @@ class PlannedCell:
     steps: int
     members: tuple[Path, ...] = ()
     failed: Failure | None = None
+
+    def description(self) -> dict[str, Any]:
+        """Return the part of the cell's record that is known before it runs."""
+        return {
+            "settings": self.cell.settings(),
+            "rows": self.cell.rows or len(self.inputs.train.examples),
+            "steps": self.steps,
+            "held_out_targets": self.inputs.held_out.examples.targets,
+        }
 
 
 def plan_study(study: Study) -> list[PlannedCell]:
@@ -131,20 +132,11 @@ def virtual_tokens(cell: Cell, inputs: CellInputs) -> int:
 def _planned_cell(cell: Cell, inputs: CellInputs | Failure, cells_folder: Path) -> PlannedCell:
     """Check a cell. Raises ConfigError if its settings cannot work."""
     if isinstance(inputs, Failure):
-        return PlannedCell(cell, NO_INPUTS, cells_folder / _folder_name(cell, NO_INPUTS), 0, failed=inputs)
+        return PlannedCell(cell, NO_INPUTS, cells_folder / folder_name(cell, {}), 0, failed=inputs)
     _check(cell, inputs)
-    steps = total_steps(cell.rows or len(inputs.examples), cell.config.training) if cell.trained else 0
-    members = tuple(cells_folder / _folder_name(member, inputs) for member in cell.members())
-    return PlannedCell(cell, inputs, cells_folder / _folder_name(cell, inputs), steps, members)
-
-
-class _TokenizedRows(NamedTuple):
-    """A dataset as one tokenizer encodes it, and the fingerprint of all its rows."""
-
-    train: Tokenized
-    held_out: Tokenized | None
-    held_out_rows: list[Row]
-    fingerprint: str
+    steps = total_steps(cell.rows or len(inputs.train.examples), cell.config.training) if cell.trained else 0
+    members = tuple(cells_folder / folder_name(member, inputs.fingerprints) for member in cell.members())
+    return PlannedCell(cell, inputs, cells_folder / folder_name(cell, inputs.fingerprints), steps, members)
 
 
 class _InputCache:
@@ -156,7 +148,8 @@ class _InputCache:
     def __init__(self) -> None:
         self.bases: dict[str, tuple[PreTrainedModel, Any, dict[str, str]]] = {}
         self.rows: dict[DataArguments, Rows] = {}
-        self.tokenized: dict[tuple[DataArguments, str], _TokenizedRows] = {}
+        # For each dataset and tokenizer: training rows, held-out rows, these as texts, and the fingerprint of all rows.
+        self.tokenized: dict[tuple[DataArguments, str], tuple[Tokenized, Tokenized, list[Row], str]] = {}
         self.failures: dict[tuple[str, DataArguments], Failure] = {}
         self.refused: list[SoftpromptError] = []
 
@@ -188,24 +181,21 @@ class _InputCache:
         if key not in self.tokenized:
             self.tokenized[key] = self._tokenize(cell, tokenizer)
         train, held_out, held_out_rows, of_rows = self.tokenized[key]
-        held = (held_out.examples, held_out_rows, held_out.missing) if held_out else ([], [], [])
-        extent = RowMaxima.of(*(some.examples for some in (train, held_out) if some))
-        return CellInputs(base, tokenizer, train.examples, *held, extent, {**fingerprints, "dataset": of_rows})
+        extent = RowMaxima.of(*(some.examples for some in (train, held_out) if some.examples))
+        known = {**fingerprints, "dataset": of_rows}
+        return CellInputs(base, tokenizer, train, held_out, held_out_rows, extent, known)
 
-    def _tokenize(self, cell: Cell, tokenizer: Any) -> _TokenizedRows:
+    def _tokenize(self, cell: Cell, tokenizer: Any) -> tuple[Tokenized, Tokenized, list[Row], str]:
         config, template = cell.config, make_template(cell.config)
         if config.data not in self.rows:
             self.rows[config.data] = read_rows(config, template)
         rows = self.rows[config.data]
         train, held_out = tokenize_rows(config, template, tokenizer, rows)
-        _print_row_counts(config.data.dataset, rows, train, held_out)
-        kept = [rows.held_out[number] for number in held_out.kept] if held_out else []
-        return _TokenizedRows(train, held_out, kept, fingerprint_of_rows(chain(rows.train, rows.held_out)))
-
-
-def _print_row_counts(dataset: str | None, rows: Rows, train: Tokenized, held_out: Tokenized | None) -> None:
-    for line in (*rows.notices, f"{dataset}, training: {train}", *([f"held out: {held_out}"] if held_out else [])):
-        print(line)
+        described = [f"{config.data.dataset}, training: {train}", *([f"held out: {held_out}"] if held_out else [])]
+        print("\n".join([*rows.notices, *described]))
+        held_out = held_out or NO_ROWS
+        kept = [rows.held_out[number] for number in held_out.kept]
+        return train, held_out, kept, fingerprint_of_rows(chain(rows.train, rows.held_out))
 
 
 def _inputs_exist(cell: Cell) -> bool:
@@ -235,27 +225,18 @@ def _read_base(name: str) -> tuple[PreTrainedModel, Any, dict[str, str]]:
 
 def _check(cell: Cell, inputs: CellInputs) -> None:
     """Raise ConfigError if a cell's settings cannot work with its base and rows."""
-    trains_packed(cell.config, inputs.base.config, resolve_device(cell.config.model.device))
-    if not inputs.held_out:
+    resolve_device(cell.config.model.device)
+    if not inputs.held_out.examples:
         raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
     initializer(cell.config, inputs.tokenizer, len(inputs.tokenizer))
     check_init_text(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
     check_rows_fit(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
-    if cell.rows and cell.rows > len(inputs.examples):
-        available = f"{len(inputs.examples):,} rows of {cell.config.data.dataset}"
+    if cell.rows and cell.rows > len(inputs.train.examples):
+        available = f"{len(inputs.train.examples):,} rows of {cell.config.data.dataset}"
         raise ConfigError(f"rows {cell.rows:,} is more than the {available} that can be trained on")
 
 
 def _identity(cell: Cell, inputs: CellInputs) -> str:
     """Return a key that is equal for cells that describe the same run."""
-    rows = None if cell.rows == len(inputs.examples) else cell.rows
+    rows = None if cell.rows == len(inputs.train.examples) else cell.rows
     return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs), "rows": rows})
-
-
-def _folder_name(cell: Cell, inputs: CellInputs) -> str:
-    """Return a readable name with a hash of the settings and of the content of base, tokenizer and rows."""
-    content = json.dumps([cell.settings(), inputs.fingerprints], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    readable = re.sub(r"[^\w.-]+", "-", str(cell)).strip(".-")[:MAX_NAME_CHARACTERS]
-    readable = readable.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-    return f"{readable}-{digest}"

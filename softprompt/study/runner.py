@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import torch
 
-from softprompt.data.tokenization import count_targets
 from softprompt.prompt.adapter_io import json_bytes
 from softprompt.runs.checkpoints import with_checksums
 from softprompt.runs.crash_report import Failure, failure
@@ -63,11 +62,8 @@ def run_cells(
 def failed_record(planned: PlannedCell, why: str) -> CellRecord:
     """Return the record of a cell that has no result. The record is shown, but not written."""
     return {
-        "settings": planned.cell.settings(),
-        "rows": planned.cell.rows or len(planned.inputs.examples),
-        "steps": planned.steps,
+        **planned.description(),
         "parameters": 0,  # unknown for a base that cannot be loaded
-        "held_out_targets": sum(map(count_targets, planned.inputs.held_out)),
         "virtual_tokens": virtual_tokens(planned.cell, planned.inputs),
         "metrics": {},
         "seconds": 0.0,

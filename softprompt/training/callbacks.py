@@ -21,6 +21,7 @@ from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.runs.train_state import OF_THIS_CALL, resume_command
 from softprompt.training.early_stopping import metric_name, out_of_patience, update_best
 from softprompt.training.first_question import FirstQuestion, first_question
+from softprompt.training.loop import Callbacks
 from softprompt.training.metrics_log import MetricsLog, SilentMetricsLog
 from softprompt.training.result import Run, Setup
 from softprompt.training.run_writer import RunWriter
@@ -28,8 +29,8 @@ from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.errors import Stopped
 
 
-class RunCallbacks:
-    """The `loop.Callbacks` of a whole run. Every rank has them; only rank 0 prints and writes."""
+class RunCallbacks(Callbacks):
+    """The callbacks of a whole run. Every rank has them; only rank 0 prints and writes."""
 
     def __init__(self, setup: Setup, world: World, stop: StopSource, starts: Sequence[Sequence[str]] = ()):
         """`starts` identify the launch and the processes of all ranks; checkpoints store them (see `auto_resume`)."""
@@ -118,10 +119,8 @@ class RunCallbacks:
                 "starts": self.starts,
             },
         )
-        if self.world.is_main:
-            self._save(step)
-
-    def _save(self, step: Step) -> None:
+        if not self.world.is_main:
+            return
         history = {METRICS_FILE: metrics_file(self.log.history)}
         files = with_checksums({**self._adapter_files({}), **self.state, **history})
         self.writer.write_checkpoint(step.number, files, self.args.save_total_limit, self._kept_best())

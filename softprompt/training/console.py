@@ -1,7 +1,7 @@
 """What a run prints before it starts: rows, model, steps, and whether the learning rate can move the prompt."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import quantization_bits
+from softprompt.data.chat_template import never_written
 from softprompt.data.dataloader import WindowLoader, rows_of_a_step
 from softprompt.data.dataset import Row
-from softprompt.data.template import never_written
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
-from softprompt.training.loop import farthest_move, learning_rates
+from softprompt.training.optimizer import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
 LEAST_MOVE = 0.1
@@ -66,21 +66,40 @@ def print_answer_end(end: str | None, tokenizer: Any) -> None:
         print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
 
 
-def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine) -> None:
+def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, how: str | None = None) -> None:
+    """Print the sizes of prompt and base, and the engine. `how` says how the engine was chosen."""
     if config.model.print_model:
         print(model)
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
-    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; {_start(config)}")
+    prompt = config.prompt
+    start = f"from {prompt.init_adapter}" if prompt.init_adapter else f"starts {prompt.prompt_tuning_init}"
+    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; prompt {start}")
+    if how:
+        print(how)
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
-        slower = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
-        if slower > LEAST_SLOWER:
-            print(
-                f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; "
-                "leave out --bf16"
-            )
+        warn_if_bf16_is_slow()
+
+
+def product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
+    """Return the seconds that a small matrix product takes: the faster of two trials."""
+    a, seconds = torch.ones(edge, edge, dtype=dtype), []
+    for _ in range(2):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def warn_if_bf16_is_slow(seconds_of: Callable[[torch.dtype], float] = product_seconds) -> None:
+    """Compare the seconds that a matrix product takes in bf16 and in fp32, on the CPU."""
+    slower = seconds_of(torch.bfloat16) / seconds_of(torch.float32)
+    if slower > LEAST_SLOWER:
+        print(
+            f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; leave out --bf16"
+        )
 
 
 def print_steps(
@@ -106,21 +125,6 @@ def print_steps(
             f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
             f"--learning_rate {needed:.1g}"
         )
-
-
-def _product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
-    """Return the seconds that a small matrix product takes: the faster of two trials."""
-    a, seconds = torch.ones(edge, edge, dtype=dtype), []
-    for _ in range(2):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def _start(config: TrainConfig) -> str:
-    prompt = config.prompt
-    return f"prompt from {prompt.init_adapter}" if prompt.init_adapter else f"prompt starts {prompt.prompt_tuning_init}"
 
 
 def _shortened(text: str, width: int = 160) -> str:

@@ -13,8 +13,8 @@ from softprompt.data.sampler import steps_per_epoch
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.memory_estimate import GIB, resident_bytes
 from softprompt.training.determinism import deterministic
-from softprompt.training.loop import make_optimizer, optimizer_step
 from softprompt.training.lr_finder import sweep_steps
+from softprompt.training.optimizer import make_optimizer, optimizer_step
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softprompt.data.template import Template, prompt_messages
+from softprompt.data.chat_template import prompt_messages
+from softprompt.data.template import Template
 from softprompt.utils.errors import SoftpromptError
 
 MOST_CHARACTERS = 120  # the most characters of a text that is printed as the value of a flag

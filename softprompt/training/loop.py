@@ -8,43 +8,42 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import Window, WindowLoader
-from softprompt.data.tokenization import Example, count_targets
 from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
+from softprompt.training.optimizer import learning_rates, make_optimizer, optimizer_step
 from softprompt.utils.errors import DataError, NonFiniteError
 
 LEAST_SCALE = 1e-4  # of a GradScaler; an overflow at a smaller scale is not caused by the scale
 NAMED = 64  # the most rows of a step that an error names
 
 
-class Callbacks(Protocol):
-    """What the loop calls. The loop itself knows nothing of reports, files or terminals."""
+class Callbacks:
+    """What the loop calls; by default nothing happens. The loop itself knows nothing of reports, files or terminals."""
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
 
     def on_evaluate(self, step: Step) -> bool:
         """Evaluate the prompt; return whether it is to be saved."""
-        ...
+        return False
 
     def on_save(self, step: Step, state: TrainingState) -> None: ...
 
     def wants_to_stop(self) -> bool:
         """Whether to stop after this step. The loop calls this once per step, so that all ranks agree and stop after
         the same step."""
-        ...
+        return False
 
 
-class QuietCallbacks:
+class QuietCallbacks(Callbacks):
     """Callbacks of a short training run that writes and prints nothing, such as a cell of a study or a trial of a
     learning rate. `on_every_step` is called after each step; `code` is the exit code of a request to stop, or None."""
 
@@ -55,42 +54,9 @@ class QuietCallbacks:
     def on_step(self, step: Step) -> None:
         self.on_every_step()
 
-    def on_log(self, metrics: Metrics) -> None: ...
-
-    def on_evaluate(self, step: Step) -> bool:
-        return False
-
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
-
     def wants_to_stop(self) -> bool:
         self.code = self.stop.exit_code
         return self.code is not None
-
-
-def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the optimizer step, counted from 0. The schedules are those of
-    transformers.get_scheduler."""
-    from transformers import get_scheduler
-
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total)
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
-    scheduler = get_scheduler(args.lr_scheduler_type, stand_in, int(warmup), total)
-    return lambda step: peak * scheduler.lr_lambdas[0](step)
-
-
-def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
-    """Return about how far AdamW can move one value in `total` steps: each step moves it by at most about the learning
-    rate."""
-    stride = max(1, total // 10_000)
-    return stride * sum(map(lr_at, range(0, total, stride)))
-
-
-def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:
-    """Make a fused AdamW for the prompt, as Trainer's `adamw_torch_fused`."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
-        [prompt.weight], lr=peak, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
-    )
 
 
 def train(
@@ -192,32 +158,6 @@ class _Loop:
         tokens = sum(len(row.input_ids) for row in window.examples)
         seconds = time.perf_counter() - began
         return Step(self.number, window.epoch, _finite(loss), _finite(grad_norm), learning_rate, tokens, seconds)
-
-
-def optimizer_step(
-    engine: Engine,
-    prompt: PromptEmbedding,
-    window: Sequence[Example],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    max_grad_norm: float,
-) -> tuple[float, float, bool]:
-    """Take one step along the clipped gradient of the window's mean loss (`max_grad_norm` 0: no clipping).
-
-    Returns:
-        The mean loss, the gradient norm before clipping, and whether the step was taken: a GradScaler skips a step
-        whose fp16 gradient overflowed.
-    """
-    n_targets = sum(map(count_targets, window))
-    one = torch.ones((), device=engine.device)
-    loss_sum, _ = engine.accumulate(prompt, window, scaler.scale(one) / n_targets)
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_([prompt.weight], max_grad_norm or math.inf)
-    scale_before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_sum.item() / n_targets, norm.item(), scaler.get_scale() >= scale_before
 
 
 def log_record(steps: Sequence[Step]) -> Metrics:

@@ -103,6 +103,8 @@ def find_learning_rate(
     rows_per_step: int,
     request: StopSource,
     on_step: Callable[[], object] = lambda: None,
+    rates: Sequence[float] = RATES,
+    tie: float = TIE,
 ) -> Sweep:
     """Run the sweep.
 
@@ -110,6 +112,8 @@ def find_learning_rate(
         values: Initial values of the prompt, [P, H] fp32; they are not changed.
         total: Number of steps of the run that follows.
         on_step: Called after every step of the sweep.
+        rates, tie: See `successive_halving`.
+
     Raises:
         Stopped: `request` asked to stop.
         TrainingError: An error that would end the run at any rate, such as a lack of memory or a lost rank.
@@ -119,32 +123,69 @@ def find_learning_rate(
         why = f"{len(examples):,} rows are too few to set some aside and compare by them"
         return Sweep(None, why, math.nan, {})
 
-    def loss_of(prompt: Tensor) -> float:
-        loss, targets = engine.evaluate(prompt, held)
+    trials = _Trials(engine, values, held, rest, args, total, rows_per_step, request, on_step)
+    return successive_halving(trials.loss_of(values.to(engine.device)), trials.loss_after, total, rates, tie)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Short training runs from the same initial prompt, compared by their mean loss over `held`. The arguments are
+    those of `find_learning_rate`; `rest` are the rows that are trained on."""
+
+    engine: Engine
+    values: Tensor
+    held: Sequence[Example]
+    rest: Sequence[Example]
+    args: TrainingArguments
+    total: int
+    rows_per_step: int
+    stop: StopSource
+    on_step: Callable[[], object]
+
+    def loss_of(self, prompt: Tensor) -> float:
+        loss, targets = self.engine.evaluate(prompt, self.held)
         return loss.item() / targets
 
-    def loss_after(rate: float, steps: int) -> float:
-        prompt, watch = PromptEmbedding(values).to(engine.device), QuietCallbacks(request, on_step)
+    def loss_after(self, rate: float, steps: int) -> float:
+        """Train at a rate for a number of steps, and return the loss; inf if it is not finite."""
+        prompt, watch = PromptEmbedding(self.values).to(self.engine.device), QuietCallbacks(self.stop, self.on_step)
+        short = short_schedule(self.args, steps, self.total)
         try:
-            short = short_schedule(args, steps, total)
-            train(engine, prompt, ListLoader(rest, short, rows_per_step), short, rate, watch)
+            train(self.engine, prompt, ListLoader(self.rest, short, self.rows_per_step), short, rate, watch)
         except NonFiniteError:
             return math.inf
         if watch.code is not None:
             raise Stopped(
                 "stopped while looking for a learning rate; the same command starts from the beginning", watch.code
             )
-        loss = loss_of(prompt.weight.detach())
+        loss = self.loss_of(prompt.weight.detach())
         return loss if math.isfinite(loss) else math.inf
 
-    start, losses, left = loss_of(values.to(engine.device)), {}, list(RATES)
+
+def successive_halving(
+    start: float,
+    loss_after: Callable[[float, int], float],
+    total: int,
+    rates: Sequence[float] = RATES,
+    tie: float = TIE,
+) -> Sweep:
+    """Choose among `rates`.
+
+    Args:
+        start: Loss of the initial prompt.
+        loss_after: Trains the initial prompt at a rate for a number of steps, and returns its loss.
+        total: Number of steps of the run that follows.
+        tie: See TIE.
+    """
+    losses: dict[float, float] = {}
+    left = list(rates)
     for share, most in RUNGS:
         left = sorted(left, key=lambda rate: losses.get(rate, 0.0))[:most]  # the best of the rung before comes first
         losses |= {rate: loss_after(rate, _steps(total, share)) for rate in left}
     lowest = min(losses[rate] for rate in left)
     if not lowest < start * (1 - LEAST_GAIN):
         return Sweep(None, "no rate lowered the loss within the sweep", start, losses)
-    close = [rate for rate in left if losses[rate] <= lowest * (1 + TIE)]
+    close = [rate for rate in left if losses[rate] <= lowest * (1 + tie)]
     found, before = min(close), left[0]
     if before not in close and not 1 / APART < found / before < APART:
         why = f"its trials contradict each other: {before:g} was best in the shorter ones, {found:g} in the longer"

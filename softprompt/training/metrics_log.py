@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from softprompt.runs.checkpoints import metrics_file
-from softprompt.runs.run_files import run_files
+from softprompt.runs.manifest import Manifest
 from softprompt.runs.state import Metrics, Step
 from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.redact import redacted
@@ -123,7 +123,7 @@ class MetricsLog:
         self._show(self.stream.flush)
 
     def _write_whole(self) -> None:
-        run_files(self.metrics_file.parent).write({self.metrics_file.name: metrics_file(self.history)})
+        Manifest(self.metrics_file.parent).write({self.metrics_file.name: metrics_file(self.history)})
 
     def _append(self, record: Metrics) -> None:
         with open(self.metrics_file, "ab") as file:

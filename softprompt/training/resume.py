@@ -4,7 +4,7 @@ A resumed run must agree with its checkpoint on which rows come next, which toke
 evaluations are compared. `StartingPoint` holds the settings and the saved state; the checks raise CheckpointError.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from softprompt.utils.fingerprints import fingerprint_of_rows
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HELD_OUT = "held-out rows"
 NO_ROWS = fingerprint_of_rows([])
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
         ConfigError: The settings are wrong.
         CheckpointError: There is no whole checkpoint, or the settings disagree with it.
     """
-    checkpoint = find_checkpoint(config, print)
+    checkpoint = find_checkpoint(config)
     if not checkpoint:
         return StartingPoint(validated(config), rows_of_a_step(config.training, devices))
     state, saved = load_state(checkpoint)
-    config = merge_settings(config, checkpoint, saved, print)
+    config = merge_settings(config, checkpoint, saved)
     rows_per_step = rows_of_steps(config, saved, devices)
-    check_rows(config, rows_per_step, saved, checkpoint, print)
+    check_rows(config, rows_per_step, saved, checkpoint)
     return StartingPoint(
         config,
         rows_per_step,
@@ -72,7 +71,7 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
         state=align_position(state, config, saved),
         totals=Totals(**saved["totals"]),
         history=saved["history"],
-        best=best_so_far(config, saved, checkpoint, print),
+        best=best_so_far(config, saved, checkpoint),
         fingerprints=saved["fingerprints"],
     )
 
@@ -87,7 +86,7 @@ def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> S
     if start.checkpoint is None:
         return replace(start, fingerprints=fingerprints)
     ignored = start.config.training.ignore_data_skip
-    others = other_contents(start.fingerprints, fingerprints, start.checkpoint, ignored, print)
+    others = other_contents(start.fingerprints, fingerprints, start.checkpoint, ignored)
     best = start.best if are_comparable(others) else BestMetric()
     return replace(start, fingerprints=fingerprints, best=best)
 
@@ -99,7 +98,7 @@ def rows_of_steps(config: TrainConfig, saved: Mapping[str, Any], devices: int) -
     return rows_of_a_step(config.training, devices) if changed else int(saved["rows_per_step"])
 
 
-def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> None:
+def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Compare the settings that decide which rows come next and what token ids they become.
 
     Raises:
@@ -125,7 +124,7 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
             f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or tokenized "
             f"differently; give the same flags, or add --ignore_data_skip to {way}"
         )
-    say(f"{checkpoint.name}: was trained with {told}; some rows of this pass may be repeated or left out")
+    print(f"{checkpoint.name}: was trained with {told}; some rows of this pass may be repeated or left out")
 
 
 def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str, Any]) -> TrainingState:
@@ -136,7 +135,7 @@ def align_position(start: TrainingState, config: TrainConfig, saved: Mapping[str
     return start
 
 
-def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path, say: Say) -> BestMetric:
+def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path) -> BestMetric:
     """Return the best evaluation up to the checkpoint. It is dropped if later evaluations cannot be compared with it,
     or if --load_best_model_at_end is new and no whole checkpoint holds the best prompt."""
     best, old = BestMetric(**saved["best"]), saved_config(saved)
@@ -149,13 +148,13 @@ def best_so_far(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Path,
         why = "was not saved"
     else:
         return best
-    say(f"{checkpoint.name}: the best prompt so far, of step {best.step}, {why}; the search for the best starts again")
+    print(
+        f"{checkpoint.name}: the best prompt so far, of step {best.step}, {why}; the search for the best starts again"
+    )
     return BestMetric()
 
 
-def other_contents(
-    saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, ignored: bool, say: Say
-) -> list[str]:
+def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint: Path, ignored: bool) -> list[str]:
     """Return the names of those fingerprints `now` that differ from the `saved` ones. Fingerprints that an earlier
     version did not save are not compared; neither are held-out rows if the checkpoint had none.
 
@@ -174,9 +173,9 @@ def other_contents(
             "name the same, or add --ignore_data_skip to continue all the same"
         )
     if others:
-        say(f"{checkpoint.name}: saw another {' and another '.join(named)}, which --ignore_data_skip allows")
+        print(f"{checkpoint.name}: saw another {' and another '.join(named)}, which --ignore_data_skip allows")
     if unknown := _named([what for what in now if what not in saved]):
-        say(f"{checkpoint.name}: was written before {' and '.join(unknown)} were noted; they are not compared")
+        print(f"{checkpoint.name}: was written before {' and '.join(unknown)} were noted; they are not compared")
     return others
 
 

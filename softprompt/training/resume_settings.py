@@ -1,6 +1,6 @@
 """The settings of a resumed run: those of the checkpoint, overridden by those given now."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,7 @@ ONLY_WITH = {
 }
 
 
-def merge_settings(
-    config: TrainConfig, checkpoint: Path, state: Mapping[str, Any], say: Callable[[str], None]
-) -> TrainConfig:
+def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
     """Merge the settings given now over those of the checkpoint, derive defaults anew, and check the result. Settings
     in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used.
 
@@ -57,7 +55,7 @@ def merge_settings(
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}
     resumed = unvalidated_config(saved.get("preset"), {**kept, **given})
-    _print_differences(config, resumed, saved, dropped, checkpoint.name, say)
+    _print_differences(config, resumed, saved, dropped, checkpoint.name)
     try:
         validated(resumed)
     except ConfigError as error:
@@ -77,7 +75,7 @@ def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool
     left = on | {name for name, value in old.items() if value and name not in dropped and name not in given}
     dropped |= {name for name, by in ONLY_WITH.items() if given.keys() & set(by) and not left & set(by)}
     if not same_engine:
-        dropped |= {"tokens_per_microbatch"} | ({"gradient_checkpointing"} if given["engine"] == "padded" else set())
+        dropped |= {"tokens_per_microbatch"}
     return (dropped & old.keys()) - given.keys()
 
 
@@ -87,7 +85,6 @@ def _print_differences(
     saved: Mapping[str, Any],
     dropped: Collection[str],
     where: str,
-    say: Callable[[str], None],
 ) -> None:
     """Print a line for each given or dropped setting that differs from the checkpoint's."""
     given, merged = asked.as_dict(), resumed.as_dict()
@@ -96,7 +93,7 @@ def _print_differences(
         value, was = (given if begins else merged).get(name), saved.get(name)
         if name not in OF_THIS_CALL and value != was:
             wins = "the checkpoint's wins" if begins else "the new one wins"
-            say(f"--{name}: {was} in {where}, {value} now: {wins}")
+            print(f"--{name}: {was} in {where}, {value} now: {wins}")
 
 
 def saved_config(saved: Mapping[str, Any]) -> TrainConfig:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
+from softprompt.runs.run_files import remove_run, tidy
 from softprompt.runs.train_state import way_on
 from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
@@ -22,7 +23,6 @@ from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.result import Run, Setup
 from softprompt.training.resume import compare_contents, starting_point
-from softprompt.training.run_writer import clear_output_dir
 from softprompt.training.setup import (
     check_places,
     freeze_base,
@@ -42,20 +42,19 @@ MAY_DIFFER = {  # settings that may differ between ranks, such as paths, which d
 }
 
 
-class Observer(Protocol):
-    """Called by a run on rank 0. It does what the training package does not know about: the report and the upload."""
+class Observer:
+    """Called by a run on rank 0. It does what the training package does not know about: the report and the upload. By
+    default nothing happens."""
 
     def check(self, config: TrainConfig, output_dir: Path) -> None:
         """Raise SoftpromptError for what would fail after training. Called before any row is read."""
-        ...
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """The base has been evaluated, and training is about to start."""
-        ...
 
     def end(self, run: Run, callbacks: RunCallbacks) -> Run:
         """The run has ended and is written. Return it, possibly with added fields."""
-        ...
+        return run
 
 
 def run_training(config: TrainConfig, world: World | None = None, observer: Observer | None = None) -> Run:
@@ -71,9 +70,10 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
+    observer = observer or Observer()
     starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
     config = with_auto_resume(config, world.all_gather(has_saved(config, starts))[0])
-    setup = world.run_on_all(lambda: set_up(config, world, observer.check if observer else None))
+    setup = world.run_on_all(lambda: set_up(config, world, observer.check))
     world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
@@ -97,8 +97,8 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
     base = freeze_base(start.config, base)
     prompt = start_prompt(start, data, base.model)
-    engine, generator = make_engines(start.config, base, data.tokenizer, len(prompt.weight), world)
-    print_model(start.config, PromptTunedModel(prompt, base.model), engine)
+    engine, generator, how = make_engines(start.config, base, data, prompt, world)
+    print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
     evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     return Setup(start, output_dir, data, base.model, prompt, engine, evaluator)
@@ -110,7 +110,7 @@ def _train(
     world: World,
     request: StopRequest,
     starts: Sequence[Sequence[str]],
-    observer: Observer | None,
+    observer: Observer,
 ) -> Run:
     with torch.no_grad():
         setup.prompt.weight.copy_(world.broadcast(setup.prompt.weight))
@@ -119,13 +119,11 @@ def _train(
         setup = with_found_rate(setup, stop, show_bar=world.is_main)
     setup = setup._replace(output_dir=output_dir)
     callbacks = RunCallbacks(setup, world, stop, starts)
-    observer = observer if world.is_main else None
+    observer = observer if world.is_main else Observer()
     callbacks.print_start()
     try:
         with callbacks.log:
-            begun = callbacks.begin()
-            if observer:
-                observer.begin(begun, callbacks)
+            observer.begin(callbacks.begin(), callbacks)
             start = setup.start
             train(
                 setup.engine,
@@ -137,8 +135,7 @@ def _train(
                 start.state,
             )
             callbacks.stop_if_asked()
-            run = callbacks.finish()
-            return observer.end(run, callbacks) if observer else run
+            return observer.end(callbacks.finish(), callbacks)
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(output_dir)}") from None
     except DataError as error:  # a row of a stream that cannot be read
@@ -152,7 +149,9 @@ def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:
     checkpoint = setup.start.checkpoint
     folder = stack.enter_context(claim_output_dir(setup.config, setup.output_dir, checkpoint)).folder
     try:
-        clear_output_dir(folder, continues_in(folder, checkpoint))
+        tidy(folder)
+        if not continues_in(folder, checkpoint):
+            remove_run(folder)
     except OSError as error:
         raise OutputError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); name another folder"

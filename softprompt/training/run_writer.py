@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints, remove_run, run_files, tidy
+from softprompt.runs.manifest import Manifest
+from softprompt.runs.run_files import own_checkpoint, remove_old_checkpoints
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import TrainingError
 
@@ -37,7 +38,7 @@ class RunWriter:
     def write_results(self, files: Mapping[str, bytes]) -> None:
         """Write the files of the finished run beside its checkpoints."""
         with self._writing("the run's results"):
-            run_files(self.output_dir).write(dict(files))
+            Manifest(self.output_dir).write(dict(files))
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -49,11 +50,3 @@ class RunWriter:
             reason = error.strerror or type(error).__name__
             where = error.filename or self.output_dir
             raise TrainingError(f"{what} cannot be written: {where}: {reason}") from None
-
-
-def clear_output_dir(output_dir: Path, goes_on: bool) -> None:
-    """Remove the temporary files of an interrupted write. Unless `goes_on`, which means that the run in the folder is
-    continued, also remove that run's files."""
-    tidy(output_dir)
-    if not goes_on:
-        remove_run(output_dir)

@@ -2,6 +2,7 @@
 written."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,15 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import make_loader, make_template, read_rows, tokenize_rows
+from softprompt.data.chat_template import ignored_keys
 from softprompt.data.dataloader import WindowLoader
 from softprompt.data.dataset import Row
-from softprompt.data.template import CHAT, Template, ignored_keys
+from softprompt.data.template import CHAT, Template
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.engines.factory import make_engine
+from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
 from softprompt.models.capabilities import (
@@ -208,22 +210,36 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
 
 
-def make_engines(
-    config: TrainConfig, base: Base, tokenizer: Any, P: int, world: World
-) -> tuple[Engine, Generator | None]:
-    """Make the engine for a prompt of P virtual tokens, and the generator over the same weights. With several ranks
-    both divide the rows among the ranks. The generator is None with `--stream_base`, where every generated token would
-    read the whole base, and if the base cannot generate behind a prompt."""
+class Engines(NamedTuple):
+    """What computes the run.
+
+    Attributes:
+        engine: computes losses and the prompt's gradient.
+        generator: answers over the same weights. None with `--stream_base`, where every generated token would read the
+            whole base, and if the base cannot generate behind a prompt.
+        how: how the engine was chosen, as one line; None where there was nothing to choose.
+    """
+
+    engine: Engine
+    generator: Generator | None
+    how: str | None
+
+
+def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptEmbedding, world: World) -> Engines:
+    """Choose the engine, and make the generator. With several ranks both divide the rows among the ranks."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     sharded = isinstance(base.blocks, Mapping) and _is_sharded(config, world)
     blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
-    engine = make_engine(config, base.model, tokenizer, dtype, P, blocks)
-    generator = None if config.model.stream_base else make_generator(engine, base.model, tokenizer)
+    rows, values = data.train.examples, prompt.weight.detach()
+    first = partial(_of_rank_0, world)
+    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, blocks, first)
+    generator = None if config.model.stream_base else make_generator(engine, base.model, data.tokenizer)
     if world.size == 1:
-        return engine, generator
+        return Engines(engine, generator, how)
     join = [blocks.join] if isinstance(blocks, ShardedBlocks) else []
-    return DataParallelEngine(engine, world, *join), generator and DataParallelGenerator(generator, world, *join)
+    generator = generator and DataParallelGenerator(generator, world, *join)
+    return Engines(DataParallelEngine(engine, world, *join), generator, how)
 
 
 def make_evaluator(
@@ -262,3 +278,7 @@ def _path_of_base(config: TrainConfig) -> str:
 
 def _is_sharded(config: TrainConfig, world: World) -> bool:
     return config.model.shard_base and world.size > 1
+
+
+def _of_rank_0(world: World, mine: Any) -> Any:
+    return world.all_gather(mine)[0]

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from softprompt.runs.run_files import EVENTS_FOLDER, events_in, run_files
+from softprompt.runs.manifest import Manifest
+from softprompt.runs.own_files import EVENTS_FOLDER, events_in
 from softprompt.runs.state import Metrics
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.redact import redacted
@@ -38,7 +39,7 @@ class TensorBoardLog:
         def begin() -> None:
             known = set(events_in(self.output_dir))
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if known and step else None)
-            run_files(self.output_dir).own(set(events_in(self.output_dir)) - known)
+            Manifest(self.output_dir).own(set(events_in(self.output_dir)) - known)
             if not known:
                 rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in self.arguments.items())
                 self.writer.add_text("args", redacted(f"| argument | value |\n|---|---|\n{rows}"), 0)

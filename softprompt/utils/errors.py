@@ -91,3 +91,8 @@ class NonFiniteError(TrainingError):
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as in shells
 TIMEOUT_EXIT_CODE = 124  # as timeout(1) returns
 EXIT_CODES = (*SIGNAL_EXIT_CODES.values(), TIMEOUT_EXIT_CODE)
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of a library's error message, truncated to `limit` characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit].rstrip()

@@ -7,6 +7,7 @@ import logging
 import os
 from functools import cache
 
+from softprompt.utils.errors import first_line
 from softprompt.utils.redact import RedactingFilter, redacted
 
 HELP = (
@@ -41,8 +42,7 @@ def check_reachable() -> None:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
     except Exception as error:  # from httpx, a proxy or name resolution: whatever it is, the hub cannot be reached
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        _failure = redacted(f"no answer from {constants.ENDPOINT}: {type(error).__name__}: {reason}")
+        _failure = redacted(f"no answer from {constants.ENDPOINT}: {type(error).__name__}: {first_line(error)}")
 
 
 def advice() -> str:

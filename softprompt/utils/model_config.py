@@ -14,8 +14,8 @@ def layers_and_heads(config: Any) -> tuple[int, int]:
     A number is 1 if the base has none (Mamba, RWKV) or a different one in each layer: PEFT's configuration needs an
     integer, but prompt tuning does not use it.
     """
-    found = [_positive_int(text_config(config), name) for name in ("num_hidden_layers", "num_attention_heads")]
-    return found[0] or 1, found[1] or 1
+    layers, heads = peft_sizes(config).values()
+    return layers or 1, heads or 1
 
 
 def peft_sizes(config: Any) -> dict[str, int | None]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from softprompt.utils.errors import ModelError, TrainingError
+from softprompt.utils.errors import ModelError, TrainingError, first_line
 
 FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -168,5 +168,4 @@ def _stored(file: BinaryIO, entry: Mapping[str, Any], data: int, size: int) -> S
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error.args[0]} is missing"
-    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-    return text[:200]
+    return getattr(error, "strerror", None) or first_line(error)

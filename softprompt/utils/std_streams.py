@@ -40,6 +40,11 @@ def null_stream() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
+def tell(text: str) -> None:
+    """Print on stderr, so that stdout holds only answers."""
+    print(text, file=sys.stderr)
+
+
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
     """Treat all output as optional: inside the block, a print to stdout or stderr never fails because of a character or

@@ -6,8 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from softprompt.cli import parse_inference, parse_training
-from softprompt.config.infer_args import INFER_GROUPS, generation_faults, infer_config
+from softprompt.config.command_line import parse_inference, parse_training
+from softprompt.config.infer_args import INFER_GROUPS
+from softprompt.config.infer_config import generation_faults, infer_config
 from softprompt.config.loader import GROUPS, PRESETS, train_config
 from softprompt.config.value_parsers import parse_columns
 from softprompt.utils.errors import ConfigError

@@ -3,10 +3,11 @@
 import pytest
 
 import softprompt
-from softprompt.cli import parse_export, parse_inference, parse_training
+from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.loader import GROUPS
 from softprompt.config.schema import setting_types
 from softprompt.config.unknown_names import ALIASES, SECOND, advice
+from softprompt.export.args import parse_export
 from softprompt.generation.requests import merge_settings
 from softprompt.study.grid import read_study
 from softprompt.utils.errors import ConfigError

@@ -11,9 +11,11 @@ from helpers.bases import make_tokenizer
 import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.value_parsers import parse_columns
+from softprompt.data.chat_template import ignored_keys
 from softprompt.data.dataset import load_rows, question
-from softprompt.data.template import Template, ignored_keys
-from softprompt.data.tokenization import encode, tokenize
+from softprompt.data.encoding import encode
+from softprompt.data.template import Template
+from softprompt.data.tokenization import tokenize
 from softprompt.generation.encode_questions import encode_question
 from softprompt.utils.errors import ConfigError, DataError
 

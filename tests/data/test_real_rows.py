@@ -9,7 +9,7 @@ from helpers.peers import collated, peft_model, peft_prompt
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import count_targets, tokenize
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.factory import padded_engine
 from softprompt.models.loading import load_base, load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 
@@ -25,7 +25,7 @@ def test_a_step_of_real_rows_is_pefts(shared):
     values = random_init(10)(torch.empty(1, base.config.hidden_size))
     prompt = PromptEmbedding(values)
     targets = sum(map(count_targets, window))
-    loss, count = PaddedEngine(base, tokenizer, 4, torch.float32).accumulate(prompt, window, 1 / targets)
+    loss, count = padded_engine(base, tokenizer, torch.float32, 128).accumulate(prompt, window, 1 / targets)
 
     peer, peer_loss = peft_model(base, values), 0.0
     for start in range(0, 32, 4):
@@ -36,7 +36,7 @@ def test_a_step_of_real_rows_is_pefts(shared):
     assert count == targets
     assert loss.item() / targets == pytest.approx(peer_loss, rel=1e-5)
     gradient = peft_prompt(peer).grad
-    assert ((prompt.weight.grad - gradient).norm() / gradient.norm()).item() < 1e-5
+    assert ((prompt.weight.grad - gradient).norm() / gradient.norm()).item() < 3e-5
 
 
 def test_long_reviews_lose_their_answer_or_keep_it(shared):

@@ -70,7 +70,7 @@ def test_files_belong_to_the_splits_that_they_are_named_for(case, tmp_path):
         assert load_rows(str(tmp_path), Template(), {}, split=split) == expected
         if all(Path(name).suffix in (".jsonl", ".parquet") for name in FOLDERS[case]):
             source = open_source(str(tmp_path), None, split)
-            assert [parse_row(raw)[1] for raw in source.read()] == expected and source.rows == len(expected)
+            assert [parse_row(raw)[1] for raw in source.read(0)] == expected and source.rows == len(expected)
     for read in (
         lambda: load_rows(str(tmp_path), Template(), {}, split="no"),
         lambda: open_source(str(tmp_path), None, "no"),

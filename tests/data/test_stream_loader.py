@@ -8,8 +8,9 @@ from itertools import islice
 import pytest
 
 from softprompt.config.train_args import TrainingArguments
+from softprompt.data.encoding import Encoded
 from softprompt.data.stream_loader import ShuffleBuffer, StreamLoader
-from softprompt.data.tokenization import Encoded, Example
+from softprompt.data.tokenization import Example
 from softprompt.utils.errors import DataError
 
 GOLDEN = {  # checkpoints of earlier versions go on in these orders: they must never change

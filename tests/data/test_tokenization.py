@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
 
+from softprompt.data.chat_template import answer_message, prompt_messages
 from softprompt.data.dataset import load_prompts, load_rows, question
-from softprompt.data.passages import passages
+from softprompt.data.encoding import passages
 from softprompt.data.sampler import steps_per_epoch, windows
-from softprompt.data.template import Template, answer_message, prompt_messages
+from softprompt.data.template import Template
 from softprompt.data.tokenization import count_targets, tokenize
 from softprompt.generation.encode_questions import encode_question
 from softprompt.utils.errors import ConfigError, DataError

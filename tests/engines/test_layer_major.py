@@ -14,7 +14,7 @@ from softprompt.data.tokenization import Example
 from softprompt.engines.activation_offload import ActivationStore
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.models.meta_loading import load_meta_model
@@ -26,11 +26,11 @@ EMPTY = Example([5, 6, 7], [-100] * 3)
 
 
 def row_major(base, dtype=FP32, tokens=64):
-    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), gradient_checkpointing=True), tokens)
+    return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, dtype), gradient_checkpointing=True), tokens)
 
 
 def layer_major(weights, folder, tokens=64, max_bytes=1 << 30):
-    return PackedEngine(LayerMajor(weights, max_bytes, folder), tokens)
+    return MicrobatchEngine(LayerMajor(weights, max_bytes, folder), tokens)
 
 
 def stream(folder, dtype=FP32):
@@ -146,7 +146,7 @@ def test_out_of_memory_cuts_finer_and_begins_anew(tiny_base, tmp_path, capsys):
     weights.embed = embed
     engine = layer_major(weights, tmp_path, 100, 0)
     mean, same = ours(engine, values, rows)
-    assert mean == expected and torch.equal(same, gradient) and engine.state_dict() == {"tokens_per_microbatch": 25}
+    assert mean == expected and torch.equal(same, gradient) and engine.tokens_per_microbatch == 25
     assert "out of memory" in capsys.readouterr().out
 
 

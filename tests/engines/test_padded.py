@@ -6,7 +6,7 @@ from helpers.peers import answers_of, greedy_alone, naive_loss, random_examples
 from helpers.small_bases import WINDOW, small_base
 
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.factory import padded_engine
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -34,9 +34,9 @@ def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P, tokenizer):
     expected = naive_loss(base, values, rows)
     expected.backward()
     targets, prompt = sum(map(count_targets, rows)), PromptEmbedding(start)
-    for rows_per_microbatch in (3, 100):
+    for tokens in (40, 10_000):
         prompt.weight.grad = None
-        engine = PaddedEngine(base, tokenizer, rows_per_microbatch, torch.float32)
+        engine = padded_engine(base, tokenizer, torch.float32, tokens)
         total, count = engine.accumulate(prompt, rows, 1 / targets)
         assert count == targets and total.item() / targets == pytest.approx(expected.item(), rel=1e-5)
         assert relative(prompt.weight.grad, values.grad) < 1e-5
@@ -50,9 +50,9 @@ def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P, tokenizer):
 def test_in_bf16_a_neighbour_changes_nothing_but_rounding(kind, tokenizer):
     base, rows = freeze(small_base(kind), torch.bfloat16), rows_across_the_window(5)
     grads = []
-    for rows_per_microbatch in (1, 100):
+    for tokens in (1, 10_000):
         prompt = PromptEmbedding(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
-        PaddedEngine(base, tokenizer, rows_per_microbatch, torch.bfloat16).accumulate(prompt, rows, 1.0)
+        padded_engine(base, tokenizer, torch.bfloat16, tokens).accumulate(prompt, rows, 1.0)
         grads.append(prompt.weight.grad)
     assert relative(grads[1], grads[0]) < 0.03  # before, a row lost its prompt, and with it most of this
 

@@ -10,7 +10,7 @@ from helpers.programs import assert_line, jsonl, refused, run_infer
 import infer
 import softprompt
 from softprompt.cli import run_command
-from softprompt.data.passages import passages
+from softprompt.data.encoding import passages
 from softprompt.evaluation.side_by_side import AdapterEvaluator
 from softprompt.utils.errors import ConfigError, DataError
 

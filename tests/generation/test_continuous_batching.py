@@ -231,6 +231,7 @@ def test_out_of_memory_halves_the_batch_of_transformers(settings, tokenizer, mon
         Request(text, settings, prompt, sample_seed(7, i)) for i, (text, prompt) in enumerate(random_questions(9, 9))
     ]
     expected = dict(generator_of("padded", base, tokenizer).generate(requests, 8))
+    generator = generator_of("padded", base, tokenizer)
     forward, calls = base.forward, []
 
     @functools.wraps(forward)  # transformers inspects the signature
@@ -241,7 +242,7 @@ def test_out_of_memory_halves_the_batch_of_transformers(settings, tokenizer, mon
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(base, "forward", limited)
-    assert dict(generator_of("padded", base, tokenizer).generate(requests, 8)) == expected
+    assert dict(generator.generate(requests, 8)) == expected
     assert calls[0] == 8 and calls[-1] <= 3 and capsys.readouterr().err.count("out of memory") == 2
 
 

@@ -7,7 +7,8 @@ import torch
 from helpers.bases import make_bloom
 from transformers import PreTrainedModel
 
-from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter
 from softprompt.utils.atomic_io import write_folder
 
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,11 +24,10 @@ from tqdm import tqdm
 
 import train
 from softprompt.cli import run_command
-from softprompt.engines import packed
+from softprompt.engines import prefix_schedule
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.training import loop as trainer
 from softprompt.training.callbacks import RunCallbacks
-from softprompt.utils import atomic_io as files
 
 SERVER = multiprocessing.get_context("forkserver")
 NOBODY = 65534
@@ -114,18 +114,29 @@ def before(owner: object, name: str, count: int, act: Callable[[], object]) -> N
 # Hooks. Each is called in the process of the run, before anything else, with the folder that it runs in.
 
 
+def on_flush(act: Callable[[Path, int], object]) -> None:
+    """Call `act` with the path and the descriptor of each file that the run has written, before it is flushed."""
+    flush = os.fsync
+
+    def called(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            act(Path(os.readlink(f"/proc/self/fd/{descriptor}")), descriptor)
+        flush(descriptor)
+
+    os.fsync = called
+
+
 def slow_disk(folder: Path) -> None:
     """Write each file slowly, in three pieces."""
 
-    def write(path: Path, content: bytes) -> None:
-        with open(path, "wb") as file:
-            for start in range(0, max(1, len(content)), -(-max(1, len(content)) // 3)):
-                file.write(content[start : start + -(-len(content) // 3)])
-                file.flush()
-                time.sleep(0.004)
-            os.fsync(file.fileno())
+    def write(path: Path, descriptor: int) -> None:
+        content = path.read_bytes()
+        os.ftruncate(descriptor, 0)
+        for start in range(0, max(1, len(content)), -(-max(1, len(content)) // 3)):
+            os.pwrite(descriptor, content[start : start + -(-len(content) // 3)], start)
+            time.sleep(0.004)
 
-    files._write_and_flush = write
+    on_flush(write)
 
 
 def _signal() -> None:
@@ -138,7 +149,7 @@ def signal_in_first_step(folder: Path) -> None:
 
 
 def signal_mid_window(folder: Path) -> None:
-    before(packed, "collate_packed", 4, _signal)  # each window has several micro-batches
+    before(prefix_schedule, "collate_packed", 4, _signal)  # each window has several micro-batches
 
 
 def signal_in_evaluation(folder: Path) -> None:
@@ -146,17 +157,16 @@ def signal_in_evaluation(folder: Path) -> None:
 
 
 def before_checkpoint_file(step: int, act: Callable[[], object]) -> None:
-    """Call `act` just before the second file of checkpoint-`step` is written."""
-    write, seen = files._write_and_flush, []
+    """Call `act` when the first file of checkpoint-`step` has been written, before the second one is."""
+    seen = []
 
-    def write_and_act(path: Path, content: bytes) -> None:
+    def flushed(path: Path, descriptor: int) -> None:
         if path.parent.name.startswith(f".checkpoint-{step}-"):
             seen.append(path)
-            if len(seen) == 2:
+            if len(seen) == 1:
                 act()
-        write(path, content)
 
-    files._write_and_flush = write_and_act
+    on_flush(flushed)
 
 
 def signal_while_saving(folder: Path) -> None:

@@ -19,10 +19,11 @@ import torch
 from helpers import fault_tools
 from hypothesis import strategies as st
 
-from softprompt import api
 from softprompt.config.schema import is_text
+from softprompt.generation import model as inference
 from softprompt.models import loading as model
-from softprompt.prompt.adapter_io import Adapter, adapter_files, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter
 from softprompt.utils.errors import DataError, SoftpromptError
 
 TEXT = st.text(max_size=8) | st.sampled_from(["", "好", "a\nb", '"', "\u2028", "\ud83d", "\0", "a,b"])
@@ -227,10 +228,10 @@ def _load_all(n: int, base: str, folder: Path, guilty: bool, answer: Any) -> Non
     os.chdir(folder)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (each load warns that the base has another name)
     loaded, tokenizer = model.load_base(base, torch.device("cpu"), torch.float32), model.load_tokenizer(base)
-    api.load_base, api.load_tokenizer = lambda *_: loaded, lambda *_: tokenizer
+    inference.load_base, inference.load_tokenizer = lambda *_: loaded, lambda *_: tokenizer
     draw, events, faults, counts = random.Random(0), [], [], {"accepted": 0, "refused": 0}
     _good(folder / "outside", loaded.config)
-    api.SoftPromptModel.from_pretrained(base, folder / "outside")  # now everything that is imported lazily is imported
+    inference.SoftPromptModel.from_pretrained(base, folder / "outside")  # now all that is imported lazily is imported
     armed = False
 
     def audit(event: str, args: tuple) -> None:
@@ -247,7 +248,7 @@ def _load_all(n: int, base: str, folder: Path, guilty: bool, answer: Any) -> Non
         try:
             if guilty:
                 _do_harm(place)
-            tuned = api.SoftPromptModel.from_pretrained(base, place)
+            tuned = inference.SoftPromptModel.from_pretrained(base, place)
             tuned.settings()
             counts["accepted"] += 1
         except SoftpromptError as error:

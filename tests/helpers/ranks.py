@@ -20,9 +20,9 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.distributed.process_group import process_group
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.data_parallel import DataParallelEngine
+from softprompt.engines.factory import padded_engine
 from softprompt.engines.layer_major import LayerMajor
-from softprompt.engines.packed import PackedEngine
-from softprompt.engines.padded import PaddedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.generator import DataParallelGenerator, in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
@@ -102,13 +102,13 @@ def short_of_memory(weights):
 def engine_of(name, base, shards, world):
     kind, dtype = CASES[name][:2]
     if kind == "padded":
-        return PaddedEngine(base, AutoTokenizer.from_pretrained(BASE_DIR), 2, dtype)
+        return padded_engine(base, AutoTokenizer.from_pretrained(BASE_DIR), dtype, 64)
     if shards is None:
-        return PackedEngine(MicrobatchMajor(ResidentWeights(base, dtype)), 60)
+        return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, dtype)), 60)
     weights = ShardedWeights(base, shards, dtype)
     if "out of memory" in name and world.rank == world.size - 1:
         short_of_memory(weights)
-    return PackedEngine(LayerMajor(weights, 4000, Path(tempfile.gettempdir())), 60)
+    return MicrobatchEngine(LayerMajor(weights, 4000, Path(tempfile.gettempdir())), 60)
 
 
 def run(name, world=None, folder=None):

@@ -23,12 +23,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "llama4_text": {"head_dim": 8, "attention_chunk_size": WINDOW, "num_local_experts": 2},
+    "qwen2_full": {},
+    "qwen3": {"head_dim": 8},
+    "phi3": {"sliding_window": WINDOW},
+    "gpt_neox": {},
+    "olmo2": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "stablelm": {},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
 }
 
 
 def small_base(kind: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **KINDS[kind]})).eval()
+    config = CONFIG_MAPPING[kind.removesuffix("_full")](**{**SIZES, **KINDS[kind]})
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import infer
 import softprompt
 import train
-from softprompt.api import SoftPromptModel
 from softprompt.cli import run_command
 from softprompt.data.collate import Batch
-from softprompt.engines.padded import PaddedEngine, padded_forward
+from softprompt.engines.factory import padded_engine
+from softprompt.engines.padded import padded_forward
 from softprompt.export.plain_model import export
+from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.capabilities import build_on_meta_device, max_positions, why_not_generate
 from softprompt.models.loading import freeze, load_base, word_embeddings
@@ -137,7 +138,7 @@ def test_positions_of_a_table_are_counted(name):
     base(inputs_embeds=torch.randn(1, POSITIONS, 32))
     with pytest.raises((IndexError, RuntimeError)):
         base(inputs_embeds=torch.randn(1, POSITIONS + 1, 32))
-    engine = PaddedEngine(freeze(base, FP32), make_tokenizer(), 4, FP32)
+    engine = padded_engine(freeze(base, FP32), make_tokenizer(), FP32, 128)
     fits = softprompt.data.tokenization.Example([5] * (POSITIONS - P), [-100] + [5] * (POSITIONS - P - 1))
     assert len(engine.row_losses(torch.randn(P, 32), [fits])) == 1
     with pytest.raises(ConfigError, match=f"--max_length {POSITIONS - P} "):
@@ -280,7 +281,7 @@ def test_a_base_that_looks_words_up_again_is_refused(name, text, tmp_path, capsy
 def test_a_base_that_passes_gives_its_own_logits_without_a_prompt(name):
     base = freeze(make(configured(name)), FP32)
     ids = torch.tensor([[1, 50, 60, 70, 80]])
-    PaddedEngine(base, make_tokenizer(), 4, FP32)
+    padded_engine(base, make_tokenizer(), FP32, 128)
     ours, _ = padded_forward(
         base, word_embeddings(base).weight[:0], Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
     )
@@ -313,11 +314,11 @@ def test_the_kind_is_caught_and_not_the_name(dtype):
     ]
     for base in bases:
         with pytest.raises(ModelError, match="logits"):
-            PaddedEngine(freeze(base, dtype), tokenizer, 4, dtype)
+            padded_engine(freeze(base, dtype), tokenizer, dtype, 128)
         with pytest.raises(ModelError, match="logits"):
             SoftPromptModel(base, tokenizer, None, compute_dtype=dtype)
-    PaddedEngine(freeze(make(configured("LlamaConfig")), dtype), tokenizer, 4, dtype)
-    PaddedEngine(freeze(make(transformers.BertConfig(**bert, is_decoder=True)), dtype), tokenizer, 4, dtype)
+    padded_engine(freeze(make(configured("LlamaConfig")), dtype), tokenizer, dtype, 128)
+    padded_engine(freeze(make(transformers.BertConfig(**bert, is_decoder=True)), dtype), tokenizer, dtype, 128)
 
 
 def test_every_entrance_refuses_a_base_whose_forward_differs(tmp_path):

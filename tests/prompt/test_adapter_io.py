@@ -8,14 +8,8 @@ import torch
 from helpers.bases import make_bloom
 from safetensors.torch import save
 
-from softprompt.prompt.adapter_io import (
-    Adapter,
-    adapter_files,
-    json_bytes,
-    load_adapter,
-    newest_adapter,
-    peft_config,
-)
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter, json_bytes, load_adapter, newest_adapter
 from softprompt.utils.atomic_io import write_files, write_folder
 from softprompt.utils.errors import AdapterError
 

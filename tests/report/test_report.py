@@ -20,6 +20,7 @@ import train
 from softprompt import cli
 from softprompt.prompt.nearest_tokens import EmbeddingSpace, readable_tokens
 from softprompt.report import after_training
+from softprompt.report.args import parse_report
 from softprompt.report.collect import GENERATED_EXAMPLES
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
@@ -414,7 +415,7 @@ def test_folders_that_are_not_runs(run, tmp_path, capsys, monkeypatch):
     with pytest.raises(ReportError):
         report(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
-        cli.parse_report(["--help"])
+        parse_report(["--help"])
 
 
 def test_long_curves_are_averaged():

@@ -4,6 +4,7 @@
 and prints the table of docs/never-lost.md. Without `-m`, each fault is tried a few times only.
 """
 
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from helpers.short_runs import ROWS
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 
-from softprompt.cli import parse_training
+from softprompt.config.command_line import parse_training
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.runs.checkpoints import checkpoints, fault_of
@@ -312,24 +314,24 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(n, world, tmp_path, ta
     flags = [*flags, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint"]
     config, tried = parse_training(flags), Counter()
     older, newest = checkpoints(tmp_path / "run")[-2:]
-    assert find_checkpoint(config, print) == newest
+    assert find_checkpoint(config) == newest
     for what, path, content in spoiled(newest, n):
         whole = path.read_bytes()
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        told = []
-        assert find_checkpoint(config, told.append) == older, (what, path.name)
-        assert len(told) == 1 and str(newest) in told[0]
+        with redirect_stdout(io.StringIO()) as out:
+            assert find_checkpoint(config) == older, (what, path.name)
+        assert out.getvalue().count("\n") == 1 and str(newest) in out.getvalue()
         path.write_bytes(whole)
         tried[what] += 1
-    assert find_checkpoint(config, print) == newest
+    assert find_checkpoint(config) == newest
     older.rename(older.with_name("checkpoint-99"))
-    assert find_checkpoint(config, print) == newest
+    assert find_checkpoint(config) == newest
     for what, count in tried.items():
         table(f"a checkpoint's file {what}", count, "recognized; the one before is taken")
     with pytest.raises(CheckpointError, match="it is of step 2"):
-        find_checkpoint(parse_training(["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-99")]), print)
+        find_checkpoint(parse_training(["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-99")]))
 
 
 @times(100, 5000)

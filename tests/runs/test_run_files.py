@@ -14,7 +14,8 @@ import softprompt
 import train
 from softprompt.runs.checkpoints import checkpoints, fault_of, step_of
 from softprompt.runs.file_names import MARK
-from softprompt.runs.run_files import MANIFEST_FILE, OF_A_RUN, run_files
+from softprompt.runs.manifest import Manifest
+from softprompt.runs.own_files import MANIFEST_FILE, OF_A_RUN
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import OutputError, Stopped, TrainingError
 
@@ -210,7 +211,7 @@ def test_hostile_manifest_removes_nothing(tmp_path):
         (tmp_path / "run" / MANIFEST_FILE).write_text(
             json.dumps({"written_by": "softprompt run of train.py", "files": files})
         )
-        manifest = run_files(tmp_path / "run")
+        manifest = Manifest(tmp_path / "run")
         assert manifest.names() <= {"README.md"}
         manifest.remove(manifest.names() | {"../mine", "notes"})
         assert (tmp_path / "mine").exists() and (tmp_path / "run" / "notes").exists()

@@ -17,7 +17,8 @@ import softprompt
 import train
 from softprompt.export.model_card import plain_model_card
 from softprompt.models.loading import weight_files
-from softprompt.prompt.adapter_io import Adapter, load_adapter, peft_config
+from softprompt.prompt.adapter_folder import peft_config
+from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.model_card import model_card
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.training.determinism import deterministic
@@ -123,16 +124,16 @@ def test_trust_remote_code_cannot_be_set_from_a_file(tiny_base, tmp_path, capsys
 
 def test_random_states_are_restored(run_settings, monkeypatch):
     """With noise in every step, the resumed run is the same only if its generator goes on, too."""
-    from softprompt.engines.packed import PackedEngine
+    from softprompt.engines.microbatch_engine import MicrobatchEngine
 
-    accumulate = PackedEngine.accumulate
+    accumulate = MicrobatchEngine.accumulate
 
     def noisy(self, prompt, window, grad_scale):
         result = accumulate(self, prompt, window, grad_scale)
         prompt.weight.grad += 0.1 * torch.randn(prompt.weight.shape)
         return result
 
-    monkeypatch.setattr(PackedEngine, "accumulate", noisy)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", noisy)
     softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
@@ -171,9 +172,9 @@ def test_resuming_from_an_early_checkpoint_replaces_the_later_ones(run_settings,
 
 
 def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monkeypatch):
-    from softprompt.engines.packed import PackedEngine
+    from softprompt.engines.microbatch_engine import MicrobatchEngine
 
-    accumulate, calls = PackedEngine.accumulate, iter(range(1, 99))
+    accumulate, calls = MicrobatchEngine.accumulate, iter(range(1, 99))
 
     def spoiled(self, prompt, window, grad_scale):
         result = accumulate(self, prompt, window, grad_scale)
@@ -181,7 +182,7 @@ def test_error_of_a_non_finite_step_names_rows_and_checkpoint(run_settings, monk
             prompt.weight.grad[0, 0] = torch.inf
         return result
 
-    monkeypatch.setattr(PackedEngine, "accumulate", spoiled)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", spoiled)
     with pytest.raises(
         TrainingError, match=r"step 6: not finite.*rows \d+, \d+, .*run/checkpoint-4 is whole; continue with"
     ):
@@ -212,20 +213,19 @@ def test_deterministic_mode_ends_with_the_run(run_settings, monkeypatch):
 def test_hash_of_a_large_base_is_cached(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprints, "CACHED_FROM", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    hashed = []
-    plain = fingerprints._hash
-    monkeypatch.setattr(fingerprints, "_hash", lambda *a, sampled: hashed.append(sampled) or plain(*a, sampled=sampled))
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     base, files = make_bloom(), weight_files(str(folder))
     assert [path.name for path in files] == ["model.safetensors"]
-    first = fingerprints.fingerprint_of_base(base, files)
-    assert hashed == [True, False]
-    assert fingerprints.fingerprint_of_base(base, files) == first and hashed == [True, False, True]
+    first, marked = fingerprints.fingerprint_of_base(base, files), "0" * 64
+    (cached,) = (tmp_path / "cache/softprompt/fingerprints").iterdir()
+    assert cached.read_text() == first
+    cached.write_text(marked)
+    assert fingerprints.fingerprint_of_base(base, files) == marked  # not hashed again
     files[0].touch()  # another time: hashed anew, to the same
-    assert fingerprints.fingerprint_of_base(base, files) == first and hashed[-2:] == [True, False]
+    assert fingerprints.fingerprint_of_base(base, files) == first
     weight = base.transformer.h[0].mlp.dense_h_to_4h.weight  # 128 x 32 in fp32: 16 KiB
     weight.data[0, 0] += 1e-3  # a sampled byte, though the file looks the same
-    assert fingerprints.fingerprint_of_base(base, files) != first and hashed[-2:] == [True, False]
+    assert fingerprints.fingerprint_of_base(base, files) not in (first, marked)
     base.config.layer_norm_epsilon = 0.1
     assert fingerprints.fingerprint_of_base(base, []) not in (first, fingerprints.fingerprint_of_base(make_bloom(), []))
 

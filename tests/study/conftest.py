@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.study_files import ROWS
 
-from softprompt.cli import parse_study
+from softprompt.study.grid import parse_study
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_broken_base_is_shown_and_the_others_run(broken, place, tmp_path, tiny
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         error = ModelError("takes no inputs_embeds")
-        Failing(monkeypatch, cell_runner, "read_base", lambda path: "bad" in str(path), error)
+        Failing(monkeypatch, cell_runner, "load_base", lambda path, *_: "bad" in str(path), error)
     grid = f"[[grid]]\nmodel_name_or_path = {json.dumps([str(bad), str(tiny_base)])}"
     with pytest.raises(PartialFailureError, match="3 of 6 cells failed"):
         run_study(place("seeds = [0, 1]\nvoting = ['majority_vote']", grid))
@@ -171,15 +171,15 @@ def test_the_command_exits_with_1_if_a_cell_failed(place, monkeypatch, capsys):
 def test_a_base_is_freed_before_the_next_one_is_loaded(fails, place, tmp_path, tiny_base, monkeypatch):
     """No tensor of it exists when the next base is read, even if a cell failed with an error that referred to it."""
     shutil.copytree(tiny_base, tmp_path / "twin")
-    alive, real = [], cell_runner.read_base
+    alive, real = [], cell_runner.load_base
 
-    def read_base(path):
+    def load_base(*args):
         assert not [ref for ref in alive if ref() is not None]
-        base = real(path)
+        base = real(*args)
         alive.extend(map(weakref.ref, [*base.parameters(), *base.buffers()]))
         return base
 
-    monkeypatch.setattr(cell_runner, "read_base", read_base)
+    monkeypatch.setattr(cell_runner, "load_base", load_base)
     study = place(
         "seeds = [0, 1]\nvoting = ['majority_vote']",
         "[[grid]]\nnum_virtual_tokens = 3\nengine = ['packed', 'padded']\n"

@@ -6,8 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from softprompt.study.confidence import t_interval, t_quantile
-from softprompt.study.findings import HOLDS, HOLDS_NOT, UNDECIDED, Comparison, balanced_over_seeds, conclusion
+from softprompt.study.findings import (
+    HOLDS,
+    HOLDS_NOT,
+    UNDECIDED,
+    Comparison,
+    balanced_over_seeds,
+    conclusion,
+    t_interval,
+    t_quantile,
+)
 from softprompt.study.hypotheses import evaluate_hypotheses
 from softprompt.study.results import CellResult, at_best_learning_rate
 

@@ -39,7 +39,7 @@ def test_bases_and_rows_are_loaded_once_and_finished_cells_are_not_run_again(
         "seeds = [0, 1]\nhard_prompts = ['好']",
         GRID + f"\nmodel_name_or_path = {[str(tiny_base), str(tmp_path / 'twin')]}",
     )
-    loads, trained = Counted(monkeypatch, cell_runner, "read_base"), Counted(monkeypatch, cell_runner, "train")
+    loads, trained = Counted(monkeypatch, cell_runner, "load_base"), Counted(monkeypatch, cell_runner, "train")
     tokenized = Counted(monkeypatch, study_plan, "tokenize_rows")
     run_study(study)
     assert (loads.calls, tokenized.calls, trained.calls) == (2, 1, 16)
@@ -98,7 +98,7 @@ def test_bases_that_differ_in_a_configuration_file_share_no_examples_and_no_cell
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     grid = f"""[[grid]]\nmodel_name_or_path = ["{tiny_base}", "{tmp_path / "other"}"]"""
     plan = plan_study(place(grid=grid))
-    ends = [{e.input_ids[-1] for e in (*one.inputs.examples, *one.inputs.held_out)} for one in plan]
+    ends = [{e.input_ids[-1] for e in (*one.inputs.train.examples, *one.inputs.held_out.examples)} for one in plan]
     assert ends == [{2}, {1 if "eos_token" in change else 2}]
     path.write_text((tiny_base / file).read_text())
     (before, after) = (one.folder.name.rsplit("-", 1)[1] for one in (plan[1], plan_study(place(grid=grid))[1]))
@@ -199,7 +199,7 @@ def test_a_cell_trains_on_its_subset(place, monkeypatch):
 
     monkeypatch.setattr(cell_runner, "train", train)
     run_study(study)
-    every = plan_study(study)[0].inputs.examples
+    every = plan_study(study)[0].inputs.train.examples
     assert seen == [subset(every, 4, 0), subset(every, 4, 1), every, every]
 
 
@@ -281,18 +281,6 @@ def test_a_base_without_weights(place, tmp_path, tiny_base):
     shutil.copytree(tiny_base, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ModelError, match="holds no weights"):
         run_study(place(grid=f"[[grid]]\nmodel_name_or_path = '{tmp_path / 'empty'}'"))
-
-
-def test_a_setting_that_the_engine_of_a_cell_does_not_have(place, tmp_path, tiny_base, monkeypatch):
-    shutil.copytree(tiny_base, tmp_path / "sliced")
-    config = json.loads((tmp_path / "sliced" / "config.json").read_text(encoding="utf-8"))
-    config |= {"slow_but_exact": True, "pretraining_tp": 2}
-    (tmp_path / "sliced" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    trained = Counted(monkeypatch, cell_runner, "train")
-    grid = f"[[grid]]\ngradient_checkpointing = true\nmodel_name_or_path = ['{tiny_base}', '{tmp_path / 'sliced'}']"
-    with pytest.raises(ConfigError, match=r"the cell .*sliced.*--gradient_checkpointing are settings of the packed"):
-        run_study(place(grid=grid))
-    assert trained.calls == 0 and not (place.folder / "out").exists()
 
 
 def test_two_studies_in_one_folder(place):

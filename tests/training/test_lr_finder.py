@@ -18,14 +18,20 @@ from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader, total_steps
 from softprompt.data.tokenization import Example
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.packed import PackedEngine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training import lr_finder
-from softprompt.training import lr_finder as find_rate
 from softprompt.training.loop import train
-from softprompt.training.lr_finder import RATES, RUNGS, find_learning_rate, short_schedule, sweep_steps
+from softprompt.training.lr_finder import (
+    RATES,
+    RUNGS,
+    find_learning_rate,
+    short_schedule,
+    successive_halving,
+    sweep_steps,
+)
 from softprompt.utils.errors import ConfigError, Stopped, TrainingError
 
 ARGS = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=24)
@@ -53,24 +59,23 @@ def base():
     return freeze(make_bloom(), torch.float32)
 
 
-def sweep(base, rows, args=ARGS, values=None, request=Never):
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+def sweep(base, rows, args=ARGS, values=None, request=Never, **search):
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     values = torch.zeros(3, 32) if values is None else values
-    return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request)
+    return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request, **search)
 
 
-def test_sweep_is_successive_halving_over_separate_runs(base, monkeypatch):
+def test_sweep_is_successive_halving_over_separate_runs(base):
     """Compared with training at each rate from scratch on the rows not set aside, evaluated by a naive loss."""
-    monkeypatch.setattr(find_rate, "RATES", RATES[::-1])  # the last rates are the better ones here
     rows = random_examples(70, 9)
-    found = sweep(base, rows)
+    found = sweep(base, rows, rates=RATES[::-1])  # the last rates are the better ones here
     order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
     aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
-    left, expected = list(RATES), {}
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+    left, expected = list(RATES[::-1]), {}
     for share, most in RUNGS:
         left = left[:most]
-        steps = max(find_rate.LEAST_STEPS, math.ceil(24 * share))
+        steps = max(lr_finder.LEAST_STEPS, math.ceil(24 * share))
         for rate in left:
             prompt = PromptEmbedding(torch.zeros(3, 32))
             short = replace(ARGS, max_steps=steps)
@@ -79,17 +84,16 @@ def test_sweep_is_successive_halving_over_separate_runs(base, monkeypatch):
                 expected[rate] = naive_loss(base, prompt.weight, aside).item()
         left = sorted(left, key=expected.get)
     assert found.losses == pytest.approx(expected, rel=1e-5)
-    close = [rate for rate in left if expected[rate] <= expected[left[0]] * (1 + find_rate.TIE)]
+    close = [rate for rate in left if expected[rate] <= expected[left[0]] * (1 + lr_finder.TIE)]
     assert found.learning_rate == min(close)
     assert found.start == pytest.approx(naive_loss(base, torch.zeros(3, 32), aside).item(), rel=1e-5)
-    assert found == sweep(base, rows)
+    assert found == sweep(base, rows, rates=RATES[::-1])
 
 
-def test_smallest_of_nearly_equal_rates_is_taken(base, monkeypatch):
+def test_smallest_of_nearly_equal_rates_is_taken(base):
     chosen = []
     for tie in (0.0, 1e9):
-        monkeypatch.setattr(find_rate, "TIE", tie)
-        found = sweep(base, QUICKER)
+        found = sweep(base, QUICKER, tie=tie)
         chosen.append(found.learning_rate)
     at_last = sorted(RATES, key=found.losses.get)[: RUNGS[-1][1]]
     assert chosen == [at_last[0], min(at_last)] and chosen[1] < chosen[0]
@@ -103,7 +107,7 @@ def test_sweep_does_not_change_the_initial_prompt(base):
 
 def test_sweep_steps_is_the_number_of_steps_taken(base):
     steps = []
-    engine = PackedEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
+    engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     rows = random_examples(70, 5)
     find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
     assert len(steps) == sweep_steps(24)
@@ -115,37 +119,31 @@ def test_sweep_needs_enough_rows(base):
     assert found.learning_rate is None and "63 rows are too few" in found.why and not found.losses
 
 
-def test_no_rate_is_found_if_none_lowers_the_loss(base, monkeypatch):
-    monkeypatch.setattr(find_rate, "RATES", (1e-9, 1e-8))
-    found = sweep(base, random_examples(70, 5))
+def test_no_rate_is_found_if_none_lowers_the_loss(base):
+    found = sweep(base, random_examples(70, 5), rates=(1e-9, 1e-8))
     assert found.learning_rate is None and found.why == "no rate lowered the loss within the sweep"
 
 
 @pytest.mark.parametrize(
     "longer, slope, found", [(0.3, 1.0, 0.3), (0.1, 1.0, 0.1), (0.03, 1.0, None), (0.03, 0.001, 0.03)]
 )
-def test_no_rate_is_found_if_the_best_changes_too_much(longer, slope, found, base, monkeypatch):
+def test_no_rate_is_found_if_the_best_changes_too_much(longer, slope, found):
     """In the shorter rung, 0.3 is the best. A best rate that moves to a neighbor in the longer rung is found. One that
     moves further is found only if the loss hardly depends on the rate."""
-    trained = []
+    trained = set()
 
-    def loss(*args):
-        if not trained:
-            return torch.tensor(9.0), 1
-        best = 0.3 if trained[-1][0] == 20 else longer
-        return torch.tensor(1 + slope * abs(math.log(trained[-1][1] / best))), 1
+    def loss_after(rate, steps):
+        trained.add(steps)
+        return 1 + slope * abs(math.log(rate / (0.3 if steps == 20 else longer)))
 
-    monkeypatch.setattr(find_rate, "train", lambda *args: trained.append((args[3].max_steps, args[4])))
-    monkeypatch.setattr(PackedEngine, "evaluate", loss)
-    swept = sweep(base, random_examples(70, 5), replace(ARGS, max_steps=400))
-    assert swept.learning_rate == found and {steps for steps, _ in trained} == {20, 40}
+    swept = successive_halving(9.0, loss_after, 400)
+    assert swept.learning_rate == found and trained == {20, 40}
     told = "contradict each other: 0.3 was best in the shorter ones, 0.03 in the longer"
     assert (told in swept.why) == (found is None)
 
 
-def test_diverging_rate_loses(base, monkeypatch):
-    monkeypatch.setattr(find_rate, "RATES", (1e-2, 1e38, 1e-1))
-    found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0))
+def test_diverging_rate_loses(base):
+    found = sweep(base, random_examples(70, 5), replace(ARGS, max_grad_norm=0.0), rates=(1e-2, 1e38, 1e-1))
     assert found.losses[1e38] == math.inf and found.learning_rate in (1e-2, 1e-1)
 
 
@@ -155,7 +153,7 @@ def test_error_unrelated_to_the_rate_ends_the_sweep(base, monkeypatch):
     def died(*args):
         raise TrainingError("rank 0: rank 1 died")
 
-    monkeypatch.setattr(PackedEngine, "accumulate", died)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", died)
     with pytest.raises(TrainingError, match="rank 1 died"):
         sweep(base, random_examples(70, 5))
 
@@ -248,7 +246,7 @@ def test_signal_during_a_sweep_stops_the_run(settings, monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(find_rate, "train", interrupted)
+    monkeypatch.setattr(lr_finder, "train", interrupted)
     with pytest.raises(Stopped, match="while looking for a learning rate") as stopped:
         softprompt.train(**settings, find_learning_rate=True)
     assert stopped.value.exit_code == 143 and not list((tmp_path / "run").glob("checkpoint-*"))

@@ -15,10 +15,12 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 from softprompt.config.loader import train_config
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, count_targets, tokenize
-from softprompt.engines.padded import PaddedEngine, PromptTunedModel, padded_forward
+from softprompt.engines.factory import padded_engine
+from softprompt.engines.padded import PromptTunedModel, padded_forward
 from softprompt.generation.requests import GenerationSettings
 from softprompt.models.loading import freeze
-from softprompt.prompt.adapter_io import Adapter, adapter_files, load_adapter, peft_config
+from softprompt.prompt.adapter_folder import adapter_files, peft_config
+from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.utils.atomic_io import write_folder
@@ -28,8 +30,8 @@ FP32 = torch.float32
 KINDS = pytest.mark.parametrize("kind", ["packed", "padded"])
 
 
-def engine_of(base, tokenizer, rows_per_microbatch=4, dtype=FP32):
-    return PaddedEngine(freeze(base, dtype), tokenizer, rows_per_microbatch, dtype)
+def engine_of(base, tokenizer, tokens=60, dtype=FP32):
+    return padded_engine(freeze(base, dtype), tokenizer, dtype, tokens)
 
 
 def ours(engine, values, rows):
@@ -127,8 +129,8 @@ def test_loss_and_gradient_equal_a_naive_reference(virtual, tokenizer):
     values = start.clone().requires_grad_()
     expected = naive_loss(base, values, rows)
     expected.backward()
-    for rows_per_microbatch in (1, 4, 100):
-        loss, gradient = ours(engine_of(base, tokenizer, rows_per_microbatch), start, rows)
+    for tokens in (1, 60, 10_000):
+        loss, gradient = ours(engine_of(base, tokenizer, tokens), start, rows)
         assert loss == pytest.approx(expected.item(), rel=1e-6)
         assert relative(gradient, values.grad) < 1e-5
 
@@ -143,7 +145,7 @@ def test_bf16_is_as_accurate_as_peft(padding_side, tokenizer):
     true_loss, truth, _ = theirs(base, values, rows, padding_side)
     peer_loss, peer, _ = theirs(base, values, rows, padding_side, torch.bfloat16)
     loss, gradient = ours(engine_of(copy.deepcopy(base), tokenizer, 9, torch.bfloat16), values, rows)
-    assert loss == pytest.approx(peer_loss, rel=1e-4)
+    assert loss == pytest.approx(peer_loss, rel=2**-10)
     assert loss == pytest.approx(true_loss, rel=2**-7)
     assert relative(gradient, truth) < max(1.5 * relative(peer, truth), 2**-8)
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.short_runs import interrupted
 
 import softprompt
-from softprompt.cli import parse_training
+from softprompt.config.command_line import parse_training
 from softprompt.config.loader import train_config
 from softprompt.runs.train_state import run_folder
 from softprompt.training.auto_resume import with_auto_resume
@@ -71,7 +71,7 @@ MERGED = {
     "another engine": (
         {"engine": "packed", "tokens_per_microbatch": 9, "gradient_checkpointing": True},
         {"engine": "padded"},
-        {"tokens_per_microbatch": None, "gradient_checkpointing": False},
+        {"tokens_per_microbatch": None, "gradient_checkpointing": True},
     ),
     "a rate that was found": (
         {"find_learning_rate": True},
@@ -81,17 +81,16 @@ MERGED = {
 }
 
 
-def resumed(begun, given, told=None, checkpoint=CHECKPOINT):
+def resumed(begun, given, checkpoint=CHECKPOINT):
     state = {"arguments": train_config(**OWN, **begun).as_dict(), "engine": {}}
     config = train_config(**{"resume_from_checkpoint": "run", **given})
-    return merge_settings(config, checkpoint, state, [].append if told is None else told.append).as_dict()
+    return merge_settings(config, checkpoint, state).as_dict()
 
 
 @pytest.mark.parametrize("case", MERGED)
-def test_given_settings_override_the_checkpoints(case):
+def test_given_settings_override_the_checkpoints(case, capsys):
     begun, given, expected = MERGED[case]
-    told = []
-    found = resumed(begun, given, told)
+    found, told = resumed(begun, given), capsys.readouterr().out.splitlines()
     assert {name: found[name] for name in expected} == expected
     before = train_config(**OWN, **begun).as_dict()
     changed = {n for n in found if found[n] != before[n] and n not in ("resume_from_checkpoint", "find_learning_rate")}
@@ -112,9 +111,9 @@ def test_given_settings_override_the_checkpoints(case):
     ],
     ids=str,
 )
-def test_settings_of_the_initial_prompt_are_the_checkpoints(given):
-    told = []
-    found, before = resumed({}, given, told), train_config(**OWN).as_dict()
+def test_settings_of_the_initial_prompt_are_the_checkpoints(given, capsys):
+    found, before = resumed({}, given), train_config(**OWN).as_dict()
+    told = capsys.readouterr().out.splitlines()
     (name, *_) = given
     assert found[name] == before[name]
     assert (
@@ -152,7 +151,7 @@ def test_resume_with_a_config_file(tmp_path, monkeypatch):
     Path("s.toml").write_text('eval_steps = 5\nmodel_name_or_path = "./moved"\n')
     config = parse_training(["--config", "s.toml", "--resume_from_checkpoint", "run", "--eval_steps", "7"])
     state = {"arguments": train_config(**OWN, eval_rows=4).as_dict(), "engine": {}}
-    found = merge_settings(config, CHECKPOINT, state, [].append)
+    found = merge_settings(config, CHECKPOINT, state)
     assert (found.training.eval_strategy, found.training.eval_steps) == ("steps", 7)
     assert (found.model.model_name_or_path, found.data.dataset) == ("./moved", "rows.jsonl")
 
@@ -167,7 +166,7 @@ def test_torchrun_restart_continues_in_the_resumed_runs_folder(monkeypatch, tmp_
         assert run_folder(config) == tmp_path / "run" and with_auto_resume(config, False) is config
         again = with_auto_resume(config, True)
         state = {"arguments": train_config(**OWN, eval_rows=4).as_dict(), "engine": {}}
-        found = merge_settings(again, tmp_path / "run/checkpoint-9", state, [].append).training
+        found = merge_settings(again, tmp_path / "run/checkpoint-9", state).training
         assert (found.output_dir, found.resume_from_checkpoint) == (str(tmp_path / "run"), "newest")
         assert (found.eval_steps, found.eval_strategy) == (5, "steps")
 

@@ -8,17 +8,20 @@ import shutil
 import pytest
 import torch
 from helpers.programs import run_program
+from helpers.short_runs import interrupted
 from safetensors.torch import load_file
 
 import infer
 import softprompt
 import train
-from softprompt.cli import parse_inference, parse_training
+from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.loader import PRESETS, train_config
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
+from softprompt.engines import factory
 from softprompt.models.loading import load_tokenizer
+from softprompt.training.console import warn_if_bf16_is_slow
 
 ROWS = [{"instruction": f"第{i}题", "output": "好" if i % 2 else "坏"} for i in range(40)]
 
@@ -195,26 +198,38 @@ def test_dry_run_describes_the_run_and_writes_nothing(engine, flags, tmp_path, c
 
 
 def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, monkeypatch):
-    out, _ = run_program(train, [*flags, "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch)
+    out, _ = run_program(
+        train, [*flags, "--engine", "packed", "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch
+    )
     assert "packed engine, 50 tokens at a time" in out
     state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
-    assert state["engine"] == {"tokens_per_microbatch": 50}
+    assert state["engine"] == {"engine": "packed", "tokens_per_microbatch": 50}
     out, _ = run_program(
-        train, [*flags, "--tokens_per_microbatch", "auto", "--gradient-checkpointing"], capsys, monkeypatch
+        train,
+        [*flags, "--engine", "packed", "--tokens_per_microbatch", "auto", "--gradient-checkpointing"],
+        capsys,
+        monkeypatch,
     )
     assert "packed engine, 1,024 tokens at a time" in out
 
 
-def test_warning_if_bf16_is_slow_on_the_cpu(tmp_path, monkeypatch, capsys):
-    from softprompt.training import console as announce
-
-    times, rows = {torch.bfloat16: 3.0, torch.float32: 1.0}, tmp_path / "rows.jsonl"
-    rows.write_text('{"instruction": "a", "output": "b"}\n')
-    settings = {"model_name_or_path": "mini", "dataset": str(rows), "max_steps": 1, "bf16": True}
-    monkeypatch.setattr(announce, "_product_seconds", times.__getitem__)
-    softprompt.train(output_dir=str(tmp_path / "a"), **settings)
+def test_warning_if_bf16_is_slow_on_the_cpu(capsys):
+    warn_if_bf16_is_slow({torch.bfloat16: 3.0, torch.float32: 1.0}.__getitem__)
     told = "warning: on this CPU a bf16 matrix product takes 3 times as long as fp32's; leave out --bf16"
     assert told in capsys.readouterr().out
-    times[torch.bfloat16] = 1.0
-    softprompt.train(output_dir=str(tmp_path / "b"), **settings)
-    assert "bf16 matrix product" not in capsys.readouterr().out
+    warn_if_bf16_is_slow({torch.bfloat16: 1.0, torch.float32: 1.0}.__getitem__)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("speed", "kept"), [(0.1, "padded"), (9.0, "packed")])
+def test_a_resumed_run_keeps_its_engine(speed, kept, run_settings, tmp_path, monkeypatch, capsys):
+    """Whichever one would be taken now."""
+    for number, measured in enumerate((speed, 1 / speed)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {number}"))
+        monkeypatch.setattr(factory, "measure_speed", lambda *args, measured=measured: measured)
+        if number == 0:
+            interrupted(run_settings, 5)
+        else:
+            softprompt.train(resume_from_checkpoint="run")
+    engines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Base ")]
+    assert [f"{kept} engine" in line for line in engines] == [True, True]

@@ -12,9 +12,11 @@ import torch
 from helpers.short_runs import interrupted, outcome
 
 import softprompt
-from softprompt.engines.packed import PackedEngine
+from softprompt.config.loader import train_config
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.runs.checkpoints import checkpoints, fault_of
 from softprompt.training.callbacks import RunCallbacks
+from softprompt.training.run import Observer, run_training
 from softprompt.utils.errors import Stopped
 
 
@@ -28,13 +30,13 @@ def overflowing(run_settings, monkeypatch):
 @pytest.fixture
 def without_loss(overflowing, monkeypatch):
     """The same, but the skipped steps have no finite loss either."""
-    accumulate = PackedEngine.accumulate
+    accumulate = MicrobatchEngine.accumulate
 
     def spoiled(self, prompt, window, grad_scale):
         loss, targets = accumulate(self, prompt, window, grad_scale)
         return (loss if prompt.weight.grad.isfinite().all() else loss * math.nan), targets
 
-    monkeypatch.setattr(PackedEngine, "accumulate", spoiled)
+    monkeypatch.setattr(MicrobatchEngine, "accumulate", spoiled)
     return overflowing
 
 
@@ -107,12 +109,14 @@ def test_signal_during_a_skipped_step_saves(kind, request, monkeypatch):
     assert outcome() == expected
 
 
-def test_max_time_during_a_skipped_step_saves(without_loss, monkeypatch):
-    from softprompt.training import stop_signals as stopping
+def test_max_time_during_a_skipped_step_saves(without_loss):
+    class OutOfTime(Observer):
+        def begin(self, run, callbacks):
+            callbacks.stop.ends = 0.0  # the first step is the last one
 
-    monkeypatch.setattr(stopping.time, "monotonic", iter(range(0, 10_000, 30)).__next__)
+    settings = {**without_loss, "save_steps": 100, "logging_steps": 100, "max_time": "90s"}
     with pytest.raises(Stopped) as stopped:
-        softprompt.train(**{**without_loss, "save_steps": 100, "logging_steps": 100}, max_time="90s")
+        run_training(train_config(**settings), observer=OutOfTime())
     assert stopped.value.exit_code == 124
     (checkpoint,) = checkpoints(Path("run"))
     assert fault_of(checkpoint) is None and json.loads((checkpoint / "trainer_state.json").read_text())["unlogged"]

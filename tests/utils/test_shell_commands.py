@@ -13,11 +13,13 @@ from helpers.bases import make_tokenizer
 
 import infer
 import train
-from softprompt.cli import parse_inference, parse_report, parse_training, run_command
+from softprompt.cli import run_command
+from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.train_args import SharingArguments
 from softprompt.data.dataset import load_prompts, question
 from softprompt.data.template import Template, saved_template
 from softprompt.export.push_to_hub import upload_command
+from softprompt.report.args import parse_report
 from softprompt.runs.train_state import resume_command
 from softprompt.training.first_question import first_question
 from softprompt.training.summary import infer_command
@@ -86,7 +88,8 @@ def test_a_folder_of_any_name(name, tmp_path, monkeypatch):
     resumed = parse_training(shlex.split(resume_command(Path(name)))[2:])
     assert resumed.training.resume_from_checkpoint != "newest"
     assert os.path.normpath(resumed.training.resume_from_checkpoint) == name
-    assert [os.path.normpath(run) for run in parse_report(shlex.split(argument(name))).runs] == [name]
+    runs, _ = parse_report(shlex.split(argument(name)))
+    assert [os.path.normpath(run) for run in runs] == [name]
     pushed = shlex.split(upload_command("me/it", Path(name), SharingArguments()))
     assert pushed[:3] == ["hf", "upload", "me/it"] and os.path.normpath(pushed[3]) == name and pushed[3][0] != "-"
 

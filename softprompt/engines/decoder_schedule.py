@@ -1,0 +1,113 @@
+"""The packed schedule for any decoder of transformers: the base's own modules, with `packed_attention` as attention."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompt.data.collate import Packed
+from softprompt.data.tokenization import Example
+from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
+from softprompt.engines.decoder_attention import LayerKV, PackedRows, check_uses_interface, uses_packed_attention
+from softprompt.engines.head import split_base
+from softprompt.engines.microbatch_engine import LossInputs
+from softprompt.engines.prefix_attention import RowGroup, group_rows
+from softprompt.engines.prefix_schedule import PrefixKV, PrefixSchedule
+from softprompt.engines.recompute import layers_to_recompute, recomputed
+from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import autocast
+from softprompt.utils.errors import ModelError
+
+
+class DecoderSchedule(PrefixSchedule):
+    """Runs packed rows through the layers of a transformers decoder.
+
+    Layers run under autocast: matrix products in the compute dtype, the residual stream, norms and loss in the wide
+    dtype. The layers of a `PrefixKV` are the keys [P, K, D] and values [P, K, D'] of each attention module, one after
+    the other.
+    """
+
+    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype, gradient_checkpointing: bool = False):
+        """
+        Raises:
+            ModelError: The base does not use transformers' attention interface, or cannot be split into a body and a
+                head, or no layers for `gradient_checkpointing` are found.
+        """
+        check_uses_interface(base)
+        self.base, self.compute_dtype = base, compute_dtype
+        self.body, self.head = split_base(base, compute_dtype)
+        self.device, self.gradient_checkpointing = word_embeddings(base).weight.device, gradient_checkpointing
+        self.recomputed_layers = layers_to_recompute(base) if gradient_checkpointing else []
+        self._attention: list[nn.Module] = []  # in the order in which the forward calls them
+        self._measured: ActivationMeasure | None = None
+
+    def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
+        """See `PrefixSchedule.run_prompt`.
+
+        Raises:
+            ModelError: An attention module is called several times, or none is.
+        """
+        if prompt is None or not len(prompt):
+            return PrefixKV([], word_embeddings(self.base)(torch.zeros(0, dtype=torch.int64, device=self.device)))
+        P, record = len(prompt), list[tuple[nn.Module, LayerKV]]()
+        rows = PackedRows([RowGroup(1, P, P, None, None)], 0, {}, record)
+        hidden = self._run_body(prompt, torch.arange(P, device=self.device), rows)
+        self._attention = [module for module, _ in record]
+        if not record or len(set(self._attention)) < len(record):
+            raise ModelError(f"{type(self.base).__name__} has no attention, or uses one of its modules several times")
+        return PrefixKV([t for _, kv in record for t in kv], hidden[-1:])
+
+    def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
+        pairs = zip(prefix.layers[::2], prefix.layers[1::2], strict=True)
+        prompt = {module: LayerKV(*pair) for module, pair in zip(self._attention, pairs, strict=False)}
+        P = len(prefix.layers[0]) if prefix.layers else 0
+        hidden = prefix.last_hidden[:0]
+        if batch.lengths:
+            words = word_embeddings(self.base)(batch.input_ids)  # [S, H]
+            positions = torch.cat([torch.arange(P, P + n) for n in batch.lengths]).to(self.device)
+            rows = PackedRows(group_rows(batch.lengths, self.device), P, prompt)
+            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+            again = partial(uses_packed_attention, self.base)
+            with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
+                hidden = self._run_body(words, positions, rows).index_select(0, batch.predictors)  # [n, H]
+        first = batch.first_targets if P else batch.first_targets[:0]  # [f]
+        before = prefix.last_hidden.expand(len(first), -1) if P else hidden[:0]
+        return LossInputs(torch.cat([before, hidden]), torch.cat([first, batch.targets]))
+
+    def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
+        """See `Schedule.activation_bytes`."""
+        lengths = [len(row.input_ids) for row in window]  # empty on a rank without rows
+        longest, tokens = max(lengths, default=0), sum(lengths)
+        largest = max(longest, min(tokens, tokens_per_microbatch))
+        rows = self.measured.bytes(largest, P + longest, self.gradient_checkpointing)
+        return self.head.nbytes + rows + self.measured.bytes(P, P) + self.head.working_bytes(largest)
+
+    @property
+    def measured(self) -> ActivationMeasure:
+        """What a token keeps for the backward pass, measured once."""
+        if self._measured is None:
+            self._measured = measure_activations(self.base, self._hidden_of_one_row)
+        return self._measured
+
+    def _hidden_of_one_row(self, embeddings: Tensor) -> Tensor:
+        T = len(embeddings)
+        rows = PackedRows([RowGroup(1, T, T, None, None)], 0, {})
+        return self._run_body(embeddings, torch.arange(T, device=self.device), rows)
+
+    def _run_body(self, embeddings: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
+        """Run the base without its head.
+
+        Args:
+            embeddings: [S, H].
+            positions: [S] int64, the position of each token in its row, virtual tokens counted.
+        Returns:
+            Final hidden states [S, H].
+        """
+        with uses_packed_attention(self.base), autocast(self.device, self.compute_dtype):
+            out = self.body(
+                inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, packed_rows=rows
+            )
+        return out.last_hidden_state[0]

@@ -1,0 +1,138 @@
+"""The padded schedule: rows are padded to one length and run through the base's own forward, for any causal language
+model."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data.collate import Batch, collate_padded, cut_by_tokens
+from softprompt.data.tokenization import IGNORE, Example
+from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
+from softprompt.engines.head import split_base
+from softprompt.engines.microbatch_engine import LossInputs
+from softprompt.engines.padded import check_forward, prepend
+from softprompt.engines.recompute import layers_to_recompute, recomputed
+from softprompt.models.capabilities import check_positions, max_positions
+from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import autocast
+
+
+class PaddedRows(NamedTuple):
+    """A padded micro-batch, and where its targets are: first the f first tokens of rows, then the others, row by row.
+
+    Attributes:
+        batch: The padded rows, [B, T].
+        rows: The row of each target [f + n] int64.
+        columns: The column of each target [f + n] int64.
+        targets: [f + n] int64.
+        first: f.
+    """
+
+    batch: Batch
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    first: int
+
+
+class PaddedSchedule:
+    """The `Schedule` for any causal language model: padded rows behind the prompt, one micro-batch after the other,
+    under autocast."""
+
+    kind = "padded"
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        pad_token_id: int,
+        compute_dtype: torch.dtype,
+        gradient_checkpointing: bool = False,
+    ):
+        """
+        Raises:
+            ModelError: See `padded.check_forward`; or the base cannot be split into a body and a head, or no layers for
+                `gradient_checkpointing` are found.
+        """
+        check_forward(base, compute_dtype)
+        self.base, self.pad_token_id, self.compute_dtype = base, pad_token_id, compute_dtype
+        self.body, self.head = split_base(base, compute_dtype)
+        self.device, self.gradient_checkpointing = word_embeddings(base).weight.device, gradient_checkpointing
+        self.recomputed_layers = layers_to_recompute(base) if gradient_checkpointing else []
+        self.max_positions = max_positions(base)
+        self._measured: ActivationMeasure | None = None
+
+    def cut(self, rows: Sequence[Example], tokens: int, P: int) -> Iterator[list[Example]]:
+        """See `Schedule.cut`. Tokens include padding and virtual tokens.
+
+        Raises:
+            ConfigError: A row behind P virtual tokens needs more positions than the base has.
+        """
+        longest = max((len(row.input_ids) for row in rows), default=0)
+        check_positions(self.max_positions, P, longest, "a row")
+        return cut_by_tokens(rows, tokens, pad_behind=P)
+
+    def collate(self, rows: Sequence[Example]) -> PaddedRows:
+        """See `Schedule.collate`."""
+        batch = collate_padded(rows, self.pad_token_id)
+        at = (batch.labels != IGNORE).nonzero()  # [f + n, 2]
+        at = at[(at[:, 1] > 0).argsort(stable=True)]
+        targets, device = batch.labels[at[:, 0], at[:, 1]], self.device
+        where = (t.to(device, non_blocking=True) for t in (at[:, 0], at[:, 1], targets))
+        return PaddedRows(batch.to(device), *where, first=int((at[:, 1] == 0).sum()))
+
+    def accumulate(self, prompt: Tensor, batches: Iterable[PaddedRows], grad_scale: Tensor | float) -> Tensor:
+        """See `Schedule.accumulate`."""
+        leaf = prompt.detach().requires_grad_()  # the rows' gradients accumulate here
+        total = torch.zeros((), device=prompt.device, dtype=torch.float64)
+        for each in batches:
+            if not len(each.targets):
+                continue
+            loss = self.head.loss(*self._forward(leaf, each))
+            (loss * grad_scale).backward()
+            total += loss.detach()
+        prompt.backward(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        return total
+
+    def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[PaddedRows]) -> Iterator[LossInputs]:
+        """See `Schedule.iter_loss_inputs`."""
+        values = word_embeddings(self.base).weight[:0] if prompt is None else prompt  # [P, H]
+        return (self._forward(values, each) for each in batches)
+
+    def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
+        """See `Schedule.activation_bytes`."""
+        longest = max((len(row.input_ids) for row in window), default=0)
+        tokens = len(window) * (P + longest)
+        largest = max(P + longest, min(tokens, tokens_per_microbatch)) if window else 0
+        rows = self.measured.bytes(largest, P + longest, self.gradient_checkpointing)
+        return self.head.nbytes + rows + self.head.working_bytes(largest)
+
+    @property
+    def measured(self) -> ActivationMeasure:
+        """What a token keeps for the backward pass, measured once."""
+        if self._measured is None:
+            self._measured = measure_activations(self.base, lambda embeddings: self._run_body(embeddings[None]))
+        return self._measured
+
+    def __str__(self) -> str:
+        return ""
+
+    def _forward(self, prompt: Tensor, some: PaddedRows) -> LossInputs:
+        """Run a micro-batch behind the prompt [P, H] up to the head."""
+        P, batch = len(prompt), some.batch
+        words = word_embeddings(self.base)(batch.input_ids)  # [B, T, H]
+        embeddings, mask, _ = prepend(prompt, words, batch.attention_mask, batch.labels)  # [B, P + T, …]
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with recomputed(self.recomputed_layers) if recompute else nullcontext():
+            hidden = self._run_body(embeddings, attention_mask=mask)  # [B, P + T, H]
+        skipped = 0 if P else some.first  # without a prompt, nothing predicts a first token
+        predictors = (some.rows * hidden.shape[1] + P + some.columns - 1)[skipped:]
+        return LossInputs(hidden.flatten(0, 1).index_select(0, predictors), some.targets[skipped:])
+
+    def _run_body(self, embeddings: Tensor, **others: Any) -> Tensor:
+        """Run the base without its head: [B, P + T, H] → [B, P + T, H]."""
+        with autocast(self.device, self.compute_dtype):
+            return self.body(inputs_embeds=embeddings, use_cache=False, **others).last_hidden_state

@@ -1,0 +1,93 @@
+"""The schedule of packed rows behind a prompt that is computed once per window.
+
+A window (the rows of one optimizer step) is computed without padding, and the prompt only once. This is exact because
+of causality: the virtual tokens precede the text, so their hidden states do not depend on it, and every row may share
+their keys and values.
+
+The prompt's gradient is computed in three phases:
+
+1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all layers by itself. The result is a
+   `PrefixKV`: the keys and values of each layer, and the last virtual token's output, which predicts the first token of
+   each row. Its autograd graph is kept for phase 3.
+
+2. Row pass, once per micro-batch (`rows_forward`). S tokens of several rows, one row after the other, go through all
+   layers as one stream [S, H]; each row attends to the prompt's keys and values and to itself. The loss is computed
+   only at the n positions whose next token is a target. The rows see detached copies of the prompt's keys and values,
+   so the backward pass of a micro-batch ends there: it adds to the copies' gradients and frees its activations. The
+   base is frozen and gets no gradient.
+
+3. Prompt backward, once per window. The copies' accumulated gradients go backward through the graph of phase 1, to
+   ∂loss/∂prompt [P, H].
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softprompt.data.collate import Packed, collate_packed, cut_by_tokens, has_targets
+from softprompt.data.tokenization import Example
+from softprompt.engines.head import Head
+from softprompt.engines.microbatch_engine import LossInputs
+
+
+class PrefixKV(NamedTuple):
+    """The results of the prompt pass that the rows need.
+
+    Attributes:
+        layers: The prompt's keys and values in each layer; how they are laid out is up to the schedule.
+        last_hidden: The last hidden state of the last virtual token [1, H], which predicts a row's first token; [0, H]
+            without a prompt.
+    """
+
+    layers: list[Tensor]
+    last_hidden: Tensor
+
+
+class PrefixSchedule:
+    """The `Schedule` of the module's docstring, for micro-batches that go through the base one after the other. A
+    subclass computes the phases with a particular kind of base."""
+
+    kind = "packed"
+    device: torch.device
+    compute_dtype: torch.dtype
+    gradient_checkpointing: bool
+    head: Head
+
+    def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
+        """Run the virtual tokens [P, H] through all layers; None means no prompt."""
+        raise NotImplementedError
+
+    def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
+        """Run a micro-batch behind the prompt up to the head."""
+        raise NotImplementedError
+
+    def cut(self, rows: Sequence[Example], tokens: int, P: int) -> Iterator[list[Example]]:
+        """See `Schedule.cut`."""
+        return cut_by_tokens(rows, tokens)
+
+    def collate(self, rows: Sequence[Example]) -> Packed:
+        """See `Schedule.collate`."""
+        return collate_packed(rows).to(self.device)
+
+    def accumulate(self, prompt: Tensor, batches: Iterable[Packed], grad_scale: Tensor | float) -> Tensor:
+        """See `Schedule.accumulate`."""
+        prefix = self.run_prompt(prompt)
+        outputs = [*prefix.layers, prefix.last_hidden]
+        leaves = [t.detach().requires_grad_() for t in outputs]  # the rows' gradients accumulate here
+        total = torch.zeros((), device=prompt.device, dtype=torch.float64)
+        for batch in filter(has_targets, batches):
+            loss = self.head.loss(*self.rows_forward(PrefixKV(leaves[:-1], leaves[-1]), batch))
+            (loss * grad_scale).backward()
+            total += loss.detach()
+        torch.autograd.backward(outputs, [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+        return total
+
+    def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[Packed]) -> Iterator[LossInputs]:
+        """See `Schedule.iter_loss_inputs`."""
+        prefix = self.run_prompt(prompt)
+        return (self.rows_forward(prefix, batch) for batch in batches)
+
+    def __str__(self) -> str:
+        return ""

@@ -1,0 +1,168 @@
+"""The packed engine proves itself before the first step: on a few rows of the run, its losses and its gradient must be
+those of the padded engine. Both are also timed, and `--engine auto` takes the faster one.
+
+A verdict is cached per base, device, dtype, versions and number of virtual tokens. It holds for rows up to the longest
+one that was checked: a base may treat longer rows in another way (sliding windows, chunks).
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data.examples import Example, Examples, count_targets
+from softprompt.engines.base import Engine
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.utils.atomic_io import cache_dir, write_files
+from softprompt.utils.errors import TrainingError
+from softprompt.utils.out_of_memory import is_out_of_memory
+
+# The largest differences that rounding may cause: of a token's loss, relative to it if it is above 1, and of the
+# gradient, relative to its norm.
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+CHECKED_ROWS = 4
+FEW_ROWS = 8  # are timed first; where that takes less than a second, all rows are
+CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be noise
+
+
+class Verdict(NamedTuple):
+    """What a comparison of the packed engine with the padded one found.
+
+    Attributes:
+        rows: Number of rows that were compared.
+        longest: Number of tokens of the longest of them.
+        loss_error: Largest difference of a row's loss per token, relative to it if it is above 1.
+        gradient_error: ‖difference‖ / ‖gradient of the padded engine‖.
+        speed: How many times as fast the packed engine is; None if it was not timed.
+        failure: Why the packed engine cannot run this base; None if it can.
+    """
+
+    rows: int
+    longest: int
+    loss_error: float = math.inf
+    gradient_error: float = math.inf
+    speed: float | None = None
+    failure: str | None = None
+
+    def is_right(self, dtype: torch.dtype) -> bool:
+        """Whether the differences are within what rounding in `dtype` causes; NaN is not."""
+        return self.loss_error <= LOSS_TOLERANCE[dtype] and self.gradient_error <= GRADIENT_TOLERANCE[dtype]
+
+    def __str__(self) -> str:
+        if self.failure:
+            return f"it cannot run this base ({self.failure})"
+        off = f"gradient off by {self.gradient_error:.0e}, a token's loss by {self.loss_error:.0e}"
+        return f"checked against the padded one on {self.rows} rows, {off}"
+
+
+def rows_to_check(rows: Sequence[Example]) -> list[Example]:
+    """Return up to CHECKED_ROWS rows with targets: the longest, the shortest, and some in between."""
+    lengths = rows.lengths.tolist() if isinstance(rows, Examples) else [len(row.input_ids) for row in rows]
+    longest_first = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
+    with_targets = [i for i in longest_first if count_targets(rows[i])]
+    last, n = len(with_targets) - 1, min(CHECKED_ROWS, len(with_targets))
+    return [rows[with_targets[round(i * last / max(1, n - 1))]] for i in range(n)]
+
+
+def compare(packed: Engine, padded: Engine, prompt: Tensor, rows: Sequence[Example]) -> Verdict:
+    """Compare losses and gradient of both engines.
+
+    Args:
+        prompt: [P, H].
+        rows: Rows with at least one target each.
+
+    Raises:
+        TrainingError: Memory does not suffice for one row.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    expected_losses, expected = _losses_and_gradient(padded, prompt, rows)
+    try:
+        losses, gradient = _losses_and_gradient(packed, prompt, rows)
+    except TrainingError:
+        raise
+    except Exception as error:  # transformers' models raise anything where they are not called as they expect
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return Verdict(len(rows), longest, failure=reason)
+    off = [_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected_losses, strict=True)]
+    size = expected.norm().item()
+    gradient_error = (gradient - expected).norm().item() / size if size else gradient.norm().item()
+    return Verdict(len(rows), longest, max(off), gradient_error if math.isfinite(gradient_error) else math.inf)
+
+
+def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
+    """Return how many times as fast the packed engine computes the gradient of a window, or of a part of it if the
+    window takes long: the median of alternating measurements."""
+    few = window[:: max(1, len(window) // FEW_ROWS)][:FEW_ROWS]
+    once = [_seconds(engine, prompt, few) for engine in (padded, packed)]
+    if sum(once) * len(window) / len(few) > 1:
+        return once[0] / once[1]
+    ratios = []
+    for _ in range(3):
+        slow, fast = (_seconds(engine, prompt, window) for engine in (padded, packed))
+        ratios.append(slow / fast)
+    return statistics.median(ratios)
+
+
+def cached_verdict(key: str, longest: int) -> Verdict | None:
+    """Return the cached verdict for `key` if it holds for rows of `longest` tokens."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        verdict = Verdict(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
+        if verdict.longest >= longest:
+            return verdict
+    return None
+
+
+def keep_verdict(key: str, verdict: Verdict) -> None:
+    """Cache a verdict; if that fails, nothing is lost."""
+    folder = cache_dir("engines")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, {key: json.dumps(verdict._asdict()).encode()})
+
+
+def verdict_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
+    """Return the key of a verdict: a hash of everything that it may depend on except the rows."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
+    versions = torch.__version__, transformers.__version__, version("softprompt")
+    about = [base.config.to_json_string(), type(base).__name__, card, str(dtype), P, versions, settings]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> tuple[list[float], Tensor]:
+    """Return the loss per token of each row, and the gradient [P, H] of their mean."""
+    trial = PromptEmbedding(prompt).to(engine.device)
+    engine.accumulate(trial, rows, 1 / sum(map(count_targets, rows)))
+    assert trial.weight.grad is not None
+    losses = engine.row_losses(trial.weight.detach(), rows)
+    return [loss / count_targets(row) for loss, row in zip(losses, rows, strict=True)], trial.weight.grad
+
+
+def _difference(a: float, b: float) -> float:
+    return abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
+
+
+def _seconds(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> float:
+    trial = PromptEmbedding(prompt).to(engine.device)
+    _synchronize(engine.device)
+    began = time.perf_counter()
+    engine.accumulate(trial, rows, 1.0)
+    _synchronize(engine.device)
+    return time.perf_counter() - began
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

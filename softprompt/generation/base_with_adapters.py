@@ -1,0 +1,79 @@
+"""A base model with named adapters, of which one is active."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data.template import Template
+from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
+from softprompt.generation.requests import GenerationSettings, merge_settings
+from softprompt.models.loading import word_embeddings
+
+
+class BaseWithAdapters:
+    """A frozen base model with named adapters.
+
+    Attributes:
+        name: The base's name or path.
+        adapters: The adapters by name.
+        active_adapter: Name of the adapter of questions that name none.
+    """
+
+    def __init__(self, base: PreTrainedModel, adapter: LoadedAdapter):
+        """Make `adapter` the adapter "default" of a base."""
+        self.base, self.name = base, str(getattr(base, "name_or_path", ""))
+        self.adapters, self.active_adapter = {"default": adapter}, "default"
+
+    def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
+        """Load an adapter folder, or "none" (the base without a prompt), under a name, by default the folder's path.
+        Return the name.
+
+        Raises:
+            AdapterError: See `from_pretrained`.
+        """
+        name = str(folder) if adapter_name is None else adapter_name
+        check_name(name, folder)
+        self._add(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
+        return name
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make an adapter the active one, which answers questions that name no adapter.
+
+        Raises:
+            AdapterError: The adapter is not loaded.
+        """
+        find_adapter(self.adapters, adapter_name, "set_adapter")
+        self.active_adapter = adapter_name
+
+    @property
+    def template(self) -> Template:
+        """The prompt template of the active adapter."""
+        return self.adapters[self.active_adapter].template
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """The learned prompt of the active adapter, [P, H] fp32; None for the base without a prompt."""
+        return self.adapters[self.active_adapter].prompt
+
+    @property
+    def description(self) -> str:
+        """One line that names the base and the adapters."""
+        names = [name for name, tuned in self.adapters.items() if tuned.prompt is not None]
+        return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
+
+    def settings(
+        self, adapter: str | None = None, /, *, seed: int | None = None, batch_size: int = 8, **given: Any
+    ) -> GenerationSettings:
+        """Return the settings that `stream` would use: each as given (unless None), else as saved with the adapter,
+        else the article's. `seed` and `batch_size` belong to a call and are not among them.
+
+        Raises:
+            ConfigError: A setting is unknown or invalid.
+        """
+        return merge_settings(self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation, given)
+
+    def _add(self, name: str, tuned: LoadedAdapter) -> None:
+        check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
+        self.adapters[name] = tuned

@@ -1,0 +1,167 @@
+"""The packed engine for any decoder: loss and gradient against each row run alone, and against PEFT."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+from helpers.peers import collated, naive_loss, peft_model, peft_prompt, random_examples
+from helpers.small_bases import WINDOW, small_base
+
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.engines import decoder_attention
+from softprompt.engines.factory import packed_engine
+from softprompt.engines.head import LinearHead, ModelHead, split_base
+from softprompt.engines.self_check import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from softprompt.models.loading import freeze
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.utils.errors import ModelError
+
+FP32, BF16 = torch.float32, torch.bfloat16
+EXACT = [
+    *("llama", "qwen2", "qwen2_full", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox"),
+    *("olmo2", "opt", "cohere", "granite", "mixtral", "gpt_oss"),
+]
+KINDS = pytest.mark.parametrize("kind", EXACT)
+
+
+def rows_across_the_window(seed):
+    """Rows shorter and longer than a window, one without targets, and one whose first token is a target."""
+    rows = random_examples(4, 3 * WINDOW, seed=seed) + random_examples(2, 3, seed=seed)
+    return [*rows, Example([5] * 4, [-100] * 4), Example([9, 8, 7], [9, 8, 7])]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def gradient_of(engine, start, rows):
+    """Mean loss over the targets, and its gradient [P, H]."""
+    prompt, targets = PromptEmbedding(start), sum(map(count_targets, rows))
+    total, count = engine.accumulate(prompt, rows, 1 / targets)
+    assert count == targets
+    return total.item() / targets, prompt.weight.grad
+
+
+def truth_of(base, start, rows):
+    values = start.clone().requires_grad_()
+    mean = naive_loss(base, values, rows)
+    mean.backward()
+    return mean.item(), values.grad
+
+
+@KINDS
+@pytest.mark.parametrize("P", [1, 10, 100])
+def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P):
+    base, rows = freeze(small_base(kind), FP32), rows_across_the_window(P)
+    start = torch.randn(P, 32, generator=torch.Generator().manual_seed(P))
+    mean, gradient = truth_of(base, start, rows)
+    for tokens, recompute in ((25, False), (10_000, False), (25, True)):
+        engine = packed_engine(base, FP32, tokens, recompute)
+        ours, same = gradient_of(engine, start, rows)
+        assert ours == pytest.approx(mean, rel=1e-5) and relative(same, gradient) < 1e-5
+    evaluated, count = engine.evaluate(start, rows)
+    assert evaluated.item() / count == pytest.approx(mean, rel=1e-5)
+    alone = [naive_loss(base, start, [row]).item() * count_targets(row) if count_targets(row) else 0 for row in rows]
+    assert engine.row_losses(start, rows) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+@KINDS
+def test_one_row_and_the_base_without_a_prompt(kind):
+    base, start = freeze(small_base(kind, seed=1), FP32), torch.randn(3, 32)
+    row = random_examples(1, 2 * WINDOW, seed=7)
+    mean, gradient = truth_of(base, start, row)
+    engine = packed_engine(base, FP32, 100)
+    ours, same = gradient_of(engine, start, row)
+    assert ours == pytest.approx(mean, rel=1e-5) and relative(same, gradient) < 1e-5
+    bare, count = engine.evaluate(None, row)
+    assert bare.item() / count == pytest.approx(naive_loss(base, start[:0], row).item(), rel=1e-5)
+
+
+def pefts_gradient(base, start, rows, dtype=FP32):
+    """PEFT's mean loss and gradient, padded on the right: with pads between prompt and text, transformers' windows
+    would lose the prompt."""
+    model, batch = peft_model(base, start), collated(rows, padding_side="right")
+    with torch.autocast("cpu", dtype, enabled=dtype is not FP32):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            :, -batch.labels.shape[1] - 1 :
+        ]
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels.flatten())
+    loss.backward()
+    return loss.item(), peft_prompt(model).grad
+
+
+@KINDS
+@pytest.mark.parametrize("P", [1, 10, 100])
+def test_it_computes_what_peft_computes(kind, P):
+    base, start = small_base(kind, seed=2), torch.randn(P, 32, generator=torch.Generator().manual_seed(P))
+    rows = random_examples(5, 2 * WINDOW, seed=3)
+    expected, gradient = pefts_gradient(base, start, rows)
+    ours, same = gradient_of(packed_engine(freeze(base, FP32), FP32, 40), start, rows)
+    assert ours == pytest.approx(expected, rel=1e-5) and relative(same, gradient) < 1e-5
+
+
+@KINDS
+def test_bf16_is_no_further_from_fp32_than_pefts_autocast(kind):
+    """The median over ten prompts, as single ones scatter (a router of experts may choose others)."""
+    ratios, losses = [], []
+    for seed in range(10):
+        base, rows = small_base(kind, seed=seed), random_examples(6, 2 * WINDOW, seed=seed)
+        start = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed))
+        mean, truth = truth_of(base, start, rows)
+        _, peer = pefts_gradient(base, start, rows, BF16)
+        ours, gradient = gradient_of(packed_engine(freeze(copy.deepcopy(base), BF16), BF16, 40), start, rows)
+        ratios.append(relative(gradient, truth) / relative(peer, truth))
+        losses.append(abs(ours - mean) / mean)
+    assert statistics.median(ratios) <= 1.1
+    assert max(losses) < 0.05
+
+
+def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
+    """The rows do tell a window from one that is a position longer, and the prompt from none."""
+    base, rows, start = freeze(small_base("mistral"), FP32), rows_across_the_window(1), torch.randn(3, 32)
+    _, truth = truth_of(base, start, rows)
+    mask = decoder_attention.PackedRows.mask
+
+    def longer(self, width, window, *rest):
+        return mask(self, width, window + 1, *rest)
+
+    monkeypatch.setattr(decoder_attention.PackedRows, "mask", longer)
+    _, wrong = gradient_of(packed_engine(base, FP32, 50), start, rows)
+    assert relative(wrong, truth) > 10 * GRADIENT_TOLERANCE[FP32]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_plain_head_is_fused_with_the_loss(kind):
+    assert isinstance(split_base(small_base(kind), FP32).head, LinearHead)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+def test_other_heads_compute_chunks_of_their_own_logits(kind, chunk, monkeypatch):
+    """A soft cap or a scale shows at large logits, however small those of the rows are."""
+    base = small_base(kind)
+    body, head = split_base(base, FP32)
+    monkeypatch.setattr(ModelHead, "chunk", chunk)
+    assert isinstance(head, ModelHead)
+    ids, targets = torch.arange(20, 30), torch.arange(40, 50)
+    hidden = body(input_ids=ids[None]).last_hidden_state[0].detach().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(base(input_ids=ids[None]).logits[0], targets, reduction="none")
+    assert torch.allclose(head.losses(hidden, targets), expected, rtol=1e-5)
+    total = head.loss(hidden, targets)
+    (2 * total).backward()
+    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    leaf = hidden.detach().requires_grad_()
+    (2 * torch.nn.functional.cross_entropy(head.logits(leaf), targets, reduction="sum")).backward()
+    assert relative(hidden.grad, leaf.grad) < 1e-6
+    assert base.get_submodule(head.name) is body  # the stand-in is gone
+
+
+@pytest.mark.parametrize("kind", ["mpt", "gpt_neo"])
+def test_a_base_without_the_attention_interface_is_refused(kind):
+    with pytest.raises(ModelError, match="without transformers' attention interface"):
+        packed_engine(small_base(kind), FP32, 100)
+
+
+def test_tolerances_are_named_for_every_compute_dtype():
+    assert LOSS_TOLERANCE.keys() == GRADIENT_TOLERANCE.keys() == {FP32, BF16, torch.float16}

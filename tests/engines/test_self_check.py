@@ -1,0 +1,145 @@
+"""The packed engine proves itself on the run's rows, and what fails the check is not taken."""
+
+import pytest
+import torch
+from helpers.bases import make_bloom
+from helpers.peers import naive_loss, random_examples
+from helpers.small_bases import WINDOW, small_base
+
+from softprompt.config.loader import train_config
+from softprompt.data.examples import Examples
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.engines import factory
+from softprompt.engines.factory import choose_engine, packed_engine, padded_engine
+from softprompt.engines.self_check import CHECKED_ROWS, Verdict, compare, rows_to_check
+from softprompt.models.loading import freeze
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.utils.errors import ConfigError
+
+FP32 = torch.float32
+ROWS = random_examples(5, 3 * WINDOW, seed=4)
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def choose(base, tokenizer, rows=ROWS, P=5, **given):
+    config = train_config(model_name_or_path="x", dataset="x", **given)
+    prompt = torch.randn(P, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return choose_engine(config, freeze(base, FP32), tokenizer, FP32, prompt, rows)
+
+
+def kind_of(chosen):
+    return chosen.engine.schedule.kind
+
+
+def at_speed(monkeypatch, speed):
+    """As if the packed engine was so many times as fast."""
+    calls = []
+    monkeypatch.setattr(factory, "measure_speed", lambda *args: calls.append(args) or speed)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "base", [make_bloom(), small_base("llama"), small_base("gemma2")], ids=["bloom", "llama", "gemma2"]
+)
+def test_the_faster_right_engine_is_taken(base, tokenizer, monkeypatch):
+    at_speed(monkeypatch, 2.5)
+    chosen = choose(base, tokenizer)
+    assert kind_of(chosen) == "packed" and "4 rows" in chosen.how and "2.5 times as fast" in chosen.how
+    assert kind_of(choose(base, tokenizer, engine="padded")) == "padded"
+
+
+def test_an_engine_that_is_clearly_slower_is_not_taken_unless_it_is_named(tokenizer, monkeypatch):
+    at_speed(monkeypatch, 0.5)
+    chosen = choose(small_base("llama"), tokenizer)
+    assert kind_of(chosen) == "padded" and "2.0 times as long" in chosen.how
+    assert kind_of(choose(small_base("llama"), tokenizer, engine="packed")) == "packed"
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "stablelm", "mpt", "jamba"])
+def test_what_the_packed_engine_computes_wrongly_or_not_at_all_is_caught(kind, tokenizer):
+    chosen = choose(small_base(kind), tokenizer)
+    assert kind_of(chosen) == "padded" and chosen.how
+    with pytest.raises(ConfigError, match="--engine packed: "):
+        choose(small_base(kind), tokenizer, engine="packed")
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "jamba"])
+def test_without_the_check_the_gradient_would_be_wrong(kind):
+    base, start = freeze(small_base(kind), FP32), torch.randn(5, 32)
+    values = start.clone().requires_grad_()
+    naive_loss(base, values, ROWS).backward()
+    prompt = PromptEmbedding(start)
+    packed_engine(base, FP32, 10_000).accumulate(prompt, ROWS, 1 / sum(map(count_targets, ROWS)))
+    assert (prompt.weight.grad - values.grad).norm() > 0.01 * values.grad.norm()
+
+
+def test_chunked_attention_is_right_for_short_rows_and_checked_again_for_longer_ones(tokenizer, monkeypatch):
+    """The verdict of a run with short rows does not hold for one with long rows."""
+    at_speed(monkeypatch, 2.0)
+    base, short = small_base("llama4_text"), random_examples(5, 4, seed=1)
+    assert kind_of(choose(base, tokenizer, short, P=1)) == "packed"
+    assert kind_of(choose(base, tokenizer, ROWS, P=1)) == "padded"
+
+
+def test_a_verdict_is_kept_and_used_again(tokenizer, monkeypatch):
+    calls = at_speed(monkeypatch, 3.0)
+    first, again = (choose(small_base("llama"), tokenizer) for _ in range(2))
+    assert first.how == again.how and len(calls) == 1
+    choose(small_base("llama"), tokenizer, P=6)
+    assert len(calls) == 2
+
+
+def test_a_dry_run_keeps_no_verdict(tokenizer, monkeypatch, tmp_path):
+    at_speed(monkeypatch, 3.0)
+    choose(small_base("llama"), tokenizer, dry_run=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": 1}', '{"rows": "a", "longest": "b"}', "null"])
+def test_a_broken_verdict_is_found_anew(content, tokenizer, monkeypatch, tmp_path):
+    calls = at_speed(monkeypatch, 3.0)
+    choose(small_base("llama"), tokenizer)
+    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    kept.write_text(content)
+    assert kind_of(choose(small_base("llama"), tokenizer)) == "packed" and len(calls) == 2
+
+
+def test_all_ranks_follow_rank_0(tokenizer, monkeypatch):
+    at_speed(monkeypatch, 3.0)
+    base = freeze(small_base("llama"), FP32)
+    config = train_config(model_name_or_path="x", dataset="x")
+    slow = list(Verdict(4, 99, 0.0, 0.0, 0.1))
+    chosen = choose_engine(config, base, tokenizer, FP32, torch.randn(3, 32), ROWS, agree=lambda mine: slow)
+    assert kind_of(chosen) == "padded"
+
+
+def test_the_longest_and_the_shortest_row_are_checked():
+    rows = Examples.from_rows([Example([5] * n, [-100] * (n - 1) + [5]) for n in (3, 9, 4, 7, 2, 12, 5)])
+    lengths = [len(row.input_ids) for row in rows_to_check(rows)]
+    assert len(lengths) == CHECKED_ROWS and lengths[0] == 12 and lengths[-1] == 2
+    assert rows_to_check([Example([5, 6], [-100, -100])]) == []
+    assert len(rows_to_check(ROWS[:1])) == 1
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gradient", "nan"])
+def test_what_differs_is_no_proof(spoiled, tokenizer):
+    base = freeze(small_base("llama"), FP32)
+    padded, packed = padded_engine(base, tokenizer, FP32, 100), packed_engine(base, FP32, 100)
+    assert compare(packed, padded, torch.randn(3, 32), ROWS).is_right(FP32)
+    loss = packed.schedule.head.loss
+
+    class Spoiled:
+        losses = packed.schedule.head.losses
+
+        def loss(self, hidden, targets):
+            factor = {"gradient": 1.01, "nan": float("nan"), "loss": 1.0}[spoiled]
+            return factor * loss(hidden, targets)
+
+    packed.schedule.head = Spoiled()
+    if spoiled == "loss":
+        packed.schedule.head.losses = lambda hidden, targets: padded.schedule.head.losses(hidden, targets) + 0.01
+    assert not compare(packed, padded, torch.randn(3, 32), ROWS).is_right(FP32)
