@@ -149,8 +149,8 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
-        "Compute this many tokens at once; the padded engine counts padding and virtual tokens, too. This affects speed "
-        "and memory, not the result. (default: computed from the base, the dtype and the device's memory)",
+        "Compute this many tokens at once; the padded engine counts padding and virtual tokens, too. Affects speed and "
+        "memory, not the result. (default: computed from the base, the dtype and the device's memory)",
     )
     gradient_checkpointing: bool = option(
         False,
