@@ -14,6 +14,7 @@ from measure import clock
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.hf_generate import pad_left, prepend_prompt
 from softprompt.generation.requests import GenerationSettings, Request
@@ -113,7 +114,7 @@ class Packed(Contestant):
     def __init__(self, base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Tensor]):
         super().__init__(base, tokenizer, prompts)
         dtype = base.transformer.h[0].mlp.dense_h_to_4h.weight.dtype
-        self.generator = ContinuousBatchingGenerator(ResidentWeights(base, dtype), tokenizer)
+        self.generator = ContinuousBatchingGenerator(BloomStepModel(ResidentWeights(base, dtype)), tokenizer)
         self.end_token_ids = (base.config.vocab_size,)  # an id that is never chosen
 
     def answer(self, questions: Sequence[Question], batch_size: int) -> None:

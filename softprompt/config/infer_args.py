@@ -107,8 +107,8 @@ class AdapterArguments:
     load_in_4bit: bool = same_option(ModelArguments, "load_in_4bit")
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
-        "Choose how answers are generated. packed: fast, for BLOOM; padded: transformers' generate, for any causal "
-        "language model; auto: packed for BLOOM on the CPU, else padded.",
+        "Choose how answers are generated. packed: continuous batching; padded: transformers' generate, for any causal "
+        "language model; auto: packed for BLOOM on the CPU and for every other base that passes a check, else padded.",
     )
 
 

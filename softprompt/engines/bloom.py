@@ -78,7 +78,7 @@ def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompu
         def attention(i: int, q: Tensor, kv: Tensor) -> Tensor:
             return attend(q, kv, prefix.layers[i], bias, groups)
 
-        x = run_blocks(weights, x, attention, batch.predictors, recompute)  # [n, H]
+        x = run_blocks(weights, x, attention, batch.predictors, recompute=recompute)  # [n, H]
     return loss_inputs(weights, prefix.last_hidden, batch, x)
 
 
@@ -108,6 +108,7 @@ def run_blocks(
     x: Tensor,
     attention: Attention,
     predictors: Tensor | None = None,
+    *,
     recompute: bool = False,
     linear: LinearFn = F.linear,
 ) -> Tensor:

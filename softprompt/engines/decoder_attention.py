@@ -11,7 +11,7 @@ positions (P + index in the row), so that a sliding window counts as it would if
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,39 @@ class LayerKV(NamedTuple):
     values: Tensor
 
 
+class AttentionOptions(NamedTuple):
+    """What an attention layer asks for.
+
+    Attributes:
+        scaling: Factor of the scores; None is 1 / √D.
+        window: How many positions back a token sees, itself included; None is all.
+        softcap: Scores s become softcap · tanh(s / softcap) (Gemma 2); None leaves them.
+        sinks: A score [N] of a key without a value (gpt-oss), or None.
+    """
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class RowsAttention(Protocol):
+    """Knows which rows the packed tokens belong to, and what they attend to."""
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """Compute the attention of S packed tokens in one layer.
+
+        Args:
+            module: The attention module.
+            q: [S, N, D]; k: [S, K, D]; v: [S, K, D'].
+        Returns:
+            [S, N, D'].
+        """
+        ...
+
+
 class PackedRows:
-    """What an attention layer must know of the packed rows.
+    """The `RowsAttention` of whole rows: each attends to the prompt and, causally, to itself.
 
     Args:
         groups: The rows, as in `prefix_attention`.
@@ -49,18 +80,40 @@ class PackedRows:
         record: list[tuple[nn.Module, LayerKV]] | None = None,
     ):
         self.groups, self.P, self.prompt, self.record = groups, P, prompt, record
-        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    def mask(self, width: int, window: int | None, repeats: int, device: torch.device) -> Tensor:
-        """Return which keys the tokens of a row see: [repeats · width, P + width] bool, causal, and with a sliding
-        window at most `window` positions back."""
-        key = (width, window, repeats)
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """See `RowsAttention.attend`."""
+        if self.record is not None:
+            self.record.append((module, LayerKV(k, v)))
+        prompt = self.prompt.get(module)
+        sizes, outputs = [group.tokens for group in self.groups], []
+        for group, *parts in zip(self.groups, *(t.split(sizes) for t in (q, k, v)), strict=True):
+            queries, keys, values = (as_rows(part, group) for part in parts)  # [B, T, heads, size]
+            if prompt:
+                keys, values = (
+                    torch.cat([shared.to(own.dtype).expand(group.rows, -1, -1, -1), own], dim=1)
+                    for shared, own in zip(prompt, (keys, values), strict=True)
+                )
+            mask = self.mask(group.width, options.window, q.device)
+            out = attention(queries, keys, values, mask[None], options).flatten(0, 1)  # [B · T, N, D']
+            outputs.append(out if group.unpad_index is None else out.index_select(0, group.unpad_index))
+        return torch.cat(outputs)
+
+    def mask(self, width: int, window: int | None, device: torch.device) -> Tensor:
+        """Return which keys the tokens of a row see: [width, P + width] bool."""
+        key = (width, window)
         if key not in self._masks:
-            query = torch.arange(self.P, self.P + width, device=device)[:, None]
-            distance = query - torch.arange(self.P + width, device=device)
-            visible = (distance >= 0) & (distance < window) if window else distance >= 0
-            self._masks[key] = visible.repeat(repeats, 1)
+            positions = torch.arange(self.P, self.P + width, device=device)
+            self._masks[key] = visible(positions, self.P + width, window)
         return self._masks[key]
+
+
+def visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
+    """Return which of the keys at positions 0 … keys - 1 the queries at `positions` [n] see: [n, keys] bool, causal,
+    and with a sliding window at most `window` positions back."""
+    distance = positions[:, None] - torch.arange(keys, device=positions.device)
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def check_uses_interface(base: PreTrainedModel) -> None:
@@ -98,16 +151,14 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packed_rows: PackedRows | None = None,
+    packed_rows: RowsAttention | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the attention of each row to the prompt and to itself; see `transformers.AttentionInterface`.
+    """Pass queries, keys and values to the `RowsAttention` of the forward; see `transformers.AttentionInterface`.
 
     Args:
         query: [1, N, S, D]; key: [1, K, S, D]; value: [1, K, S, D'].
-        sliding_window: How many positions back a token sees, itself included.
-        softcap: Scores s become softcap · tanh(s / softcap) (Gemma 2).
-        s_aux: Attention sinks, a score [N] of a key without a value (gpt-oss).
+        sliding_window, softcap, s_aux: See `AttentionOptions`.
     Returns:
         [1, S, N, D'], and no attention weights.
 
@@ -119,58 +170,36 @@ def packed_attention(
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
     if q.device.type == "cpu":  # where attention in narrower dtypes is slow
         q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-    if packed_rows.record is not None:
-        packed_rows.record.append((module, LayerKV(k, v)))
-    prompt = packed_rows.prompt.get(module)
-    sizes, outputs = [group.tokens for group in packed_rows.groups], []
-    for group, *parts in zip(packed_rows.groups, *(t.split(sizes) for t in (q, k, v)), strict=True):
-        queries, keys, values = (as_rows(part, group) for part in parts)  # [B, T, heads, size]
-        if prompt:
-            keys, values = (
-                torch.cat([shared.to(own.dtype).expand(group.rows, -1, -1, -1), own], dim=1)
-                for shared, own in zip(prompt, (keys, values), strict=True)
-            )
-        mask = packed_rows.mask(group.width, sliding_window, q.shape[1] // k.shape[1], q.device)
-        out = _attend(queries, keys, values, mask, scaling, softcap, s_aux)  # [B, T, N, D']
-        out = out.flatten(0, 1)
-        outputs.append(out if group.unpad_index is None else out.index_select(0, group.unpad_index))
-    return torch.cat(outputs)[None], None
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    return packed_rows.attend(module, q, k, v, options)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def _attend(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """Compute attention with G = N / K query heads for each key-value head: [B, T, N, D'].
 
     The G heads are computed as G · T queries of one head, so that keys and values are not repeated.
 
     Args:
-        queries: [B, T, N, D]; keys: [B, P + T, K, D]; values: [B, P + T, K, D'].
-        mask: [G · T, P + T] bool.
-        sinks: [N] or None.
+        queries: [B, T, N, D]; keys: [B, W, K, D]; values: [B, W, K, D'].
+        mask: [B or 1, T, W] bool, which keys a query sees.
     """
     (T, N), K = queries.shape[1:3], keys.shape[2]
     q = queries.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G · T, D]
-    k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, K, P + T, …]
-    if sinks is not None:  # one more key, of zeros, whose score is the sink, and whose value is zero
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, K, W, …]
+    mask = mask.repeat(1, N // K, 1)[:, None]  # [B or 1, 1, G · T, W]
+    if options.sinks is not None:  # one more key, of zeros, whose score is the sink, and whose value is zero
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-        column = sinks.detach().to(q.dtype).view(K, N // K, 1).expand(-1, -1, T).reshape(K, -1, 1)  # [K, G · T, 1]
-        mask = torch.cat([bias.expand(K, -1, -1), column], dim=2)[None]  # [1, K, G · T, P + T + 1]
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        column = options.sinks.detach().to(q.dtype).view(K, N // K, 1).expand(-1, -1, T).reshape(1, K, -1, 1)
+        mask = torch.cat([bias.expand(-1, K, -1, -1), column.expand(len(bias), -1, -1, -1)], dim=3)
+    if options.softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scaling)
     else:
-        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = (scores / softcap).tanh() * softcap
-        scores = scores.masked_fill(~mask, -math.inf) if sinks is None else scores + mask
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if options.scaling is None else options.scaling)
+        scores = (scores / options.softcap).tanh() * options.softcap
+        scores = scores.masked_fill(~mask, -math.inf) if options.sinks is None else scores + mask
         out = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
     return out.unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, T, N, D']

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 from softprompt.data.collate import Packed
 from softprompt.data.tokenization import Example
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
-from softprompt.engines.decoder_attention import LayerKV, PackedRows, check_uses_interface, uses_packed_attention
+from softprompt.engines.decoder_attention import (
+    LayerKV,
+    PackedRows,
+    RowsAttention,
+    check_uses_interface,
+    uses_packed_attention,
+)
 from softprompt.engines.head import split_base
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_attention import RowGroup, group_rows
@@ -41,38 +47,52 @@ class DecoderSchedule(PrefixSchedule):
         self.body, self.head = split_base(base, compute_dtype)
         self.device, self.gradient_checkpointing = word_embeddings(base).weight.device, gradient_checkpointing
         self.recomputed_layers = layers_to_recompute(base) if gradient_checkpointing else []
-        self._attention: list[nn.Module] = []  # in the order in which the forward calls them
         self._measured: ActivationMeasure | None = None
+        self._layout: list[tuple[nn.Module, LayerKV]] | None = None
 
-    def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
-        """See `PrefixSchedule.run_prompt`.
+    @property
+    def layout(self) -> list[tuple[nn.Module, LayerKV]]:
+        """The attention modules in the order in which the forward calls them, each with keys and values of no tokens,
+        [0, K, D] and [0, K, D'].
 
         Raises:
             ModelError: An attention module is called several times, or none is.
         """
+        if self._layout is None:
+            record: list[tuple[nn.Module, LayerKV]] = []
+            with torch.no_grad():
+                self._run_row(word_embeddings(self.base)(torch.zeros(1, dtype=torch.int64, device=self.device)), record)
+            if not record or len({module for module, _ in record}) < len(record):
+                raise ModelError(f"{type(self.base).__name__} has no attention, or uses one of its modules repeatedly")
+            self._layout = [(module, LayerKV(kv.keys[:0].detach(), kv.values[:0].detach())) for module, kv in record]
+        return self._layout
+
+    def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
+        """See `PrefixSchedule.run_prompt`."""
         if prompt is None or not len(prompt):
-            return PrefixKV([], word_embeddings(self.base)(torch.zeros(0, dtype=torch.int64, device=self.device)))
-        P, record = len(prompt), list[tuple[nn.Module, LayerKV]]()
-        rows = PackedRows([RowGroup(1, P, P, None, None)], 0, {}, record)
-        hidden = self._run_body(prompt, torch.arange(P, device=self.device), rows)
-        self._attention = [module for module, _ in record]
-        if not record or len(set(self._attention)) < len(record):
-            raise ModelError(f"{type(self.base).__name__} has no attention, or uses one of its modules several times")
+            nothing = word_embeddings(self.base)(torch.zeros(0, dtype=torch.int64, device=self.device))
+            return PrefixKV([t for _, kv in self.layout for t in kv], nothing)
+        record: list[tuple[nn.Module, LayerKV]] = []
+        hidden = self._run_row(prompt, record)
         return PrefixKV([t for _, kv in record for t in kv], hidden[-1:])
 
-    def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
+    def by_module(self, prefix: PrefixKV) -> dict[nn.Module, LayerKV]:
+        """Return the keys and values of a prompt by attention module; nothing if P = 0."""
         pairs = zip(prefix.layers[::2], prefix.layers[1::2], strict=True)
-        prompt = {module: LayerKV(*pair) for module, pair in zip(self._attention, pairs, strict=False)}
-        P = len(prefix.layers[0]) if prefix.layers else 0
+        here = {module: LayerKV(*pair) for (module, _), pair in zip(self.layout, pairs, strict=True)}
+        return here if len(prefix.layers[0]) else {}
+
+    def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
+        P = len(prefix.layers[0])
         hidden = prefix.last_hidden[:0]
         if batch.lengths:
             words = word_embeddings(self.base)(batch.input_ids)  # [S, H]
             positions = torch.cat([torch.arange(P, P + n) for n in batch.lengths]).to(self.device)
-            rows = PackedRows(group_rows(batch.lengths, self.device), P, prompt)
+            rows = PackedRows(group_rows(batch.lengths, self.device), P, self.by_module(prefix))
             recompute = self.gradient_checkpointing and torch.is_grad_enabled()
             again = partial(uses_packed_attention, self.base)
             with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
-                hidden = self._run_body(words, positions, rows).index_select(0, batch.predictors)  # [n, H]
+                hidden = self.run_body(words, positions, rows).index_select(0, batch.predictors)  # [n, H]
         first = batch.first_targets if P else batch.first_targets[:0]  # [f]
         before = prefix.last_hidden.expand(len(first), -1) if P else hidden[:0]
         return LossInputs(torch.cat([before, hidden]), torch.cat([first, batch.targets]))
@@ -89,15 +109,16 @@ class DecoderSchedule(PrefixSchedule):
     def measured(self) -> ActivationMeasure:
         """What a token keeps for the backward pass, measured once."""
         if self._measured is None:
-            self._measured = measure_activations(self.base, self._hidden_of_one_row)
+            self._measured = measure_activations(self.base, self._run_row)
         return self._measured
 
-    def _hidden_of_one_row(self, embeddings: Tensor) -> Tensor:
+    def _run_row(self, embeddings: Tensor, record: list[tuple[nn.Module, LayerKV]] | None = None) -> Tensor:
+        """Run one row without a prompt: [T, H] → final hidden states [T, H]. Its keys and values are recorded."""
         T = len(embeddings)
-        rows = PackedRows([RowGroup(1, T, T, None, None)], 0, {})
-        return self._run_body(embeddings, torch.arange(T, device=self.device), rows)
+        rows = PackedRows([RowGroup(1, T, T, None, None)], 0, {}, record)
+        return self.run_body(embeddings, torch.arange(T, device=self.device), rows)
 
-    def _run_body(self, embeddings: Tensor, positions: Tensor, rows: PackedRows) -> Tensor:
+    def run_body(self, embeddings: Tensor, positions: Tensor, rows: RowsAttention) -> Tensor:
         """Run the base without its head.
 
         Args:

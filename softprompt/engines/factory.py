@@ -230,23 +230,17 @@ def engine_for_inference(
     """Build the engine that computes losses and likelihoods in inference; the generator is built from it.
 
     Args:
-        kind: The value of `--engine`. A base with quantized blocks always gets the packed engine.
+        kind: The value of `--engine`. A base with quantized blocks always gets the packed engine, and a base other than
+            BLOOM the padded one.
         quantized: The blocks of `base`, if they are quantized.
 
     Raises:
-        ConfigError: `--engine packed` with a base that is no BLOOM.
         ModelError: The base cannot be run on embeddings.
     """
     device = word_embeddings(base).weight.device
     tokens = MAX_TOKENS[device.type]
-    if not quantized and not takes_packed(kind, base.config, device):
+    if not quantized and not (is_bloom(base.config) and takes_packed(kind, base.config, device)):
         return padded_engine(base, tokenizer, dtype, tokens)
-    if not quantized and not is_bloom(base.config):
-        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
-        raise ConfigError(
-            f"--engine packed generates answers with BLOOM, and {base.name_or_path} is of type "
-            f"{base.config.model_type}{sliced}; leave it out"
-        )
     weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
     return MicrobatchEngine(MicrobatchMajor(weights), tokens)
 

@@ -1,4 +1,4 @@
-"""Continuous batching for frozen BLOOM (Yu et al. 2022, "Orca", OSDI): one forward pass per decoding step over all
+"""Continuous batching (Yu et al. 2022, "Orca", OSDI): one forward pass per decoding step over all
 active requests, which may have different prompts and lengths.
 
 Each active request occupies a slot: a row of a preallocated KV cache, which holds the keys and values of its soft
@@ -17,38 +17,61 @@ So a request never waits for a longer one in its batch, and no padding is comput
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import layer_norm, run_blocks
 from softprompt.engines.memory_estimate import MAX_TOKENS
-from softprompt.generation.decode_linear import decode_linear
+from softprompt.engines.prefix_schedule import PrefixKV
 from softprompt.generation.kv_cache import KVCache, PrefixCache
-from softprompt.generation.packed_step import PackedStep, Slot, StepAttention
+from softprompt.generation.packed_step import PackedStep, Slot
 from softprompt.generation.requests import OnToken, Request
 from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
-from softprompt.models.bloom_weights import BloomWeights
 from softprompt.utils.out_of_memory import smaller_batch
 
 
+class StepModel(Protocol):
+    """What continuous batching needs of a base: `bloom_step` and `decoder_step` have it.
+
+    Attributes:
+        device: Where the base computes.
+        max_positions: The most positions of a row, virtual tokens included; None if there is no limit.
+    """
+
+    device: torch.device
+    max_positions: int | None
+
+    def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
+        """Compute the keys and values of a prompt [P, H] fp32; None means no prompt (P = 0)."""
+        ...
+
+    def new_cache(self, slots: int, width: int, prefix: PrefixKV) -> KVCache:
+        """Allocate a cache in the dtype of `prefix`."""
+        ...
+
+    def forward(self, cache: KVCache, step: PackedStep) -> Tensor:
+        """Run one step, prefill and decode together, and write its keys and values into the cache. Return the logits
+        [n, V] of each slot's next token."""
+        ...
+
+
 class ContinuousBatchingGenerator:
-    """Answer requests with BLOOM's weights; see the module's docstring for the phases of a step.
+    """Answer requests with a `StepModel`; see the module's docstring for the phases of a step.
 
     The KV cache has `batch_size` slots (fewer if there are fewer requests), and each slot has room for the longest row
-    that may occur. A position takes 2 · L · H values, at least fp32 on the CPU. When memory runs out, the number of
-    slots is halved, and unfinished answers continue from the tokens that they have.
+    that may occur. With BLOOM, a position takes 2 · L · H values, at least fp32 on the CPU. When memory runs out, the
+    number of slots is halved, and unfinished answers continue from the tokens that they have.
 
     Args:
-        weights: BLOOM's weights in any storage.
         prefill_tokens_per_step: Maximum number of tokens that one step prefills, by default the device's `MAX_TOKENS`.
             A longer text is prefilled in a step of its own.
     """
 
-    def __init__(self, weights: BloomWeights, tokenizer: Any, prefill_tokens_per_step: int | None = None):
-        self.weights, self.states, self.prefix_cache = weights, RequestStates(tokenizer), PrefixCache(weights)
-        self.device = weights.head.device
+    def __init__(self, model: StepModel, tokenizer: Any, prefill_tokens_per_step: int | None = None):
+        self.model, self.states = model, RequestStates(tokenizer, model.max_positions)
+        self.prefix_cache = PrefixCache(model.run_prompt)
+        self.device = model.device
         self.prefill_tokens_per_step = prefill_tokens_per_step or MAX_TOKENS[self.device.type]
 
     def __str__(self) -> str:
@@ -83,7 +106,7 @@ class ContinuousBatchingGenerator:
     ) -> Iterator[tuple[int, list[int]]]:
         """Run steps until slots and queue are empty. If memory runs out, `slots` keeps the unfinished requests."""
         width = max(slot.P + slot.state.max_tokens for slot in queue)
-        cache = self._allocate(num_slots, width, queue[0].prefix.layers[0])  # in attention's dtype
+        cache = self._allocate(num_slots, width, queue[0].prefix)
         while self._evict_and_refill(cache, slots, queue, num_slots):
             tokens = next_tokens(self._forward(cache, slots), [slot.state for slot in slots])
             for slot, token in zip(slots, tokens, strict=True):
@@ -92,8 +115,8 @@ class ContinuousBatchingGenerator:
             yield from [(slot.state.index, slot.state.answer_ids) for slot in slots if slot.state.finished]
 
     @torch.inference_mode()
-    def _allocate(self, num_slots: int, width: int, like: Tensor) -> KVCache:
-        return KVCache(self.weights.shape, num_slots, width, like)
+    def _allocate(self, num_slots: int, width: int, prefix: PrefixKV) -> KVCache:
+        return self.model.new_cache(num_slots, width, prefix)
 
     @torch.inference_mode()
     def _evict_and_refill(self, cache: KVCache, slots: list[Slot], queue: deque[Slot], num_slots: int) -> bool:
@@ -121,13 +144,9 @@ class ContinuousBatchingGenerator:
 
     @torch.inference_mode()
     def _forward(self, cache: KVCache, slots: Sequence[Slot]) -> Tensor:
-        """Run the forward pass of one step, prefill and decode together; return the logits [n, V] of each slot's next
-        token."""
-        weights, step = self.weights, PackedStep(slots, self.device)
-        epsilon = weights.shape.epsilon
-        x = layer_norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
-        last_index = step.last_index if step.prefills else None  # else the stream is the last tokens
-        x = run_blocks(weights, x, StepAttention(cache, step), last_index, decode_linear)  # [n, H]
+        """Run one step; return the logits [n, V] of each slot's next token."""
+        step = PackedStep(slots, self.device)
+        logits = self.model.forward(cache, step)
         for slot, position in zip(slots, step.positions, strict=True):
             slot.cached = position + 1
-        return decode_linear(layer_norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)
+        return logits

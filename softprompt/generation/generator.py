@@ -10,10 +10,13 @@ from softprompt.distributed.row_assignment import assign_rows, select
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import BloomSchedule
 from softprompt.engines.microbatch_engine import MicrobatchEngine
+from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decoding_check import step_model
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
 from softprompt.models.capabilities import why_not_generate
+from softprompt.utils.errors import ConfigError, ModelError
 
 
 class Generator(Protocol):
@@ -44,11 +47,28 @@ class Generator(Protocol):
         ...
 
 
-def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any) -> Generator | None:
+def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: str | None = None) -> Generator | None:
     """Return the generator for an engine and its base; None if the base cannot generate after a soft prompt
-    (`capabilities.why_not_generate` returns the reason)."""
-    if isinstance(engine, MicrobatchEngine) and isinstance(engine.schedule, BloomSchedule):
-        return ContinuousBatchingGenerator(engine.schedule.weights, tokenizer)
+    (`capabilities.why_not_generate` returns the reason).
+
+    Continuous batching is used for BLOOM over the weights of a packed engine, and for every other decoder for which
+    it computes the base's logits (see `decoding_check`); otherwise transformers' `generate`.
+
+    Args:
+        kind: The value of `--engine`, where "padded" is transformers' `generate`; None takes what `engine` is.
+
+    Raises:
+        ConfigError: `kind` is "packed", and continuous batching does not work with the base.
+    """
+    schedule = engine.schedule if isinstance(engine, MicrobatchEngine) else None
+    if isinstance(schedule, BloomSchedule):
+        return ContinuousBatchingGenerator(BloomStepModel(schedule.weights), tokenizer)
+    if (kind or (schedule and schedule.kind)) != "padded":
+        try:
+            return ContinuousBatchingGenerator(step_model(base, engine.compute_dtype), tokenizer)
+        except ModelError as error:
+            if kind == "packed":
+                raise ConfigError(f"--engine packed: {error}; leave it out") from None
     if why_not_generate(base):
         return None
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)

@@ -3,14 +3,13 @@
 import hashlib
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softprompt.engines.bloom import PrefixKV, run_prompt
-from softprompt.engines.prefix_attention import alibi_slopes
-from softprompt.models.bloom_weights import BloomShape, BloomWeights
+from softprompt.engines.prefix_schedule import PrefixKV
 
 MAX_PREFIX_BYTES = 256 * 2**20  # limit on the memory of a PrefixCache
 
@@ -22,22 +21,20 @@ class KVCache:
     value could be NaN.
 
     Args:
-        shape: Sizes of the base.
         slots: B, the maximum number of active requests.
         width: W, the maximum number of positions of a row (virtual tokens, text and answer).
+        sizes: For each layer the heads and the size of a head of its keys, (K, D), and of its values, (K, D').
         like: A tensor with the dtype and device of the cache.
 
     Attributes:
-        layers: For each of the L layers a pair (keys, values), each [B, N, W, D] in the dtype of `like`.
-        slopes: ALiBi slopes of the heads [N]. They are at least fp32, because bf16 cannot represent, for example, the
-            distance 257.
+        layers: For each layer a pair (keys, values), [B, K, W, D] and [B, K, W, D'], in the dtype of `like`.
     """
 
-    def __init__(self, shape: BloomShape, slots: int, width: int, like: Tensor):
-        size = (slots, shape.N, width, shape.D)
-        self.width, self.layers = width, [(like.new_zeros(size), like.new_zeros(size)) for _ in range(shape.L)]
-        wide = torch.promote_types(like.dtype, torch.float32)
-        self.slopes = torch.tensor(alibi_slopes(shape.N), dtype=wide, device=like.device)  # [N]
+    def __init__(self, slots: int, width: int, sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]], like: Tensor):
+        self.width = width
+        self.layers = [
+            (like.new_zeros(slots, k[0], width, k[1]), like.new_zeros(slots, v[0], width, v[1])) for k, v in sizes
+        ]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to slot `target`."""
@@ -60,10 +57,13 @@ class PrefixCache:
     Entries are keyed by a hash of the prompt's values, so a prompt that was trained further or replaced never gets
     outdated keys and values. An entry is removed when its prompt tensor is freed, because an evaluation during training
     uses each prompt only once.
+
+    Args:
+        run_prompt: Computes the keys and values of a prompt [P, H] fp32; None means no prompt (P = 0).
     """
 
-    def __init__(self, weights: BloomWeights):
-        self._weights, self._entries = weights, OrderedDict[bytes, _CachedPrefix]()
+    def __init__(self, run_prompt: Callable[[Tensor | None], PrefixKV]):
+        self._run_prompt, self._entries = run_prompt, OrderedDict[bytes, _CachedPrefix]()
 
     @torch.inference_mode()
     def __call__(self, prompt: Tensor | None) -> PrefixKV:
@@ -74,11 +74,10 @@ class PrefixCache:
         Args:
             prompt: [P, H] fp32; None means no prompt (P = 0).
         """
-        device = self._weights.head.device
-        values = self._weights.embed(torch.zeros(0, dtype=torch.int64, device=device)) if prompt is None else prompt
-        digest = hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes()).digest()
+        content = b"" if prompt is None else prompt.detach().cpu().contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(content).digest()
         entry = self._entries.pop(digest, None)
-        prefix = entry.prefix if entry else run_prompt(self._weights, values.to(device))
+        prefix = entry.prefix if entry else self._run_prompt(prompt)
         owner = None if prompt is None else weakref.ref(prompt, lambda _: self._entries.pop(digest, None))
         self._entries[digest] = _CachedPrefix(prefix, owner)
         while self.num_bytes > MAX_PREFIX_BYTES:

@@ -82,7 +82,7 @@ class SoftPromptModel(BaseWithAdapters):
         self.tokenizer, self.compute_dtype, self.quantized = tokenizer, compute_dtype, quantized is not None
         check_vocabulary(tokenizer, base, self.name)
         self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantized=quantized)
-        self.generator = make_generator(self.engine, base, tokenizer)
+        self.generator = make_generator(self.engine, base, tokenizer, engine)
 
     @classmethod
     def from_pretrained(

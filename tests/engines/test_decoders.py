@@ -121,12 +121,8 @@ def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
     """The rows do tell a window from one that is a position longer, and the prompt from none."""
     base, rows, start = freeze(small_base("mistral"), FP32), rows_across_the_window(1), torch.randn(3, 32)
     _, truth = truth_of(base, start, rows)
-    mask = decoder_attention.PackedRows.mask
-
-    def longer(self, width, window, *rest):
-        return mask(self, width, window + 1, *rest)
-
-    monkeypatch.setattr(decoder_attention.PackedRows, "mask", longer)
+    visible = decoder_attention.visible
+    monkeypatch.setattr(decoder_attention, "visible", lambda *args: visible(*args[:2], args[2] + 1))
     _, wrong = gradient_of(packed_engine(base, FP32, 50), start, rows)
     assert relative(wrong, truth) > 10 * GRADIENT_TOLERANCE[FP32]
 

@@ -10,8 +10,9 @@ from helpers.peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from softprompt.engines.bloom import run_prompt
-from softprompt.generation import continuous_batching, kv_cache
+from softprompt.generation import bloom_step, continuous_batching, kv_cache
 from softprompt.generation import decode_linear as products
+from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.kv_cache import KVCache, PrefixCache
@@ -83,7 +84,7 @@ def test_one_forward_per_step_serves_all_prompts(tokenizer):
     """Seven answers of 9 tokens in three slots take ⌈7 / 3⌉ · 9 forward passes, whatever prompts they have. Each prompt
     is run once, however many requests it has."""
     weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
-    generator = ContinuousBatchingGenerator(weights, tokenizer)
+    generator = ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer)
     endless = GenerationSettings(max_new_tokens=9, do_sample=False, eos_token_id=(299,), suppress_tokens=(299,))
     requests = [Request(text, endless, prompt) for text, prompt in random_questions(7, 9)]
     answers = dict(generator.generate(requests, 3))
@@ -101,7 +102,9 @@ def test_a_free_slot_is_refilled_in_the_next_step(tokenizer):
     weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
     never = {"do_sample": False, "eos_token_id": (299,), "suppress_tokens": (299,)}
     requests = [Request([5, 6], GenerationSettings(max_new_tokens=n, **never)) for n in (2, 7, 3, 4)]
-    order = [number for number, _ in ContinuousBatchingGenerator(weights, tokenizer).generate(requests, 2)]
+    order = [
+        number for number, _ in ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer).generate(requests, 2)
+    ]
     assert order == [0, 2, 1, 3] and len(weights.calls) == 2 * (1 + 9)
 
 
@@ -114,7 +117,7 @@ def test_a_changed_prompt_is_never_served_from_the_cache(tokenizer):
         change()
         assert dict(generator.generate([Request(text, GREEDY, prompt)]))[0] == greedy_alone(base, text, prompt, 9)
         with torch.inference_mode():
-            cached, expected = generator.prefix_cache(prompt), run_prompt(generator.weights, prompt)
+            cached, expected = generator.prefix_cache(prompt), run_prompt(generator.model.weights, prompt)
         assert torch.allclose(cached.last_hidden, expected.last_hidden) and torch.allclose(
             cached.layers[1], expected.layers[1]
         )
@@ -124,7 +127,7 @@ def test_the_prefix_cache_evicts_the_least_recently_used_prompt(tokenizer, monke
     """2 layers · keys and values · 2 tokens · 32 numbers of 4 bytes = 1,024 bytes per prompt."""
     monkeypatch.setattr(kv_cache, "MAX_PREFIX_BYTES", 2 * 1024)
     weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
-    prefixes = PrefixCache(weights)
+    prefixes = PrefixCache(BloomStepModel(weights).run_prompt)
     a, b, c = (torch.full((2, 32), value) for value in (1.0, 2.0, 3.0))
     for prompt in (a, b, a, c, a, b):  # c evicts b, since a was used after it
         prefixes(prompt)
@@ -137,7 +140,7 @@ def test_the_prefix_cache_evicts_the_least_recently_used_prompt(tokenizer, monke
 def test_an_entry_of_the_prefix_cache_is_freed_with_its_prompt(tokenizer):
     """Every evaluation during training uses another prompt, once. A prompt that stays alive is run once."""
     weights = CountedWeights(freeze(make_bloom(), FP32), FP32)
-    generator = ContinuousBatchingGenerator(weights, tokenizer)
+    generator = ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer)
     constant, parameter = torch.ones(2, 32), torch.nn.Parameter(torch.randn(2, 32))
     for _ in range(5):
         for prompt in (constant, parameter.detach()):
@@ -175,7 +178,7 @@ class SmallMemoryGenerator(ContinuousBatchingGenerator):
     or, if `late`, after keys and values have been written and random numbers drawn."""
 
     def __init__(self, base, tokenizer, room, once=None, late=False):
-        super().__init__(ResidentWeights(base, FP32), tokenizer)
+        super().__init__(BloomStepModel(ResidentWeights(base, FP32)), tokenizer)
         self.room, self.once, self.late, self.steps = room, once, late, 0
 
     def _forward(self, cache, slots):
@@ -199,7 +202,9 @@ def test_out_of_memory_halves_the_slots(room, once, halvings, late, settings, to
     requests = [
         Request(text, settings, prompt, sample_seed(7, i)) for i, (text, prompt) in enumerate(random_questions(9, 9))
     ]
-    expected = dict(ContinuousBatchingGenerator(ResidentWeights(base, FP32), tokenizer).generate(requests, 8))
+    expected = dict(
+        ContinuousBatchingGenerator(BloomStepModel(ResidentWeights(base, FP32)), tokenizer).generate(requests, 8)
+    )
     tokens: dict[int, list[int]] = {index: [] for index in expected}
     small = SmallMemoryGenerator(base, tokenizer, room, once, late)
     assert dict(small.generate(requests, 8, lambda index, token: tokens[index].append(token))) == expected == tokens
@@ -208,18 +213,27 @@ def test_out_of_memory_halves_the_slots(room, once, halvings, late, settings, to
     ]
 
 
+def test_a_decoding_step_uses_the_kernels_for_few_rows(tokenizer, monkeypatch):
+    """In every linear layer of the blocks and in the head."""
+    base, rows = freeze(make_bloom(n_layer=3), FP32), []
+    monkeypatch.setattr(bloom_step, "decode_linear", lambda x, *rest: rows.append(len(x)) or decode_linear(x, *rest))
+    generator = generator_of("packed", base, tokenizer)
+    assert len(dict(generator.generate([Request([5, 6, 7], GenerationSettings(max_new_tokens=1))]))) == 1
+    assert len(rows) >= 4 * 3 + 1
+
+
 def test_a_kv_cache_that_cannot_be_allocated_is_halved(tokenizer, monkeypatch, capsys):
     base = freeze(make_bloom(seed=2), FP32)
     requests = [Request(text, GREEDY, prompt) for text, prompt in random_questions(9, 9)]
-    generator = ContinuousBatchingGenerator(ResidentWeights(base, FP32), tokenizer)
+    generator = ContinuousBatchingGenerator(BloomStepModel(ResidentWeights(base, FP32)), tokenizer)
     expected = dict(generator.generate(requests, 8))
 
-    def small(shape, slots, width, like):
+    def small(slots, *sizes):
         if slots > 2:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return KVCache(shape, slots, width, like)
+        return KVCache(slots, *sizes)
 
-    monkeypatch.setattr(continuous_batching, "KVCache", small)
+    monkeypatch.setattr(bloom_step, "KVCache", small)
     assert dict(generator.generate(requests, 8)) == expected
     assert capsys.readouterr().err.count("out of memory") == 2
 
@@ -273,7 +287,9 @@ def test_bf16_follows_fp32(tokenizer):
     base = make_bloom(seed=2)
     asked = random_questions(6, 9)
     exact = answers_of("packed", freeze(copy.deepcopy(base), FP32), tokenizer, asked, GREEDY)
-    generator = ContinuousBatchingGenerator(ResidentWeights(freeze(base, torch.bfloat16), torch.bfloat16), tokenizer)
+    generator = ContinuousBatchingGenerator(
+        BloomStepModel(ResidentWeights(freeze(base, torch.bfloat16), torch.bfloat16)), tokenizer
+    )
     requests = [Request(text, GREEDY, prompt) for text, prompt in asked]
     rounded = dict(generator.generate(requests))
     assert sum(rounded[i][:1] == exact[i][:1] for i in range(6)) >= 5

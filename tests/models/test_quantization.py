@@ -14,6 +14,7 @@ import softprompt
 import train
 from softprompt.config.loader import train_config
 from softprompt.engines.factory import make_engine
+from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
@@ -115,7 +116,7 @@ def test_answers_are_those_of_the_rounded_weights(bits, tokenizer):
     prompts = [torch.randn(P, 64, generator=torch.Generator().manual_seed(P)) for P in (2, 5)]
     asked = [([9, 8, 7], prompts[0]), ([5], prompts[1]), ([20, 30, 40, 50], None)]
     settings = GenerationSettings(max_new_tokens=6, do_sample=False)
-    generator = ContinuousBatchingGenerator(QuantizedWeights(base, rounded, FP32), tokenizer)
+    generator = ContinuousBatchingGenerator(BloomStepModel(QuantizedWeights(base, rounded, FP32)), tokenizer)
     found = dict(generator.generate([Request(ids, settings, prompt) for ids, prompt in asked]))
     assert [found[n] for n in range(3)] == [greedy_alone(naive, ids, prompt, 6) for ids, prompt in asked]
 

@@ -200,8 +200,8 @@ def test_what_a_run_of_the_command_says_to_try_runs(shell):
 
 def test_what_a_stopped_run_of_the_script_says_goes_on(shell, tmp_path):
     _, err = shell([str(ROOT / "train.py"), "--max_steps 1000000 --max_time 1s"], 124)
-    state = next((tmp_path / "my run").glob("checkpoint-*/trainer_state.json"))
-    last = json.loads(state.read_text())["step"] + 1
+    states = (tmp_path / "my run").glob("checkpoint-*/trainer_state.json")
+    last = 1 + max(json.loads(state.read_text())["step"] for state in states)
     shell(f"{err.rpartition('continue with: ')[2].strip()} --max_steps {last}")
     assert (tmp_path / f"my run/checkpoint-{last}").is_dir()
 

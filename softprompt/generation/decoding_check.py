@@ -1,0 +1,100 @@
+"""Check that continuous batching computes a decoder's logits: of texts with and without a prompt, prefilled in one step
+and continued by decoding steps, against the base's own forward over the whole rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.data.collate import Batch
+from softprompt.engines.decoder_schedule import DecoderSchedule
+from softprompt.engines.padded import padded_forward
+from softprompt.engines.self_check import Verdict, cached_verdict, keep_verdict, verdict_key
+from softprompt.generation.decoder_step import DecoderStepModel
+from softprompt.generation.packed_step import PackedStep, Slot
+from softprompt.generation.requests import GenerationSettings, Request
+from softprompt.generation.sampling import RequestState
+from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import autocast
+from softprompt.utils.errors import ModelError
+from softprompt.utils.model_config import text_config
+from softprompt.utils.out_of_memory import is_out_of_memory
+
+P, SHORT, STEPS = 3, 5, 3  # virtual tokens of one text, tokens of the shorter text, steps that are compared
+LONGEST = 1024  # a text that is longer than a sliding window is checked up to this length
+
+
+def step_model(base: PreTrainedModel, dtype: torch.dtype) -> DecoderStepModel:
+    """Return the step model of a decoder if it computes the base's logits. The result of the check is cached, as in
+    `self_check`.
+
+    Raises:
+        ModelError: The base does not use transformers' attention interface, or the logits differ.
+    """
+    config, model = text_config(base.config), DecoderStepModel(DecoderSchedule(base, dtype))
+    longest = _checked_length(getattr(config, "sliding_window", None), model.max_positions)
+    if chunk := getattr(config, "attention_chunk_size", None):  # its masks are not those of the attention interface
+        raise ModelError(f"{type(base).__name__} attends in chunks of {chunk} tokens")
+    key = verdict_key(base, model.device, dtype, P, "decoding")
+    verdict = cached_verdict(key, longest)
+    if verdict is None:
+        verdict = Verdict(2, longest, failure=_difference(model, base, dtype, longest))
+        keep_verdict(key, verdict)
+    if verdict.failure:
+        raise ModelError(f"{type(base).__name__}: {verdict.failure}")
+    return model
+
+
+def _checked_length(window: int | None, max_positions: int | None) -> int:
+    """Return the length of the longer text: longer than the sliding window, if that is affordable."""
+    length = window + 8 if window and window + 8 <= LONGEST else 4 * SHORT
+    return length if max_positions is None else max(SHORT, min(length, max_positions - P - STEPS))
+
+
+@torch.inference_mode()
+def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int) -> str | None:
+    """Return how the logits differ, or why they cannot be computed; None if they agree within the dtype's rounding."""
+    embed = word_embeddings(base)
+    prompt = embed(torch.arange(P, device=model.device) % embed.num_embeddings).float()
+    texts = [[(7 * i + length) % embed.num_embeddings for i in range(length + STEPS)] for length in (SHORT, longest)]
+    for values in (prompt, None):
+        try:
+            ours = _logits_of_steps(model, texts, values)
+        except Exception as error:  # transformers' models raise anything where they are not called as they expect
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            return " ".join(str(error).split())[:200] or type(error).__name__
+        expected = torch.stack([_own_logits(base, dtype, text, values) for text in texts])  # [2, STEPS, V]
+        off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
+        if not off <= (1e-3 if dtype is torch.float32 else 5e-2) * size:
+            return f"logits of decoding steps differ by {off:.2g}; the largest is {size:.2g}"
+    return None
+
+
+def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], prompt: Tensor | None) -> Tensor:
+    """Return the logits [2, STEPS, V] of a prefill and of the decoding steps behind it."""
+    settings, prefix = GenerationSettings(max_new_tokens=STEPS, do_sample=False), model.run_prompt(prompt)
+    slots = []
+    for index, text in enumerate(texts):
+        request = Request(text[: len(text) - STEPS], settings, prompt)
+        slots.append(Slot(RequestState(index, request, frozenset(), None), prefix))
+    cache, logits = model.new_cache(len(slots), P + max(map(len, texts)), prefix), []
+    for number in range(STEPS):
+        step = PackedStep(slots, model.device)
+        logits.append(model.forward(cache, step).float())
+        for slot, text, position in zip(slots, texts, step.positions, strict=True):
+            slot.cached = position + 1
+            slot.state.append(text[len(text) - STEPS + number])
+    return torch.stack(logits, dim=1)
+
+
+def _own_logits(base: PreTrainedModel, dtype: torch.dtype, text: Sequence[int], prompt: Tensor | None) -> Tensor:
+    """Return the base's own logits at the same positions: [STEPS, V] fp32."""
+    weight = word_embeddings(base).weight
+    ids = torch.tensor([text[:-1]], device=weight.device)  # the last token predicts nothing that is compared
+    with autocast(weight.device, dtype):
+        logits, _ = padded_forward(
+            base, weight[:0] if prompt is None else prompt, Batch(ids, *[torch.ones_like(ids)] * 2)
+        )
+    return logits[0, -STEPS:].float()

@@ -1,0 +1,91 @@
+"""Continuous batching for any decoder: greedy answers are those of each text alone, by the definition."""
+
+import pytest
+import torch
+from helpers.peers import greedy_alone
+from helpers.small_bases import WINDOW, small_base
+
+from softprompt.engines.decoder_schedule import DecoderSchedule
+from softprompt.engines.factory import engine_for_inference
+from softprompt.generation import decoder_step
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decoder_step import DecoderStepModel
+from softprompt.generation.generator import in_request_order, make_generator
+from softprompt.generation.requests import GenerationSettings, Request
+from softprompt.models.loading import freeze
+from softprompt.utils.errors import ConfigError
+
+FP32 = torch.float32
+GREEDY = GenerationSettings(max_new_tokens=2 * WINDOW, do_sample=False)
+EXACT = [
+    *("llama", "qwen2", "qwen2_full", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox"),
+    *("olmo2", "opt", "cohere", "granite", "mixtral", "gpt_oss"),
+]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(("batch_size", "prefill"), [(1, None), (3, None), (8, 20)])
+def test_greedy_answers_are_those_of_each_text_alone(kind, batch_size, prefill, tokenizer):
+    """Prompts of three lengths and none, and texts shorter and longer than a window, share a batch; slots refill."""
+    base, draw = freeze(small_base(kind, seed=1), FP32), torch.Generator().manual_seed(3)
+    prompts = [None, *(torch.randn(P, 32, generator=draw) for P in (1, 4, WINDOW + 3))]
+    asked = [
+        (torch.randint(5, 300, (n,), generator=draw).tolist(), prompts[i % 4])
+        for i, n in enumerate((2, 3 * WINDOW, WINDOW, WINDOW + 5, 1, 7, 2 * WINDOW))
+    ]
+    model = DecoderStepModel(DecoderSchedule(base, FP32))
+    generator = ContinuousBatchingGenerator(model, tokenizer, prefill)
+    requests = [Request(text, GREEDY, prompt) for text, prompt in asked]
+    answers = list(in_request_order(generator.generate(requests, batch_size)))
+    assert answers == [greedy_alone(base, text, prompt, GREEDY.max_new_tokens) for text, prompt in asked]
+
+
+def generator_for(kind, tokenizer, engine):
+    """The generator that infer.py takes with this --engine."""
+    base = freeze(small_base(kind), FP32)
+    return make_generator(engine_for_inference(engine, base, tokenizer, FP32), base, tokenizer, engine)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_decoder_that_passes_the_check_answers_in_continuous_batches(kind, tokenizer):
+    assert str(generator_for(kind, tokenizer, "auto")) == "packed engine"
+    assert str(generator_for(kind, tokenizer, "padded")) == "transformers"
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "stablelm", "mpt", "jamba"])
+def test_what_fails_the_check_answers_with_transformers(kind, tokenizer):
+    assert str(generator_for(kind, tokenizer, "auto")) == "transformers"
+    with pytest.raises(ConfigError, match=r"--engine packed: .*leave it out"):
+        generator_for(kind, tokenizer, "packed")
+
+
+def test_the_check_sees_a_window_that_is_off_by_one(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen = decoder_step.visible
+    monkeypatch.setattr(decoder_step, "visible", lambda *args: seen(*args[:2], args[2] and args[2] + 1))
+    assert str(generator_for("mistral", tokenizer, "auto")) == "transformers"
+
+
+def test_an_answer_ends_at_the_last_position(tokenizer):
+    base = freeze(small_base("gpt2"), FP32)  # 256 positions
+    generator = ContinuousBatchingGenerator(DecoderStepModel(DecoderSchedule(base, FP32)), tokenizer)
+    settings = GenerationSettings(max_new_tokens=50, do_sample=False, eos_token_id=(299,))
+    ((_, answer),) = generator.generate([Request([5] * 240, settings, torch.randn(10, 32))])
+    assert len(answer) <= 6
+
+
+def test_running_out_of_memory_halves_the_slots(tokenizer, monkeypatch, capsys):
+    base = freeze(small_base("llama", seed=1), FP32)
+    model = DecoderStepModel(DecoderSchedule(base, FP32))
+    requests = [Request([5 + i] * (3 + i), GREEDY, torch.randn(2, 32)) for i in range(6)]
+    expected = dict(ContinuousBatchingGenerator(model, tokenizer).generate(requests, 8))
+    forward = model.forward
+
+    def limited(cache, step):
+        if len(step.positions) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(cache, step)
+
+    monkeypatch.setattr(model, "forward", limited)
+    assert dict(ContinuousBatchingGenerator(model, tokenizer).generate(requests, 8)) == expected
+    assert capsys.readouterr().err.count("out of memory") == 2
