@@ -30,7 +30,8 @@ GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: rows answered for the repor
 
 def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
     """Return what is known when training starts, as JSON types. `arguments` are the settings of the run."""
-    start, _, data, base, learned, engine, _ = run.setup
+    setup = run.setup
+    start, data, base, learned, engine = setup.start, setup.data, setup.base, setup.prompt, setup.engine
     config, prompt, before = base.config, learned.weight, run.before
     training = "the stream's first" if run.config.data.streaming else "training"
     return {

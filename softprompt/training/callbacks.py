@@ -12,7 +12,6 @@ import torch
 from softprompt.data.tokenization import end_tokens
 from softprompt.distributed.process_group import StopSource, World
 from softprompt.evaluation.evaluator import Evaluation
-from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
@@ -143,8 +142,7 @@ class RunCallbacks(Callbacks):
         if self.world.is_main:
             self.writer.write_results({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        no_answers = why_not_generate(self.setup.base)
-        return Run(self.setup, metrics, size, question, self.before, after, no_answers=no_answers)
+        return Run(self.setup, metrics, size, question, self.before, after, no_answers=self.setup.no_answers)
 
     def _first_question(self) -> FirstQuestion | None:
         rows = list(self.data.first_rows)

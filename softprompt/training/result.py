@@ -26,6 +26,7 @@ class Setup(NamedTuple):
     prompt: PromptEmbedding
     engine: Engine
     evaluator: Evaluator | None
+    no_answers: str | None  # why the base cannot generate behind a prompt; None if it can
 
     @property
     def config(self) -> TrainConfig:

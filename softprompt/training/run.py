@@ -11,6 +11,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import PromptTunedModel
+from softprompt.models.capabilities import why_not_generate
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.run_files import remove_run, tidy
@@ -101,7 +102,8 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
     evaluator = make_evaluator(start.config, data, base.model, engine, generator)
-    return Setup(start, output_dir, data, base.model, prompt, engine, evaluator)
+    no_answers = None if generator else why_not_generate(base.model)
+    return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers)
 
 
 def _train(

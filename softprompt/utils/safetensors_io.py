@@ -135,6 +135,17 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     """Read a file's header. safetensors' format: the header's length in 8 bytes, the header in JSON, the tensors."""
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 (the tensors read from it)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({_reason(error)}); fetch it again") from None
+    try:
+        return _read_header(path, file)
+    except ModelError:
+        file.close()
+        raise
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
+    try:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):

@@ -228,7 +228,18 @@ def test_a_base_without_heads_of_its_own_is_trained_and_saved_as_peft_reads_it(n
     assert code == 0 and "memory" in out, err
 
 
-@pytest.mark.parametrize("name", ["OpenAIGPTConfig", "CTRLConfig", "Gemma3Config"])
+def test_a_base_whose_generate_takes_no_embeddings_answers_in_continuous_batches(tmp_path, capsys, monkeypatch):
+    base = make(configured("Gemma3Config"))
+    saved(base, tmp_path / "base")
+    more = ["--eval_rows", 2, "--engine", "packed"]
+    code, out, err = called(train, training(tmp_path / "base", tmp_path / "r", *more), capsys, monkeypatch)
+    assert code == 0 and "Try:" in out, err
+    assert "eval_loss" in json.loads((tmp_path / "r" / "all_results.json").read_text(encoding="utf-8"))
+    code, out, err = called(infer, ["--adapter", tmp_path / "r", "--prompt", "hello"], capsys, monkeypatch)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("name", ["OpenAIGPTConfig", "CTRLConfig"])
 def test_a_base_that_cannot_answer_is_trained_for_its_loss(name, tmp_path, capsys, monkeypatch):
     base = make(configured(name))
     if why_not_generate(base) is None:
