@@ -11,14 +11,18 @@ import peft
 import torch
 from contestants import quiet
 from measure import clock
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decoder_step import DecoderStepModel
 from softprompt.generation.hf_generate import pad_left, prepend_prompt
 from softprompt.generation.requests import GenerationSettings, Request
-from softprompt.models.bloom_weights import ResidentWeights
+from softprompt.models.bloom_weights import ResidentWeights, is_bloom
+from softprompt.models.precision import autocast
 
 
 class Question(NamedTuple):
@@ -64,6 +68,12 @@ class Contestant:
         raise NotImplementedError
 
 
+def compute_dtype(base: PreTrainedModel) -> torch.dtype:
+    """The dtype of the base's linear layers."""
+    head = base.get_output_embeddings()
+    return next(m.weight.dtype for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+
+
 class Transformers(Contestant):
     """transformers' own `generate` with its KV cache: embeddings of prompt and text, rows padded on the left."""
 
@@ -71,9 +81,10 @@ class Transformers(Contestant):
     def answer_batch(self, adapter: int, questions: Sequence[Question]) -> None:
         words, mask = pad_left([prepend_prompt(self.base, q.ids, self.prompts[adapter]) for q in questions])
         most = max(q.new_tokens for q in questions)
-        self.base.generate(  # type: ignore[operator]
-            inputs_embeds=words, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0
-        )
+        with autocast(self.device, compute_dtype(self.base)):
+            self.base.generate(  # type: ignore[operator]
+                inputs_embeds=words, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0
+            )
 
 
 class Peft(Contestant):
@@ -113,9 +124,13 @@ class Packed(Contestant):
 
     def __init__(self, base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Tensor]):
         super().__init__(base, tokenizer, prompts)
-        dtype = base.transformer.h[0].mlp.dense_h_to_4h.weight.dtype
-        self.generator = ContinuousBatchingGenerator(BloomStepModel(ResidentWeights(base, dtype)), tokenizer)
-        self.end_token_ids = (base.config.vocab_size,)  # an id that is never chosen
+        dtype = compute_dtype(base)
+        bloom = is_bloom(base.config)
+        model = (
+            BloomStepModel(ResidentWeights(base, dtype)) if bloom else DecoderStepModel(DecoderSchedule(base, dtype))
+        )
+        self.generator = ContinuousBatchingGenerator(model, tokenizer)
+        self.end_token_ids = (base.config.get_text_config().vocab_size,)  # an id that is never chosen
 
     def answer(self, questions: Sequence[Question], batch_size: int) -> None:
         given = {"do_sample": False, "eos_token_id": self.end_token_ids}

@@ -1,6 +1,7 @@
 """The two sides of `train.py`: Trainer + PEFT, and this project's loop over its engines, on the same rows."""
 
 import contextlib
+import copy
 import os
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.factory import make_engine
+from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Step, TrainingState
@@ -192,6 +194,9 @@ def run_trainer(
     """Under torchrun it is one of several ranks, each with so many micro-batches a step."""
     times = TrainerStepTimer(word_embeddings(base).weight.device)
     dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
+    if not is_bloom(base.config):  # others count pads between prompt and text as positions
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "right"
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = (_TrainerInRowOrder if c.grouped else Trainer)(
             model=_peft_model(base, start),

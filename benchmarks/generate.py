@@ -42,10 +42,9 @@ import torch
 from answering import CONTESTANTS, Contestant, Question
 from cases import SIZES, Base
 from contestants import SEED, quiet
-from measure import clock, machine
+from measure import Work, clock, machine, work_of
 
 from softprompt import mini
-from softprompt.models.bloom_weights import BloomShape, bloom_shape
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device
 
@@ -61,15 +60,15 @@ def main() -> None:
     bases = [Base(name) for name in (args.model_name_or_path or args.size)]
     results = []
     for base in bases:
-        shape, dtype = bloom_shape(base.config()), torch.bfloat16 if args.bf16 else torch.float32
+        work, dtype = work_of(base.config()), torch.bfloat16 if args.bf16 else torch.float32
         model = base.load(device, dtype).eval()
         tokenizer = load_tokenizer(args.tokenizer or base.folder or str(mini.BASE_DIR))
         model.generation_config.eos_token_id = None
-        for name, P, questions, batch_size in cases(args, shape.V):
+        for name, P, questions, batch_size in cases(args, work.V):
             torch.manual_seed(SEED)
-            prompts = [torch.randn(P, shape.H, device=device) for _ in range(1 + max(q.adapter for q in questions))]
+            prompts = [torch.randn(P, work.H, device=device) for _ in range(1 + max(q.adapter for q in questions))]
             contestants = {side: CONTESTANTS[side](model, tokenizer, prompts) for side in args.sides}
-            found = compete(contestants, questions, batch_size, args, shape, P, dtype)
+            found = compete(contestants, questions, batch_size, args, work, P, dtype)
             title = f"{Path(base.name).name}, P = {P}, {name}"
             results.append({"case": title, "sides": found})
             print(table(title, found), flush=True)
@@ -130,7 +129,7 @@ def compete(
     questions: Sequence[Question],
     batch_size: int,
     args: argparse.Namespace,
-    shape: BloomShape,
+    work: Work,
     P: int,
     dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:
@@ -146,7 +145,7 @@ def compete(
             timing = contestants[name].time(asked[name], batch_size)
             found[name]["tokens_per_second"].append(timing.tokens / timing.seconds)
             found[name]["seconds"].append(timing.seconds)
-            least_bytes = needed_bytes(shape, asked[name], P, batch_size, dtype)
+            least_bytes = needed_bytes(work, asked[name], P, batch_size, dtype)
             found[name]["share"].append(least_bytes / timing.seconds / rate)
             print(f"{name}: {timing.tokens / timing.seconds:,.1f} tokens/s", file=sys.stderr, flush=True)
     return found
@@ -158,15 +157,13 @@ def _questions_for(side: str, questions: Sequence[Question], of_peft: int) -> li
     return [q._replace(new_tokens=min(q.new_tokens, of_peft)) for q in questions]
 
 
-def needed_bytes(
-    shape: BloomShape, questions: Sequence[Question], P: int, batch_size: int, dtype: torch.dtype
-) -> float:
+def needed_bytes(work: Work, questions: Sequence[Question], P: int, batch_size: int, dtype: torch.dtype) -> float:
     """Bytes that decoding has to read: the weights of the linear layers and the head once per step of `batch_size`
     tokens, and for every token the keys and values (fp32 on the CPU) of all positions before it."""
     steps = max(math.ceil(sum(q.new_tokens for q in questions) / batch_size), max(q.new_tokens for q in questions))
-    weights = dtype.itemsize * (12 * shape.L * shape.H**2 + shape.V * shape.H)
+    weights = dtype.itemsize * (work.L * work.layer + work.V * work.H)
     positions = sum(n * (P + len(q.ids)) + n * (n - 1) / 2 for q in questions for n in (q.new_tokens,))
-    return steps * weights + 4 * 2 * shape.L * shape.H * positions
+    return steps * weights + 4 * work.L * (work.kv // work.H) * positions
 
 
 def bandwidth(device: torch.device) -> float:

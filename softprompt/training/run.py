@@ -20,6 +20,7 @@ from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
+from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.result import Run, Setup
@@ -29,8 +30,6 @@ from softprompt.training.setup import (
     freeze_base,
     load_data,
     load_run_base,
-    make_engines,
-    make_evaluator,
     start_prompt,
 )
 from softprompt.training.stop_signals import StopRequest

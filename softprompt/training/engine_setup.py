@@ -1,0 +1,88 @@
+"""Choose what computes a run: the engine, the generator and the evaluator."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from softprompt.config.loader import TrainConfig
+from softprompt.distributed.process_group import World
+from softprompt.engines.base import Engine
+from softprompt.engines.data_parallel import DataParallelEngine
+from softprompt.engines.factory import choose_engine
+from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
+from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
+from softprompt.models.capabilities import why_not_generate
+from softprompt.models.fsdp import ShardedBlocks, shard_blocks
+from softprompt.models.precision import resolve_device, resolve_dtype
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.training.early_stopping import metric_name
+from softprompt.training.setup import Base, RunData, is_sharded
+from softprompt.utils.errors import ConfigError
+
+
+class Engines(NamedTuple):
+    """What computes the run.
+
+    Attributes:
+        engine: computes losses and the prompt's gradient.
+        generator: answers over the same weights. None with `--stream_base`, where every generated token would read the
+            whole base, and if the base cannot generate behind a prompt.
+        how: how the engine was chosen, as one line; None where there was nothing to choose.
+    """
+
+    engine: Engine
+    generator: Generator | None
+    how: str | None
+
+
+def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptEmbedding, world: World) -> Engines:
+    """Choose the engine, and make the generator. With several ranks both divide the rows among the ranks."""
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    sharded = isinstance(base.blocks, Mapping) and is_sharded(config, world)
+    blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
+    rows, values = data.train.examples, prompt.weight.detach()
+    first = partial(_of_rank_0, world)
+    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, blocks, first)
+    generator = None if config.model.stream_base else make_generator(engine, base.model, data.tokenizer)
+    if world.size == 1:
+        return Engines(engine, generator, how)
+    join = [blocks.join] if isinstance(blocks, ShardedBlocks) else []
+    generator = generator and DataParallelGenerator(generator, world, *join)
+    return Engines(DataParallelEngine(engine, world, *join), generator, how)
+
+
+def make_evaluator(
+    config: TrainConfig, data: RunData, base: PreTrainedModel, engine: Engine, generator: Generator | None
+) -> Evaluator | None:
+    """Make the evaluator of the held-out rows; None if there are none.
+
+    Raises:
+        ConfigError: The metric for the best model is exact match, but answers are not compared.
+    """
+    if data.held_out is None:
+        return None
+    if config.model.stream_base:
+        print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
+    elif generator is None:
+        print(f"held-out rows: loss and perplexity alone; {why_not_generate(base)}")
+    batch_size = config.training.per_device_eval_batch_size
+    held_out = data.held_out
+    evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)
+    if evaluator.exact_match_note:
+        print(f"Held out: {evaluator.exact_match_note}")
+    args = config.training
+    wanted = args.load_best_model_at_end or args.early_stopping_patience
+    if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
+        raise ConfigError(
+            f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
+            f"ones have at most {SHORT_ANSWER} tokens and some are whole, and neither with --stream_base nor with a "
+            "base that cannot answer behind a prompt; take eval_loss"
+        )
+    return evaluator
+
+
+def _of_rank_0(world: World, mine: Any) -> Any:
+    return world.all_gather(mine)[0]
