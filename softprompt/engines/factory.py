@@ -86,7 +86,8 @@ def choose_engine(
     examined = rows_to_check(rows) if blocks is None and kind != "padded" else []
     if not examined:
         return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
-    padded = make_engine(config, base, tokenizer, dtype, P, kind="padded")
+    args = config.training
+    padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
     try:
         packed = make_engine(config, base, tokenizer, dtype, P, kind="packed")
         verdict = _verdict(config, base, packed, padded, prompt, examined, rows)
@@ -107,7 +108,7 @@ def _verdict(
     config: TrainConfig,
     base: PreTrainedModel,
     packed: Engine,
-    padded: Engine,
+    padded: MicrobatchEngine[Any],
     prompt: Tensor,
     examined: Sequence[Example],
     rows: Sequence[Example],
@@ -190,7 +191,7 @@ def padded_engine(
     dtype: torch.dtype,
     tokens: int | None = None,
     gradient_checkpointing: bool = False,
-) -> Engine:
+) -> MicrobatchEngine[Any]:
     """Build the padded engine; for the arguments see `packed_engine`.
 
     Raises:
