@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.utils.model_config import layers_and_heads
 
@@ -44,11 +45,12 @@ def measure_activations(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) 
     Args:
         run: Runs one row's embeddings [T, H] through the base, with a graph.
     """
-    short, long = (_saved_bytes(base, run, T) for T in (SHORT, 2 * SHORT))
-    quadratic = max(0.0, (long - 2 * short) / (2 * SHORT**2))
+    T = max(1, min(SHORT, (max_positions(base) or 2 * SHORT) // 2))
+    short, long = (_saved_bytes(base, run, tokens) for tokens in (T, 2 * T))
+    quadratic = max(0.0, (long - 2 * short) / (2 * T**2))
     H = word_embeddings(base).weight.shape[1]
     layers, _ = layers_and_heads(base.config)
-    return ActivationMeasure(short / SHORT - quadratic * SHORT, quadratic, layers, 4 * H)
+    return ActivationMeasure(short / T - quadratic * T, quadratic, layers, 4 * H)
 
 
 def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int) -> int:

@@ -62,6 +62,7 @@ def choose_engine(
     dtype: torch.dtype,
     prompt: Tensor,
     rows: Sequence[Example],
+    longest: int = 0,
     blocks: Blocks | None = None,
     agree: Callable[[Any], Any] = lambda mine: mine,
 ) -> ChosenEngine:
@@ -75,6 +76,7 @@ def choose_engine(
         base: The loaded, frozen base.
         prompt: [P, H].
         rows: Training rows.
+        longest: Tokens of the longest row that the engine may get, held-out and streamed rows included.
         blocks: See `make_engine`.
         agree: Called with this rank's verdict on the packed engine; returns rank 0's, which all ranks follow.
 
@@ -83,20 +85,21 @@ def choose_engine(
         ModelError: The base cannot be run on embeddings.
     """
     kind, P = config.model.engine, len(prompt)
-    examined = rows_to_check(rows) if blocks is None and kind != "padded" else []
+    examined = rows_to_check(rows, longest) if blocks is None and kind != "padded" else []
     if not examined:
         return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
     args = config.training
     padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
+    packed: Engine | None = None
     try:
         packed = make_engine(config, base, tokenizer, dtype, P, kind="packed")
         verdict = _verdict(config, base, packed, padded, prompt, examined, rows)
     except ModelError as error:
         verdict = Verdict(len(examined), len(examined[0].input_ids), failure=str(error))
     verdict = Verdict(*agree(list(verdict)))
-    if not verdict.is_right(dtype):
+    if packed is None or not verdict.is_right(dtype):
         if kind == "packed":
-            raise ConfigError(f"--engine packed: {verdict}; leave it out")
+            raise ConfigError(f"--engine packed: {verdict}; give --engine auto")
         return ChosenEngine(padded, f"padded engine, because of the packed one: {verdict}")
     speed = verdict.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:
@@ -115,15 +118,17 @@ def _verdict(
 ) -> Verdict:
     """Return the cached verdict on the packed engine, else compare and time both engines, and cache the result."""
     args = config.training
-    key = verdict_key(base, packed.device, packed.compute_dtype, len(prompt), args.gradient_checkpointing)
+    window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
+    size = round(math.log2(sum(len(row.input_ids) for row in window)))  # on which the speed depends
+    settings = args.gradient_checkpointing, args.tokens_per_microbatch, size
+    key = verdict_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
     if verdict := cached_verdict(key, len(examined[0].input_ids)):
         return verdict
     verdict = compare(packed, padded, prompt, examined)
     if verdict.is_right(packed.compute_dtype):
-        window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
         verdict = verdict._replace(speed=measure_speed(packed, padded, prompt, window))
-    if not args.dry_run:
-        keep_verdict(key, verdict)
+        if not args.dry_run:
+            keep_verdict(key, verdict)
     return verdict
 
 

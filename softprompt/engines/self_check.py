@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.data.examples import Example, Examples, count_targets
+from softprompt.data.examples import IGNORE, Example, Examples, count_targets
 from softprompt.engines.base import Engine
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -71,13 +71,27 @@ class Verdict(NamedTuple):
         return f"checked against the padded one on {self.rows} rows, {off}"
 
 
-def rows_to_check(rows: Sequence[Example]) -> list[Example]:
-    """Return up to CHECKED_ROWS rows with targets: the longest, the shortest, and some in between."""
+def rows_to_check(rows: Sequence[Example], longest: int = 0) -> list[Example]:
+    """Return up to CHECKED_ROWS rows with targets: the longest, the shortest, and some in between.
+
+    Args:
+        longest: If no row is as long, the longest one is repeated up to so many tokens.
+    """
     lengths = rows.lengths.tolist() if isinstance(rows, Examples) else [len(row.input_ids) for row in rows]
     longest_first = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     with_targets = [i for i in longest_first if count_targets(rows[i])]
     last, n = len(with_targets) - 1, min(CHECKED_ROWS, len(with_targets))
-    return [rows[with_targets[round(i * last / max(1, n - 1))]] for i in range(n)]
+    chosen = [rows[with_targets[round(i * last / max(1, n - 1))]] for i in range(n)]
+    if chosen and len(chosen[0].input_ids) < longest:
+        chosen[0] = _repeated(chosen[0], longest)
+    return chosen
+
+
+def _repeated(row: Example, tokens: int) -> Example:
+    """Repeat a row's ids up to so many tokens in all. Only its own labels, at the end, are targets."""
+    before = tokens - len(row.input_ids)
+    ids = (row.input_ids * (before // len(row.input_ids) + 1))[:before]
+    return Example([*ids, *row.input_ids], [IGNORE] * before + list(row.labels))
 
 
 def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example]) -> Verdict:
@@ -125,15 +139,20 @@ def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequen
 
 def cached_verdict(key: str, longest: int) -> Verdict | None:
     """Return the cached verdict for `key` if it holds for rows of `longest` tokens."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         verdict = Verdict(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
-        if verdict.longest >= longest:
+        numbers = verdict._replace(speed=verdict.speed or 0.0)[:-1]
+        if all(isinstance(number, int | float) for number in numbers) and verdict.longest >= longest:
             return verdict
     return None
 
 
 def keep_verdict(key: str, verdict: Verdict) -> None:
-    """Cache a verdict; if that fails, nothing is lost."""
+    """Cache a verdict by which the packed engine is right; if that fails, nothing is lost.
+
+    What is wrong for long rows may be right for shorter ones, and an error may not occur again, so nothing else is
+    cached.
+    """
     folder = cache_dir("engines")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

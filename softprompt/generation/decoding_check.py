@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
-from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.padded import padded_forward
 from softprompt.engines.self_check import Verdict, cached_verdict, keep_verdict, verdict_key
 from softprompt.generation.decoder_step import DecoderStepModel
@@ -18,38 +17,27 @@ from softprompt.generation.sampling import RequestState
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.utils.errors import ModelError
-from softprompt.utils.model_config import text_config
 from softprompt.utils.out_of_memory import is_out_of_memory
 
 P, SHORT, STEPS = 3, 5, 3  # virtual tokens of one text, tokens of the shorter text, steps that are compared
-LONGEST = 1024  # a text that is longer than a sliding window is checked up to this length
+FIRST_LENGTH = 20  # tokens of the longer text
 
 
-def step_model(base: PreTrainedModel, dtype: torch.dtype) -> DecoderStepModel:
-    """Return the step model of a decoder if it computes the base's logits. The result of the check is cached, as in
-    `self_check`.
+def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None:
+    """Check rows of up to `longest` tokens. If they are right, that is cached, as in `self_check`.
 
     Raises:
-        ModelError: The base does not use transformers' attention interface, or the logits differ.
+        ModelError: The logits differ, or cannot be computed.
     """
-    config, model = text_config(base.config), DecoderStepModel(DecoderSchedule(base, dtype))
-    longest = _checked_length(getattr(config, "sliding_window", None), model.max_positions)
-    if chunk := getattr(config, "attention_chunk_size", None):  # its masks are not those of the attention interface
-        raise ModelError(f"{type(base).__name__} attends in chunks of {chunk} tokens")
+    base, dtype = model.schedule.base, model.schedule.compute_dtype
+    if model.max_positions is not None:
+        longest = max(SHORT, min(longest, model.max_positions - P - STEPS))
     key = verdict_key(base, model.device, dtype, P, "decoding")
-    verdict = cached_verdict(key, longest)
-    if verdict is None:
-        verdict = Verdict(2, longest, failure=_difference(model, base, dtype, longest))
-        keep_verdict(key, verdict)
-    if verdict.failure:
-        raise ModelError(f"{type(base).__name__}: {verdict.failure}")
-    return model
-
-
-def _checked_length(window: int | None, max_positions: int | None) -> int:
-    """Return the length of the longer text: longer than the sliding window, if that is affordable."""
-    length = window + 8 if window and window + 8 <= LONGEST else 4 * SHORT
-    return length if max_positions is None else max(SHORT, min(length, max_positions - P - STEPS))
+    if cached_verdict(key, longest):
+        return
+    if failure := _difference(model, base, dtype, longest):
+        raise ModelError(f"{type(base).__name__}: {failure}")
+    keep_verdict(key, Verdict(2, longest, 0.0, 0.0))
 
 
 @torch.inference_mode()
@@ -57,8 +45,8 @@ def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dty
     """Return how the logits differ, or why they cannot be computed; None if they agree within the dtype's rounding."""
     embed = word_embeddings(base)
     prompt = embed(torch.arange(P, device=model.device) % embed.num_embeddings).float()
-    texts = [[(7 * i + length) % embed.num_embeddings for i in range(length + STEPS)] for length in (SHORT, longest)]
-    for values in (prompt, None):
+    for values, lengths in ((None, (SHORT, 2 * SHORT)), (prompt, (SHORT, longest))):
+        texts = [[(7 * i + length) % embed.num_embeddings for i in range(length + STEPS)] for length in lengths]
         try:
             ours = _logits_of_steps(model, texts, values)
         except Exception as error:  # transformers' models raise anything where they are not called as they expect

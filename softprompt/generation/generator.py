@@ -12,7 +12,7 @@ from softprompt.engines.bloom_schedule import BloomSchedule
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
-from softprompt.generation.decoding_check import step_model
+from softprompt.generation.decoder_generator import DecoderGenerator
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
 from softprompt.models.capabilities import why_not_generate
@@ -65,10 +65,10 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
         return ContinuousBatchingGenerator(BloomStepModel(schedule.weights), tokenizer)
     if (kind or (schedule and schedule.kind)) != "padded":
         try:
-            return ContinuousBatchingGenerator(step_model(base, engine.compute_dtype), tokenizer)
+            return DecoderGenerator(base, tokenizer, engine.compute_dtype, only=kind == "packed")
         except ModelError as error:
             if kind == "packed":
-                raise ConfigError(f"--engine packed: {error}; leave it out") from None
+                raise ConfigError(f"--engine packed: {error}; give --engine auto") from None
     if why_not_generate(base):
         return None
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)

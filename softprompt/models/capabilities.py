@@ -19,6 +19,7 @@ from softprompt.utils.model_config import text_config
 
 # transformers' names for tables of absolute positions: the last part of a module's or buffer's name.
 POSITION_TABLES = r"(wpe|pos_encoding|embed_positions|positions_embed|position_embeddings?)"
+LENGTHS = ("sliding_window", "attention_chunk_size")  # settings by which long rows differ from short ones
 OTHER_MODALITIES = r"(vision|visual|image|audio|speech)"
 
 
@@ -33,6 +34,28 @@ def max_positions(base: PreTrainedModel) -> int | None:
     if config.model_type == "mpt":
         return config.max_seq_len
     return min(_position_table_sizes(base), default=None)
+
+
+def depends_on_length(config: Any) -> bool:
+    """Whether a base may compute long rows in another way than short ones: it has layers with sliding windows, chunks
+    or blocks of attention, or layers of an unknown kind."""
+    text = text_config(config)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return kinds != {"full_attention"} or any(getattr(text, name, None) for name in LENGTHS)
+
+
+def shared_rope_limit(config: Any) -> int | None:
+    """Return the number of positions beyond which a row changes the rotary frequencies of all rows of its batch
+    (transformers' rope types dynamic and longrope); None for other bases."""
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    several = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    limits = [
+        each.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for each in several
+        if (each.get("rope_type") or each.get("type")) in ("dynamic", "longrope")
+    ]
+    return min((limit or text.max_position_embeddings for limit in limits), default=None)
 
 
 def check_supports_prompt(base: PreTrainedModel, name: str) -> None:

@@ -95,7 +95,9 @@ class LoadedBase:
     def _evaluator(self, planned: PlannedCell, prompt: Tensor | None = None) -> Evaluator:
         inputs, config = planned.inputs, planned.cell.config
         prompt = word_embeddings(self.base).weight[:1] if prompt is None else prompt
-        engine, _ = choose_engine(config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples)
+        engine, _ = choose_engine(
+            config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples, inputs.extent.longest
+        )
         generator = make_generator(engine, self.base, inputs.tokenizer)
         batch_size = planned.cell.config.training.per_device_eval_batch_size
         return Evaluator(

@@ -13,7 +13,7 @@ from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
-from softprompt.models.capabilities import why_not_generate
+from softprompt.models.capabilities import RowMaxima, why_not_generate
 from softprompt.models.fsdp import ShardedBlocks, shard_blocks
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -44,8 +44,10 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     sharded = isinstance(base.blocks, Mapping) and is_sharded(config, world)
     blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
     rows, values = data.train.examples, prompt.weight.detach()
+    known = (part.examples for part in (data.train, data.held_out) if part)
+    longest = config.data.max_length if data.streamed else RowMaxima.of(*known).longest
     first = partial(_of_rank_0, world)
-    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, blocks, first)
+    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, longest, blocks, first)
     generator = None if config.model.stream_base else make_generator(engine, base.model, data.tokenizer)
     if world.size == 1:
         return Engines(engine, generator, how)

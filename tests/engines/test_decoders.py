@@ -153,6 +153,26 @@ def test_other_heads_compute_chunks_of_their_own_logits(kind, chunk, monkeypatch
     assert base.get_submodule(head.name) is body  # the stand-in is gone
 
 
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("cohere", {"logit_scale": 1.002}), ("granite", {"logits_scaling": 0.998})]
+)
+def test_a_scale_near_one_is_a_scale(kind, scale):
+    assert isinstance(split_base(small_base(kind, **scale), FP32).head, ModelHead)
+
+
+@pytest.mark.parametrize("positions", [6, 24])
+def test_a_short_table_of_positions(positions):
+    base, rows, start = (
+        freeze(small_base("gpt2", n_positions=positions), FP32),
+        random_examples(3, 4),
+        torch.randn(2, 32),
+    )
+    engine = packed_engine(base, FP32)
+    assert engine.activation_bytes(2, rows) > 0
+    _, gradient = gradient_of(engine, start, rows)
+    assert relative(gradient, truth_of(base, start, rows)[1]) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["mpt", "gpt_neo"])
 def test_a_base_without_the_attention_interface_is_refused(kind):
     with pytest.raises(ModelError, match="without transformers' attention interface"):

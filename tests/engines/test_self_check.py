@@ -25,10 +25,10 @@ def no_earlier_verdicts(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def choose(base, tokenizer, rows=ROWS, P=5, **given):
+def choose(base, tokenizer, rows=ROWS, P=5, longest=0, **given):
     config = train_config(model_name_or_path="x", dataset="x", **given)
     prompt = torch.randn(P, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return choose_engine(config, freeze(base, FP32), tokenizer, FP32, prompt, rows)
+    return choose_engine(config, freeze(base, FP32), tokenizer, FP32, prompt, rows, longest)
 
 
 def kind_of(chosen):
@@ -85,6 +85,14 @@ def test_chunked_attention_is_right_for_short_rows_and_checked_again_for_longer_
     assert kind_of(choose(base, tokenizer, ROWS, P=1)) == "padded"
 
 
+def test_rows_that_are_held_out_or_streamed_later_are_checked_by_a_row_of_their_length(tokenizer, monkeypatch):
+    at_speed(monkeypatch, 2.0)
+    base, short = small_base("qwen2_moe"), random_examples(5, 9, seed=1)
+    assert kind_of(choose(base, tokenizer, short, longest=20)) == "packed"
+    assert kind_of(choose(base, tokenizer, short, longest=60)) == "padded"
+    assert kind_of(choose(base, tokenizer, short, longest=20)) == "packed"  # what failed says nothing of shorter rows
+
+
 def test_a_verdict_is_kept_and_used_again(tokenizer, monkeypatch):
     calls = at_speed(monkeypatch, 3.0)
     first, again = (choose(small_base("llama"), tokenizer) for _ in range(2))
@@ -99,7 +107,14 @@ def test_a_dry_run_keeps_no_verdict(tokenizer, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"rows": 1}', '{"rows": "a", "longest": "b"}', "null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{}", "[]", "[" * 100_000, '{"rows": 1}', '{"rows": "a", "longest": "b"}', "null"),
+        '{"rows": 4, "longest": 1000, "loss_error": "x", "gradient_error": 0.0}',
+    ],
+    ids=range(8),
+)
 def test_a_broken_verdict_is_found_anew(content, tokenizer, monkeypatch, tmp_path):
     calls = at_speed(monkeypatch, 3.0)
     choose(small_base("llama"), tokenizer)

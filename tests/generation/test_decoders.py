@@ -9,6 +9,7 @@ from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.factory import engine_for_inference
 from softprompt.generation import decoder_step
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decoder_generator import DecoderGenerator
 from softprompt.generation.decoder_step import DecoderStepModel
 from softprompt.generation.generator import in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
@@ -55,7 +56,7 @@ def test_a_decoder_that_passes_the_check_answers_in_continuous_batches(kind, tok
 @pytest.mark.parametrize("kind", ["llama4_text", "stablelm", "mpt", "jamba"])
 def test_what_fails_the_check_answers_with_transformers(kind, tokenizer):
     assert str(generator_for(kind, tokenizer, "auto")) == "transformers"
-    with pytest.raises(ConfigError, match=r"--engine packed: .*leave it out"):
+    with pytest.raises(ConfigError, match=r"--engine packed: .*give --engine auto"):
         generator_for(kind, tokenizer, "packed")
 
 
@@ -89,3 +90,31 @@ def test_running_out_of_memory_halves_the_slots(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(model, "forward", limited)
     assert dict(ContinuousBatchingGenerator(model, tokenizer).generate(requests, 8)) == expected
     assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_longer_rows_are_checked_before_they_are_answered(tokenizer, monkeypatch, tmp_path):
+    """A window that the base applies in its masks alone shows only in rows that are longer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = freeze(small_base("qwen2_moe", seed=2), FP32)
+    generator = DecoderGenerator(base, tokenizer, FP32)
+    answered, generate = [], generator.continuous.generate
+    monkeypatch.setattr(generator.continuous, "generate", lambda *args: answered.append(args) or generate(*args))
+    settings = GenerationSettings(max_new_tokens=6, do_sample=False)
+    for length, continuous in ((5, 1), (50, 1), (9, 2)):
+        ids, prompt = (
+            [(11 * i) % 290 + 5 for i in range(length)],
+            torch.randn(3, 32, generator=torch.Generator().manual_seed(1)),
+        )
+        ((_, answer),) = generator.generate([Request(ids, settings, prompt)])
+        assert answer == greedy_alone(base, ids, prompt, 6) and len(answered) == continuous
+    with pytest.raises(ConfigError, match="--engine packed"):
+        DecoderGenerator(base, tokenizer, FP32, only=True).generate([Request([5] * 50, settings)])
+
+
+def test_rows_that_change_the_frequencies_of_others_are_not_answered_together(tokenizer):
+    base = freeze(small_base("llama_dynamic", max_position_embeddings=40), FP32)
+    generator = DecoderGenerator(base, tokenizer, FP32, only=True)
+    settings = GenerationSettings(max_new_tokens=6, do_sample=False)
+    assert len(list(generator.generate([Request([5] * 30, settings)]))) == 1
+    with pytest.raises(ConfigError, match="rotary frequencies"):
+        generator.generate([Request([5] * 40, settings)])

@@ -33,13 +33,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     "stablelm": {},
+    "qwen2_moe": {  # applies its window in the masks alone
+        **{"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 30},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"shared_expert_intermediate_size": 32},
+    },
+    "llama_dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
 }
 
 
-def small_base(kind: str, seed: int = 0) -> PreTrainedModel:
+def small_base(kind: str, seed: int = 0, **others: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[kind.removesuffix("_full")](**{**SIZES, **KINDS[kind]})
+    config = CONFIG_MAPPING[kind.removesuffix("_full").removesuffix("_dynamic")](**{**SIZES, **KINDS[kind], **others})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,77 @@
+"""Generation with a decoder: continuous batching where it is right, else transformers' `generate`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from softprompt.engines.decoder_schedule import DecoderSchedule
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.decoder_step import DecoderStepModel
+from softprompt.generation.decoding_check import FIRST_LENGTH, check_decoding
+from softprompt.generation.hf_generate import TransformersGenerator
+from softprompt.generation.requests import OnToken, Request
+from softprompt.models.capabilities import depends_on_length, shared_rope_limit, why_not_generate
+from softprompt.utils.errors import ConfigError, ModelError
+
+
+class DecoderGenerator:
+    """Answer requests with continuous batching over a decoder's own layers.
+
+    Its logits are checked at once on short rows. A base that may compute long rows in another way (`depends_on_length`)
+    is checked again before the first request with a longer row, on rows of that length. Where the check fails, and
+    where a row would change the rotary frequencies of the others (`shared_rope_limit`), transformers' `generate`
+    answers.
+
+    Args:
+        only: Whether to raise an error instead of taking transformers' `generate` (`--engine packed`).
+
+    Raises:
+        ModelError: The base does not use transformers' attention interface, or the logits differ.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: Any, compute_dtype: torch.dtype, only: bool = False):
+        self.base, self.tokenizer, self.compute_dtype, self.only = base, tokenizer, compute_dtype, only
+        self.model = DecoderStepModel(DecoderSchedule(base, compute_dtype))
+        self.continuous = ContinuousBatchingGenerator(self.model, tokenizer)
+        check_decoding(self.model)
+
+    def __str__(self) -> str:
+        return str(self.continuous)
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """See `Generator.generate`.
+
+        Raises:
+            ConfigError: A text leaves no room for an answer, or only transformers could answer and may not.
+        """
+        longest = max((self._positions(request) for request in requests), default=0)
+        try:
+            self._check(longest)
+        except ModelError as error:
+            if self.only:
+                raise ConfigError(f"--engine packed: {error}; give --engine auto") from None
+            if reason := why_not_generate(self.base):
+                raise ConfigError(f"{reason}; continuous batching does not work either: {error}") from None
+            transformers = TransformersGenerator(self.base, self.tokenizer, self.compute_dtype)
+            return transformers.generate(requests, batch_size, on_token)
+        return self.continuous.generate(requests, batch_size, on_token)
+
+    def _positions(self, request: Request) -> int:
+        """Return the most positions that a request's row may have."""
+        P = 0 if request.prompt is None else len(request.prompt)
+        return P + len(request.input_ids) + request.new_token_budget(self.model.max_positions)
+
+    def _check(self, longest: int) -> None:
+        """
+        Raises:
+            ModelError: Continuous batching is not right for rows of `longest` positions.
+        """
+        limit = shared_rope_limit(self.base.config)
+        if limit is not None and longest > limit:
+            raise ModelError(f"rows of more than {limit} positions change the rotary frequencies of their batch")
+        if longest > FIRST_LENGTH and depends_on_length(self.base.config):
+            check_decoding(self.model, 1 << (longest - 1).bit_length())  # few lengths, so that few checks are needed
