@@ -1,5 +1,8 @@
-"""Check that continuous batching computes a decoder's logits: of texts with and without a prompt, prefilled in one step
-and continued by decoding steps, against the base's own forward over the whole rows."""
+"""The check that continuous batching gives a decoder's own logits.
+
+Two texts, with and without a prompt, are prefilled in one step and continued by decoding steps. The logits of these
+steps are compared with those of the base's own forward over the whole rows.
+"""
 
 from collections.abc import Sequence
 
@@ -21,20 +24,21 @@ from softprompt.utils.errors import ModelError
 from softprompt.utils.model_config import text_config
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-P, SHORT, STEPS = 3, 5, 3  # virtual tokens of one text, tokens of the shorter text, steps that are compared
-LONGEST = 1024  # a text that is longer than a sliding window is checked up to this length
+P, SHORT, STEPS = 3, 5, 3  # virtual tokens, tokens of the shorter text, compared steps (the first is the prefill)
+LONGEST = 1024  # the longer text exceeds the sliding window if it then has at most this many tokens
 
 
 def step_model(base: PreTrainedModel, dtype: torch.dtype) -> DecoderStepModel:
-    """Return the step model of a decoder if it computes the base's logits. The result of the check is cached, as in
-    `self_check`.
+    """Return the step model of a decoder after checking its logits. The verdict is cached, as in `self_check`.
 
     Raises:
-        ModelError: The base does not use transformers' attention interface, or the logits differ.
+        ModelError: See `DecoderSchedule`; or the base attends in chunks, the step model fails, or its logits differ
+            from the base's own.
     """
     config, model = text_config(base.config), DecoderStepModel(DecoderSchedule(base, dtype))
     longest = _checked_length(getattr(config, "sliding_window", None), model.max_positions)
-    if chunk := getattr(config, "attention_chunk_size", None):  # its masks are not those of the attention interface
+    # The base's own mask would limit attention to chunks; packed attention computes its masks without chunks.
+    if chunk := getattr(config, "attention_chunk_size", None):
         raise ModelError(f"{type(base).__name__} attends in chunks of {chunk} tokens")
     key = verdict_key(base, model.device, dtype, P, "decoding")
     verdict = cached_verdict(key, longest)
@@ -47,21 +51,23 @@ def step_model(base: PreTrainedModel, dtype: torch.dtype) -> DecoderStepModel:
 
 
 def _checked_length(window: int | None, max_positions: int | None) -> int:
-    """Return the length of the longer text: longer than the sliding window, if that is affordable."""
+    """Return the number of tokens of the longer text: more than the sliding window if that is at most `LONGEST`, and no
+    more than the base has positions."""
     length = window + 8 if window and window + 8 <= LONGEST else 4 * SHORT
     return length if max_positions is None else max(SHORT, min(length, max_positions - P - STEPS))
 
 
 @torch.inference_mode()
 def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int) -> str | None:
-    """Return how the logits differ, or why they cannot be computed; None if they agree within the dtype's rounding."""
+    """Return how the logits differ, or why the step model cannot compute them; None if they agree within the rounding
+    of `dtype`. `longest` is the number of tokens of the longer text."""
     embed = word_embeddings(base)
     prompt = embed(torch.arange(P, device=model.device) % embed.num_embeddings).float()
     texts = [[(7 * i + length) % embed.num_embeddings for i in range(length + STEPS)] for length in (SHORT, longest)]
     for values in (prompt, None):
         try:
             ours = _logits_of_steps(model, texts, values)
-        except Exception as error:  # transformers' models raise anything where they are not called as they expect
+        except Exception as error:  # models that are called in an unexpected way may raise any exception
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             return " ".join(str(error).split())[:200] or type(error).__name__
@@ -73,7 +79,7 @@ def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dty
 
 
 def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], prompt: Tensor | None) -> Tensor:
-    """Return the logits [2, STEPS, V] of a prefill and of the decoding steps behind it."""
+    """Return the logits [2, STEPS, V] fp32 of the prefill and of the decoding steps after it."""
     settings, prefix = GenerationSettings(max_new_tokens=STEPS, do_sample=False), model.run_prompt(prompt)
     slots = []
     for index, text in enumerate(texts):
@@ -90,9 +96,9 @@ def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], pr
 
 
 def _own_logits(base: PreTrainedModel, dtype: torch.dtype, text: Sequence[int], prompt: Tensor | None) -> Tensor:
-    """Return the base's own logits at the same positions: [STEPS, V] fp32."""
+    """Return the base's own logits of one text at the same positions: [STEPS, V] fp32."""
     weight = word_embeddings(base).weight
-    ids = torch.tensor([text[:-1]], device=weight.device)  # the last token predicts nothing that is compared
+    ids = torch.tensor([text[:-1]], device=weight.device)  # what the last token predicts is not compared
     with autocast(weight.device, dtype):
         logits, _ = padded_forward(
             base, weight[:0] if prompt is None else prompt, Batch(ids, *[torch.ones_like(ids)] * 2)
