@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Which causal language models of transformers the packed engine computes exactly.
+"""Find the causal language models of transformers for which the packed engine is exact.
 
     python benchmarks/architectures.py [TYPE …]
 
-builds a tiny random model of every type that the installed transformers has (or of the given ones), checks the packed
-engine against the padded one in fp32, on rows that are longer than sliding windows and attention chunks, and prints a
-Markdown table: packed, padded only with the reason, or refused with the reason. Types whose tiny model cannot be built
-are listed apart.
+This script builds a tiny random model of each type that the installed transformers has (or of each given type). It
+checks the packed engine against the padded engine in fp32, on rows that are longer than the sliding windows and
+attention chunks. It prints one line per type with the result and the reason, then a Markdown table of the types by
+result: packed, padded, refused, or not built.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from softprompt.models.loading import check_config, freeze, word_embeddings
 from softprompt.utils.errors import ModelError
 
 WINDOW, SECONDS, FP32 = 8, 60, torch.float32
-# Sizes by the names that configurations have for them; a configuration takes those that it knows.
+# Sizes under the names that configurations use; each configuration gets those that it has.
 SIZES: dict[str, Any] = {
     **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "sliding_window": WINDOW},
@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
 
 
 class Result(NamedTuple):
-    """What was found for one type: "packed", "padded", "refused" or "not built", and why."""
+    """The result for one type: its kind ("packed", "padded", "refused" or "not built") and the reason."""
 
     kind: str
     reason: str
@@ -78,6 +78,7 @@ def main() -> None:
 
 
 def examined(name: str) -> Result:
+    """Build a tiny model of the type `name` and check it."""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     try:
@@ -97,12 +98,12 @@ def examined(name: str) -> Result:
 
 
 def tiny_config(name: str) -> Any:
-    """Return a configuration of few and small layers, one of each kind that the type has."""
+    """Return a configuration with small layers: one of each kind in its default `layer_types`, else two."""
     config = CONFIG_MAPPING[name]()
     check_config(config, name)
     text = config.get_text_config(decoder=True)
     known = {size: value for size, value in SIZES.items() if _can_be_set(text, size)}
-    if "qk_rope_head_dim" in known:  # multi-head latent attention, whose heads all have keys and values
+    if "qk_rope_head_dim" in known:  # multi-head latent attention: as many key-value heads as heads
         known |= {"head_dim": 8, "num_key_value_heads": 4}
     if types := getattr(text, "layer_types", None):
         known["layer_types"] = [*dict.fromkeys(types)][: len(set(types))] if len(set(types)) > 1 else [types[0]] * 2
@@ -116,6 +117,7 @@ def tiny_config(name: str) -> Any:
 
 
 def _can_be_set(config: Any, name: str) -> bool:
+    """Whether the configuration has the attribute `name`, and it is not a read-only property."""
     declared = getattr(type(config), name, None)
     try:
         return hasattr(config, name) and not (isinstance(declared, property) and declared.fset is None)
@@ -124,7 +126,7 @@ def _can_be_set(config: Any, name: str) -> bool:
 
 
 def tiny(config: Any) -> PreTrainedModel:
-    """Return a random model whose weights all matter."""
+    """Return a random model. Noise on all parameters makes those matter that are initialized with 0 or 1."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
@@ -134,6 +136,11 @@ def tiny(config: Any) -> PreTrainedModel:
 
 
 def checked(base: PreTrainedModel, name: str) -> Result:
+    """Compare the packed engine with the padded engine on random rows behind a random prompt.
+
+    Raises:
+        ModelError: No prompt can be trained for the base.
+    """
     check_supports_prompt(base, name)
     draw = torch.Generator().manual_seed(0)
     V, H = word_embeddings(base).weight.shape

@@ -1,4 +1,5 @@
-"""Clock, matmul rate, work count and peak memory: what `train.py` measures with, the same for every contestant."""
+"""Measure time, matmul rate and peak memory, and count operations, in the same way for every contestant of a
+benchmark."""
 
 import contextlib
 import ctypes
@@ -21,38 +22,39 @@ from transformers.pytorch_utils import Conv1D
 from softprompt.data.tokenization import IGNORE, Example
 
 T = TypeVar("T")
-EDGE = {"cpu": 2048, "cuda": 8192}  # of the square matmul; a GPU does 2048 before the launch overhead is forgotten
+EDGE = {"cpu": 2048, "cuda": 8192}  # size of the square matmul; on a GPU, launch overhead would dominate with 2048
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Wait until the device has finished its work, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """Operations a second (two per multiply-add) of a square matmul; the median of several after one that warms up."""
+    """Return the operations per second (two per multiply-add) of a square matmul: the median of `repeats`, after a
+    warm-up."""
     edge = EDGE[device.type]
     a = torch.randn(edge, edge, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     return 2 * edge**3 / _median_seconds(lambda: a @ a, device, repeats)
 
 
 def copy_rate(device: torch.device, repeats: int = 9) -> float:
-    """Bytes a second, read and written ones, of copying 256 MiB."""
+    """Return the bytes per second, read and written, of copying 256 MiB."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, repeats)
 
 
 def call_seconds(device: torch.device) -> float:
-    """Of the smallest operator that makes a tensor, from Python."""
+    """Return the seconds that one call of a minimal torch operator takes from Python."""
     one, many = torch.ones(1, device=device), 1000
     return _median_seconds(lambda: [one + one for _ in range(many)], device, 9) / many
 
 
 def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Of several, after one that warms up."""
+    """Return the median duration of `repeats` calls of `run`, after a warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         began = clock(device)
@@ -62,8 +64,17 @@ def _median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) 
 
 
 class Work(NamedTuple):
-    """What a token costs in a base: L layers of `layer` weights each, of which `q` make the queries and `kv` the keys
-    and values; queries of `width` = N · D; hidden size H and vocabulary V."""
+    """The sizes of a base that determine the cost of a token.
+
+    Attributes:
+        L: Number of layers.
+        layer: Number of weights of a layer.
+        q: Number of these weights that compute queries.
+        kv: Number of these weights that compute keys and values.
+        width: N · D, the number of values of a token's queries.
+        H: Hidden size.
+        V: Vocabulary size.
+    """
 
     L: int
     layer: int
@@ -75,7 +86,7 @@ class Work(NamedTuple):
 
 
 def work_of(config: Any) -> Work:
-    """Of a dense decoder, all of whose layers have the same sizes."""
+    """Return the sizes of a dense decoder whose layers all have the same sizes."""
     text = config.get_text_config(decoder=True)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -88,29 +99,31 @@ def work_of(config: Any) -> Work:
 
 
 def needed_operations(work: Work, rows: Sequence[Example], P: int, windows: int) -> float:
-    """Operations of the matrix products that the exact gradient of `windows` optimizer steps over `rows` needs."""
+    """Return the operations of the matrix products that are needed for the exact gradient of `windows` optimizer steps
+    over `rows`, with P virtual tokens."""
     return sum(needed_parts(work, rows, P, windows))
 
 
 def needed_parts(work: Work, rows: Sequence[Example], P: int, windows: int) -> tuple[float, float]:
-    """These operations of the products with weights, and of those in attention.
+    """Return the operations of `needed_operations` in two parts: products with weights, and products in attention.
 
-    The same for every contestant: whatever else one computes (padding, the prompt anew for each row, logits that no
-    loss is taken at, a forward repeated to save memory) is not counted. A weight costs 2 operations a position.
+    The count is the same for every contestant. Additional work is not counted: padding, running the prompt again for
+    each row, logits at positions without a target, and recomputation that saves memory. A weight costs 2 operations
+    per position.
 
-    With s = Σ(t − 1) text positions, as a row's last of t tokens predicts nothing; n positions that predict a target;
-    W windows of P virtual tokens each:
+    Let s = Σ(t − 1) be the number of text positions (the last of a row's t tokens predicts nothing), n the number of
+    positions that predict a target, and W the number of windows, each with P virtual tokens.
 
-    * layers, forward: 2·layer·(L − 1)·(s + W·P) + last layer: keys and values 2·kv·(s + W·P), all else
-      2·(layer − kv)·n;
-    * vocabulary, forward: 2·H·V·n;
-    * input gradients of both: the same again, less the first layer's queries, keys and values of the text, behind
-      which is nothing to train: 2·(q + kv)·s;
-    * attention, forward: q·kᵀ and p·v, 4·width a visible pair (query, key); text of a row Σ_{i<t−1}(P + i + 1) pairs,
-      the prompt W·P·(P + 1)/2, in L − 1 layers; in the last the queries at the n positions only. Sliding windows, which
-      hide some pairs, are left out;
-    * attention, backward: four products, 8·width a pair; in the first layer the text's queries only ask for gradients
-      at the prompt's keys and values: 6·width for each of s·P pairs.
+    * Layers, forward: 2·layer·(L − 1)·(s + W·P) in all layers but the last. In the last layer 2·kv·(s + W·P) for keys
+      and values, and 2·(layer − kv)·n for the rest.
+    * Vocabulary, forward: 2·H·V·n.
+    * Input gradients of both: the same again, minus 2·(q + kv)·s for the first layer's queries, keys and values of the
+      text, because the text's embeddings get no gradient.
+    * Attention, forward: 4·width per visible pair of query and key, for q·kᵀ and p·v. In each of the first L − 1
+      layers, a row has Σ_{i<t−1}(P + i + 1) pairs and the prompts have W·P·(P + 1)/2. In the last layer, only the n
+      positions have queries. Sliding windows, which hide some pairs, are ignored.
+    * Attention, backward: 8·width per pair, for four products. In the first layer, the text's queries need only the
+      gradients of the prompt's keys and values: 6·width for each of s·P pairs.
     """
     L, width = work.L, work.width
     text = sum(len(row.input_ids) - 1 for row in rows)  # s
@@ -127,8 +140,8 @@ def needed_parts(work: Work, rows: Sequence[Example], P: int, windows: int) -> t
 
 
 def limit_memory(share: float = 0.9) -> None:
-    """Let this process allocate that share of what the machine has left, so that a contestant which does not fit ends
-    with an error of its own and not with the machine's."""
+    """Limit this process to the given share of the machine's available memory, so that a contestant that does not fit
+    raises an error and is not killed by the kernel."""
     fields = _fields(Path("/proc/meminfo"))
     if "MemAvailable" in fields:
         most = int(share * fields["MemAvailable"]) + _fields(Path("/proc/self/status"))["VmData"]
@@ -136,11 +149,13 @@ def limit_memory(share: float = 0.9) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """What `run` returns, and by how many bytes memory rose meanwhile at most: allocated on CUDA, else resident."""
+    """Call `run`. Return its result, and by how many bytes the memory rose above its level before the call, at the
+    peak: allocated memory on CUDA, else resident memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -150,7 +165,7 @@ def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
     give_back()
     before = resident("VmRSS")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current value
     except OSError:
         result, peak = _sampled(run)
     else:
@@ -160,23 +175,26 @@ def peak_above(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
 
 
 def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (at most) of this process."""
+    """Return the bytes of resident memory of this process: `VmRSS` is the current value, `VmHWM` the peak."""
     return _fields(Path("/proc/self/status"))[field]
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The lines `Name: 123 kB` of a file under /proc, in bytes; none where there is no such file."""
+    """Return the values of the lines `Name: 123 kB` of a file under /proc, in bytes; an empty dictionary if there is no
+    such file."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return {name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
 
 
 def give_back() -> None:
-    """Freed memory that the allocator still holds would hide what is allocated next."""
-    with contextlib.suppress(OSError, AttributeError):  # without glibc the figure is a lower bound
+    """Return freed memory to the operating system. Otherwise the allocator would reuse it, and new allocations would
+    not show in the resident memory."""
+    with contextlib.suppress(OSError, AttributeError):  # without glibc, the measured peak is a lower bound
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _sampled(run: Callable[[], T]) -> tuple[T, int]:
+    """Call `run`. Return its result and the peak of resident memory in bytes, sampled by a thread."""
     peak, done = resident("VmRSS"), threading.Event()
 
     def watch() -> None:
@@ -194,7 +212,7 @@ def _sampled(run: Callable[[], T]) -> tuple[T, int]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what it ran."""
+    """Return the hardware and the library versions of a measurement."""
     import peft
     import transformers
 
@@ -202,7 +220,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else (cpu or [platform.machine()])[0],
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # of the last minute, before it began
+        "load_average": os.getloadavg()[0],  # of the last minute, before the measurement
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

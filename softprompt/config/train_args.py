@@ -41,8 +41,9 @@ class ModelArguments:
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
         "Choose the forward and backward pass. packed: rows without padding, and the prompt once per step; padded: the "
-        "base model's own forward, for any causal language model; auto: check the packed engine against the padded one "
-        "on a few rows, and take the faster one if it is right.",
+        "base model's own forward over padded rows, for any causal language model; auto: packed if it gives padded's "
+        "losses and gradient on a few training rows and is not clearly slower, else padded. packed is refused if it "
+        "fails this check.",
     )
     stream_base: bool = option(
         False,
@@ -149,12 +150,13 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
     tokens_per_microbatch: int | None = option(
         None,
-        "Compute this many tokens at once; the padded engine counts padding and virtual tokens, too. Affects speed and "
-        "memory, not the result. (default: computed from the base, the dtype and the device's memory)",
+        "Compute up to this many tokens at once, or one longer row. The padded engine also counts padding and virtual "
+        "tokens. Affects speed and memory, not the result except for rounding. (default: computed from the base, the "
+        "dtype and the device's memory)",
     )
     gradient_checkpointing: bool = option(
         False,
-        "Keep only the inputs of the base's layers, and recompute the other activations in the backward pass.",
+        "To save memory, keep only the inputs of the base's layers; recompute other activations in the backward pass.",
     )
     num_train_epochs: float = option(1.0, "Train for this many passes over the training rows.")
     max_steps: int = option(

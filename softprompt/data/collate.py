@@ -1,4 +1,4 @@
-"""Padded and packed micro-batches of token ids."""
+"""Cut rows into micro-batches, and convert them to padded or packed tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from softprompt.data.tokenization import IGNORE, Example
 
 
 class Batch(NamedTuple):
-    """A padded micro-batch of three tensors [B, T] int64. Padding is on the right, with mask 0 and label -100."""
+    """A padded micro-batch: three tensors [B, T] int64. Padding is on the right and has mask 0 and label -100."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -21,12 +21,12 @@ class Batch(NamedTuple):
 
 
 def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad B examples on the right to the longest of them (T tokens), as Trainer's DataCollatorForSeq2Seq does with a
+    """Pad B examples on the right to the length T of the longest one, as Trainer's DataCollatorForSeq2Seq does with a
     tokenizer that pads on the right.
 
     The tokenizer's padding side is ignored. The prompt is prepended to each row, so left padding would lie between the
-    prompt and the text. Mechanisms that use indices instead of positions (sliding windows, MPT's ALiBi) would then see
-    too large a distance between them.
+    prompt and the text. Mechanisms that use a token's index instead of its position (sliding windows, MPT's ALiBi)
+    would then compute too large a distance between prompt and text.
 
     Returns:
         A batch of tensors [B, T] int64.
@@ -46,14 +46,14 @@ def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
 class Packed(NamedTuple):
     """A micro-batch without padding: S tokens of B rows, concatenated.
 
-    Each row is truncated after the token that predicts its last target, since later tokens affect neither loss nor
-    gradient. `predictors` are the indices in the S tokens at which the next token is a target, and `targets` are the
-    ids of these next tokens. `first_targets` are the ids of rows' first tokens that are targets; the last virtual token
-    predicts them, so they have no predictor among the S tokens.
+    Each row is truncated after the token that predicts its last target, because later tokens affect neither the loss
+    nor the gradient. `predictors` are indices into the S tokens: those of tokens whose next token is a target.
+    `targets` are the ids of these next tokens. `first_targets` are the ids of those targets that are the first token of
+    their row; the last virtual token predicts them, so they have no predictor among the S tokens.
     """
 
     input_ids: Tensor  # [S] int64
-    lengths: list[int]  # of the rows, each above 0; their sum is S
+    lengths: list[int]  # number of tokens of each row, above 0; their sum is S
     predictors: Tensor  # [n] int64
     targets: Tensor  # [n] int64
     first_targets: Tensor  # [f] int64
@@ -65,14 +65,14 @@ class Packed(NamedTuple):
 def cut_by_tokens(
     examples: Sequence[Example], tokens_per_microbatch: int, pad_behind: int | None = None
 ) -> Iterator[list[Example]]:
-    """Cut a window into micro-batches of at most `tokens_per_microbatch` tokens, or of one row that has more.
+    """Cut a window into micro-batches of at most `tokens_per_microbatch` tokens, or of one longer row.
 
-    Rows are sorted by length, longest first. So the rows of a micro-batch have similar lengths, and if memory does not
-    suffice, the first micro-batch fails.
+    Rows are sorted by length, longest first. So the rows of a micro-batch have similar lengths, and a lack of memory
+    tends to show in the first micro-batch.
 
     Args:
-        pad_behind: If given, rows are padded to one length behind so many virtual tokens, and both padding and virtual
-            tokens count.
+        pad_behind: None if rows are packed. For padded rows, the number of virtual tokens before each row: then padding
+            and virtual tokens count as tokens, too.
     """
     part: list[Example] = []
     tokens = 0
@@ -94,7 +94,8 @@ def has_targets(batch: Packed) -> bool:
 
 
 def collate_packed(examples: Sequence[Example]) -> Packed:
-    """Concatenate rows, each up to the predictor of its last target, and collect the targets."""
+    """Concatenate rows and collect their targets. Each row is truncated as `Packed` describes; a row without a
+    predictor adds no tokens."""
     ids: list[int] = []
     lengths, predictors, targets, first_targets = [], [], [], []
     for row in examples:

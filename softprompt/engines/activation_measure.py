@@ -1,7 +1,7 @@
-"""How much memory a base keeps for the backward pass, measured on two short rows.
+"""Measure on two short rows how much memory a base keeps for the backward pass.
 
-Autograd's saved tensors are counted, so the result depends on the base's modules, dtypes and sizes, but not on time or
-free memory: equal machines cut a run into the same micro-batches.
+The bytes of the tensors that autograd saves are counted. They depend on the base's modules, dtypes and sizes, but not
+on the free memory, so equal machines cut a run into the same micro-batches.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,13 @@ SHORT = 16  # tokens of the shorter row; the other one has twice as many
 
 
 class ActivationMeasure(NamedTuple):
-    """A row of T tokens keeps linear · T + quadratic · T² bytes until its backward pass.
+    """The memory that a row of T tokens keeps until its backward pass: linear · T + quadratic · T² bytes.
 
     Attributes:
-        layers: Number of layers.
-        hidden: Bytes of a token's hidden state, which is what gradient checkpointing keeps per layer.
+        linear: Bytes per token.
+        quadratic: Bytes per pair of tokens of a row.
+        layers: L, the number of layers.
+        hidden: Bytes of one token's hidden state in fp32. Gradient checkpointing keeps one per token and layer.
     """
 
     linear: float
@@ -32,18 +34,18 @@ class ActivationMeasure(NamedTuple):
     hidden: int
 
     def bytes(self, tokens: int, width: int, gradient_checkpointing: bool = False) -> int:
-        """Estimate the bytes of `tokens` tokens in rows of `width` tokens."""
+        """Estimate the bytes that `tokens` tokens, in rows of `width` tokens each, keep until the backward pass."""
         token = self.linear + self.quadratic * width
-        if gradient_checkpointing:  # the inputs of all layers, and everything in one of them
+        if gradient_checkpointing:  # the inputs of all layers, and all saved tensors of one layer
             token = self.layers * self.hidden + token / self.layers
         return round(tokens * token)
 
 
 def measure_activations(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) -> ActivationMeasure:
-    """Measure what `run` keeps.
+    """Measure the memory that `run` keeps for the backward pass.
 
     Args:
-        run: Runs one row's embeddings [T, H] through the base, with a graph.
+        run: Runs one row's embeddings [T, H] through the base, without its head.
     """
     T = max(1, min(SHORT, (max_positions(base) or 2 * SHORT) // 2))
     short, long = (_saved_bytes(base, run, tokens) for tokens in (T, 2 * T))
@@ -54,10 +56,11 @@ def measure_activations(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) 
 
 
 def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int) -> int:
-    """Return the bytes of the tensors that autograd saves for a row of T tokens, without the base's own tensors."""
+    """Return the bytes of the tensors that autograd saves for a row of T tokens. The base's parameters and buffers do
+    not count."""
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> None:  # the storage alone: there is no backward pass, and a tensor would keep its graph
+    def keep(tensor: Tensor) -> None:  # keep only the storage: a tensor would keep its graph alive
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
     weight = word_embeddings(base).weight

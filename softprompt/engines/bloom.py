@@ -1,10 +1,10 @@
 """An exact and fast forward pass of frozen BLOOM, for packed rows behind a soft prompt.
 
-These are the phases of `prefix_schedule`. Only the n positions whose next token is a target go through the last block's
-queries and MLP, the final layer norm and the head.
+The functions compute phases 1 and 2 of `prefix_schedule`. The last block computes queries, output projection and MLP
+only at the n positions whose next token is a target; so do the final layer norm and the head.
 
 Matrix products run in the compute dtype. The residual stream, the layer norms and the loss are in the wide dtype (fp32,
-or fp64 if the compute dtype is fp64); on the CPU, attention is, too.
+or fp64 if the compute dtype is fp64). On the CPU, attention is also in the wide dtype.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,12 @@ LinearFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [S, in], weight [out,
 
 
 def run_prompt(weights: BloomWeights, prompt: Tensor) -> PrefixKV:
-    """Run the virtual tokens [P, H] through all blocks by themselves; P = 0 means no prompt. The layers of the result
-    are the keys and values [P, N, 2, D] of each block, and its last hidden state is the last block's output (wide)."""
+    """Run the virtual tokens [P, H] through all blocks, without text; P = 0 means no prompt.
+
+    Returns:
+        Layers: the keys and values [P, N, 2, D] of each block. Last hidden state: the last block's output for the last
+        virtual token, in the wide dtype and before the final layer norm.
+    """
     shape, layers = weights.shape, list[Tensor]()
     x = embed_prompt(weights, prompt)  # [P, H]
     bias = causal_alibi(shape.N, len(x), 0, x)
@@ -42,12 +46,12 @@ def run_prompt(weights: BloomWeights, prompt: Tensor) -> PrefixKV:
 
 
 def embed_prompt(weights: BloomWeights, prompt: Tensor) -> Tensor:
-    """Apply the layer norm of input embeddings, which BLOOM applies to virtual tokens as well: [P, H] → [P, H]."""
+    """Apply BLOOM's layer norm of input embeddings to the virtual tokens: [P, H] → [P, H]."""
     return layer_norm(prompt, weights.embedding_layernorm, weights.shape.epsilon)
 
 
 def run_prompt_block(block: BlockWeights, x: Tensor, bias: Tensor, shape: BloomShape) -> tuple[Tensor, Tensor]:
-    """Run the virtual tokens through one block by themselves.
+    """Run the virtual tokens through one block, without text.
 
     Args:
         x: The residual stream [P, H].
@@ -68,7 +72,7 @@ def run_prompt_block(block: BlockWeights, x: Tensor, bias: Tensor, shape: BloomS
 
 
 def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> LossInputs:
-    """Run a micro-batch behind the prompt up to the head; `recompute` as in `run_blocks`."""
+    """Run a micro-batch behind the prompt, up to the input of the head. For `recompute` see `run_blocks`."""
     shape, P = weights.shape, len(prefix.layers[0])
     x = embed_rows(weights, batch)  # [S, H]
     if batch.lengths:
@@ -83,12 +87,12 @@ def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompu
 
 
 def embed_rows(weights: BloomWeights, batch: Packed) -> Tensor:
-    """Return the residual stream of a micro-batch before the first block: [S, H]."""
+    """Return the first block's input for the S tokens of a micro-batch: [S, H]."""
     return layer_norm(weights.embed(batch.input_ids), weights.embedding_layernorm, weights.shape.epsilon)
 
 
 def loss_inputs(weights: BloomWeights, last_hidden: Tensor, batch: Packed, x: Tensor) -> LossInputs:
-    """Apply the final layer norm to the positions that predict targets.
+    """Apply the final layer norm to the hidden states that predict targets, and pair them with the targets.
 
     Args:
         last_hidden: As in `PrefixKV`, [1, H] or [0, H].
@@ -100,7 +104,7 @@ def loss_inputs(weights: BloomWeights, last_hidden: Tensor, batch: Packed, x: Te
     return LossInputs(hidden, torch.cat([first, batch.targets]))
 
 
-# Blocks, as both phases and the generator run them.
+# Blocks: used by both phases and by the generator.
 
 
 def run_blocks(
@@ -117,10 +121,11 @@ def run_blocks(
     Args:
         x: [S, H].
         attention: Computes attention, given the layer's index, queries, and keys and values.
-        predictors: Positions [n] int64 whose output is needed; the last block computes only these.
-        recompute: Keep only the blocks' inputs for the backward pass, and recompute the rest there (Chen et al. 2016,
-            arXiv:1604.06174).
-        linear: Computes linear layers.
+        predictors: Indices [n] int64 of the tokens whose output is needed; the last block returns only these. None
+            means all.
+        recompute: Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): keep only the blocks' inputs, and
+            recompute the other activations in the backward pass.
+        linear: Function that computes linear layers.
     Returns:
         [S, H], or [n, H] with `predictors`.
     """
@@ -140,8 +145,8 @@ def run_block(
     predictors: Tensor | None = None,
     linear: LinearFn = F.linear,
 ) -> Tensor:
-    """Run the residual stream [S, H] through one block and return [S, H]. With `predictors` [n] int64, queries, output
-    projection and MLP are computed only at these positions, and the result is [n, H]."""
+    """Run the residual stream [S, H] through one block and return [S, H]. With `predictors` [n] int64, compute queries,
+    output projection and MLP only at these indices, and return [n, H]."""
     y = layer_norm(x, block.input_layernorm, shape.epsilon)
     if predictors is None:
         qkv = split_heads(apply_linear(y, block.query_key_value, linear), 3, shape)  # [S, N, 3, D]
@@ -158,11 +163,12 @@ def run_block(
 def finish_block(
     block: BlockWeights, x: Tensor, y: Tensor, attended: Tensor, shape: BloomShape, linear: LinearFn
 ) -> Tensor:
-    """Compute what follows attention in a block: output projection, residual, MLP, residual.
+    """Compute the part of a block after attention: output projection, residual connection, MLP, residual connection.
 
     Args:
         x: The block's input [S, H].
-        y: Its layer norm [S, H], which is the residual if `shape.residual_after_layernorm`.
+        y: The layer norm of x [S, H]. If `shape.residual_after_layernorm`, y is added to the output projection instead
+            of x.
         attended: The output of attention [S, N·D].
     Returns:
         The block's output [S, H].
@@ -184,14 +190,15 @@ def apply_linear(x: Tensor, params: LinearParams, linear: LinearFn) -> Tensor:
 
 
 def split_heads(x: Tensor, parts: int, shape: BloomShape) -> Tensor:
-    """Split a projection into heads: [S, N·parts·D] → [S, N, parts, D]. On the CPU, where attention in narrower dtypes
-    is slow, the result is at least fp32."""
+    """Split a projection into heads: [S, N·parts·D] → [S, N, parts, D]. On the CPU, the result is at least fp32,
+    because attention in narrower dtypes is slow there."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     return x.to(dtype).reshape(-1, shape.N, parts, shape.D)
 
 
 def split_projection(params: LinearParams, shape: BloomShape) -> tuple[LinearParams, LinearParams]:
-    """Split the projection to [N, 3, D] into one to the queries [N, 1, D] and one to the keys and values [N, 2, D]."""
+    """Split the projection of queries, keys and values (output [N, 3, D]) into that of the queries ([N, 1, D]) and that
+    of the keys and values ([N, 2, D])."""
     weight, bias = (t.unflatten(0, (shape.N, 3, shape.D)) for t in params)
     q, kv = (LinearParams(weight[:, s].flatten(0, 2), bias[:, s].flatten()) for s in (slice(0, 1), slice(1, 3)))
     return q, kv

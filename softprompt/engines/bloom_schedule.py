@@ -1,4 +1,4 @@
-"""Schedules of the packed engine for BLOOM: their common base class, and the schedule for blocks in memory."""
+"""The packed engine's schedules for BLOOM: their base class, and the schedule for blocks that are all in memory."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from softprompt.models.bloom_weights import BloomWeights
 
 
 class BloomSchedule(PrefixSchedule):
-    """The part of a `Schedule` for BLOOM that does not depend on the order of micro-batches and blocks."""
+    """Base class of the schedules for BLOOM. A subclass decides in which order micro-batches go through the blocks."""
 
     def __init__(self, weights: BloomWeights, gradient_checkpointing: bool):
         self.weights, self.gradient_checkpointing = weights, gradient_checkpointing
@@ -33,20 +33,26 @@ class BloomSchedule(PrefixSchedule):
         return self.weights.extra_bytes + kept + bias + self.head.working_bytes(largest)
 
     def _kept_bytes(self, P: int, tokens: int, tokens_per_microbatch: int) -> int:
-        """Estimate the memory of what is kept for the backward pass."""
+        """Estimate the bytes of the activations that are kept for the backward pass.
+
+        Args:
+            P: Number of virtual tokens.
+            tokens: Number of tokens of the window.
+            tokens_per_microbatch: Number of tokens of the largest micro-batch.
+        """
         raise NotImplementedError
 
     def _prompt_or_empty(self, prompt: Tensor | None) -> Tensor:
-        """Return the prompt [P, H]; for None an empty one [0, H]."""
+        """Return the prompt [P, H], or an empty prompt [0, H] if it is None."""
         if prompt is not None:
             return prompt
         return self.weights.embed(torch.zeros(0, dtype=torch.int64, device=self.device))
 
 
 class MicrobatchMajor(BloomSchedule):
-    """Runs one micro-batch after the other, each through all blocks. It is for blocks that are all in memory.
+    """Runs each micro-batch through all blocks before the next one. All blocks must be in memory.
 
-    With `gradient_checkpointing`, blocks are recomputed in the backward pass.
+    With `gradient_checkpointing`, the activations within blocks are recomputed in the backward pass.
     """
 
     def __init__(self, weights: BloomWeights, gradient_checkpointing: bool = False):

@@ -1,11 +1,12 @@
-"""Packed rows in the attention of any transformers decoder, through transformers' attention interface.
+"""Attention of packed rows for any decoder that uses transformers' attention interface.
 
-`packed_attention` is registered under the name `ATTENTION`. Within the context `uses_packed_attention`, a base calls it
-in place of its own attention. It gets the description of the rows as the keyword argument `packed_rows` of the base's
-forward, which models pass on to their attention.
+`packed_attention` is registered in that interface under the name `ATTENTION`. Within the context
+`uses_packed_attention`, the base calls it instead of its own attention function. The caller of the base's forward
+passes a `RowsAttention` as the keyword argument `packed_rows`; the model passes it on to its attention layers.
 
-A name that has no mask function makes transformers build no mask; which keys a query sees is decided here, by real
-positions (P + index in the row), so that a sliding window counts as it would if each row ran alone.
+No mask function is registered under this name, so transformers builds no mask. This module computes the masks from each
+token's position in its row, virtual tokens included (P + index in the row). A sliding window is therefore the same as
+if each row ran alone.
 """
 
 import math
@@ -25,20 +26,20 @@ ATTENTION = "softprompt_packed"
 
 
 class LayerKV(NamedTuple):
-    """Keys [P, K, D] and values [P, K, D'] of the prompt in one attention layer; K key-value heads."""
+    """Keys [T, K, D] and values [T, K, D'] of T tokens in one attention layer with K key-value heads."""
 
     keys: Tensor
     values: Tensor
 
 
 class AttentionOptions(NamedTuple):
-    """What an attention layer asks for.
+    """The variant of attention that a layer computes.
 
     Attributes:
-        scaling: Factor of the scores; None is 1 / √D.
-        window: How many positions back a token sees, itself included; None is all.
-        softcap: Scores s become softcap · tanh(s / softcap) (Gemma 2); None leaves them.
-        sinks: A score [N] of a key without a value (gpt-oss), or None.
+        scaling: Factor of the scores q · k; None means 1 / √D.
+        window: Sliding window: the number of last positions that a token attends to, itself included; None means all.
+        softcap: Replace each score s by softcap · tanh(s / softcap) (Gemma 2); None leaves the scores unchanged.
+        sinks: [N], one logit per head that is added to the softmax as a key without a value (gpt-oss), or None.
     """
 
     scaling: float | None
@@ -48,14 +49,15 @@ class AttentionOptions(NamedTuple):
 
 
 class RowsAttention(Protocol):
-    """Knows which rows the packed tokens belong to, and what they attend to."""
+    """Computes the attention of packed tokens; it knows to which row each token belongs, and which keys it attends
+    to."""
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """Compute the attention of S packed tokens in one layer.
 
         Args:
-            module: The attention module.
-            q: [S, N, D]; k: [S, K, D]; v: [S, K, D'].
+            module: The layer's attention module.
+            q, k, v: Queries [S, N, D], keys [S, K, D] and values [S, K, D'] of these tokens.
         Returns:
             [S, N, D'].
         """
@@ -63,13 +65,13 @@ class RowsAttention(Protocol):
 
 
 class PackedRows:
-    """The `RowsAttention` of whole rows: each attends to the prompt and, causally, to itself.
+    """The `RowsAttention` of complete rows: the tokens of a row attend to the prompt and, causally, to their row.
 
     Args:
-        groups: The rows, as in `prefix_attention`.
+        groups: The rows in the order of the stream, see `prefix_attention.RowGroup`.
         P: Number of virtual tokens that precede each row.
-        prompt: For each attention module, the prompt's keys and values; empty if P = 0.
-        record: If given, the rows' own keys and values are appended for each call of an attention module.
+        prompt: The prompt's keys and values by attention module; empty if P = 0.
+        record: If given, each call of an attention module appends the module and the rows' own keys and values.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class PackedRows:
         return torch.cat(outputs)
 
     def mask(self, width: int, window: int | None, device: torch.device) -> Tensor:
-        """Return which keys the tokens of a row see: [width, P + width] bool."""
+        """Return the mask of a row of `width` tokens, [width, P + width] bool: True where a token attends to a key."""
         key = (width, window)
         if key not in self._masks:
             positions = torch.arange(self.P, self.P + width, device=device)
@@ -110,14 +112,16 @@ class PackedRows:
 
 
 def visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
-    """Return which of the keys at positions 0 … keys - 1 the queries at `positions` [n] see: [n, keys] bool, causal,
-    and with a sliding window at most `window` positions back."""
+    """Return a causal mask [n, keys] bool for queries at `positions` [n] int64 and keys at positions 0 … keys - 1: True
+    where a query attends to a key. With a sliding window, a query attends only to the last `window` positions, its own
+    included."""
     distance = positions[:, None] - torch.arange(keys, device=positions.device)
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def check_uses_interface(base: PreTrainedModel) -> None:
-    """
+    """Check that the base uses transformers' attention interface.
+
     Raises:
         ModelError: The base computes attention without transformers' attention interface.
     """
@@ -154,21 +158,22 @@ def packed_attention(
     packed_rows: RowsAttention | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Pass queries, keys and values to the `RowsAttention` of the forward; see `transformers.AttentionInterface`.
+    """Compute attention with `packed_rows`. The signature is that of `transformers.AttentionInterface`.
 
     Args:
         query: [1, N, S, D]; key: [1, K, S, D]; value: [1, K, S, D'].
-        sliding_window, softcap, s_aux: See `AttentionOptions`.
+        scaling, sliding_window, softcap, s_aux: `AttentionOptions`, in the order of its attributes.
+        packed_rows: The keyword argument that the caller gave to the model's forward.
     Returns:
-        [1, S, N, D'], and no attention weights.
+        [1, S, N, D'], and None in place of the attention weights.
 
     Raises:
-        ModelError: The model does not pass keyword arguments on to its attention.
+        ModelError: The model does not pass the keyword arguments of its forward on to its attention layers.
     """
     if packed_rows is None:
         raise ModelError(f"{type(module).__name__} gets no keyword arguments of the model's forward")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
-    if q.device.type == "cpu":  # where attention in narrower dtypes is slow
+    if q.device.type == "cpu":  # attention in narrower dtypes is slow there
         q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
     return packed_rows.attend(module, q, k, v, options)[None], None
@@ -184,13 +189,13 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, optio
 
     Args:
         queries: [B, T, N, D]; keys: [B, W, K, D]; values: [B, W, K, D'].
-        mask: [B or 1, T, W] bool, which keys a query sees.
+        mask: [B or 1, T, W] bool, True where a query attends to a key.
     """
     (T, N), K = queries.shape[1:3], keys.shape[2]
     q = queries.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G · T, D]
     k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, K, W, …]
     mask = mask.repeat(1, N // K, 1)[:, None]  # [B or 1, 1, G · T, W]
-    if options.sinks is not None:  # one more key, of zeros, whose score is the sink, and whose value is zero
+    if options.sinks is not None:  # append a key with the sink as its score and zeros as its value
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
         column = options.sinks.detach().to(q.dtype).view(K, N // K, 1).expand(-1, -1, T).reshape(1, K, -1, 1)

@@ -1,4 +1,4 @@
-"""The packed schedule for any decoder of transformers: the base's own modules, with `packed_attention` as attention."""
+"""The packed schedule for transformers' decoders: it runs the base's own modules with `packed_attention`."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,16 +31,18 @@ from softprompt.utils.errors import ModelError
 class DecoderSchedule(PrefixSchedule):
     """Runs packed rows through the layers of a transformers decoder.
 
-    Layers run under autocast: matrix products in the compute dtype, the residual stream, norms and loss in the wide
-    dtype. The layers of a `PrefixKV` are the keys [P, K, D] and values [P, K, D'] of each attention module, one after
-    the other.
+    The base runs under autocast: matrix products in the compute dtype; the residual stream, the norms and the loss in
+    the wide dtype (fp32, or fp64 if the compute dtype is fp64).
+
+    `PrefixKV.layers` has two tensors for each attention module, in the order of `layout`: keys [P, K, D] and values
+    [P, K, D'].
     """
 
     def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype, gradient_checkpointing: bool = False):
         """
         Raises:
-            ModelError: The base does not use transformers' attention interface, or cannot be split into a body and a
-                head, or no layers for `gradient_checkpointing` are found.
+            ModelError: The base does not use transformers' attention interface; it cannot be split into a body and a
+                head; or it has no layers that support `gradient_checkpointing`.
         """
         check_uses_interface(base)
         self.base, self.compute_dtype = base, compute_dtype
@@ -52,18 +54,18 @@ class DecoderSchedule(PrefixSchedule):
 
     @property
     def layout(self) -> list[tuple[nn.Module, LayerKV]]:
-        """The attention modules in the order in which the forward calls them, each with keys and values of no tokens,
-        [0, K, D] and [0, K, D'].
+        """The attention modules in the order in which the forward calls them, each with empty keys [0, K, D] and values
+        [0, K, D'], which show its sizes.
 
         Raises:
-            ModelError: An attention module is called several times, or none is.
+            ModelError: A forward calls an attention module several times, or calls none.
         """
         if self._layout is None:
             record: list[tuple[nn.Module, LayerKV]] = []
             with torch.no_grad():
                 self._run_row(word_embeddings(self.base)(torch.zeros(1, dtype=torch.int64, device=self.device)), record)
             if not record or len({module for module, _ in record}) < len(record):
-                raise ModelError(f"{type(self.base).__name__} has no attention, or uses one of its modules repeatedly")
+                raise ModelError(f"{type(self.base).__name__} has no attention layers, or calls one of them repeatedly")
             self._layout = [(module, LayerKV(kv.keys[:0].detach(), kv.values[:0].detach())) for module, kv in record]
         return self._layout
 
@@ -77,7 +79,7 @@ class DecoderSchedule(PrefixSchedule):
         return PrefixKV([t for _, kv in record for t in kv], hidden[-1:])
 
     def by_module(self, prefix: PrefixKV) -> dict[nn.Module, LayerKV]:
-        """Return the keys and values of a prompt by attention module; nothing if P = 0."""
+        """Return the prompt's keys and values by attention module; an empty dictionary if P = 0."""
         pairs = zip(prefix.layers[::2], prefix.layers[1::2], strict=True)
         here = {module: LayerKV(*pair) for (module, _), pair in zip(self.layout, pairs, strict=True)}
         return here if len(prefix.layers[0]) else {}
@@ -107,13 +109,14 @@ class DecoderSchedule(PrefixSchedule):
 
     @property
     def measured(self) -> ActivationMeasure:
-        """What a token keeps for the backward pass, measured once."""
+        """The memory that tokens keep for the backward pass; it is measured at the first access."""
         if self._measured is None:
             self._measured = measure_activations(self.base, self._run_row)
         return self._measured
 
     def _run_row(self, embeddings: Tensor, record: list[tuple[nn.Module, LayerKV]] | None = None) -> Tensor:
-        """Run one row without a prompt: [T, H] → final hidden states [T, H]. Its keys and values are recorded."""
+        """Run one row without a prompt: embeddings [T, H] → final hidden states [T, H]. For `record` see
+        `PackedRows`."""
         T = len(embeddings)
         rows = PackedRows([RowGroup(1, T, T, None, None)], 0, {}, record)
         return self.run_body(embeddings, torch.arange(T, device=self.device), rows)
@@ -123,7 +126,8 @@ class DecoderSchedule(PrefixSchedule):
 
         Args:
             embeddings: [S, H].
-            positions: [S] int64, the position of each token in its row, virtual tokens counted.
+            positions: [S] int64, the position of each token in its row; virtual tokens count.
+            rows: Computes attention.
         Returns:
             Final hidden states [S, H].
         """

@@ -1,4 +1,7 @@
-"""Choose and build the engine of a training run or of inference. Other packages use only the `Engine` interface."""
+"""Choose and build the engine of a training run or of inference.
+
+Training and evaluation use the result through the `Engine` interface only; generation also uses its schedule.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +52,7 @@ Blocks = Mapping[str, StoredTensor] | ShardedBlocks | QuantizedBlocks
 
 
 class ChosenEngine(NamedTuple):
-    """An engine, and how it was chosen, as one line; None where there was nothing to choose."""
+    """An engine, and one line for the user that says how it was chosen (None if there was no check)."""
 
     engine: Engine
     how: str | None = None
@@ -68,9 +71,9 @@ def choose_engine(
 ) -> ChosenEngine:
     """Choose and build the engine of a training run.
 
-    `--engine auto` takes the packed engine if it computes what the padded one computes, unless it is clearly slower
-    (see `self_check`). `--engine packed` is checked in the same way. A base whose blocks are not in its memory is not
-    checked.
+    `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
+    is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. There is no check with
+    `--engine padded`, with `blocks`, and without rows that have targets; see `make_engine` for the choice then.
 
     Args:
         base: The loaded, frozen base.
@@ -78,11 +81,12 @@ def choose_engine(
         rows: Training rows.
         longest: Tokens of the longest row that the engine may get, held-out and streamed rows included.
         blocks: See `make_engine`.
-        agree: Called with this rank's verdict on the packed engine; returns rank 0's, which all ranks follow.
+        agree: Called with this rank's verdict; returns the verdict of rank 0, which all ranks follow.
 
     Raises:
-        ConfigError: `--engine packed` with a base for which the packed engine is not right.
+        ConfigError: `--engine packed`, but the base fails the check.
         ModelError: The base cannot be run on embeddings.
+        TrainingError: One of the engines runs out of memory with a single row.
     """
     kind, P = config.model.engine, len(prompt)
     examined = rows_to_check(rows, longest) if blocks is None and kind != "padded" else []
@@ -116,7 +120,8 @@ def _verdict(
     examined: Sequence[Example],
     rows: Sequence[Example],
 ) -> Verdict:
-    """Return the cached verdict on the packed engine, else compare and time both engines, and cache the result."""
+    """Return the cached verdict on the packed engine. If there is none, compare and time both engines, and cache the
+    verdict (except in a dry run)."""
     args = config.training
     window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
     size = round(math.log2(sum(len(row.input_ids) for row in window)))  # on which the speed depends
@@ -141,20 +146,18 @@ def make_engine(
     blocks: Blocks | None = None,
     kind: str | None = None,
 ) -> Engine:
-    """Build an engine for a training run, without a check.
+    """Build the engine of a training run without checking it.
 
     Args:
         base: The loaded, frozen base.
         P: Number of virtual tokens.
-        blocks: The blocks if they are not in the memory of `base`: stored in files, sharded among ranks, or quantized.
-            The packed engine then uses the layer-major schedule. Of these, the padded engine supports only sharded
-            blocks.
-        kind: "packed" or "padded"; by default as `--engine` says, where `auto` is the packed engine for BLOOM, else the
-            padded one.
+        blocks: The blocks of a BLOOM if `base` does not hold them itself: stored in files, quantized, or sharded among
+            ranks. The packed engine then uses the layer-major schedule. Blocks in files and quantized blocks always
+            get the packed engine.
+        kind: "packed" or "padded"; None means what `takes_packed` selects for `--engine`.
 
     Raises:
-        ConfigError: See `takes_packed`.
-        ModelError: The base cannot be run on embeddings, or not by this engine.
+        ModelError: The base cannot be run on embeddings, or the packed engine does not support it.
     """
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
@@ -182,7 +185,7 @@ def packed_engine(
     """Build the packed engine for a decoder other than BLOOM.
 
     Args:
-        tokens: The tokens of a micro-batch; None computes them from the memory.
+        tokens: Maximum number of tokens of a micro-batch; None computes it from the size of the memory.
 
     Raises:
         ModelError: See `DecoderSchedule`.
@@ -206,7 +209,8 @@ def padded_engine(
 
 
 def _sized(schedule: DecoderSchedule | PaddedSchedule, tokens: int | None) -> MicrobatchEngine[Any]:
-    """Return the engine of a schedule whose micro-batches have `tokens` tokens, or as many as fit into the memory."""
+    """Return the engine of `schedule` with micro-batches of at most `tokens` tokens; None means as many as fit into
+    memory."""
     if tokens is None:
         held = resident_bytes(schedule.base) + schedule.head.nbytes
         token = schedule.measured.bytes(1, MIN_TOKENS, schedule.gradient_checkpointing)
@@ -218,7 +222,8 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     """Build the packed engine with the layer-major schedule.
 
     Args:
-        held: About how many blocks the memory of this process holds at a time, in the compute dtype.
+        held: Estimate of the memory that this process takes for blocks, in blocks in the compute dtype.
+        P: Number of virtual tokens.
     """
     device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)
     auto = auto_tokens(shape, dtype, P, device, total_memory(device), True)
@@ -233,11 +238,11 @@ def engine_for_inference(
     dtype: torch.dtype,
     quantized: QuantizedBlocks | None = None,
 ) -> Engine:
-    """Build the engine that computes losses and likelihoods in inference; the generator is built from it.
+    """Build the engine that computes losses and likelihoods in inference. `generator.make_generator` takes this engine.
 
     Args:
-        kind: The value of `--engine`. A base with quantized blocks always gets the packed engine, and a base other than
-            BLOOM the padded one.
+        kind: The value of `--engine`. For BLOOM, `takes_packed` decides. Quantized blocks always get the packed engine;
+            a base other than BLOOM always gets the padded engine.
         quantized: The blocks of `base`, if they are quantized.
 
     Raises:
@@ -252,6 +257,6 @@ def engine_for_inference(
 
 
 def takes_packed(kind: str, base_config: Any, device: torch.device) -> bool:
-    """Whether `--engine` (`kind`) selects the packed engine for a base that is not checked first. `auto` selects it for
-    BLOOM on the CPU."""
+    """Whether the value `kind` of `--engine` selects the packed engine for a base that is not checked. `auto` selects
+    it only for BLOOM on the CPU."""
     return kind == "packed" or (kind == "auto" and is_bloom(base_config) and device.type == "cpu")

@@ -1,8 +1,8 @@
-"""The end of a forward pass: from final hidden states to the loss, for any base.
+"""The end of a forward pass: compute the loss from final hidden states, for any base.
 
 If the base's logits are hidden · headᵀ, the head is fused with the loss (`linear_cross_entropy`). Otherwise, for
-example with soft-capped or scaled logits or a bias, the base computes its logits itself, for a chunk of positions at a
-time.
+example if logits are soft-capped, scaled or have a bias, the base's own code computes the logits of one chunk of
+positions at a time.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -20,14 +20,14 @@ from softprompt.utils.errors import ModelError
 from softprompt.utils.model_config import text_config
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-PROBE_SIZE = 1000.0  # of the logits with which `split_base` looks for soft caps
+PROBE_SIZE = 1000.0  # largest logit in the test with which `split_base` detects soft caps
 
 
 class Head(Protocol):
     """Computes the loss of final hidden states. The head is frozen; only the hidden states get a gradient.
 
     Attributes:
-        nbytes: Memory that this object takes in addition to the base's own tensors.
+        nbytes: Bytes that the head takes in addition to the base's own tensors.
     """
 
     nbytes: int
@@ -46,7 +46,7 @@ class Head(Protocol):
         ...
 
     def working_bytes(self, n: int) -> int:
-        """Estimate the memory of `loss` for n positions."""
+        """Estimate the bytes that `loss` needs for n positions."""
         ...
 
 
@@ -55,7 +55,7 @@ class LinearHead:
 
     Args:
         weight: [V, H] in the compute dtype.
-        nbytes: Memory of the weight if it is a copy.
+        nbytes: Bytes of `weight` if it is a copy; 0 if it is the base's own tensor.
     """
 
     def __init__(self, weight: Tensor, nbytes: int = 0):
@@ -72,12 +72,12 @@ class LinearHead:
 
 
 class ModelHead:
-    """The base's own computation of logits from hidden states, whatever it is: its forward with a body that only
-    returns them.
+    """A head that uses the base's own code: it runs the base's forward with the body replaced by a stand-in that
+    returns the given hidden states.
 
     Args:
-        parent: The module that holds the body.
-        name: The body's name in it.
+        parent: The module that contains the body.
+        name: The name of the attribute of `parent` that is the body.
     """
 
     nbytes = 0
@@ -88,7 +88,7 @@ class ModelHead:
         self.device, self.V = word_embeddings(base).weight.device, word_embeddings(base).num_embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of n positions: [n, H] → [n, V] in the wide dtype."""
+        """Return the logits of n positions: [n, H] → [n, V], at least fp32."""
         self.parent._modules[self.name] = _Body(hidden[None])
         try:
             with autocast(self.device, self.compute_dtype):
@@ -115,8 +115,8 @@ class ModelHead:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The autograd function of `ModelHead.loss`. The gradient of a chunk is computed in the forward pass, right after
-    the chunk's logits, so that the logits of only one chunk are in memory."""
+    """The autograd function of `ModelHead.loss`. Its forward pass also computes the gradient of each chunk, so that
+    only one chunk's logits are in memory at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: ModelHead) -> Tensor:
@@ -143,8 +143,8 @@ class SplitBase(NamedTuple):
     """A base in two parts.
 
     Attributes:
-        body: The module that turns embeddings into final hidden states: `inputs_embeds` → `last_hidden_state`.
-        head: Computes losses from them.
+        body: The module that computes the final hidden states (`last_hidden_state`) from `inputs_embeds`.
+        head: Computes losses from the final hidden states.
     """
 
     body: nn.Module
@@ -153,11 +153,11 @@ class SplitBase(NamedTuple):
 
 @torch.no_grad()
 def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
-    """Find the body of a base, and return it with a `LinearHead` if the base's logits are hidden · headᵀ, else with a
+    """Split a base into its body and its head: a `LinearHead` if the base's logits are hidden · headᵀ, else a
     `ModelHead`.
 
-    The body is the outermost model inside of `base` whose output alone determines the logits. Whether the head is
-    linear is tested on a few hidden states with large logits, at which a soft cap or a scale shows.
+    The body is the outermost `PreTrainedModel` within `base` for which `ModelHead` computes logits without an error.
+    The head is tested on two random hidden states whose logits are so large that a soft cap or a scale changes them.
 
     Raises:
         ModelError: The base has no such body.
@@ -180,7 +180,11 @@ def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
 
 
 def _first_that_works(base: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> tuple[ModelHead, Tensor]:
-    """Return the head of the outermost body that can be replaced, and its logits [n, V] for `hidden` [n, H]."""
+    """Return the `ModelHead` of the outermost body that can be replaced, and its logits [n, V] for `hidden` [n, H].
+
+    Raises:
+        ModelError: No body can be replaced.
+    """
     reason = "it has no body"
     for name, module in base.named_modules():
         if name and isinstance(module, PreTrainedModel):
@@ -196,7 +200,7 @@ def _first_that_works(base: PreTrainedModel, dtype: torch.dtype, hidden: Tensor)
 
 
 class _Body(nn.Module):
-    """A stand-in for a base's body that returns given hidden states [1, n, H]."""
+    """A stand-in for a base's body; its forward returns the given hidden states [1, n, H]."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()

@@ -1,7 +1,8 @@
-"""The loss: a sum of token cross-entropies, so that it can be normalized over a whole optimizer step or evaluation.
+"""The cross-entropy of a linear language model head, fused with the head.
 
-`projected_cross_entropy` fuses the language model head with the loss: it takes hidden
-states and the head, and computes logits for a block of the vocabulary at a time.
+`projected_cross_entropy` takes hidden states and the head, and computes the logits of one block of the vocabulary at a
+time. It returns a sum over targets, so that the caller can divide it by the number of targets of a whole optimizer step
+or evaluation.
 """
 
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In fp16 the softmax weights of a block of the vocabulary are scaled so that their sum is at most this. Then the
-# weighted sum of the head's rows does not overflow as long as the head's entries are below about 2,000.
+# In fp16, the softmax weights of a block of the vocabulary are scaled so that their sum is at most this value. The
+# weighted sum of the head's rows then does not overflow if the head's entries are below about 2,000.
 FP16_MAX_WEIGHT = 16
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits stored at a time; on the CPU they fit into its cache
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits stored at a time; on the CPU, they fit into its cache
 
 
 def projected_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -41,11 +42,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     """The autograd function of `projected_cross_entropy`. It computes the gradient in the forward pass, while a block's
     logits are available.
 
-    Separate the target t from the other words v, whose logits have the log-sum-exp o. Then −log p(t) = softplus(o −
-    l_t), and its gradient with respect to the hidden state is σ(o − l_t) · (E_{v ≠ t}[w_v] − w_t), where w are rows of
-    the head. The expectation is attention of the hidden state over the other rows of the head, computed block by block
-    with the running maximum of online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). As nothing is subtracted
-    from 1, the gradient is exact even where the target is almost certain.
+    Let l_t be the logit of the target t, o the log-sum-exp of the logits of all other words v, and w_v the rows of the
+    head. Then −log p(t) = softplus(o − l_t), and its gradient with respect to the hidden state is
+    σ(o − l_t) · (E_{v ≠ t}[w_v] − w_t). The expectation is the mean of the other rows under the softmax of their
+    logits. It is computed block by block with online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). No
+    probability is subtracted from 1, so the gradient is exact even if the target is almost certain.
     """
 
     @staticmethod
@@ -68,14 +69,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 def _attend_to_others(
     hidden: Tensor, head: Tensor, targets: Tensor, target_rows: Tensor, with_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend from each hidden state to the rows of the head, except its target's, block by block.
+    """For each hidden state, reduce the logits and the rows of all words except its target, block by block.
 
     Args:
         hidden: [n, H]; head: [V, H]; targets: [n] int64.
         target_rows: The head's rows of the targets [n, H] in the wide dtype.
     Returns:
-        The log-sum-exp of the other words' logits [n], and the mean of the head's rows under their softmax [n, H]
-        (None unless `with_mean`), both in the wide dtype.
+        The log-sum-exp of the other words' logits [n], and the mean of their rows of the head under the softmax of
+        these logits [n, H] (None unless `with_mean`), both in the wide dtype.
     """
     n, V, wide = len(hidden), len(head), target_rows.dtype
     width = max(1, min(V, BLOCK_ELEMENTS[hidden.device.type] // max(1, n)))
@@ -85,7 +86,7 @@ def _attend_to_others(
     for start in range(0, V, width):
         block = head[start : start + width]  # [b, H]
         logits = (hidden @ block.T).to(wide)  # [n, b]
-        at = (targets - start).clamp(0, len(block) - 1)[:, None]  # [n, 1]: where the target is, if it is in this block
+        at = (targets - start).clamp(0, len(block) - 1)[:, None]  # [n, 1]: the target's index in this block, clamped
         here = (at[:, 0] + start == targets)[:, None]
         logits.scatter_(1, at, logits.gather(1, at).masked_fill(here, -torch.inf))
         higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
@@ -103,18 +104,18 @@ def _attend_to_others(
 def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block: Tensor, target_rows: Tensor) -> Tensor:
     """Add the weighted sum of a block's rows to `into`.
 
-    The caller subtracts the target's row from the mean over all blocks. In a dtype narrower than the wide one, the
-    product therefore starts from −(Σ weights) · target row, so that their difference is rounded, rather than a sum that
-    may be far larger. In fp16 the sum could also overflow; there the weights are scaled so that their sum is at most
-    `FP16_MAX_WEIGHT`.
+    The caller finally subtracts the target's row from the mean of all blocks. If the head's dtype is narrower than the
+    wide dtype, the product here starts from −(Σ weights) · target row: so the small difference is rounded to the narrow
+    dtype, and not the sum, which may be far larger. In fp16 the sum could also overflow, so the weights are scaled
+    until their sum is at most `FP16_MAX_WEIGHT`.
 
     Args:
         into: [n, H] in the wide dtype, changed in place.
         weights: [n, b], between 0 and 1; weight_sum: their sum [n, 1].
         block: Rows of the head [b, H].
     Returns:
-        The sum of the weights that were used [n, 1]. In a narrow dtype it is the sum of the rounded weights, so that
-        the mean of equal rows is that row.
+        The sum of the weights that were used [n, 1]. In a narrow dtype these are the rounded weights, so that the mean
+        of identical rows is exactly that row.
     """
     if block.dtype is into.dtype:
         into.add_(weights @ block)
@@ -132,4 +133,5 @@ def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block:
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
+    """Return the wide dtype: fp32, or fp64 if `hidden` is fp64."""
     return torch.promote_types(hidden.dtype, torch.float32)

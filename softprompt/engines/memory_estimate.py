@@ -1,7 +1,8 @@
-"""Estimates of the memory that BLOOM takes. They are computed from sizes rather than measured, so that equal machines
-cut a run into the same micro-batches.
+"""Estimates of memory, and the default of `--tokens_per_microbatch`, which follows from them.
 
-The estimates determine `--tokens_per_microbatch auto`, and a dry run prints them.
+`base_bytes`, `bytes_per_token` and `auto_tokens` are for BLOOM. They are computed from its sizes, so that equal
+machines cut a run into the same micro-batches. For other bases, `activation_measure` counts the bytes of a token. A dry
+run prints the estimates.
 """
 
 import os
@@ -11,22 +12,22 @@ from torch import nn
 
 from softprompt.models.bloom_weights import BloomShape
 
-MEMORY_SHARE = 0.6  # share of a device's memory that is used; the rest is for the allocator, CUDA and other programs
-MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of the largest automatic micro-batch; on the CPU, more was no faster
-MIN_TOKENS = 256  # tokens of the smallest automatic micro-batch
+MEMORY_SHARE = 0.6  # share of the device's memory to use; the rest is for the allocator, CUDA and other programs
+MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # largest default micro-batch, in tokens; more was no faster on the CPU
+MIN_TOKENS = 256  # smallest default micro-batch, in tokens
 GIB = 2**30
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that the device has, used or not."""
+    """Return the size of the device's memory in bytes, whether it is in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def base_bytes(shape: BloomShape, dtype: torch.dtype) -> int:
-    """Estimate the memory of a frozen BLOOM: linear layers and a copy of the head in the compute dtype, embeddings in
-    fp32."""
+    """Estimate the bytes of a frozen BLOOM: linear layers in the compute dtype, embeddings in fp32, and, if the compute
+    dtype is narrower than fp32, a copy of the head in it."""
     linear = 12 * shape.L * shape.H**2
     embeddings = shape.V * shape.H
     return dtype.itemsize * (linear + (embeddings if dtype.itemsize < 4 else 0)) + 4 * embeddings
@@ -40,11 +41,11 @@ def resident_bytes(base: nn.Module) -> int:
 
 
 def bytes_per_token(shape: BloomShape, dtype: torch.dtype, gradient_checkpointing: bool = False) -> int:
-    """Estimate the memory that a token takes until its backward pass.
+    """Estimate the bytes that a token takes until its backward pass.
 
-    Each layer keeps in fp32 the inputs of both layer norms, the queries, the keys and values (twice, because they are
-    copied when concatenated with the prompt's) and the output of attention; and in the compute dtype the input of the
-    GELU. With gradient checkpointing, each layer keeps only its input, and one layer at a time keeps everything.
+    In fp32, each layer keeps the inputs of both layer norms, the queries, the keys and values (twice, because they are
+    copied when they are concatenated with the prompt's) and the output of attention. In the compute dtype, it keeps the
+    input of the GELU. With gradient checkpointing, each layer keeps only its input, and one layer at a time keeps all.
     """
     layer = 4 * 2 * shape.H + 4 * (3 + 2 + 1) * shape.H + dtype.itemsize * 4 * shape.H
     return shape.L * 4 * shape.H + layer if gradient_checkpointing else shape.L * layer
@@ -58,14 +59,14 @@ def auto_tokens(
     memory: int,
     gradient_checkpointing: bool = False,
 ) -> int:
-    """Choose `--tokens_per_microbatch auto`: as many tokens as fit into `memory` (bytes) beside the base and the
-    prompt's own activations, at least `MIN_TOKENS` and at most `MAX_TOKENS` of the device."""
+    """Return the default of `--tokens_per_microbatch` for BLOOM: the number of tokens that fit into `memory` (bytes)
+    beside the base and the activations of the P virtual tokens, limited as in `tokens_that_fit`."""
     token = bytes_per_token(shape, dtype, gradient_checkpointing)
     return tokens_that_fit(token, base_bytes(shape, dtype) + P * bytes_per_token(shape, dtype), device, memory)
 
 
 def tokens_that_fit(token: int, held: int, device: torch.device, memory: int) -> int:
-    """Return how many tokens of `token` bytes fit into `memory` beside `held` bytes, at least `MIN_TOKENS` and at most
-    `MAX_TOKENS` of the device."""
+    """Return how many tokens of `token` bytes each fit into `MEMORY_SHARE` of `memory` (bytes) beside `held` bytes that
+    are taken; at least `MIN_TOKENS` and at most the device's `MAX_TOKENS`."""
     room = MEMORY_SHARE * memory - held
     return max(MIN_TOKENS, min(MAX_TOKENS[device.type], int(room / token)))

@@ -1,9 +1,10 @@
 """The engine: it cuts a window of rows into micro-batches, and a schedule runs them through the base.
 
-The engine does not depend on the model: it sums losses, and retries with smaller micro-batches when memory runs out. A
-`Schedule` computes micro-batches behind a prompt with a particular kind of base. Packed schedules concatenate rows
-without padding: `bloom_schedule.MicrobatchMajor` and `layer_major.LayerMajor` for BLOOM, `decoder_schedule` for other
-decoders. `padded_schedule` pads rows and runs the base's own forward.
+The engine does not depend on the model. It sums losses, and retries with smaller micro-batches when memory runs out. A
+`Schedule` runs micro-batches behind a prompt through a particular kind of base. The packed schedules concatenate rows
+without padding: `bloom_schedule.MicrobatchMajor` and `layer_major.LayerMajor` for BLOOM,
+`decoder_schedule.DecoderSchedule` for other decoders. `padded_schedule.PaddedSchedule` pads rows and runs the base's
+own forward.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,12 +25,12 @@ MicrobatchT = TypeVar("MicrobatchT")
 
 
 class LossInputs(NamedTuple):
-    """The inputs of a micro-batch's loss: first the f first tokens of rows that are targets (none without a prompt, as
-    nothing predicts them), then the other targets, row by row.
+    """The inputs of a micro-batch's loss. The f targets that are the first token of their row come first, then the n
+    other targets, row by row. Without a prompt f = 0, because no position predicts a first token.
 
     Attributes:
-        hidden: The final hidden states that predict the targets, [f + n, H].
-        targets: [f + n] int64.
+        hidden: [f + n, H], the final hidden states that predict the targets.
+        targets: [f + n] int64, token ids.
     """
 
     hidden: Tensor
@@ -37,14 +38,14 @@ class LossInputs(NamedTuple):
 
 
 class Schedule(Protocol[MicrobatchT]):
-    """How the micro-batches of a window are computed with a base: in which order they pass through its blocks, and what
-    is kept for the backward pass.
+    """Runs the micro-batches of a window through a base. It determines their layout, in which order they go through the
+    base's layers, and what is kept for the backward pass.
 
     Attributes:
         kind: "packed" or "padded".
-        device: Where the base computes.
-        compute_dtype: The dtype of its matrix products.
-        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
+        device: The device that computes.
+        compute_dtype: The dtype of matrix products.
+        gradient_checkpointing: Whether the activations within layers are recomputed in the backward pass.
         head: Computes losses from `LossInputs`.
     """
 
@@ -55,18 +56,19 @@ class Schedule(Protocol[MicrobatchT]):
     head: Head
 
     def cut(self, rows: Sequence[Example], tokens: int, P: int) -> Iterator[list[Example]]:
-        """Cut rows into micro-batches, longest rows first, each of at most `tokens` tokens or of one row."""
+        """Cut rows into micro-batches, longest rows first. A micro-batch has at most `tokens` tokens, or one row. P is
+        the number of virtual tokens."""
         ...
 
     def collate(self, rows: Sequence[Example]) -> MicrobatchT:
-        """Return the micro-batch of rows, on the device."""
+        """Convert rows to one micro-batch on the device."""
         ...
 
     def accumulate(self, prompt: Tensor, batches: Iterable[MicrobatchT], grad_scale: Tensor | float) -> Tensor:
-        """Compute the summed loss of a window and backpropagate grad_scale · loss to the prompt.
+        """Compute the summed loss of a window, and backpropagate grad_scale · loss to the prompt.
 
-        The prompt's own gradient is changed only once, after all micro-batches; so a window that ran out of memory can
-        be repeated.
+        The gradient reaches the graph of `prompt` only once, after all micro-batches. So a window that runs out of
+        memory before can be repeated.
 
         Args:
             prompt: [P, H], part of an autograd graph.
@@ -77,18 +79,18 @@ class Schedule(Protocol[MicrobatchT]):
         ...
 
     def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[MicrobatchT]) -> Iterator[LossInputs]:
-        """Yield the loss inputs of each micro-batch, in order and without a gradient. `prompt` is [P, H]; None is the
-        bare base."""
+        """Yield the loss inputs of each micro-batch, in order. The caller disables gradients. `prompt` is [P, H], or
+        None for the bare base."""
         ...
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
-        """Estimate the memory that a step over `window` with P virtual tokens takes in addition to the base."""
+        """Estimate the bytes that a step over `window` with P virtual tokens takes in addition to the base."""
         ...
 
 
 class MicrobatchEngine(Generic[MicrobatchT]):
-    """The `Engine`. A window is cut into micro-batches of at most `tokens_per_microbatch` tokens; a row that is longer
-    is a micro-batch by itself. When memory runs out, the limit is halved and the window is repeated."""
+    """The `Engine` of a schedule. It cuts a window into micro-batches of at most `tokens_per_microbatch` tokens; a
+    longer row is a micro-batch by itself. When memory runs out, it halves the limit and repeats the window."""
 
     def __init__(self, schedule: Schedule[MicrobatchT], tokens_per_microbatch: int):
         self.schedule, self.tokens_per_microbatch = schedule, tokens_per_microbatch
@@ -130,7 +132,7 @@ class MicrobatchEngine(Generic[MicrobatchT]):
     def _row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
         sums = [0.0] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda r: len(rows[r].input_ids), reverse=True)
-        order = iter(longest_first)  # a schedule cuts the rows in this order
+        order = iter(longest_first)  # `Schedule.cut` yields the rows in this order
         for part, inputs in self._loss_inputs(prompt, rows):
             here = [next(order) for _ in part]
             first = [r for r in here if rows[r].labels[0] != IGNORE and prompt is not None]
@@ -152,16 +154,19 @@ class MicrobatchEngine(Generic[MicrobatchT]):
         return self.schedule.cut(rows, self.tokens_per_microbatch, P)
 
     def _retry_when_out_of_memory(self, run: Callable[[], T], rows: Sequence[Example]) -> T:
-        """Call `run` until it does not run out of memory, halving `tokens_per_microbatch` before each repetition. The
+        """Call `run` until it does not run out of memory; halve `tokens_per_microbatch` before each repetition. The
         prompt's gradient is changed only at the end of a window, so a failed attempt does not change it.
 
+        Args:
+            rows: The rows that `run` computes.
+
         Raises:
-            TrainingError: Memory does not suffice for micro-batches of one row.
+            TrainingError: Even micro-batches of one row do not fit in memory.
         """
         while True:
             try:
                 return run()
-            except RuntimeError as error:  # a lack of memory on the CPU raises no more specific type
+            except RuntimeError as error:  # running out of memory on the CPU raises a plain RuntimeError
                 longest = max((len(row.input_ids) for row in rows), default=0)
                 if not is_out_of_memory(error):
                     raise
@@ -173,6 +178,6 @@ class MicrobatchEngine(Generic[MicrobatchT]):
                 self.tokens_per_microbatch = max(longest, self.tokens_per_microbatch // 2)
             torch.cuda.empty_cache()
             tqdm.write(
-                f"out of memory: the step is repeated in micro-batches of {self.tokens_per_microbatch:,} tokens, "
-                "with the same gradient"
+                f"out of memory: computing the rows again in micro-batches of {self.tokens_per_microbatch:,} tokens; "
+                "the result stays the same"
             )

@@ -1,4 +1,4 @@
-"""The base's own forward over padded rows behind a prompt."""
+"""The base's own forward over padded rows behind a prompt, and the check that a base can be run in this way."""
 
 import inspect
 from weakref import WeakSet
@@ -14,14 +14,14 @@ from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-PROBE_TOKENS = 5  # how many tokens `check_forward` runs
+PROBE_TOKENS = 5  # number of tokens that `check_forward` runs
 _checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`
 
 
 def prepend(
     prompt: Tensor, embeddings: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepend the prompt to every row. Virtual tokens have attention mask 1 and label -100.
+    """Prepend the prompt to each row. Virtual tokens have attention mask 1 and label -100.
 
     Args:
         prompt: [P, H].
@@ -44,10 +44,10 @@ def prepend(
 def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Run the base's own forward over padded rows behind the prompt [P, H]; P = 0 is the bare base.
 
-    Rows are padded on the right, so the position of a token is its index, which is transformers' default.
+    Rows are padded on the right, so a token's position is its index, as transformers assumes by default.
 
     Returns:
-        Logits [B, P+T, V] in the dtype of the base's head, and labels [B, P+T] int64.
+        Logits [B, P+T, V] in the dtype that the base returns, and labels [B, P+T] int64.
     """
     words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
     embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
@@ -56,25 +56,25 @@ def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple
 
 @torch.no_grad()
 def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Check on a few tokens that a prompt can precede the text of `base`: its own forward over token ids, at the
-    explicit positions 0 … T, must give the logits of `padded_forward` without a prompt.
+    """Check on a few tokens that a prompt can be prepended to the embeddings of `base`: for T token ids, its own
+    forward must give the logits of `padded_forward` without a prompt.
 
-    The base's own forward gets one more token, which must not change the logits before it. It gets explicit positions
-    because transformers' `generate` passes them, while `padded_forward` leaves the positions to the base. BLOOM is not
-    checked, since its forward is known; a base that has passed the check is not checked again.
+    The base's own forward gets one more token, which must not change the logits before it, and the explicit positions
+    0 … T, if it accepts positions: transformers' `generate` passes them, while `padded_forward` leaves them to the
+    base. BLOOM is not checked, because its forward is known. A base that has passed the check is not checked again.
 
     Raises:
-        ModelError: The logits differ, because the base does more with a token than look up its embedding, does not
-            count positions from 0 (RoBERTa), or attends to later tokens; or the base cannot be run on embeddings.
+        ModelError: The logits differ: the base does more with a token than look up its embedding, does not count
+            positions from 0 (RoBERTa), or attends to later tokens. Or the base cannot be run on embeddings.
     """
     if base.config.model_type == "bloom" or base in _checked:
         return
     kind, words = type(base).__name__, word_embeddings(base).weight
     first = max(0, min(8, len(words) - PROBE_TOKENS))
-    ids = torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]  # [1, T]
+    ids = torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]  # [1, T + 1]
     mask, positions = torch.ones_like(ids), {}
     if "position_ids" in inspect.signature(base.forward).parameters:
-        positions["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
+        positions["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T + 1]
     try:
         with autocast(words.device, compute_dtype):
             own = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1].float()
@@ -87,15 +87,15 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
     if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
         raise ModelError(
-            f"{base.name_or_path}: {kind} gives other logits for word embeddings than for the words themselves (they "
-            f"differ by {off:.2g}; the largest is {size:.2g}): it does more with a word than look up its embedding, "
-            "does not count positions from 0, or attends to later words; take another base"
+            f"{base.name_or_path}: {kind} gives other logits for token embeddings than for the token ids (they "
+            f"differ by {off:.2g}; the largest is {size:.2g}): it does more with a token than look up its embedding, "
+            "does not count positions from 0, or attends to later tokens; take another base"
         )
     _checked.add(base)
 
 
 class PromptTunedModel(nn.Module):
-    """A prompt and its frozen base as one module, which `--print_model` prints and whose parameters are counted."""
+    """A prompt and its frozen base as one module: `--print_model` prints it, and its parameters are counted."""
 
     def __init__(self, prompt: PromptEmbedding, base: PreTrainedModel):
         super().__init__()

@@ -1,5 +1,4 @@
-"""The padded schedule: rows are padded to one length and run through the base's own forward, for any causal language
-model."""
+"""The padded schedule, for any causal language model: rows are padded and run through the base's own forward."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,13 +21,14 @@ from softprompt.models.precision import autocast
 
 
 class PaddedRows(NamedTuple):
-    """A padded micro-batch, and where its targets are: first the f first tokens of rows, then the others, row by row.
+    """A padded micro-batch and the places of its targets, in the order of `LossInputs`: first the f targets that are
+    the first token of their row, then the n others, row by row.
 
     Attributes:
-        batch: The padded rows, [B, T].
-        rows: The row of each target [f + n] int64.
-        columns: The column of each target [f + n] int64.
-        targets: [f + n] int64.
+        batch: The padded rows, tensors [B, T].
+        rows: [f + n] int64, the row of each target.
+        columns: [f + n] int64, the column of each target in `batch`.
+        targets: [f + n] int64, token ids.
         first: f.
     """
 
@@ -40,8 +40,8 @@ class PaddedRows(NamedTuple):
 
 
 class PaddedSchedule:
-    """The `Schedule` for any causal language model: padded rows behind the prompt, one micro-batch after the other,
-    under autocast."""
+    """The `Schedule` for any causal language model. It prepends the prompt to each padded row, and runs one micro-batch
+    after the other under autocast."""
 
     kind = "padded"
 
@@ -54,8 +54,8 @@ class PaddedSchedule:
     ):
         """
         Raises:
-            ModelError: See `padded.check_forward`; or the base cannot be split into a body and a head, or no layers for
-                `gradient_checkpointing` are found.
+            ModelError: See `padded.check_forward`; or the base cannot be split into a body and a head; or it has no
+                layers that support `gradient_checkpointing`.
         """
         check_forward(base, compute_dtype)
         self.base, self.pad_token_id, self.compute_dtype = base, pad_token_id, compute_dtype
@@ -66,10 +66,10 @@ class PaddedSchedule:
         self._measured: ActivationMeasure | None = None
 
     def cut(self, rows: Sequence[Example], tokens: int, P: int) -> Iterator[list[Example]]:
-        """See `Schedule.cut`. Tokens include padding and virtual tokens.
+        """See `Schedule.cut`. Padding and virtual tokens count as tokens.
 
         Raises:
-            ConfigError: A row behind P virtual tokens needs more positions than the base has.
+            ConfigError: P virtual tokens and a row together need more positions than the base has.
         """
         longest = max((len(row.input_ids) for row in rows), default=0)
         check_positions(self.max_positions, P, longest, "a row")
@@ -112,7 +112,7 @@ class PaddedSchedule:
 
     @property
     def measured(self) -> ActivationMeasure:
-        """What a token keeps for the backward pass, measured once."""
+        """The memory that tokens keep for the backward pass; it is measured at the first access."""
         if self._measured is None:
             self._measured = measure_activations(self.base, lambda embeddings: self._run_body(embeddings[None]))
         return self._measured
@@ -121,18 +121,18 @@ class PaddedSchedule:
         return ""
 
     def _forward(self, prompt: Tensor, some: PaddedRows) -> LossInputs:
-        """Run a micro-batch behind the prompt [P, H] up to the head."""
+        """Run a micro-batch behind the prompt [P, H], up to the input of the head."""
         P, batch = len(prompt), some.batch
         words = word_embeddings(self.base)(batch.input_ids)  # [B, T, H]
         embeddings, mask, _ = prepend(prompt, words, batch.attention_mask, batch.labels)  # [B, P + T, …]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed(self.recomputed_layers) if recompute else nullcontext():
             hidden = self._run_body(embeddings, attention_mask=mask)  # [B, P + T, H]
-        skipped = 0 if P else some.first  # without a prompt, nothing predicts a first token
+        skipped = 0 if P else some.first  # without a prompt, no position predicts a first token
         predictors = (some.rows * hidden.shape[1] + P + some.columns - 1)[skipped:]
         return LossInputs(hidden.flatten(0, 1).index_select(0, predictors), some.targets[skipped:])
 
     def _run_body(self, embeddings: Tensor, **others: Any) -> Tensor:
-        """Run the base without its head: [B, P + T, H] → [B, P + T, H]."""
+        """Run the base without its head: embeddings [B, P + T, H] → final hidden states [B, P + T, H]."""
         with autocast(self.device, self.compute_dtype):
             return self.body(inputs_embeds=embeddings, use_cache=False, **others).last_hidden_state

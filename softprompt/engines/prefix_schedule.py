@@ -1,23 +1,22 @@
-"""The schedule of packed rows behind a prompt that is computed once per window.
+"""The packed schedule: rows without padding, behind a prompt that is computed once per window.
 
-A window (the rows of one optimizer step) is computed without padding, and the prompt only once. This is exact because
-of causality: the virtual tokens precede the text, so their hidden states do not depend on it, and every row may share
-their keys and values.
+A window is the rows of one optimizer step. Computing its prompt only once is exact, because attention is causal: the
+virtual tokens precede the text, so their hidden states do not depend on it, and all rows share their keys and values.
 
 The prompt's gradient is computed in three phases:
 
-1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all layers by itself. The result is a
+1. Prompt pass, once per window (`run_prompt`). The prompt [P, H] goes through all layers without text. The result is a
    `PrefixKV`: the keys and values of each layer, and the last virtual token's output, which predicts the first token of
    each row. Its autograd graph is kept for phase 3.
 
-2. Row pass, once per micro-batch (`rows_forward`). S tokens of several rows, one row after the other, go through all
-   layers as one stream [S, H]; each row attends to the prompt's keys and values and to itself. The loss is computed
-   only at the n positions whose next token is a target. The rows see detached copies of the prompt's keys and values,
-   so the backward pass of a micro-batch ends there: it adds to the copies' gradients and frees its activations. The
-   base is frozen and gets no gradient.
+2. Row pass, once per micro-batch (`rows_forward`). The rows are concatenated to one stream of S tokens, which goes
+   through all layers as [S, H]. Each row attends to the prompt's keys and values and, causally, to itself. The loss is
+   computed only at the n positions whose next token is a target. The rows use detached copies of the prompt's keys and
+   values, so the backward pass of a micro-batch ends at these copies: it adds to their gradients and frees the
+   micro-batch's activations. The base is frozen and gets no gradient.
 
-3. Prompt backward, once per window. The copies' accumulated gradients go backward through the graph of phase 1, to
-   ∂loss/∂prompt [P, H].
+3. Prompt backward, once per window. The accumulated gradients of the copies are backpropagated through the graph of
+   phase 1. The result is ∂loss/∂prompt [P, H].
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,10 +32,11 @@ from softprompt.engines.microbatch_engine import LossInputs
 
 
 class PrefixKV(NamedTuple):
-    """The results of the prompt pass that the rows need.
+    """The result of the prompt pass.
 
     Attributes:
-        layers: The prompt's keys and values in each layer; how they are laid out is up to the schedule.
+        layers: The prompt's keys and values in all layers. The first dimension of each tensor is P; the other
+            dimensions and the number of tensors per layer depend on the schedule.
         last_hidden: The last hidden state of the last virtual token [1, H], which predicts a row's first token; [0, H]
             without a prompt.
     """
@@ -46,8 +46,8 @@ class PrefixKV(NamedTuple):
 
 
 class PrefixSchedule:
-    """The `Schedule` of the module's docstring, for micro-batches that go through the base one after the other. A
-    subclass computes the phases with a particular kind of base."""
+    """The `Schedule` that the module's docstring describes. Micro-batches go through the base one after the other. A
+    subclass implements phases 1 and 2 for a particular kind of base."""
 
     kind = "packed"
     device: torch.device
@@ -56,11 +56,11 @@ class PrefixSchedule:
     head: Head
 
     def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
-        """Run the virtual tokens [P, H] through all layers; None means no prompt."""
+        """Phase 1: run the virtual tokens [P, H] through all layers; None means no prompt."""
         raise NotImplementedError
 
     def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
-        """Run a micro-batch behind the prompt up to the head."""
+        """Phase 2: run a micro-batch behind the prompt, up to the input of the head."""
         raise NotImplementedError
 
     def cut(self, rows: Sequence[Example], tokens: int, P: int) -> Iterator[list[Example]]:

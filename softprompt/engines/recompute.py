@@ -17,10 +17,10 @@ from softprompt.utils.errors import ModelError
 
 
 def layers_to_recompute(base: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that transformers recomputes under gradient checkpointing.
+    """Return the layers that support transformers' gradient checkpointing.
 
     Raises:
-        ModelError: There are none.
+        ModelError: The base has no such layers.
     """
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -32,8 +32,8 @@ def layers_to_recompute(base: PreTrainedModel) -> list[nn.Module]:
 def recomputed(
     layers: Sequence[nn.Module], context: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Iterator[None]:
-    """Within this context, a forward keeps only the inputs of `layers`, and the backward pass recomputes the rest, each
-    layer within a `context` of its own."""
+    """Within this context, a forward keeps only the inputs of `layers`. The backward pass recomputes their other
+    activations; for each layer, it calls `context` and recomputes within the context manager that it returns."""
 
     def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(

@@ -1,8 +1,8 @@
-"""The packed engine proves itself before the first step: on a few rows of the run, its losses and its gradient must be
-those of the padded engine. Both are also timed, and `--engine auto` takes the faster one.
+"""The check of the packed engine before the first step: on a few rows of the run, its losses and its gradient must
+agree with those of the padded engine. Both engines are also timed; `--engine auto` uses the result.
 
-A verdict is cached per base, device, dtype, versions and number of virtual tokens. It holds for rows up to the longest
-one that was checked: a base may treat longer rows in another way (sliding windows, chunks).
+The verdict is cached; `verdict_key` lists what it depends on. It holds for rows up to the longest one that was checked,
+because a base may treat longer rows differently (sliding windows, chunks).
 """
 
 import contextlib
@@ -28,26 +28,28 @@ from softprompt.utils.atomic_io import cache_dir, write_files
 from softprompt.utils.errors import TrainingError
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-# The largest differences that are put down to rounding: of a token's loss, relative to it if it is above 1, and of the
-# gradient, relative to its norm. A base whose gradient depends more on rounding gets a larger tolerance, see `Verdict`.
+# The largest differences that count as rounding: of a row's loss per token (relative if that loss is above 1), and of
+# the gradient, relative to its norm. If rounding changes a base's gradient more, the tolerance is larger: see `noise`
+# in `Verdict`.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
-FEW_ROWS = 8  # are timed first; where that takes less than a second, all rows are
-CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be noise
+FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
+CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
 
 
 class Verdict(NamedTuple):
-    """What a comparison of the packed engine with the padded one found.
+    """The result of a comparison of the packed engine with the padded engine.
 
     Attributes:
         rows: Number of rows that were compared.
-        longest: Number of tokens of the longest of them.
-        loss_error: Largest difference of a row's loss per token, relative to it if it is above 1.
-        gradient_error: ‖difference‖ / ‖gradient of the padded engine‖.
-        noise: The same between the padded engine's gradients of all rows in one batch and of each row alone, which
-            differ only by rounding.
-        speed: How many times as fast the packed engine is; None if it was not timed.
+        longest: Number of tokens of the longest of these rows.
+        loss_error: Largest difference between the two engines' loss per token of a row; relative to that loss if it is
+            above 1.
+        gradient_error: ‖difference of the gradients‖ / ‖gradient of the padded engine‖.
+        noise: The same ratio for two gradients of the padded engine that differ only by rounding: with all rows in
+            batches of the usual size, and with each row by itself.
+        speed: Time of the padded engine / time of the packed engine; None if they were not timed.
         failure: Why the packed engine cannot run this base; None if it can.
     """
 
@@ -60,7 +62,7 @@ class Verdict(NamedTuple):
     failure: str | None = None
 
     def is_right(self, dtype: torch.dtype) -> bool:
-        """Whether the differences are within what rounding in `dtype` causes; NaN is not."""
+        """Whether rounding in the compute dtype `dtype` explains the differences."""
         most = max(GRADIENT_TOLERANCE[dtype], NOISE_FACTOR * self.noise)
         return self.loss_error <= LOSS_TOLERANCE[dtype] and self.gradient_error <= most
 
@@ -72,7 +74,7 @@ class Verdict(NamedTuple):
 
 
 def rows_to_check(rows: Sequence[Example], longest: int = 0) -> list[Example]:
-    """Return up to CHECKED_ROWS rows with targets: the longest, the shortest, and some in between.
+    """Return up to CHECKED_ROWS rows that have targets, longest first: the longest, the shortest, and some in between.
 
     Args:
         longest: If no row is as long, the longest one is repeated up to so many tokens.
@@ -95,14 +97,14 @@ def _repeated(row: Example, tokens: int) -> Example:
 
 
 def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example]) -> Verdict:
-    """Compare losses and gradient of both engines.
+    """Compare the losses and the gradients of both engines. An error of the packed engine becomes `Verdict.failure`.
 
     Args:
         prompt: [P, H].
         rows: Rows with at least one target each.
 
     Raises:
-        TrainingError: Memory does not suffice for one row.
+        TrainingError: One of the engines runs out of memory with a single row.
     """
     longest = max(len(row.input_ids) for row in rows)
     tokens, padded.tokens_per_microbatch = padded.tokens_per_microbatch, 1
@@ -113,7 +115,7 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
         losses, gradient = _losses_and_gradient(packed, prompt, rows)
     except TrainingError:
         raise
-    except Exception as error:  # transformers' models raise anything where they are not called as they expect
+    except Exception as error:  # models that are called in an unexpected way may raise any exception
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -124,8 +126,11 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
 
 
 def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
-    """Return how many times as fast the packed engine computes the gradient of a window, or of a part of it if the
-    window takes long: the median of alternating measurements."""
+    """Return the time that the padded engine takes for the gradient of a window, divided by that of the packed engine.
+
+    Both are first timed once on up to `FEW_ROWS` rows. If the whole window would take both engines more than a second
+    together, the ratio of these times is returned, else the median of three alternating measurements on the window.
+    """
     few = window[:: max(1, len(window) // FEW_ROWS)][:FEW_ROWS]
     once = [_seconds(engine, prompt, few) for engine in (padded, packed)]
     if sum(once) * len(window) / len(few) > 1:
@@ -160,7 +165,8 @@ def keep_verdict(key: str, verdict: Verdict) -> None:
 
 
 def verdict_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
-    """Return the key of a verdict: a hash of everything that it may depend on except the rows."""
+    """Return the key under which a verdict is cached: a hash of the base's configuration and class, the GPU or the
+    number of CPU threads, the dtype, P, the versions of torch, transformers and softprompt, and `settings`."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
     versions = torch.__version__, transformers.__version__, version("softprompt")
     about = [base.config.to_json_string(), type(base).__name__, card, str(dtype), P, versions, settings]
@@ -168,7 +174,7 @@ def verdict_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype,
 
 
 def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> tuple[list[float], Tensor]:
-    """Return the loss per token of each row, and the gradient [P, H] of their mean."""
+    """Return each row's loss per target, and the gradient [P, H] of the mean loss over all targets."""
     trial = PromptEmbedding(prompt).to(engine.device)
     engine.accumulate(trial, rows, 1 / sum(map(count_targets, rows)))
     assert trial.weight.grad is not None
@@ -177,7 +183,7 @@ def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    """Return ‖a - b‖ / ‖b‖, or infinity if that is not a number."""
+    """Return ‖a - b‖ / ‖b‖ (‖a‖ if b is zero), or infinity if that is not finite."""
     size = b.norm().item()
     relative = (a - b).norm().item() / size if size else a.norm().item()
     return relative if math.isfinite(relative) else math.inf

@@ -1,4 +1,4 @@
-"""The forward pass of one step of continuous batching with BLOOM's weights."""
+"""The forward pass of one step of continuous batching for BLOOM, with this project's blocks (`engines.bloom`)."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from softprompt.models.bloom_weights import BloomWeights
 
 
 class BloomStepModel:
-    """The `StepModel` of BLOOM, its weights in any storage."""
+    """The `StepModel` of BLOOM. Any kind of `BloomWeights` works, for example quantized ones."""
 
     max_positions = None
 
     def __init__(self, weights: BloomWeights):
         self.weights, self.device = weights, weights.head.device
         like = weights.embedding_layernorm.weight
-        # At least fp32, because bf16 cannot represent, for example, the distance 257.
+        # At least fp32, because bf16 cannot represent all distances, for example 257.
         wide = torch.promote_types(like.dtype, torch.float32)
         self.slopes = torch.tensor(alibi_slopes(weights.shape.N), dtype=wide, device=self.device)  # [N]
 
@@ -39,18 +39,19 @@ class BloomStepModel:
         """See `StepModel.forward`."""
         weights, epsilon = self.weights, self.weights.shape.epsilon
         x = layer_norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
-        last_index = step.last_index if step.prefills else None  # else the stream is the last tokens
+        last_index = step.last_index if step.prefills else None  # without a prefill, the stream is the last tokens
         attention = BloomStepAttention(cache, step, self.slopes)
         x = run_blocks(weights, x, attention, last_index, linear=decode_linear)  # [n, H]
         return decode_linear(layer_norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)
 
 
 class BloomStepAttention:
-    """Attention of one packed step, called once per layer by `bloom.run_blocks`. It also writes the new keys and values
+    """Attention of one packed step. `bloom.run_blocks` calls it once per layer. It also writes the new keys and values
     into the cache.
 
-    One batched product over the cache computes all decoding slots, up to the longest of their rows; the bias masks the
-    positions after the end of shorter rows. `prefix_attention.attend` computes the texts, group by group.
+    One batched matrix product over the cache computes all decoding slots, up to the end of the longest of their rows.
+    The bias masks the positions after the end of shorter rows. `prefix_attention.attend` computes the prefilled texts,
+    group by group.
     """
 
     def __init__(self, cache: KVCache, step: PackedStep, slopes: Tensor):
@@ -92,10 +93,11 @@ class BloomStepAttention:
         return torch.cat(outputs) if self.step.prefills else outputs[0]
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
-        """Compute softmax(q · keysᵀ / √D + bias) · values for the newest tokens: [S, N, D] → [decoding, N · D].
+        """Compute softmax(q · keysᵀ / √D + bias) · values for the newest token of each decoding slot: queries [S, N, D]
+        → [decoding, N · D].
 
-        All n slots are computed, so that the cache is read as a view without a copy. The rows of slots in prefill are
-        dropped from the result.
+        All n slots are computed, so that the cache is read as a view, without a copy. The results of slots in prefill
+        are dropped.
         """
         caches = (cache[: self.n, :, : self.width] for cache in self.cache.layers[layer])
         keys, values = (cache.flatten(0, 1) for cache in caches)  # each [n · N, width, D]
@@ -116,8 +118,8 @@ class BloomStepAttention:
                 cache[b, :, P : P + len(new)] = new.transpose(0, 1)
 
     def _decode_bias(self) -> Tensor:
-        """Return the bias [n · N, 1, width] of each slot's newest token for the positions of its row: ALiBi (-slope ·
-        distance) up to the token itself, -inf after it."""
+        """Return the bias [n · N, 1, width] that is added to the scores of each slot's newest token: ALiBi (-slope ·
+        distance) for positions up to the token itself, -inf for those after it."""
         position = torch.tensor(self.step.positions, device=self.step.device)[:, None]  # [n, 1]
         distance = torch.arange(self.width, device=self.step.device) - position  # [n, width]
         masked = distance.to(self.slopes.dtype).masked_fill_(distance > 0, -torch.inf)

@@ -1,5 +1,5 @@
-"""Continuous batching (Yu et al. 2022, "Orca", OSDI): one forward pass per decoding step over all
-active requests, which may have different prompts and lengths.
+"""Continuous batching (Yu et al. 2022, "Orca", OSDI): one forward pass per decoding step over all active requests,
+which may have different prompts and lengths.
 
 Each active request occupies a slot: a row of a preallocated KV cache, which holds the keys and values of its soft
 prompt (P positions, computed once per prompt), its text (T positions) and its answer so far. Slots 0 … n-1 are in use,
@@ -12,7 +12,7 @@ with n ≤ `batch_size`. A step has four phases:
              of each other slot (decode step); result: logits [n, V] of the token that follows in each slot
     sample   each slot's next token is chosen and appended to its answer
 
-So a request never waits for a longer one in its batch, and no padding is computed.
+So no request waits for a longer one to finish, and texts are not padded.
 """
 
 from collections import deque
@@ -32,11 +32,11 @@ from softprompt.utils.out_of_memory import smaller_batch
 
 
 class StepModel(Protocol):
-    """What continuous batching needs of a base: `bloom_step` and `decoder_step` have it.
+    """The interface between continuous batching and a base. `BloomStepModel` and `DecoderStepModel` implement it.
 
     Attributes:
-        device: Where the base computes.
-        max_positions: The most positions of a row, virtual tokens included; None if there is no limit.
+        device: The device that computes.
+        max_positions: Maximum number of positions of a row, virtual tokens included; None if there is no limit.
     """
 
     device: torch.device
@@ -47,25 +47,26 @@ class StepModel(Protocol):
         ...
 
     def new_cache(self, slots: int, width: int, prefix: PrefixKV) -> KVCache:
-        """Allocate a cache in the dtype of `prefix`."""
+        """Allocate a cache of `slots` rows with `width` positions each, in the dtype and on the device of `prefix`."""
         ...
 
     def forward(self, cache: KVCache, step: PackedStep) -> Tensor:
-        """Run one step, prefill and decode together, and write its keys and values into the cache. Return the logits
-        [n, V] of each slot's next token."""
+        """Run one step (prefill and decode together), and write the new keys and values into the cache. Return the
+        logits [n, V] of each slot's next token."""
         ...
 
 
 class ContinuousBatchingGenerator:
-    """Answer requests with a `StepModel`; see the module's docstring for the phases of a step.
+    """The `Generator` that runs a `StepModel`; see the module's docstring for the phases of a step.
 
     The KV cache has `batch_size` slots (fewer if there are fewer requests), and each slot has room for the longest row
-    that may occur. With BLOOM, a position takes 2 · L · H values, at least fp32 on the CPU. When memory runs out, the
-    number of slots is halved, and unfinished answers continue from the tokens that they have.
+    that may occur. A position takes K · (D + D') values in each layer (2 · L · H in all for BLOOM), at least fp32 on
+    the CPU. When memory runs out, the number of slots is halved, and unfinished answers continue from their tokens so
+    far.
 
     Args:
         prefill_tokens_per_step: Maximum number of tokens that one step prefills, by default the device's `MAX_TOKENS`.
-            A longer text is prefilled in a step of its own.
+            No other text is prefilled in the same step as a longer one.
     """
 
     def __init__(self, model: StepModel, tokenizer: Any, prefill_tokens_per_step: int | None = None):
@@ -104,7 +105,7 @@ class ContinuousBatchingGenerator:
     def _run(
         self, slots: list[Slot], queue: deque[Slot], num_slots: int, on_token: OnToken | None
     ) -> Iterator[tuple[int, list[int]]]:
-        """Run steps until slots and queue are empty. If memory runs out, `slots` keeps the unfinished requests."""
+        """Run steps until slots and queue are empty. If memory runs out, `slots` still has the unfinished requests."""
         width = max(slot.P + slot.state.max_tokens for slot in queue)
         cache = self._allocate(num_slots, width, queue[0].prefix)
         while self._evict_and_refill(cache, slots, queue, num_slots):
@@ -120,8 +121,8 @@ class ContinuousBatchingGenerator:
 
     @torch.inference_mode()
     def _evict_and_refill(self, cache: KVCache, slots: list[Slot], queue: deque[Slot], num_slots: int) -> bool:
-        """Evict finished requests and refill their slots from the queue; if no request is admitted, move the last slot
-        into the gap. Return whether any slot is in use."""
+        """Evict finished requests and refill their slots from the queue. If no further request is admitted, move the
+        last slot into the gap. Return whether any slot is in use."""
         admitted = self._admit(queue)
         for b in reversed([b for b, slot in enumerate(slots) if slot.state.finished]):
             if new := next(admitted, None):
@@ -136,7 +137,8 @@ class ContinuousBatchingGenerator:
         return bool(slots)
 
     def _admit(self, queue: deque[Slot]) -> Iterator[Slot]:
-        """Yield requests from the queue for one step: as many as `prefill_tokens_per_step` allows, at least one."""
+        """Remove from the queue the requests that this step may prefill, and yield them: as many as
+        `prefill_tokens_per_step` allows, at least one."""
         tokens = 0
         while queue and (not tokens or tokens + len(queue[0].state.token_ids) <= self.prefill_tokens_per_step):
             tokens += len(queue[0].state.token_ids)

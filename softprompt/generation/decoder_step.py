@@ -1,5 +1,5 @@
-"""The forward pass of one step of continuous batching with any transformers decoder: the base's own modules, with an
-attention that reads and writes the KV cache."""
+"""The forward pass of one step of continuous batching for a transformers decoder: the base's own modules, with an
+attention function that reads and writes the KV cache."""
 
 from typing import cast
 
@@ -18,7 +18,8 @@ from softprompt.models.loading import word_embeddings
 
 
 class DecoderStepModel:
-    """The `StepModel` of a decoder."""
+    """The `StepModel` of a decoder that `DecoderSchedule` supports. `decoding_check.step_model` also checks its
+    logits."""
 
     def __init__(self, schedule: DecoderSchedule):
         self.schedule, self.device = schedule, schedule.device
@@ -53,7 +54,7 @@ class CachedAttention:
     """The `RowsAttention` of one packed step. It also writes the new keys and values into the cache.
 
     Args:
-        layer_of: The index of each attention module's layer in the cache.
+        layer_of: The index in `cache.layers` of each attention module.
         prompts: For each prefill group, the prompt's keys and values by attention module.
     """
 
@@ -86,11 +87,18 @@ class CachedAttention:
         return torch.cat(outputs)
 
     def _decode(self, q: Tensor, pair: tuple[Tensor, Tensor], options: AttentionOptions) -> Tensor:
-        """Compute the attention of the newest tokens to their rows in the cache: [d, N, D] → [d, N, D']."""
+        """Compute the attention of the d newest tokens to their slots' rows in the cache.
+
+        Args:
+            q: [d, N, D].
+            pair: The layer's keys [B, K, W, D] and values [B, K, W, D'] in the cache.
+        Returns:
+            [d, N, D'].
+        """
         mask = self._masks.get(options.window)
         if mask is None:
             mask = self._masks[options.window] = visible(self.positions, self.width, options.window)[:, None]
-        whole = not self.step.prefills  # then the slots are 0 … d - 1, and the cache is read as a view
+        whole = not self.step.prefills  # all slots decode, so they are 0 … d - 1, and the cache is read as a view
         caches = (t[: len(q)] if whole else t.index_select(0, self.slots) for t in pair)
         keys, values = (t[:, :, : self.width].transpose(1, 2) for t in caches)  # [d, width, K, size]
         return attention(q[:, None].to(keys.dtype), keys, values, mask, options)[:, 0]

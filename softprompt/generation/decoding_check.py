@@ -1,5 +1,8 @@
-"""Check that continuous batching computes a decoder's logits: of texts with and without a prompt, prefilled in one step
-and continued by decoding steps, against the base's own forward over the whole rows."""
+"""The check that continuous batching gives a decoder's own logits.
+
+Two texts, with and without a prompt, are prefilled in one step and continued by decoding steps. The logits of these
+steps are compared with those of the base's own forward over the whole rows.
+"""
 
 from collections.abc import Sequence
 
@@ -19,7 +22,7 @@ from softprompt.models.precision import autocast
 from softprompt.utils.errors import ModelError
 from softprompt.utils.out_of_memory import is_out_of_memory
 
-P, SHORT, STEPS = 3, 5, 3  # virtual tokens of one text, tokens of the shorter text, steps that are compared
+P, SHORT, STEPS = 3, 5, 3  # virtual tokens, tokens of the shorter text, compared steps (the first is the prefill)
 FIRST_LENGTH = 20  # tokens of the longer text
 
 
@@ -42,14 +45,15 @@ def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None
 
 @torch.inference_mode()
 def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int) -> str | None:
-    """Return how the logits differ, or why they cannot be computed; None if they agree within the dtype's rounding."""
+    """Return how the logits differ, or why the step model cannot compute them; None if they agree within the rounding
+    of `dtype`. `longest` is the number of tokens of the longer text."""
     embed = word_embeddings(base)
     prompt = embed(torch.arange(P, device=model.device) % embed.num_embeddings).float()
     for values, lengths in ((None, (SHORT, 2 * SHORT)), (prompt, (SHORT, longest))):
         texts = [[(7 * i + length) % embed.num_embeddings for i in range(length + STEPS)] for length in lengths]
         try:
             ours = _logits_of_steps(model, texts, values)
-        except Exception as error:  # transformers' models raise anything where they are not called as they expect
+        except Exception as error:  # models that are called in an unexpected way may raise any exception
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             return " ".join(str(error).split())[:200] or type(error).__name__
@@ -61,7 +65,7 @@ def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dty
 
 
 def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], prompt: Tensor | None) -> Tensor:
-    """Return the logits [2, STEPS, V] of a prefill and of the decoding steps behind it."""
+    """Return the logits [2, STEPS, V] fp32 of the prefill and of the decoding steps after it."""
     settings, prefix = GenerationSettings(max_new_tokens=STEPS, do_sample=False), model.run_prompt(prompt)
     slots = []
     for index, text in enumerate(texts):
@@ -78,9 +82,9 @@ def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], pr
 
 
 def _own_logits(base: PreTrainedModel, dtype: torch.dtype, text: Sequence[int], prompt: Tensor | None) -> Tensor:
-    """Return the base's own logits at the same positions: [STEPS, V] fp32."""
+    """Return the base's own logits of one text at the same positions: [STEPS, V] fp32."""
     weight = word_embeddings(base).weight
-    ids = torch.tensor([text[:-1]], device=weight.device)  # the last token predicts nothing that is compared
+    ids = torch.tensor([text[:-1]], device=weight.device)  # what the last token predicts is not compared
     with autocast(weight.device, dtype):
         logits, _ = padded_forward(
             base, weight[:0] if prompt is None else prompt, Batch(ids, *[torch.ones_like(ids)] * 2)

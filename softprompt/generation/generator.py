@@ -1,4 +1,4 @@
-"""The generator interface, the choice of a generator for an engine, and generation on several ranks."""
+"""The generator interface, the choice of the generator, and generation on several ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -31,10 +31,10 @@ class Generator(Protocol):
     ) -> Iterator[tuple[int, list[int]]]:
         """Answer the requests, at most `batch_size` at a time.
 
-        All requests are checked at the call; answers are computed while the iterator is consumed.
+        The call checks all requests. The answers are computed while the iterator is consumed.
 
         Args:
-            on_token: Called with the index of the request and the token id for each token of an answer.
+            on_token: Called for each token of an answer with the index of its request and the token id.
 
         Returns:
             An iterator over (index of the request, token ids of its answer without the end token), in the order in
@@ -42,23 +42,24 @@ class Generator(Protocol):
 
         Raises:
             ConfigError: A text leaves no room for an answer.
-            TrainingError: Memory does not suffice for a single request. The iterator raises this.
+            TrainingError: A single request does not fit in memory. The iterator raises this.
         """
         ...
 
 
 def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: str | None = None) -> Generator | None:
-    """Return the generator for an engine and its base; None if the base cannot generate after a soft prompt
+    """Return the generator for an engine and its base; None if the base cannot generate behind a soft prompt
     (`capabilities.why_not_generate` returns the reason).
 
-    Continuous batching is used for BLOOM over the weights of a packed engine, and for every other decoder for which
-    it computes the base's logits (see `decoding_check`); otherwise transformers' `generate`.
+    With BLOOM and a packed engine, it is continuous batching with the engine's weights. Otherwise, unless `kind` is
+    "padded", it is continuous batching if the base passes `decoding_check`. In all other cases it is transformers'
+    `generate`.
 
     Args:
-        kind: The value of `--engine`, where "padded" is transformers' `generate`; None takes what `engine` is.
+        kind: The value of `--engine`; None means the kind of `engine`, as in training.
 
     Raises:
-        ConfigError: `kind` is "packed", and continuous batching does not work with the base.
+        ConfigError: `kind` is "packed", but the base fails `decoding_check`.
     """
     schedule = engine.schedule if isinstance(engine, MicrobatchEngine) else None
     if isinstance(schedule, BloomSchedule):
@@ -75,11 +76,11 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
 
 
 class DataParallelGenerator:
-    """Distribute requests over the ranks of a run. Each rank answers its share; every rank returns all answers, in the
-    order of the requests, once all ranks have finished.
+    """A `Generator` that distributes requests over the ranks of a run. Each rank answers its share. When all ranks have
+    finished, every rank yields all answers, in the order of the requests.
 
     Args:
-        join: Called after this rank's share, before the ranks exchange their answers; see `DataParallelEngine`.
+        join: Called when this rank has answered its share, before the ranks exchange answers; see `DataParallelEngine`.
     """
 
     def __init__(self, generator: Generator, world: World, join: Callable[[], None] = lambda: None):

@@ -1,4 +1,4 @@
-"""Caches of keys and values: those of active requests, and those of soft prompts."""
+"""Two caches of keys and values: one for active requests, one for soft prompts."""
 
 import hashlib
 import weakref
@@ -23,7 +23,7 @@ class KVCache:
     Args:
         slots: B, the maximum number of active requests.
         width: W, the maximum number of positions of a row (virtual tokens, text and answer).
-        sizes: For each layer the heads and the size of a head of its keys, (K, D), and of its values, (K, D').
+        sizes: For each layer the number and the size of heads: those of the keys, (K, D), and of the values, (K, D').
         like: A tensor with the dtype and device of the cache.
 
     Attributes:
@@ -44,8 +44,8 @@ class KVCache:
 
 
 class _CachedPrefix(NamedTuple):
-    """A prompt's keys and values, and a weak reference to the prompt tensor for which they were last requested. When
-    that tensor is freed, the reference's callback removes the entry from the cache."""
+    """A prompt's keys and values, and a weak reference to the prompt tensor that last requested them. When that tensor
+    is freed, the reference's callback removes the entry from the cache."""
 
     prefix: PrefixKV
     prompt: weakref.ref[Tensor] | None
@@ -54,9 +54,9 @@ class _CachedPrefix(NamedTuple):
 class PrefixCache:
     """A least-recently-used cache of the keys and values of soft prompts, limited to `MAX_PREFIX_BYTES`.
 
-    Entries are keyed by a hash of the prompt's values, so a prompt that was trained further or replaced never gets
-    outdated keys and values. An entry is removed when its prompt tensor is freed, because an evaluation during training
-    uses each prompt only once.
+    An entry's key is a hash of the prompt's values, so a prompt that was trained further or replaced never gets
+    outdated keys and values. An entry is removed when its prompt tensor is freed, because each evaluation during
+    training has a new prompt.
 
     Args:
         run_prompt: Computes the keys and values of a prompt [P, H] fp32; None means no prompt (P = 0).
@@ -67,9 +67,9 @@ class PrefixCache:
 
     @torch.inference_mode()
     def __call__(self, prompt: Tensor | None) -> PrefixKV:
-        """Return the keys and values of a prompt; run the prompt through the base if they are not cached.
+        """Return the keys and values of a prompt. If they are not cached, run the prompt through the base.
 
-        The values are hashed at each call, so call this once for all requests with the same prompt.
+        Each call hashes the prompt, so call this once for all requests with the same prompt.
 
         Args:
             prompt: [P, H] fp32; None means no prompt (P = 0).

@@ -75,7 +75,7 @@ class SoftPromptModel(BaseWithAdapters):
         Raises:
             ModelError: Transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
                 prompt can precede the base's text (see `engines.padded.check_forward`).
-            ConfigError: See `engines.factory.engine_for_inference`.
+            ConfigError: See `generator.make_generator`.
         """
         check_not_quantized(base)
         super().__init__(base, LoadedAdapter(prompt, template or Template(), dict(generation or {})))

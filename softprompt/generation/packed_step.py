@@ -1,12 +1,13 @@
 """One forward pass of continuous batching: its input tokens, and their attention over the KV cache.
 
-A pass runs one packed stream of S tokens without padding, which mixes slots in two phases:
+The input is one packed stream of S tokens, without padding. It contains slots in two phases:
 
     stream   newest token of slot 0 | newest token of slot 3 | text of slot 2 (T tokens) | text of slot 1 (T tokens)
              decode: 1 token of each slot in the cache         prefill: all tokens of slots that were just refilled
 
-Layer norms, projections and MLPs see the S tokens as one matrix. Only attention distinguishes them: a decoded token
-attends to its slot's row in the cache; a prefilled text attends to its prompt and, causally, to itself.
+Norms, projections and MLPs process all S tokens as one matrix [S, H]. Only attention distinguishes the phases: a newest
+token attends to its slot's row in the cache; the tokens of a prefilled text attend to their prompt and, causally, to
+their text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ class Slot:
     """A request that occupies a row of the KV cache, or waits for one.
 
     Attributes:
+        state: The request, with its text and its answer so far.
         prefix: Keys and values of the request's prompt.
         cached: Number of the row's positions that are in the cache, virtual tokens included; 0 before prefill.
     """
@@ -53,7 +55,7 @@ class PrefillGroup(NamedTuple):
         prefix: Keys and values of the prompt.
         slots: Indices of the slots.
         lengths: Number of tokens of each text.
-        attention_groups: How `attend` batches the texts.
+        attention_groups: The groups of texts that one call of attention computes, see `group_rows`.
         span: The slice of the stream that contains the texts.
     """
 
@@ -70,15 +72,15 @@ class PrefillGroup(NamedTuple):
 
 
 class PackedStep:
-    """The stream of one forward pass over n slots: the newest tokens of the slots that decode, then the texts of the
-    slots that are prefilled, grouped by prompt.
+    """The stream of one forward pass over n slots: the newest tokens of the decoding slots, then the texts of the slots
+    in prefill, grouped by prompt. After a restart, a text includes the answer so far.
 
     Attributes:
         decoding: Indices of the slots that decode, in the order of the stream.
         prefills: The groups of slots that are prefilled.
-        positions: Position of each slot's last token in its row, counted from 0 at the first virtual token.
+        positions: Position of each slot's last token in its row; the first virtual token has position 0.
         input_ids: The stream [S] int64.
-        last_index: Index of each slot's last token in the stream [n] int64.
+        last_index: Index in the stream of each slot's last token [n] int64.
     """
 
     def __init__(self, slots: Sequence[Slot], device: torch.device):
@@ -101,7 +103,8 @@ class PackedStep:
 
 
 def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[PrefixKV, list[int]]]:
-    """Group the slots that await prefill by prompt; yield each prompt and its slots' indices, longest text first."""
+    """Group the slots that await prefill by prompt. Yield each prompt's keys and values and its slots' indices, longest
+    text first."""
     uncached = [b for b, slot in enumerate(slots) if not slot.cached]
     for prefix in {id(slots[b].prefix): slots[b].prefix for b in uncached}.values():
         group = [b for b in uncached if slots[b].prefix is prefix]

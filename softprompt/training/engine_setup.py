@@ -1,4 +1,4 @@
-"""Choose what computes a run: the engine, the generator and the evaluator."""
+"""Choose and build the engine, the generator and the evaluator of a training run."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -23,13 +23,13 @@ from softprompt.utils.errors import ConfigError
 
 
 class Engines(NamedTuple):
-    """What computes the run.
+    """The engine and the generator of a run.
 
     Attributes:
-        engine: computes losses and the prompt's gradient.
-        generator: answers over the same weights. None with `--stream_base`, where every generated token would read the
-            whole base, and if the base cannot generate behind a prompt.
-        how: how the engine was chosen, as one line; None where there was nothing to choose.
+        engine: Computes losses and the prompt's gradient.
+        generator: Generates answers with the same weights. None with `--stream_base`, because each generated token
+            would read the whole base, and None if the base cannot generate behind a prompt.
+        how: One line for the user that says how the engine was chosen; None if there was no check.
     """
 
     engine: Engine
@@ -38,7 +38,11 @@ class Engines(NamedTuple):
 
 
 def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptEmbedding, world: World) -> Engines:
-    """Choose the engine, and make the generator. With several ranks both divide the rows among the ranks."""
+    """Choose the engine and make the generator. With several ranks, both distribute rows over the ranks.
+
+    Raises:
+        ConfigError, ModelError, TrainingError: See `factory.choose_engine`.
+    """
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     sharded = isinstance(base.blocks, Mapping) and is_sharded(config, world)
@@ -62,14 +66,14 @@ def make_evaluator(
     """Make the evaluator of the held-out rows; None if there are none.
 
     Raises:
-        ConfigError: The metric for the best model is exact match, but answers are not compared.
+        ConfigError: The metric that selects the best model is exact match, but exact match is not computed.
     """
     if data.held_out is None:
         return None
     if config.model.stream_base:
-        print("held-out rows: loss and perplexity; an answer would read the base once more for every token of it")
+        print("held-out rows: loss and perplexity; an answer would read the whole base once for each of its tokens")
     elif generator is None:
-        print(f"held-out rows: loss and perplexity alone; {why_not_generate(base)}")
+        print(f"held-out rows: loss and perplexity only; {why_not_generate(base)}")
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
     evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)
@@ -80,11 +84,12 @@ def make_evaluator(
     if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
             f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
-            f"ones have at most {SHORT_ANSWER} tokens and some are whole, and neither with --stream_base nor with a "
-            "base that cannot answer behind a prompt; take eval_loss"
+            f"ones have at most {SHORT_ANSWER} tokens and --max_length does not truncate all of them, and neither with "
+            "--stream_base nor with a base that cannot generate behind a prompt; take eval_loss"
         )
     return evaluator
 
 
 def _of_rank_0(world: World, mine: Any) -> Any:
+    """Return rank 0's value of `mine`; all ranks must call this."""
     return world.all_gather(mine)[0]

@@ -1,4 +1,5 @@
-"""Load and check the parts of a run (rows, base, prompt), and describe them on stdout. Nothing is written."""
+"""Load and check the parts of a run (rows, base, prompt), and describe them on stdout. Nothing is written to the output
+folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -49,20 +50,20 @@ from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched_by_torchrun
 
-FIRST_ROWS = 100  # how many training rows are kept as texts; one of them becomes the question to try
+FIRST_ROWS = 100  # number of training rows that are kept as text; one of them becomes the question of the `Try:` line
 
 
 class RunData(NamedTuple):
     """Tokenized rows, with the tokenizer and the template that produced them.
 
     Attributes:
-        template: The run's template; columns that are empty in some training rows are optional.
-        train: The training rows; for a stream, only its first rows.
+        template: The run's template, in which the columns that are empty in some training rows are optional.
+        train: The training rows; with `--streaming`, only the first ones.
         held_out: The held-out rows; None if there are none.
         loader: Yields the training rows of each optimizer step, those of all ranks together.
-        first_rows: The first training rows as texts.
+        first_rows: The first training rows as text.
         end: The special token that the template writes after an answer; None if it writes none.
-        streamed: Whether rows are read during training.
+        streamed: Whether training rows are read during training (`--streaming`).
         fingerprints: Hashes of the contents of the rows and the tokenizer, by name.
     """
 
@@ -81,9 +82,9 @@ class Base(NamedTuple):
     """The base model.
 
     Attributes:
-        model: A transformers model, whose blocks may be on the meta device.
-        blocks: The blocks if they are not in `model`: where their tensors are stored, or the quantized blocks.
-        fingerprint: A hash of the weights under the name "base"; empty on a rank that does not compute it.
+        model: A transformers model. Its blocks may be on the meta device.
+        blocks: If `model` does not hold its blocks: where their tensors are stored, or the quantized blocks; else None.
+        fingerprint: {"base": hash of the weights}; empty on a rank that does not compute the hash.
     """
 
     model: PreTrainedModel
@@ -92,13 +93,13 @@ class Base(NamedTuple):
 
 
 def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Path:
-    """Choose the output folder, and check what would otherwise fail only later. On rank 0, also call `check` with the
-    settings and the folder.
+    """Choose and return the output folder. Check devices, folders, libraries and the base's configuration now, so that
+    the run does not fail later. On rank 0, also call `check` with the settings and the output folder.
 
     Raises:
-        ConfigError: A device, a folder or a library is missing, or the base cannot be sharded.
-        ModelError: A base whose configuration says that no prompt can be trained for it.
-        OutputError: The folder cannot be used.
+        ConfigError: A device, a folder or a library is missing, or `--shard_base` is given without torchrun.
+        ModelError: The base's configuration shows that no prompt can be trained for it.
+        OutputError: The output folder cannot be used.
     """
     config = start.config
     resolve_device(config.model.device)
@@ -128,8 +129,11 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
 def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     """Read and tokenize the rows.
 
+    Args:
+        rows_per_step: Number of rows of an optimizer step, over all ranks.
+
     Raises:
-        DataError: Rows cannot be read, or none of them can be trained on.
+        DataError: Rows cannot be read, or none of them can be used for training.
         ModelError: The base has no usable tokenizer.
     """
     template = make_template(config)
@@ -156,10 +160,10 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
 
 
 def load_run_base(config: TrainConfig, world: World) -> Base:
-    """Load the base onto the CPU: without its blocks if they are to be sharded or streamed, else as a whole.
+    """Load the base onto the CPU, without its blocks if they will be sharded or streamed.
 
     Raises:
-        ModelError: The base cannot be loaded, or no prompt can precede its text.
+        ModelError: The base cannot be loaded, or no prompt can be trained for it.
     """
     path, sharded = _path_of_base(config), is_sharded(config, world)
     if config.model.stream_base or sharded:
@@ -167,7 +171,7 @@ def load_run_base(config: TrainConfig, world: World) -> Base:
     else:
         model, stored = read_base(path), None
     fingerprint = {}
-    if world.is_main or not sharded:  # else every rank would read the whole base
+    if world.is_main or not sharded:  # with sharding, hashing on each rank would read the whole base
         keep = not config.training.dry_run
         fingerprint["base"] = fingerprint_of_base(model, weight_files(path), keep=keep, blocks=stored)
     return Base(model, stored, fingerprint)
@@ -187,8 +191,8 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
 
     Raises:
-        ModelError: The tokenizer has words without an embedding in the base.
-        ConfigError: The initial values cannot be made, or the base has too few positions for the prompt and the rows.
+        ModelError: The tokenizer has tokens for which the base has no embedding.
+        ConfigError: The initial values cannot be computed, or the base has too few positions for the prompt and a row.
     """
     config = start.config
     check_vocabulary(data.tokenizer, base, _path_of_base(config))
