@@ -18,7 +18,7 @@ from softprompt.models.loading import word_embeddings
 
 
 class DecoderStepModel:
-    """The `StepModel` of a decoder that `DecoderSchedule` supports. `decoding_check.check_decoding` checks its logits."""
+    """The `StepModel` of a decoder that `DecoderSchedule` supports; `decoding_check` checks its logits."""
 
     def __init__(self, schedule: DecoderSchedule):
         self.schedule, self.device = schedule, schedule.device
