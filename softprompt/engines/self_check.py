@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -79,14 +80,21 @@ def rows_to_check(rows: Sequence[Example], longest: int = 0) -> list[Example]:
     Args:
         longest: If no row is as long, the longest one is repeated up to so many tokens.
     """
-    lengths = rows.lengths.tolist() if isinstance(rows, Examples) else [len(row.input_ids) for row in rows]
-    longest_first = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-    with_targets = [i for i in longest_first if count_targets(rows[i])]
+    if isinstance(rows, Examples):  # of which there may be millions
+        lengths, targets = rows.lengths, rows.lengths - rows.first_targets
+    else:
+        lengths, targets = (np.array([f(row) for row in rows]) for f in (_length, count_targets))
+    longest_first = np.argsort(-lengths, kind="stable")
+    with_targets = longest_first[targets[longest_first] > 0]
     last, n = len(with_targets) - 1, min(CHECKED_ROWS, len(with_targets))
-    chosen = [rows[with_targets[round(i * last / max(1, n - 1))]] for i in range(n)]
+    chosen = [rows[int(with_targets[round(i * last / max(1, n - 1))])] for i in range(n)]
     if chosen and len(chosen[0].input_ids) < longest:
         chosen[0] = _repeated(chosen[0], longest)
     return chosen
+
+
+def _length(row: Example) -> int:
+    return len(row.input_ids)
 
 
 def _repeated(row: Example, tokens: int) -> Example:
@@ -121,8 +129,9 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return Verdict(len(rows), longest, failure=reason)
     off = [_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected_losses, strict=True)]
-    error, noise = _relative(gradient, expected), _relative(alone, expected)
-    return Verdict(len(rows), longest, max(off), error, noise if math.isfinite(noise) else 0.0)
+    noise = _relative(alone, expected)
+    noise = noise if math.isfinite(noise) else 0.0
+    return Verdict(len(rows), longest, max(off), _relative(gradient, expected), noise)
 
 
 def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
