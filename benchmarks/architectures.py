@@ -153,10 +153,10 @@ def checked(base: PreTrainedModel, name: str) -> Result:
         packed = packed_engine(base, FP32, 10_000)
     except ModelError as error:
         return Result("padded", one_line(error))
-    verdict = compare(packed, padded, torch.randn(5, H, generator=draw), rows)
-    if verdict.is_right(FP32):
-        return Result("packed", f"gradient off by {verdict.gradient_error:.0e}")
-    return Result("padded", verdict.failure or f"the gradient differs by {verdict.gradient_error:.0e}")
+    result = compare(packed, padded, torch.randn(5, H, generator=draw), rows)
+    if result.is_right(FP32):
+        return Result("packed", f"gradient off by {result.gradient_error:.0e}")
+    return Result("padded", result.failure or f"the gradient differs by {result.gradient_error:.0e}")
 
 
 def print_table(results: dict[str, Result]) -> None:

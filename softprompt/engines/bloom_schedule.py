@@ -26,10 +26,9 @@ class BloomSchedule(PrefixSchedule):
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
         lengths = [len(row.input_ids) for row in window]  # empty on a rank without rows
-        longest, tokens = max(lengths, default=0), sum(lengths)
-        largest = max(longest, min(tokens, tokens_per_microbatch))
+        largest, longest = self.largest_microbatch(window, tokens_per_microbatch), max(lengths, default=0)
         bias = 4 * self.weights.shape.N * longest * (P + longest)
-        kept = self._kept_bytes(P, tokens, largest)
+        kept = self._kept_bytes(P, sum(lengths), largest)
         return self.weights.extra_bytes + kept + bias + self.head.working_bytes(largest)
 
     def _kept_bytes(self, P: int, tokens: int, tokens_per_microbatch: int) -> int:

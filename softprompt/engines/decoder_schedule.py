@@ -101,9 +101,8 @@ class DecoderSchedule(PrefixSchedule):
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
-        lengths = [len(row.input_ids) for row in window]  # empty on a rank without rows
-        longest, tokens = max(lengths, default=0), sum(lengths)
-        largest = max(longest, min(tokens, tokens_per_microbatch))
+        longest = max((len(row.input_ids) for row in window), default=0)
+        largest = self.largest_microbatch(window, tokens_per_microbatch)
         rows = self.measured.bytes(largest, P + longest, self.gradient_checkpointing)
         return self.head.nbytes + rows + self.measured.bytes(P, P) + self.head.working_bytes(largest)
 

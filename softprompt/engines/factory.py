@@ -32,13 +32,13 @@ from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.padded_schedule import PaddedSchedule
 from softprompt.engines.self_check import (
     CLEARLY_FASTER,
-    Verdict,
-    cached_verdict,
+    CheckResult,
+    cache_result,
+    cached_result,
     compare,
-    keep_verdict,
     measure_speed,
+    result_key,
     rows_to_check,
-    verdict_key,
 )
 from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, bloom_shape, is_bloom
 from softprompt.models.fsdp import ShardedBlocks, ShardedWeights
@@ -81,7 +81,7 @@ def choose_engine(
         rows: Training rows.
         longest: Tokens of the longest row that the engine may get, held-out and streamed rows included.
         blocks: See `make_engine`.
-        agree: Called with this rank's verdict; returns the verdict of rank 0, which all ranks follow.
+        agree: Called with this rank's result; returns the result of rank 0, which all ranks follow.
 
     Raises:
         ConfigError: `--engine packed`, but the base fails the check.
@@ -97,21 +97,21 @@ def choose_engine(
     packed: Engine | None = None
     try:
         packed = make_engine(config, base, tokenizer, dtype, P, kind="packed")
-        verdict = _verdict(config, base, packed, padded, prompt, examined, rows)
+        result = _checked(config, base, packed, padded, prompt, examined, rows)
     except ModelError as error:
-        verdict = Verdict(len(examined), len(examined[0].input_ids), failure=str(error))
-    verdict = Verdict(*agree(list(verdict)))
-    if packed is None or not verdict.is_right(dtype):
+        result = CheckResult(len(examined), len(examined[0].input_ids), failure=str(error))
+    result = CheckResult(*agree(list(result)))
+    if packed is None or not result.is_right(dtype):
         if kind == "packed":
-            raise ConfigError(f"--engine packed: {verdict}; give --engine auto")
-        return ChosenEngine(padded, f"padded engine, because of the packed one: {verdict}")
-    speed = verdict.speed or 1.0
+            raise ConfigError(f"--engine packed: {result}; give --engine auto")
+        return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
+    speed = result.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:
         return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
-    return ChosenEngine(packed, f"packed engine: {verdict}; {speed:.1f} times as fast")
+    return ChosenEngine(packed, f"packed engine: {result}; {speed:.1f} times as fast")
 
 
-def _verdict(
+def _checked(
     config: TrainConfig,
     base: PreTrainedModel,
     packed: Engine,
@@ -119,22 +119,22 @@ def _verdict(
     prompt: Tensor,
     examined: Sequence[Example],
     rows: Sequence[Example],
-) -> Verdict:
-    """Return the cached verdict on the packed engine. If there is none, compare and time both engines, and cache the
-    verdict (except in a dry run)."""
+) -> CheckResult:
+    """Return the cached result on the packed engine. If there is none, compare and time both engines, and cache the
+    result (except in a dry run)."""
     args = config.training
     window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
     size = round(math.log2(sum(len(row.input_ids) for row in window)))  # on which the speed depends
     settings = args.gradient_checkpointing, args.tokens_per_microbatch, size
-    key = verdict_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
-    if verdict := cached_verdict(key, len(examined[0].input_ids)):
-        return verdict
-    verdict = compare(packed, padded, prompt, examined)
-    if verdict.is_right(packed.compute_dtype):
-        verdict = verdict._replace(speed=measure_speed(packed, padded, prompt, window))
+    key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
+    if result := cached_result(key, len(examined[0].input_ids)):
+        return result
+    result = compare(packed, padded, prompt, examined)
+    if result.is_right(packed.compute_dtype):
+        result = result._replace(speed=measure_speed(packed, padded, prompt, window))
         if not args.dry_run:
-            keep_verdict(key, verdict)
-    return verdict
+            cache_result(key, result)
+    return result
 
 
 def make_engine(

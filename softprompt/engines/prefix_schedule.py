@@ -89,5 +89,10 @@ class PrefixSchedule:
         prefix = self.run_prompt(prompt)
         return (self.rows_forward(prefix, batch) for batch in batches)
 
+    def largest_microbatch(self, window: Sequence[Example], tokens_per_microbatch: int) -> int:
+        """Return the number of tokens of the largest micro-batch of a window; 0 on a rank without rows."""
+        lengths = [len(row.input_ids) for row in window]
+        return max(max(lengths, default=0), min(sum(lengths), tokens_per_microbatch))
+
     def __str__(self) -> str:
         return ""

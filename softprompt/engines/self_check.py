@@ -1,7 +1,7 @@
 """The check of the packed engine before the first step: on a few rows of the run, its losses and its gradient must
 agree with those of the padded engine. Both engines are also timed; `--engine auto` uses the result.
 
-The verdict is cached; `verdict_key` lists what it depends on. It holds for rows up to the longest one that was checked,
+The result is cached; `result_key` lists what it depends on. It holds for rows up to the longest one that was checked,
 because a base may treat longer rows differently (sliding windows, chunks).
 """
 
@@ -31,7 +31,7 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 
 # The largest differences that count as rounding: of a row's loss per token (relative if that loss is above 1), and of
 # the gradient, relative to its norm. If rounding changes a base's gradient more, the tolerance is larger: see `noise`
-# in `Verdict`.
+# in `CheckResult`.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
@@ -39,7 +39,7 @@ FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most 
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
     """The result of a comparison of the packed engine with the padded engine.
 
     Attributes:
@@ -104,8 +104,8 @@ def _repeated(row: Example, tokens: int) -> Example:
     return Example([*ids, *row.input_ids], [IGNORE] * before + list(row.labels))
 
 
-def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example]) -> Verdict:
-    """Compare the losses and the gradients of both engines. An error of the packed engine becomes `Verdict.failure`.
+def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example]) -> CheckResult:
+    """Compare losses and gradients of both engines. An error of the packed engine becomes `CheckResult.failure`.
 
     Args:
         prompt: [P, H].
@@ -127,11 +127,11 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return Verdict(len(rows), longest, failure=reason)
+        return CheckResult(len(rows), longest, failure=reason)
     off = [_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected_losses, strict=True)]
     noise = _relative(alone, expected)
     noise = noise if math.isfinite(noise) else 0.0
-    return Verdict(len(rows), longest, max(off), _relative(gradient, expected), noise)
+    return CheckResult(len(rows), longest, max(off), _relative(gradient, expected), noise)
 
 
 def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
@@ -151,18 +151,18 @@ def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequen
     return statistics.median(ratios)
 
 
-def cached_verdict(key: str, longest: int) -> Verdict | None:
-    """Return the cached verdict for `key` if it holds for rows of `longest` tokens."""
+def cached_result(key: str, longest: int) -> CheckResult | None:
+    """Return the cached result for `key` if it holds for rows of `longest` tokens."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        verdict = Verdict(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
-        numbers = verdict._replace(speed=verdict.speed or 0.0)[:-1]
-        if all(isinstance(number, int | float) for number in numbers) and verdict.longest >= longest:
-            return verdict
+        result = CheckResult(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
+        numbers = result._replace(speed=result.speed or 0.0)[:-1]
+        if all(isinstance(number, int | float) for number in numbers) and result.longest >= longest:
+            return result
     return None
 
 
-def keep_verdict(key: str, verdict: Verdict) -> None:
-    """Cache a verdict by which the packed engine is right; if that fails, nothing is lost.
+def cache_result(key: str, result: CheckResult) -> None:
+    """Cache a result by which the packed engine is right; if that fails, nothing is lost.
 
     What is wrong for long rows may be right for shorter ones, and an error may not occur again, so nothing else is
     cached.
@@ -170,11 +170,11 @@ def keep_verdict(key: str, verdict: Verdict) -> None:
     folder = cache_dir("engines")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, {key: json.dumps(verdict._asdict()).encode()})
+        write_files(folder, {key: json.dumps(result._asdict()).encode()})
 
 
-def verdict_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
-    """Return the key under which a verdict is cached: a hash of the base's configuration and class, the GPU or the
+def result_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
+    """Return the key under which a result is cached: a hash of the base's configuration and class, the GPU or the
     number of CPU threads, the dtype, P, the versions of torch, transformers and softprompt, and `settings`."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
     versions = torch.__version__, transformers.__version__, version("softprompt")

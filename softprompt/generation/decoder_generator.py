@@ -66,7 +66,8 @@ class DecoderGenerator:
         return P + len(request.input_ids) + request.new_token_budget(self.model.max_positions)
 
     def _check(self, longest: int) -> None:
-        """
+        """Check that continuous batching may answer rows of up to `longest` positions.
+
         Raises:
             ModelError: Continuous batching is not right for rows of `longest` positions.
         """

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
-from softprompt.engines.self_check import Verdict, cached_verdict, keep_verdict, verdict_key
+from softprompt.engines.self_check import CheckResult, cache_result, cached_result, result_key
 from softprompt.generation.decoder_step import DecoderStepModel
 from softprompt.generation.packed_step import PackedStep, Slot
 from softprompt.generation.requests import GenerationSettings, Request
@@ -35,12 +35,12 @@ def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None
     base, dtype = model.schedule.base, model.schedule.compute_dtype
     if model.max_positions is not None:
         longest = max(SHORT, min(longest, model.max_positions - P - STEPS))
-    key = verdict_key(base, model.device, dtype, P, "decoding")
-    if cached_verdict(key, longest):
+    key = result_key(base, model.device, dtype, P, "decoding")
+    if cached_result(key, longest):
         return
     if failure := _difference(model, base, dtype, longest):
         raise ModelError(f"{type(base).__name__}: {failure}")
-    keep_verdict(key, Verdict(2, longest, 0.0, 0.0))
+    cache_result(key, CheckResult(2, longest, 0.0, 0.0))
 
 
 @torch.inference_mode()

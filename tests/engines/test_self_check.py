@@ -11,7 +11,7 @@ from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import factory
 from softprompt.engines.factory import choose_engine, packed_engine, padded_engine
-from softprompt.engines.self_check import CHECKED_ROWS, Verdict, compare, rows_to_check
+from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, rows_to_check
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ConfigError
@@ -21,7 +21,7 @@ ROWS = random_examples(5, 3 * WINDOW, seed=4)
 
 
 @pytest.fixture(autouse=True)
-def no_earlier_verdicts(tmp_path, monkeypatch):
+def no_earlier_results(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -78,7 +78,7 @@ def test_without_the_check_the_gradient_would_be_wrong(kind):
 
 
 def test_chunked_attention_is_right_for_short_rows_and_checked_again_for_longer_ones(tokenizer, monkeypatch):
-    """The verdict of a run with short rows does not hold for one with long rows."""
+    """The result of a run with short rows does not hold for one with long rows."""
     at_speed(monkeypatch, 2.0)
     base, short = small_base("llama4_text"), random_examples(5, 4, seed=1)
     assert kind_of(choose(base, tokenizer, short, P=1)) == "packed"
@@ -93,7 +93,7 @@ def test_rows_that_are_held_out_or_streamed_later_are_checked_by_a_row_of_their_
     assert kind_of(choose(base, tokenizer, short, longest=20)) == "packed"  # what failed says nothing of shorter rows
 
 
-def test_a_verdict_is_kept_and_used_again(tokenizer, monkeypatch):
+def test_a_result_is_kept_and_used_again(tokenizer, monkeypatch):
     calls = at_speed(monkeypatch, 3.0)
     first, again = (choose(small_base("llama"), tokenizer) for _ in range(2))
     assert first.how == again.how and len(calls) == 1
@@ -101,7 +101,7 @@ def test_a_verdict_is_kept_and_used_again(tokenizer, monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_dry_run_keeps_no_verdict(tokenizer, monkeypatch, tmp_path):
+def test_a_dry_run_keeps_no_checked(tokenizer, monkeypatch, tmp_path):
     at_speed(monkeypatch, 3.0)
     choose(small_base("llama"), tokenizer, dry_run=True)
     assert not list(tmp_path.iterdir())
@@ -115,7 +115,7 @@ def test_a_dry_run_keeps_no_verdict(tokenizer, monkeypatch, tmp_path):
     ],
     ids=range(8),
 )
-def test_a_broken_verdict_is_found_anew(content, tokenizer, monkeypatch, tmp_path):
+def test_a_broken_result_is_found_anew(content, tokenizer, monkeypatch, tmp_path):
     calls = at_speed(monkeypatch, 3.0)
     choose(small_base("llama"), tokenizer)
     (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -127,7 +127,7 @@ def test_all_ranks_follow_rank_0(tokenizer, monkeypatch):
     at_speed(monkeypatch, 3.0)
     base = freeze(small_base("llama"), FP32)
     config = train_config(model_name_or_path="x", dataset="x")
-    slow = list(Verdict(4, 99, 0.0, 0.0, speed=0.1))
+    slow = list(CheckResult(4, 99, 0.0, 0.0, speed=0.1))
     chosen = choose_engine(config, base, tokenizer, FP32, torch.randn(3, 32), ROWS, agree=lambda mine: slow)
     assert kind_of(chosen) == "padded"
 
@@ -161,6 +161,6 @@ def test_what_differs_is_no_proof(spoiled, tokenizer):
 
 
 def test_a_base_whose_gradient_depends_on_rounding_gets_a_larger_tolerance():
-    assert not Verdict(4, 9, 0.0, 2e-3, noise=1e-6).is_right(FP32)
-    assert Verdict(4, 9, 0.0, 2e-3, noise=6e-4).is_right(FP32)
-    assert not Verdict(4, 9, 0.0, float("inf"), noise=6e-4).is_right(FP32)
+    assert not CheckResult(4, 9, 0.0, 2e-3, noise=1e-6).is_right(FP32)
+    assert CheckResult(4, 9, 0.0, 2e-3, noise=6e-4).is_right(FP32)
+    assert not CheckResult(4, 9, 0.0, float("inf"), noise=6e-4).is_right(FP32)
