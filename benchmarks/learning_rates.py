@@ -1,12 +1,13 @@
-"""Learning rates on the mini base: the table in docs/learning-rate.md, and what --find_learning_rate makes of them.
+"""Learning rates: the tables in docs/learning-rate.md, and what --find_learning_rate makes of them.
 
 python benchmarks/learning_rates.py [--tasks sentiment] [--seeds 42 0 1]     every start at several rates
 python benchmarks/learning_rates.py --find [--tasks …] [--seeds 42]          beside the rate that a sweep finds
+python benchmarks/learning_rates.py --model_name_or_path FOLDER --tasks FILE --max_steps 30 …      on another base
 
-All else is at the preset's defaults. --find sets the best of a full sweep (the rate with the lowest held-out loss,
-which no run may look at) beside the rate found on the training rows alone, for every task, start and seed. The full
-sweep begins with the default rate and those beside it, and goes on to where the loss rises on both sides of the best.
---json FILE keeps what is done, and the same command goes on from there.
+The base is `mini` by default. All else is at the preset's defaults. --find sets the best of a full sweep (the rate with
+the lowest held-out loss, which no run may look at) beside the rate found on the training rows alone, for every task,
+start and seed. The full sweep begins with the default rate and those beside it, and goes on to where the loss rises on
+both sides of the best. --json FILE keeps what is done, and the same command goes on from there.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ STARTS = {
     "TEXT": {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "下面是一段人与智能助手的对话。"},
 }
 RATES = (5e-5, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SHARED = ("model_name_or_path", "max_steps", "per_device_train_batch_size", "eval_rows", "max_length")
 CLOSE = math.log(1.01)
 
 
@@ -42,10 +45,16 @@ class Case(NamedTuple):
     task: str
     start: str
     seed: int
+    shared: tuple[tuple[str, Any], ...] = ()  # the settings that all cases share, as pairs
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**STARTS[self.start], "dataset": f"mini:{self.task}", "seed": self.seed}
+        dataset = f"mini:{self.task}" if self.task in TASKS else self.task
+        return {**STARTS[self.start], **dict(self.shared), "dataset": dataset, "seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, (Path(self.task).name, self.start, self.seed, *(value for _, value in self.shared))))
 
 
 class Result(NamedTuple):
@@ -65,13 +74,13 @@ class ResultCache:
         self.done: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
 
     def run(self, case: Case, rate: float) -> Result:
-        key = f"{' '.join(map(str, case))} {rate:g}"
+        key = f"{case.key} {rate:g}"
         if key not in self.done:
             self._keep(key, trained(case, rate))
         return Result(*self.done[key])
 
     def find(self, case: Case) -> dict[str, Any]:
-        key = f"{' '.join(map(str, case))} found"
+        key = f"{case.key} found"
         if key not in self.done:
             self._keep(key, found(case))
         return self.done[key]
@@ -85,29 +94,36 @@ class ResultCache:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--find", action="store_true")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or files of rows")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--model_name_or_path", help="the base, if not mini")
+    for name in SHARED[1:]:
+        parser.add_argument(f"--{name}", type=int, help="as in train.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     args = parser.parse_args()
     tasks = args.tasks or (list(TASKS) if args.find else ["sentiment"])
     seeds = args.seeds or ([42] if args.find else [42, 0, 1])
     cache = ResultCache(args.json)
+    shared = tuple((name, value) for name in SHARED if (value := getattr(args, name)) is not None)
     if args.find:
-        find(cache, [Case(task, start, seed) for task in tasks for start in args.starts for seed in seeds])
+        find(cache, [Case(task, start, seed, shared) for task in tasks for start in args.starts for seed in seeds])
     else:
-        sweep(cache, tasks, args.starts, seeds)
+        cases = [[Case(task, start, seed, shared) for seed in seeds] for task in tasks for start in args.starts]
+        sweep(cache, cases, args.rates)
 
 
-def sweep(cache: ResultCache, tasks: list[str], starts: list[str], seeds: list[int]) -> None:
+def sweep(cache: ResultCache, cases: list[list[Case]], rates: Sequence[float]) -> None:
+    """Print a line for each rate and list of cases: their mean."""
     print("| task | start | learning rate | exact match | held-out loss |\n|---|---|---|---|---|")
-    for task in tasks:
-        for start in starts:
-            for rate in RATES:
-                results = [cache.run(Case(task, start, seed), rate) for seed in seeds]
-                exact = statistics.mean(r.exact_match for r in results)
-                loss = statistics.mean(r.loss for r in results)
-                print(f"| {task} | {start} | {rate:g} | {exact:.1%} | {loss:.3f} |", flush=True)
+    for some in cases:
+        for rate in rates:
+            results = [cache.run(case, rate) for case in some]
+            exact = statistics.mean(r.exact_match for r in results)
+            loss = statistics.mean(r.loss for r in results)
+            name = Path(some[0].task).name
+            print(f"| {name} | {some[0].start} | {rate:g} | {exact:.1%} | {loss:.3f} |", flush=True)
 
 
 def find(cache: ResultCache, cases: list[Case]) -> None:
@@ -126,7 +142,10 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
         found_ones += loss[-1:] if swept["found"] else []
         share = swept["share"]
         rate = f"{swept['rate']:.3g}" + ("" if swept["found"] else " (none found)")
-        print(f"| {' | '.join(map(str, case))} | {best:g} | {full[best]} | {rate} | {taken} |", flush=True)
+        print(
+            f"| {Path(case.task).name} | {case.start} | {case.seed} | {best:g} | {full[best]} | {rate} | {taken} |",
+            flush=True,
+        )
     found_loss, usual_loss, only = (math.expm1(statistics.mean(some or [0.0])) for some in (loss, default, found_ones))
     close, usually = (sum(one <= CLOSE for one in some) for some in (loss, default))
     print(f"\n{len(cases)} runs; the rate found, beside the best of a full sweep, on average:")
@@ -152,7 +171,7 @@ def full_sweep(cache: ResultCache, case: Case) -> dict[float, Result]:
 def trained(case: Case, rate: float) -> Result:
     with tempfile.TemporaryDirectory() as folder, quiet():
         metrics = softprompt.train(output_dir=str(Path(folder) / "run"), learning_rate=rate, **case.settings).metrics
-    return Result(metrics["eval_loss"], metrics["eval_exact_match"])
+    return Result(metrics["eval_loss"], metrics.get("eval_exact_match", math.nan))
 
 
 def found(case: Case) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def table(case: Case, peers: Sequence[str]) -> str:
         "of the limit",
         "base MiB",
         "peak above MiB",
+        "estimated MiB",
         "loss",
     ]
     lines = [
@@ -66,6 +67,7 @@ def table(case: Case, peers: Sequence[str]) -> str:
             _formatted(result.get("share_of_limit"), ".0%"),
             _formatted(memory.get("base"), ",.0f", scale=MIB),
             _formatted(memory.get("peak_above"), ",.0f", scale=MIB),
+            _formatted(memory.get("estimate"), ",.0f", scale=MIB),
             _formatted(result.get("loss"), ".5f"),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

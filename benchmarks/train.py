@@ -17,7 +17,7 @@ round backwards. Figures are medians over the rounds: real tokens a second (padd
 the optimizer steps, without set-up; ratios of contestants in the same round; share of the limit: the operations that
 the exact gradient needs (`measure.needed_operations`) in that time, over the rate of a square matmul in the same dtype
 just before and after. Memory is measured in a process of its own for each contestant: the base as it lies there, and
-how far one window (that of the longest row) rises above it.
+how far one window (that of the longest row) rises above it, beside what this project's engines estimate for it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 from cases import SIZES, Base, Rows, from_dataset, synthetic
-from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, quiet, run, steps_of
+from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, engine_of, quiet, run, steps_of
 from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above, work_of
 from report import Case, charts, summary, table
 from torch import Tensor
@@ -200,7 +200,10 @@ def measure_memory(c: Contestant, job: Job) -> dict[str, int] | None:
         if not is_out_of_memory(error):
             raise
         return None
-    return {"base": sum(p.numel() * p.itemsize for p in base.parameters()), "peak_above": peak}
+    measured = {"base": sum(p.numel() * p.itemsize for p in base.parameters()), "peak_above": peak}
+    if not c.is_peer:
+        measured["estimate"] = engine_of(c, base, tokenizer, job.P).activation_bytes(job.P, rows)
+    return measured
 
 
 if __name__ == "__main__":

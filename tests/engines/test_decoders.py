@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 import torch
-from helpers.peers import collated, naive_loss, peft_model, peft_prompt, random_examples
+from helpers.packed_cases import relative
+from helpers.peers import gradient_of, naive_gradient, naive_loss, peft_gradient, random_examples
 from helpers.small_bases import WINDOW, small_base
 
 from softprompt.data.tokenization import Example, count_targets
@@ -14,7 +15,6 @@ from softprompt.engines.factory import packed_engine
 from softprompt.engines.head import LinearHead, ModelHead, split_base
 from softprompt.engines.self_check import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from softprompt.models.loading import freeze
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -31,31 +31,12 @@ def rows_across_the_window(seed):
     return [*rows, Example([5] * 4, [-100] * 4), Example([9, 8, 7], [9, 8, 7])]
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def gradient_of(engine, start, rows):
-    """Mean loss over the targets, and its gradient [P, H]."""
-    prompt, targets = PromptEmbedding(start), sum(map(count_targets, rows))
-    total, count = engine.accumulate(prompt, rows, 1 / targets)
-    assert count == targets
-    return total.item() / targets, prompt.weight.grad
-
-
-def truth_of(base, start, rows):
-    values = start.clone().requires_grad_()
-    mean = naive_loss(base, values, rows)
-    mean.backward()
-    return mean.item(), values.grad
-
-
 @KINDS
 @pytest.mark.parametrize("P", [1, 10, 100])
 def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P):
     base, rows = freeze(small_base(kind), FP32), rows_across_the_window(P)
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(P))
-    mean, gradient = truth_of(base, start, rows)
+    mean, gradient = naive_gradient(base, start, rows)
     for tokens, recompute in ((25, False), (10_000, False), (25, True)):
         engine = packed_engine(base, FP32, tokens, recompute)
         ours, same = gradient_of(engine, start, rows)
@@ -70,7 +51,7 @@ def test_loss_and_gradient_are_those_of_rows_run_alone(kind, P):
 def test_one_row_and_the_base_without_a_prompt(kind):
     base, start = freeze(small_base(kind, seed=1), FP32), torch.randn(3, 32)
     row = random_examples(1, 2 * WINDOW, seed=7)
-    mean, gradient = truth_of(base, start, row)
+    mean, gradient = naive_gradient(base, start, row)
     engine = packed_engine(base, FP32, 100)
     ours, same = gradient_of(engine, start, row)
     assert ours == pytest.approx(mean, rel=1e-5) and relative(same, gradient) < 1e-5
@@ -78,25 +59,12 @@ def test_one_row_and_the_base_without_a_prompt(kind):
     assert bare.item() / count == pytest.approx(naive_loss(base, start[:0], row).item(), rel=1e-5)
 
 
-def pefts_gradient(base, start, rows, dtype=FP32):
-    """PEFT's mean loss and gradient, padded on the right: with pads between prompt and text, transformers' windows
-    would lose the prompt."""
-    model, batch = peft_model(base, start), collated(rows, padding_side="right")
-    with torch.autocast("cpu", dtype, enabled=dtype is not FP32):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
-            :, -batch.labels.shape[1] - 1 :
-        ]
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels.flatten())
-    loss.backward()
-    return loss.item(), peft_prompt(model).grad
-
-
 @KINDS
 @pytest.mark.parametrize("P", [1, 10, 100])
 def test_it_computes_what_peft_computes(kind, P):
     base, start = small_base(kind, seed=2), torch.randn(P, 32, generator=torch.Generator().manual_seed(P))
     rows = random_examples(5, 2 * WINDOW, seed=3)
-    expected, gradient = pefts_gradient(base, start, rows)
+    expected, gradient = peft_gradient(base, start, rows)
     ours, same = gradient_of(packed_engine(freeze(base, FP32), FP32, 40), start, rows)
     assert ours == pytest.approx(expected, rel=1e-5) and relative(same, gradient) < 1e-5
 
@@ -108,8 +76,8 @@ def test_bf16_is_no_further_from_fp32_than_pefts_autocast(kind):
     for seed in range(10):
         base, rows = small_base(kind, seed=seed), random_examples(6, 2 * WINDOW, seed=seed)
         start = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed))
-        mean, truth = truth_of(base, start, rows)
-        _, peer = pefts_gradient(base, start, rows, BF16)
+        mean, truth = naive_gradient(base, start, rows)
+        _, peer = peft_gradient(base, start, rows, BF16)
         ours, gradient = gradient_of(packed_engine(freeze(copy.deepcopy(base), BF16), BF16, 40), start, rows)
         ratios.append(relative(gradient, truth) / relative(peer, truth))
         losses.append(abs(ours - mean) / mean)
@@ -120,7 +88,7 @@ def test_bf16_is_no_further_from_fp32_than_pefts_autocast(kind):
 def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
     """The rows do tell a window from one that is a position longer, and the prompt from none."""
     base, rows, start = freeze(small_base("mistral"), FP32), rows_across_the_window(1), torch.randn(3, 32)
-    _, truth = truth_of(base, start, rows)
+    _, truth = naive_gradient(base, start, rows)
     visible = decoder_attention.visible
     monkeypatch.setattr(decoder_attention, "visible", lambda *args: visible(*args[:2], args[2] + 1))
     _, wrong = gradient_of(packed_engine(base, FP32, 50), start, rows)
@@ -170,7 +138,7 @@ def test_a_short_table_of_positions(positions):
     engine = packed_engine(base, FP32)
     assert engine.activation_bytes(2, rows) > 0
     _, gradient = gradient_of(engine, start, rows)
-    assert relative(gradient, truth_of(base, start, rows)[1]) < 1e-5
+    assert relative(gradient, naive_gradient(base, start, rows)[1]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["mpt", "gpt_neo"])

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch, collate_padded
-from softprompt.data.tokenization import Example
+from softprompt.data.tokenization import Example, count_targets
+from softprompt.engines.base import Engine
 from softprompt.engines.factory import engine_for_inference
 from softprompt.generation.generator import Generator, in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
+from softprompt.prompt.soft_prompt import PromptEmbedding
 
 
 def peft_model(base: PreTrainedModel, prompt: Tensor) -> peft.PeftModel:
@@ -67,6 +69,40 @@ def naive_loss(base: PreTrainedModel, prompt: Tensor, rows: Sequence[Example]) -
             if label != -100:
                 losses.append(-log_probabilities[len(prompt) + at - 1, label])
     return torch.stack(losses).mean()
+
+
+def naive_gradient(base: PreTrainedModel, start: Tensor, rows: Sequence[Example]) -> tuple[float, Tensor]:
+    """`naive_loss` behind the prompt `start` [P, H], and its gradient [P, H]."""
+    values = start.clone().requires_grad_()
+    mean = naive_loss(base, values, rows)
+    mean.backward()
+    assert values.grad is not None
+    return mean.item(), values.grad
+
+
+def gradient_of(engine: Engine, start: Tensor, rows: Sequence[Example]) -> tuple[float, Tensor]:
+    """An engine's mean loss over the targets, and its gradient [P, H], on the CPU."""
+    prompt, targets = PromptEmbedding(start).to(engine.device), sum(map(count_targets, rows))
+    total, count = engine.accumulate(prompt, rows, 1 / targets)
+    assert count == targets and prompt.weight.grad is not None
+    return total.item() / targets, prompt.weight.grad.cpu()
+
+
+def peft_gradient(
+    base: PreTrainedModel, start: Tensor, rows: Sequence[Example], dtype: torch.dtype = torch.float32
+) -> tuple[float, Tensor]:
+    """PEFT's mean loss and gradient [P, H] in autocast, on the base's device. Rows are padded on the right: with pads
+    between prompt and text, transformers' windows would lose the prompt."""
+    model, device = peft_model(base, start), base.device
+    batch = collated(rows, padding_side="right").to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    before = logits[:, -batch.labels.shape[1] - 1 : -1].flatten(0, 1).float()  # each token's predictor
+    loss = torch.nn.functional.cross_entropy(before, batch.labels.flatten())
+    loss.backward()
+    gradient = peft_prompt(model).grad
+    assert gradient is not None
+    return loss.item(), gradient.cpu()
 
 
 def generator_of(kind: str, base: PreTrainedModel, tokenizer: Any) -> Generator:
