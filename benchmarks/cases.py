@@ -1,5 +1,6 @@
 """What `train.py` trains: bases of several sizes, and rows, drawn or read."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from contestants import ROWS_PER_STEP, SEED, quiet
-from transformers import AutoConfig, BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from softprompt import mini
@@ -21,6 +22,18 @@ SIZES = {
     "560m": {"vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
     "1b4": {"vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16},
 }
+LLAMAS = {
+    "llama-1b": {  # the sizes of Llama 3.2 1B
+        **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "max_position_embeddings": 131072},
+    },
+    "llama-toy": {
+        **{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    },
+}
+NAMES = [*SIZES, *LLAMAS]  # of bases with random weights
 POOL = 6400  # rows that a case's rows are chosen from; Trainer then groups by length within 50 batches, its most
 MAX_LENGTH = 256  # of real rows
 SPREAD, SHORTEST, LONGEST = 0.7, 2, 512  # of synthetic rows
@@ -29,24 +42,29 @@ TARGETS = 0.73  # share of a synthetic row's tokens
 
 @dataclass(frozen=True)
 class Base:
-    """`mini`, a name in SIZES (random weights), or a folder."""
+    """`mini`, one of NAMES (random weights), or a folder."""
 
     name: str
 
     @property
     def folder(self) -> str | None:
-        return str(mini.BASE_DIR) if self.name == "mini" else None if self.name in SIZES else self.name
+        return str(mini.BASE_DIR) if self.name == "mini" else None if self.name in NAMES else self.name
 
     def config(self) -> Any:
-        return AutoConfig.from_pretrained(self.folder) if self.folder else BloomConfig(**SIZES[self.name])
+        if self.folder:
+            return AutoConfig.from_pretrained(self.folder)
+        kind, sizes = ("bloom", SIZES[self.name]) if self.name in SIZES else ("llama", LLAMAS[self.name])
+        return CONFIG_MAPPING[kind](**sizes)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.models.loading.load_base."""
+        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.models.loading.load_base. Random weights
+        are drawn on the device."""
         with quiet():
             if self.folder:
                 return load_base(self.folder, device, dtype)
             torch.manual_seed(SEED)
-            return freeze(BloomForCausalLM(self.config()), dtype).to(device)  # type: ignore[arg-type]
+            with device:
+                return freeze(AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32), dtype)
 
 
 class Rows(NamedTuple):
@@ -110,6 +128,19 @@ def synthetic(mean: int, vocab_size: int) -> Pool:
         return Example(ids, [IGNORE] * asked + ids[asked:])
 
     return Pool(f"synthetic, mean {mean}", chosen, row)
+
+
+def with_real_lengths(vocab_size: int) -> Pool:
+    """Rows of random tokens, with the numbers of tokens and targets of 512 rows at even distances along the 26,857
+    usable ones of Chinese Alpaca (a tokenizer of 46,145 words, the default template, cut at 256 tokens)."""
+    sizes = json.loads(Path(__file__).with_name("alpaca_lengths.json").read_text())
+
+    def row(i: int) -> Example:
+        tokens, targets = sizes[i % len(sizes)]
+        ids = torch.randint(4, vocab_size, (tokens,), generator=torch.Generator().manual_seed(i)).tolist()
+        return Example(ids, [IGNORE] * (tokens - targets) + ids[tokens - targets :])
+
+    return Pool("rows as long as Alpaca's", [sizes[i % len(sizes)][0] for i in range(POOL)], row)
 
 
 def from_dataset(source: str, tokenizer: Any, vocab_size: int) -> Pool:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cases import SIZES, Base, synthetic
+from cases import NAMES, Base, synthetic
 from contestants import ROWS_PER_STEP, contestants, engine_of, quiet
 from measure import call_seconds, copy_rate, matmul_rate, needed_parts, work_of
 from torch import Tensor
@@ -83,7 +83,7 @@ def _stored(leaf: Any) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["mini", *SIZES], default="49m")
+    parser.add_argument("--size", choices=["mini", *NAMES], default="49m")
     parser.add_argument("--row_lengths", type=int, default=60, help="mean length of synthetic rows, in tokens")
     parser.add_argument("--num_virtual_tokens", type=int, default=10)
     parser.add_argument("--bf16", action="store_true")

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from measure import clock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
@@ -30,7 +31,7 @@ from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
-from softprompt.models.loading import freeze, load_base
+from softprompt.models.loading import freeze, load_base, move_to_device
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.weight_offload import StreamedWeights
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -112,10 +113,10 @@ class ReadCounter:
 
 def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> MicrobatchEngine:
     if contestant != "streamed":
-        weights = ResidentWeights(load_base(str(folder), torch.device("cpu"), FP32), FP32)
+        weights = ResidentWeights(load_base(str(folder), args.device, FP32), FP32)
         return MicrobatchEngine(MicrobatchMajor(weights, contestant == "checkpointed"), args.tokens)
     base, blocks = load_meta_model(str(folder))
-    streamed = StreamedWeights(freeze(base, FP32), blocks, FP32)
+    streamed = StreamedWeights(move_to_device(freeze(base, FP32), args.device), blocks, FP32)
     schedule = LayerMajor(streamed, int(args.max_activation_gib * 2**30), Path(args.offload_folder))
     return MicrobatchEngine(schedule, args.tokens)
 
@@ -133,6 +134,7 @@ def main() -> None:
         "--folder", default=tempfile.gettempdir(), help="where the base and the offloaded activations are written"
     )
     parser.add_argument("--base", help="write the base here instead and keep it, or take the one that is here")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
     args.offload_folder = args.folder
@@ -155,15 +157,15 @@ def main() -> None:
 def measure(contestant: str, folder: Path, V: int, H: int, args: argparse.Namespace) -> None:
     with watched_memory() as memory:
         engine, reading = engine_of(contestant, folder, args), ReadCounter(args.cold)
-        prompt = PromptEmbedding(torch.randn(P, H, generator=torch.Generator().manual_seed(0)))
+        prompt = PromptEmbedding(torch.randn(P, H, generator=torch.Generator().manual_seed(0))).to(args.device)
         engine.accumulate(prompt, synthetic(2, 8, V), 1.0)  # warms up
         for rows in args.rows:
             window, seconds = synthetic(rows, args.mean, V), []
             reading.bytes, reading.seconds = 0, 0.0
             for _ in range(args.steps):
-                began = time.perf_counter()
+                began = clock(args.device)
                 loss, targets = engine.accumulate(prompt, window, 1.0)
-                seconds.append(time.perf_counter() - began)
+                seconds.append(clock(args.device) - began)
             step, tokens = statistics.median(seconds), sum(len(row.input_ids) for row in window)
             read = reading.bytes / args.steps / 2**30
             rate = reading.bytes / reading.seconds / 1e9 if reading.bytes else 0

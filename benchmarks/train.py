@@ -16,8 +16,9 @@ same dataset (see `cases.Rows`). After one step each that is not counted, they t
 round backwards. Figures are medians over the rounds: real tokens a second (padding and virtual tokens do not count) of
 the optimizer steps, without set-up; ratios of contestants in the same round; share of the limit: the operations that
 the exact gradient needs (`measure.needed_operations`) in that time, over the rate of a square matmul in the same dtype
-just before and after. Memory is measured in a process of its own for each contestant: the base as it lies there, and
-how far one window (that of the longest row) rises above it, beside what this project's engines estimate for it.
+just before and after; the time of an epoch of 26,858 rows (Chinese Alpaca's) of this mean length. Memory is the base
+as it lies there, how far one window (that of the longest row) rises above it, and what this project's engines estimate
+for that; on the CPU it is measured in a process of its own for each contestant.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import SIZES, Base, Rows, from_dataset, synthetic
+from cases import NAMES, Base, Rows, from_dataset, synthetic, with_real_lengths
 from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, engine_of, quiet, run, steps_of
 from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above, work_of
 from report import Case, charts, summary, table
@@ -72,9 +73,12 @@ def main() -> None:
     for base in map(Base, names):
         jobs = jobs_of(args, base, device)
         for job, case in jobs:  # before this process holds a base of its own
-            case["memory"] = {} if args.no_memory else {c.name: memory_in_child(c, job) for c in chosen}
+            in_children = device.type == "cpu" and not args.no_memory
+            case["memory"] = {c.name: memory_in_child(c, job) for c in chosen} if in_children else {}
         bases = {dtype: base.load(device, dtype) for dtype in {c.weights_dtype for c in chosen}}
         for job, case in jobs:
+            if device.type == "cuda" and not args.no_memory:  # whose allocator says what one process took
+                case["memory"] = {c.name: peak_of(c, bases[c.weights_dtype], job) for c in chosen}
             case["records"] = records = run_rounds(job, chosen, bases, args.rounds)
             results = summary(records, peers, case["operations_per_token"])
             case["contestants"] = {c.name: results.get(c.name, {}) for c in chosen}
@@ -91,10 +95,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = list(contestants())
     add = parser.add_argument
-    add("--size", nargs="+", choices=["mini", *SIZES], default=[], help="bases; all but mini have random weights")
+    add("--size", nargs="+", choices=["mini", *NAMES], default=[], help="bases; all but mini have random weights")
     add("--model_name_or_path", metavar="FOLDER", help="a real base (default: --size mini)")
     add("--num_virtual_tokens", type=int, nargs="+", default=[10])
     add("--row_lengths", type=int, nargs="+", default=[60], help="mean lengths of synthetic rows, in tokens")
+    add("--real_lengths", action="store_true", help="synthetic rows with the lengths of Chinese Alpaca's instead")
     add("--dataset", help="real rows instead: what train.py's --dataset takes, or mini:TASK")
     add("--tokenizer", metavar="FOLDER", help="of the rows (default: the base's)")
     add("--contestants", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
@@ -114,6 +119,8 @@ def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[
     work, tokenizer = work_of(base.config()), args.tokenizer or base.folder or str(mini.BASE_DIR)
     if args.dataset:
         pools = [from_dataset(args.dataset, load_tokenizer(tokenizer), work.V)]
+    elif args.real_lengths:
+        pools = [with_real_lengths(work.V)]
     else:
         pools = [synthetic(mean, work.V) for mean in args.row_lengths]
     made = []
@@ -190,8 +197,12 @@ def memory_in_child(c: Contestant, job: Job) -> dict[str, int] | None:
 def measure_memory(c: Contestant, job: Job) -> dict[str, int] | None:
     torch.set_num_threads(job.threads)
     limit_memory()
-    base, tokenizer, start = job.base.load(job.device, c.weights_dtype), load_tokenizer(job.tokenizer), start_of(job)
-    rows = widest_window(c, job.rows)
+    return peak_of(c, job.base.load(job.device, c.weights_dtype), job)
+
+
+def peak_of(c: Contestant, base: PreTrainedModel, job: Job) -> dict[str, int] | None:
+    """Bytes of the base, of the peak above it in the widest window, and of our own estimate of that."""
+    tokenizer, start, rows = load_tokenizer(job.tokenizer), start_of(job), widest_window(c, job.rows)
     shortest = sorted(rows, key=lambda row: len(row.input_ids))[:1] * ROWS_PER_STEP
     try:
         run(c, base, tokenizer, start, shortest)  # what libraries load and set up at first is not the training's

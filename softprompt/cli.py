@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from softprompt.config.arg_parser import FlagParser
 from softprompt.config.command_line import parse_chat, parse_inference, parse_training
 from softprompt.config.unknown_names import advice
 from softprompt.export.args import parse_export
@@ -91,6 +92,18 @@ def study(argv: Sequence[str]) -> None:
     run_study(plan)
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """Say what this machine has, which of it a run would use, and what is missing."""
+    FlagParser([], program_name("doctor"), COMMANDS["doctor"].help).parse(argv)
+
+    from softprompt.doctor import examine, report
+
+    findings = examine()
+    print(report(findings))
+    if any(finding.advice and finding.required for finding in findings):
+        raise ConfigError("something that every run needs is missing; see above")
+
+
 class Command(NamedTuple):
     """A command, its line in `softprompt --help`, and whether its result is what it prints (see `run_command`)."""
 
@@ -106,6 +119,7 @@ COMMANDS = {
     "export": Command(export, "write a base and its learned prompt as one plain transformers model"),
     "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
     "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
+    "doctor": Command(doctor, "say what this machine has, which of it a run would use, and what is missing"),
 }
 
 

@@ -1,0 +1,195 @@
+"""`softprompt doctor`: say what this machine has, which of it a run would use, and what is missing.
+
+Nothing is downloaded or written. torch is imported only inside functions, so that a missing or broken torch is reported
+like anything else.
+"""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softprompt.utils.text_table import table
+
+NVIDIA_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+USED_FOR = {
+    "bitsandbytes": "--load_in_4bit and --load_in_8bit",
+    "matplotlib": "charts in reports",
+    "tensorboard": "--report_to tensorboard",
+}
+PYTHON = (3, 11)
+
+
+class Finding(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        name: What was examined.
+        text: What was found.
+        advice: What to do about it; None if nothing has to be done.
+        required: Whether nothing works before that is done.
+    """
+
+    name: str
+    text: str
+    advice: str | None = None
+    required: bool = False
+
+
+def examine() -> list[Finding]:
+    """Examine Python, the packages, the device and the memory."""
+    python = sys.version.split()[0]
+    old = f"install Python {'.'.join(map(str, PYTHON))} or newer" if sys.version_info < PYTHON else None
+    findings = [Finding("python", f"{python}, {platform.system()} {platform.machine()}", old, True), *packages()]
+    if any(finding.name == "torch" and finding.advice for finding in findings):
+        return findings
+    try:
+        return [*findings, *hardware(), *folders()]
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # a torch that is installed and broken may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return [*findings, Finding("torch", f"does not work: {reason}", "install torch again", True)]
+
+
+def report(findings: list[Finding]) -> str:
+    """Format findings as a table, followed by what to do."""
+    lines = [table([("what", "here"), *((finding.name, finding.text) for finding in findings)])]
+    for heading, required in (("Needed:", True), ("Worth having:", False)):
+        advice = [f"- {one.name}: {one.advice}" for one in findings if one.advice and one.required is required]
+        lines += ["", heading, *advice] if advice else []
+    return "\n".join(lines)
+
+
+def packages() -> Iterator[Finding]:
+    """Compare the installed packages with what this package requires, and with what its optional features need."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(line) for line in requires("softprompt") or ()]
+    except PackageNotFoundError:
+        yield Finding("softprompt", "not installed", "pip install -e . in the folder of pyproject.toml", True)
+        return
+    yield Finding("softprompt", version("softprompt"))
+    for needed in declared:
+        optional = needed.marker is not None and not needed.marker.evaluate({"extra": ""})
+        if optional and (needed.name not in USED_FOR or "test" in str(needed.marker)):
+            continue
+        use = f" (for {USED_FOR[needed.name]})" if optional else ""
+        install = f"pip install '{needed.name}{needed.specifier}'{use}"
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            yield Finding(needed.name, f"not installed{use}", install, not optional)
+            continue
+        fits = needed.specifier.contains(found, prereleases=True)
+        yield Finding(needed.name, f"{found}{use}", None if fits else install, not optional)
+
+
+def hardware() -> Iterator[Finding]:
+    """Describe the processor, the GPUs and the memory, and what `--device auto` makes of them."""
+    import torch
+
+    from softprompt.engines.memory_estimate import GIB, total_memory
+    from softprompt.models.precision import resolve_device, resolve_dtype
+
+    cpu = torch.device("cpu")
+    instructions = ", ".join([torch.backends.cpu.get_cpu_capability(), *_cpu_flags()])
+    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}")
+    yield Finding("memory", f"{total_memory(cpu) / GIB:.1f} GiB{_available(GIB)}")
+    for index in range(torch.cuda.device_count()):
+        yield _gpu(torch.cuda.get_device_properties(index), index, torch.cuda.mem_get_info(index), GIB)
+    if not torch.cuda.is_available():
+        yield _no_gpu()
+    device = resolve_device("auto")
+    dtype = str(resolve_dtype(device, None, None)).removeprefix("torch.")
+    slow = device.type == "cpu" and not _cpu_flags()
+    note = "; --bf16 saves memory but is slow on this processor" if slow else ""
+    yield Finding("a run uses", f"--device {device.type}, {dtype}{note}")
+
+
+def folders() -> Iterator[Finding]:
+    """Describe the folders of downloads and of this package's cache."""
+    from huggingface_hub import constants
+
+    from softprompt.engines.memory_estimate import GIB
+    from softprompt.utils.atomic_io import cache_dir
+
+    for name, folder in (("downloads", Path(constants.HF_HUB_CACHE)), ("cache", cache_dir("tokens").parent)):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = f"{folder}, {shutil.disk_usage(there).free / GIB:,.0f} GiB free"
+        variable = "HF_HOME" if name == "downloads" else "XDG_CACHE_HOME"
+        yield Finding(name, free, None if os.access(there, os.W_OK) else f"{there} cannot be written; set {variable}")
+
+
+def _gpu(card: Any, index: int, memory: tuple[int, int], gib: int) -> Finding:
+    """Describe one GPU: its name, compute capability, memory and dtypes."""
+    free, total = memory
+    bf16 = "bf16" if card.major >= 8 else "no bf16, so fp16"
+    text = f"{card.name}, sm_{card.major}{card.minor}, {total / gib:.1f} GiB, {free / gib:.1f} free, {bf16}"
+    if failure := _failure_of(index):
+        text, advice = f"{text}, but it does not compute: {failure}", f"install a torch for this GPU: {NVIDIA_WHEELS}"
+        return Finding(f"cuda:{index}", text, advice)
+    busy = "other programs hold most of its memory; nvidia-smi lists them" if free < total / 2 else None
+    return Finding(f"cuda:{index}", text, busy)
+
+
+def _failure_of(index: int) -> str | None:
+    """Multiply two small matrices on a GPU; return why that fails, or None if it does not."""
+    import torch
+
+    try:
+        ones = torch.ones(16, 16, device=f"cuda:{index}")
+        return None if (ones @ ones).sum().item() == 16**3 else "a product has a wrong value"
+    except RuntimeError as error:
+        return _reason(error)
+
+
+def _no_gpu() -> Finding:
+    """Say why torch finds no GPU."""
+    import torch
+
+    if shutil.which("nvidia-smi") is None:
+        return Finding("cuda", "no NVIDIA driver here" + (", and this torch has no CUDA" if not _built() else ""))
+    if not _built():
+        return Finding("cuda", f"an NVIDIA driver, but torch {torch.__version__} is a CPU build", NVIDIA_WHEELS)
+    try:
+        torch.cuda.init()
+        reason = "no device is visible"
+    except (RuntimeError, AssertionError) as error:
+        reason = _reason(error)
+    advice = "update the driver, install a torch for its CUDA version, and check CUDA_VISIBLE_DEVICES"
+    return Finding("cuda", f"an NVIDIA driver, but torch finds no device: {reason}", advice)
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def _built() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def _cpu_flags() -> list[str]:
+    """Return the processor's instructions for bf16 products, by the names of Linux; an empty list if it has none or if
+    they are unknown."""
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text(errors="replace").split()) if info.is_file() else set()
+    return [name for name in ("avx512_bf16", "amx_bf16") if name in words]
+
+
+def _available(gib: int) -> str:
+    """Return how much memory programs can still take, in words; nothing where the system does not say."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text() if info.is_file() else "")
+    return f", {int(found[1]) * 1024 / gib:.1f} available" if found else ""
