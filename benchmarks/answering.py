@@ -109,14 +109,10 @@ class Peft(Contestant):
         mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in questions], device=self.device)
         self.model.set_adapter(str(adapter))
         # without a cache, since peft 0.21.2 fails with one on transformers 5.24: every step runs the whole row again
-        self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max(q.new_tokens for q in questions),
-            do_sample=False,
-            use_cache=False,
-            pad_token_id=0,
-        )
+        most = max(q.new_tokens for q in questions)
+        options = {"max_new_tokens": most, "do_sample": False, "use_cache": False, "pad_token_id": 0}
+        with autocast(self.device, compute_dtype(self.base)):
+            self.model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
 class Packed(Contestant):

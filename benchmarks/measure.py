@@ -1,6 +1,8 @@
 """Measure time, matmul rate and peak memory, and count operations, in the same way for every contestant of a
-benchmark."""
+benchmark. `python benchmarks/measure.py [--device cuda]` prints the machine and its rates.
+"""
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -229,3 +231,20 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the machine and its measured rates.")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    device = parser.parse_args().device
+    print("| what | measured |\n|---|---|")
+    for name, value in machine(device).items():
+        print(f"| {name} | {value} |")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        print(f"| matmul {str(dtype).removeprefix('torch.')} | {matmul_rate(dtype, device) / 1e12:,.2f} TFLOP/s |")
+    print(f"| copy | {copy_rate(device) / 1e9:,.0f} GB/s, read and written |")
+    print(f"| call of an operator | {1e6 * call_seconds(device):.1f} µs |")
+
+
+if __name__ == "__main__":
+    main()
