@@ -12,6 +12,7 @@ if each row ran alone.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from softprompt.engines.prefix_attention import RowGroup, as_rows
+from softprompt.engines.prefix_attention import RowGroup, as_rows, group_rows
 from softprompt.utils.errors import ModelError
 
 ATTENTION = "softprompt_packed"
@@ -68,7 +69,8 @@ class PackedRows:
     """The `RowsAttention` of complete rows: the tokens of a row attend to the prompt and, causally, to their row.
 
     Args:
-        groups: The rows in the order of the stream, see `prefix_attention.RowGroup`.
+        lengths: Number of tokens of each row, in the order of the stream: longest first.
+        device: The device that computes.
         P: Number of virtual tokens that precede each row.
         prompt: The prompt's keys and values by attention module; empty if P = 0.
         record: If given, each call of an attention module appends the module and the rows' own keys and values.
@@ -76,13 +78,19 @@ class PackedRows:
 
     def __init__(
         self,
-        groups: Sequence[RowGroup],
+        lengths: Sequence[int],
+        device: torch.device,
         P: int,
         prompt: Mapping[nn.Module, LayerKV],
         record: list[tuple[nn.Module, LayerKV]] | None = None,
     ):
-        self.groups, self.P, self.prompt, self.record = groups, P, prompt, record
+        self.lengths, self.device, self.P, self.prompt, self.record = lengths, device, P, prompt, record
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    @cached_property
+    def groups(self) -> list[RowGroup]:
+        """The groups of rows that one call of attention computes."""
+        return group_rows(self.lengths, self.device)
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """See `RowsAttention.attend`."""

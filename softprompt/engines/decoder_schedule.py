@@ -20,7 +20,6 @@ from softprompt.engines.decoder_attention import (
 )
 from softprompt.engines.head import split_base
 from softprompt.engines.microbatch_engine import LossInputs
-from softprompt.engines.prefix_attention import RowGroup, group_rows
 from softprompt.engines.prefix_schedule import PrefixKV, PrefixSchedule
 from softprompt.engines.recompute import layers_to_recompute, recomputed
 from softprompt.models.loading import word_embeddings
@@ -90,7 +89,7 @@ class DecoderSchedule(PrefixSchedule):
         if batch.lengths:
             words = word_embeddings(self.base)(batch.input_ids)  # [S, H]
             positions = torch.cat([torch.arange(P, P + n) for n in batch.lengths]).to(self.device)
-            rows = PackedRows(group_rows(batch.lengths, self.device), P, self.by_module(prefix))
+            rows = PackedRows(batch.lengths, self.device, P, self.by_module(prefix))
             recompute = self.gradient_checkpointing and torch.is_grad_enabled()
             again = partial(uses_packed_attention, self.base)
             with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
@@ -117,7 +116,7 @@ class DecoderSchedule(PrefixSchedule):
         """Run one row without a prompt: embeddings [T, H] → final hidden states [T, H]. For `record` see
         `PackedRows`."""
         T = len(embeddings)
-        rows = PackedRows([RowGroup(1, T, T, None, None)], 0, {}, record)
+        rows = PackedRows([T], self.device, 0, {}, record)
         return self.run_body(embeddings, torch.arange(T, device=self.device), rows)
 
     def run_body(self, embeddings: Tensor, positions: Tensor, rows: RowsAttention) -> Tensor:

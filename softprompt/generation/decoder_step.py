@@ -69,7 +69,8 @@ class CachedAttention:
         positions = [step.positions[b] for b in step.decoding]
         self.positions = torch.tensor(positions, dtype=torch.int64, device=step.device)  # [d]
         self.width = 1 + max(positions, default=0)
-        self.texts = [PackedRows(g.attention_groups, g.P, p) for g, p in zip(step.prefills, prompts, strict=True)]
+        pairs = zip(step.prefills, prompts, strict=True)
+        self.texts = [PackedRows(group.lengths, step.device, group.P, prompt) for group, prompt in pairs]
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:

@@ -1,0 +1,163 @@
+"""The attention kernels for CUDA. The functions that FlexAttention gets run here uncompiled; torch's variable-length
+kernel, which exists on CUDA alone, is replaced by its definition."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import varlen
+
+from softprompt.engines import flex_attention, varlen_attention
+from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows
+from softprompt.engines.flex_attention import FlexRows, FlexStream
+from softprompt.engines.prefix_attention import alibi_slopes
+from softprompt.engines.varlen_attention import VarlenRows
+
+CPU, N, K, D = torch.device("cpu"), 4, 2, 8
+LENGTHS = [[1], [5, 3, 3, 1], [300, 129, 128, 127, 9, 1]]
+PROMPTS = [0, 1, 10, 100, 128, 300]
+MODULE = nn.Module()
+OPTIONS = {
+    "plain": AttentionOptions(None, None, None, None),
+    "scaled": AttentionOptions(0.3, None, None, None),
+    "window": AttentionOptions(None, 7, None, None),
+    "window of 1": AttentionOptions(None, 1, None, None),
+    "soft cap": AttentionOptions(0.5, 20, 3.0, None),
+    "sinks": AttentionOptions(None, 5, None, torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
+
+
+def tensors(S, P, seed=0):
+    """Queries, keys and values of S tokens, and the prompt's keys and values."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(S, heads, D, generator=draw) for heads in (N, K, K))
+    prompt = LayerKV(*(torch.randn(P, K, D, generator=draw) for _ in range(2)))
+    return q, k, v, prompt
+
+
+def by_definition(q, k, v, prompt, lengths, options, slopes=None):
+    """Attention of each query by itself: its row's keys up to its own, behind the prompt's."""
+    outputs, start, P = [], 0, len(prompt.keys)
+    scale = D**-0.5 if options.scaling is None else options.scaling
+    for length in lengths:
+        keys, values = (torch.cat([p, t[start : start + length]]) for p, t in zip(prompt, (k, v), strict=True))
+        for i in range(length):
+            seen = range(max(0, P + i + 1 - (options.window or math.inf)), P + i + 1)
+            heads = []
+            for h in range(N):
+                scores = torch.stack([q[start + i, h] @ keys[j, h * K // N] * scale for j in seen])
+                if options.softcap:
+                    scores = options.softcap * (scores / options.softcap).tanh()
+                if slopes is not None:
+                    scores = scores - slopes[h] * torch.tensor([P + i - j for j in seen])
+                if options.sinks is not None:
+                    weights = torch.cat([scores, options.sinks[h : h + 1]]).softmax(0)[:-1]
+                else:
+                    weights = scores.softmax(0)
+                heads.append(sum(w * values[j, h * K // N] for w, j in zip(weights, seen, strict=True)))
+            outputs.append(torch.stack(heads))
+        start += length
+    return torch.stack(outputs)
+
+
+def naive_varlen(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """torch's variable-length attention: in each part, the last query is aligned with the last key."""
+    left, right = window_size
+    assert right == 0 and max_q == int(starts_q.diff().max()) and max_k == int(starts_k.diff().max())
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    outputs = []
+    for b in range(len(starts_q) - 1):
+        query, key, value = (
+            t[s[b] : s[b + 1]].transpose(0, 1) for t, s in ((q, starts_q), (k, starts_k), (v, starts_k))
+        )
+        distance = torch.arange(query.shape[1])[:, None] + key.shape[1] - query.shape[1] - torch.arange(key.shape[1])
+        mask = (distance >= 0) & (distance <= left if left >= 0 else True)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", naive_varlen)
+    monkeypatch.setattr(varlen_attention, "HALF", (torch.float32,))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("P", [0, 1, 10])
+@pytest.mark.parametrize("kind", [PackedRows, FlexRows, VarlenRows])
+def test_attention_is_that_of_its_definition(kind, name, P, varlen_on_cpu):
+    lengths = [9, 5, 5, 2, 1]
+    q, k, v, prompt = tensors(sum(lengths), P)
+    rows = kind(lengths, CPU, P, {MODULE: prompt} if P else {})
+    with torch.no_grad():
+        out = rows.attend(MODULE, q, k, v, OPTIONS[name])
+    torch.testing.assert_close(out, by_definition(q, k, v, prompt, lengths, OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("P", PROMPTS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kind", [FlexRows, VarlenRows])
+def test_kernels_agree_over_many_blocks(kind, lengths, P, name, varlen_on_cpu):
+    q, k, v, prompt = tensors(sum(lengths), P, seed=1)
+    shared = {MODULE: prompt} if P else {}
+    with torch.no_grad():
+        out = kind(lengths, CPU, P, shared).attend(MODULE, q, k, v, OPTIONS[name])
+        expected = PackedRows(lengths, CPU, P, shared).attend(MODULE, q, k, v, OPTIONS[name])
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("P", [0, 1, 10, 130])
+def test_alibi_is_that_of_its_definition(P):
+    lengths = [9, 5, 5, 2, 1]
+    q, k, v, prompt = tensors(sum(lengths), P, seed=2)
+    slopes = torch.tensor(alibi_slopes(N))
+    stream = FlexStream(lengths, CPU, P)
+    keys, values = (torch.cat([p, t]) for p, t in zip(prompt, (k, v), strict=True))
+    with torch.no_grad():
+        out = stream.attend(q, keys, values, stream.alibi(slopes))
+    torch.testing.assert_close(out, by_definition(q, k, v, prompt, lengths, OPTIONS["plain"], slopes))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_gradients_through_the_variable_length_kernel(grouped, varlen_on_cpu, monkeypatch):
+    """The prompt's keys and values are used by all rows, so their gradients add up."""
+    monkeypatch.setattr(varlen_attention, "GROUPED_QUERIES", grouped)
+    lengths, P = [12, 5, 5, 1], 3
+    gradients = []
+    for kind in (VarlenRows, PackedRows):
+        leaves = [
+            t.requires_grad_() for part in tensors(sum(lengths), P) for t in (part if type(part) is LayerKV else [part])
+        ]
+        q, k, v, *prompt = leaves
+        out = kind(lengths, CPU, P, {MODULE: LayerKV(*prompt)}).attend(MODULE, q, k, v, OPTIONS["window"])
+        out.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
+
+
+def test_flex_attention_skips_blocks_that_no_row_sees():
+    """Many short rows: a block of queries sees the prompt's block, and its own and the one before."""
+    stream = FlexStream([8] * 400, CPU, 10)
+    counts = stream.mask(None).kv_num_blocks[0, 0]
+    assert len(counts) == 25 and int(counts.max()) <= 3
+
+
+def test_one_compiled_kernel_serves_all_micro_batches(monkeypatch):
+    """Sizes that are equal in one micro-batch and differ in the next, and a stream shorter than a block."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    kernel = torch.compile(flex_attention.flex_attention, dynamic=True, backend=backend)
+    monkeypatch.setattr(flex_attention, "_kernel", lambda device_type: kernel)
+    slopes, P = torch.tensor(alibi_slopes(N)), 10
+    for lengths in ([200, 100, 3], [129] * 5, [64, 64], [2], [300, 68]):
+        stream, (q, k, v, prompt) = FlexStream(lengths, CPU, P), tensors(sum(lengths), P)
+        with torch.no_grad():
+            stream.attend(q, *(torch.cat([p, t]) for p, t in zip(prompt, (k, v), strict=True)), stream.alibi(slopes))
+    assert len(compiled) == 1
