@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from softprompt.data.tokenization import IGNORE, Example
+from softprompt.utils.transfer import to_device
 
 
 class Batch(NamedTuple):
@@ -17,7 +18,7 @@ class Batch(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        return Batch(*(to_device(t, device) for t in self))
 
 
 def collate_padded(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -59,7 +60,7 @@ class Packed(NamedTuple):
     first_targets: Tensor  # [f] int64
 
     def to(self, device: torch.device) -> "Packed":
-        return Packed(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+        return Packed(*(to_device(t, device) if isinstance(t, Tensor) else t for t in self))
 
 
 def cut_by_tokens(

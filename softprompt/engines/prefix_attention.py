@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softprompt.utils.transfer import to_device
+
 
 class RowGroup(NamedTuple):
     """Consecutive packed rows that one call of attention computes.
@@ -83,7 +85,7 @@ def _group(lengths: Sequence[int], device: torch.device) -> RowGroup:
     column = torch.arange(width)  # [width]
     pad_index = (start + column.clamp(max=length - 1)).flatten()
     unpad_index = (column < length).flatten().nonzero()[:, 0]
-    return RowGroup(rows, width, tokens, pad_index.to(device), unpad_index.to(device))
+    return RowGroup(rows, width, tokens, to_device(pad_index, device), to_device(unpad_index, device))
 
 
 def attend(q: Tensor, kv: Tensor, prefix_kv: Tensor, bias: Tensor, groups: list[RowGroup]) -> Tensor:

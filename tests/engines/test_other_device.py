@@ -3,6 +3,7 @@ shapes and no numbers: no operator mixes devices, and none makes the host wait f
 
 import pytest
 import torch
+from helpers.small_bases import small_base
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, BloomForCausalLM
@@ -11,7 +12,7 @@ from softprompt import mini
 from softprompt.data.tokenization import Example
 from softprompt.engines import linear_cross_entropy as loss
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.factory import padded_engine
+from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.models.bloom_weights import ResidentWeights
@@ -50,9 +51,17 @@ def moved_to_meta(engine):
     """An engine that was made on the CPU, where its head could be examined."""
     schedule = engine.schedule
     schedule.base.to("meta")
-    schedule.head.weight = schedule.head.weight.to("meta")
-    engine.device = schedule.device = torch.device("meta")
+    engine.device = schedule.device = schedule.head.device = torch.device("meta")
+    if hasattr(schedule.head, "weight"):
+        schedule.head.weight = schedule.head.weight.to("meta")
     return engine
+
+
+def decoder_engine(kind, dtype):
+    """The packed engine of a decoder. Its attention modules and its head were examined on the CPU."""
+    engine = packed_engine(freeze(small_base(kind), dtype), dtype, 64)
+    assert engine.schedule.layout
+    return moved_to_meta(engine)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -66,6 +75,17 @@ def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, mon
         evaluated, _ = engine.evaluate(prompt.weight.detach(), ROWS)
     assert {t.device.type for t in (total, evaluated, prompt.weight.grad)} == {"meta"} and targets == 50
     assert prompt.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+def test_so_does_a_window_of_any_decoder(kind, dtype, monkeypatch):
+    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
+    engine, prompt = decoder_engine(kind, dtype), PromptEmbedding(torch.zeros(10, 32)).to("meta")
+    with Watching():
+        total, targets = engine.accumulate(prompt, ROWS, torch.ones((), device="meta"))
+        evaluated, _ = engine.evaluate(prompt.weight.detach(), ROWS)
+    assert {t.device.type for t in (total, evaluated, prompt.weight.grad)} == {"meta"} and targets == 50
 
 
 def test_the_watch_sees_what_it_is_for():
