@@ -184,7 +184,7 @@ REFUSED = {
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
     "--adapter none=a --prompt 好": "--adapter none=a: expected FOLDER",
     "--adapter x=nothing --prompt 好": "adapter nothing: no such folder",
-    "--adapter a": 'give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat',
+    "--adapter a": 'give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE; without them, infer.py chats',
     "--adapter a --prompt 好 --output_file o.jsonl": "--output_file goes with --prompts_file",
     "--adapter a --prompts_file one.txt --output_file a": "--output_file a is a folder",
     "--adapter a --prompts_file a": "--prompts_file a is a folder; name a .txt or a .jsonl in it",

@@ -158,7 +158,7 @@ def test_what_is_refused(flags, program, place, capsys, monkeypatch):
 
 def test_what_else_is_refused(place, capsys, monkeypatch):
     line = refused(train, ["--load_in_4bit", "--stream_base"], capsys, monkeypatch, place)
-    assert_line(line, "--load_in_8bit and --load_in_4bit .*--stream_base and --shard_base; give one of the two")
+    assert_line(line, "--load_in_8bit and --load_in_4bit .*--stream_base and --shard_base; give only one of")
     base = make_bloom()
     base.config.model_type = "llama"
     with pytest.raises(ConfigError, match=r"--load_in_8bit is for BLOOM, and .* is of type llama"):

@@ -161,7 +161,7 @@ FAULTS = {
     ),
     "a quantized one": (
         lambda p: change(p, lambda h: h[NAME].update(dtype="I8")),
-        rf"{NAME}: dtype I8 is not one of F64",
+        rf"{NAME}: dtype I8 is not one of F64.*; use a base in one of these dtypes",
     ),
 }
 
