@@ -47,7 +47,7 @@ BROKEN_FILES = {
     "without output": (
         "rows.jsonl",
         jsonl(GOOD, {"instruction": "a"}),
-        "line 2: column 'output' must be a text, there is none",
+        "line 2: column 'output' must be a text, but there is none",
     ),
     "output null": (
         "rows.jsonl",
@@ -123,7 +123,7 @@ FLAGS = {
     "--per_device_train_batch_size 0": "--per_device_train_batch_size 0 must be above 0",
     "--template nothing": "--template 'nothing' must be `chat` or hold columns as plain names",
     "--template {instruction.__class__}": "must be `chat` or hold columns as plain names",
-    "--template {question}": "line 1: column 'question' must be a text, there is none",
+    "--template {question}": "line 1: column 'question' must be a text, but there is none",
     "--template chat": "tokenizer has no chat template",
     "--config none.toml": "--config none.toml: No such file",
     "--config bad.toml": "--config bad.toml: not TOML",
@@ -336,7 +336,7 @@ QUESTIONS = {
     "--prompts_file none.txt --adapter adapter": "none.txt: no such file",
     "--prompts_file rows.csv --adapter adapter": "expected a .txt or a .jsonl",
     "--prompts_file empty.txt --adapter adapter": "empty.txt is empty",
-    "--prompts_file bad.jsonl --adapter adapter": "bad.jsonl, line 2: column 'instruction' must be a text, there is none",
+    "--prompts_file bad.jsonl --adapter adapter": "bad.jsonl, line 2: column 'instruction' must be a text, but there is none",
     "--prompt a": "no trained adapter under runs/; run `python train.py` first",
     "--promt a": "unknown flag --promt; did you mean --prompt",
 }
@@ -405,7 +405,7 @@ def test_bad_generation_settings_beside_an_adapter(generation, tiny_base, tmp_pa
 
 
 def test_a_mini_task_is_checked_against_the_template_too(tmp_path):
-    with pytest.raises(DataError, match="mini:sentiment, row 1: column 'nope' must be a text, there is none"):
+    with pytest.raises(DataError, match="mini:sentiment, row 1: column 'nope' must be a text, but there is none"):
         read_rows(train_config("mini", template="{nope}", output_dir=str(tmp_path)), Template("{nope}"))
 
 

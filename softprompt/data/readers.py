@@ -183,7 +183,7 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
     """Yield the rows of a parquet file, starting with row `first` (counted from 0). Row groups before it are not read.
 
     Raises:
-        DataError: The file is not a parquet file, or is damaged.
+        DataError: The file is not a parquet file, is damaged, or has two columns of the same name.
     """
     from pyarrow.parquet import ParquetFile
 

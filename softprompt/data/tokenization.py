@@ -64,7 +64,7 @@ def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[s
         parts.append(f"{cut:,} rows cut at max_length")
     if without_target:
         parts.append(
-            f"{without_target:,} rows left out, their whole answer was cut "
+            f"{without_target:,} rows left out because their whole answer was cut "
             "(--truncation_side input or a larger --max_length keeps it)"
         )
     if empty_answers:

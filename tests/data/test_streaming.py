@@ -159,7 +159,7 @@ def test_a_hub_dataset_whose_length_nobody_knows(hub, settings, capsys):
         assert epochs == [int(record["epoch"]) for record in records]
     assert "Dataset some/rows: rows, columns instruction" in capsys.readouterr().out
     shutil.rmtree("run")
-    with pytest.raises(ConfigError, match=r"--max_steps is missing: how many rows some/rows has is not known"):
+    with pytest.raises(ConfigError, match=r"--max_steps is missing: the number of rows of some/rows is unknown"):
         softprompt.train(**hub | {"max_steps": -1})
     assert not Path("run").exists()
 
@@ -206,7 +206,7 @@ def broken(at, line) -> str:
 
 BROKEN = {
     "not JSON": ('{"instruction": "a', "rows.jsonl, line 21: not JSON"),
-    "no answer": ('{"instruction": "a"}', "rows.jsonl, line 21: column 'output' must be a text, there is none"),
+    "no answer": ('{"instruction": "a"}', "rows.jsonl, line 21: column 'output' must be a text, but there is none"),
     "a list": ("[]", "rows.jsonl, line 21: expected an object of columns, found a list"),
 }
 
