@@ -303,11 +303,11 @@ ADAPTERS = {
     "a list": (lambda f: (f / "softprompt.json").write_text("[]"), "expected an object of settings; copy the whole"),
     "with generation settings that are none": (
         lambda f: spoil_json(f / "softprompt.json", generation=[1]),
-        r"generation must be an object of settings with values, not \[1\]; mend it, or take it out",
+        r"generation must be an object of settings .*, not \[1\]; correct it, or take it out",
     ),
     "with a bad template": (
         lambda f: (f / "softprompt.json").write_text('{"template": "{a.b}"}'),
-        "must be `chat` or hold columns as plain names.*; mend it there, or take it out",
+        "must be `chat` or hold columns as plain names.*; correct it there, or take it out",
     ),
 }
 

@@ -171,8 +171,8 @@ def test_finished_answers_are_kept_when_a_run_breaks(tmp_path):
 
 # ruff: noqa: E501 (a table reads best with a case a line)
 REFUSED = {
-    "--adapter a --prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; known are a, none, and",
-    "--prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; known are none, and folders",
+    "--adapter a --prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; give one of a, none, or load its folder",
+    "--prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; give one of none, or load its folder",
     "--adapter a --prompts_file broken.jsonl": "broken.jsonl, line 2: not JSON",
     "--adapter a --prompts_file number.jsonl": "number.jsonl, line 1: adapter must be a folder, a name .* not 3",
     "--adapter a --prompts_file list.jsonl": r"list.jsonl, line 1: expected an object of columns, found a list",
@@ -384,7 +384,7 @@ def test_adapters_from_python(place, tiny_base):
     model.set_adapter("y")
     greedy = {"do_sample": False, "max_new_tokens": 4}
     assert model.generate("今天", **greedy) == model.generate("今天", adapter="y", **greedy)
-    with pytest.raises(SoftpromptError, match="question 2: unknown adapter 'z'; known are x, y, none, and folders"):
+    with pytest.raises(SoftpromptError, match="question 2: unknown adapter 'z'; give one of x, y, none, or load"):
         model.generate(["a", "b"], adapter=["x", "z"])
     with pytest.raises(ConfigError, match="1 adapter names for 2 questions"):
         model.generate(["a", "b"], adapter=["x"])

@@ -246,7 +246,7 @@ def test_refused_arguments(place):
     for names, voting, kind, message in (
         (["a"], None, ConfigError, "an ensemble of a: name two or more adapters"),
         ([], None, ConfigError, "an ensemble of no adapter: name two or more"),
-        (["a", "z"], None, AdapterError, "ensemble: unknown adapter 'z'; known are a, b, none"),
+        (["a", "z"], None, AdapterError, "ensemble: unknown adapter 'z'; give one of a, b, none"),
         (["a", "b"], "loud", ConfigError, "voting 'loud' is not one of majority_vote, mean_likelihood"),
     ):
         with pytest.raises(kind, match=message):

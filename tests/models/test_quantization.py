@@ -139,7 +139,7 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     line = refused(infer, many, capsys, monkeypatch, place)  # not by the weights that it was begun with
     assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0
-    with pytest.raises(ConfigError, match="--num_beams searches with the base's own weights"):
+    with pytest.raises(ConfigError, match="--num_beams needs the base's own weights"):
         model.generate("1", num_beams=2)
 
 
