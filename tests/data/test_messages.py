@@ -167,7 +167,7 @@ def test_what_the_chat_template_does_not_read_is_said(tiny_base, tmp_path, capsy
     dataset = save(tmp_path / "r.jsonl", {"messages": [Q, {**A, "weight": 0}]}, {"messages": [Q, A | {"content": ""}]})
     softprompt.train(**settings, dataset=dataset, output_dir=str(tmp_path / "run"))
     told = capsys.readouterr().out
-    assert "does not read: weight (of 1 rows)" in told
+    assert "does not read: weight (in 1 rows)" in told
     assert "1 rows with an empty answer" in told  # whatever the template writes behind it
 
 
