@@ -95,7 +95,7 @@ def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, 
 
     Args:
         folder: A folder with model.safetensors, or with model.safetensors.index.json and the files that it names.
-        flag: The flag that needs them, for the error message.
+        flag: What needs them, such as a flag, for the error message.
 
     Returns:
         The tensors by name. Their files stay open as long as a tensor exists.
