@@ -36,6 +36,7 @@ def infer(config: InferConfig) -> None:
     """Answer the questions that `config` asks, or evaluate its adapters; without either, hold a conversation.
 
     Raises:
+        ConfigError: Nothing is asked or evaluated, and there is no terminal for a conversation.
         SoftpromptError: An answer or an evaluation failed. Earlier answers have been printed or written, as has the
             table of the adapters that could be evaluated.
     """

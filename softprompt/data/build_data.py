@@ -28,6 +28,11 @@ ROWS_CHECKED_FIRST = 1000  # rows at the beginning of a stream that are checked 
 
 
 def make_template(config: TrainConfig) -> Template:
+    """Return the template that --template chooses.
+
+    Raises:
+        ConfigError: See `Template`.
+    """
     return Template(config.data.template or "default")
 
 

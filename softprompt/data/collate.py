@@ -90,6 +90,7 @@ def cut_by_tokens(
 
 
 def has_targets(batch: Packed) -> bool:
+    """Whether a micro-batch has a target. One without targets contributes neither loss nor gradient."""
     return len(batch.targets) + len(batch.first_targets) > 0
 
 

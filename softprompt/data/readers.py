@@ -137,7 +137,11 @@ def _first_twice(names: Sequence[str]) -> str | None:
 
 
 def read_jsonl(path: Path, expected: str = "one object a line") -> LocatedRows:
-    # lines end at "\n" alone: JSON strings may contain an unescaped U+2028
+    """Yield the rows of a .jsonl file. Lines end only at "\\n", because JSON strings may contain an unescaped U+2028.
+
+    Raises:
+        DataError: The file cannot be read or holds no row, or a line is not UTF-8 or not JSON.
+    """
     for number, line in jsonl_lines(path):
         yield f"line {number}", parse_jsonl_line(f"{path}, line {number}", line, expected)
 

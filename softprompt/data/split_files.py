@@ -92,5 +92,6 @@ def _relative(folder: Path, files: Sequence[Path]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
+    """Join names for a message; of more than MAX_LISTED names, only the number of the others is given."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")
