@@ -1,4 +1,4 @@
-"""What `train.py` trains: bases of several sizes, and rows, drawn or read."""
+"""The bases and rows that `train.py` trains on: bases of several sizes, and synthetic rows or those of a dataset."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,15 +34,16 @@ LLAMAS = {
     },
 }
 NAMES = [*SIZES, *LLAMAS]  # of bases with random weights
-POOL = 6400  # rows that a case's rows are chosen from; Trainer then groups by length within 50 batches, its most
+# Number of rows that a case's rows are chosen from. From this number on, Trainer groups by length within 50 batches.
+POOL = 6400
 MAX_LENGTH = 256  # of real rows
-SPREAD, SHORTEST, LONGEST = 0.7, 2, 512  # of synthetic rows
-TARGETS = 0.73  # share of a synthetic row's tokens
+SPREAD, SHORTEST, LONGEST = 0.7, 2, 512  # lengths of synthetic rows: σ of their logarithms, minimum and maximum
+TARGETS = 0.73  # share of a synthetic row's tokens that are targets
 
 
 @dataclass(frozen=True)
 class Base:
-    """`mini`, one of NAMES (random weights), or a folder."""
+    """A base, whose `name` is `mini`, one of NAMES (random weights), or a folder."""
 
     name: str
 
@@ -57,8 +58,8 @@ class Base:
         return CONFIG_MAPPING[kind](**sizes)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Frozen, linear layers in `dtype`, all else in fp32, as softprompt.models.loading.load_base. Random weights
-        are drawn on the device."""
+        """Load the base frozen, with linear layers in `dtype` and everything else in fp32, as
+        softprompt.models.loading.load_base does. Random weights are drawn on the device."""
         with quiet():
             if self.folder:
                 return load_base(self.folder, device, dtype)
@@ -68,14 +69,15 @@ class Base:
 
 
 class Rows(NamedTuple):
-    """The rows of a case, `steps` windows of them.
+    """The rows of a case, for a given number of optimizer steps (windows).
 
-    `plain`, for every contestant but the grouped: rows at even distances along the pool sorted by length, so that few
-    rows have the pool's mix of lengths; the run shuffles them.
-
-    `grouped`: batches that Trainer's group_by_length makes of the whole pool, as few rows cannot be grouped as well as
-    many. Sorted by length they are taken at the middles of `steps` equal shares of the pool's tokens, so that the mean
-    of their costs per token is an epoch's cost per token.
+    Attributes:
+        plain: The rows of all contestants that do not group by length: rows at equal distances in the pool sorted by
+            length, so that a few rows have the same distribution of lengths as the pool. The run shuffles them.
+        grouped: Batches that Trainer's group_by_length makes of the whole pool, because a few rows cannot be grouped as
+            well as many. The batches are sorted by their number of tokens and divided into as many parts with equal
+            numbers of tokens as there are steps; the batch in the middle of each part is taken. So the mean of their
+            costs per token is the cost per token of a whole epoch.
     """
 
     plain: list[Example]
@@ -83,7 +85,7 @@ class Rows(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Rows to choose from: their lengths in tokens, and the row of each number."""
+    """Rows to choose from: their name, their lengths in tokens, and a function that returns the row of a number."""
 
     name: str
     lengths: list[int]
@@ -112,8 +114,8 @@ class Pool(NamedTuple):
 
 
 def synthetic(mean: int, vocab_size: int) -> Pool:
-    """Rows of random tokens, the last 73 % of each its targets; lengths are log-normal, σ = 0.7, clipped to 2 … 512,
-    and scaled so that their mean is `mean` after clipping."""
+    """Return a pool of rows of random tokens; the last 73 % of each row are targets. Lengths are log-normal with
+    σ = 0.7, clipped to 2 … 512, and scaled so that their mean after clipping is `mean`."""
     noise = (SPREAD * torch.randn(POOL, generator=torch.Generator().manual_seed(SEED))).exp()
     low, high = 0.0, float(LONGEST)
     for _ in range(50):
@@ -144,8 +146,8 @@ def with_real_lengths(vocab_size: int) -> Pool:
 
 
 def from_dataset(source: str, tokenizer: Any, vocab_size: int) -> Pool:
-    """Rows of a dataset (as --dataset of train.py takes it) in the default template, cut at 256 tokens; of a large one,
-    POOL rows at even distances."""
+    """Return a pool of the rows of a dataset (any value of train.py's --dataset) in the default template, truncated to
+    256 tokens. Of a large dataset, about POOL rows at equal distances are taken."""
     template = Template()
     task = source.removeprefix("mini:")
     rows = mini.rows(task, "train") if task != source else load_rows(source, template, {})

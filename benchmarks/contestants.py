@@ -1,4 +1,4 @@
-"""The two sides of `train.py`: Trainer + PEFT, and this project's loop over its engines, on the same rows."""
+"""The contestants of `train.py`: Trainer + PEFT, and this project's loop with its engines, on the same rows."""
 
 import contextlib
 import copy
@@ -39,7 +39,8 @@ ROWS_PER_STEP = 32
 
 @dataclass(frozen=True)
 class Contestant:
-    """`kind` is trainer, padded or packed. `grouped`: rows come in batches of like length (see `cases.Rows`)."""
+    """A contestant. `kind` is "trainer", "padded" or "packed". `grouped` says whether its rows come in batches of
+    similar length (see `cases.Rows`)."""
 
     name: str
     kind: str
@@ -53,12 +54,12 @@ class Contestant:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Of the base's linear layers: the peer's autocast casts fp32 weights at every use, as its recipe has it."""
+        """The dtype of the base's linear layers. Trainer keeps fp32 weights, which autocast casts at every use."""
         return torch.float32 if self.is_peer else self.dtype
 
 
 def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
-    """All, by name; `rows_of_best` is the micro-batch of the peer at its best."""
+    """Return all contestants by name. `rows_of_best` is the micro-batch size of `peft-best`."""
     every = []
     for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16")):
         every += [
@@ -72,15 +73,16 @@ def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds and real tokens (no padding, no virtual tokens) of each optimizer step, and the steps' mean loss."""
+    """The seconds and the real tokens (no padding, no virtual tokens) of each optimizer step, and the mean loss of the
+    steps."""
 
     seconds: list[float]
     tokens: list[int]
     loss: float
 
     def tokens_per_second(self, grouped: bool) -> float:
-        """Over all steps. Grouped batches stand each for an equal share of a dataset's tokens (see `cases.Rows`), so
-        their costs per token are averaged with equal weights."""
+        """Return the tokens per second over all steps. Each grouped batch represents an equal share of a dataset's
+        tokens (see `cases.Rows`), so the costs per token of grouped batches are averaged with equal weights."""
         if grouped:
             return len(self.seconds) / sum(s / t for s, t in zip(self.seconds, self.tokens, strict=True))
         return sum(self.tokens) / sum(self.seconds)
@@ -89,8 +91,8 @@ class StepTimes:
 def run(
     contestant: Contestant, base: PreTrainedModel, tokenizer: Any, start: Tensor, rows: Sequence[Example]
 ) -> StepTimes:
-    """Train a prompt from `start` [P, H] for one pass over `rows`, windows of ROWS_PER_STEP each. `base` has its
-    linear layers in `weights_dtype`, and is not changed."""
+    """Train a prompt from `start` [P, H] for one pass over `rows`, with ROWS_PER_STEP rows per step. The linear layers
+    of `base` are in `weights_dtype`; the base is not changed."""
     steps = len(rows) // ROWS_PER_STEP
     if contestant.is_peer:
         accumulation = ROWS_PER_STEP // contestant.rows_per_microbatch
@@ -103,7 +105,8 @@ def run(
 
 
 def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
-    """The rows of each optimizer step: as they come where they are grouped, else in the order that both sides draw."""
+    """Return the rows of each optimizer step: in the given order if they are grouped, else in the order that Trainer
+    and this project's loop draw."""
     starts = range(0, len(rows), ROWS_PER_STEP)
     if grouped:
         return [list(rows[at : at + ROWS_PER_STEP]) for at in starts]
@@ -112,13 +115,14 @@ def steps_of(rows: Sequence[Example], grouped: bool) -> list[list[Example]]:
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback device has carried so far; 0 where the system does not say."""
+    """Return the number of bytes that the loopback device has carried so far; 0 if the system does not report it."""
     lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()] if os.path.exists("/proc") else []
     return sum(int(fields[1]) for fields in lines if fields[0] == "lo:")
 
 
 class StepTimer:
-    """Callbacks that note the time and do nothing else; the first stamp is when the first step began."""
+    """Callbacks that only record times, losses and loopback traffic; the first time is the beginning of the first
+    step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stamps, self.losses = device, list[float](), list[float]()
@@ -161,7 +165,8 @@ def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> E
 
 
 class TrainerStepTimer(TrainerCallback):
-    """The same for Trainer. It has collated the first step's rows by the time that step begins: not held against it."""
+    """The same for Trainer. Trainer has already collated the first step's rows when the step begins; this time is not
+    counted."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stamps, self.wire = device, list[float](), list[int]()
@@ -176,7 +181,7 @@ class TrainerStepTimer(TrainerCallback):
 
 
 class _TrainerInRowOrder(Trainer):
-    """Takes rows as they come: `cases.Rows` has grouped them already."""
+    """A Trainer that takes the rows in the given order, because `cases.Rows` has already grouped them."""
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
         return SequentialSampler(self.train_dataset)
@@ -191,10 +196,11 @@ def run_trainer(
     steps: int,
     accumulation: int,
 ) -> tuple[TrainerStepTimer, float]:
-    """Under torchrun it is one of several ranks, each with so many micro-batches a step."""
+    """Train with Trainer + PEFT, and return the timer and the mean loss. Under torchrun, this process is one of several
+    ranks; each rank has `accumulation` micro-batches per step."""
     times = TrainerStepTimer(word_embeddings(base).weight.device)
     dataset = [{"input_ids": r.input_ids, "attention_mask": [1] * len(r.input_ids), "labels": r.labels} for r in rows]
-    if not is_bloom(base.config):  # others count pads between prompt and text as positions
+    if not is_bloom(base.config):  # other bases would count padding between prompt and text as positions
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side = "right"
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -207,8 +213,8 @@ def run_trainer(
         )
         trainer.remove_callback(PrinterCallback)
         has, wanted = trainer.accelerator.mixed_precision, "bf16" if c.dtype is torch.bfloat16 else "no"
-        if has != wanted:  # accelerate keeps it in a state that all Trainers of a process share
-            raise RuntimeError(f"{c.name} ran in mixed precision {has!r}")
+        if has != wanted:  # accelerate keeps the precision in a state that all Trainers of a process share
+            raise RuntimeError(f"{c.name} would run in mixed precision {has!r}, not {wanted!r}")
         loss = trainer.train().training_loss
     return times, loss
 
@@ -243,7 +249,7 @@ def _peft_model(base: PreTrainedModel, start: Tensor) -> peft.PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Without the libraries' warnings."""
+    """Suppress the libraries' warnings inside the context."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

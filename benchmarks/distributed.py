@@ -1,19 +1,25 @@
-"""Several processes under torchrun beside one, and beside Trainer + PEFT: `python benchmarks/distributed.py`.
+"""Compare several processes under torchrun with one process and with Trainer + PEFT.
 
     python benchmarks/distributed.py --size 49m --processes 1 2 3 --rounds 3
 
-Every process has `--threads` threads. A step has 48 rows whatever the number of processes, so the run is the same run;
-Trainer gets micro-batches of 4 rows, as many as make 48 together. `packed` and `padded` are this project's engines,
-`sharded` and `sharded-padded` the same with --shard_base. The base has random weights, in files of bf16, as the hub's
-are, and in fp32 when it is read (what is fp32 in the files could stay mapped: the page cache's, and no rank's). In
-every round each side runs with each number of processes, every other round backwards.
+Every process has `--threads` threads. A step has 48 rows for any number of processes, so the run is always the same;
+Trainer gets as many micro-batches of 4 rows as make 48 rows together. `packed` and `padded` are this project's engines,
+`sharded` and `sharded-padded` are the same engines with --shard_base. The base has random weights. Its files are in
+bf16, like most on the hub, and it is converted to fp32 when it is read: fp32 files could stay memory-mapped, and would
+then not count as memory of a rank. In every round, each contestant runs with each number of processes; every other
+round is in reverse order.
 
-Figures are medians over rounds: real tokens a second of the whole run; efficiency, that over as many times what one
-process of the same engine, with the whole base, did in the same round; that of square matrix products which all ranks
-compute at the same time and without each other, right after; bytes a step that went over the loopback device,
-other programs' included; milliseconds of one reduction of the prompt's gradient by itself; the most anonymous resident
-memory of any rank, from the start on, looked at every 5 ms; and the mean loss of all steps (for `peft` of rank 0's rows
-alone, as Trainer reports it).
+The results are medians over the rounds:
+
+* tokens/s: real tokens per second of the whole run;
+* efficiency: tokens/s, divided by the number of processes and by the tokens/s of one process in the same round that has
+  the same engine and the whole base;
+* that of products: the efficiency of square matrix products that all ranks compute at the same time, independently of
+  each other, right after the run;
+* bytes a step: the traffic of the loopback device per step, including that of other programs;
+* reduction: the milliseconds of one reduction of the prompt's gradient, measured separately;
+* MiB a rank: the peak of the anonymous resident memory of any rank since its start, sampled every 5 ms;
+* loss: the mean loss of all steps; for `peft`, that of rank 0's rows only, as Trainer reports it.
 """
 
 import argparse
@@ -90,7 +96,7 @@ def main() -> None:
 
 
 def table_row(records: Records, name: str, n: int) -> list[str]:
-    """A line of the table."""
+    """Return the cells of one line of the table."""
     rounds, whole = records[name, n], {"sharded": "packed", "sharded-padded": "padded"}.get(name, name)
     speeds = [one["tokens_per_second"] for one in rounds]
     alone = [one["tokens_per_second"] for one in records.get((whole, 1), [])]
@@ -107,7 +113,7 @@ def table_row(records: Records, name: str, n: int) -> list[str]:
 
 
 def base_folder(size: str, folder: Path) -> Path:
-    """Where the base is read from: `folder`, into which it is written, or the package's own."""
+    """Return the folder of the base: that of the mini base, or `folder`, after writing a base into it."""
     if size == "mini":
         return mini.BASE_DIR
     c = SIZES[size]
@@ -119,21 +125,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=["mini", *SIZES], default="49m")
-    add("--processes", type=int, nargs="+", default=[1, 2, 3], help="efficiency is against 1, if that is among them")
+    add("--processes", type=int, nargs="+", default=[1, 2, 3], help="include 1 to get the efficiency")
     add("--contestants", nargs="+", choices=[*OURS, "peft"], default=["packed", "sharded", "peft"])
     add("--num_virtual_tokens", type=int, default=10)
     add("--row_lengths", type=int, default=60, help="mean length of synthetic rows, in tokens")
-    add("--steps", type=int, default=3, help="steps that count, after one that does not")
+    add("--steps", type=int, default=3, help="measured steps; one more step precedes them")
     add("--rounds", type=int, default=3)
     add("--threads", type=int, default=1)
-    add("--device", default="cpu", help="cpu, or cuda: one card for each process, or one that all share")
+    add("--device", default="cpu", help="cpu, or cuda: one GPU for each process, or one GPU that all share")
     add("--base", help=argparse.SUPPRESS)
-    add("--rank_of", help=argparse.SUPPRESS)  # this process is a rank; the file for what it measures
+    add("--rank_of", help=argparse.SUPPRESS)  # given to each rank: the file for its measurements
     return parser.parse_args()
 
 
 def launch(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[str, Any]:
-    """One run of one contestant in n processes."""
+    """Run one contestant in n processes, and return its measurements."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
@@ -148,7 +154,7 @@ def launch(args: argparse.Namespace, base: Path, name: str, n: int) -> dict[str,
 
 
 def run_rank(args: argparse.Namespace, world: World) -> None:
-    """What a rank does: the run, and its measures together with the other ranks'."""
+    """Train as one rank, and combine its measurements with those of the other ranks."""
     torch.set_num_threads(args.threads)
     name, tokenizer, size = args.contestants[0], load_tokenizer(str(mini.BASE_DIR)), Base(args.size).config()
     rows = synthetic(args.row_lengths, size.vocab_size).choose(args.steps + 1, ROWS).plain
@@ -181,7 +187,7 @@ def run(
     steps: int,
     world: World,
 ) -> tuple[Any, float]:
-    """When each step ended, and the mean loss."""
+    """Train, and return the timer of the steps and the mean loss."""
     device = torch.device(args.device)
     if name == "peft":
         c, accumulation = contestants()[name], ROWS // ROWS_PER_MICROBATCH // world.size
@@ -210,7 +216,7 @@ def engine_of(
 
 
 def reduction_seconds(start: Tensor, world: World) -> float:
-    """Of adding up a vector as long as the prompt's gradient in fp64, by itself; the median of several."""
+    """Return the median time of an all-reduce of an fp64 vector as long as the prompt's gradient, without training."""
     vector, seconds = torch.ones(start.numel(), dtype=torch.float64), []
     for _ in range(50):
         began = time.perf_counter()

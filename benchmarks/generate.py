@@ -158,8 +158,8 @@ def _questions_for(side: str, questions: Sequence[Question], of_peft: int) -> li
 
 
 def needed_bytes(work: Work, questions: Sequence[Question], P: int, batch_size: int, dtype: torch.dtype) -> float:
-    """Bytes that decoding has to read: the weights of the linear layers and the head once per step of `batch_size`
-    tokens, and for every token the keys and values (fp32 on the CPU) of all positions before it."""
+    """Return the bytes that decoding has to read: the weights of the linear layers and the head once per step of
+    `batch_size` tokens, and for every token the keys and values (fp32 on the CPU) of all positions before it."""
     steps = max(math.ceil(sum(q.new_tokens for q in questions) / batch_size), max(q.new_tokens for q in questions))
     weights = dtype.itemsize * (work.L * work.layer + work.V * work.H)
     positions = sum(n * (P + len(q.ids)) + n * (n - 1) / 2 for q in questions for n in (q.new_tokens,))

@@ -1,11 +1,12 @@
-"""`--streaming` beside rows that are held in memory: a whole pass over the same file.
+"""Compare `--streaming` with rows that are held in memory, over a whole epoch of the same file.
 
     python benchmarks/large_data.py --rows 2000000
 
-Rows are generated, about 90 bytes each. Each contestant, in a process of its own, prepares the run as train.py does,
-takes a few optimizer steps of 32 rows with the mini base, draws the windows of a whole pass, and, where it streams,
-goes on from a position nine tenths through the pass as a resumed run does. Memory is the anonymous resident part of the
-process (RssAnon), looked at every 5 ms, and what it was before the run began; --limit_gib sets RLIMIT_DATA.
+The rows are generated, with about 90 bytes each. Each contestant runs in its own process. It sets the run up as
+train.py does, takes a few optimizer steps of 32 rows with the mini base, and draws the windows of a whole epoch. If it
+streams, it then resumes from a position at nine tenths of the epoch, as a resumed run does. Memory is the anonymous
+resident memory of the process (RssAnon), sampled every 5 ms: its value before the run, and its peak. --limit_gib sets
+RLIMIT_DATA.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def write_rows(path: Path, n: int) -> None:
 
 
 def measure(contestant: str, path: str, workers: int) -> None:
-    """Print a row of the table."""
+    """Measure one contestant, and print its line of the table."""
     settings = {"streaming": True} if contestant == "streamed" else {"preprocessing_num_workers": workers}
     with watched_memory() as memory:
         before, began = memory(), time.perf_counter()
@@ -60,7 +61,7 @@ def measure(contestant: str, path: str, workers: int) -> None:
 
 
 def whole_pass(run: Setup) -> tuple[int, dict, int]:
-    """Rows of a pass, and the position and step nine tenths through it."""
+    """Draw the windows of an epoch. Return its number of rows, and the position and the step at nine tenths of it."""
     rows, total = 0, run.data.loader.total_steps
     for number, window in enumerate(run.data.loader.windows(), start=1):
         rows += len(window.examples)
@@ -68,7 +69,7 @@ def whole_pass(run: Setup) -> tuple[int, dict, int]:
             position, step = dict(window.position), number
         if window.ends_epoch:
             return rows, position, step
-    raise AssertionError("a feed has no end")
+    raise AssertionError("a loader yields windows without end")
 
 
 def seconds_to_go_on(run: Setup, step: int, position: dict) -> float:
@@ -82,8 +83,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--contestants", nargs="+", choices=["streamed", "held"], default=["streamed", "held"])
     parser.add_argument("--limit_gib", type=float, help="RLIMIT_DATA of each contestant")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the rows are written for the while")
-    parser.add_argument("--workers", type=int, default=2, help="--preprocessing_num_workers of the rows that are held")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder for the temporary file of rows")
+    parser.add_argument("--workers", type=int, default=2, help="--preprocessing_num_workers for rows held in memory")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,13 +1,14 @@
-"""Learning rates: the tables in docs/learning-rate.md, and what --find_learning_rate makes of them.
+"""Learning rates: the tables in docs/learning-rate.md, and a test of --find_learning_rate.
 
-python benchmarks/learning_rates.py [--tasks sentiment] [--seeds 42 0 1]     every start at several rates
-python benchmarks/learning_rates.py --find [--tasks …] [--seeds 42]          beside the rate that a sweep finds
-python benchmarks/learning_rates.py --model_name_or_path FOLDER --tasks FILE --max_steps 30 …      on another base
+python benchmarks/learning_rates.py [--tasks sentiment] [--seeds 42 0 1]     train each initial prompt at several rates
+python benchmarks/learning_rates.py --find [--tasks …] [--seeds 42]          compare the rate found with the best one
+python benchmarks/learning_rates.py --model_name_or_path FOLDER --tasks FILE --max_steps 30 …      use another base
 
-The base is `mini` by default. All else is at the preset's defaults. --find sets the best of a full sweep (the rate with
-the lowest held-out loss, which no run may look at) beside the rate found on the training rows alone, for every task,
-start and seed. The full sweep begins with the default rate and those beside it, and goes on to where the loss rises on
-both sides of the best. --json FILE keeps what is done, and the same command goes on from there.
+The base is `mini` by default. All other settings are the preset's defaults. --find compares the best rate of a full
+sweep (the one with the lowest held-out loss, which a run cannot use) with the rate that --find_learning_rate finds on
+the training rows alone, for every task, initial prompt and seed. The full sweep begins with the default rate and its
+two neighbors, and is extended until the loss rises on both sides of the best rate. --json FILE stores finished runs,
+and the same command continues.
 """
 
 import argparse
@@ -66,8 +67,8 @@ class Result(NamedTuple):
 
 
 class ResultCache:
-    """Runs, and sweeps before runs, each done once: `file`, where there is one, keeps them. What a sweep found is not
-    looked for again, so a change of the sweep needs a new file."""
+    """Runs and sweeps, each of which is done only once. `file`, if given, stores their results. A stored sweep is not
+    repeated, so give a new file after a change of the sweep."""
 
     def __init__(self, file: Path | None):
         self.file = file
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="the base, if not mini")
     for name in SHARED[1:]:
         parser.add_argument(f"--{name}", type=int, help="as in train.py")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store finished runs here, and continue from them")
     args = parser.parse_args()
     tasks = args.tasks or (list(TASKS) if args.find else ["sentiment"])
     seeds = args.seeds or ([42] if args.find else [42, 0, 1])
@@ -134,7 +135,7 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
         full = full_sweep(cache, case)
         best = min(full, key=lambda rate: full[rate].loss)
         swept = cache.find(case)
-        taken = cache.run(case, swept["rate"])  # a run that looks for its rate is the run at that rate
+        taken = cache.run(case, swept["rate"])  # a run with --find_learning_rate equals a run at the rate that it takes
         usual = full[DEFAULT_LEARNING_RATES[case.start]]
         exact.append(full[best].exact_match - taken.exact_match)
         loss.append(math.log(taken.loss / full[best].loss))
@@ -148,7 +149,7 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
         )
     found_loss, usual_loss, only = (math.expm1(statistics.mean(some or [0.0])) for some in (loss, default, found_ones))
     close, usually = (sum(one <= CLOSE for one in some) for some in (loss, default))
-    print(f"\n{len(cases)} runs; the rate found, beside the best of a full sweep, on average:")
+    print(f"\n{len(cases)} runs; the rate found, compared with the best of a full sweep, on average:")
     print(f"exact match {100 * statistics.mean(exact):.2f} points lower")
     print(f"held-out loss {found_loss:+.1%}, and {only:+.1%} where one was found (the default rate: {usual_loss:+.1%})")
     print(f"within 1 % of the best loss: {close} of {len(cases)} (the default rate: {usually})")
@@ -156,7 +157,8 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
 
 
 def full_sweep(cache: ResultCache, case: Case) -> dict[float, Result]:
-    """By rate, to where the best has a worse one on either side or `SWEPT` ends."""
+    """Return the results by rate. The sweep ends when the best rate has a worse one on each side or is an end of
+    `SWEPT`."""
     middle, results = SWEPT.index(DEFAULT_LEARNING_RATES[case.start]), {}
     low, high = middle - 1, middle + 1
     while True:
@@ -175,8 +177,8 @@ def trained(case: Case, rate: float) -> Result:
 
 
 def found(case: Case) -> dict[str, Any]:
-    """The rate that a run with --find_learning_rate takes, whether it was found, and the sweep's steps beside the
-    run's."""
+    """Return the rate that a run with --find_learning_rate takes, whether the sweep found it, and the number of the
+    sweep's steps as a share of the run's."""
     with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
         config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
         setup = with_found_rate(set_up(config, init_world()), request, show_bar=False)

@@ -1,7 +1,10 @@
-"""What `generation.decode_linear` gains over torch's linear, row by row: `python benchmarks/products.py [--threads N]`.
+"""Compare `generation.decode_linear` with torch's linear, by number of rows.
 
-Weights of a 49 M and a 1.3 B base in fp32; medians of 15, in GB/s of the weight's bytes. The weight of a case is taken
-from many that do not fit into the caches together, as decoding finds it.
+    python benchmarks/products.py [--threads N]
+
+The weights have the shapes of a base of 49 M and one of 1.3 B parameters, in fp32. The results are medians of 15 calls:
+the bytes of the weight divided by the time, in GB/s. Many weights take turns, which do not fit into the caches
+together, because decoding also finds its weights outside the caches.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from torch import Tensor
 from softprompt.generation.decode_linear import decode_linear
 
 SHAPES = {"49m, to 4H": (2048, 512), "49m, head": (46145, 512), "1b4, to 4H": (8192, 2048)}
-POOL = 1 << 28  # bytes of weights that take turns
+POOL = 1 << 28  # total bytes of the weights that take turns
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def rate(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> float:
-    """GB/s of the weights' bytes."""
+    """Return the bytes of a weight divided by the median time of a product, in GB/s."""
     seconds = []
     for turn in range(18):
         began = clock(x.device)

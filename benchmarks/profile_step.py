@@ -1,11 +1,14 @@
-"""Where a step of the packed engine spends its time, part by part, beside what each part could not do without.
+"""Profile a step of the packed engine: the time of each part, compared with three lower bounds.
 
     python benchmarks/profile_step.py --size 49m --row_lengths 60 [--bf16]
 
-Of each part: the operations of its matrix products at the measured rate of a square matmul in the same dtype, the
-bytes of its arguments and results at the measured rate of a large copy (more means that they were in cache), and its
-calls at the time of the smallest one. That of all matrix products is the operations that the exact gradient needs
-(`measure.needed_operations`).
+The bounds of a part are the times that it would take for:
+
+* matmul: the operations of the matrix products that the exact gradient needs (`measure.needed_parts`), at the measured
+  rate of a square matmul in the same dtype;
+* bytes: reading its arguments and writing its results, at the measured rate of a large copy. A part that takes less
+  time than this had its data in the cache;
+* calls: its calls of torch operators, at the measured time of the smallest call.
 """
 
 import argparse
@@ -54,7 +57,7 @@ PARTS = {
     "sums": ("aten::add", "aten::add_", "aten::sum", "aten::mul", "aten::mul_"),
 }
 REST = "all else: views, Python"
-TABLES = ("aten::embedding", "aten::index_select", "aten::index")  # only the rows that are taken are read
+TABLES = ("aten::embedding", "aten::index_select", "aten::index")  # these read only the selected rows of an argument
 
 
 class Counting(TorchDispatchMode):
@@ -74,7 +77,7 @@ class Counting(TorchDispatchMode):
 
 
 def _stored(leaf: Any) -> int:
-    """Bytes of a tensor, each once where it is expanded."""
+    """Return the bytes of a tensor; expanded dimensions, which repeat the same bytes, count once."""
     if not isinstance(leaf, Tensor):
         return 0
     there = [n for n, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride]
@@ -121,7 +124,8 @@ def main() -> None:
 
 
 def profiled(engine: Engine, prompt: PromptEmbedding, rows: Sequence[Example]) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step, of one under the profiler, and of each operator in that by itself."""
+    """Return the seconds of a step, of a step under the profiler, and of each operator in the latter, without the
+    operators that it calls."""
 
     def seconds() -> float:
         began = time.perf_counter()

@@ -1,9 +1,16 @@
-"""What a base in 8 or 4 bit costs and saves: `python benchmarks/quantized.py [--model_name_or_path FOLDER]`.
+"""Measure the memory and the error of a base in 8 or 4 bits.
 
-For each form of the base, in a process of its own: bytes of the blocks' linear layers as they are held; the process's
-resident memory once the base is there, and how far above it memory rose in one step over --rows rows; their loss behind
-a prompt of words, and how far the prompt's gradient g is from g₀, the unquantized base's: ‖g - g₀‖ / ‖g₀‖. Rows are
-held-out ones of mini:sentiment, or of --dataset.
+    python benchmarks/quantized.py [--model_name_or_path FOLDER]
+
+For each form of the base, the script measures in a separate process:
+
+* their bytes: the bytes of the blocks' linear layers in memory;
+* resident MiB: the resident memory of the process after the base has been loaded;
+* peak above MiB: by how much the memory rose above that in one step over --rows rows;
+* loss: the loss of these rows behind a prompt that consists of word embeddings;
+* gradient off by: ‖g - g₀‖ / ‖g₀‖, where g is the gradient of the prompt, and g₀ that with the unquantized base.
+
+The rows are held-out rows of mini:sentiment, or rows of --dataset.
 """
 
 import argparse
@@ -35,7 +42,7 @@ def main() -> None:
     args = parse()
     found = {}
     for form in FORMS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # memory of its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # so that its memory is its own
             found[form] = process.submit(measure_form, args, form).result()
     print(f"{args.model_name_or_path}, {args.rows} rows, P = {args.num_virtual_tokens}\n")
     print(

@@ -1,13 +1,14 @@
-"""The tables of docs/scaling.md: what a step costs on many devices, by the arithmetic that stands there.
+"""Compute the tables of docs/scaling.md: the cost of a step on many devices, by the formulas of that page.
 
     python benchmarks/scaling.py
 
-prints them all with the page's assumptions; every assumption is a flag. `--check` prints what the same arithmetic says
-of benchmarks/distributed.py's runs, to be held against what that measures:
+This command prints all tables with the page's assumptions; every assumption is a flag. `--check` applies the same
+formulas to the runs of benchmarks/distributed.py, for comparison with their measurements:
 
     python benchmarks/scaling.py --check --reduction_ms MS --cores 2
 
-`--dealing` measures here what every rank does in Python for a step, which the tables leave out.
+`--dealing` measures, on this machine, the time that every rank spends in Python on assigning the rows of a step, which
+the tables leave out.
 """
 
 import argparse
@@ -31,20 +32,26 @@ from softprompt.engines.memory_estimate import GIB, base_bytes
 from softprompt.models.bloom_weights import BloomShape
 from softprompt.utils.errors import EXIT_CODES
 
-BASES = {  # layers, heads, hidden size, words
+BASES = {  # L, N, H, V
     "bloom-1b4-zh": (24, 16, 2048, 46145),
     "bloom-7b1": (30, 32, 4096, 250880),
     "bloom (176B)": (70, 112, 14336, 250880),
 }
 RANKS = (1, 2, 8, 16, 32, 128, 1024)
-SCALARS = 1 + len(EXIT_CODES)  # of a reduction beside the gradient: the loss and the wishes to stop
-DRAWS = 20  # windows over which straggling is averaged
+SCALARS = 1 + len(EXIT_CODES)  # numbers in a reduction in addition to the gradient: the loss and the stop requests
+DRAWS = 20  # number of random windows over which the loads of the ranks are averaged
 BF16 = torch.bfloat16
 
 
 class Machine(NamedTuple):
-    """What the page assumes of a rank: operations a second of the matrix products, bytes a second to the other ranks,
-    seconds of the smallest message, bytes a second from the disk."""
+    """The assumptions about a rank.
+
+    Attributes:
+        rate: Operations per second in matrix products.
+        bandwidth: Bytes per second that it receives from the other ranks.
+        latency: Seconds that the smallest message takes.
+        disk: Bytes per second that it reads from its disk.
+    """
 
     rate: float
     bandwidth: float
@@ -53,38 +60,42 @@ class Machine(NamedTuple):
 
 
 def operations(shape: BloomShape, recomputed: bool) -> float:
-    """Of the matrix products for a token: forward, gradient of the input, and where a block is run twice, that."""
+    """Return the operations of the matrix products for one token: the forward pass, the gradient of the input, and, if
+    blocks are `recomputed` in the backward pass, the second forward pass of the blocks."""
     return (72 if recomputed else 48) * shape.L * shape.H**2 + 4 * shape.H * shape.V * TARGETS
 
 
 def largest_load(lengths: Sequence[int], ranks: int) -> int:
-    """Tokens of the rank that has most, as this project deals them out."""
+    """Return the number of tokens of the rank that has the most, if this project assigns the rows."""
     return max(sum(lengths[row] for row in hand) for hand in assign_rows(lengths, ranks))
 
 
 def mean_loads(lengths: Sequence[int], rows: int, ranks: int) -> tuple[float, float]:
-    """Tokens of a step of so many rows drawn from these, and of the rank that has most: means over draws."""
+    """Return the tokens of a step of `rows` rows, drawn at random from `lengths`, and the tokens of the rank that has
+    the most; both are means over DRAWS draws."""
     drawn = [torch.randperm(len(lengths), generator=torch.Generator().manual_seed(n))[:rows] for n in range(DRAWS)]
     each = [[lengths[row] for row in order.tolist()] for order in drawn]
     return statistics.mean(map(sum, each)), statistics.mean(largest_load(some, ranks) for some in each)
 
 
 def reduce_seconds(shape: BloomShape, P: int, ranks: int, machine: Machine) -> float:
-    """Seconds of adding up the gradient of the prompt in fp64: a tree's messages, and a ring's bytes."""
+    """Return the seconds of the all-reduce of the prompt's gradient in fp64: the latency of a tree, and the bytes of a
+    ring."""
     numbers = P * shape.H + SCALARS
     sent = 2 * (ranks - 1) / ranks * 8 * numbers
     return 2 * math.ceil(math.log2(ranks)) * machine.latency + sent / machine.bandwidth
 
 
 def gather_seconds(shape: BloomShape, ranks: int, machine: Machine) -> float:
-    """Seconds in which a rank receives every block twice, there and back."""
+    """Return the seconds in which a rank receives every block twice: for the forward and for the backward pass."""
     return 2 * (ranks - 1) / ranks * 12 * shape.L * shape.H**2 * BF16.itemsize / machine.bandwidth
 
 
 def step_cost(
     shape: BloomShape, lengths: Sequence[int], rows: int, P: int, ranks: int, machine: Machine, sharded: bool
 ) -> tuple[float, float]:
-    """Seconds of a step, and the share of the ranks' time that one rank alone would need."""
+    """Return the seconds of a step, and the efficiency: the time that one rank alone would need, divided by the total
+    time of all ranks."""
     tokens, most = mean_loads(lengths, rows, ranks)
     token = operations(shape, sharded) / machine.rate
     computing = (most + P) * token
@@ -94,7 +105,8 @@ def step_cost(
 
 
 def sharded_bytes(shape: BloomShape, ranks: int) -> int:
-    """Bytes of a sharded base on a rank: its share of the blocks, two blocks on their way, and all that is no block."""
+    """Return the bytes of a sharded base on a rank: its slices of the blocks, two gathered blocks, and all tensors
+    outside the blocks."""
     block = 12 * shape.H**2 * BF16.itemsize
     return base_bytes(shape._replace(L=0), BF16) + shape.L * block // ranks + (2 * block if ranks > 1 else 0)
 
@@ -143,7 +155,8 @@ def print_hiding(machine: Machine, args: argparse.Namespace) -> None:
 
 
 def print_check(args: argparse.Namespace) -> None:
-    """The benchmark's windows: the compute of the rank that has most, on so many cores, and the reduction."""
+    """Print what the formulas give for the windows of benchmarks/distributed.py: the largest load of a rank, and the
+    efficiency on `args.cores` cores with the measured time of the reduction."""
     size, steps, P = SIZES[args.size], args.steps, args.P
     rows = synthetic(60, size["vocab_size"]).choose(steps + 1, 48).plain
     drawn = [[len(rows[row].input_ids) for row in step] for step in islice(windows(len(rows), 48, SEED), 1, steps + 1)]
@@ -160,7 +173,8 @@ def print_check(args: argparse.Namespace) -> None:
 
 
 def print_dealing(lengths: Sequence[int], args: argparse.Namespace) -> None:
-    """What every rank does in Python for a step's rows: deal them out, and count their targets, twice."""
+    """Print the time that every rank spends in Python on the rows of a step: assigning them, and counting their targets
+    twice."""
     lines = []
     for rows in args.rows:
         counted, cells = [Example([0] * n, [0] * n) for n in lengths[:rows]], []
@@ -185,21 +199,21 @@ def main() -> None:
     add = parser.add_argument
     add("--P", type=int, default=10, help="virtual tokens")
     add("--mean", type=int, default=57, help="tokens of a row")
-    add("--rows", type=int, nargs="+", default=[32, 134, 512, 8192], help="of a step")
+    add("--rows", type=int, nargs="+", default=[32, 134, 512, 8192], help="rows of a step")
     add("--rate", type=float, default=2e14, help="operations/s that a rank reaches in matrix products")
     add("--bandwidth", type=float, default=5e10, help="bytes/s to a rank from the others")
     add("--bandwidths", type=float, nargs="+", default=[3e11, 5e10, 1.25e9])
     add("--latency", type=float, default=2e-5, help="seconds of the smallest message")
-    add("--disk", type=float, default=2e9, help="bytes/s")
+    add("--disk", type=float, default=2e9, help="bytes/s from the disk")
     add("--whole", nargs="+", choices=BASES, default=["bloom-1b4-zh", "bloom-7b1"])
     add("--sharded", nargs="+", choices=BASES, default=["bloom-7b1", "bloom (176B)"])
-    add("--check", action="store_true", help="benchmarks/distributed.py's runs instead")
-    add("--dealing", action="store_true", help="what dealing out a step's rows takes here instead")
-    add("--steps", type=int, default=3, help="--check: as many as --steps of benchmarks/distributed.py")
+    add("--check", action="store_true", help="instead, apply the formulas to the runs of benchmarks/distributed.py")
+    add("--dealing", action="store_true", help="instead, measure the time of assigning the rows of a step")
+    add("--steps", type=int, default=3, help="--check: the value of --steps of benchmarks/distributed.py")
     add("--size", choices=SIZES, default="49m", help="--check: the base")
-    add("--reduction_ms", type=float, default=0.0, help="--check: of one reduction, as measured")
-    add("--tokens_per_second", type=float, default=0.0, help="--check: of one process, as measured")
-    add("--cores", type=int, default=os.cpu_count())
+    add("--reduction_ms", type=float, default=0.0, help="--check: the measured milliseconds of one reduction")
+    add("--tokens_per_second", type=float, default=0.0, help="--check: the measured tokens/s of one process")
+    add("--cores", type=int, default=os.cpu_count(), help="--check: the cores that the processes share")
     args = parser.parse_args()
     if args.check:
         return print_check(args)
@@ -211,7 +225,7 @@ def main() -> None:
     print_steps(machine, lengths, args, sharded=False)
     print("\n--shard_base: the same")
     print_steps(machine, lengths, args, sharded=True)
-    print("\n--shard_base: what a rank must have in a step for its compute to take as long as its blocks travel")
+    print("\n--shard_base: the tokens of a rank in a step with which its compute takes as long as gathering the blocks")
     print_hiding(machine, args)
     print("\nGiB of the base in bf16 on a rank, whole and with --shard_base")
     print_memory(machine)

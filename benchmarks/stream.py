@@ -1,12 +1,12 @@
-"""`--stream_base` beside the ordinary run: seconds of a step, and memory, over windows of several sizes.
+"""Compare `--stream_base` with an ordinary run: time of a step and memory, for windows of several sizes.
 
     python benchmarks/stream.py --size 1b4 --rows 32 --contestants streamed
     python benchmarks/stream.py --size 160m --rows 32 128 512
 
-The base has random weights and is written block by block, one file each, into a folder that is removed at the end.
-Rows are synthetic. Memory is the anonymous resident part of the process (RssAnon of /proc/self/status), looked at
-every 5 ms: what the page cache holds of the files is the system's, and can be taken at any time. `--cold` tells the
-system to drop each part of a file as soon as it has been read, so that every byte comes from the disk.
+The base has random weights. It is written with one file per block into a folder that is removed at the end. The rows
+are synthetic. Memory is the peak of the anonymous resident memory of the process (RssAnon of /proc/self/status),
+sampled every 5 ms. It excludes the page cache, which the system can free at any time. `--cold` tells the system to drop
+each part of a file from the page cache as soon as it has been read, so that every byte comes from the disk.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.weight_offload import StreamedWeights
 from softprompt.prompt.soft_prompt import PromptEmbedding
 
-SIZES = {  # hidden size, layers, heads, words
+SIZES = {  # H, L, N, V
     "1b4": (2048, 24, 16, 46145),
     "160m": (1024, 12, 16, 8000),
     "mini": (128, 4, 4, 1000),
@@ -45,7 +45,8 @@ FP32, P = torch.float32, 10
 
 
 def write_base(folder: Path, H: int, L: int, N: int, V: int, dtype: torch.dtype = FP32) -> None:
-    """A random BLOOM, a file for each block and one for the rest, of which no more than one is held at a time."""
+    """Write a random BLOOM: one file for each block, and one for all other tensors. The content of only one file is in
+    memory at a time."""
     config = BloomConfig(vocab_size=V, hidden_size=H, n_layer=L, n_head=N, dtype=dtype)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -65,7 +66,7 @@ def write_base(folder: Path, H: int, L: int, N: int, V: int, dtype: torch.dtype 
 
 
 def synthetic(rows: int, mean: int, words: int) -> list[Example]:
-    """Rows of half to one and a half times `mean` tokens, two thirds of them targets."""
+    """Return random rows of 0.5 to 1.5 times `mean` tokens; two thirds of the tokens are targets."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(mean // 2, mean + mean // 2 + 1, (rows,), generator=draw).tolist()
     each = [torch.randint(4, words, (n,), generator=draw).tolist() for n in lengths]
@@ -74,7 +75,7 @@ def synthetic(rows: int, mean: int, words: int) -> list[Example]:
 
 @contextmanager
 def watched_memory() -> Iterator[Callable[[], int]]:
-    """The most anonymous resident bytes so far, from here on."""
+    """Yield a function that returns the peak of the anonymous resident bytes since the context was entered."""
     peak, done = anonymous_bytes(), threading.Event()
 
     def watch() -> None:
@@ -95,7 +96,8 @@ def anonymous_bytes() -> int:
 
 
 class ReadCounter:
-    """Counts what os.preadv reads; if `cold`, has the system drop it at once."""
+    """Counts the bytes and seconds of os.preadv. If `cold`, it tells the system to drop these bytes from the page cache
+    at once."""
 
     def __init__(self, cold: bool):
         self.bytes, self.seconds, real = 0, 0.0, os.preadv
@@ -127,15 +129,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--mean", type=int, default=57, help="tokens of a row")
     parser.add_argument("--contestants", nargs="+", default=["streamed", "resident"])
-    parser.add_argument("--steps", type=int, default=1, help="measured ones of each window")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of each window")
+    parser.add_argument("--tokens", type=int, default=1024, help="maximum number of tokens of a micro-batch")
     parser.add_argument("--max_activation_gib", type=float, default=1.0)
     parser.add_argument(
         "--folder", default=tempfile.gettempdir(), help="where the base and the offloaded activations are written"
     )
-    parser.add_argument("--base", help="write the base here instead and keep it, or take the one that is here")
+    parser.add_argument("--base", help="folder of the base: use the one there, or write one there and keep it")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="read every byte from the disk, not from the page cache")
     args = parser.parse_args()
     args.offload_folder = args.folder
     H, L, N, V = SIZES[args.size]

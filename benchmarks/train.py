@@ -1,4 +1,4 @@
-"""Training speed and memory beside Trainer + PEFT, both sides in one run: `python benchmarks/train.py`.
+"""Compare training speed and memory with Trainer + PEFT, all in one run: `python benchmarks/train.py`.
 
     python benchmarks/train.py --size mini 49m --num_virtual_tokens 1 10 50 100 200 --row_lengths 30 60 120 240 \\
         --pictures benchmarks/results
@@ -6,19 +6,24 @@
     python benchmarks/train.py --model_name_or_path FOLDER --dataset FOLDER --contestants peft packed packed-bf16
     python benchmarks/train.py --size 1b4 --steps 1 --rounds 1 --rows_of_best 4 --no_memory
 
-Every contestant trains the same prompt on the same frozen base with the same AdamW, windows of 32 rows a step:
+Every contestant trains the same prompt on the same frozen base with the same AdamW, with 32 rows per step:
 
-* `peft`: Trainer over get_peft_model, 4 rows × 8; `peft-best`: the same at its best, rows grouped by length, 32 × 1;
-* `padded`, `packed`: this project's loop over its two engines; each of the four also with `-bf16`.
+* `peft`: Trainer on a model of get_peft_model, 4 rows × 8 micro-batches;
+* `peft-best`: the same with its best settings: rows grouped by length, 32 × 1;
+* `padded`, `packed`: this project's loop with its two engines.
 
-All have the same rows in the same windows, but for `peft-best`, which has batches that group_by_length makes of the
-same dataset (see `cases.Rows`). After one step each that is not counted, they take turns, `--rounds` times, every other
-round backwards. Figures are medians over the rounds: real tokens a second (padding and virtual tokens do not count) of
-the optimizer steps, without set-up; ratios of contestants in the same round; share of the limit: the operations that
-the exact gradient needs (`measure.needed_operations`) in that time, over the rate of a square matmul in the same dtype
-just before and after; the time of an epoch of 26,858 rows (Chinese Alpaca's) of this mean length. Memory is the base
-as it lies there, how far one window (that of the longest row) rises above it, and what this project's engines estimate
-for that; on the CPU it is measured in a process of its own for each contestant.
+Each of the four also exists with `-bf16`. All contestants have the same rows in the same windows, except `peft-best`,
+which has batches that group_by_length makes of the same dataset (see `cases.Rows`). After one step each that is not
+counted, they take turns for `--rounds` rounds, in reverse order in every other round. The results are medians over the
+rounds:
+
+* tokens/s: real tokens per second of the optimizer steps, without set-up; padding and virtual tokens do not count;
+* ×: the ratio of two contestants in the same round;
+* of the limit: the operations per second that the exact gradient needs (`measure.needed_operations`) at this speed,
+  divided by the rate of a square matmul in the same dtype, measured just before and after;
+* an epoch: the time of 26,858 rows (as many as Chinese Alpaca has) of this mean length;
+* memory: the bytes of the base, by how much memory rises above its level in the window with the longest row, and what
+  this project's engines estimate for that. On the CPU, it is measured in a separate process for each contestant.
 """
 
 import argparse
@@ -46,7 +51,7 @@ from softprompt.prompt.soft_prompt import random_init
 
 
 class Job(NamedTuple):
-    """One case for one process: what to train on what, and how."""
+    """One case: the base, the rows, and how to train."""
 
     base: Base
     tokenizer: str
@@ -72,7 +77,7 @@ def main() -> None:
     cases: list[Case] = []
     for base in map(Base, names):
         jobs = jobs_of(args, base, device)
-        for job, case in jobs:  # before this process holds a base of its own
+        for job, case in jobs:  # before this process loads a base
             in_children = device.type == "cpu" and not args.no_memory
             case["memory"] = {c.name: memory_in_child(c, job) for c in chosen} if in_children else {}
         bases = {dtype: base.load(device, dtype) for dtype in {c.weights_dtype for c in chosen}}
@@ -101,7 +106,7 @@ def parse() -> argparse.Namespace:
     add("--row_lengths", type=int, nargs="+", default=[60], help="mean lengths of synthetic rows, in tokens")
     add("--real_lengths", action="store_true", help="synthetic rows with the lengths of Chinese Alpaca's instead")
     add("--dataset", help="real rows instead: what train.py's --dataset takes, or mini:TASK")
-    add("--tokenizer", metavar="FOLDER", help="of the rows (default: the base's)")
+    add("--tokenizer", metavar="FOLDER", help="tokenizer of the rows (default: the base's)")
     add("--contestants", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
     add("--rows_of_best", type=int, choices=[1, 2, 4, 8, 16, 32], default=32, help="micro-batch of peft-best")
     add("--steps", type=int, default=3, help="optimizer steps of a round")
@@ -110,12 +115,12 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads())
     add("--no_memory", action="store_true", help="measure speed only")
     add("--output", metavar="FILE", help="JSON (default: benchmarks/results/train-SIZE.json)")
-    add("--pictures", metavar="FOLDER", help="draw cost against prompt and row length, where matplotlib is there")
+    add("--pictures", metavar="FOLDER", help="write charts of the cost over prompt and row length (needs matplotlib)")
     return parser.parse_args()
 
 
 def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[tuple[Job, Case]]:
-    """A job and its description for each pool of rows and each length of the prompt."""
+    """Return a job and its description for each pool of rows and each length of the prompt."""
     work, tokenizer = work_of(base.config()), args.tokenizer or base.folder or str(mini.BASE_DIR)
     if args.dataset:
         pools = [from_dataset(args.dataset, load_tokenizer(tokenizer), work.V)]
@@ -145,7 +150,8 @@ def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[
 def run_rounds(
     job: Job, chosen: list[Contestant], bases: dict[torch.dtype, PreTrainedModel], rounds: int
 ) -> dict[str, list[Case]]:
-    """Everyone's record of every round; who does not fit into memory at the warm-up is out."""
+    """Return the records of each contestant, one per round. A contestant that runs out of memory in the warm-up is left
+    out."""
     tokenizer, start = load_tokenizer(job.tokenizer), start_of(job)
     records: dict[str, list[Case]] = {}
 
@@ -174,24 +180,25 @@ def run_rounds(
 
 
 def start_of(job: Job) -> Tensor:
-    """The prompt that everyone starts from, [P, H]."""
+    """Return the initial prompt [P, H] fp32, which is the same for all contestants."""
     torch.manual_seed(SEED)
     return random_init(job.P)(torch.empty(1, job.base.config().hidden_size))
 
 
 def widest_window(c: Contestant, rows: Rows) -> list[Example]:
-    """The rows of that optimizer step which has the longest row."""
+    """Return the rows of the optimizer step that has the longest row."""
     steps = steps_of(rows.grouped if c.grouped else rows.plain, c.grouped)
     return max(steps, key=lambda step: max(len(row.input_ids) for row in step))
 
 
 def memory_in_child(c: Contestant, job: Job) -> dict[str, int] | None:
-    """Bytes of the base and of the peak above it; None where it did not fit."""
+    """Measure memory in a new process. Return the bytes of the base and of the peak above it; None if the contestant
+    ran out of memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(measure_memory, c, job).result()
         except BrokenProcessPool:
-            return None  # the machine has ended it
+            return None  # the kernel has killed the process
 
 
 def measure_memory(c: Contestant, job: Job) -> dict[str, int] | None:
@@ -205,7 +212,7 @@ def peak_of(c: Contestant, base: PreTrainedModel, job: Job) -> dict[str, int] | 
     tokenizer, start, rows = load_tokenizer(job.tokenizer), start_of(job), widest_window(c, job.rows)
     shortest = sorted(rows, key=lambda row: len(row.input_ids))[:1] * ROWS_PER_STEP
     try:
-        run(c, base, tokenizer, start, shortest)  # what libraries load and set up at first is not the training's
+        run(c, base, tokenizer, start, shortest)  # warm up, so that what libraries load at first is not counted
         _, peak = peak_above(lambda: run(c, base, tokenizer, start, rows), job.device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

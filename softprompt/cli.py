@@ -25,7 +25,12 @@ from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
 
 
 def train(argv: Sequence[str]) -> None:
-    """Learn a soft prompt for a frozen language model, or print what the run would cost (`--dry_run`)."""
+    """Learn a soft prompt for a frozen language model, or print what the run would cost (`--dry_run`).
+
+    Raises:
+        PushError: The run is complete, but `--push_to_hub` failed.
+        SoftpromptError: The run failed or was stopped.
+    """
     config = parse_training(argv)
 
     from softprompt.api import run_and_report

@@ -36,6 +36,7 @@ def infer(config: InferConfig) -> None:
     """Answer the questions that `config` asks, or evaluate its adapters; without either, hold a conversation.
 
     Raises:
+        ConfigError: Nothing is asked or evaluated, and there is no terminal for a conversation.
         SoftpromptError: An answer or an evaluation failed. Earlier answers have been printed or written, as has the
             table of the adapters that could be evaluated.
     """
@@ -43,7 +44,8 @@ def infer(config: InferConfig) -> None:
     if question.prompt is question.prompts_file is question.eval_dataset is None:
         if not _on_terminal():
             raise ConfigError(
-                'give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat'
+                'give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE; without them, infer.py chats, '
+                "which needs a terminal"
             )
         return chat(config)
     lines = list(read_prompts(question.prompts_file)) if question.prompts_file is not None else []

@@ -47,7 +47,7 @@ BROKEN_FILES = {
     "without output": (
         "rows.jsonl",
         jsonl(GOOD, {"instruction": "a"}),
-        "line 2: column 'output' must be a text, there is none",
+        "line 2: column 'output' must be a text, but there is none",
     ),
     "output null": (
         "rows.jsonl",
@@ -107,9 +107,9 @@ FLAGS = {
     "--learning_rat 1": "unknown flag --learning_rat; did you mean --learning_rate",
     "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
     "--device cuda:01": "--device 'cuda:01' is not auto, cpu, cuda",
-    "--num_train_epochs 1e308": "--num_train_epochs 1e.308 is above 100,000",
-    "--max_steps 9999999999": "--max_steps 9999999999 is above 1,000,000,000",
-    "--num_virtual_tokens 1000000": "--num_virtual_tokens 1000000 is above 100,000",
+    "--num_train_epochs 1e308": "--num_train_epochs 1e.308 must be at most 100,000",
+    "--max_steps 9999999999": "--max_steps 9999999999 must be at most 1,000,000,000",
+    "--num_virtual_tokens 1000000": "--num_virtual_tokens 1000000 must be at most 100,000",
     "--tokens_per_microbatch 0": "--tokens_per_microbatch 0 must be above 0",
     "--tokens_per_microbatch few": "--tokens_per_microbatch: invalid int value: 'few'",
     "--engine paked": "--engine: invalid choice: 'paked'.*packed",
@@ -123,7 +123,7 @@ FLAGS = {
     "--per_device_train_batch_size 0": "--per_device_train_batch_size 0 must be above 0",
     "--template nothing": "--template 'nothing' must be `chat` or hold columns as plain names",
     "--template {instruction.__class__}": "must be `chat` or hold columns as plain names",
-    "--template {question}": "line 1: column 'question' must be a text, there is none",
+    "--template {question}": "line 1: column 'question' must be a text, but there is none",
     "--template chat": "tokenizer has no chat template",
     "--config none.toml": "--config none.toml: No such file",
     "--config bad.toml": "--config bad.toml: not TOML",
@@ -303,11 +303,11 @@ ADAPTERS = {
     "a list": (lambda f: (f / "softprompt.json").write_text("[]"), "expected an object of settings; copy the whole"),
     "with generation settings that are none": (
         lambda f: spoil_json(f / "softprompt.json", generation=[1]),
-        r"generation must be an object of settings with values, not \[1\]; mend it, or take it out",
+        r"generation must be an object of settings .*, not \[1\]; correct it, or take it out",
     ),
     "with a bad template": (
         lambda f: (f / "softprompt.json").write_text('{"template": "{a.b}"}'),
-        "must be `chat` or hold columns as plain names.*; mend it there, or take it out",
+        "must be `chat` or hold columns as plain names.*; correct it there, or take it out",
     ),
 }
 
@@ -336,7 +336,7 @@ QUESTIONS = {
     "--prompts_file none.txt --adapter adapter": "none.txt: no such file",
     "--prompts_file rows.csv --adapter adapter": "expected a .txt or a .jsonl",
     "--prompts_file empty.txt --adapter adapter": "empty.txt is empty",
-    "--prompts_file bad.jsonl --adapter adapter": "bad.jsonl, line 2: column 'instruction' must be a text, there is none",
+    "--prompts_file bad.jsonl --adapter adapter": "bad.jsonl, line 2: column 'instruction' must be a text, but there is none",
     "--prompt a": "no trained adapter under runs/; run `python train.py` first",
     "--promt a": "unknown flag --promt; did you mean --prompt",
 }
@@ -405,7 +405,7 @@ def test_bad_generation_settings_beside_an_adapter(generation, tiny_base, tmp_pa
 
 
 def test_a_mini_task_is_checked_against_the_template_too(tmp_path):
-    with pytest.raises(DataError, match="mini:sentiment, row 1: column 'nope' must be a text, there is none"):
+    with pytest.raises(DataError, match="mini:sentiment, row 1: column 'nope' must be a text, but there is none"):
         read_rows(train_config("mini", template="{nope}", output_dir=str(tmp_path)), Template("{nope}"))
 
 

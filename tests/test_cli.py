@@ -188,7 +188,7 @@ TRAINING = {
     "--eval_dataset bad.jsonl": "bad.jsonl, line 2: column 'output' must be a text, found null",
     "--eval_rows 2": "--eval_rows 2 leaves none of the 2 rows of rows.jsonl to train on",
     "--eval_rows 9": "--eval_rows 9 leaves none",
-    "--init_adapter adapter --num_virtual_tokens 4": "--init_adapter adapter has 3; leave it out",
+    "--init_adapter adapter --num_virtual_tokens 4": "--init_adapter adapter has 3; leave --num_virtual_tokens out",
     "--template {instruction}{output}": "leave {output} out",
     "--dataset rows.parquet": "rows.parquet, row 2: column 'output' must be a text, found null",
     "--dataset folder": "folder, row 2: column 'output' must be a text, found null",

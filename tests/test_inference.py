@@ -171,8 +171,8 @@ def test_finished_answers_are_kept_when_a_run_breaks(tmp_path):
 
 # ruff: noqa: E501 (a table reads best with a case a line)
 REFUSED = {
-    "--adapter a --prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; known are a, none, and",
-    "--prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; known are none, and folders",
+    "--adapter a --prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; give one of a, none, or load its folder",
+    "--prompts_file unknown.jsonl": "unknown.jsonl, line 2: unknown adapter 'sentiment'; give one of none, or load its folder",
     "--adapter a --prompts_file broken.jsonl": "broken.jsonl, line 2: not JSON",
     "--adapter a --prompts_file number.jsonl": "number.jsonl, line 1: adapter must be a folder, a name .* not 3",
     "--adapter a --prompts_file list.jsonl": r"list.jsonl, line 1: expected an object of columns, found a list",
@@ -184,13 +184,13 @@ REFUSED = {
     "--adapter =a --prompt 好": "--adapter =a: expected FOLDER, name=FOLDER or none",
     "--adapter none=a --prompt 好": "--adapter none=a: expected FOLDER",
     "--adapter x=nothing --prompt 好": "adapter nothing: no such folder",
-    "--adapter a": 'give either --prompt "…" or --prompts_file FILE; without them a terminal is needed to chat',
+    "--adapter a": 'give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE; without them, infer.py chats',
     "--adapter a --prompt 好 --output_file o.jsonl": "--output_file goes with --prompts_file",
     "--adapter a --prompts_file one.txt --output_file a": "--output_file a is a folder",
     "--adapter a --prompts_file a": "--prompts_file a is a folder; name a .txt or a .jsonl in it",
     "--adapter a --prompts_file gap.txt": "gap.txt, line 2: prompt is empty; write a question, or take the line out",
-    "--adapter a --prompts_file said.jsonl": "said.jsonl, line 2: messages must be user, assistant, … and end with the user's, not user, assistant",
-    "--adapter b --prompts_file said.jsonl": "said.jsonl, line 2: messages must be user, assistant",
+    "--adapter a --prompts_file said.jsonl": "said.jsonl, line 2: the roles of messages must alternate, begin with user and end with user, not user, assistant",
+    "--adapter b --prompts_file said.jsonl": "said.jsonl, line 2: the roles of messages must alternate",
     "--adapter a --prompts_file mute.jsonl": "mute.jsonl, line 1: 'messages' must be a list of 1 or more",
     "--adapter gone --prompt 好": "base model '/nowhere/base': no such folder .looked for /nowhere/base.; give --model_name_or_path",
     "--adapter a --prompts_file one.txt --output_file one.txt/o": "one.txt is not a folder",
@@ -384,7 +384,7 @@ def test_adapters_from_python(place, tiny_base):
     model.set_adapter("y")
     greedy = {"do_sample": False, "max_new_tokens": 4}
     assert model.generate("今天", **greedy) == model.generate("今天", adapter="y", **greedy)
-    with pytest.raises(SoftpromptError, match="question 2: unknown adapter 'z'; known are x, y, none, and folders"):
+    with pytest.raises(SoftpromptError, match="question 2: unknown adapter 'z'; give one of x, y, none, or load"):
         model.generate(["a", "b"], adapter=["x", "z"])
     with pytest.raises(ConfigError, match="1 adapter names for 2 questions"):
         model.generate(["a", "b"], adapter=["x"])

@@ -71,8 +71,8 @@ class DataArguments:
     )
     eval_split: str | None = option(
         None,
-        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several, validation, "
-        "else test)",
+        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several splits, "
+        "validation, else test)",
     )
     eval_rows: int = option(
         0,

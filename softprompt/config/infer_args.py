@@ -44,11 +44,11 @@ class QuestionArguments:
     eval_dataset: str | None = option(
         None,
         "Evaluate every --adapter, side by side, on these rows with answers, in any form that --dataset of train.py "
-        "takes. For a .txt file, print the perplexity of its plain text in passages of --max_length tokens. "
+        "takes. For a .txt file, print the perplexity of its plain text, cut into passages of --max_length tokens. "
         "(default: none)",
     )
     eval_split: str | None = option(
-        None, "Use this split of --eval_dataset. (default: if there are several, validation, else test)"
+        None, "Use this split of --eval_dataset. (default: if there are several splits, validation, else test)"
     )
     truncation_side: Literal["output", "input"] | None = option(
         None,
@@ -65,8 +65,8 @@ class QuestionArguments:
     )
     voting: Voting | None = option(
         None,
-        "Choose the ensemble's answer: the one that most adapters give, the likeliest in a tie (majority_vote), or the "
-        "one with the highest mean likelihood (mean_likelihood). (default: mean_likelihood with --choices, else "
+        "Choose the ensemble's answer: the one that most adapters give, and in a tie the likeliest (majority_vote), or "
+        "the one with the highest mean likelihood (mean_likelihood). (default: mean_likelihood with --choices, else "
         "majority_vote)",
     )
     stream: bool | None = option(
@@ -157,7 +157,7 @@ class GenerationArguments:
         None, "Use transformers' beam search with this many beams. (default: 1, no beam search)"
     )
     seed: int | None = option(None, "Seed sampling, so that answers can be reproduced. (default: random)")
-    batch_size: int = option(8, "Generate this many answers at a time.")
+    batch_size: int = option(8, "Generate at most this many answers at a time.")
 
 
 INFER_GROUPS = (QuestionArguments, AdapterArguments, GenerationArguments)

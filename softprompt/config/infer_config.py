@@ -45,7 +45,7 @@ def _question_faults(question: QuestionArguments, adapters: int) -> list[str]:
     asked = [n for n in ("prompt", "prompts_file", "eval_dataset") if getattr(question, n) is not None]
     faults = []
     if len(asked) > 1:
-        faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE')
+        faults.append('give either --prompt "…" or --prompts_file FILE or --eval_dataset FILE, not several of them')
     if question.prompt is not None and not (question.prompt.strip() or (question.input or "").strip()):
         faults.append("--prompt is empty; write a question")
     if question.input is not None and asked != ["prompt"]:

@@ -63,7 +63,7 @@ def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
     if wanted is not None and wanted < 1:
         yield f"--num_virtual_tokens {wanted} is below 1; a soft prompt needs at least one token"
     if wanted is not None and wanted > MAX_VIRTUAL_TOKENS:
-        yield f"--num_virtual_tokens {wanted} is above {MAX_VIRTUAL_TOKENS:,}, which no run can train"
+        yield f"--num_virtual_tokens {wanted} must be at most {MAX_VIRTUAL_TOKENS:,}"
     if init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
         yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
     if prompt.prompt_tuning_init_text and init != "TEXT":
@@ -82,7 +82,7 @@ def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
         if prompt.vocab_population < 1:
             yield f"--vocab_population {prompt.vocab_population} must be above 0"
         if init not in ("SAMPLE_VOCAB", "CLASS_LABELS"):
-            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS"
+            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS; add it"
 
 
 def faults(config: "TrainConfig") -> Iterator[str]:
@@ -116,12 +116,15 @@ def _model_faults(model: ModelArguments) -> Iterator[str]:
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
         yield (
             "--load_in_8bit and --load_in_4bit quantize a whole base and exclude --stream_base and --shard_base; "
-            "give one of the two"
+            "give only one of these flags"
         )
     if model.engine == "padded" and model.stream_base:
         yield "--stream_base is for the packed engine; leave --engine padded out"
     if model.stream_base and model.shard_base:
-        yield "--stream_base and --shard_base exclude each other: blocks are read either from disk or from other ranks"
+        yield (
+            "--stream_base and --shard_base exclude each other, because a block is read either from disk or from the "
+            "other ranks; give one of them"
+        )
     by_layers = model.stream_base or model.shard_base or model.load_in_8bit or model.load_in_4bit
     if model.offload_folder and not by_layers:
         yield (
@@ -154,7 +157,7 @@ def _data_faults(data: DataArguments) -> Iterator[str]:
     if data.streaming and is_mini_task(data.dataset):
         yield f"--streaming: {data.dataset} is generated in memory; name a file, a folder or a hub id, or leave it out"
     if data.max_length < 2:
-        yield f"--max_length {data.max_length} is too small to hold any target; at least 2"
+        yield f"--max_length {data.max_length} is too small to hold any target; give at least 2"
     try:
         parse_columns(data.columns)
     except ConfigError as error:
@@ -174,7 +177,7 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
             yield f"--{name} {getattr(training, name)} must lie in [0, 1)"
     for name, most in (("num_train_epochs", 100_000), ("max_steps", 1_000_000_000)):
         if getattr(training, name) > most:
-            yield f"--{name} {getattr(training, name)} is above {most:,}, which no run can train"
+            yield f"--{name} {getattr(training, name)} must be at most {most:,}"
     yield from seed_faults(training.seed)
     if training.max_time:
         try:

@@ -28,6 +28,11 @@ ROWS_CHECKED_FIRST = 1000  # rows at the beginning of a stream that are checked 
 
 
 def make_template(config: TrainConfig) -> Template:
+    """Return the template that --template chooses.
+
+    Raises:
+        ConfigError: See `Template`.
+    """
     return Template(config.data.template or "default")
 
 
@@ -79,7 +84,8 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
     if data.eval_rows:
         if data.eval_rows >= len(rows):
             raise DataError(
-                f"--eval_rows {data.eval_rows} leaves none of the {len(rows):,} rows of {dataset} to train on"
+                f"--eval_rows {data.eval_rows} leaves none of the {len(rows):,} rows of {dataset} to train on; give "
+                "fewer"
             )
         held_out = _Part(rows.split_off(data.eval_rows))
     else:
@@ -92,14 +98,19 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
     data = config.data
     source = open_source(dataset, data.dataset_config_name, data.dataset_split, keep=not config.training.dry_run)
     if source.rows is None and config.training.max_steps <= 0:
-        raise ConfigError(f"--max_steps is missing: how many rows {dataset} has is not known before they are all read")
+        raise ConfigError(
+            f"--max_steps is missing: the number of rows of {dataset} is unknown until all have been read, so give the "
+            "number of optimizer steps"
+        )
     held = data.eval_rows
     beginning = islice(source.read(0), held + ROWS_CHECKED_FIRST)
     first = check_rows(dataset, map(parse_row, beginning), template, config.columns)
     if not first:
-        raise DataError(f"{dataset} holds no rows; expected at least one with instruction and output")
+        raise DataError(f"{dataset} holds no rows; expected at least one")
     if held >= len(first):
-        raise DataError(f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on")
+        raise DataError(
+            f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on; give fewer"
+        )
     held_out = _Part(first[:held]) if held else _held_out(config, template, source.selection)
     notices = [*source.notices, *held_out.notices, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
     return Rows(first[held:], held_out.rows, skip_first(source, held), notices)

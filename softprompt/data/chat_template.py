@@ -72,7 +72,8 @@ def _check_written(what: str, text: str, without: Callable[[], str]) -> None:
         written = True
     if not written:
         raise DataError(
-            f"the tokenizer's chat template writes no {what}; take them out of the row, or a base whose template does"
+            f"the tokenizer's chat template writes no {what}; take them out of the row, or use a base whose chat "
+            "template writes them"
         )
 
 

@@ -72,8 +72,8 @@ def cut_by_tokens(
     tends to show in the first micro-batch.
 
     Args:
-        pad_behind: None if rows are packed. For padded rows, the number of virtual tokens before each row: then padding
-            and virtual tokens count as tokens, too.
+        pad_behind: None if the rows are packed. If they are padded, the number of virtual tokens before each row;
+            padding and virtual tokens then count as tokens, too.
     """
     part: list[Example] = []
     tokens = 0
@@ -91,6 +91,7 @@ def cut_by_tokens(
 
 
 def has_targets(batch: Packed) -> bool:
+    """Whether a micro-batch has a target. One without targets contributes neither loss nor gradient."""
     return len(batch.targets) + len(batch.first_targets) > 0
 
 

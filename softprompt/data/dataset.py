@@ -63,7 +63,7 @@ def rows_of(source: str, located: LocatedRows, template: Template, columns: Mapp
     """
     rows = check_rows(source, ((f"{source}, {where}", row) for where, row in located), template, columns)
     if not rows:
-        raise DataError(f"{source} holds no rows; expected at least one with instruction and output")
+        raise DataError(f"{source} holds no rows; expected at least one")
     return rows
 
 
@@ -155,7 +155,9 @@ def _conversation_question(where: str, row: Row, template: Template) -> Row:
         raise DataError(f"{where}: messages must end with the question, not with an answer of the assistant")
     if template.spec != CHAT and roles != (["user", "assistant"] * len(roles))[: len(roles) // 2 * 2 + 1]:
         found = ", ".join(roles)
-        raise DataError(f"{where}: messages must be user, assistant, … and end with the user's, not {found:.80}")
+        raise DataError(
+            f"{where}: the roles of messages must alternate, begin with user and end with user, not {found:.80}"
+        )
     if template.spec != CHAT and ("tools" in asked or any("tool_calls" in each for each in asked["messages"])):
         raise DataError(f"{where}: the adapter's template has no place for tools; leave tools and tool_calls out")
     return asked
@@ -233,7 +235,7 @@ def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str
         if value is None and name in optional:
             value = ""
         if not is_text(value):
-            found = "there is none" if name not in row else f"found {describe_type(value)}"
+            found = "but there is none" if name not in row else f"found {describe_type(value)}"
             there = "" if name in row else f"; {_columns_of(row)}"
             raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
         checked[name] = value

@@ -53,8 +53,8 @@ def encode(
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str], template: Template) -> list[list[int]]:
-    """Return the token ids of prompt texts. For other templates than "chat", which writes its own special tokens, the
-    tokenizer adds those that begin a text (see `text_ids`)."""
+    """Return the token ids of prompt texts. They include the special tokens that the tokenizer adds before a text (see
+    `text_ids`), except for the template "chat", which writes its own special tokens."""
     return _ids(tokenizer, texts) if template.spec == CHAT else text_ids(tokenizer, texts)
 
 

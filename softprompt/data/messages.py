@@ -39,8 +39,8 @@ def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bo
     ]
     if ends_with_answer and found[-1]["role"] != "assistant":
         raise DataError(
-            f"{where}: {name!r} must be a list of {number}{{role, content}} messages{end}, which is to be learned; its "
-            f"last one is of role {found[-1]['role']!r:.40}"
+            f"{where}: {name!r} must be a list of {number}{{role, content}} messages{end}, because the last message is "
+            f"the answer to learn; its role is {found[-1]['role']!r:.40}"
         )
     return found
 
@@ -74,7 +74,7 @@ def _message(where: str, given: Mapping[str, Any], is_answer: bool) -> Message:
     if "role" not in rest and is_text(rest.get("from")):
         sender = rest.pop("from")
         if sender not in SHAREGPT_ROLES:
-            raise DataError(f"{where} is from {sender!r:.40}; known are {', '.join(SHAREGPT_ROLES)}")
+            raise DataError(f"{where} is from {sender!r:.40}; expected one of {', '.join(SHAREGPT_ROLES)}")
         rest |= {"role": SHAREGPT_ROLES[sender], "content": rest.pop("value", None)}
     role, content = rest.pop("role", None), rest.pop("content", None)
     if not (is_text(role) and role):

@@ -137,7 +137,11 @@ def _first_twice(names: Sequence[str]) -> str | None:
 
 
 def read_jsonl(path: Path, expected: str = "one object a line") -> LocatedRows:
-    # lines end at "\n" alone: JSON strings may contain an unescaped U+2028
+    """Yield the rows of a .jsonl file. Lines end only at "\\n", because JSON strings may contain an unescaped U+2028.
+
+    Raises:
+        DataError: The file cannot be read or holds no row, or a line is not UTF-8 or not JSON.
+    """
     for number, line in jsonl_lines(path):
         yield f"line {number}", parse_jsonl_line(f"{path}, line {number}", line, expected)
 
@@ -183,7 +187,7 @@ def parquet_rows(path: Path, first: int = 0) -> Iterator[Any]:
     """Yield the rows of a parquet file, starting with row `first` (counted from 0). Row groups before it are not read.
 
     Raises:
-        DataError: The file is not a parquet file, or is damaged.
+        DataError: The file is not a parquet file, is damaged, or has two columns of the same name.
     """
     from pyarrow.parquet import ParquetFile
 

@@ -56,7 +56,10 @@ def splits_of_files(source: str, folder: Path, files: Sequence[Path]) -> tuple[d
         notices.append(f"{source}: not read: {_relative(folder, unread)}; rows are read from {', '.join(READERS)}")
     below = [] if files[0].parent != folder else _files_of(folder.rglob("*"), folder)
     if nested := [file for file in below if file.parent != folder]:
-        notices.append(f"{source}: left out, in folders beside files of rows: {_relative(folder, nested)}")
+        notices.append(
+            f"{source}: left out, because they are in subfolders of a folder that itself holds files of rows: "
+            f"{_relative(folder, nested)}"
+        )
     return parts, bool(names), notices
 
 
@@ -89,5 +92,6 @@ def _relative(folder: Path, files: Sequence[Path]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
+    """Join names for a message; of more than MAX_LISTED names, only the number of the others is given."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")

@@ -102,7 +102,7 @@ class StreamLoader:
         """`encode` tokenizes raw rows and may raise DataError; `name` names the source in error messages."""
         self.source, self.encode, self.args, self.name = source, encode, args, name
         self.rows_per_step, self.buffer_size = rows_per_step, buffer_size
-        self.length = source.rows if source.counted else None  # else set when it ends
+        self.length = source.rows if source.counted else None  # otherwise, it is set when the source has ended
 
     @property
     def rows(self) -> int | None:

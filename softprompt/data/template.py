@@ -50,7 +50,7 @@ class Template:
             )
         if "output" in self.fields:
             raise ConfigError(
-                f"--template {self.spec!r}: the answer follows the prompt by itself; leave {{output}} out"
+                f"--template {self.spec!r}: the answer is appended to the prompt automatically; leave {{output}} out"
             )
 
     @property
@@ -90,11 +90,11 @@ class Template:
         if unfilled:
             raise ConfigError(
                 f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "give --input where that is all ('' if it is meant to be empty), else a --prompts_file (.jsonl) with "
-                "these columns"
+                "give --input if it is the only one that is missing ('' if it is meant to be empty), else a "
+                "--prompts_file (.jsonl) with these columns"
             )
         if input and not second:
-            raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}")
+            raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}; leave it out")
         return {**dict.fromkeys(self.optional_fields, ""), **given}
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> str:

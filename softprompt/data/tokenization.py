@@ -64,7 +64,7 @@ def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[s
         parts.append(f"{cut:,} rows cut at max_length")
     if without_target:
         parts.append(
-            f"{without_target:,} rows left out, their whole answer was cut "
+            f"{without_target:,} rows left out because their whole answer was cut "
             "(--truncation_side input or a larger --max_length keeps it)"
         )
     if empty_answers:
@@ -164,6 +164,7 @@ def _tokenize_chunk(
 
 
 def no_targets_error(shortest_prompt: int, max_length: int) -> DataError:
+    """Return the error for a dataset in which no row keeps a target; `shortest_prompt` is in tokens."""
     return DataError(
         f"no row keeps a target at --max_length {max_length}: the shortest prompt alone has {shortest_prompt} "
         f"tokens; give --max_length {shortest_prompt + 16} or more, or --truncation_side input"

@@ -50,4 +50,4 @@ def _join(store: dist.Store, rank: int, timeout: timedelta) -> str:
         if store.check([reply]) and store.get(reply).decode() == token:
             return name
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(f"rank 0 did not come within {timeout}")
+    raise RuntimeError(f"rank 0 did not join within {timeout}")

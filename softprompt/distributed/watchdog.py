@@ -23,7 +23,8 @@ from softprompt.utils.errors import SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
 
 BEAT_SECONDS = 3.0  # the interval of a rank's beats and of its checks of other ranks' beats
-SILENCE_SECONDS = 45.0  # how long a lost rank has had no beat; long, since one call may hold the GIL for many seconds
+# A rank counts as lost after this time without a beat. It is long, since one call may hold the GIL for many seconds.
+SILENCE_SECONDS = 45.0
 ENDED_WELL = None  # the last beat of a rank that ended without an error
 LastMessage = tuple[str, int]  # the error message with which a rank ended, and its exit code
 

@@ -93,7 +93,7 @@ class ActivationStore:
                 view, at = view[count:], at + count
         except OSError as error:
             advice = "name a folder with more room, or give a larger --max_activation_gib"
-            raise self._error(f"no place for activations ({error.strerror})", advice) from None
+            raise self._error(f"activations cannot be stored ({error.strerror})", advice) from None
         return _Spilled(offset, tensor.detach().to("meta"), tensor.device)
 
     def _error(self, what: str, advice: str) -> TrainingError:

@@ -35,20 +35,27 @@ class Engine(Protocol):
             grad_scale: Factor of the gradient, usually 1 / targets (times the factor of a gradient scaler).
         Returns:
             The summed loss, an fp64 scalar on the device, detached and without synchronization; the number of targets.
+
+        Raises:
+            TrainingError: A single row does not fit in memory.
         """
         ...
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        """Return the summed loss and the number of targets of any number of rows, without a gradient.
+        """Return the summed loss of any number of rows, an fp64 scalar on the device without a gradient, and the number
+        of their targets.
 
         Args:
             prompt: [P, H], or None for the bare base.
+
+        Raises:
+            TrainingError: A single row does not fit in memory.
         """
         ...
 
     def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        """Return the summed loss of each row, which is minus the log-likelihood of its targets. For `prompt` see
-        `evaluate`."""
+        """Return the summed loss of each row, which is minus the log-likelihood of its targets. For `prompt` and errors
+        see `evaluate`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

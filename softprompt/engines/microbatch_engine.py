@@ -68,7 +68,7 @@ class Schedule(Protocol[MicrobatchT]):
         """Compute the summed loss of a window, and backpropagate grad_scale · loss to the prompt.
 
         The gradient reaches the graph of `prompt` only once, after all micro-batches. So a window that runs out of
-        memory before can be repeated.
+        memory before that can be repeated.
 
         Args:
             prompt: [P, H], part of an autograd graph.

@@ -2,7 +2,7 @@
 
 The packed rows [S, …] have different lengths, but attention needs tensors [B, T, …]. So consecutive rows of equal
 length (on CUDA, of similar length) form a group, which one call computes; rows are padded only within a group. The
-prompt's keys and values are the same for all rows.
+prompt's keys and values are the same for all rows. `attend` is for BLOOM; `decoder_attention` uses the same groups.
 """
 
 import math

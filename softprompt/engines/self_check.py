@@ -78,9 +78,9 @@ def rows_to_check(rows: Sequence[Example], longest: int = 0) -> list[Example]:
     """Return up to CHECKED_ROWS rows that have targets, longest first: the longest, the shortest, and some in between.
 
     Args:
-        longest: If no row is as long, the longest one is repeated up to so many tokens.
+        longest: If no row has this many tokens, the ids of the longest row are repeated to this length.
     """
-    if isinstance(rows, Examples):  # of which there may be millions
+    if isinstance(rows, Examples):  # there may be millions of rows, so avoid a loop over them
         lengths, targets = rows.lengths, rows.lengths - rows.first_targets
     else:
         lengths, targets = (np.array([f(row) for row in rows]) for f in (_length, count_targets))
@@ -98,7 +98,8 @@ def _length(row: Example) -> int:
 
 
 def _repeated(row: Example, tokens: int) -> Example:
-    """Repeat a row's ids up to so many tokens in all. Only its own labels, at the end, are targets."""
+    """Return a row of `tokens` tokens that ends with `row` and begins with repetitions of its ids. Only the labels of
+    `row` itself, at the end, are targets."""
     before = tokens - len(row.input_ids)
     ids = (row.input_ids * (before // len(row.input_ids) + 1))[:before]
     return Example([*ids, *row.input_ids], [IGNORE] * before + list(row.labels))
@@ -162,10 +163,9 @@ def cached_result(key: str, longest: int) -> CheckResult | None:
 
 
 def cache_result(key: str, result: CheckResult) -> None:
-    """Cache a result by which the packed engine is right; if that fails, nothing is lost.
+    """Cache the result of a check that the packed engine passed. If the result cannot be written, it is not cached.
 
-    What is wrong for long rows may be right for shorter ones, and an error may not occur again, so nothing else is
-    cached.
+    Do not cache a failed check: the packed engine may be right for shorter rows, and an error may not occur again.
     """
     folder = cache_dir("engines")
     with contextlib.suppress(OSError):

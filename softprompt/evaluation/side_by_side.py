@@ -97,12 +97,12 @@ def common_truncation(
     if max_length is None and len(lengths) > 1:
         notes.append(
             f"the adapters were trained with --max_length {', '.join(map(str, lengths))}; all are evaluated with "
-            f"{length}, which --max_length changes"
+            f"{length}; give --max_length to choose another length"
         )
     if truncation_side is None and len(sides) > 1:
         notes.append(
-            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are evaluated with {side}, "
-            "which --truncation_side changes"
+            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are evaluated with {side}; "
+            "give --truncation_side to choose the other side"
         )
     return Truncation(length, side, notes)
 
@@ -162,7 +162,7 @@ class AdapterEvaluator:
     def _evaluate_text(self, adapter: LoadedAdapter, template: Template) -> AdapterResult:
         """Evaluate an adapter on a plain text, cut into passages of max_length tokens."""
         if self.choices is not None:
-            raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text")
+            raise ConfigError(f"--choices needs rows with answers, and {self.dataset} is a plain text; leave it out")
         examples = passages(self.dataset, self.tokenizer, self.truncation.max_length)
         evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
         data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
@@ -173,14 +173,15 @@ class AdapterEvaluator:
         for labels, `voting.vote_choice`.
 
         Raises:
-            ConfigError: The members' templates keep different rows or answers at this max_length.
+            ConfigError: At this max_length, the members' templates leave out different rows or truncate different
+                answers.
         """
         first = members[0]
         kept = [[(row, cut > 0) for row, cut in zip(one.data.kept, one.data.missing, strict=True)] for one in members]
         if any(one != kept[0] for one in kept):
             raise ConfigError(
-                f"--ensemble: at --max_length {self.truncation.max_length} the adapters' templates keep different "
-                f"answers of {self.dataset}; give a larger one"
+                f"--ensemble: at --max_length {self.truncation.max_length}, the adapters' templates truncate different "
+                f"answers of {self.dataset}; give a larger --max_length"
             )
         evaluation = evaluate_ensemble(
             self.engine, self.tokenizer, [one.member for one in members], voting or "majority_vote"

@@ -82,7 +82,9 @@ def write_plain_model(folder: str, arguments: ExportArguments) -> str:
     names = tokenizer.convert_ids_to_tokens(ids)
     _write(output, base, tokenizer, plain_model_card(name, adapter, names, constant, str(dtype).removeprefix("torch.")))
     guard = (
-        f"constant logit {constant:g}" if constant is not None else "logit the mean of the others, and suppress_tokens"
+        f"their logit is {constant:g}"
+        if constant is not None
+        else "their logit is the mean of the others, and suppress_tokens lists them"
     )
     return f"{output}: {name} and {P} new tokens, {names[0]} to {names[-1]} (never generated: {guard})"
 

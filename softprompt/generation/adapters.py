@@ -66,14 +66,14 @@ class LoadedAdapter:
         generation = files.settings.get("generation", {})
         if not isinstance(generation, dict) or None in generation.values() or AUTO in generation.values():
             raise AdapterError(
-                f"{path}: generation must be an object of settings with values, not {generation!r:.200}; mend it, or "
-                "take it out"
+                f"{path}: generation must be an object of settings whose values are neither null nor auto, not "
+                f"{generation!r:.200}; correct it, or take it out"
             )
         try:
             merge_settings(generation, {})
             template = saved_template(files.settings)
         except ConfigError as error:
-            raise AdapterError(f"{path}: {error}; mend it there, or take it out") from None
+            raise AdapterError(f"{path}: {error}; correct it there, or take it out") from None
         data = _data_settings(path, files.settings)
         return cls(files.prompt, template, generation, files.base_model_name_or_path, **data)
 
@@ -91,7 +91,7 @@ def _data_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, (expected, is_valid) in checks.items():
         if not is_valid:
             raise AdapterError(
-                f"{path}: {name} must be {expected}, not {settings[name]!r:.200}; mend it there, or take it out"
+                f"{path}: {name} must be {expected}, not {settings[name]!r:.200}; correct it there, or take it out"
             )
     return {name: settings[name] for name in checks if name in settings}
 
@@ -193,5 +193,7 @@ def find_adapter(adapters: Mapping[str, LoadedAdapter], name: str, where: str) -
     """
     if name not in adapters:
         known = ", ".join(dict.fromkeys([*adapters, NONE]))
-        raise AdapterError(f"{where}: unknown adapter {name!r}; known are {known}, and folders")
+        raise AdapterError(
+            f"{where}: unknown adapter {name!r}; give one of {known}, or load its folder with --adapter or load_adapter"
+        )
     return adapters[name]

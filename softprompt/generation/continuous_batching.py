@@ -66,7 +66,7 @@ class ContinuousBatchingGenerator:
 
     Args:
         prefill_tokens_per_step: Maximum number of tokens that one step prefills, by default the device's `MAX_TOKENS`.
-            No other text is prefilled in the same step as a longer one.
+            A text with more tokens than this is the only one that its step prefills.
     """
 
     def __init__(self, model: StepModel, tokenizer: Any, prefill_tokens_per_step: int | None = None):

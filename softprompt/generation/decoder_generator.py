@@ -1,4 +1,4 @@
-"""Generation with a decoder: continuous batching where it is right, else transformers' `generate`."""
+"""Generation with a decoder: continuous batching where it passes its check, else transformers' `generate`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,7 +46,8 @@ class DecoderGenerator:
         """See `Generator.generate`.
 
         Raises:
-            ConfigError: A text leaves no room for an answer, or only transformers could answer and may not.
+            ConfigError: A text leaves no room for an answer; or continuous batching fails its check, and transformers'
+                `generate` is excluded by `only` or does not support the base.
         """
         longest = max((self._positions(request) for request in requests), default=0)
         try:
@@ -69,10 +70,11 @@ class DecoderGenerator:
         """Check that continuous batching may answer rows of up to `longest` positions.
 
         Raises:
-            ModelError: Continuous batching is not right for rows of `longest` positions.
+            ModelError: Continuous batching does not give the base's own logits for rows of `longest` positions.
         """
         limit = shared_rope_limit(self.base.config)
         if limit is not None and longest > limit:
             raise ModelError(f"rows of more than {limit} positions change the rotary frequencies of their batch")
         if longest > FIRST_LENGTH and depends_on_length(self.base.config):
-            check_decoding(self.model, 1 << (longest - 1).bit_length())  # few lengths, so that few checks are needed
+            # Round up to a power of two, so that few different lengths are checked.
+            check_decoding(self.model, 1 << (longest - 1).bit_length())

@@ -27,7 +27,7 @@ FIRST_LENGTH = 20  # tokens of the longer text
 
 
 def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None:
-    """Check rows of up to `longest` tokens. If they are right, that is cached, as in `self_check`.
+    """Check the logits of rows of up to `longest` tokens. A check that passed is cached, as in `self_check`.
 
     Raises:
         ModelError: The logits differ, or cannot be computed.

@@ -245,7 +245,10 @@ class SoftPromptModel(BaseWithAdapters):
         """Return one request per sample of an answer, or a single one for beam search."""
         chosen = merge_settings(asked.adapter.generation, settings)
         if chosen.num_beams > 1 and self.quantized:
-            raise ConfigError("--num_beams searches with the base's own weights; leave it or --load_in_… out")
+            raise ConfigError(
+                "--num_beams needs the base's own weights and does not work with a quantized base; leave out "
+                "--num_beams, or --load_in_8bit and --load_in_4bit"
+            )
         samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
         requests = [Request(asked.input_ids, chosen, asked.adapter.prompt, seed_of(sample)) for sample in samples]
         with naming_question(asked.where):

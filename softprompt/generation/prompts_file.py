@@ -32,6 +32,11 @@ class PromptLine(NamedTuple):
 
 
 def read_prompts(source: str) -> Iterator[PromptLine]:
+    """Yield the lines of a --prompts_file.
+
+    Raises:
+        DataError: See `dataset.load_prompts`; or a line's `adapter` is not a text, or is empty.
+    """
     for where, row in load_prompts(source):
         name = row.get("adapter")
         if name is not None and not (is_text(name) and name):

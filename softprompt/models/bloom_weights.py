@@ -1,6 +1,7 @@
 """BLOOM's frozen weights, block by block.
 
-The packed engine's schedules and the generator iterate over the blocks through `BloomWeights`, whatever the storage:
+The packed engine's schedules for BLOOM and BLOOM's generator iterate over the blocks through `BloomWeights`, whatever
+the storage:
 `ResidentWeights` holds all blocks on one device, `StreamedWeights` (weight_offload) reads them from files,
 `ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantizes them.
 """
@@ -52,8 +53,8 @@ class BloomShape(NamedTuple):
 
 
 class BloomWeights(Protocol):
-    """The weights that the packed forward needs of a BLOOM. The blocks may be stored anywhere; all other weights are on
-    the compute device.
+    """The weights that this project's forward of BLOOM needs. The blocks may be stored anywhere; all other weights are
+    on the compute device.
 
     Attributes:
         shape: The base's sizes.
@@ -119,9 +120,9 @@ def linear_params(module: Any) -> LinearParams:
 
 
 def is_bloom(config: Any) -> bool:
-    """Whether the packed forward computes what a base of this configuration computes. It must be a BLOOM, and must not
-    compute two projections as sums over slices (`slow_but_exact` with `pretraining_tp` > 1), since transformers leaves
-    out their biases then."""
+    """Whether this project's forward of BLOOM (`engines.bloom`) computes what a base of this configuration computes.
+    The base must be a BLOOM that does not compute two projections as sums over slices (`slow_but_exact` with
+    `pretraining_tp` > 1), since transformers leaves out their biases then."""
     sliced = getattr(config, "slow_but_exact", False) and config.pretraining_tp > 1
     return config.model_type == "bloom" and not sliced
 

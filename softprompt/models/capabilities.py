@@ -66,7 +66,9 @@ def check_supports_prompt(base: PreTrainedModel, name: str) -> None:
     """
     kind = type(base).__name__
     if "inputs_embeds" not in inspect.signature(base.forward).parameters:
-        raise ModelError(f"{name}: {kind} takes no inputs_embeds, so no soft prompt can precede its words")
+        raise ModelError(
+            f"{name}: {kind} takes no inputs_embeds, so no soft prompt can precede its words; take another base"
+        )
     if getattr(text_config(base.config), "hidden_size_per_layer_input", 0):
         raise ModelError(
             f"{name}: {kind} looks words up by their ids in every layer (hidden_size_per_layer_input), and a virtual "
@@ -194,8 +196,8 @@ def build_on_meta_device(config: Any, name: str) -> PreTrainedModel:
 
 
 def _position_table_sizes(base: PreTrainedModel) -> Iterator[int]:
-    """Yield the positions in each table of the language model. OPT's and BART's tables begin with `offset` reserved
-    rows."""
+    """Yield the number of positions in each position table of the language model. OPT's and BART's tables begin with
+    `offset` reserved rows, which do not count."""
     named = re.compile(rf"(^|\.){POSITION_TABLES}$")
     for name, module in base.named_modules():
         if isinstance(module, nn.Embedding) and named.search(name) and not re.search(OTHER_MODALITIES, name):

@@ -94,7 +94,10 @@ def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:
     prompt = load_adapter(folder).prompt
     check_fits(folder, prompt, hidden_size, str(config.model.model_name_or_path))
     if wanted not in (None, prompt.shape[0]):
-        raise ConfigError(f"--num_virtual_tokens {wanted}: --init_adapter {folder} has {prompt.shape[0]}; leave it out")
+        raise ConfigError(
+            f"--num_virtual_tokens {wanted}: the prompt of --init_adapter {folder} has {prompt.shape[0]}; leave "
+            "--num_virtual_tokens out"
+        )
     return prompt
 
 

@@ -108,7 +108,8 @@ def sample_tokens_init(population: Sequence[int], num_virtual_tokens: int) -> In
     """
     if not population:
         raise ConfigError(
-            "--vocab_population: this tokenizer has only special tokens and bytes, and no words; leave it out"
+            "--prompt_tuning_init: this tokenizer has only special tokens and bytes, and no words to draw from; give "
+            "RANDOM or TEXT, or SAMPLE_VOCAB without --vocab_population"
         )
 
     def init(word_embeddings: EmbeddingTable) -> Tensor:

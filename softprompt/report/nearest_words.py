@@ -66,8 +66,8 @@ def describe_prompt(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start
 def add_nearest_words(record: RunRecord) -> RunRecord:
     """Add a description of the prompt to a record whose report.json has none, or the reason why there is none.
 
-    The description is missing if the run has not ended or was made by an older version. Of the base, only the word
-    embeddings are read, and only if its files are on this machine.
+    The description is missing if the run has not ended or was made by an older version. It can be added only if the
+    base is a BLOOM whose files are on this machine; only its word embeddings are read.
     """
     end = record.facts.get("end") or {}
     folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
@@ -103,12 +103,12 @@ def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
     files = weight_files(name_or_path)
     if not files:
         raise ValueError(f"the files of the base {name_or_path} are not on this machine")
-    stored = list_stored_tensors(files[0].parent)
+    stored = list_stored_tensors(files[0].parent, "the report")
 
     def read(name: str) -> Tensor:
         found = stored.get(f"transformer.{name}") or stored.get(name)
         if found is None:
-            raise ValueError(f"the base {name_or_path} has no tensor {name}")
+            raise ValueError(f"the base {name_or_path} is no BLOOM: it has no tensor {name}")
         found.read_into(values := torch.empty(found.shape, dtype=found.dtype))
         return values
 

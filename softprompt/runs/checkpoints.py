@@ -100,7 +100,7 @@ def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault:
     for checkpoint in reversed(checkpoints(output_dir)):
         if not (fault := fault_of(checkpoint)):
             return checkpoint
-        tell(f"{checkpoint}: {fault}; the one before is tried")
+        tell(f"{checkpoint}: {fault}; trying the checkpoint before it")
     return None
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from softprompt.utils.errors import SoftpromptError
 from softprompt.utils.redact import redacted
 
-MAX_CHARACTERS = 300  # to which an error's message is truncated
+MAX_CHARACTERS = 300  # longer error messages are truncated to this length
 
 
 @contextmanager
@@ -36,6 +36,7 @@ class Failure(NamedTuple):
 
 
 def failure(error: Exception) -> Failure:
+    """Describe an error as a `Failure`. A SoftpromptError has no report, because its message says everything."""
     from softprompt.utils.out_of_memory import is_out_of_memory
 
     what = " ".join(str(error).split())[:MAX_CHARACTERS]

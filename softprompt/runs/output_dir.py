@@ -49,7 +49,7 @@ def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | N
         lock.take()
     except OSError as error:
         raise OutputError(
-            f"--output_dir {output_dir}: cannot be made ({error.strerror}); name another folder"
+            f"--output_dir {output_dir}: cannot be created ({error.strerror}); name another folder"
         ) from None
     try:
         if config.training.output_dir is not None:

@@ -19,8 +19,8 @@ def refuse_other_run(folder: Path, overwrite: bool) -> None:
     saved = rf"{re.escape(CONFIG_FILE)}|{CHECKPOINT}"
     if not overwrite and any(re.fullmatch(saved, name) for name in Manifest(folder).names()):
         raise OutputError(
-            f"--output_dir {folder} holds a run already; go on with it (--resume_from_checkpoint), start anew "
-            "over it (--overwrite_output_dir), or name another folder"
+            f"--output_dir {folder} holds a run already; continue it (--resume_from_checkpoint), replace it "
+            "(--overwrite_output_dir), or name another folder"
         )
 
 

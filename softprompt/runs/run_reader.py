@@ -25,7 +25,7 @@ class RunRecord:
 
     Attributes:
         facts: The content of report.json; empty if an older version wrote none.
-        history: The records of metrics.jsonl, of which only finite numbers are kept.
+        history: The records of metrics.jsonl, with only those values that are finite numbers.
         results: The content of all_results.json; empty if the run has not ended.
         runs_now: Whether a process is writing into the folder.
         checkpoint: The newest whole checkpoint of a run that has not ended; None if there is none.
@@ -95,7 +95,7 @@ def read_run(folder: str | Path) -> RunRecord:
 def _history(folder: Path) -> list[Metrics]:
     records = _read(folder, METRICS_FILE, _lines)
     if records is None:
-        raise ReportError(f"{folder}: has no metrics: {METRICS_FILE} is missing; is it the folder of a run?")
+        raise ReportError(f"{folder}: has no metrics: {METRICS_FILE} is missing; name the OUTPUT_DIR of a run")
     if not records:
         raise ReportError(f"{folder}: has no metrics yet: {METRICS_FILE} is empty; look again after --logging_steps")
     return records

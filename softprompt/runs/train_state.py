@@ -54,8 +54,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` selects. Return None if the flag is not given; or if it is
     given without a value, and the run has no checkpoint yet.
 
-    The value is a checkpoint-N folder, or a run's folder, of which the newest whole checkpoint is selected. Without a
-    value, the run's folder is --output_dir.
+    The value is a checkpoint-N folder, or a run's folder, whose newest whole checkpoint is selected. Without a value,
+    the run's folder is --output_dir.
 
     Raises:
         ConfigError: There is neither a value nor --output_dir.
@@ -65,7 +65,10 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if named is None:
         return None
     if named == NEWEST and config.training.output_dir is None:
-        raise ConfigError("--resume_from_checkpoint without a folder goes on with --output_dir; name that, or a folder")
+        raise ConfigError(
+            "--resume_from_checkpoint without a folder continues the run in --output_dir; give --output_dir, or the "
+            "folder of a run or a checkpoint"
+        )
     folder = Path(str(config.training.output_dir if named == NEWEST else named))
     if (folder / STATE_FILE).exists() and not checkpoints(folder):
         if fault := fault_of(folder):

@@ -139,7 +139,7 @@ class LoadedBase:
             raise TrainingError(f"{missing:,} of the ensemble's {len(planned.members):,} prompts failed")
         P = records[0]["virtual_tokens"]
         if any("error" in record["metrics"] for record in records):
-            error = {"error": "training of a prompt of the ensemble became infinite or NaN"}
+            error = {"error": "the loss or the prompt of a member of the ensemble became infinite or NaN"}
             return FinishedCell({"virtual_tokens": P, "metrics": error, "answers": None}, {})
         device, template = word_embeddings(self.base).weight.device, make_template(planned.cell.config)
         inputs = planned.inputs

@@ -79,7 +79,7 @@ def finding(
         change: What was changed between the compared cells.
         metric: The metric that changed.
         describe: Formats a gain as the change of the metric. By default, it is the change of the loss in percent.
-        sampled: What each averaged gain comes from ("seed"); the sentence names it if there is only one.
+        sampled: The name of the unit that gives one averaged gain each; the sentence names it if there is only one.
     """
     describe = describe or percent
     if not comparisons:
@@ -91,7 +91,7 @@ def finding(
     found, (average, low, high) = conclusion(by_seed) if finite else UNDECIDED, t_interval(by_seed)
     count = f"{len(gains):,} comparison" + "s" * (len(gains) > 1)
     if not finite:
-        why = "some of its runs became infinite or NaN"
+        why = "the loss of some runs became infinite or NaN"
     elif len(by_seed) < 2:
         better = f"a gain in {sum(gain > 0 for gain in gains):,} of {count}"
         why = f"{change} changed the {metric} by {describe(average)} ({better}; one {sampled} gives no interval)"

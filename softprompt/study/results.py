@@ -43,13 +43,13 @@ class CellResult:
         trained: Whether the prompt was trained: not a hard prompt, and not an ensemble.
         voting: How an ensemble votes; empty for all other cells.
         members: Number of an ensemble's members; 1 for all other cells.
-        loss: Held-out loss in nats per target token; inf if training became infinite or NaN.
+        loss: Held-out loss in nats per target token; inf if the loss or the prompt became infinite or NaN in training.
         exact_match: Share of held-out answers that are generated exactly; None if answers were not generated.
         base_loss: Held-out loss of the base without a prompt.
         base_exact_match: Exact match of the base without a prompt.
         targets: Number of held-out target tokens. Losses per token are comparable only if it is equal.
         start: The text, labels or vocabulary size that the prompt starts from.
-        context: All settings that no hypothesis is about, as JSON.
+        context: All settings that no hypothesis compares, as JSON.
         held_out: The settings that determine the held-out rows and how the base reads them, as JSON.
         failed: Why the cell has no result; empty if it has one. A failed cell is shown, but not compared.
         exact_match_rows: Number of rows that the exact match covers; None if it covers all held-out rows.

@@ -55,15 +55,15 @@ class RunCallbacks(Callbacks):
         return MetricsLog(total, self.output_dir / METRICS_FILE, board=board)
 
     def print_start(self) -> None:
-        """Print where a resumed run continues, and which checkpoints it will replace."""
+        """Print where a resumed run continues, and which checkpoints of later steps it will remove."""
         step, total = self.start.state.step, self.loader.total_steps
         if not step:
             return
         done = "; all of them are done" if self._is_over(step) else ""
-        done = "; it ended there, --early_stopping_patience was over" if self._patience_is_over() else done
+        done = "; early stopping had ended the run there" if self._patience_is_over() else done
         print(f"resuming after step {step:,} of {total:,}{done}")
         if not done and (later := [p.name for p in checkpoints(self.output_dir) if step < step_of(p)]):
-            print(f"{', '.join(later)} in {self.output_dir}: replaced from the next checkpoint on")
+            print(f"{', '.join(later)} in {self.output_dir} will be removed when the next checkpoint is written")
 
     def begin(self) -> Run:
         """Start the log, and evaluate the bare base for comparison. Return the run as it is before its first step."""
@@ -159,8 +159,9 @@ class RunCallbacks(Callbacks):
     def _warn_of_skipped_steps(self) -> None:
         if self.skipped:
             steps, why = self.log.totals.steps, "their fp16 gradients were not finite"
-            nothing = "; the prompt is as it began: train with --bf16, or in fp32" if self.skipped == steps else ""
-            self.log.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, as {why}{nothing}")
+            nothing = "; the prompt has not changed at all: train with --bf16, or in fp32"
+            more = nothing if self.skipped == steps else ""
+            self.log.say(f"warning: {self.skipped:,} of {steps:,} steps changed nothing, because {why}{more}")
 
     def _evaluate(self) -> Evaluation | None:
         """Evaluate the current prompt. Log the result, unless the log already has an evaluation at this step: that of
@@ -193,7 +194,7 @@ class RunCallbacks(Callbacks):
         folder = self.world.all_gather(whole)[0]
         if folder is None or not self.evaluator:
             told = "; ".join(f"{folder}: {fault}" for folder, fault in faults.items())
-            self.log.say(f"warning: the best prompt, of step {step}, is not there ({told}); the last one is kept")
+            self.log.say(f"warning: the best prompt, of step {step}, cannot be restored ({told}); the last one is kept")
             return None
         self.log.say(f"the best prompt is that of step {step}: {metric_name(self.args)} {self.best.metric:.4g}")
         with torch.no_grad():
@@ -210,7 +211,7 @@ class RunCallbacks(Callbacks):
         return None if ours else "it is of another run"
 
     def _runtime(self) -> float:
-        """Seconds of the loop so far, including those before a resume."""
+        """Return the seconds that the loop has taken so far, including those before a resume."""
         return self.start.totals.runtime + time.perf_counter() - self.began
 
     def _results(self, after: Evaluation | None, seconds: float) -> Metrics:

@@ -17,9 +17,10 @@ from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.training.optimizer import farthest_move, learning_rates
 
-# The values of a RANDOM prompt have size 1: moved by less than this, they hardly change.
+# The values of a RANDOM prompt have size 1. If training moves them by less than this, they hardly change.
 LEAST_MOVE = 0.1
-# Warn if bf16 takes more than this times as long as fp32; on a CPU without bf16 instructions it is about a hundred.
+# Warn if a product in bf16 takes more than this many times as long as in fp32. On a CPU without bf16 instructions, it
+# takes about a hundred times as long.
 LEAST_SLOWER = 2
 
 
@@ -45,7 +46,7 @@ def print_data(
     if held_out:
         print(f"Held out: {held_out}")
     if ignored:
-        told = ", ".join(f"{key} (of {rows:,} rows)" for key, rows in ignored.items())
+        told = ", ".join(f"{key} (in {rows:,} rows)" for key, rows in ignored.items())
         print(f"keys of messages that the chat template does not read: {told}")
 
 
@@ -63,7 +64,7 @@ def print_answer_end(end: str | None, tokenizer: Any) -> None:
             f"learns to end it with eos_token {eos}, and both end an answer"
         )
     elif end != eos:
-        print(f"The chat template ends an answer with {end}; it ends answers beside eos_token {eos}")
+        print(f"The chat template ends an answer with {end}, which now ends answers just as eos_token {eos} does")
 
 
 def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, how: str | None = None) -> None:
@@ -75,8 +76,8 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
     prompt = config.prompt
-    start = f"from {prompt.init_adapter}" if prompt.init_adapter else f"starts {prompt.prompt_tuning_init}"
-    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; prompt {start}")
+    start = f"the one in {prompt.init_adapter}" if prompt.init_adapter else prompt.prompt_tuning_init
+    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; initial prompt: {start}")
     if how:
         print(how)
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
@@ -94,11 +95,12 @@ def product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
 
 
 def warn_if_bf16_is_slow(seconds_of: Callable[[torch.dtype], float] = product_seconds) -> None:
-    """Compare the seconds that a matrix product takes in bf16 and in fp32, on the CPU."""
+    """Print a warning if a matrix product takes much longer in bf16 than in fp32 on the CPU."""
     slower = seconds_of(torch.bfloat16) / seconds_of(torch.float32)
     if slower > LEAST_SLOWER:
         print(
-            f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as fp32's; leave out --bf16"
+            f"warning: on this CPU a bf16 matrix product takes {slower:.0f} times as long as one in fp32; leave out "
+            "--bf16"
         )
 
 
@@ -110,7 +112,8 @@ def print_steps(
     args, peak = config.training, config.learning_rate
     total, rows = feed.total_steps, feed.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
-    made = f"{made}, devices × batch × accumulation" if rows == rows_of_a_step(args, devices) else "as the run began"
+    made = f"{made}, devices × batch × accumulation"
+    made = made if rows == rows_of_a_step(args, devices) else "as in the checkpoint"
     print(
         f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate "
         f"{'to be found' if searches else f'{peak:g}'} ({args.lr_scheduler_type}) → {output_dir}/"

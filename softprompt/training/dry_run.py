@@ -50,10 +50,10 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         f"parameters  {prompt.numel():,} learned, {sum(p.numel() for p in base.parameters()):,} frozen",
         f"memory      about {(held + more) / GIB:.1f} GiB: the base {held / GIB:.2f}, a step {more / GIB:.2f}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
-        + ("; evaluation comes on top" if setup.evaluator else ""),
+        + ("; evaluation takes additional time" if setup.evaluator else ""),
     ]
     if setup.start.searches_learning_rate:
-        lines.append(f"sweep       {sweep_steps(total):,} steps before it, to find a learning rate")
+        lines.append(f"sweep       {sweep_steps(total):,} more steps before training, to find a learning rate")
     return "\n".join(lines)
 
 

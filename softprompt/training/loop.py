@@ -26,7 +26,8 @@ NAMED = 64  # the most rows of a step that an error names
 
 
 class Callbacks:
-    """What the loop calls; by default nothing happens. The loop itself knows nothing of reports, files or terminals."""
+    """The methods that the loop calls; by default they do nothing. The loop itself does not know reports, files or
+    terminals."""
 
     def on_step(self, step: Step) -> None: ...
     def on_log(self, metrics: Metrics) -> None: ...
@@ -161,8 +162,8 @@ class _Loop:
 
 
 def log_record(steps: Sequence[Step]) -> Metrics:
-    """A record of metrics.jsonl, with the loss averaged over the steps since the last record, as in Trainer. Losses
-    that are not finite are left out; the loss is None if no step has a finite one."""
+    """Return a record of metrics.jsonl, with the loss averaged over `steps`, the steps since the last record, as in
+    Trainer. Losses that are not finite are left out; the loss is None if no step has a finite one."""
     last, losses = steps[-1], [step.loss for step in steps if step.loss is not None]
     return {
         "step": last.number,
@@ -202,6 +203,6 @@ def _finite(value: float) -> float | None:
 def _not_finite(number: int, named: str, places: Sequence[str], loss: float, grad_norm: float) -> NonFiniteError:
     some = ", ".join(places[:NAMED]) + (" …" if len(places) > NAMED else "")
     return NonFiniteError(
-        f"step {number}: not finite: loss {loss}, gradient norm {grad_norm}, or the prompt after it "
+        f"step {number}: the loss ({loss}), the gradient norm ({grad_norm}) or the prompt after the step is not finite "
         f"({named.format(some)}); lower --learning_rate"
     )

@@ -90,7 +90,7 @@ def print_sweep(found: Sweep, rate: float) -> None:
 
 
 def sweep_steps(total: int) -> int:
-    """Optimizer steps of the sweep before a run of `total` steps."""
+    """Return the number of optimizer steps of the sweep before a run of `total` steps."""
     return sum(most * _steps(total, share) for share, most in RUNGS)
 
 
@@ -120,7 +120,7 @@ def find_learning_rate(
     """
     held, rest = set_aside(examples, args.seed)
     if len(held) < FEWEST_ASIDE:
-        why = f"{len(examples):,} rows are too few to set some aside and compare by them"
+        why = f"{len(examples):,} rows are too few to set some aside for comparing the rates"
         return Sweep(None, why, math.nan, {})
 
     trials = _Trials(engine, values, held, rest, args, total, rows_per_step, request, on_step)
@@ -194,7 +194,8 @@ def successive_halving(
 
 
 def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Sequence[Example]]:
-    """Split the examples into those by which rates are compared, drawn with the seed, and the rest to train on."""
+    """Split the examples into those on which the rates are compared, drawn with the seed, and the rest, on which the
+    prompt is trained."""
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[i] for i in order[:aside]], Subset(examples, order[aside:])

@@ -109,8 +109,8 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
     was = old.data.streaming
     if was != config.data.streaming and not ignored:
         raise CheckpointError(
-            f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which has rows in an order of its "
-            f"own; {'leave --streaming false out' if was else 'leave the flag out'}, or add --ignore_data_skip to "
+            f"{checkpoint}: was trained {'with' if was else 'without'} --streaming, which changes the order of rows; "
+            f"leave out {'--streaming false' if was else '--streaming'}, or add --ignore_data_skip to "
             f"{'continue in the other order' if was else 'begin at the first row again'}"
         )
     before, now = _order_of(old, int(saved["rows_per_step"])), _order_of(config, rows_per_step)
@@ -119,7 +119,7 @@ def check_rows(config: TrainConfig, rows_per_step: int, saved: Mapping[str, Any]
         return
     told = " and ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
     if not ignored:
-        way = "begin this pass again" if _is_shuffled_anew(old, config) else "continue all the same"
+        way = "begin this pass again" if _is_shuffled_anew(old, config) else "continue anyway"
         raise CheckpointError(
             f"{checkpoint}: was trained with {told}; rows of this pass would be repeated, left out or tokenized "
             f"differently; give the same flags, or add --ignore_data_skip to {way}"
@@ -169,13 +169,14 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
     if others and not ignored:
         differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"
         raise CheckpointError(
-            f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what it saw; "
-            "name the same, or add --ignore_data_skip to continue all the same"
+            f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what it was trained with; "
+            "name the same, or add --ignore_data_skip to continue anyway"
         )
     if others:
-        print(f"{checkpoint.name}: saw another {' and another '.join(named)}, which --ignore_data_skip allows")
+        names = " and another ".join(named)
+        print(f"{checkpoint.name}: was trained with another {names}, which --ignore_data_skip allows")
     if unknown := _named([what for what in now if what not in saved]):
-        print(f"{checkpoint.name}: was written before {' and '.join(unknown)} were noted; they are not compared")
+        print(f"{checkpoint.name}: was written before {' and '.join(unknown)} were recorded; they are not compared")
     return others
 
 

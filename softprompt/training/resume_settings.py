@@ -59,7 +59,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     try:
         validated(resumed)
     except ConfigError as error:
-        raise ConfigError(f"{error} (what is not given is as in {checkpoint})") from None
+        raise ConfigError(f"{error} (settings that are not given are taken from {checkpoint})") from None
     return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
 
 

@@ -33,7 +33,7 @@ class RunWriter:
             return
         if new := [name for name in foreign if name not in self._named]:
             self._named.update(new)
-            self.say(f"warning: {', '.join(new)}: not of this run; the checkpoint with it is kept")
+            self.say(f"warning: {', '.join(new)}: this run did not write it, so the checkpoint that holds it is kept")
 
     def write_results(self, files: Mapping[str, bytes]) -> None:
         """Write the files of the finished run beside its checkpoints."""

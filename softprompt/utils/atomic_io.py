@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from softprompt.utils.errors import OutputError
 
 Files = Mapping[str, bytes | Sequence[Any]]  # name → content, or buffers that make it up
-# Suffixes of hidden temporary folders: being written; replaced, but not yet removed; to be removed.
+# Suffixes of hidden temporary folders that are being written, replaced but not yet removed, or about to be removed.
 NEW, OLD, GONE = "new", "old", "gone"
 
 

@@ -87,7 +87,8 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def _configured(config: PreTrainedConfig) -> str:
-    """Return a configuration as JSON, without its path, the version of its writer, and the dtype it was saved in."""
+    """Return a configuration as JSON, without its path, the version of transformers that wrote it, and the dtype in
+    which the weights were saved."""
     values = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_SETTINGS}
     return json.dumps(values, sort_keys=True, default=str)
 

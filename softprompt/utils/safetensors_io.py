@@ -95,13 +95,14 @@ def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, 
 
     Args:
         folder: A folder with model.safetensors, or with model.safetensors.index.json and the files that it names.
-        flag: The flag that needs them, for the error message.
+        flag: What needs them, such as a flag, for the error message.
 
     Returns:
         The tensors by name. Their files stay open as long as a tensor exists.
 
     Raises:
-        ModelError: There are no such files, one that the index names is missing, or one is truncated or broken.
+        ModelError: There are no such files, one that the index names is missing, one is truncated or broken, or a
+            tensor has a dtype other than those in DTYPES.
     """
     if (folder / FILE).is_file():
         return _tensors_of(folder / FILE)
@@ -159,7 +160,8 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
         try:
             found[name] = _stored(file, entry, 8 + length, size)
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{path}: tensor {name[:100]}: {_reason(error)}; fetch the file again") from None
+            advice = "use a base in one of these dtypes" if _has_other_dtype(entry) else "fetch the file again"
+            raise ModelError(f"{path}: tensor {name[:100]}: {_reason(error)}; {advice}") from None
     return found
 
 
@@ -174,6 +176,12 @@ def _stored(file: BinaryIO, entry: Mapping[str, Any], data: int, size: int) -> S
     if data + end > size:
         raise ValueError(f"ends at byte {data + end:,} of a file of {size:,}")
     return StoredTensor(file, data + begin, dtype, tuple(shape))
+
+
+def _has_other_dtype(entry: Any) -> bool:
+    """Return whether a tensor's entry in the header names a dtype that safetensors may contain, but this package does
+    not read."""
+    return isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] not in DTYPES
 
 
 def _reason(error: Exception) -> str:

@@ -146,7 +146,7 @@ FAULTS = [
     ({"seed": -1}, "--seed -1 must lie in [0, 2**63)"),
     ({"seed": 2**64}, "must lie in [0, 2**63)"),
     ({"learning_rate": 0.0}, "--learning_rate 0.0 must be above 0"),
-    ({"max_length": 1}, "--max_length 1 is too small to hold any target; at least 2"),
+    ({"max_length": 1}, "--max_length 1 is too small to hold any target; give at least 2"),
     ({"eval_rows": -1}, "--eval_rows -1 must not be negative"),
     ({"columns": "output"}, "--columns 'output' is not a list of OURS=THEIRS pairs such as"),
     ({"columns": "=a"}, "--columns '=a' is not a list"),

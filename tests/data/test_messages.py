@@ -119,8 +119,8 @@ REFUSED = {
     "a question of nothing": ({"messages": [{"role": "user", "content": None}, A]}, "message 1: its content must be a text"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, A]}, "message 1: .* list of text parts, found a part of type 'image'"),
     "a number": ({"messages": [{"role": "user", "content": 3}, A]}, "message 1: its content must be a text, .* found a number"),
-    "an unknown sender": ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]}, "'conversations', message 2 is from 'function_call'; known are human"),
-    "no answer": ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "ends with the assistant's, .* last one is of role 'user'"),
+    "an unknown sender": ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]}, "'conversations', message 2 is from 'function_call'; expected one of human"),
+    "no answer": ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "ends with the assistant's, .* its role is 'user'"),
     "lists of two lengths": ({"messages": {"role": ["user", "assistant"], "content": ["a"]}}, "'messages' must be a list"),
     "calls that are none": ({"messages": [Q, {**CALLS, "tool_calls": "x"}]}, "message 2: its tool_calls must be a list of objects"),
     "tools that are none": ({"messages": [Q, A], "tools": "x"}, "'tools' must be a list of objects"),
@@ -167,7 +167,7 @@ def test_what_the_chat_template_does_not_read_is_said(tiny_base, tmp_path, capsy
     dataset = save(tmp_path / "r.jsonl", {"messages": [Q, {**A, "weight": 0}]}, {"messages": [Q, A | {"content": ""}]})
     softprompt.train(**settings, dataset=dataset, output_dir=str(tmp_path / "run"))
     told = capsys.readouterr().out
-    assert "does not read: weight (of 1 rows)" in told
+    assert "does not read: weight (in 1 rows)" in told
     assert "1 rows with an empty answer" in told  # whatever the template writes behind it
 
 

@@ -159,7 +159,7 @@ def test_a_hub_dataset_whose_length_nobody_knows(hub, settings, capsys):
         assert epochs == [int(record["epoch"]) for record in records]
     assert "Dataset some/rows: rows, columns instruction" in capsys.readouterr().out
     shutil.rmtree("run")
-    with pytest.raises(ConfigError, match=r"--max_steps is missing: how many rows some/rows has is not known"):
+    with pytest.raises(ConfigError, match=r"--max_steps is missing: the number of rows of some/rows is unknown"):
         softprompt.train(**hub | {"max_steps": -1})
     assert not Path("run").exists()
 
@@ -206,7 +206,7 @@ def broken(at, line) -> str:
 
 BROKEN = {
     "not JSON": ('{"instruction": "a', "rows.jsonl, line 21: not JSON"),
-    "no answer": ('{"instruction": "a"}', "rows.jsonl, line 21: column 'output' must be a text, there is none"),
+    "no answer": ('{"instruction": "a"}', "rows.jsonl, line 21: column 'output' must be a text, but there is none"),
     "a list": ("[]", "rows.jsonl, line 21: expected an object of columns, found a list"),
 }
 
@@ -252,7 +252,7 @@ def test_another_content_or_kind_of_order_is_refused(settings):
     interrupted(settings, 5)
     Path("rows.jsonl").touch()
     softprompt.train(resume_from_checkpoint="run", max_steps=5)
-    with pytest.raises(CheckpointError, match=r"was trained with --streaming, .*leave --streaming false out"):
+    with pytest.raises(CheckpointError, match=r"was trained with --streaming, .*leave out --streaming false"):
         softprompt.train(**settings | {"streaming": False, "buffer_size": 10_000}, resume_from_checkpoint="newest")
     wider = settings | {"buffer_size": settings["buffer_size"] + 1}
     with pytest.raises(CheckpointError, match=r"with --buffer_size 7 .*add --ignore_data_skip"):
@@ -271,7 +271,7 @@ def test_another_content_or_kind_of_order_is_refused(settings):
         softprompt.train(**settings, resume_from_checkpoint="newest")
     shutil.rmtree("run")
     interrupted(settings | {"streaming": False, "buffer_size": 10_000}, 5)
-    with pytest.raises(CheckpointError, match=r"was trained without --streaming, .*leave the flag out"):
+    with pytest.raises(CheckpointError, match=r"was trained without --streaming, .*leave out --streaming"):
         softprompt.train(**settings, resume_from_checkpoint="newest")
     softprompt.train(**settings, resume_from_checkpoint="newest", ignore_data_skip=True)
 

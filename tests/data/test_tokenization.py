@@ -223,7 +223,7 @@ def test_what_was_found_is_said(tokenizer):
     assert said.startswith("2 rows, ")
     for part in (
         "2 rows cut at max_length",
-        "1 rows left out, their whole answer was cut",
+        "1 rows left out because their whole answer was cut",
         "1 rows with an empty answer",
     ):
         assert part in said

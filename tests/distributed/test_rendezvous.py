@@ -52,7 +52,7 @@ def test_a_rank_that_never_comes():
     store = dist.HashStore()
     with pytest.raises(RuntimeError):
         rendezvous(store, 0, 2, timedelta(seconds=0.2))
-    with pytest.raises(RuntimeError, match="rank 0 did not come within"):
+    with pytest.raises(RuntimeError, match="rank 0 did not join within"):
         rendezvous(store, 1, 2, timedelta(seconds=0.5))
 
 

@@ -168,6 +168,6 @@ def test_no_place_for_store(tmp_path):
     (tmp_path / "file").touch()
     with (
         ActivationStore(0, tmp_path / "file") as store,
-        pytest.raises(TrainingError, match=r"--offload_folder .*file: no place for activations"),
+        pytest.raises(TrainingError, match=r"--offload_folder .*file: activations cannot be stored"),
     ):
         store.put(1, torch.ones(3))

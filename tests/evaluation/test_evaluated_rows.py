@@ -178,7 +178,7 @@ def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys,
 def test_invalid_settings_in_an_adapter_folder(settings, place):
     beside("a", **settings)
     (name,) = settings
-    with pytest.raises(AdapterError, match=f"softprompt.json: {name} must be .*mend it there"):
+    with pytest.raises(AdapterError, match=f"softprompt.json: {name} must be .*correct it there"):
         LoadedAdapter.from_folder("a")
 
 

@@ -222,7 +222,7 @@ REFUSED = {
     "--adapter p0 --adapter stray --prompt 好 --ensemble": "adapters are for several bases: p0 for .*, stray for some/base; ask those of one base at a time",
     "--adapter p0 --adapter wide --prompt 好 --ensemble": "virtual tokens have size 16, but .* has hidden size 32",
     "--adapter p0 --adapter p1 --ensemble --prompts_file own.jsonl": "own.jsonl, line 2: names an adapter, but --ensemble",
-    "--adapter p0 --adapter long --ensemble --eval_dataset rows.jsonl --max_length 66": "--max_length 66 the adapters' templates keep different answers",
+    "--adapter p0 --adapter long --ensemble --eval_dataset rows.jsonl --max_length 66": "--max_length 66, the adapters' templates truncate different answers",
 }
 
 
@@ -246,7 +246,7 @@ def test_refused_arguments(place):
     for names, voting, kind, message in (
         (["a"], None, ConfigError, "an ensemble of a: name two or more adapters"),
         ([], None, ConfigError, "an ensemble of no adapter: name two or more"),
-        (["a", "z"], None, AdapterError, "ensemble: unknown adapter 'z'; known are a, b, none"),
+        (["a", "z"], None, AdapterError, "ensemble: unknown adapter 'z'; give one of a, b, none"),
         (["a", "b"], "loud", ConfigError, "voting 'loud' is not one of majority_vote, mean_likelihood"),
     ):
         with pytest.raises(kind, match=message):

@@ -139,7 +139,7 @@ def test_training_and_asking_on_the_command_line(place, tiny_base, capsys, monke
     line = refused(infer, many, capsys, monkeypatch, place)  # not by the weights that it was begun with
     assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0
-    with pytest.raises(ConfigError, match="--num_beams searches with the base's own weights"):
+    with pytest.raises(ConfigError, match="--num_beams needs the base's own weights"):
         model.generate("1", num_beams=2)
 
 
@@ -158,7 +158,7 @@ def test_what_is_refused(flags, program, place, capsys, monkeypatch):
 
 def test_what_else_is_refused(place, capsys, monkeypatch):
     line = refused(train, ["--load_in_4bit", "--stream_base"], capsys, monkeypatch, place)
-    assert_line(line, "--load_in_8bit and --load_in_4bit .*--stream_base and --shard_base; give one of the two")
+    assert_line(line, "--load_in_8bit and --load_in_4bit .*--stream_base and --shard_base; give only one of")
     base = make_bloom()
     base.config.model_type = "llama"
     with pytest.raises(ConfigError, match=r"--load_in_8bit is for BLOOM, and .* is of type llama"):

@@ -178,7 +178,7 @@ def test_a_label_without_tokens_is_refused():
 def test_a_tokenizer_of_single_bytes_has_no_frequent_tokens():
     letters = {letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])))
-    with pytest.raises(ConfigError, match="--vocab_population: this tokenizer has only special tokens"):
+    with pytest.raises(ConfigError, match="--prompt_tuning_init: this tokenizer has only special tokens"):
         start(make_bloom(), tokenizer, prompt_tuning_init="SAMPLE_VOCAB", vocab_population=5)
 
 

@@ -226,7 +226,7 @@ def test_full_disk_is_one_error_line(world, tmp_path, table):
     "hook, fault",
     [
         (fault_tools.metrics_unwritable_at_step_2, "metrics.jsonl cannot be written"),
-        (fault_tools.terminal_gone_at_step_2, "nobody reads what the run says"),
+        (fault_tools.terminal_gone_at_step_2, "the reader of the run's output is gone"),
         (fault_tools.clock_jumps, "the clock jumps by months, back and forth"),
     ],
 )
@@ -329,7 +329,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(n, world, tmp_path, ta
     older.rename(older.with_name("checkpoint-99"))
     assert find_checkpoint(config) == newest
     for what, count in tried.items():
-        table(f"a checkpoint's file {what}", count, "recognized; the one before is taken")
+        table(f"a checkpoint's file: {what}", count, "detected; the previous checkpoint is used")
     with pytest.raises(CheckpointError, match="it is of step 2"):
         find_checkpoint(parse_training(["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-99")]))
 
@@ -348,9 +348,10 @@ def test_any_data_file_is_accepted_or_refused(n, tmp_path, table):
     one()
     assert seen["accepted"] >= n // 20 and seen["refused with its row"] >= n // 20
     told = (
-        f"{seen['accepted']:,} taken, {seen['refused with its row']:,} refused by a row, {seen['refused']:,} as a whole"
+        f"{seen['accepted']:,} accepted, {seen['refused with its row']:,} refused with the row named, "
+        f"{seen['refused']:,} as a whole"
     )
-    table("rows and files that hypothesis made", sum(seen.values()), told)
+    table("random rows and files (made by hypothesis)", sum(seen.values()), told)
 
 
 @times(60, 1000)
@@ -358,7 +359,7 @@ def test_any_adapter_folder_is_accepted_or_refused(n, tiny_base, tmp_path, table
     result = adapters_survived(n, tiny_base, tmp_path)
     assert result["faults"] == [] and result["events"] == []
     assert result["accepted"] and result["refused"]
-    told = f"{result['accepted']:,} taken, {result['refused']:,} refused; no other exception, no import, no network"
+    told = f"{result['accepted']:,} accepted, {result['refused']:,} refused; no other exception, no import, no network"
     table("mutated adapter folders", n, told)
 
 

@@ -153,8 +153,8 @@ def test_newest_whole_checkpoint_is_taken(run_settings, capsys):
     Path("run/checkpoint-10/README.md").unlink()
     softprompt.train(**run_settings, resume_from_checkpoint="newest")
     told = capsys.readouterr().out
-    assert "run/checkpoint-12: optimizer.safetensors is not as it was written; the one before is tried" in told
-    assert "run/checkpoint-10: README.md is missing; the one before is tried" in told
+    assert "run/checkpoint-12: optimizer.safetensors is not as it was written; trying the checkpoint before it" in told
+    assert "run/checkpoint-10: README.md is missing; trying the checkpoint before it" in told
     assert "resuming after step 8 of 13" in told
     assert outcome() == expected
 
@@ -163,10 +163,10 @@ def test_resume_refusals(run_settings):
     with pytest.raises(CheckpointError, match="--resume_from_checkpoint nowhere: no checkpoint there"):
         softprompt.train(**run_settings, resume_from_checkpoint="nowhere")
     without = {name: value for name, value in run_settings.items() if name != "output_dir"}
-    with pytest.raises(ConfigError, match="without a folder goes on with --output_dir"):
+    with pytest.raises(ConfigError, match="without a folder continues the run in --output_dir"):
         softprompt.train(**without, resume_from_checkpoint="newest")
     interrupted(run_settings, 5)
-    with pytest.raises(OutputError, match=r"holds a run already; go on with it \(--resume_from_checkpoint\)"):
+    with pytest.raises(OutputError, match=r"holds a run already; continue it \(--resume_from_checkpoint\)"):
         softprompt.train(**run_settings)
     for step in (2, 4):
         Path(f"run/checkpoint-{step}/adapter_config.json").unlink()

@@ -181,7 +181,7 @@ def test_cells_that_mean_the_same_run_are_planned_once(place, tiny_base):
 def test_an_ensemble_with_a_member_that_is_not_finite(place, capsys):
     head = "seeds = [0, 1]\nvoting = ['majority_vote']"
     run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
-    assert "training of a prompt of the ensemble became infinite or NaN" in capsys.readouterr().err
+    assert "a member of the ensemble became infinite or NaN" in capsys.readouterr().err
 
 
 def test_subsets_depend_on_the_seed_and_are_nested():

@@ -161,7 +161,7 @@ def test_early_stopping_is_the_same_in_a_resumed_run(run_settings, losses, capsy
         assert outcome() == expected, at
     capsys.readouterr()
     softprompt.train(**run_settings, resume_from_checkpoint="newest")
-    assert "after step 8 of 13; it ended there, --early_stopping_patience was over" in capsys.readouterr().out
+    assert "after step 8 of 13; early stopping had ended the run there" in capsys.readouterr().out
     assert outcome() == expected
     assert all(fault_of(p) is None for p in checkpoints(Path("run")))
     softprompt.train(resume_from_checkpoint="run", early_stopping_patience=9)  # more patience goes on

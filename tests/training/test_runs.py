@@ -127,7 +127,7 @@ def test_training_starts_from_a_saved_adapter(flags, capsys, monkeypatch):
     first, second = (
         load_file(f"{name}/adapter_model.safetensors")["prompt_embeddings"] for name in ("first", "second")
     )
-    assert torch.allclose(first, second, atol=1e-6) and "prompt from first" in out
+    assert torch.allclose(first, second, atol=1e-6) and "initial prompt: the one in first" in out
 
 
 def test_python_api(tiny_base, tmp_path):
@@ -215,7 +215,7 @@ def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, mon
 
 def test_warning_if_bf16_is_slow_on_the_cpu(capsys):
     warn_if_bf16_is_slow({torch.bfloat16: 3.0, torch.float32: 1.0}.__getitem__)
-    told = "warning: on this CPU a bf16 matrix product takes 3 times as long as fp32's; leave out --bf16"
+    told = "warning: on this CPU a bf16 matrix product takes 3 times as long as one in fp32; leave out --bf16"
     assert told in capsys.readouterr().out
     warn_if_bf16_is_slow({torch.bfloat16: 1.0, torch.float32: 1.0}.__getitem__)
     assert not capsys.readouterr().out
