@@ -85,7 +85,7 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason}") from None
     off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
-    if not off <= (1e-3 if compute_dtype is torch.float32 else 5e-2) * size:  # NaN is refused, too
+    if not off <= (1e-3 if compute_dtype.itemsize >= 4 else 5e-2) * size:  # NaN is refused, too
         raise ModelError(
             f"{base.name_or_path}: {kind} gives other logits for token embeddings than for the token ids (they "
             f"differ by {off:.2g}; the largest is {size:.2g}): it does more with a token than look up its embedding, "

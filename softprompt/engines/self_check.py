@@ -32,8 +32,8 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 # The largest differences that count as rounding: of a row's loss per token (relative if that loss is above 1), and of
 # the gradient, relative to its norm. If rounding changes a base's gradient more, the tolerance is larger: see `noise`
 # in `CheckResult`.
-LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance

@@ -59,7 +59,7 @@ def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dty
             return " ".join(str(error).split())[:200] or type(error).__name__
         expected = torch.stack([_own_logits(base, dtype, text, values) for text in texts])  # [2, STEPS, V]
         off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
-        if not off <= (1e-3 if dtype is torch.float32 else 5e-2) * size:
+        if not off <= (1e-3 if dtype.itemsize >= 4 else 5e-2) * size:
             return f"logits of decoding steps differ by {off:.2g}; the largest is {size:.2g}"
     return None
 

@@ -121,7 +121,7 @@ class ResumableJsonl:
         for number, (line, wanted) in enumerate(zip(lines, asked, strict=False), start=1):
             try:
                 found = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"--output_file {self.path}, line {number}: not JSON; {_WAY_OUT}") from None
             if not isinstance(found, dict) or any(found.get(name) != value for name, value in wanted.items()):
                 raise OutputError(
@@ -134,7 +134,7 @@ def read_note(path: Path) -> dict[str, Any] | None:
     """Read the note beside an output file; None if there is none, or if the file is not a note."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
