@@ -57,16 +57,14 @@ class BloomStepAttention:
     def __init__(self, cache: KVCache, step: PackedStep, slopes: Tensor):
         N = len(slopes)
         self.cache, self.step, self.slopes, self.n = cache, step, slopes, len(step.positions)
-        self.width = 1 + max((step.positions[b] for b in step.decoding), default=0)
-        rows = [(b * N + h) * cache.width + step.positions[b] for b in step.decoding for h in range(N)]
-        self.write_rows = torch.tensor(rows, device=step.device)  # [decoding · N], indices into [B · N · W, D]
-        self.decoding = torch.tensor(step.decoding, device=step.device)
+        heads = step.decoding[:, None] * N + torch.arange(N, device=step.device)  # [d, N]
+        self.write_rows = (heads * cache.width + step.decode_positions[:, None]).flatten()  # into [B · N · W, D]
         dtype = cache.layers[0][0].dtype
         self.decode_bias = self._decode_bias().to(dtype)  # [n · N, 1, width]
-        longest_text = max((group.lengths[0] for group in step.prefills), default=0)
-        self.longest_prefix = max((len(group.prefix.layers[0]) for group in step.prefills), default=0)
-        bias = causal_alibi(N, longest_text, self.longest_prefix, slopes)
-        self.prefill_bias = bias.to(dtype)  # [1, N, longest text, longest prefix + longest text]
+        if step.prefills:
+            self.longest_prefix = max(group.P for group in step.prefills)
+            bias = causal_alibi(N, max(group.lengths[0] for group in step.prefills), self.longest_prefix, slopes)
+            self.prefill_bias = bias.to(dtype)  # [1, N, longest text, longest prefix + longest text]
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """Attend in one layer.
@@ -79,7 +77,7 @@ class BloomStepAttention:
         Returns:
             [S, N · D] in the dtype of `q`.
         """
-        decoding, outputs = len(self.step.decoding), []
+        decoding, outputs = len(self.step.decoding), list[Tensor]()
         if decoding:
             new = kv[:decoding].unbind(2)  # keys and values, each [decoding, N, D]
             for cache, values in zip(self.cache.layers[layer], new, strict=True):
@@ -99,7 +97,7 @@ class BloomStepAttention:
         All n slots are computed, so that the cache is read as a view, without a copy. The results of slots in prefill
         are dropped.
         """
-        caches = (cache[: self.n, :, : self.width] for cache in self.cache.layers[layer])
+        caches = (cache[: self.n, :, : self.step.width] for cache in self.cache.layers[layer])
         keys, values = (cache.flatten(0, 1) for cache in caches)  # each [n · N, width, D]
         if self.step.prefills:
             q = q.index_select(0, self.step.last_index)
@@ -107,7 +105,7 @@ class BloomStepAttention:
         scale = q.shape[-1] ** -0.5
         scores = torch.baddbmm(self.decode_bias, q, keys.transpose(1, 2), alpha=scale)  # [n · N, 1, width]
         out = torch.bmm(scores.softmax(-1), values).view(self.n, -1)  # [n, N · D]
-        return out.index_select(0, self.decoding) if self.step.prefills else out
+        return out.index_select(0, self.step.decoding) if self.step.prefills else out
 
     def _store(self, layer: int, group: PrefillGroup, prefix: Tensor, kv: Tensor) -> None:
         """Copy the keys and values of the prompt [P, N, 2, D] and of the texts [tokens, N, 2, D] into the cache."""
@@ -120,7 +118,6 @@ class BloomStepAttention:
     def _decode_bias(self) -> Tensor:
         """Return the bias [n · N, 1, width] that is added to the scores of each slot's newest token: ALiBi (-slope ·
         distance) for positions up to the token itself, -inf for those after it."""
-        position = torch.tensor(self.step.positions, device=self.step.device)[:, None]  # [n, 1]
-        distance = torch.arange(self.width, device=self.step.device) - position  # [n, width]
+        distance = torch.arange(self.step.width, device=self.step.device) - self.step.positions[:, None]  # [n, width]
         masked = distance.to(self.slopes.dtype).masked_fill_(distance > 0, -torch.inf)
         return (self.slopes[:, None] * masked[:, None]).flatten(0, 1)[:, None]

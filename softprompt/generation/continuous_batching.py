@@ -24,6 +24,7 @@ from torch import Tensor
 
 from softprompt.engines.memory_estimate import MAX_TOKENS
 from softprompt.engines.prefix_schedule import PrefixKV
+from softprompt.generation.cuda_graphs import Forward, with_graphs
 from softprompt.generation.kv_cache import KVCache, PrefixCache
 from softprompt.generation.packed_step import PackedStep, Slot
 from softprompt.generation.requests import OnToken, Request
@@ -108,8 +109,9 @@ class ContinuousBatchingGenerator:
         """Run steps until slots and queue are empty. If memory runs out, `slots` still has the unfinished requests."""
         width = max(slot.P + slot.state.max_tokens for slot in queue)
         cache = self._allocate(num_slots, width, queue[0].prefix)
+        forward = with_graphs(self.model.forward, self.device)
         while self._evict_and_refill(cache, slots, queue, num_slots):
-            tokens = next_tokens(self._forward(cache, slots), [slot.state for slot in slots])
+            tokens = next_tokens(self._forward(forward, cache, slots), [slot.state for slot in slots])
             for slot, token in zip(slots, tokens, strict=True):
                 if slot.state.append(token) and on_token:
                     on_token(slot.state.index, token)
@@ -145,10 +147,9 @@ class ContinuousBatchingGenerator:
             yield queue.popleft()
 
     @torch.inference_mode()
-    def _forward(self, cache: KVCache, slots: Sequence[Slot]) -> Tensor:
-        """Run one step; return the logits [n, V] of each slot's next token."""
-        step = PackedStep(slots, self.device)
-        logits = self.model.forward(cache, step)
-        for slot, position in zip(slots, step.positions, strict=True):
-            slot.cached = position + 1
+    def _forward(self, forward: Forward, cache: KVCache, slots: Sequence[Slot]) -> Tensor:
+        """Run one step; return the logits [n, V] of each slot's next token, which are valid until the next step."""
+        logits = forward(cache, PackedStep.of(slots, self.device))
+        for slot in slots:
+            slot.cached = slot.length
         return logits

@@ -15,6 +15,7 @@ from softprompt.generation.kv_cache import KVCache
 from softprompt.generation.packed_step import PackedStep, PrefillGroup
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
+from softprompt.utils.transfer import to_device
 
 
 class DecoderStepModel:
@@ -36,9 +37,10 @@ class DecoderStepModel:
 
     def forward(self, cache: KVCache, step: PackedStep) -> Tensor:
         """See `StepModel.forward`."""
-        decoded = [step.positions[b] for b in step.decoding]
         texts = [torch.arange(g.P, g.P + length) for g in step.prefills for length in g.lengths]
-        positions = torch.cat([torch.tensor(decoded, dtype=torch.int64), *texts]).to(self.device)  # [S]
+        positions = step.decode_positions  # [S]
+        if texts:
+            positions = torch.cat([positions, to_device(torch.cat(texts), self.device)])
         words = word_embeddings(self.schedule.base)(step.input_ids)  # [S, H]
         prompts = [self.schedule.by_module(group.prefix) for group in step.prefills]
         rows = CachedAttention(cache, step, self.layer_of, prompts)
@@ -65,10 +67,7 @@ class CachedAttention:
         prompts: list[dict[nn.Module, LayerKV]],
     ):
         self.cache, self.step, self.layer_of = cache, step, layer_of
-        self.slots = torch.tensor(step.decoding, dtype=torch.int64, device=step.device)  # [d]
-        positions = [step.positions[b] for b in step.decoding]
-        self.positions = torch.tensor(positions, dtype=torch.int64, device=step.device)  # [d]
-        self.width = 1 + max(positions, default=0)
+        self.slots, self.positions, self.width = step.decoding, step.decode_positions, step.width
         pairs = zip(step.prefills, prompts, strict=True)
         self.texts = [PackedRows(group.lengths, step.device, group.P, prompt) for group, prompt in pairs]
         self._masks: dict[int | None, Tensor] = {}

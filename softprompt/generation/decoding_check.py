@@ -73,10 +73,10 @@ def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], pr
         slots.append(Slot(RequestState(index, request, frozenset(), None), prefix))
     cache, logits = model.new_cache(len(slots), P + max(map(len, texts)), prefix), []
     for number in range(STEPS):
-        step = PackedStep(slots, model.device)
+        step = PackedStep.of(slots, model.device)
         logits.append(model.forward(cache, step).float())
-        for slot, text, position in zip(slots, texts, step.positions, strict=True):
-            slot.cached = position + 1
+        for slot, text in zip(slots, texts, strict=True):
+            slot.cached = slot.length
             slot.state.append(text[len(text) - STEPS + number])
     return torch.stack(logits, dim=1)
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from softprompt.engines.prefix_attention import RowGroup, group_rows
 from softprompt.engines.prefix_schedule import PrefixKV
 from softprompt.generation.sampling import RequestState
+from softprompt.utils.transfer import to_device
 
 
 @dataclass
@@ -39,6 +41,11 @@ class Slot:
     def P(self) -> int:
         """Number of virtual tokens before the text."""
         return len(self.prefix.layers[0])
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the row: virtual tokens, text and answer so far."""
+        return self.P + len(self.state.token_ids)
 
     def restarted(self) -> "Slot":
         """Reset this slot to its state before prefill and return it. The tokens of the answer so far are kept and are
@@ -71,25 +78,36 @@ class PrefillGroup(NamedTuple):
         return len(self.prefix.layers[0])
 
 
+@dataclass
 class PackedStep:
-    """The stream of one forward pass over n slots: the newest tokens of the decoding slots, then the texts of the slots
-    in prefill, grouped by prompt. After a restart, a text includes the answer so far.
+    """The stream of one forward pass over n slots: the newest tokens of the d decoding slots, then the texts of the
+    slots in prefill, grouped by prompt. After a restart, a text includes the answer so far.
 
     Attributes:
-        decoding: Indices of the slots that decode, in the order of the stream.
         prefills: The groups of slots that are prefilled.
-        positions: Position of each slot's last token in its row; the first virtual token has position 0.
+        width: Number of positions of the KV cache that decoding reads: as many as the longest row of a decoding slot
+            has, or more; 0 if no slot decodes.
         input_ids: The stream [S] int64.
         last_index: Index in the stream of each slot's last token [n] int64.
+        decoding: Indices of the slots that decode [d] int64, in the order of the stream.
+        positions: Position of each slot's last token in its row [n] int64; the first virtual token has position 0.
     """
 
-    def __init__(self, slots: Sequence[Slot], device: torch.device):
-        self.device, self.positions = device, [slot.P + len(slot.state.token_ids) - 1 for slot in slots]
-        self.decoding = [b for b, slot in enumerate(slots) if slot.cached]
-        stream, last_index = [slots[b].state.token_ids[-1] for b in self.decoding], [0] * len(slots)
-        for index, b in enumerate(self.decoding):
+    prefills: list[PrefillGroup]
+    width: int
+    input_ids: Tensor
+    last_index: Tensor
+    decoding: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], device: torch.device) -> "PackedStep":
+        """Return the step over the slots in use."""
+        decoding = [b for b, slot in enumerate(slots) if slot.cached]
+        stream, last_index = [slots[b].state.token_ids[-1] for b in decoding], [0] * len(slots)
+        for index, b in enumerate(decoding):
             last_index[b] = index
-        self.prefills: list[PrefillGroup] = []
+        prefills: list[PrefillGroup] = []
         for prefix, uncached in _uncached_by_prefix(slots):
             start = len(stream)
             for b in uncached:
@@ -97,9 +115,26 @@ class PackedStep:
                 last_index[b] = len(stream) - 1
             lengths = [len(slots[b].state.token_ids) for b in uncached]
             span = slice(start, len(stream))
-            self.prefills.append(PrefillGroup(prefix, uncached, lengths, group_rows(lengths, device), span))
-        self.input_ids = torch.tensor(stream, device=device)  # [S]
-        self.last_index = torch.tensor(last_index, device=device)  # [n]
+            prefills.append(PrefillGroup(prefix, uncached, lengths, group_rows(lengths, device), span))
+        positions = [slot.length - 1 for slot in slots]
+        width = max((slots[b].length for b in decoding), default=0)
+        tensors = (torch.tensor(t, dtype=torch.int64) for t in (stream, last_index, decoding, positions))
+        return cls(prefills, width, *(to_device(t, device) for t in tensors))
+
+    @classmethod
+    def empty(cls, n: int, width: int, device: torch.device) -> "PackedStep":
+        """Return a step in which slots 0 … n-1 decode, with zeros as tokens and positions."""
+        zeros, slots = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
+        return cls([], width, zeros, slots, slots, zeros.clone())
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def decode_positions(self) -> Tensor:
+        """Position of the newest token of each decoding slot [d] int64."""
+        return self.positions.index_select(0, self.decoding) if self.prefills else self.positions
 
 
 def _uncached_by_prefix(slots: Sequence[Slot]) -> Iterator[tuple[PrefixKV, list[int]]]:

@@ -181,13 +181,13 @@ class SmallMemoryGenerator(ContinuousBatchingGenerator):
         super().__init__(BloomStepModel(ResidentWeights(base, FP32)), tokenizer)
         self.room, self.once, self.late, self.steps = room, once, late, 0
 
-    def _forward(self, cache, slots):
+    def _forward(self, forward, cache, slots):
         self.steps += 1
         if len(slots) > self.room or self.steps == self.once:
             if self.late:
-                next_tokens(super()._forward(cache, slots), [slot.state for slot in slots])
+                next_tokens(super()._forward(forward, cache, slots), [slot.state for slot in slots])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super()._forward(cache, slots)
+        return super()._forward(forward, cache, slots)
 
 
 SAMPLED = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)
