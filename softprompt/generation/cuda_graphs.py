@@ -24,7 +24,7 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 
 Forward = Callable[[KVCache, PackedStep], Tensor]  # runs one step over a cache: logits [n, V]
 WIDTH = 128
-CAPTURE_AT = 4  # the graph of a size is captured at its fourth step, since capturing takes as long as some steps
+CAPTURE_AT = 4  # the default: a size is captured at its fourth step, since capturing takes as long as some steps
 
 
 def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -51,11 +51,17 @@ class DecodeGraphs:
 
     Args:
         forward: Runs a step without a graph.
+        capture_at: Capture the graph of a size at this step of the size, counted from 1.
         record: See `capture`.
     """
 
-    def __init__(self, forward: Forward, record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = capture):
-        self.forward, self.record = forward, record
+    def __init__(
+        self,
+        forward: Forward,
+        capture_at: int = CAPTURE_AT,
+        record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = capture,
+    ):
+        self.forward, self.capture_at, self.record = forward, capture_at, record
         self.graphs: dict[tuple[int, int], tuple[PackedStep, Callable[[], Tensor]]] = {}
         self.seen = Counter[tuple[int, int]]()
         self.failed = False
@@ -66,7 +72,7 @@ class DecodeGraphs:
             return self.forward(cache, step)
         size = rounded_size(cache, step)
         self.seen[size] += 1
-        if size not in self.graphs and (self.seen[size] < CAPTURE_AT or not self._capture(cache, step, size)):
+        if size not in self.graphs and (self.seen[size] < self.capture_at or not self._capture(cache, step, size)):
             return self.forward(cache, step)
         inputs, replay = self.graphs[size]
         _copy(step, inputs)
@@ -87,9 +93,9 @@ class DecodeGraphs:
         return not self.failed
 
 
-def with_graphs(forward: Forward, device: torch.device) -> Forward:
-    """Return `forward` with CUDA graphs on CUDA, else unchanged."""
-    return DecodeGraphs(forward) if device.type == "cuda" else forward
+def with_graphs(forward: Forward, device: torch.device, capture_at: int = CAPTURE_AT) -> Forward:
+    """Return `forward` with CUDA graphs on CUDA, else unchanged. For `capture_at` see `DecodeGraphs`."""
+    return DecodeGraphs(forward, capture_at) if device.type == "cuda" else forward
 
 
 def rounded_size(cache: KVCache, step: PackedStep) -> tuple[int, int]:

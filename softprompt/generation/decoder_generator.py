@@ -35,7 +35,7 @@ class DecoderGenerator:
         self.base, self.tokenizer, self.compute_dtype, self.only = base, tokenizer, compute_dtype, only
         self.model = DecoderStepModel(DecoderSchedule(base, compute_dtype))
         self.continuous = ContinuousBatchingGenerator(self.model, tokenizer)
-        check_decoding(self.model)
+        check_decoding(self.model, base, compute_dtype)
 
     def __str__(self) -> str:
         return str(self.continuous)
@@ -77,4 +77,4 @@ class DecoderGenerator:
             raise ModelError(f"rows of more than {limit} positions change the rotary frequencies of their batch")
         if longest > FIRST_LENGTH and depends_on_length(self.base.config):
             # Round up to a power of two, so that few different lengths are checked.
-            check_decoding(self.model, 1 << (longest - 1).bit_length())
+            check_decoding(self.model, self.base, self.compute_dtype, 1 << (longest - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The check that continuous batching gives a decoder's own logits.
+"""The check that continuous batching gives a base's own logits.
 
 Two texts, with and without a prompt, are prefilled in one step and continued by decoding steps. The logits of these
 steps are compared with those of the base's own forward over the whole rows.
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
 from softprompt.engines.self_check import CheckResult, cache_result, cached_result, result_key
-from softprompt.generation.decoder_step import DecoderStepModel
+from softprompt.generation.continuous_batching import StepModel
+from softprompt.generation.cuda_graphs import with_graphs
 from softprompt.generation.packed_step import PackedStep, Slot
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.generation.sampling import RequestState
@@ -26,13 +27,12 @@ P, SHORT, STEPS = 3, 5, 3  # virtual tokens, tokens of the shorter text, compare
 FIRST_LENGTH = 20  # tokens of the longer text
 
 
-def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None:
+def check_decoding(model: StepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int = FIRST_LENGTH) -> None:
     """Check the logits of rows of up to `longest` tokens. A check that passed is cached, as in `self_check`.
 
     Raises:
         ModelError: The logits differ, or cannot be computed.
     """
-    base, dtype = model.schedule.base, model.schedule.compute_dtype
     if model.max_positions is not None:
         longest = max(SHORT, min(longest, model.max_positions - P - STEPS))
     key = result_key(base, model.device, dtype, P, "decoding")
@@ -44,7 +44,7 @@ def check_decoding(model: DecoderStepModel, longest: int = FIRST_LENGTH) -> None
 
 
 @torch.inference_mode()
-def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int) -> str | None:
+def _difference(model: StepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int) -> str | None:
     """Return how the logits differ, or why the step model cannot compute them; None if they agree within the rounding
     of `dtype`. `longest` is the number of tokens of the longer text."""
     embed = word_embeddings(base)
@@ -64,17 +64,18 @@ def _difference(model: DecoderStepModel, base: PreTrainedModel, dtype: torch.dty
     return None
 
 
-def _logits_of_steps(model: DecoderStepModel, texts: Sequence[Sequence[int]], prompt: Tensor | None) -> Tensor:
+def _logits_of_steps(model: StepModel, texts: Sequence[Sequence[int]], prompt: Tensor | None) -> Tensor:
     """Return the logits [2, STEPS, V] fp32 of the prefill and of the decoding steps after it."""
     settings, prefix = GenerationSettings(max_new_tokens=STEPS, do_sample=False), model.run_prompt(prompt)
     slots = []
     for index, text in enumerate(texts):
         request = Request(text[: len(text) - STEPS], settings, prompt)
         slots.append(Slot(RequestState(index, request, frozenset(), None), prefix))
+    forward = with_graphs(model.forward, model.device, capture_at=1)
     cache, logits = model.new_cache(len(slots), P + max(map(len, texts)), prefix), []
     for number in range(STEPS):
         step = PackedStep.of(slots, model.device)
-        logits.append(model.forward(cache, step).float())
+        logits.append(forward(cache, step).float().clone())
         for slot, text in zip(slots, texts, strict=True):
             slot.cached = slot.length
             slot.state.append(text[len(text) - STEPS + number])

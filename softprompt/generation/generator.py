@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from softprompt.distributed.process_group import World
@@ -13,8 +14,10 @@ from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.decoder_generator import DecoderGenerator
+from softprompt.generation.decoding_check import check_decoding
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
+from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, is_bloom
 from softprompt.models.capabilities import why_not_generate
 from softprompt.utils.errors import ConfigError, ModelError
 
@@ -52,8 +55,8 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
     (`capabilities.why_not_generate` returns the reason).
 
     With BLOOM and a packed engine, it is continuous batching with the engine's weights. Otherwise, unless `kind` is
-    "padded", it is continuous batching if the base passes `decoding_check`. In all other cases it is transformers'
-    `generate`.
+    "padded", it is continuous batching if the base passes `decoding_check`; on CUDA, BLOOM must pass it, too. In all
+    other cases it is transformers' `generate`.
 
     Args:
         kind: The value of `--engine`; None means the kind of `engine`, as in training.
@@ -62,10 +65,13 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
         ConfigError: `kind` is "packed", but the base fails `decoding_check`.
     """
     schedule = engine.schedule if isinstance(engine, MicrobatchEngine) else None
-    if isinstance(schedule, BloomSchedule):
-        return ContinuousBatchingGenerator(BloomStepModel(schedule.weights), tokenizer)
-    if (kind or (schedule and schedule.kind)) != "padded":
+    weights = schedule.weights if isinstance(schedule, BloomSchedule) else None
+    if weights is not None and engine.device.type == "cpu":
+        return ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer)
+    if weights is not None or (kind or (schedule and schedule.kind)) != "padded":
         try:
+            if is_bloom(base.config) and engine.device.type != "cpu":
+                return _checked_bloom(weights, base, tokenizer, engine.compute_dtype)
             return DecoderGenerator(base, tokenizer, engine.compute_dtype, only=kind == "packed")
         except ModelError as error:
             if kind == "packed":
@@ -73,6 +79,23 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
     if why_not_generate(base):
         return None
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)
+
+
+def _checked_bloom(
+    weights: BloomWeights | None, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype
+) -> ContinuousBatchingGenerator:
+    """Return continuous batching for BLOOM on CUDA. It is checked if `base` holds all of its weights.
+
+    Args:
+        weights: The weights of the packed engine, if there is one.
+
+    Raises:
+        ModelError: The logits differ.
+    """
+    model = BloomStepModel(weights or ResidentWeights(base, dtype))
+    if isinstance(model.weights, ResidentWeights):
+        check_decoding(model, base, dtype)
+    return ContinuousBatchingGenerator(model, tokenizer)
 
 
 class DataParallelGenerator:

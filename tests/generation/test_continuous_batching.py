@@ -15,12 +15,13 @@ from softprompt.generation import decode_linear as products
 from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.decode_linear import decode_linear
+from softprompt.generation.decoding_check import check_decoding
 from softprompt.generation.kv_cache import KVCache, PrefixCache
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
 from softprompt.generation.sampling import next_tokens
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
-from softprompt.utils.errors import TrainingError
+from softprompt.utils.errors import ModelError, TrainingError
 
 FP32 = torch.float32
 GREEDY = GenerationSettings(max_new_tokens=9, do_sample=False)
@@ -347,3 +348,12 @@ def test_answers_equal_those_of_peft_with_a_vocabulary_of_46145(base_46k):
     assert answers == [answer for _, _, answer in mixed]
     for ids, prompt, answer in asked:
         assert answers_of("packed", base, tokenizer, [(ids, prompt)], settings) == [answer]
+
+
+def test_the_check_for_cuda_sees_wrong_slopes_of_alibi():
+    base = freeze(make_bloom(), torch.float32)
+    model = BloomStepModel(ResidentWeights(base, torch.float32))
+    check_decoding(model, base, torch.float32)
+    model.slopes *= 1.5
+    with pytest.raises(ModelError, match="logits of decoding steps differ"):
+        check_decoding(model, base, torch.float32, longest=40)

@@ -27,7 +27,7 @@ def played(captured, forward):
 
         return replay
 
-    return DecodeGraphs(forward, record)
+    return DecodeGraphs(forward, record=record)
 
 
 def ask(base, tokenizer, batch_size=4):
@@ -63,7 +63,9 @@ def test_what_cannot_be_captured_decodes_without_graphs(tokenizer, monkeypatch, 
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(continuous_batching, "with_graphs", lambda forward, device: DecodeGraphs(forward, refuse))
+    monkeypatch.setattr(
+        continuous_batching, "with_graphs", lambda forward, device: DecodeGraphs(forward, record=refuse)
+    )
     answers, expected = ask(base, tokenizer)
     assert answers == expected
     assert capsys.readouterr().err.count("cannot be captured") == 1
