@@ -111,6 +111,30 @@ class PackedRows:
         return self._masks[key]
 
 
+class PromptAndRows:
+    """The `RowsAttention` of a stream that begins with the prompt: its P virtual tokens attend causally to themselves,
+    and the rows attend to them and, causally, to their row.
+
+    Args:
+        groups: The rows in the order of the stream, see `prefix_attention.RowGroup`.
+        P: Number of virtual tokens.
+    """
+
+    def __init__(self, groups: Sequence[RowGroup], P: int):
+        self.groups, self.P = groups, P
+        self.prompt = PackedRows([RowGroup(1, P, P, None, None)], 0, {})
+        self.rows = PackedRows(groups, P, {})
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """See `RowsAttention.attend`."""
+        virtual, tokens = (tuple(t[at] for t in (q, k, v)) for at in (slice(self.P), slice(self.P, None)))
+        outputs = [self.prompt.attend(module, *virtual, options)] if self.P else []
+        if self.groups:
+            self.rows.prompt = {module: LayerKV(*virtual[1:])} if self.P else {}
+            outputs.append(self.rows.attend(module, *tokens, options))
+        return torch.cat(outputs)
+
+
 def visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
     """Return a causal mask [n, keys] bool for queries at `positions` [n] int64 and keys at positions 0 … keys - 1: True
     where a query attends to a key. With a sliding window, a query attends only to the last `window` positions, its own

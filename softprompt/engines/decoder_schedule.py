@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.data.collate import Packed
+from softprompt.data.collate import Packed, has_targets
 from softprompt.data.tokenization import Example
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
 from softprompt.engines.decoder_attention import (
     LayerKV,
     PackedRows,
+    PromptAndRows,
     RowsAttention,
     check_uses_interface,
     uses_packed_attention,
 )
 from softprompt.engines.head import split_base
+from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_attention import RowGroup, group_rows
 from softprompt.engines.prefix_schedule import PrefixKV, PrefixSchedule
@@ -85,19 +87,13 @@ class DecoderSchedule(PrefixSchedule):
         return here if len(prefix.layers[0]) else {}
 
     def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
-        P = len(prefix.layers[0])
-        hidden = prefix.last_hidden[:0]
+        """See `PrefixSchedule.rows_forward`."""
+        P, hidden = len(prefix.layers[0]), prefix.last_hidden[:0]
         if batch.lengths:
-            words = word_embeddings(self.base)(batch.input_ids)  # [S, H]
-            positions = torch.cat([torch.arange(P, P + n) for n in batch.lengths]).to(self.device)
             rows = PackedRows(group_rows(batch.lengths, self.device), P, self.by_module(prefix))
-            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            again = partial(uses_packed_attention, self.base)
-            with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
-                hidden = self.run_body(words, positions, rows).index_select(0, batch.predictors)  # [n, H]
-        first = batch.first_targets if P else batch.first_targets[:0]  # [f]
-        before = prefix.last_hidden.expand(len(first), -1) if P else hidden[:0]
-        return LossInputs(torch.cat([before, hidden]), torch.cat([first, batch.targets]))
+            positions = torch.cat(_positions(P, batch)).to(self.device)
+            hidden = self._run_rows(word_embeddings(self.base)(batch.input_ids), positions, rows)
+        return _loss_inputs(prefix.last_hidden, hidden, batch)
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
@@ -112,6 +108,13 @@ class DecoderSchedule(PrefixSchedule):
         if self._measured is None:
             self._measured = measure_activations(self.base, self._run_row)
         return self._measured
+
+    def _run_rows(self, embeddings: Tensor, positions: Tensor, rows: RowsAttention) -> Tensor:
+        """Call `run_body`, with gradient checkpointing if it is on and there will be a backward pass."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        again = partial(uses_packed_attention, self.base)
+        with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
+            return self.run_body(embeddings, positions, rows)
 
     def _run_row(self, embeddings: Tensor, record: list[tuple[nn.Module, LayerKV]] | None = None) -> Tensor:
         """Run one row without a prompt: embeddings [T, H] → final hidden states [T, H]. For `record` see
@@ -135,3 +138,47 @@ class DecoderSchedule(PrefixSchedule):
                 inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, packed_rows=rows
             )
         return out.last_hidden_state[0]
+
+
+class JointDecoderSchedule(JointSchedule[Packed], DecoderSchedule):
+    """Runs the prompt and the rows of a micro-batch as one packed stream [P + S].
+
+    It is for a sharded base, where the ranks must make their passes in step (see `models.fsdp`) and may have different
+    numbers of micro-batches. A window of M micro-batches gathers the layers 2 · M times; with a pass of its own for the
+    prompt, it would be 2 · (M + 1) times.
+    """
+
+    def forward(self, prompt: Tensor, batch: Packed) -> LossInputs:
+        """See `JointSchedule.forward`."""
+        P, words = len(prompt), word_embeddings(self.base)(batch.input_ids)  # [S, H]
+        hidden = words
+        if P or batch.lengths:
+            positions = torch.cat([torch.arange(P), *_positions(P, batch)]).to(self.device)
+            rows = PromptAndRows(group_rows(batch.lengths, self.device), P)
+            hidden = self._run_rows(torch.cat([prompt.to(words.dtype), words]), positions, rows)  # [P + S, H]
+        return _loss_inputs(hidden[:P][-1:], hidden[P:], batch)
+
+    def has_targets(self, batch: Packed) -> bool:
+        """See `JointSchedule.has_targets`."""
+        return has_targets(batch)
+
+    def empty_prompt(self) -> Tensor:
+        """See `JointSchedule.empty_prompt`."""
+        return word_embeddings(self.base).weight[:0]
+
+
+def _positions(P: int, batch: Packed) -> list[Tensor]:
+    """Return the positions of each row's tokens behind P virtual tokens, int64."""
+    return [torch.arange(P, P + n) for n in batch.lengths]
+
+
+def _loss_inputs(last_hidden: Tensor, hidden: Tensor, batch: Packed) -> LossInputs:
+    """Return the loss inputs of a micro-batch.
+
+    Args:
+        last_hidden: The last hidden state of the last virtual token [1, H]; [0, H] without a prompt.
+        hidden: The last hidden states of the S tokens, [S, H].
+    """
+    first = batch.first_targets if len(last_hidden) else batch.first_targets[:0]  # [f]
+    before = last_hidden.expand(len(first), -1)  # [f, H]
+    return LossInputs(torch.cat([before, hidden.index_select(0, batch.predictors)]), torch.cat([first, batch.targets]))
