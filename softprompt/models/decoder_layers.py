@@ -1,7 +1,6 @@
 """Find the layers of a decoder: the modules that its hidden states pass through one after the other."""
 
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -59,5 +58,6 @@ def decoder_layers(base: PreTrainedModel, flag: str) -> DecoderLayers:
 
 def _share_parameters(base: PreTrainedModel, found: DecoderLayers) -> bool:
     """Whether a parameter of a layer also belongs to another layer or to a module outside the layers."""
-    owners = Counter(id(p) for module in base.modules() for p in module.parameters(recurse=False))
-    return any(owners[id(p)] > 1 for layer in found.layers for p in layer.parameters())
+    own = [id(p) for layer in found.layers for p in layer.parameters()]
+    others = (p for name, p in base.named_parameters(remove_duplicate=False) if not name.startswith(f"{found.name}."))
+    return len(set(own)) < len(own) or not set(own).isdisjoint(map(id, others))
