@@ -52,7 +52,7 @@ from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.base import Engine
 from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.engines.factory import make_engine
-from softprompt.models.fsdp import shard_blocks
+from softprompt.models.fsdp import shard_layers
 from softprompt.models.loading import freeze, load_base, load_tokenizer, move_to_device
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
@@ -211,7 +211,7 @@ def engine_of(
         return DataParallelEngine(engine, world) if world.size > 1 else engine
     base, stored = load_meta_model(args.base, "sharded")
     base = move_to_device(freeze(base, torch.float32), device)
-    shards = shard_blocks(base, stored, world)
+    shards = shard_layers(base, stored, world)
     return DataParallelEngine(make_engine(config, base, tokenizer, torch.float32, P, shards), world, shards.join)
 
 

@@ -53,13 +53,13 @@ class ModelArguments:
     )
     shard_base: bool = option(
         False,
-        "Shard the transformer blocks of a BLOOM among the processes of torchrun (torch's fully_shard), for a base "
-        "larger than one device. Each process reads only its own slices from the safetensors files.",
+        "Shard the layers of the base among the processes of torchrun (torch's fully_shard), for a base larger than "
+        "one device. Each process reads only its own slices of them from the safetensors files.",
     )
     max_activation_gib: float = option(
         1.0,
         "Keep at most this many GiB of block inputs in memory and offload the others to a file. Used by the packed "
-        "engine with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
+        "engine for a BLOOM with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
     )
     offload_folder: str | None = option(
         None,

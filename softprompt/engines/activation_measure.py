@@ -57,7 +57,7 @@ def measure_activations(base: PreTrainedModel, run: Callable[[Tensor], Tensor]) 
 
 def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int) -> int:
     """Return the bytes of the tensors that autograd saves for a row of T tokens. The base's parameters and buffers do
-    not count."""
+    not count: those of a sharded layer are gathered into memory that is released after the layer's forward."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> None:  # keep only the storage: a tensor would keep its graph alive
@@ -67,5 +67,6 @@ def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int)
     embeddings = torch.zeros(T, weight.shape[1], device=weight.device, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         run(embeddings + weight[:1].detach().float())
-    own = {t.untyped_storage().data_ptr() for t in (*base.parameters(), *base.buffers())}
+    resident = (t for t in (*base.parameters(), *base.buffers()) if not hasattr(t, "to_local"))  # no slices
+    own = {t.untyped_storage().data_ptr() for t in resident}
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)

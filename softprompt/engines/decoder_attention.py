@@ -119,6 +119,28 @@ class PackedRows:
         return self._masks[key]
 
 
+class PromptAndRows:
+    """The `RowsAttention` of a stream that begins with the prompt: its P virtual tokens attend causally to themselves,
+    and the rows attend to them and, causally, to their row.
+
+    Args:
+        rows: The attention of the rows behind P virtual tokens.
+    """
+
+    def __init__(self, rows: PackedRows):
+        self.rows, self.P = rows, rows.P
+        self.prompt = PackedRows([rows.P], rows.device, 0, {})
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        """See `RowsAttention.attend`."""
+        virtual, tokens = (tuple(t[at] for t in (q, k, v)) for at in (slice(self.P), slice(self.P, None)))
+        outputs = [self.prompt.attend(module, *virtual, options)] if self.P else []
+        if self.rows.lengths:
+            self.rows.prompt = {module: LayerKV(*virtual[1:])} if self.P else {}
+            outputs.append(self.rows.attend(module, *tokens, options))
+        return torch.cat(outputs)
+
+
 def visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
     """Return a causal mask [n, keys] bool for queries at `positions` [n] int64 and keys at positions 0 … keys - 1: True
     where a query attends to a key. With a sliding window, a query attends only to the last `window` positions, its own

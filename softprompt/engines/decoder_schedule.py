@@ -1,6 +1,6 @@
 """The packed schedule for transformers' decoders: it runs the base's own modules with `packed_attention`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -8,23 +8,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.data.collate import Packed
+from softprompt.data.collate import Packed, has_targets
 from softprompt.data.tokenization import Example
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
 from softprompt.engines.decoder_attention import (
     LayerKV,
     PackedRows,
+    PromptAndRows,
     RowsAttention,
     check_uses_interface,
     uses_packed_attention,
 )
+from softprompt.engines.flex_attention import FlexRows
 from softprompt.engines.head import split_base
+from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_schedule import PrefixKV, PrefixSchedule
 from softprompt.engines.recompute import layers_to_recompute, recomputed
+from softprompt.engines.varlen_attention import VarlenRows
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.utils.errors import ModelError
+from softprompt.utils.transfer import to_device
+
+ROWS = {"sdpa": PackedRows, "varlen": VarlenRows, "flex_attention": FlexRows}
 
 
 class DecoderSchedule(PrefixSchedule):
@@ -37,14 +44,23 @@ class DecoderSchedule(PrefixSchedule):
     [P, K, D'].
     """
 
-    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        compute_dtype: torch.dtype,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+    ):
         """
+        Args:
+            attn_implementation: A name in ROWS: the function that computes the attention of rows.
+
         Raises:
             ModelError: The base does not use transformers' attention interface; it cannot be split into a body and a
                 head; or it has no layers that support `gradient_checkpointing`.
         """
         check_uses_interface(base)
-        self.base, self.compute_dtype = base, compute_dtype
+        self.base, self.compute_dtype, self.attn_implementation = base, compute_dtype, attn_implementation
         self.body, self.head = split_base(base, compute_dtype)
         self.device, self.gradient_checkpointing = word_embeddings(base).weight.device, gradient_checkpointing
         self.recomputed_layers = layers_to_recompute(base) if gradient_checkpointing else []
@@ -84,19 +100,13 @@ class DecoderSchedule(PrefixSchedule):
         return here if len(prefix.layers[0]) else {}
 
     def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
-        P = len(prefix.layers[0])
-        hidden = prefix.last_hidden[:0]
+        """See `PrefixSchedule.rows_forward`."""
+        P, hidden = len(prefix.layers[0]), prefix.last_hidden[:0]
         if batch.lengths:
-            words = word_embeddings(self.base)(batch.input_ids)  # [S, H]
-            positions = torch.cat([torch.arange(P, P + n) for n in batch.lengths]).to(self.device)
-            rows = PackedRows(batch.lengths, self.device, P, self.by_module(prefix))
-            recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-            again = partial(uses_packed_attention, self.base)
-            with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
-                hidden = self.run_body(words, positions, rows).index_select(0, batch.predictors)  # [n, H]
-        first = batch.first_targets if P else batch.first_targets[:0]  # [f]
-        before = prefix.last_hidden.expand(len(first), -1) if P else hidden[:0]
-        return LossInputs(torch.cat([before, hidden]), torch.cat([first, batch.targets]))
+            rows = self._rows(batch.lengths, P, self.by_module(prefix))
+            positions = to_device(torch.cat(_positions(P, batch)), self.device)
+            hidden = self._run_rows(word_embeddings(self.base)(batch.input_ids), positions, rows)
+        return _loss_inputs(prefix.last_hidden, hidden, batch)
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
@@ -111,6 +121,18 @@ class DecoderSchedule(PrefixSchedule):
         if self._measured is None:
             self._measured = measure_activations(self.base, self._run_row)
         return self._measured
+
+    def _rows(self, lengths: list[int], P: int, prompt: Mapping[nn.Module, LayerKV] | None = None) -> PackedRows:
+        """Return the attention of packed rows. For the arguments see `PackedRows`."""
+        kind = ROWS[self.attn_implementation] if lengths else PackedRows
+        return kind(lengths, self.device, P, prompt or {})
+
+    def _run_rows(self, embeddings: Tensor, positions: Tensor, rows: RowsAttention) -> Tensor:
+        """Call `run_body`, with gradient checkpointing if it is on and there will be a backward pass."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        again = partial(uses_packed_attention, self.base)
+        with recomputed(self.recomputed_layers, again) if recompute else nullcontext():
+            return self.run_body(embeddings, positions, rows)
 
     def _run_row(self, embeddings: Tensor, record: list[tuple[nn.Module, LayerKV]] | None = None) -> Tensor:
         """Run one row without a prompt: embeddings [T, H] → final hidden states [T, H]. For `record` see
@@ -134,3 +156,47 @@ class DecoderSchedule(PrefixSchedule):
                 inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, packed_rows=rows
             )
         return out.last_hidden_state[0]
+
+
+class JointDecoderSchedule(JointSchedule[Packed], DecoderSchedule):
+    """Runs the prompt and the rows of a micro-batch as one packed stream [P + S].
+
+    It is for a sharded base, where the ranks must make their passes in step (see `models.fsdp`) and may have different
+    numbers of micro-batches. A window of M micro-batches gathers the layers 2 · M times; with a pass of its own for the
+    prompt, it would be 2 · (M + 1) times.
+    """
+
+    def forward(self, prompt: Tensor, batch: Packed) -> LossInputs:
+        """See `JointSchedule.forward`."""
+        P, words = len(prompt), word_embeddings(self.base)(batch.input_ids)  # [S, H]
+        hidden = words
+        if P or batch.lengths:
+            positions = to_device(torch.cat([torch.arange(P), *_positions(P, batch)]), self.device)
+            rows = PromptAndRows(self._rows(batch.lengths, P))
+            hidden = self._run_rows(torch.cat([prompt.to(words.dtype), words]), positions, rows)  # [P + S, H]
+        return _loss_inputs(hidden[:P][-1:], hidden[P:], batch)
+
+    def has_targets(self, batch: Packed) -> bool:
+        """See `JointSchedule.has_targets`."""
+        return has_targets(batch)
+
+    def empty_prompt(self) -> Tensor:
+        """See `JointSchedule.empty_prompt`."""
+        return word_embeddings(self.base).weight[:0]
+
+
+def _positions(P: int, batch: Packed) -> list[Tensor]:
+    """Return the positions of each row's tokens behind P virtual tokens, int64."""
+    return [torch.arange(P, P + n) for n in batch.lengths]
+
+
+def _loss_inputs(last_hidden: Tensor, hidden: Tensor, batch: Packed) -> LossInputs:
+    """Return the loss inputs of a micro-batch.
+
+    Args:
+        last_hidden: The last hidden state of the last virtual token [1, H]; [0, H] without a prompt.
+        hidden: The last hidden states of the S tokens, [S, H].
+    """
+    first = batch.first_targets if len(last_hidden) else batch.first_targets[:0]  # [f]
+    before = last_hidden.expand(len(first), -1)  # [f, H]
+    return LossInputs(torch.cat([before, hidden.index_select(0, batch.predictors)]), torch.cat([first, batch.targets]))

@@ -17,7 +17,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.decoder_schedule import DecoderSchedule
+from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.memory_estimate import (
     GIB,
@@ -41,14 +41,14 @@ from softprompt.engines.self_check import (
     rows_to_check,
 )
 from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, bloom_shape, is_bloom
-from softprompt.models.fsdp import ShardedBlocks, ShardedWeights
+from softprompt.models.fsdp import ShardedLayers, ShardedWeights
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import QuantizedBlocks, QuantizedWeights
 from softprompt.models.weight_offload import StreamedWeights
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.safetensors_io import StoredTensor
 
-Blocks = Mapping[str, StoredTensor] | ShardedBlocks | QuantizedBlocks
+Blocks = Mapping[str, StoredTensor] | ShardedLayers | QuantizedBlocks
 
 
 class ChosenEngine(NamedTuple):
@@ -73,7 +73,8 @@ def choose_engine(
 
     `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
     is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. There is no check with
-    `--engine padded`, with `blocks`, and without rows that have targets; see `make_engine` for the choice then.
+    `--engine padded`, with a BLOOM that does not hold its blocks, and without rows that have targets; see `make_engine`
+    for the choice then. If the layers are sharded, all ranks check the same rows.
 
     Args:
         base: The loaded, frozen base.
@@ -89,15 +90,17 @@ def choose_engine(
         TrainingError: One of the engines runs out of memory with a single row.
     """
     kind, P = config.model.engine, len(prompt)
-    examined = rows_to_check(rows, longest) if blocks is None and kind != "padded" else []
+    checked = kind != "padded" and (blocks is None or not is_bloom(base.config))
+    examined = rows_to_check(rows, longest) if checked else []
     if not examined:
         return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
     args = config.training
     padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
     packed: Engine | None = None
     try:
-        packed = make_engine(config, base, tokenizer, dtype, P, kind="packed")
-        result = _checked(config, base, packed, padded, prompt, examined, rows)
+        packed = make_engine(config, base, tokenizer, dtype, P, blocks, kind="packed")
+        ranks = blocks.world.size if isinstance(blocks, ShardedLayers) else 1
+        result = _checked(config, base, packed, padded, prompt, examined, rows, ranks)
     except ModelError as error:
         result = CheckResult(len(examined), len(examined[0].input_ids), failure=str(error))
     result = CheckResult(*agree(list(result)))
@@ -119,13 +122,14 @@ def _checked(
     prompt: Tensor,
     examined: Sequence[Example],
     rows: Sequence[Example],
+    ranks: int,
 ) -> CheckResult:
     """Return the cached result on the packed engine. If there is none, compare and time both engines, and cache the
-    result (except in a dry run)."""
+    result (except in a dry run). `ranks` is the number of ranks that the base is sharded among, or 1."""
     args = config.training
     window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
     size = round(math.log2(sum(len(row.input_ids) for row in window)))  # on which the speed depends
-    settings = args.gradient_checkpointing, args.tokens_per_microbatch, size
+    settings = args.gradient_checkpointing, args.tokens_per_microbatch, size, ranks
     key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
     if result := cached_result(key, len(examined[0].input_ids)):
         return result
@@ -151,9 +155,9 @@ def make_engine(
     Args:
         base: The loaded, frozen base.
         P: Number of virtual tokens.
-        blocks: The blocks of a BLOOM if `base` does not hold them itself: stored in files, quantized, or sharded among
-            ranks. The packed engine then uses the layer-major schedule. Blocks in files and quantized blocks always
-            get the packed engine.
+        blocks: The blocks of a BLOOM if `base` does not hold them itself (stored in files, or quantized), or the layers
+            of any base that are sharded among ranks. With a BLOOM, the packed engine then uses the layer-major
+            schedule. Blocks in files and quantized blocks always get the packed engine.
         kind: "packed" or "padded"; None means what `takes_packed` selects for `--engine`.
 
     Raises:
@@ -169,28 +173,34 @@ def make_engine(
     recompute = args.gradient_checkpointing
     if kind == "padded":
         return padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, recompute)
-    if isinstance(blocks, ShardedBlocks):
-        held = 2 + math.ceil(len(blocks.blocks) / blocks.world.size)
+    if isinstance(blocks, ShardedLayers) and is_bloom(base.config):
+        held = 2 + math.ceil(len(blocks.layers) / blocks.world.size)
         return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
     if is_bloom(base.config):
         auto = auto_tokens(bloom_shape(base.config), dtype, P, device, total_memory(device), recompute)
         schedule = MicrobatchMajor(ResidentWeights(base, dtype), recompute)
         return MicrobatchEngine(schedule, args.tokens_per_microbatch or auto)
-    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute)
+    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, isinstance(blocks, ShardedLayers))
 
 
 def packed_engine(
-    base: PreTrainedModel, dtype: torch.dtype, tokens: int | None = None, gradient_checkpointing: bool = False
+    base: PreTrainedModel,
+    dtype: torch.dtype,
+    tokens: int | None = None,
+    gradient_checkpointing: bool = False,
+    sharded: bool = False,
 ) -> Engine:
     """Build the packed engine for a decoder other than BLOOM.
 
     Args:
         tokens: Maximum number of tokens of a micro-batch; None computes it from the size of the memory.
+        sharded: Whether the layers of `base` are sharded among ranks.
 
     Raises:
         ModelError: See `DecoderSchedule`.
     """
-    return _sized(DecoderSchedule(base, dtype, gradient_checkpointing), tokens)
+    schedule = JointDecoderSchedule if sharded else DecoderSchedule
+    return _sized(schedule(base, dtype, gradient_checkpointing), tokens)
 
 
 def padded_engine(

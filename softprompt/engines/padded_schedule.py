@@ -1,6 +1,6 @@
 """The padded schedule, for any causal language model: rows are padded and run through the base's own forward."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from softprompt.data.collate import Batch, collate_padded, cut_by_tokens
 from softprompt.data.tokenization import IGNORE, Example
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
 from softprompt.engines.head import split_base
+from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.padded import check_forward, prepend
 from softprompt.engines.recompute import layers_to_recompute, recomputed
@@ -39,7 +40,7 @@ class PaddedRows(NamedTuple):
     first: int
 
 
-class PaddedSchedule:
+class PaddedSchedule(JointSchedule[PaddedRows]):
     """The `Schedule` for any causal language model. It prepends the prompt to each padded row, and runs one micro-batch
     after the other under autocast."""
 
@@ -84,23 +85,13 @@ class PaddedSchedule:
         where = (t.to(device, non_blocking=True) for t in (at[:, 0], at[:, 1], targets))
         return PaddedRows(batch.to(device), *where, first=int((at[:, 1] == 0).sum()))
 
-    def accumulate(self, prompt: Tensor, batches: Iterable[PaddedRows], grad_scale: Tensor | float) -> Tensor:
-        """See `Schedule.accumulate`."""
-        leaf = prompt.detach().requires_grad_()  # the rows' gradients accumulate here
-        total = torch.zeros((), device=prompt.device, dtype=torch.float64)
-        for each in batches:
-            if not len(each.targets):
-                continue
-            loss = self.head.loss(*self._forward(leaf, each))
-            (loss * grad_scale).backward()
-            total += loss.detach()
-        prompt.backward(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-        return total
+    def has_targets(self, batch: PaddedRows) -> bool:
+        """See `JointSchedule.has_targets`."""
+        return len(batch.targets) > 0
 
-    def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[PaddedRows]) -> Iterator[LossInputs]:
-        """See `Schedule.iter_loss_inputs`."""
-        values = word_embeddings(self.base).weight[:0] if prompt is None else prompt  # [P, H]
-        return (self._forward(values, each) for each in batches)
+    def empty_prompt(self) -> Tensor:
+        """See `JointSchedule.empty_prompt`."""
+        return word_embeddings(self.base).weight[:0]
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
@@ -120,17 +111,17 @@ class PaddedSchedule:
     def __str__(self) -> str:
         return ""
 
-    def _forward(self, prompt: Tensor, some: PaddedRows) -> LossInputs:
-        """Run a micro-batch behind the prompt [P, H], up to the input of the head."""
-        P, batch = len(prompt), some.batch
-        words = word_embeddings(self.base)(batch.input_ids)  # [B, T, H]
-        embeddings, mask, _ = prepend(prompt, words, batch.attention_mask, batch.labels)  # [B, P + T, …]
+    def forward(self, prompt: Tensor, batch: PaddedRows) -> LossInputs:
+        """See `JointSchedule.forward`."""
+        P, (input_ids, attention_mask, labels) = len(prompt), batch.batch
+        words = word_embeddings(self.base)(input_ids)  # [B, T, H]
+        embeddings, mask, _ = prepend(prompt, words, attention_mask, labels)  # [B, P + T, …]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed(self.recomputed_layers) if recompute else nullcontext():
             hidden = self._run_body(embeddings, attention_mask=mask)  # [B, P + T, H]
-        skipped = 0 if P else some.first  # without a prompt, no position predicts a first token
-        predictors = (some.rows * hidden.shape[1] + P + some.columns - 1)[skipped:]
-        return LossInputs(hidden.flatten(0, 1).index_select(0, predictors), some.targets[skipped:])
+        skipped = 0 if P else batch.first  # without a prompt, no position predicts a first token
+        predictors = (batch.rows * hidden.shape[1] + P + batch.columns - 1)[skipped:]
+        return LossInputs(hidden.flatten(0, 1).index_select(0, predictors), batch.targets[skipped:])
 
     def _run_body(self, embeddings: Tensor, **others: Any) -> Tensor:
         """Run the base without its head: embeddings [B, P + T, H] → final hidden states [B, P + T, H]."""

@@ -1,68 +1,95 @@
-"""Load a BLOOM without its blocks, which stay on the meta device, and list where the blocks' values are stored."""
+"""Load a decoder without its layers, whose parameters stay on the meta device, and list where these are stored."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.models.bloom_weights import is_bloom
-from softprompt.models.loading import load_config, word_embeddings
+from softprompt.models.capabilities import check_supports_prompt
+from softprompt.models.decoder_layers import decoder_layers
+from softprompt.models.loading import load_config
+from softprompt.models.stored_weights import locate_tensors
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
 
-PREFIX = "transformer."  # begins all tensor names except the head's; in the files of BLOOMs on the hub it is missing
-
 
 class MetaModel(NamedTuple):
-    """A base whose blocks are on the meta device (shapes and dtypes without values), and, by the names of the blocks'
-    tensors, where their values are stored."""
+    """A base the parameters of whose layers are on the meta device (shapes and dtypes without values), and, by their
+    names in the base, where their values are stored."""
 
     base: PreTrainedModel
     blocks: dict[str, StoredTensor]
 
 
 def load_meta_model(name_or_path: str, flag: str = "--stream_base") -> MetaModel:
-    """Load a BLOOM from a folder or the hub onto the CPU, except for its blocks.
+    """Load a causal language model from a folder or the hub onto the CPU, except for the parameters of its layers.
 
     Args:
         flag: The flag that asked for this, for error messages.
 
     Raises:
-        ModelError: The base does not exist, is no BLOOM, has no safetensors files, or its files do not fit its
-            configuration.
+        ModelError: The base does not exist or is unsuitable (see `loading.read_base`), its layers cannot be found (see
+            `decoder_layers`), it has no safetensors files, or these do not fit its configuration (see
+            `stored_weights.locate_tensors`).
+    """
+    config = load_config(name_or_path)
+    files = list_stored_tensors(_folder(name_or_path), flag)
+    base = _without_values(config, _dtype(config, files.values()), name_or_path)
+    check_supports_prompt(base, name_or_path)
+    stored = locate_tensors(base, files, flag)
+    layers = decoder_layers(base, flag)
+    in_layers = {id(p) for layer in layers.layers for p in layer.parameters()}
+    of_layers = {name: _found(stored, name, name_or_path) for name, p in base.named_parameters() if id(p) in in_layers}
+    _read_outside(base, {name: each for name, each in stored.items() if name not in of_layers})
+    for name, tensor in base.state_dict().items():
+        if tensor.is_meta and name not in of_layers:
+            _found(stored, name, name_or_path)
+    return MetaModel(base, of_layers)
+
+
+def _without_values(config: Any, dtype: torch.dtype, name_or_path: str) -> PreTrainedModel:
+    """Build a base from its configuration, in eval mode, with its parameters on the meta device.
+
+    Buffers that files do not hold, such as rotary frequencies, are on the CPU and have their values: as in
+    `from_pretrained`, the model's own initialization computes them.
+
+    Raises:
+        ModelError: Transformers cannot build a causal language model from it.
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(name_or_path)
-    if not is_bloom(config):
+    try:
+        with torch.device("meta"):
+            base = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+        for name, buffer in base.named_non_persistent_buffers():
+            path, _, own_name = name.rpartition(".")
+            base.get_submodule(path)._buffers[own_name] = torch.empty_like(buffer, device="cpu")
+        base.initialize_weights()
+    except Exception as error:  # ValueError, ImportError, or whatever the model class raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(f"base model {name_or_path!r} cannot be loaded: {reason}") from None
+    return base
+
+
+def _read_outside(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Read these tensors, and tie those that the base ties, as transformers does after loading."""
+    values = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in stored.items()}
+    for name, each in stored.items():
+        each.read_into(values[name])
+    base.load_state_dict(values, strict=False, assign=True)
+    base.tie_weights(missing_keys=base.state_dict().keys() - stored.keys(), recompute_mapping=False)
+
+
+def _found(stored: Mapping[str, StoredTensor], name: str, name_or_path: str) -> StoredTensor:
+    if name not in stored:
         raise ModelError(
-            f"{flag} is for BLOOM, and {name_or_path} is of type {config.model_type}"
-            + (" with slow_but_exact" if config.model_type == "bloom" else "")
-            + "; leave it out"
+            f"{name_or_path}: its safetensors files lack the tensor {name}, which its config.json requires"
         )
-    files = list_stored_tensors(_folder(name_or_path), flag)
-    dtype = _dtype(config, files.values())
-    with torch.device("meta"):
-        base = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
-    head, words = cast(nn.Linear, base.get_output_embeddings()), word_embeddings(base)
-    blocks, outside_blocks = {}, {}
-    for name, expected in base.state_dict().items():
-        if config.tie_word_embeddings and name == "lm_head.weight":
-            continue
-        stored = blocks[name] = _find(files, name, tuple(expected.shape), name_or_path)
-        stored.dtype = dtype
-        if not name.startswith(PREFIX + "h."):
-            outside_blocks[name] = torch.empty(stored.shape, dtype=dtype)
-            blocks.pop(name).read_into(outside_blocks[name])
-    base.load_state_dict(outside_blocks, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        head.weight = words.weight
-    return MetaModel(base, blocks)
+    return stored[name]
 
 
 def _folder(name_or_path: str) -> Path:
@@ -80,19 +107,8 @@ def _folder(name_or_path: str) -> Path:
 
 def _dtype(config: Any, files: Iterable[StoredTensor]) -> torch.dtype:
     """Return the dtype that transformers chooses for `dtype="auto"`: that of the configuration, else that of the first
-    tensor."""
+    floating-point tensor."""
     named = getattr(config, "dtype", None)
     named = getattr(torch, named) if isinstance(named, str) else named
-    return named or next((stored.file_dtype for stored in files), torch.float32)
-
-
-def _find(files: dict[str, StoredTensor], name: str, shape: tuple[int, ...], base: str) -> StoredTensor:
-    found = files.get(name) or files.get(name.removeprefix(PREFIX))
-    if found is None:
-        raise ModelError(f"{base}: its safetensors files lack the tensor {name}, which its config.json requires")
-    if found.shape != shape:
-        raise ModelError(
-            f"{found.file.name}: tensor {name} has the shape {list(found.shape)}, but config.json "
-            f"requires {list(shape)}"
-        )
-    return found
+    floating = (stored.file_dtype for stored in files if stored.file_dtype.is_floating_point)
+    return named or next(floating, torch.float32)

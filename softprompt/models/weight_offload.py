@@ -7,8 +7,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt.models.bloom_weights import BLOCK_MODULES, BlockWeights, LinearParams, NonBlockWeights
+from softprompt.models.bloom_weights import BLOCK_MODULES, BlockWeights, LinearParams, NonBlockWeights, is_bloom
+from softprompt.models.loading import load_config
+from softprompt.models.meta_loading import MetaModel, load_meta_model
+from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import StoredTensor
+
+
+def load_streamed(name_or_path: str) -> MetaModel:
+    """Load a BLOOM without its blocks.
+
+    Raises:
+        ModelError: The base is no BLOOM, or see `load_meta_model`.
+    """
+    config = load_config(name_or_path)
+    if not is_bloom(config):
+        sliced = " with slow_but_exact" if config.model_type == "bloom" else ""
+        raise ModelError(
+            f"--stream_base is for BLOOM, and {name_or_path} is of type {config.model_type}{sliced}; leave it out"
+        )
+    return load_meta_model(name_or_path, "--stream_base")
 
 
 class StreamedWeights(NonBlockWeights):

@@ -1,6 +1,6 @@
 """Choose and build the engine, the generator and the evaluator of a training run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
 from softprompt.models.capabilities import RowMaxima, why_not_generate
-from softprompt.models.fsdp import ShardedBlocks, shard_blocks
+from softprompt.models.fsdp import ShardedLayers
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.early_stopping import metric_name
-from softprompt.training.setup import Base, RunData, is_sharded
+from softprompt.training.setup import Base, RunData
 from softprompt.utils.errors import ConfigError
 
 
@@ -45,19 +45,18 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     """
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    sharded = isinstance(base.blocks, Mapping) and is_sharded(config, world)
-    blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
     rows, values = data.train.examples, prompt.weight.detach()
     known = (part.examples for part in (data.train, data.held_out) if part)
     longest = config.data.max_length if data.streamed else RowMaxima.of(*known).longest
-    first = partial(_of_rank_0, world)
-    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, longest, blocks, first)
+    join = base.blocks.join if isinstance(base.blocks, ShardedLayers) else _nothing
+    agree = partial(_of_rank_0, world, join)
+    engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, longest, base.blocks, agree)
     generator = None if config.model.stream_base else make_generator(engine, base.model, data.tokenizer)
+    join()  # a check that is in the cache of this rank may not be in those of others
     if world.size == 1:
         return Engines(engine, generator, how)
-    join = [blocks.join] if isinstance(blocks, ShardedBlocks) else []
-    generator = generator and DataParallelGenerator(generator, world, *join)
-    return Engines(DataParallelEngine(engine, world, *join), generator, how)
+    generator = generator and DataParallelGenerator(generator, world, join)
+    return Engines(DataParallelEngine(engine, world, join), generator, how)
 
 
 def make_evaluator(
@@ -90,6 +89,11 @@ def make_evaluator(
     return evaluator
 
 
-def _of_rank_0(world: World, mine: Any) -> Any:
-    """Return rank 0's value of `mine`; all ranks must call this."""
+def _of_rank_0(world: World, join: Callable[[], None], mine: Any) -> Any:
+    """Return rank 0's value of `mine`; all ranks must call this. With a sharded base, `join` first takes part in the
+    passes of ranks that still compute theirs."""
+    join()
     return world.all_gather(mine)[0]
+
+
+def _nothing() -> None: ...

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.capabilities import why_not_generate
+from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.run_files import remove_run, tidy
@@ -24,12 +25,15 @@ from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.result import Run, Setup
-from softprompt.training.resume import compare_contents, starting_point
+from softprompt.training.resume import StartingPoint, compare_contents, starting_point
 from softprompt.training.setup import (
+    Base,
+    RunData,
     check_places,
     freeze_base,
     load_data,
     load_run_base,
+    shard_base,
     start_prompt,
 )
 from softprompt.training.stop_signals import StopRequest
@@ -84,8 +88,18 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
         return _train(setup, output_dir, world, stop, starts, observer)
 
 
-def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
-    """Load and check everything that a run needs. Every rank does this by itself; nothing is written.
+class Loaded(NamedTuple):
+    """What a rank loads before it computes anything; `training.setup` describes the parts."""
+
+    start: StartingPoint
+    output_dir: Path
+    data: RunData
+    base: Base
+    prompt: PromptEmbedding
+
+
+def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Loaded:
+    """Load and check the rows, the base and the prompt of a run. Every rank does this by itself; nothing is written.
 
     Raises:
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.
@@ -95,8 +109,18 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     data = load_data(start.config, start.rows_per_step)
     base = load_run_base(start.config, world)
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
-    base = freeze_base(start.config, base)
-    prompt = start_prompt(start, data, base.model)
+    base = shard_base(start.config, freeze_base(start.config, base), world)
+    return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
+
+
+def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
+    """Load everything that a run needs, and choose its engine. Every rank must call this; nothing is written.
+
+    Raises:
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
+    """
+    # Engines may communicate with those of other ranks, so all ranks must have loaded their parts before.
+    start, output_dir, data, base, prompt = world.run_on_all(lambda: load_run(config, world, check))
     engine, generator, how = make_engines(start.config, base, data, prompt, world)
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)

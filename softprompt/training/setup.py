@@ -23,6 +23,7 @@ from softprompt.models.capabilities import (
     check_rows_fit,
     check_vocabulary,
 )
+from softprompt.models.fsdp import ShardedLayers, shard_layers
 from softprompt.models.loading import (
     base_path,
     freeze,
@@ -35,6 +36,7 @@ from softprompt.models.loading import (
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import QuantizedBlocks, quantize_blocks
+from softprompt.models.weight_offload import load_streamed
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -82,13 +84,14 @@ class Base(NamedTuple):
     """The base model.
 
     Attributes:
-        model: A transformers model. Its blocks may be on the meta device.
-        blocks: If `model` does not hold its blocks: where their tensors are stored, or the quantized blocks; else None.
+        model: A transformers model. The parameters of its layers may be on the meta device.
+        blocks: If `model` does not hold all of its layers itself: where their tensors are stored, the quantized blocks,
+            or the sharded layers; else None.
         fingerprint: {"base": hash of the weights}; empty on a rank that does not compute the hash.
     """
 
     model: PreTrainedModel
-    blocks: Mapping[str, StoredTensor] | QuantizedBlocks | None
+    blocks: Mapping[str, StoredTensor] | QuantizedBlocks | ShardedLayers | None
     fingerprint: Mapping[str, str]
 
 
@@ -160,14 +163,16 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
 
 
 def load_run_base(config: TrainConfig, world: World) -> Base:
-    """Load the base onto the CPU, without its blocks if they will be sharded or streamed.
+    """Load the base onto the CPU, without its layers if they will be sharded or streamed.
 
     Raises:
         ModelError: The base cannot be loaded, or no prompt can be trained for it.
     """
     path, sharded = _path_of_base(config), is_sharded(config, world)
-    if config.model.stream_base or sharded:
-        model, stored = load_meta_model(path, "--shard_base" if sharded else "--stream_base")
+    if sharded:
+        model, stored = load_meta_model(path, "--shard_base")
+    elif config.model.stream_base:
+        model, stored = load_streamed(path)
     else:
         model, stored = read_base(path), None
     fingerprint = {}
@@ -185,6 +190,17 @@ def freeze_base(config: TrainConfig, base: Base) -> Base:
     quantized = quantize_blocks(base.model, bits, device) if bits else None
     model = move_to_device(freeze(base.model, dtype), device)
     return base._replace(model=model, blocks=quantized or base.blocks)
+
+
+def shard_base(config: TrainConfig, base: Base, world: World) -> Base:
+    """Shard the layers of a frozen base among the ranks, if the settings ask for it. No rank waits for another one.
+
+    Raises:
+        TrainingError: A file of the base can no longer be read.
+    """
+    if not (isinstance(base.blocks, Mapping) and is_sharded(config, world)):
+        return base
+    return base._replace(blocks=shard_layers(base.model, base.blocks, world))
 
 
 def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:

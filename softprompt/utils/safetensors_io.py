@@ -9,7 +9,7 @@ ends the process with SIGBUS, whereas pread reports it.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,11 @@ from torch import Tensor
 from softprompt.utils.errors import ModelError, TrainingError, first_line
 
 FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CHUNK_BYTES = 1 << 22  # for the conversion of dtypes
 
@@ -88,6 +92,31 @@ class StoredTensor:
             if not count:
                 raise TrainingError(f"{self.file.name} has become shorter since it was opened; do not write to it")
             view, offset = view[count:], offset + count
+
+
+class ConcatenatedTensor(StoredTensor):
+    """A tensor whose flattened values are those of other stored tensors, one after the other.
+
+    For example, the stacked matrices of experts [experts, out, in] may be stored as one tensor [out, in] per expert.
+    """
+
+    def __init__(self, parts: Sequence[StoredTensor], shape: tuple[int, ...]):
+        """
+        Args:
+            parts: They share one `dtype`, and hold as many values as `shape` together.
+        """
+        first = parts[0]
+        super().__init__(first.file, first.offset, first.file_dtype, shape)
+        self.parts, self.dtype = parts, first.dtype
+
+    def _fill(self, target: Tensor, first: int) -> None:
+        for part in self.parts:
+            size = math.prod(part.shape)
+            count = min(size - first, len(target))
+            if count > 0:
+                part._fill(target[:count], first)
+                target = target[count:]
+            first = max(0, first - size)
 
 
 def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, StoredTensor]:

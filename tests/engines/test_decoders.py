@@ -148,4 +148,4 @@ def test_a_base_without_the_attention_interface_is_refused(kind):
 
 
 def test_tolerances_are_named_for_every_compute_dtype():
-    assert LOSS_TOLERANCE.keys() == GRADIENT_TOLERANCE.keys() == {FP32, BF16, torch.float16}
+    assert LOSS_TOLERANCE.keys() == GRADIENT_TOLERANCE.keys() == {torch.float64, FP32, BF16, torch.float16}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from helpers.bases import make_bloom
 from helpers.peers import random_examples
+from helpers.small_bases import small_base
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -20,14 +21,14 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.distributed.process_group import process_group
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.engines.factory import padded_engine
+from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.generator import DataParallelGenerator, in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.mini import BASE_DIR
 from softprompt.models.bloom_weights import ResidentWeights
-from softprompt.models.fsdp import ShardedWeights, shard_blocks
+from softprompt.models.fsdp import ShardedWeights, shard_layers
 from softprompt.models.loading import freeze
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
@@ -49,6 +50,23 @@ CASES = {
     "sharded, one rank out of memory": ("packed", FP32, 3, 21, 8),
     "sharded, bf16": ("packed", BF16, 3, 9, 9),
     "sharded, bf16, padded": ("padded", BF16, 3, 9, 9),
+    "sharded gpt2": ("packed", FP32, 3, 21, 8),
+    "sharded gpt2, padded": ("padded", FP32, 3, 21, 8),
+    "sharded llama": ("packed", FP32, 3, 21, 8),
+    "sharded llama, recomputed": ("packed", FP32, 3, 9, 9),
+    "sharded llama, recomputed, padded": ("padded", FP32, 3, 9, 9),
+    "sharded llama, one row at the end": ("packed", FP32, 1, 13, 6),
+    "sharded llama, one rank out of memory": ("packed", FP32, 3, 21, 8),
+    "sharded gemma3_text, padded": ("padded", FP32, 3, 21, 8),
+    "sharded gemma3_text, bf16": ("packed", BF16, 3, 9, 9),
+    "sharded mixtral": ("packed", FP32, 3, 9, 9),
+    "sharded mixtral, one row at the end, padded": ("padded", FP32, 2, 13, 6),
+}
+ODD = {
+    "gpt2": {"n_layer": 3},
+    "llama": {"num_hidden_layers": 3, "intermediate_size": 63},
+    "gemma3_text": {"num_hidden_layers": 2, "intermediate_size": 63},
+    "mixtral": {"num_hidden_layers": 3, "num_local_experts": 3},
 }
 STEPS = 14
 
@@ -70,6 +88,8 @@ class Losses:
 
 def base_of(name):
     """Odd sizes, so that no rank's slice is as large as another's."""
+    if kind := next((kind for kind in ODD if f"sharded {kind}" in name), None):
+        return small_base(kind, **ODD[kind])
     return make_bloom(33, 3, 3) if "sharded" in name else make_bloom(n_layer=2)
 
 
@@ -78,12 +98,13 @@ def shared_out(name, world, folder):
     if world.is_main:
         base_of(name).save_pretrained(folder, max_shard_size="60KB")
     world.all_gather("it is written")
-    base, stored = load_meta_model(str(folder))
+    base, stored = load_meta_model(str(folder), "--shard_base")
     base = freeze(base, CASES[name][1])
-    shards = shard_blocks(base, stored, world)
-    whole = sum(p.numel() for p in base.transformer.h.parameters())
-    held = sum(p.to_local().numel() for p in base.transformer.h.parameters())
-    assert held < 0.6 * whole, "this rank holds too much"
+    shards = shard_layers(base, stored, world)
+    parameters = [p for layer in shards.layers for p in layer.parameters()]
+    held = sum(p.to_local().numel() for p in parameters)
+    assert held < 0.7 * sum(p.numel() for p in parameters), "this rank holds too much"
+    world.all_gather("it is read")
     return base, shards
 
 
@@ -99,10 +120,24 @@ def short_of_memory(weights):
     weights.embed = embed
 
 
+def short_of_memory_within(layer):
+    """The same, of a base's own forward, which then breaks off in this layer."""
+
+    def refuse(module, inputs):
+        if inputs[0].shape[1] > 25:
+            raise torch.OutOfMemoryError("CUDA out of memory (as a test has it)")
+
+    layer.mlp.register_forward_pre_hook(refuse)
+
+
 def engine_of(name, base, shards, world):
-    kind, dtype = CASES[name][:2]
+    (kind, dtype), recompute = CASES[name][:2], "recomputed" in name
     if kind == "padded":
-        return padded_engine(base, AutoTokenizer.from_pretrained(BASE_DIR), dtype, 64)
+        return padded_engine(base, AutoTokenizer.from_pretrained(BASE_DIR), dtype, 64, recompute)
+    if base.config.model_type != "bloom":
+        if "out of memory" in name and world and world.rank == world.size - 1:
+            short_of_memory_within(shards.layers[1])
+        return packed_engine(base, dtype, 60, recompute, sharded=shards is not None)
     if shards is None:
         return MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, dtype)), 60)
     weights = ShardedWeights(base, shards, dtype)

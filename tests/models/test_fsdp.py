@@ -2,6 +2,7 @@
 ranks' results are one process's is in tests/distributed/test_process_group.py. Here is what is read, held, and
 refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,13 +16,16 @@ from helpers.bases import make_bloom, write_deep_bloom
 from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
 from helpers.programs import refused
 from helpers.short_runs import outcome
+from helpers.small_bases import small_base
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import softprompt
 import train
 from softprompt.config.loader import train_config
 from softprompt.distributed.process_group import World
-from softprompt.training.run import set_up
+from softprompt.mini import BASE_DIR
+from softprompt.training.run import load_run
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import list_stored_tensors
 
@@ -44,9 +48,20 @@ def alone(tmp_path_factory):
     return folder
 
 
-def killed(engine, folder, restarts, code):
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A small llama with the embedded base's tokenizer; the sizes of its slices differ between ranks."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 3, "intermediate_size": 63}
+    small_base("llama", **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def killed(engine, folder, restarts, code, *flags):
     """Two ranks, one of which is killed on the way; what was said when all had ended."""
-    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--engine", engine]
+    command = ["train.py", *RUN, "--per_device_train_batch_size", 4, "--shard_base", "--engine", engine, *flags]
     launcher = torchrun(2, "--max-restarts", restarts, "--monitor-interval", 3, *command, "--output_dir", folder)
     wait_for(folder / "checkpoint-16", launcher)
     pid = pid_of(launcher, 1)
@@ -75,6 +90,47 @@ def test_a_rank_dies_while_the_other_waits_for_its_blocks(alone, tmp_path, monke
         monkeypatch.delenv(name, raising=False)
     train.main(["--resume_from_checkpoint", str(tmp_path / "run"), "--shard_base", "false"])
     same_run(tmp_path / "run", alone)
+
+
+def test_a_decoder_is_checked_on_all_ranks_and_goes_on_unsharded(llama, tmp_path):
+    """The first steps are those of two ranks, the others those of one process."""
+    rows = [{"instruction": "a" * (1 + i % 7), "output": "b" * (1 + i % 3)} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags, folder = (
+        ["--dataset", str(tmp_path / "rows.jsonl"), "--eval_rows", "3", "--logging_steps", "1"],
+        tmp_path / "run",
+    )
+    flags += ["--max_steps", "4", "--save_steps", "2", "--model_name_or_path", str(llama), "--learning_rate", "0.1"]
+    train.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "alone")])
+    mine = ["train.py", *flags, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", folder]
+    out, _ = finished(torchrun(2, *mine))
+    assert "packed engine: checked against the padded one on 4 rows" in out and "2 processes" in out
+    same_run(folder, tmp_path / "alone", 1e-5)
+    shutil.rmtree(folder / "checkpoint-4")
+    train.main(["--resume_from_checkpoint", str(folder / "checkpoint-2"), "--shard_base", "false"])
+    assert relative(prompt_in(folder), prompt_in(tmp_path / "alone")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_a_rank_of_a_sharded_decoder_dies(engine, llama, tmp_path):
+    out, seconds = killed(engine, tmp_path / "run", 0, 1, "--model_name_or_path", llama)
+    assert f"{engine} engine" in out and seconds < 60
+
+
+@pytest.mark.slow
+def test_a_base_whose_packed_forward_breaks_off_is_padded(tmp_path):
+    """stablelm does not pass the rows on to its attention, so the packed engine fails within the first layer."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    small_base("stablelm", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = [*RUN, "--max_steps", 3, "--model_name_or_path", tmp_path / "base"]
+    mine = [*flags, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", tmp_path / "run"]
+    out, _ = finished(torchrun(2, "train.py", *mine))
+    assert "padded engine, because the packed one fails its check: it cannot run this base" in out
+    one = [*map(str, flags), "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")]
+    train.main(one)
+    same_run(tmp_path / "run", tmp_path / "one", 1e-5)
 
 
 @pytest.mark.slow
@@ -148,16 +204,26 @@ finally:
 """
 
 
+def write_deep_llama(folder):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).bfloat16().save_pretrained(folder)
+
+
 @pytest.mark.slow
-def test_no_rank_holds_the_base(tokenizer, tmp_path):
-    """Of 302 MB in blocks each of two ranks has half, and two or three blocks of 12.6 MB on their way. The files have
-    bf16, half of that: fp32 could stay mapped, and the ranks of a machine share what is mapped."""
+@pytest.mark.parametrize("kind, engine", [("bloom", "packed"), ("llama", "packed"), ("llama", "padded")])
+def test_no_rank_holds_the_base(kind, engine, tokenizer, tmp_path):
+    """Of 302 MB in layers each of two ranks has half, and two or three layers of 12.6 MB (or 16.8 MB) on their way. The
+    files have bf16, half of that: fp32 could stay mapped, and the ranks of a machine share what is mapped."""
     base = tmp_path / "base"
-    write_deep_bloom(base, H=512, L=24, N=8, dtype=torch.bfloat16)
+    if kind == "bloom":
+        write_deep_bloom(base, H=512, L=24, N=8, dtype=torch.bfloat16)
+    else:
+        write_deep_llama(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "rows.jsonl").write_text(ROW * 8)
     (tmp_path / "measured.py").write_text(MEASURED)
     flags = ["--model_name_or_path=base", "--dataset=rows.jsonl", "--max_steps=1", "--overwrite_cache"]
+    flags.append(f"--engine={engine}")
     environment = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -188,7 +254,7 @@ def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path
     (tmp_path / "rows.jsonl").write_text(ROW)
     if case == "gpt2":
         (base / "config.json").write_text('{"model_type": "gpt2"}')
-        said = "--shard_base is for BLOOM, and .*base is of type gpt2; leave it out"
+        said = r"model.safetensors: tensor transformer.ln_f.bias has the shape \[32\], but config.json requires"
     elif case == "bin":
         (base / "model.safetensors").rename(base / "pytorch_model.bin")
         said = "base: holds neither .*, only pytorch_model.bin; .*; --shard_base reads safetensors"
@@ -201,7 +267,7 @@ def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path
     named = {"model_name_or_path": str(base), "dataset": str(tmp_path / "rows.jsonl")}
     config = train_config(**named, shard_base=True, output_dir=str(tmp_path / "run"))
     with pytest.raises(ModelError, match=said):
-        set_up(config, first_of_two)
+        load_run(config, first_of_two)
     assert not (tmp_path / "run").exists()
 
 

@@ -160,8 +160,8 @@ FAULTS = {
         rf"{NAME}: data_offsets is miss",
     ),
     "a quantized one": (
-        lambda p: change(p, lambda h: h[NAME].update(dtype="I8")),
-        rf"{NAME}: dtype I8 is not one of F64.*; use a base in one of these dtypes",
+        lambda p: change(p, lambda h: h[NAME].update(dtype="I8", shape=[128, 128])),
+        rf"{NAME} has the dtype torch.int8, but the model requires torch.float32",
     ),
 }
 
