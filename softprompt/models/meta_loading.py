@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.loading import load_config, word_embeddings
+from softprompt.models.quantization import check_not_stored_quantized
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
@@ -33,12 +34,13 @@ def load_meta_model(name_or_path: str, flag: str = "--stream_base") -> MetaModel
         flag: The flag that asked for this, for error messages.
 
     Raises:
-        ModelError: The base does not exist, is no BLOOM, has no safetensors files, or its files do not fit its
-            configuration.
+        ModelError: The base does not exist, is no BLOOM, is stored quantized, has no safetensors files, or its files do
+            not fit its configuration.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(name_or_path)
+    check_not_stored_quantized(config, name_or_path, flag)
     if not is_bloom(config):
         raise ModelError(
             f"{flag} is for BLOOM, and {name_or_path} is of type {config.model_type}"

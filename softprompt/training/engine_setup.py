@@ -1,6 +1,5 @@
 """Choose and build the engine, the generator and the evaluator of a training run."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     """
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    sharded = isinstance(base.blocks, Mapping) and is_sharded(config, world)
+    sharded = base.blocks is not None and is_sharded(config, world)
     blocks = shard_blocks(base.model, base.blocks, world) if sharded else base.blocks  # type: ignore[arg-type]
     rows, values = data.train.examples, prompt.weight.detach()
     known = (part.examples for part in (data.train, data.held_out) if part)
