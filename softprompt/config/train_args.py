@@ -58,8 +58,8 @@ class ModelArguments:
     )
     max_activation_gib: float = option(
         1.0,
-        "Keep at most this many GiB of block inputs in memory and offload the others to a file. Used by the packed "
-        "engine with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
+        "Keep at most this many GiB of block inputs in memory and offload the others to a file. Used for BLOOM by the "
+        "packed engine with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
     )
     offload_folder: str | None = option(
         None,
@@ -67,12 +67,11 @@ class ModelArguments:
         "system's folder for temporary files)",
     )
     load_in_8bit: bool = option(
-        False, "Quantize the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
+        False, "Quantize the base's linear layers to 8 bits while it loads (bitsandbytes int8)."
     )
     load_in_4bit: bool = option(
         False,
-        "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
-        "Needs the packed engine.",
+        "Quantize the base's linear layers to 4 bits while it loads (bitsandbytes NF4 in blocks of 64).",
     )
     print_model: bool = option(False, "Print the module tree of the prompt and the frozen base.")
 

@@ -25,6 +25,7 @@ from softprompt.models.loading import freeze, load_base, word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.utils.errors import CheckpointError
 
 pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
 pytest.importorskip("accelerate", reason="needs pip install accelerate")
@@ -230,6 +231,14 @@ def test_an_interrupted_run_resumes_to_the_same_prompt(folder, bits):
     interrupted({**settings, "output_dir": "cut"}, at=3)
     softprompt.train(output_dir="cut", resume_from_checkpoint="cut/checkpoint-2")
     assert torch.equal(load_adapter("cut").prompt, load_adapter("straight").prompt)
+
+
+def test_a_run_resumes_in_other_bits_but_not_without(folder):
+    settings = {"model_name_or_path": "base", "dataset": "rows.jsonl", "output_dir": "run"}
+    softprompt.train(**settings, load_in_8bit=True, max_steps=1)
+    with pytest.raises(CheckpointError, match="base"):
+        softprompt.train(output_dir="run", resume_from_checkpoint="run", max_steps=2, load_in_8bit=False)
+    softprompt.train(output_dir="run", resume_from_checkpoint="run", max_steps=2, load_in_4bit=True)
 
 
 @pytest.mark.parametrize("program", [train, infer])
