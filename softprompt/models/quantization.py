@@ -11,6 +11,7 @@ either source, are computed as in `bitsandbytes_linear`; all other methods by tr
 
 import copy
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def check_bitsandbytes() -> None:
     """
     try:
         import_functional()
-        import accelerate  # noqa: F401
+        if find_spec("accelerate") is None:  # used by transformers
+            raise ImportError
     except ImportError:
         raise ConfigError(
             "--load_in_8bit and --load_in_4bit need bitsandbytes and accelerate: pip install bitsandbytes accelerate "

@@ -24,7 +24,7 @@ QUANTIZED = {  # configuration of a quantized base whose method needs a library 
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4},
     "compressed-tensors": {"quant_method": "compressed-tensors"},
-    "hqq": {"quant_method": "hqq"},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
     "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"},  # transformers does not know it
 }
