@@ -11,7 +11,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "softprompt"
-ENTRANCES = {"__init__", "__main__", "api", "cli", "inference"}
+ENTRANCES = {"__init__", "__main__", "api", "cli", "doctor", "inference"}
 
 
 def imported(path: Path) -> set[str]:

@@ -33,7 +33,7 @@ def infer_config(**given: Any) -> InferConfig:
     model = config.model
     faults = precision_faults(model.bf16, model.fp16, model.device)
     faults += generation_faults(dataclasses.asdict(config.generation))
-    faults += quantization_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
+    faults += quantization_faults(model.load_in_8bit, model.load_in_4bit)
     faults += _question_faults(config.question, len(model.adapter or ()))
     if faults:
         raise ConfigError("; ".join(faults))

@@ -67,12 +67,11 @@ class ModelArguments:
         "system's folder for temporary files)",
     )
     load_in_8bit: bool = option(
-        False, "Quantize the linear layers of a BLOOM's blocks to 8 bits (bitsandbytes int8). Needs the packed engine."
+        False, "Quantize the base's linear layers to 8 bits while it loads (bitsandbytes int8)."
     )
     load_in_4bit: bool = option(
         False,
-        "Quantize the linear layers of a BLOOM's blocks to 4 bits (bitsandbytes NF4 in blocks of 64). "
-        "Needs the packed engine.",
+        "Quantize the base's linear layers to 4 bits while it loads (bitsandbytes NF4 in blocks of 64).",
     )
     print_model: bool = option(False, "Print the module tree of the prompt and the frozen base.")
 

@@ -44,13 +44,10 @@ def quantization_bits(load_in_8bit: bool, load_in_4bit: bool) -> int | None:
     return 8 if load_in_8bit else 4 if load_in_4bit else None
 
 
-def quantization_faults(load_in_8bit: bool, load_in_4bit: bool, engine: str) -> list[str]:
+def quantization_faults(load_in_8bit: bool, load_in_4bit: bool) -> list[str]:
     """Return the faults of the settings that quantize the base."""
-    if load_in_8bit and load_in_4bit:
-        return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"]
-    if engine == "padded" and (load_in_8bit or load_in_4bit):
-        return ["--load_in_8bit and --load_in_4bit are for the packed engine; leave --engine padded out"]
-    return []
+    both = load_in_8bit and load_in_4bit
+    return ["--load_in_8bit and --load_in_4bit exclude each other; give one of them"] if both else []
 
 
 def seed_faults(seed: int) -> list[str]:
@@ -112,7 +109,7 @@ def _text_faults(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_faults(model: ModelArguments) -> Iterator[str]:
     yield from precision_faults(model.bf16, model.fp16, model.device)
-    yield from quantization_faults(model.load_in_8bit, model.load_in_4bit, model.engine)
+    yield from quantization_faults(model.load_in_8bit, model.load_in_4bit)
     if (model.stream_base or model.shard_base) and (model.load_in_8bit or model.load_in_4bit):
         yield (
             "--load_in_8bit and --load_in_4bit quantize a whole base and exclude --stream_base and --shard_base; "

@@ -40,15 +40,21 @@ from softprompt.engines.self_check import (
     result_key,
     rows_to_check,
 )
-from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, bloom_shape, is_bloom
+from softprompt.models.bloom_weights import (
+    BloomWeights,
+    DequantizedWeights,
+    bloom_shape,
+    has_readable_blocks,
+    is_bloom,
+    resident_weights,
+)
 from softprompt.models.fsdp import ShardedLayers, ShardedWeights
 from softprompt.models.loading import word_embeddings
-from softprompt.models.quantization import QuantizedBlocks, QuantizedWeights
 from softprompt.models.weight_offload import StreamedWeights
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.safetensors_io import StoredTensor
 
-Blocks = Mapping[str, StoredTensor] | ShardedLayers | QuantizedBlocks
+Blocks = Mapping[str, StoredTensor] | ShardedLayers
 
 
 class ChosenEngine(NamedTuple):
@@ -155,9 +161,9 @@ def make_engine(
     Args:
         base: The loaded, frozen base.
         P: Number of virtual tokens.
-        blocks: The blocks of a BLOOM if `base` does not hold them itself (stored in files, or quantized), or the layers
-            of any base that are sharded among ranks. With a BLOOM, the packed engine then uses the layer-major
-            schedule. Blocks in files and quantized blocks always get the packed engine.
+        blocks: The blocks of a BLOOM if `base` does not hold them itself (stored in files), or the layers of any base
+            that are sharded among ranks. With a BLOOM, the packed engine then uses the layer-major schedule, as it does
+            with quantized blocks. Blocks in files always get the packed engine.
         kind: "packed" or "padded"; None means what `takes_packed` selects for `--engine`.
 
     Raises:
@@ -166,19 +172,19 @@ def make_engine(
     args, device = config.training, word_embeddings(base).weight.device
     if isinstance(blocks, Mapping):
         return _layer_by_layer(config, StreamedWeights(base, blocks, dtype), 2, P)
-    if isinstance(blocks, QuantizedBlocks):
-        held = 2 + math.ceil(bloom_shape(base.config).L * blocks.bits / (8 * dtype.itemsize))
-        return _layer_by_layer(config, QuantizedWeights(base, blocks, dtype), held, P)
-    kind = kind or ("packed" if takes_packed(config.model.engine, base.config, device) else "padded")
+    kind = kind or ("packed" if takes_packed(config.model.engine, base, device) else "padded")
     recompute = args.gradient_checkpointing
     if kind == "padded":
         return padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, recompute)
     if isinstance(blocks, ShardedLayers) and is_bloom(base.config):
         held = 2 + math.ceil(len(blocks.layers) / blocks.world.size)
         return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
-    if is_bloom(base.config):
+    if has_readable_blocks(base):
+        weights = resident_weights(base, dtype)
+        if isinstance(weights, DequantizedWeights):
+            return _layer_by_layer(config, weights, 2 + weights.held_blocks, P)
         auto = auto_tokens(bloom_shape(base.config), dtype, P, device, total_memory(device), recompute)
-        schedule = MicrobatchMajor(ResidentWeights(base, dtype), recompute)
+        schedule = MicrobatchMajor(weights, recompute)
         return MicrobatchEngine(schedule, args.tokens_per_microbatch or auto)
     return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, isinstance(blocks, ShardedLayers))
 
@@ -241,32 +247,23 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     return MicrobatchEngine(LayerMajor(weights, max_bytes, Path(folder)), config.training.tokens_per_microbatch or auto)
 
 
-def engine_for_inference(
-    kind: str,
-    base: PreTrainedModel,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    quantized: QuantizedBlocks | None = None,
-) -> Engine:
+def engine_for_inference(kind: str, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> Engine:
     """Build the engine that computes losses and likelihoods in inference. `generator.make_generator` takes this engine.
 
     Args:
-        kind: The value of `--engine`. For BLOOM, `takes_packed` decides. Quantized blocks always get the packed engine;
-            a base other than BLOOM always gets the padded engine.
-        quantized: The blocks of `base`, if they are quantized.
+        kind: The value of `--engine`. For BLOOM, `takes_packed` decides; another base always gets the padded engine.
 
     Raises:
         ModelError: The base cannot be run on embeddings.
     """
     device = word_embeddings(base).weight.device
     tokens = MAX_TOKENS[device.type]
-    if not quantized and not (is_bloom(base.config) and takes_packed(kind, base.config, device)):
+    if not (has_readable_blocks(base) and takes_packed(kind, base, device)):
         return padded_engine(base, tokenizer, dtype, tokens)
-    weights = QuantizedWeights(base, quantized, dtype) if quantized else ResidentWeights(base, dtype)
-    return MicrobatchEngine(MicrobatchMajor(weights), tokens)
+    return MicrobatchEngine(MicrobatchMajor(resident_weights(base, dtype)), tokens)
 
 
-def takes_packed(kind: str, base_config: Any, device: torch.device) -> bool:
+def takes_packed(kind: str, base: PreTrainedModel, device: torch.device) -> bool:
     """Whether the value `kind` of `--engine` selects the packed engine for a base that is not checked. `auto` selects
     it only for BLOOM on the CPU."""
-    return kind == "packed" or (kind == "auto" and is_bloom(base_config) and device.type == "cpu")
+    return kind == "packed" or (kind == "auto" and has_readable_blocks(base) and device.type == "cpu")

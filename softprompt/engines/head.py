@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from softprompt.engines.linear_cross_entropy import BLOCK_ELEMENTS, projected_cross_entropy, projected_losses
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
+from softprompt.models.quantization import holds_quantized
 from softprompt.utils.errors import ModelError
 from softprompt.utils.model_config import text_config
 from softprompt.utils.out_of_memory import is_out_of_memory
@@ -163,7 +164,7 @@ def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
         ModelError: The base has no such body.
     """
     linear, device = base.get_output_embeddings(), word_embeddings(base).weight.device
-    is_linear = isinstance(linear, nn.Linear)
+    is_linear = isinstance(linear, nn.Linear) and not holds_quantized(linear)
     H = linear.in_features if is_linear else text_config(base.config).hidden_size
     hidden = torch.randn(2, H, generator=torch.Generator().manual_seed(0)).to(device)
     if is_linear:

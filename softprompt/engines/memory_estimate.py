@@ -6,10 +6,12 @@ run prints the estimates.
 """
 
 import os
+from itertools import chain
 
 import torch
 from torch import nn
 
+from softprompt.models.bitsandbytes_linear import has_bitsandbytes_weight, quantized_bytes
 from softprompt.models.bloom_weights import BloomShape
 
 MEMORY_SHARE = 0.6  # share of the device's memory to use; the rest is for the allocator, CUDA and other programs
@@ -34,10 +36,13 @@ def base_bytes(shape: BloomShape, dtype: torch.dtype) -> int:
 
 
 def resident_bytes(base: nn.Module) -> int:
-    """Return the bytes of a loaded base's parameters in this process. Parameters on the meta device do not count; of a
-    sharded parameter, only this rank's slice counts."""
-    mine = (p.to_local() if hasattr(p, "to_local") else p for p in base.parameters())  # a DTensor's slice
-    return sum(p.nbytes for p in mine if not p.is_meta)
+    """Return the bytes of a loaded base's parameters and buffers in this process; some methods of quantization store
+    weights in buffers. Tensors on the meta device do not count; of a sharded parameter, only this rank's slice counts.
+    """
+    tensors = chain(base.parameters(), base.buffers())
+    mine = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)  # a DTensor's slice
+    maxima = (quantized_bytes(m) - m.weight.nbytes for m in base.modules() if has_bitsandbytes_weight(m))  # type: ignore[operator, union-attr]
+    return sum(t.nbytes for t in mine if not t.is_meta) + sum(maxima)
 
 
 def bytes_per_token(shape: BloomShape, dtype: torch.dtype, gradient_checkpointing: bool = False) -> int:

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
 from softprompt.engines.padded import padded_forward
-from softprompt.models.loading import check_not_quantized, word_embeddings
+from softprompt.models.loading import word_embeddings
+from softprompt.models.quantization import check_not_quantized
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ModelError
 

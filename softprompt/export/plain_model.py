@@ -25,7 +25,8 @@ from softprompt.export.model_card import plain_model_card
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.requests import GenerationSettings, merge_settings
 from softprompt.models.capabilities import check_vocabulary
-from softprompt.models.loading import base_path, load_tokenizer, read_base, word_embeddings
+from softprompt.models.loading import base_path, load_config, load_tokenizer, read_base, word_embeddings
+from softprompt.models.quantization import check_not_stored_quantized
 from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.initial import check_fits
 from softprompt.utils.atomic_io import check_writable, new_folder
@@ -68,6 +69,7 @@ def write_plain_model(folder: str, arguments: ExportArguments) -> str:
     if name is None:
         raise AdapterError(f"adapter {folder}: names no base; give --model_name_or_path")
     tuned = LoadedAdapter.from_files(folder, adapter)
+    check_not_stored_quantized(load_config(base_path(name)), name, "an export")
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)

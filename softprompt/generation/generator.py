@@ -17,7 +17,7 @@ from softprompt.generation.decoder_generator import DecoderGenerator
 from softprompt.generation.decoding_check import check_decoding
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.requests import OnToken, Request
-from softprompt.models.bloom_weights import BloomWeights, ResidentWeights, is_bloom
+from softprompt.models.bloom_weights import BloomWeights, has_readable_blocks, resident_weights
 from softprompt.models.capabilities import why_not_generate
 from softprompt.utils.errors import ConfigError, ModelError
 
@@ -70,7 +70,7 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
         return ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer)
     if weights is not None or (kind or (schedule and schedule.kind)) != "padded":
         try:
-            if is_bloom(base.config) and engine.device.type != "cpu":
+            if has_readable_blocks(base) and engine.device.type != "cpu":
                 return _checked_bloom(weights, base, tokenizer, engine.compute_dtype)
             return DecoderGenerator(base, tokenizer, engine.compute_dtype, only=kind == "packed")
         except ModelError as error:
@@ -92,8 +92,8 @@ def _checked_bloom(
     Raises:
         ModelError: The logits differ.
     """
-    model = BloomStepModel(weights or ResidentWeights(base, dtype))
-    if isinstance(model.weights, ResidentWeights):
+    model = BloomStepModel(weights or resident_weights(base, dtype))
+    if not any(parameter.is_meta for parameter in base.parameters()):
         check_decoding(model, base, dtype)
     return ContinuousBatchingGenerator(model, tokenizer)
 

@@ -37,9 +37,8 @@ from softprompt.models.capabilities import (
     max_positions,
     why_not_generate,
 )
-from softprompt.models.loading import base_path, check_not_quantized, load_base, load_tokenizer
+from softprompt.models.loading import base_path, load_base, load_tokenizer
 from softprompt.models.precision import resolve_device, resolve_dtype
-from softprompt.models.quantization import QuantizedBlocks, load_quantized
 from softprompt.utils.errors import ConfigError, ModelError
 
 
@@ -58,30 +57,27 @@ class SoftPromptModel(BaseWithAdapters):
         generation: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
         engine: str = AUTO,
-        quantized: QuantizedBlocks | None = None,
     ):
         """Make a model from a loaded base and one prompt, which becomes the adapter "default".
 
         Args:
-            base: Causal language model, frozen and in eval mode.
+            base: Causal language model, frozen and in eval mode (see `models.loading.freeze`). It may be quantized.
             tokenizer: The base's tokenizer.
             prompt: Learned prompt [P, H] fp32; None is the base without a prompt.
             template: Template of the questions, by default the article's.
             generation: Generation settings that override the article's.
             compute_dtype: Dtype of matrix products.
             engine: Value of infer.py's flag --engine.
-            quantized: The base's quantized blocks, which `models.quantization.quantize_blocks` returned.
 
         Raises:
-            ModelError: Transformers loaded the base quantized, the tokenizer has tokens that the base lacks, or no
-                prompt can precede the base's text (see `engines.padded.check_forward`).
+            ModelError: The tokenizer has tokens that the base lacks, or no prompt can precede the base's text (see
+                `engines.padded.check_forward`).
             ConfigError: See `generator.make_generator`.
         """
-        check_not_quantized(base)
         super().__init__(base, LoadedAdapter(prompt, template or Template(), dict(generation or {})))
-        self.tokenizer, self.compute_dtype, self.quantized = tokenizer, compute_dtype, quantized is not None
+        self.tokenizer, self.compute_dtype = tokenizer, compute_dtype
         check_vocabulary(tokenizer, base, self.name)
-        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype, quantized=quantized)
+        self.engine = engine_for_inference(engine, base, tokenizer, compute_dtype)
         self.generator = make_generator(self.engine, base, tokenizer, engine)
 
     @classmethod
@@ -112,7 +108,7 @@ class SoftPromptModel(BaseWithAdapters):
             ModelError: The base cannot be loaded.
             ConfigError: The device, the precision, the quantization or the engine is not available.
         """
-        if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit, engine):
+        if faults := precision_faults(bf16, fp16, device) + quantization_faults(load_in_8bit, load_in_4bit):
             raise ConfigError("; ".join(faults))
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
@@ -120,9 +116,8 @@ class SoftPromptModel(BaseWithAdapters):
         adapters, first, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
-        bits = quantization_bits(load_in_8bit, load_in_4bit)
-        loaded, quantized = load_quantized(path, bits, where, dtype) if bits else (load_base(path, where, dtype), None)
-        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine, quantized=quantized)
+        loaded = load_base(path, where, dtype, quantization_bits(load_in_8bit, load_in_4bit))
+        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
             model._add(each, tuned)
@@ -244,11 +239,6 @@ class SoftPromptModel(BaseWithAdapters):
     ) -> list[Request]:
         """Return one request per sample of an answer, or a single one for beam search."""
         chosen = merge_settings(asked.adapter.generation, settings)
-        if chosen.num_beams > 1 and self.quantized:
-            raise ConfigError(
-                "--num_beams needs the base's own weights and does not work with a quantized base; leave out "
-                "--num_beams, or --load_in_8bit and --load_in_4bit"
-            )
         samples = range(1 if chosen.num_beams > 1 else chosen.num_return_sequences)
         requests = [Request(asked.input_ids, chosen, asked.adapter.prompt, seed_of(sample)) for sample in samples]
         with naming_question(asked.where):

@@ -3,15 +3,19 @@
 The packed engine's schedules for BLOOM and BLOOM's generator iterate over the blocks through `BloomWeights`, whatever
 the storage:
 `ResidentWeights` holds all blocks on one device, `StreamedWeights` (weight_offload) reads them from files,
-`ShardedWeights` (fsdp) gathers them from all ranks, and `QuantizedWeights` (quantization) dequantizes them.
+`ShardedWeights` (fsdp) gathers them from all ranks, and `DequantizedWeights` dequantizes them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from softprompt.models.bitsandbytes_linear import dequantize, has_bitsandbytes_weight, quantized_bytes
+from softprompt.models.quantization import holds_quantized, is_quantized
 
 
 class LinearParams(NamedTuple):
@@ -37,6 +41,7 @@ BLOCK_MODULES = (  # names in a block of transformers' BLOOM, in the order of th
     *("input_layernorm", "self_attention.query_key_value", "self_attention.dense"),
     *("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
 )
+LINEAR_MODULES = tuple(name for name in BLOCK_MODULES if not name.endswith("layernorm"))
 
 
 class BloomShape(NamedTuple):
@@ -107,6 +112,50 @@ class ResidentWeights(NonBlockWeights):
 
     def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
         return (self._blocks[i] for i in order)
+
+
+class DequantizedWeights(NonBlockWeights):
+    """All blocks in the memory of one device, their linear layers in bitsandbytes' 8-bit or 4-bit format. A block is
+    dequantized when it is requested."""
+
+    def __init__(self, base: PreTrainedModel, compute_dtype: torch.dtype):
+        super().__init__(base, compute_dtype)
+        self._blocks, self._dtype = base.transformer.h, compute_dtype
+        self.extra_bytes += 2 * self.block_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the linear layers of one block in the compute dtype."""
+        return self._dtype.itemsize * 12 * self.shape.H**2
+
+    @property
+    def held_blocks(self) -> int:
+        """The memory of the quantized linear layers, in blocks in the compute dtype, rounded up."""
+        linear = [m for block in self._blocks for m in block.modules() if has_bitsandbytes_weight(m)]
+        return math.ceil(sum(map(quantized_bytes, linear)) / self.block_bytes)
+
+    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
+        return (BlockWeights(*map(self._linear_params, self._modules(i))) for i in order)
+
+    def _modules(self, i: int) -> Iterator[Any]:
+        return (self._blocks[i].get_submodule(name) for name in BLOCK_MODULES)
+
+    def _linear_params(self, module: Any) -> LinearParams:
+        params = linear_params(module)
+        return params._replace(weight=dequantize(module, self._dtype)) if has_bitsandbytes_weight(module) else params
+
+
+def has_readable_blocks(base: PreTrainedModel) -> bool:
+    """Whether `base` is a BLOOM (see `is_bloom`) whose linear layers are unquantized or in bitsandbytes' formats."""
+    if not is_bloom(base.config) or not is_quantized(base):
+        return is_bloom(base.config)
+    linear = [block.get_submodule(name) for block in base.transformer.h for name in LINEAR_MODULES]
+    return all(has_bitsandbytes_weight(m) or (isinstance(m, nn.Linear) and not holds_quantized(m)) for m in linear)
+
+
+def resident_weights(base: PreTrainedModel, compute_dtype: torch.dtype) -> "ResidentWeights | DequantizedWeights":
+    """Return the weights of a BLOOM that is in the memory of one device as a whole."""
+    return (DequantizedWeights if is_quantized(base) else ResidentWeights)(base, compute_dtype)
 
 
 def block_weights(block: Any) -> BlockWeights:

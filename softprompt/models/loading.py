@@ -1,7 +1,6 @@
 """Load a base and its tokenizer from a folder or the hub; freeze the base and move it to its device.
 
-`load_base` does all of this. Code that changes the base in between calls `read_base`, `freeze` and `move_to_device`
-itself.
+`load_base` does all of this. Code that examines the base in between calls `read_base` and `freeze_on_device` itself.
 """
 
 import os
@@ -15,7 +14,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from softprompt.mini import BASE_DIR
+from softprompt.models.bitsandbytes_linear import use_dequantized_weights
 from softprompt.models.capabilities import check_supports_prompt
+from softprompt.models.quantization import (
+    bitsandbytes_config,
+    check_gradient,
+    check_loadable,
+    check_not_stored_quantized,
+    holds_quantized,
+    is_quantized,
+    stored_method,
+)
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 
@@ -51,8 +60,7 @@ def load_config(name_or_path: str) -> Any:
     """Load a base's configuration, and check that prompts can be learned for such a model.
 
     Raises:
-        ModelError: The configuration does not exist or cannot be loaded, or the model has quantized weights or is no
-            causal language model of transformers.
+        ModelError: The configuration does not exist or cannot be loaded, or see `check_config`.
     """
     from transformers import AutoConfig
 
@@ -65,42 +73,64 @@ def check_config(config: Any, name_or_path: str) -> None:
     """Check that prompts can be learned for a model of this configuration.
 
     Raises:
-        ModelError: The model has quantized weights or is no causal language model of transformers.
+        ModelError: The model is no causal language model of transformers, or its weights are stored quantized in a way
+            that transformers cannot load here.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     named = f"{name_or_path}: a model of type {config.model_type}"
     wanted = "give --model_name_or_path a causal one (BLOOM, Llama, Qwen, …)"
-    for one in (config, config.get_text_config()):
-        if quantization := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
-            raise _quantized_error(name_or_path, config.model_type, quantization)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{named} has an encoder and a decoder, and prompts are learned for a decoder alone; {wanted}")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise ModelError(f"{named} is an encoder, whose tokens attend to later tokens; {wanted}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{named} is no causal language model of transformers; {wanted}")
+    check_loadable(config, name_or_path)
 
 
-def load_base(name_or_path: str, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
+def load_base(
+    name_or_path: str, device: torch.device, compute_dtype: torch.dtype, bits: int | None = None
+) -> PreTrainedModel:
     """Load a causal language model, freeze it, and move it to `device`.
 
+    Args:
+        bits: Quantize the linear layers to 8 or 4 bits; None loads them as they are stored.
+
     Raises:
-        ModelError: See `read_base`.
+        ModelError, ConfigError: See `read_base` and `freeze_on_device`.
     """
-    return move_to_device(freeze(read_base(name_or_path), compute_dtype), device)
+    return freeze_on_device(read_base(name_or_path, device, compute_dtype, bits), device, compute_dtype)
 
 
-def read_base(name_or_path: str) -> PreTrainedModel:
-    """Load a causal language model onto the CPU, its weights in the dtype of its files.
+def read_base(
+    name_or_path: str,
+    device: torch.device | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model onto the CPU, its weights in the dtype of its files. A quantized one is loaded onto
+    `device`.
+
+    Args:
+        device: The run's device, by default the CPU.
+        bits: See `load_base`.
 
     Raises:
-        ModelError: The base is unsuitable (see `load_config` and `capabilities.check_supports_prompt`).
+        ModelError: The base is unsuitable (see `load_config` and `capabilities.check_supports_prompt`), or `bits` is
+            given for a base that is stored quantized.
+        ConfigError: `bits` is given, but bitsandbytes or accelerate is not installed.
     """
     from transformers import AutoModelForCausalLM
 
-    load_config(name_or_path)
-    base = cast(PreTrainedModel, _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", dtype="auto"))
+    config = load_config(name_or_path)
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if bits:
+        check_not_stored_quantized(config, name_or_path, f"--load_in_{bits}bit")
+        settings["quantization_config"] = bitsandbytes_config(bits, compute_dtype)
+    if bits or stored_method(config):
+        settings["device_map"] = {"": device or torch.device("cpu")}
+    base = cast(PreTrainedModel, _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", **settings))
     check_supports_prompt(base, name_or_path)
     return base
 
@@ -122,22 +152,34 @@ def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, base.get_input_embeddings())
 
 
+def freeze_on_device(base: PreTrainedModel, device: torch.device, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """Freeze `base` in place (see `freeze`) and move it to `device`, where a quantized base is already.
+
+    Raises:
+        ModelError: The base is quantized, and no gradient passes through it.
+    """
+    freeze(base, compute_dtype)
+    if not is_quantized(base):
+        return move_to_device(base, device)
+    check_gradient(base, compute_dtype)
+    return base
+
+
 def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Freeze `base` in place, put it in eval mode, and set the dtypes of its parameters.
 
     Weight matrices are stored in `compute_dtype`, to which autocast would otherwise cast them at each use, with the
     same result. All other parameters (embeddings, norms, biases, a tied head) become fp32, whatever their dtype in the
-    files.
-
-    Raises:
-        ModelError: Transformers loaded the base quantized.
+    files. Modules with quantized weights keep all their parameters as they are; those of bitsandbytes compute with the
+    dequantized weights from now on (see `bitsandbytes_linear`).
     """
-    check_not_quantized(base)
     base.requires_grad_(False).eval()
+    use_dequantized_weights(base)
     matrices = {id(matrix) for module in base.modules() for matrix in _weight_matrices(module)}
     matrices.discard(id(word_embeddings(base).weight))
+    kept = {id(p) for module in base.modules() if holds_quantized(module) for p in module.parameters(recurse=False)}
     for parameter in base.parameters():
-        if parameter.is_floating_point():
+        if id(parameter) not in kept:
             parameter.data = parameter.data.to(compute_dtype if id(parameter) in matrices else torch.float32)
     return base
 
@@ -162,27 +204,6 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     return base
-
-
-def check_not_quantized(base: PreTrainedModel) -> None:
-    """Refuse a base that transformers loaded quantized: casting its weights would lose their scales.
-
-    Raises:
-        ModelError: The base is quantized.
-    """
-    if getattr(base, "hf_quantizer", None) is not None:
-        name, method = str(base.name_or_path), getattr(base.hf_quantizer, "quantization_config", None)
-        raise _quantized_error(name, base.config.model_type, method or {})
-
-
-def _quantized_error(name: str, model_type: str, quantization: Any) -> ModelError:
-    given = quantization if isinstance(quantization, dict) else vars(quantization)
-    method = getattr(given.get("quant_method"), "value", given.get("quant_method")) or "by an unknown method"
-    instead = ", which --load_in_4bit of train.py and infer.py quantizes as it loads it"
-    return ModelError(
-        f"{name}: its weights are stored quantized ({method}), and prompts are learned over weights that are not; give "
-        f"--model_name_or_path the unquantized base{instead if model_type == 'bloom' else ''}"
-    )
 
 
 def _from_pretrained(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from softprompt.models.capabilities import check_supports_prompt
 from softprompt.models.decoder_layers import decoder_layers
 from softprompt.models.loading import load_config
+from softprompt.models.quantization import check_not_stored_quantized
 from softprompt.models.stored_weights import locate_tensors
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
@@ -32,11 +33,12 @@ def load_meta_model(name_or_path: str, flag: str = "--stream_base") -> MetaModel
         flag: The flag that asked for this, for error messages.
 
     Raises:
-        ModelError: The base does not exist or is unsuitable (see `loading.read_base`), its layers cannot be found (see
-            `decoder_layers`), it has no safetensors files, or these do not fit its configuration (see
-            `stored_weights.locate_tensors`).
+        ModelError: The base does not exist or is unsuitable (see `loading.read_base`), it is stored quantized, its
+            layers cannot be found (see `decoder_layers`), it has no safetensors files, or these do not fit its
+            configuration (see `stored_weights.locate_tensors`).
     """
     config = load_config(name_or_path)
+    check_not_stored_quantized(config, name_or_path, flag)
     files = list_stored_tensors(_folder(name_or_path), flag)
     base = _without_values(config, _dtype(config, files.values()), name_or_path)
     check_supports_prompt(base, name_or_path)

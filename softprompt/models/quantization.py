@@ -1,135 +1,203 @@
-"""`--load_in_8bit` and `--load_in_4bit`: the linear layers of BLOOM's blocks are stored in 8 or 4 bits and dequantized,
-one block at a time, whenever a pass needs them.
+"""Quantized bases: `--load_in_8bit` and `--load_in_4bit`, and checkpoints that are stored quantized.
 
-The formats are those of bitsandbytes, and the flags have their names in transformers. `load_in_8bit`: each row of a
-weight is stored as int8 values and its absolute maximum; a weight is int8 value · maximum ÷ 127 (Dettmers et al. 2022,
-arXiv:2208.07339, without the separate product for outliers). `load_in_4bit`: NF4 in blocks of 64 values, whose absolute
-maxima are themselves quantized to 8 bits (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes has both formats for
-CPU and for CUDA; torchao has NF4 only as a prototype, and a different 4-bit kernel for each device.
+The flags have their names and their meaning in transformers: its `BitsAndBytesConfig` quantizes the linear layers while
+the base loads (int8, or NF4 in blocks of 64 with double quantization), except for the head. Embeddings, layer norms and
+biases are not quantized.
 
-Matrix products run in the compute dtype on the dequantized weights, in the forward and in the backward pass. So the
-prompt's gradient is exactly that of a base with the dequantized weights. Embeddings, head, layer norms and biases are
-not quantized.
+A checkpoint that is stored quantized is loaded by transformers as it is, if the libraries of its method are installed.
+A forward and a backward pass then show whether a gradient passes through it. Weights in bitsandbytes' formats, from
+either source, are computed as in `bitsandbytes_linear`; all other methods by transformers' own modules.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import copy
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from softprompt.models.bloom_weights import BLOCK_MODULES, BlockWeights, LinearParams, NonBlockWeights, is_bloom
-from softprompt.models.loading import freeze, move_to_device, read_base
-from softprompt.utils.errors import ConfigError
+from softprompt.models.bitsandbytes_linear import import_functional
+from softprompt.models.precision import autocast, resolve_device
+from softprompt.utils.errors import ConfigError, ModelError, first_line
+from softprompt.utils.out_of_memory import is_out_of_memory
 
-
-class QuantizedTensor(NamedTuple):
-    """A quantized weight [out, in].
-
-    In 8 bits: `codes` int8 [out, in], `state` the rows' absolute maxima [out] fp32. In 4 bits: `codes` with two NF4
-    values per byte, `state` bitsandbytes' QuantState.
-    """
-
-    codes: Tensor
-    state: Any
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in] in `dtype`."""
-        functional = _functional()
-        if self.codes.dtype is torch.int8:
-            return functional.int8_vectorwise_dequant(self.codes, self.state).to(dtype)
-        return functional.dequantize_4bit(self.codes, self.state).to(dtype)
-
-    @property
-    def nbytes(self) -> int:
-        if self.codes.dtype is torch.int8:
-            return self.codes.nbytes + self.state.nbytes
-        return self.codes.nbytes + self.state.absmax.nbytes + self.state.state2.absmax.nbytes
+PROBE_TOKENS = 3  # number of embeddings that `check_gradient` runs
+WAY_OUT = ", which --load_in_4bit quantizes while it loads"
 
 
-class QuantizedBlocks(NamedTuple):
-    """The quantized weights of all linear layers of a base's blocks, by block and module, as in
-    `3.mlp.dense_4h_to_h`."""
-
-    bits: int
-    weights: dict[str, QuantizedTensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in self.weights.values())
-
-
-def quantize_blocks(base: PreTrainedModel, bits: int, device: torch.device) -> QuantizedBlocks:
-    """Quantize the linear layers of a BLOOM's blocks, one after the other, on `device`. In `base`, their weights are
-    replaced by tensors on the meta device.
+def bitsandbytes_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return transformers' configuration for `--load_in_8bit` and `--load_in_4bit`.
 
     Raises:
-        ConfigError: The base is no BLOOM, or bitsandbytes is not installed.
+        ConfigError: bitsandbytes or accelerate is not installed.
     """
-    if not is_bloom(base.config):
-        sliced = " with slow_but_exact" if base.config.model_type == "bloom" else ""
-        raise ConfigError(
-            f"--load_in_{bits}bit is for BLOOM, and {base.name_or_path} is of type {base.config.model_type}{sliced}; "
-            "leave it out"
-        )
-    functional, quantized = _functional(), {}
-    for i, block in enumerate(base.transformer.h):
-        for name in BLOCK_MODULES:
-            module = block.get_submodule(name)
-            if isinstance(module, nn.Linear):
-                weight = module.weight.detach().to(device, torch.float32)
-                quantized[f"{i}.{name}"] = QuantizedTensor(
-                    *functional.int8_vectorwise_quant(weight)[:2]
-                    if bits == 8
-                    else functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-                )
-                module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
-    return QuantizedBlocks(bits, quantized)
+    check_bitsandbytes()
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
-def load_quantized(
-    name_or_path: str, bits: int, device: torch.device, compute_dtype: torch.dtype
-) -> tuple[PreTrainedModel, QuantizedBlocks]:
-    """Load a base as `loading.load_base` does, and quantize its blocks.
+def check_bitsandbytes() -> None:
+    """Check that the libraries for `--load_in_8bit` and `--load_in_4bit` are installed.
 
     Raises:
-        ModelError: See `loading.read_base`.
-        ConfigError: See `quantize_blocks`.
+        ConfigError: They are not.
     """
-    base = read_base(name_or_path)
-    quantized = quantize_blocks(base, bits, device)
-    return move_to_device(freeze(base, compute_dtype), device), quantized
-
-
-class QuantizedWeights(NonBlockWeights):
-    """`BloomWeights` in the memory of one device, with the blocks' linear layers in 8 or 4 bits."""
-
-    def __init__(self, base: PreTrainedModel, quantized: QuantizedBlocks, compute_dtype: torch.dtype):
-        """
-        Args:
-            base: The frozen base whose blocks `quantize_blocks` replaced.
-        """
-        super().__init__(base, compute_dtype)
-        self._blocks, self._quantized, self._dtype = base.transformer.h, quantized.weights, compute_dtype
-        one_block = compute_dtype.itemsize * 12 * self.shape.H**2
-        self.extra_bytes += quantized.nbytes + 2 * one_block
-
-    def iter_layers(self, order: Sequence[int]) -> Iterator[BlockWeights]:
-        return (BlockWeights(*(self._linear_params(i, name) for name in BLOCK_MODULES)) for i in order)
-
-    def _linear_params(self, i: int, name: str) -> LinearParams:
-        module, quantized = self._blocks[i].get_submodule(name), self._quantized.get(f"{i}.{name}")
-        weight = module.weight.detach() if quantized is None else quantized.dequantize(self._dtype)
-        return LinearParams(weight, module.bias.detach())
-
-
-def _functional() -> Any:
     try:
-        from bitsandbytes import functional
+        import_functional()
+        if find_spec("accelerate") is None:  # used by transformers
+            raise ImportError
     except ImportError:
         raise ConfigError(
-            "--load_in_8bit and --load_in_4bit need bitsandbytes: pip install bitsandbytes (or pip install -e "
-            '".[quantized]")'
+            "--load_in_8bit and --load_in_4bit need bitsandbytes and accelerate: pip install bitsandbytes accelerate "
+            '(or pip install -e ".[quantized]")'
         ) from None
-    return functional
+
+
+def stored_method(config: Any) -> str | None:
+    """Return the method by which a checkpoint is stored quantized, as its configuration says; None if it is not."""
+    for one in (config, config.get_text_config()):
+        if given := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
+            return _method(given)
+    return None
+
+
+def check_not_stored_quantized(config: Any, name: str, what: str) -> None:
+    """Refuse a checkpoint that is stored quantized.
+
+    Args:
+        name: The base's name, for the error message.
+        what: What needs unquantized weights, for the error message.
+
+    Raises:
+        ModelError: It is stored quantized.
+    """
+    if method := stored_method(config):
+        advice = "leave it out, or give" if what.startswith("--") else "give"
+        raise _error(name, method, f"{what} needs weights that are not; {advice}")
+
+
+def check_loadable(config: Any, name: str) -> None:
+    """Check that transformers knows the method by which a checkpoint is stored quantized, and that its libraries are
+    installed. Do nothing if the checkpoint is not stored quantized.
+
+    Raises:
+        ModelError: Transformers cannot load it here.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    if (method := stored_method(config)) is None:
+        return
+    given = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", {})
+    try:
+        if method == "bitsandbytes":
+            import_functional()
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(given), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": resolve_device("auto")})
+    except Exception as error:  # each quantizer raises other errors
+        reason = f"transformers cannot load them here: {first_line(error).rstrip('.')}; give"
+        raise _error(name, method, reason, WAY_OUT) from None
+
+
+def is_quantized(base: PreTrainedModel) -> bool:
+    """Whether transformers holds weights of `base` quantized. It does not if it dequantized them while it loaded them,
+    as it does with FP8 and MXFP4 without a GPU."""
+    return getattr(base, "hf_quantizer", None) is not None
+
+
+def holds_quantized(module: nn.Module) -> bool:
+    """Whether a module itself has a quantized parameter: of a tensor class of its own, of integers, or of floats
+    narrower than 16 bits. Such a module's parameters, scales among them, must not be cast."""
+    return any(type(p) is not nn.Parameter or _is_narrow(p) for p in module.parameters(recurse=False))
+
+
+def check_gradient(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Check on a few word embeddings that a gradient passes through a quantized base to its input embeddings, and
+    through each of its quantized modules. (Around a module that loses the gradient, residual connections would carry
+    another one.)
+
+    Raises:
+        ModelError: The forward or the backward pass fails, a module loses the gradient, or the gradient is zero or not
+            finite.
+    """
+    embed, lost = base.get_input_embeddings(), list[str]()
+    hooks = [
+        module.register_forward_hook(partial(_note_lost_gradient, lost, name))
+        for name, module in base.named_modules()
+        if not any(module.children()) and _has_narrow_tensor(module)
+    ]
+    try:
+        with torch.enable_grad(), autocast(embed.weight.device, compute_dtype):
+            ids = torch.arange(PROBE_TOKENS, device=embed.weight.device)[None] % len(embed.weight)
+            leaf = embed(ids).detach().requires_grad_()  # [1, PROBE_TOKENS, H]
+            logits = base(inputs_embeds=leaf, use_cache=False).logits  # [1, PROBE_TOKENS, V]
+        logits[0, -1].float().log_softmax(-1)[0].backward()
+        reason = f"none passes through {lost[0]}" if lost else _fault_of(leaf.grad)
+    except Exception as error:  # each method's kernels raise other errors
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if reason:
+        method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
+        reason = f"transformers computes no gradient with them here: {reason}; give"
+        raise _error(str(base.name_or_path), method, reason, WAY_OUT)
+
+
+def _has_narrow_tensor(module: nn.Module) -> bool:
+    """Whether a module has a quantized parameter, or a buffer that may be one (GPTQ stores weights in buffers)."""
+    return holds_quantized(module) or any(map(_is_narrow, module.buffers(recurse=False)))
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or tensor.itemsize < 2
+
+
+def _note_lost_gradient(lost: list[str], name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """A forward hook: append `name` to `lost` if the module's input has a gradient and its output has none."""
+    has_gradient = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if has_gradient and isinstance(output, Tensor) and not output.requires_grad:
+        lost.append(name)
+
+
+def _fault_of(gradient: Tensor | None) -> str | None:
+    """Return what is wrong with the gradient of a loss at the last token, [1, PROBE_TOKENS, H]; None if it is right."""
+    if gradient is None or not gradient.isfinite().all():
+        return "it is not finite"
+    return None if gradient[0, 0].any() else "it is zero at earlier tokens"
+
+
+def check_not_quantized(base: PreTrainedModel) -> None:
+    """Refuse a base that transformers holds quantized.
+
+    Raises:
+        ModelError: It is quantized.
+    """
+    if is_quantized(base):
+        method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
+        raise _error(str(base.name_or_path), method, "this needs weights that are not; give")
+
+
+def _method(quantization: Any) -> str:
+    """Return the method that a quantization configuration names, a dictionary or an object of transformers."""
+    given = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = given.get("quant_method")
+    if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(getattr(method, "value", method) or "by an unknown method")
+
+
+def _error(name: str, method: str, reason: str, way_out: str = "") -> ModelError:
+    return ModelError(
+        f"{name}: its weights are stored quantized ({method}), and {reason} --model_name_or_path the unquantized base"
+        f"{way_out}"
+    )

@@ -38,7 +38,7 @@ def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
         "arguments": dict(arguments),
         "base": {
             "type": config.model_type,
-            "parameters": sum(p.numel() for p in base.parameters()),
+            "parameters": base.num_parameters(),
             "vocabulary": base.get_input_embeddings().num_embeddings,
         },
         "prompt": list(prompt.shape),

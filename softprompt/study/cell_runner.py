@@ -81,7 +81,7 @@ class LoadedBase:
         outcome, adapter = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
         record = {
             **planned.description(),
-            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "parameters": self.base.num_parameters(),
             "fingerprints": planned.inputs.fingerprints,
             "device": str(word_embeddings(self.base).weight.device),
             "threads": torch.get_num_threads(),

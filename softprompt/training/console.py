@@ -15,6 +15,7 @@ from softprompt.data.dataset import Row
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
+from softprompt.models.quantization import stored_method
 from softprompt.training.optimizer import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1. If training moves them by less than this, they hardly change.
@@ -74,7 +75,8 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     print(model.trainable_parameters_line())
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
-    held = f" in {bits} bit" if bits else ""
+    method = stored_method(model.base.config)
+    held = f" in {bits} bit" if bits else f", stored quantized ({method})," if method else ""
     prompt = config.prompt
     start = f"the one in {prompt.init_adapter}" if prompt.init_adapter else prompt.prompt_tuning_init
     print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; initial prompt: {start}")

@@ -47,7 +47,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         "Dry run: nothing is written.",
         f"rows        {_described_rows(setup, tokens)}, {each:.0f} a row",
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
-        f"parameters  {prompt.numel():,} learned, {sum(p.numel() for p in base.parameters()):,} frozen",
+        f"parameters  {prompt.numel():,} learned, {base.num_parameters():,} frozen",
         f"memory      about {(held + more) / GIB:.1f} GiB: the base {held / GIB:.2f}, a step {more / GIB:.2f}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
         + ("; evaluation takes additional time" if setup.evaluator else ""),

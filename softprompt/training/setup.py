@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
@@ -26,16 +27,15 @@ from softprompt.models.capabilities import (
 from softprompt.models.fsdp import ShardedLayers, shard_layers
 from softprompt.models.loading import (
     base_path,
-    freeze,
+    freeze_on_device,
     load_config,
     load_tokenizer,
-    move_to_device,
     read_base,
     weight_files,
 )
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
-from softprompt.models.quantization import QuantizedBlocks, quantize_blocks
+from softprompt.models.quantization import check_bitsandbytes, check_not_stored_quantized, stored_method
 from softprompt.models.weight_offload import load_streamed
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import initial_prompt
@@ -46,7 +46,7 @@ from softprompt.training.resume import StartingPoint
 from softprompt.training.tensorboard import check_installed
 from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.fingerprints import fingerprint_of_base
+from softprompt.utils.fingerprints import fingerprint_of_base, fingerprint_of_stored_base
 from softprompt.utils.safetensors_io import StoredTensor
 from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
@@ -85,13 +85,13 @@ class Base(NamedTuple):
 
     Attributes:
         model: A transformers model. The parameters of its layers may be on the meta device.
-        blocks: If `model` does not hold all of its layers itself: where their tensors are stored, the quantized blocks,
-            or the sharded layers; else None.
+        blocks: If `model` does not hold all of its layers itself: where their tensors are stored, or the sharded
+            layers; else None.
         fingerprint: {"base": hash of the weights}; empty on a rank that does not compute the hash.
     """
 
     model: PreTrainedModel
-    blocks: Mapping[str, StoredTensor] | QuantizedBlocks | ShardedLayers | None
+    blocks: Mapping[str, StoredTensor] | ShardedLayers | None
     fingerprint: Mapping[str, str]
 
 
@@ -125,8 +125,24 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
         print("--shard_base: there is one process, which holds the whole base")
     if check and world.is_main:
         check(config, output_dir)
-    load_config(_path_of_base(config))
+    _check_quantization(config)
     return output_dir
+
+
+def _check_quantization(config: TrainConfig) -> None:
+    """Check the base's configuration, whether it is stored quantized, and the flags that this excludes.
+
+    Raises:
+        ConfigError: bitsandbytes or accelerate is missing.
+        ModelError: No prompt can be trained for the base, or not with these flags.
+    """
+    path = _path_of_base(config)
+    base_config = load_config(path)
+    for flag in ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"):
+        if getattr(config.model, flag):
+            check_not_stored_quantized(base_config, path, f"--{flag}")
+    if config.model.load_in_8bit or config.model.load_in_4bit:
+        check_bitsandbytes()
 
 
 def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
@@ -163,33 +179,37 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
 
 
 def load_run_base(config: TrainConfig, world: World) -> Base:
-    """Load the base onto the CPU, without its layers if they will be sharded or streamed.
+    """Load the base onto the CPU, without its layers if they will be sharded or streamed. A quantized base is loaded
+    onto the run's device.
 
     Raises:
         ModelError: The base cannot be loaded, or no prompt can be trained for it.
     """
     path, sharded = _path_of_base(config), is_sharded(config, world)
+    bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     if sharded:
         model, stored = load_meta_model(path, "--shard_base")
     elif config.model.stream_base:
         model, stored = load_streamed(path)
     else:
-        model, stored = read_base(path), None
+        model, stored = read_base(path, *_device_and_dtype(config), bits), None
     fingerprint = {}
     if world.is_main or not sharded:  # with sharding, hashing on each rank would read the whole base
-        keep = not config.training.dry_run
-        fingerprint["base"] = fingerprint_of_base(model, weight_files(path), keep=keep, blocks=stored)
+        keep, files, on_disk = not config.training.dry_run, weight_files(path), load_config(path)
+        if bits or stored_method(on_disk):  # what is in memory may depend on the device
+            fingerprint["base"] = fingerprint_of_stored_base(on_disk, files, keep)
+        else:
+            fingerprint["base"] = fingerprint_of_base(model, files, keep, blocks=stored)
     return Base(model, stored, fingerprint)
 
 
 def freeze_base(config: TrainConfig, base: Base) -> Base:
-    """Quantize the base if the settings ask for it, freeze it, and move it to its device."""
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
-    quantized = quantize_blocks(base.model, bits, device) if bits else None
-    model = move_to_device(freeze(base.model, dtype), device)
-    return base._replace(model=model, blocks=quantized or base.blocks)
+    """Freeze the base and move it to its device.
+
+    Raises:
+        ModelError: The base is quantized, and no gradient passes through it.
+    """
+    return base._replace(model=freeze_on_device(base.model, *_device_and_dtype(config)))
 
 
 def shard_base(config: TrainConfig, base: Base, world: World) -> Base:
@@ -218,6 +238,11 @@ def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> 
     extent = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
     check_rows_fit(base, len(values), config.data.max_length, extent, streamed=data.streamed)
     return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
+
+
+def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    device = resolve_device(config.model.device)
+    return device, resolve_dtype(device, config.model.bf16, config.model.fp16)
 
 
 def _path_of_base(config: TrainConfig) -> str:

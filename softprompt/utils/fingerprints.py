@@ -33,14 +33,21 @@ def fingerprint_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path]) -> str:
-    """Return the fingerprint of a base that is not loaded: of its configuration and of the content of its weight files,
-    in order. This takes a few seconds for every few GiB."""
-    digest = hashlib.sha256(_configured(config).encode())
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def fingerprint_of_stored_base(config: PreTrainedConfig, files: Sequence[Path], keep: bool = False) -> str:
+    """Return the fingerprint of a base as it is stored: of its configuration and of the content of its weight files, in
+    order. This takes a few seconds for every few GiB, so the hash of at least 4 GiB is cached, as in
+    `fingerprint_of_base`; it is used as long as the configuration and the files' paths, sizes, modification times and
+    inodes are the same.
+
+    Args:
+        keep: Whether to write the hash to the cache.
+    """
+    configured = _configured(config)
+    if sum(path.stat().st_size for path in files) < CACHED_FROM:
+        return _hash_files(configured, files)
+    places = json.dumps([configured, [file_identity(path) for path in files]])
+    key = hashlib.sha256(places.encode()).hexdigest()
+    return cached_text(key, lambda: _hash_files(configured, files), "[0-9a-f]{64}", keep)
 
 
 def fingerprint_of_base(
@@ -91,6 +98,14 @@ def _configured(config: PreTrainedConfig) -> str:
     which the weights were saved."""
     values = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_SETTINGS}
     return json.dumps(values, sort_keys=True, default=str)
+
+
+def _hash_files(config: str, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _hash(config: str, tensors: Mapping[str, Tensor | StoredTensor], sampled: bool) -> str:

@@ -5,11 +5,8 @@ import copy
 import pytest
 import torch
 from helpers.small_bases import small_base
-from transformers import BitsAndBytesConfig
 
-from softprompt import SoftPromptModel
 from softprompt.models.loading import freeze, word_embeddings
-from softprompt.utils.errors import ModelError
 
 BF16 = torch.bfloat16
 
@@ -54,13 +51,15 @@ def test_only_embeddings_norms_biases_and_routers_are_wide(kind):
     assert word_embeddings(base).weight.dtype == torch.float32
 
 
-def test_a_base_that_was_loaded_quantized_is_refused(tiny_base, tokenizer):
-    from transformers import BloomForCausalLM
-    from transformers.quantizers import AutoHfQuantizer
-
-    base = BloomForCausalLM.from_pretrained(tiny_base)
-    base.hf_quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_8bit=True))
-    with pytest.raises(ModelError, match=r"stored quantized \(bitsandbytes\).*--load_in_4bit"):
-        freeze(base, torch.float32)
-    with pytest.raises(ModelError, match="stored quantized"):
-        SoftPromptModel(base, tokenizer, None)
+@pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.int8])
+def test_modules_with_quantized_weights_are_not_cast(narrow):
+    base = small_base("llama").to(BF16)
+    module = base.model.layers[0].mlp.up_proj
+    module.weight = torch.nn.Parameter(module.weight.detach().to(narrow), requires_grad=False)
+    module.weight_scale = torch.nn.Parameter(torch.ones(1, dtype=BF16))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    freeze(base, torch.float32)
+    after = module.state_dict()
+    assert all(after[name].dtype is tensor.dtype for name, tensor in before.items())
+    assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in before.items())
+    assert base.model.layers[1].mlp.up_proj.weight.dtype is torch.float32

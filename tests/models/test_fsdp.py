@@ -100,7 +100,18 @@ def test_a_decoder_is_checked_on_all_ranks_and_goes_on_unsharded(llama, tmp_path
         ["--dataset", str(tmp_path / "rows.jsonl"), "--eval_rows", "3", "--logging_steps", "1"],
         tmp_path / "run",
     )
-    flags += ["--max_steps", "4", "--save_steps", "2", "--model_name_or_path", str(llama), "--learning_rate", "0.1"]
+    flags += [
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--model_name_or_path",
+        str(llama),
+        "--learning_rate",
+        "0.1",
+        "--engine",
+        "packed",
+    ]
     train.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "alone")])
     mine = ["train.py", *flags, "--per_device_train_batch_size", 4, "--shard_base", "--output_dir", folder]
     out, _ = finished(torchrun(2, *mine))

@@ -2,7 +2,9 @@
 read, with the reason and nothing about a hub."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +20,13 @@ from softprompt.config.loader import train_config
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
-QUANTIZED = {  # configuration of a quantized BLOOM, and how it is called
+QUANTIZED = {  # configuration of a quantized base whose method needs a library that is not installed here
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4},
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
+    "torchao": {"quant_method": "torchao", "quant_type": "int4_weight_only"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"},  # transformers does not know it
 }
 OTHERS = {
     "t5": (T5Config(d_model=8, num_layers=1), "an encoder and a decoder"),
@@ -34,13 +38,25 @@ OTHERS = {
 }
 
 
+def hide_libraries(monkeypatch):
+    """Let transformers find none of the libraries of quantization methods, whatever is installed."""
+    import transformers.quantizers.auto  # noqa: F401
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("transformers.quantizers.quantizer_")]
+    for module in modules:
+        for name in [name for name in vars(module) if re.fullmatch(r"is_\w+_available", name)]:
+            if name != "is_torch_available":
+                monkeypatch.setattr(module, name, lambda *_: False)
+
+
 @pytest.fixture
-def unfit(request, tiny_base, tmp_path) -> Path:
+def unfit(request, tiny_base, tmp_path, monkeypatch) -> Path:
     """A folder with a tokenizer and weights, and the configuration of something else."""
     folder = Path(shutil.copytree(tiny_base, tmp_path / "unfit"))
     config = json.loads((folder / "config.json").read_text())
     if request.param in QUANTIZED:
         config["quantization_config"] = QUANTIZED[request.param]
+        hide_libraries(monkeypatch)
     else:
         other = OTHERS[request.param][0]
         config = other.to_dict() if other else {"model_type": request.param}
@@ -49,7 +65,7 @@ def unfit(request, tiny_base, tmp_path) -> Path:
 
 
 def reason(kind: str) -> str:
-    return rf"stored quantized \({kind}\)" if kind in QUANTIZED else OTHERS[kind][1]
+    return rf"stored quantized \({kind}\), and .*the unquantized base" if kind in QUANTIZED else OTHERS[kind][1]
 
 
 EACH = pytest.mark.parametrize("unfit", [*QUANTIZED, *OTHERS], indirect=True)
@@ -83,7 +99,7 @@ def test_the_other_programs_say_so_too(unfit, request, tmp_path, capsys, monkeyp
         assert "hub" not in line and "HF_" not in line
 
 
-@pytest.mark.parametrize("unfit", ["fp8", "t5"], indirect=True)
+@pytest.mark.parametrize("unfit", ["compressed-tensors", "t5"], indirect=True)
 def test_from_python(unfit, request, tmp_path):
     told = reason(request.node.callspec.params["unfit"])
     config = {"model_name_or_path": str(unfit), "dataset": str(tmp_path / "none.jsonl")}
