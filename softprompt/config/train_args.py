@@ -45,6 +45,13 @@ class ModelArguments:
         "losses and gradient on a few training rows and is not clearly slower, else padded. packed is refused if it "
         "fails this check.",
     )
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flex_attention"] = option(
+        "auto",
+        "Choose what computes attention in the packed engine. sdpa: torch's scaled_dot_product_attention, on any "
+        "device; varlen: torch's variable-length kernel, on CUDA in bf16 or fp16; flex_attention: torch's "
+        "FlexAttention, on CUDA, also for BLOOM's ALiBi and for soft caps; auto: on CUDA in bf16 or fp16, the fastest "
+        "one that passes the check of --engine, else sdpa.",
+    )
     stream_base: bool = option(
         False,
         "Hold only two transformer blocks of a BLOOM in memory and read the others from its safetensors files when "

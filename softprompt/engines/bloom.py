@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softprompt.data.collate import Packed
+from softprompt.engines.flex_attention import FlexStream
 from softprompt.engines.microbatch_engine import LossInputs
-from softprompt.engines.prefix_attention import RowGroup, attend, causal_alibi, group_rows
+from softprompt.engines.prefix_attention import RowGroup, alibi_slopes, attend, causal_alibi, group_rows
 from softprompt.engines.prefix_schedule import PrefixKV
 from softprompt.models.bloom_weights import BlockWeights, BloomShape, BloomWeights, LinearParams
+from softprompt.utils.transfer import to_device
 
 BlockAttention = Callable[[Tensor, Tensor], Tensor]  # queries [S, N, D], keys and values [S, N, 2, D] → [S, N·D]
 Attention = Callable[[int, Tensor, Tensor], Tensor]  # the same, with the layer's index as the first argument
@@ -71,19 +73,46 @@ def run_prompt_block(block: BlockWeights, x: Tensor, bias: Tensor, shape: BloomS
 # Phase 2: the rows, once per micro-batch.
 
 
-def rows_forward(weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False) -> LossInputs:
-    """Run a micro-batch behind the prompt, up to the input of the head. For `recompute` see `run_blocks`."""
-    shape, P = weights.shape, len(prefix.layers[0])
+def rows_forward(
+    weights: BloomWeights, prefix: PrefixKV, batch: Packed, recompute: bool = False, attn_implementation: str = "sdpa"
+) -> LossInputs:
+    """Run a micro-batch behind the prompt, up to the input of the head. For `recompute` see `run_blocks`, for
+    `attn_implementation` see `row_attention`."""
     x = embed_rows(weights, batch)  # [S, H]
     if batch.lengths:
-        bias = causal_alibi(shape.N, max(batch.lengths), P, x).to(prefix.layers[0].dtype)
-        groups = group_rows(batch.lengths, x.device)
-
-        def attention(i: int, q: Tensor, kv: Tensor) -> Tensor:
-            return attend(q, kv, prefix.layers[i], bias, groups)
-
+        attention = row_attention(weights.shape, prefix, batch.lengths, x, attn_implementation)
         x = run_blocks(weights, x, attention, batch.predictors, recompute=recompute)  # [n, H]
     return loss_inputs(weights, prefix.last_hidden, batch, x)
+
+
+def row_attention(
+    shape: BloomShape, prefix: PrefixKV, lengths: list[int], like: Tensor, attn_implementation: str
+) -> Attention:
+    """Return the attention of packed rows behind a prompt.
+
+    Args:
+        lengths: Number of tokens of each row.
+        like: A tensor with the device and the wide dtype.
+        attn_implementation: "sdpa", or "flex_attention" (see `FlexStream`).
+    """
+    P = len(prefix.layers[0])
+    if attn_implementation == "flex_attention":
+        stream = FlexStream(lengths, like.device, P)
+        slopes = torch.tensor(alibi_slopes(shape.N), dtype=torch.float32)
+        with_alibi = stream.alibi(to_device(slopes, like.device))
+
+        def flex(i: int, q: Tensor, kv: Tensor) -> Tensor:
+            keys, values = torch.cat([prefix.layers[i].to(kv.dtype), kv]).unbind(2)  # [P + S, N, D]
+            return stream.attend(q, keys, values, with_alibi).flatten(1)
+
+        return flex
+    bias = causal_alibi(shape.N, max(lengths), P, like).to(prefix.layers[0].dtype)
+    groups = group_rows(lengths, like.device)
+
+    def attention(i: int, q: Tensor, kv: Tensor) -> Tensor:
+        return attend(q, kv, prefix.layers[i], bias, groups)
+
+    return attention
 
 
 def embed_rows(weights: BloomWeights, batch: Packed) -> Tensor:

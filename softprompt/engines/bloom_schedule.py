@@ -51,18 +51,20 @@ class BloomSchedule(PrefixSchedule):
 class MicrobatchMajor(BloomSchedule):
     """Runs each micro-batch through all blocks before the next one. All blocks must be in memory.
 
-    With `gradient_checkpointing`, the activations within blocks are recomputed in the backward pass.
+    With `gradient_checkpointing`, the activations within blocks are recomputed in the backward pass. For
+    `attn_implementation` see `bloom.row_attention`.
     """
 
-    def __init__(self, weights: BloomWeights, gradient_checkpointing: bool = False):
+    def __init__(self, weights: BloomWeights, gradient_checkpointing: bool = False, attn_implementation: str = "sdpa"):
         super().__init__(weights, gradient_checkpointing)
+        self.attn_implementation = attn_implementation
 
     def run_prompt(self, prompt: Tensor | None) -> PrefixKV:
         return run_prompt(self.weights, self._prompt_or_empty(prompt))
 
     def rows_forward(self, prefix: PrefixKV, batch: Packed) -> LossInputs:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return rows_forward(self.weights, prefix, batch, recompute)
+        return rows_forward(self.weights, prefix, batch, recompute, self.attn_implementation)
 
     def _kept_bytes(self, P: int, tokens: int, tokens_per_microbatch: int) -> int:
         shape, dtype = self.weights.shape, self.compute_dtype

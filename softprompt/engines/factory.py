@@ -1,20 +1,18 @@
-"""Choose and build the engine of a training run or of inference.
+"""Build the engine of a training run or of inference. `choice` decides which one a training run takes.
 
 Training and evaluation use the result through the `Engine` interface only; generation also uses its schedule.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
-from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
@@ -30,16 +28,6 @@ from softprompt.engines.memory_estimate import (
 )
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.padded_schedule import PaddedSchedule
-from softprompt.engines.self_check import (
-    CLEARLY_FASTER,
-    CheckResult,
-    cache_result,
-    cached_result,
-    compare,
-    measure_speed,
-    result_key,
-    rows_to_check,
-)
 from softprompt.models.bloom_weights import (
     BloomWeights,
     DequantizedWeights,
@@ -51,100 +39,9 @@ from softprompt.models.bloom_weights import (
 from softprompt.models.fsdp import ShardedLayers, ShardedWeights
 from softprompt.models.loading import word_embeddings
 from softprompt.models.weight_offload import StreamedWeights
-from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.safetensors_io import StoredTensor
 
 Blocks = Mapping[str, StoredTensor] | ShardedLayers
-
-
-class ChosenEngine(NamedTuple):
-    """An engine, and one line for the user that says how it was chosen (None if there was no check)."""
-
-    engine: Engine
-    how: str | None = None
-
-
-def choose_engine(
-    config: TrainConfig,
-    base: PreTrainedModel,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    prompt: Tensor,
-    rows: Sequence[Example],
-    longest: int = 0,
-    blocks: Blocks | None = None,
-    agree: Callable[[Any], Any] = lambda mine: mine,
-) -> ChosenEngine:
-    """Choose and build the engine of a training run.
-
-    `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
-    is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. There is no check with
-    `--engine padded`, with a BLOOM that does not hold its blocks, and without rows that have targets; see `make_engine`
-    for the choice then. If the layers are sharded, all ranks check the same rows.
-
-    Args:
-        base: The loaded, frozen base.
-        prompt: [P, H].
-        rows: Training rows.
-        longest: Tokens of the longest row that the engine may get, held-out and streamed rows included.
-        blocks: See `make_engine`.
-        agree: Called with this rank's result; returns the result of rank 0, which all ranks follow.
-
-    Raises:
-        ConfigError: `--engine packed`, but the base fails the check.
-        ModelError: The base cannot be run on embeddings.
-        TrainingError: One of the engines runs out of memory with a single row.
-    """
-    kind, P = config.model.engine, len(prompt)
-    checked = kind != "padded" and (blocks is None or not is_bloom(base.config))
-    examined = rows_to_check(rows, longest) if checked else []
-    if not examined:
-        return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
-    args = config.training
-    padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
-    packed: Engine | None = None
-    try:
-        packed = make_engine(config, base, tokenizer, dtype, P, blocks, kind="packed")
-        ranks = blocks.world.size if isinstance(blocks, ShardedLayers) else 1
-        result = _checked(config, base, packed, padded, prompt, examined, rows, ranks)
-    except ModelError as error:
-        result = CheckResult(len(examined), len(examined[0].input_ids), failure=str(error))
-    result = CheckResult(*agree(list(result)))
-    if packed is None or not result.is_right(dtype):
-        if kind == "packed":
-            raise ConfigError(f"--engine packed: {result}; give --engine auto")
-        return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
-    speed = result.speed or 1.0
-    if kind == "auto" and speed * CLEARLY_FASTER < 1:
-        return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
-    return ChosenEngine(packed, f"packed engine: {result}; {speed:.1f} times as fast")
-
-
-def _checked(
-    config: TrainConfig,
-    base: PreTrainedModel,
-    packed: Engine,
-    padded: MicrobatchEngine[Any],
-    prompt: Tensor,
-    examined: Sequence[Example],
-    rows: Sequence[Example],
-    ranks: int,
-) -> CheckResult:
-    """Return the cached result on the packed engine. If there is none, compare and time both engines, and cache the
-    result (except in a dry run). `ranks` is the number of ranks that the base is sharded among, or 1."""
-    args = config.training
-    window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
-    size = round(math.log2(sum(len(row.input_ids) for row in window)))  # on which the speed depends
-    settings = args.gradient_checkpointing, args.tokens_per_microbatch, size, ranks
-    key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
-    if result := cached_result(key, len(examined[0].input_ids)):
-        return result
-    result = compare(packed, padded, prompt, examined)
-    if result.is_right(packed.compute_dtype):
-        result = result._replace(speed=measure_speed(packed, padded, prompt, window))
-        if not args.dry_run:
-            cache_result(key, result)
-    return result
 
 
 def make_engine(
@@ -155,6 +52,7 @@ def make_engine(
     P: int,
     blocks: Blocks | None = None,
     kind: str | None = None,
+    attn_implementation: str = "sdpa",
 ) -> Engine:
     """Build the engine of a training run without checking it.
 
@@ -165,6 +63,7 @@ def make_engine(
             that are sharded among ranks. With a BLOOM, the packed engine then uses the layer-major schedule, as it does
             with quantized blocks. Blocks in files always get the packed engine.
         kind: "packed" or "padded"; None means what `takes_packed` selects for `--engine`.
+        attn_implementation: What computes attention in the packed engine of a base that holds its blocks.
 
     Raises:
         ModelError: The base cannot be run on embeddings, or the packed engine does not support it.
@@ -184,9 +83,10 @@ def make_engine(
         if isinstance(weights, DequantizedWeights):
             return _layer_by_layer(config, weights, 2 + weights.held_blocks, P)
         auto = auto_tokens(bloom_shape(base.config), dtype, P, device, total_memory(device), recompute)
-        schedule = MicrobatchMajor(weights, recompute)
+        schedule = MicrobatchMajor(weights, recompute, attn_implementation)
         return MicrobatchEngine(schedule, args.tokens_per_microbatch or auto)
-    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, isinstance(blocks, ShardedLayers))
+    sharded = isinstance(blocks, ShardedLayers)
+    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, sharded, attn_implementation)
 
 
 def packed_engine(
@@ -195,18 +95,20 @@ def packed_engine(
     tokens: int | None = None,
     gradient_checkpointing: bool = False,
     sharded: bool = False,
+    attn_implementation: str = "sdpa",
 ) -> Engine:
     """Build the packed engine for a decoder other than BLOOM.
 
     Args:
         tokens: Maximum number of tokens of a micro-batch; None computes it from the size of the memory.
         sharded: Whether the layers of `base` are sharded among ranks.
+        attn_implementation: See `DecoderSchedule`.
 
     Raises:
         ModelError: See `DecoderSchedule`.
     """
     schedule = JointDecoderSchedule if sharded else DecoderSchedule
-    return _sized(schedule(base, dtype, gradient_checkpointing), tokens)
+    return _sized(schedule(base, dtype, gradient_checkpointing, attn_implementation), tokens)
 
 
 def padded_engine(

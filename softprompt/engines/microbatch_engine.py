@@ -43,6 +43,7 @@ class Schedule(Protocol[MicrobatchT]):
 
     Attributes:
         kind: "packed" or "padded".
+        attn_implementation: What computes attention: "sdpa", "varlen" or "flex_attention"; "auto" if the base decides.
         device: The device that computes.
         compute_dtype: The dtype of matrix products.
         gradient_checkpointing: Whether the activations within layers are recomputed in the backward pass.
@@ -50,6 +51,7 @@ class Schedule(Protocol[MicrobatchT]):
     """
 
     kind: str
+    attn_implementation: str
     device: torch.device
     compute_dtype: torch.dtype
     gradient_checkpointing: bool
@@ -112,13 +114,16 @@ class MicrobatchEngine(Generic[MicrobatchT]):
         return self._retry_when_out_of_memory(lambda: self._row_losses(prompt, rows), rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.schedule.kind, "tokens_per_microbatch": self.tokens_per_microbatch}
+        cut = {"engine": self.schedule.kind, "tokens_per_microbatch": self.tokens_per_microbatch}
+        return {**cut, "attn_implementation": self.schedule.attn_implementation}
 
     def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
         return self.schedule.activation_bytes(P, window, self.tokens_per_microbatch)
 
     def __str__(self) -> str:
-        return f"{self.schedule.kind} engine, {self.tokens_per_microbatch:,} tokens at a time{self.schedule}"
+        kernel = self.schedule.attn_implementation
+        of_kernel = "" if kernel in ("sdpa", "auto") else f", {kernel} attention"
+        return f"{self.schedule.kind} engine, {self.tokens_per_microbatch:,} tokens at a time{of_kernel}{self.schedule}"
 
     @torch.no_grad()
     def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:

@@ -45,6 +45,7 @@ class PaddedSchedule(JointSchedule[PaddedRows]):
     after the other under autocast."""
 
     kind = "padded"
+    attn_implementation = "auto"
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class PrefixSchedule:
     subclass implements phases 1 and 2 for a particular kind of base."""
 
     kind = "packed"
+    attn_implementation = "sdpa"
     device: torch.device
     compute_dtype: torch.dtype
     gradient_checkpointing: bool

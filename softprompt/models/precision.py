@@ -41,6 +41,11 @@ def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) ->
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype is bf16 or fp16."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context in which matrix products run in `compute_dtype`; for fp32 it does nothing."""
     if compute_dtype.itemsize >= 4 or not torch.amp.is_autocast_available(device.type):

@@ -14,7 +14,7 @@ from softprompt.config.train_args import ModelArguments
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, end_tokens
-from softprompt.engines.factory import choose_engine
+from softprompt.engines.choice import choose_engine
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.generator import make_generator

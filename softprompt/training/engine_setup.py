@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
+from softprompt.engines.choice import choose_engine
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.engines.factory import choose_engine
 from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
 from softprompt.models.capabilities import RowMaxima, why_not_generate
@@ -41,7 +41,7 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     """Choose the engine and make the generator. With several ranks, both distribute rows over the ranks.
 
     Raises:
-        ConfigError, ModelError, TrainingError: See `factory.choose_engine`.
+        ConfigError, ModelError, TrainingError: See `choice.choose_engine`.
     """
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)

@@ -23,6 +23,7 @@ EXCLUSIVE = (
 # If the setting on the right is given now, the checkpoint's value of the setting on the left is dropped, so that its
 # default is derived anew.
 DERIVED = {
+    "attn_implementation": "device",
     "eval_strategy": "eval_steps",
     "greater_is_better": "metric_for_best_model",
     "max_steps": "num_train_epochs",
@@ -75,7 +76,7 @@ def _dropped(old: Mapping[str, Any], given: Mapping[str, Any], same_engine: bool
     left = on | {name for name, value in old.items() if value and name not in dropped and name not in given}
     dropped |= {name for name, by in ONLY_WITH.items() if given.keys() & set(by) and not left & set(by)}
     if not same_engine:
-        dropped |= {"tokens_per_microbatch"}
+        dropped |= {"tokens_per_microbatch", "attn_implementation"}
     return (dropped & old.keys()) - given.keys()
 
 

@@ -5,14 +5,24 @@ import math
 
 import pytest
 import torch
+from helpers.bases import make_bloom
+from helpers.kernels import naive_varlen
+from helpers.packed_cases import relative
+from helpers.peers import gradient_of, naive_gradient, random_examples
+from helpers.small_bases import small_base
 from torch import nn
 from torch.nn.attention import varlen
 
 from softprompt.engines import flex_attention, varlen_attention
+from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows
+from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
 from softprompt.engines.flex_attention import FlexRows, FlexStream
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.prefix_attention import alibi_slopes
 from softprompt.engines.varlen_attention import VarlenRows
+from softprompt.models.bloom_weights import ResidentWeights
+from softprompt.models.loading import freeze
 
 CPU, N, K, D = torch.device("cpu"), 4, 2, 8
 LENGTHS = [[1], [5, 3, 3, 1], [300, 129, 128, 127, 9, 1]]
@@ -59,23 +69,6 @@ def by_definition(q, k, v, prompt, lengths, options, slopes=None):
             outputs.append(torch.stack(heads))
         start += length
     return torch.stack(outputs)
-
-
-def naive_varlen(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """torch's variable-length attention: in each part, the last query is aligned with the last key."""
-    left, right = window_size
-    assert right == 0 and max_q == int(starts_q.diff().max()) and max_k == int(starts_k.diff().max())
-    assert starts_q.dtype == starts_k.dtype == torch.int32
-    outputs = []
-    for b in range(len(starts_q) - 1):
-        query, key, value = (
-            t[s[b] : s[b + 1]].transpose(0, 1) for t, s in ((q, starts_q), (k, starts_k), (v, starts_k))
-        )
-        distance = torch.arange(query.shape[1])[:, None] + key.shape[1] - query.shape[1] - torch.arange(key.shape[1])
-        mask = (distance >= 0) & (distance <= left if left >= 0 else True)
-        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
 
 
 @pytest.fixture
@@ -161,3 +154,29 @@ def test_one_compiled_kernel_serves_all_micro_batches(monkeypatch):
         with torch.no_grad():
             stream.attend(q, *(torch.cat([p, t]) for p, t in zip(prompt, (k, v), strict=True)), stream.alibi(slopes))
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("P", [1, 10])
+def test_losses_of_bloom_with_flex_attention(P):
+    """Forward only: FlexAttention has no backward on the CPU."""
+    weights = ResidentWeights(freeze(make_bloom(), torch.float32), torch.float32)
+    rows, prompt = random_examples(9, 60, seed=P), torch.randn(P, 32, generator=torch.Generator().manual_seed(P))
+    flex, sdpa = (
+        MicrobatchEngine(MicrobatchMajor(weights, attn_implementation=name), 100).row_losses(prompt, rows)
+        for name in ("flex_attention", "sdpa")
+    )
+    assert flex == pytest.approx(sdpa, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("schedule", [DecoderSchedule, JointDecoderSchedule])
+def test_gradient_of_a_decoder_with_the_variable_length_kernel(kind, schedule, varlen_on_cpu):
+    base, start = (
+        freeze(small_base(kind), torch.float32),
+        torch.randn(6, 32, generator=torch.Generator().manual_seed(1)),
+    )
+    rows = random_examples(7, 30, seed=5)
+    mean, truth = naive_gradient(base, start, rows)
+    engine = MicrobatchEngine(schedule(base, torch.float32, attn_implementation="varlen"), 70)
+    loss, gradient = gradient_of(engine, start, rows)
+    assert loss == pytest.approx(mean, rel=1e-5) and relative(gradient, truth) < 1e-5

@@ -57,9 +57,9 @@ def moved_to_meta(engine):
     return engine
 
 
-def decoder_engine(kind, dtype):
+def decoder_engine(kind, dtype, attn_implementation):
     """The packed engine of a decoder. Its attention modules and its head were examined on the CPU."""
-    engine = packed_engine(freeze(small_base(kind), dtype), dtype, 64)
+    engine = packed_engine(freeze(small_base(kind), dtype), dtype, 64, attn_implementation=attn_implementation)
     assert engine.schedule.layout
     return moved_to_meta(engine)
 
@@ -79,9 +79,10 @@ def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
-def test_so_does_a_window_of_any_decoder(kind, dtype, monkeypatch):
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "varlen"])
+def test_so_does_a_window_of_any_decoder(kind, dtype, attn_implementation, monkeypatch):
     monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
-    engine, prompt = decoder_engine(kind, dtype), PromptEmbedding(torch.zeros(10, 32)).to("meta")
+    engine, prompt = decoder_engine(kind, dtype, attn_implementation), PromptEmbedding(torch.zeros(10, 32)).to("meta")
     with Watching():
         total, targets = engine.accumulate(prompt, ROWS, torch.ones((), device="meta"))
         evaluated, _ = engine.evaluate(prompt.weight.detach(), ROWS)

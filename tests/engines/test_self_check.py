@@ -1,16 +1,21 @@
 """The packed engine proves itself on the run's rows, and what fails the check is not taken."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.bases import make_bloom
+from helpers.kernels import naive_varlen
 from helpers.peers import naive_loss, random_examples
 from helpers.small_bases import WINDOW, small_base
+from torch.nn.attention import varlen
 
 from softprompt.config.loader import train_config
 from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines import factory
-from softprompt.engines.factory import choose_engine, packed_engine, padded_engine
+from softprompt.engines import choice, varlen_attention
+from softprompt.engines.choice import choose_engine
+from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, rows_to_check
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -38,7 +43,7 @@ def kind_of(chosen):
 def at_speed(monkeypatch, speed):
     """As if the packed engine was so many times as fast."""
     calls = []
-    monkeypatch.setattr(factory, "measure_speed", lambda *args: calls.append(args) or speed)
+    monkeypatch.setattr(choice, "measure_speed", lambda *args: calls.append(args) or speed)
     return calls
 
 
@@ -164,3 +169,56 @@ def test_a_base_whose_gradient_depends_on_rounding_gets_a_larger_tolerance():
     assert not CheckResult(4, 9, 0.0, 2e-3, noise=1e-6).is_right(FP32)
     assert CheckResult(4, 9, 0.0, 2e-3, noise=6e-4).is_right(FP32)
     assert not CheckResult(4, 9, 0.0, float("inf"), noise=6e-4).is_right(FP32)
+
+
+def kernels(kind, dtype, monkeypatch, device="cuda", **given):
+    """The values of --attn_implementation that are tried for a base on a device."""
+    config = train_config(model_name_or_path="x", dataset="x", **given)
+    words = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(choice, "word_embeddings", lambda base: words)
+    return choice.attn_implementations(config, make_bloom() if kind == "bloom" else small_base(kind), dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "device", "expected"),
+    [
+        ("llama", torch.bfloat16, "cuda", ["varlen", "sdpa"]),
+        ("llama", torch.float16, "cuda:1", ["varlen", "sdpa"]),
+        ("bloom", torch.bfloat16, "cuda", ["flex_attention", "sdpa"]),
+        ("gemma2", torch.bfloat16, "cuda", ["flex_attention", "sdpa"]),
+        ("llama", torch.float32, "cuda", ["sdpa"]),
+        ("bloom", torch.bfloat16, "cpu", ["sdpa"]),
+    ],
+)
+def test_kernels_that_are_tried(kind, dtype, device, expected, monkeypatch):
+    assert kernels(kind, dtype, monkeypatch, device) == expected
+
+
+def test_a_kernel_that_is_named_is_the_only_one(monkeypatch):
+    assert kernels("llama", torch.bfloat16, monkeypatch, attn_implementation="sdpa") == ["sdpa"]
+    with pytest.raises(ConfigError, match="--attn_implementation varlen needs CUDA"):
+        kernels("llama", torch.bfloat16, monkeypatch, "cpu", attn_implementation="varlen")
+    with pytest.raises(ConfigError, match="has no ALiBi"):
+        kernels("bloom", torch.bfloat16, monkeypatch, attn_implementation="varlen")
+    resumed = {"attn_implementation": "varlen", "resume_from_checkpoint": "run"}
+    assert kernels("llama", FP32, monkeypatch, "cpu", **resumed) == ["sdpa"]
+
+
+@pytest.mark.parametrize(("speeds", "taken"), [((3.0, 2.0), "varlen"), ((2.0, 3.0), "sdpa")])
+def test_the_fastest_kernel_is_taken(speeds, taken, tokenizer, monkeypatch):
+    base, measured = freeze(small_base("llama"), FP32), iter(speeds)
+    monkeypatch.setattr(varlen, "varlen_attn", naive_varlen)
+    monkeypatch.setattr(varlen_attention, "HALF", (FP32,))
+    monkeypatch.setattr(choice, "attn_implementations", lambda *args: ["varlen", "sdpa"])
+    monkeypatch.setattr(choice, "measure_speed", lambda *args: next(measured))
+    engine, how = choose(base, tokenizer)
+    assert engine.schedule.attn_implementation == taken and "3.0 times as fast" in how
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_not_taken(tokenizer, monkeypatch):
+    base = freeze(small_base("llama"), FP32)
+    monkeypatch.setattr(choice, "attn_implementations", lambda *args: ["varlen", "flex_attention", "sdpa"])
+    monkeypatch.setattr(varlen_attention, "HALF", (FP32,))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, *args, **others: q)  # FlexAttention has no backward here
+    engine, how = choose(base, tokenizer, engine="packed")
+    assert engine.schedule.attn_implementation == "sdpa" and how.startswith("packed engine")

@@ -21,7 +21,8 @@ from helpers.small_bases import WINDOW, small_base
 
 import softprompt
 from softprompt.config.loader import train_config
-from softprompt.engines.factory import choose_engine, make_engine
+from softprompt.engines.choice import choose_engine
+from softprompt.engines.factory import make_engine
 from softprompt.generation.generator import in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.loading import freeze, move_to_device

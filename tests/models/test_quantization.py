@@ -15,7 +15,8 @@ import infer
 import softprompt
 import train
 from softprompt.config.loader import train_config
-from softprompt.engines.factory import choose_engine, make_engine
+from softprompt.engines.choice import choose_engine
+from softprompt.engines.factory import make_engine
 from softprompt.engines.memory_estimate import resident_bytes
 from softprompt.generation.generator import in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request

@@ -19,7 +19,7 @@ from softprompt.config.loader import PRESETS, train_config
 from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
-from softprompt.engines import factory
+from softprompt.engines import choice
 from softprompt.models.loading import load_tokenizer
 from softprompt.training.console import warn_if_bf16_is_slow
 
@@ -203,7 +203,7 @@ def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, mon
     )
     assert "packed engine, 50 tokens at a time" in out
     state = json.loads((tmp_path / "r/checkpoint-6/trainer_state.json").read_text())
-    assert state["engine"] == {"engine": "packed", "tokens_per_microbatch": 50}
+    assert state["engine"] == {"engine": "packed", "tokens_per_microbatch": 50, "attn_implementation": "sdpa"}
     out, _ = run_program(
         train,
         [*flags, "--engine", "packed", "--tokens_per_microbatch", "auto", "--gradient-checkpointing"],
@@ -226,7 +226,7 @@ def test_a_resumed_run_keeps_its_engine(speed, kept, run_settings, tmp_path, mon
     """Whichever one would be taken now."""
     for number, measured in enumerate((speed, 1 / speed)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {number}"))
-        monkeypatch.setattr(factory, "measure_speed", lambda *args, measured=measured: measured)
+        monkeypatch.setattr(choice, "measure_speed", lambda *args, measured=measured: measured)
         if number == 0:
             interrupted(run_settings, 5)
         else:

@@ -1,0 +1,160 @@
+"""Choose the engine of a training run: the packed engine if it gives the padded one's losses and gradient on a few of
+the run's own rows and is not clearly slower, else the padded engine."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.config.loader import TrainConfig
+from softprompt.data.tokenization import Example
+from softprompt.engines.base import Engine
+from softprompt.engines.factory import Blocks, make_engine, padded_engine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
+from softprompt.engines.self_check import (
+    CLEARLY_FASTER,
+    CheckResult,
+    cache_result,
+    cached_result,
+    compare,
+    measure_speed,
+    result_key,
+    rows_to_check,
+)
+from softprompt.models.bloom_weights import is_bloom
+from softprompt.models.fsdp import ShardedLayers
+from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import is_half
+from softprompt.utils.errors import ConfigError, ModelError
+from softprompt.utils.model_config import text_config
+
+
+class ChosenEngine(NamedTuple):
+    """An engine, and one line for the user that says how it was chosen (None if there was no check)."""
+
+    engine: Engine
+    how: str | None = None
+
+
+def choose_engine(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    prompt: Tensor,
+    rows: Sequence[Example],
+    longest: int = 0,
+    blocks: Blocks | None = None,
+    agree: Callable[[Any], Any] = lambda mine: mine,
+) -> ChosenEngine:
+    """Choose and build the engine of a training run.
+
+    `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
+    is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. If several functions
+    could compute its attention (see `attn_implementations`), each is checked and the fastest is taken. There is no
+    check with `--engine padded`, with a BLOOM that does not hold its blocks, and without rows that have targets; see
+    `make_engine` for the choice then. If the layers are sharded, all ranks check the same rows.
+
+    Args:
+        base: The loaded, frozen base.
+        prompt: [P, H].
+        rows: Training rows.
+        longest: Tokens of the longest row that the engine may get, held-out and streamed rows included.
+        blocks: See `make_engine`.
+        agree: Called with this rank's result; returns the result of rank 0, which all ranks follow.
+
+    Raises:
+        ConfigError: `--engine packed`, but the base fails the check; or `--attn_implementation` needs CUDA.
+        ModelError: The base cannot be run on embeddings.
+        TrainingError: One of the engines runs out of memory with a single row.
+    """
+    kind, P, args = config.model.engine, len(prompt), config.training
+    names = attn_implementations(config, base, dtype)
+    checked = kind != "padded" and (blocks is None or not is_bloom(base.config))
+    examined = rows_to_check(rows, longest) if checked else []
+    if not examined:
+        return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
+    padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
+    best, found = None, CheckResult(len(examined), len(examined[0].input_ids))
+    for name in names:
+        packed: Engine | None = None
+        try:
+            packed = make_engine(config, base, tokenizer, dtype, P, blocks, "packed", name)
+            result = _checked(config, base, packed, padded, prompt, examined, rows, blocks)
+        except ModelError as error:
+            result = found._replace(failure=str(error))
+        result = CheckResult(*agree(list(result)))
+        if packed is None or not result.is_right(dtype):
+            found = found if best else result
+        elif best is None or (result.speed or 1.0) > (found.speed or 1.0):
+            best, found = packed, result
+    return _decide(kind, best, padded, found)
+
+
+def attn_implementations(config: TrainConfig, base: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return what may compute the attention of the packed engine, as values of `--attn_implementation`.
+
+    `auto` on CUDA in bf16 and fp16: the variable-length kernel, or FlexAttention for a base with ALiBi or soft caps;
+    and scaled_dot_product_attention. In all other cases it is scaled_dot_product_attention alone.
+
+    Raises:
+        ConfigError: The value was given and needs CUDA, or does not support ALiBi.
+    """
+    named, device = config.model.attn_implementation, word_embeddings(base).weight.device
+    resumed = config.training.resume_from_checkpoint is not None  # possibly on another device than it began on
+    if named not in ("auto", "sdpa") and device.type != "cuda":
+        if not resumed:
+            raise ConfigError(f"--attn_implementation {named} needs CUDA, and this run is on {device}; leave it out")
+        return ["sdpa"]
+    has_bias = is_bloom(base.config) or getattr(text_config(base.config), "attn_logit_softcapping", None)
+    if named == "varlen" and is_bloom(base.config):
+        raise ConfigError("--attn_implementation varlen has no ALiBi, which BLOOM needs; give flex_attention or sdpa")
+    if named != "auto":
+        return [named]
+    if device.type != "cuda" or not is_half(dtype):
+        return ["sdpa"]
+    return ["flex_attention" if has_bias else "varlen", "sdpa"]
+
+
+def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResult) -> ChosenEngine:
+    """Return the packed engine (None if it is wrong) or the padded one, given the result of the check."""
+    if packed is None:
+        if kind == "packed":
+            raise ConfigError(f"--engine packed: {result}; give --engine auto")
+        return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
+    speed = result.speed or 1.0
+    if kind == "auto" and speed * CLEARLY_FASTER < 1:
+        return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
+    return ChosenEngine(packed, f"packed engine: {result}; {speed:.1f} times as fast")
+
+
+def _checked(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    packed: Engine,
+    padded: MicrobatchEngine[Any],
+    prompt: Tensor,
+    examined: Sequence[Example],
+    rows: Sequence[Example],
+    blocks: Blocks | None,
+) -> CheckResult:
+    """Return the cached result on the packed engine. If there is none, compare and time both engines, and cache the
+    result (except in a dry run)."""
+    args = config.training
+    window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
+    size = round(math.log2(sum(len(row.input_ids) for row in window)))  # which affects the ratio of the speeds
+    ranks = blocks.world.size if isinstance(blocks, ShardedLayers) else 1
+    kernel = packed.state_dict()["attn_implementation"]
+    settings = args.gradient_checkpointing, args.tokens_per_microbatch, size, ranks, kernel
+    key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
+    if result := cached_result(key, len(examined[0].input_ids)):
+        return result
+    result = compare(packed, padded, prompt, examined)
+    if result.is_right(packed.compute_dtype):
+        result = result._replace(speed=measure_speed(packed, padded, prompt, window))
+        if not args.dry_run:
+            cache_result(key, result)
+    return result
