@@ -25,6 +25,7 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
+from softprompt.engines.choice import attn_implementations
 from softprompt.engines.factory import make_engine
 from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.loading import word_embeddings
@@ -40,13 +41,15 @@ ROWS_PER_STEP = 32
 @dataclass(frozen=True)
 class Contestant:
     """A contestant. `kind` is "trainer", "padded" or "packed". `grouped` says whether its rows come in batches of
-    similar length (see `cases.Rows`)."""
+    similar length (see `cases.Rows`), `attn_implementation` is that of train.py; "auto" is here the first one that
+    train.py would check."""
 
     name: str
     kind: str
     dtype: torch.dtype
     rows_per_microbatch: int = 4
     grouped: bool = False
+    attn_implementation: str = "auto"
 
     @property
     def is_peer(self) -> bool:
@@ -67,6 +70,7 @@ def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
             Contestant("peft-best" + suffix, "trainer", dtype, rows_of_best, grouped=True),
             Contestant("padded" + suffix, "padded", dtype),
             Contestant("packed" + suffix, "packed", dtype),
+            Contestant("packed-sdpa" + suffix, "packed", dtype, attn_implementation="sdpa"),
         ]
     return {c.name: c for c in every}
 
@@ -160,8 +164,9 @@ def _run_loop(
 
 
 def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
-    config = train_config(model_name_or_path="x", dataset="x")
-    return make_engine(config, base, tokenizer, c.dtype, P, kind=c.kind)
+    config = train_config(model_name_or_path="x", dataset="x", attn_implementation=c.attn_implementation)
+    kernel = attn_implementations(config, base, c.dtype)[0]
+    return make_engine(config, base, tokenizer, c.dtype, P, kind=c.kind, attn_implementation=kernel)
 
 
 class TrainerStepTimer(TrainerCallback):

@@ -31,7 +31,7 @@ from typing import NamedTuple, TextIO
 
 FOLDER = Path(__file__).parent
 LAST_LINES = 30  # of stderr
-TRAIN = ("peft-bf16", "peft-best-bf16", "padded-bf16", "packed-bf16", "peft", "packed")
+TRAIN = ("peft-bf16", "peft-best-bf16", "padded-bf16", "packed-bf16", "packed-sdpa-bf16", "peft", "packed")
 
 
 class Section(NamedTuple):

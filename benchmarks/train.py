@@ -10,9 +10,10 @@ Every contestant trains the same prompt on the same frozen base with the same Ad
 
 * `peft`: Trainer on a model of get_peft_model, 4 rows × 8 micro-batches;
 * `peft-best`: the same with its best settings: rows grouped by length, 32 × 1;
-* `padded`, `packed`: this project's loop with its two engines.
+* `padded`, `packed`: this project's loop with its two engines; `packed-sdpa`: the packed engine with the attention
+  function that it has on every device (on the CPU, this is `packed`).
 
-Each of the four also exists with `-bf16`. All contestants have the same rows in the same windows, except `peft-best`,
+Each of these also exists with `-bf16`. All contestants have the same rows in the same windows, except `peft-best`,
 which has batches that group_by_length makes of the same dataset (see `cases.Rows`). After one step each that is not
 counted, they take turns for `--rounds` rounds, in reverse order in every other round. The results are medians over the
 rounds:
@@ -99,6 +100,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = list(contestants())
+    usual = [name for name in every if "sdpa" not in name]
     add = parser.add_argument
     add("--size", nargs="+", choices=["mini", *NAMES], default=[], help="bases; all but mini have random weights")
     add("--model_name_or_path", metavar="FOLDER", help="a real base (default: --size mini)")
@@ -107,7 +109,7 @@ def parse() -> argparse.Namespace:
     add("--real_lengths", action="store_true", help="synthetic rows with the lengths of Chinese Alpaca's instead")
     add("--dataset", help="real rows instead: what train.py's --dataset takes, or mini:TASK")
     add("--tokenizer", metavar="FOLDER", help="tokenizer of the rows (default: the base's)")
-    add("--contestants", nargs="+", choices=every, default=every, metavar="NAME", help=", ".join(every))
+    add("--contestants", nargs="+", choices=every, default=usual, metavar="NAME", help=", ".join(every))
     add("--rows_of_best", type=int, choices=[1, 2, 4, 8, 16, 32], default=32, help="micro-batch of peft-best")
     add("--steps", type=int, default=3, help="optimizer steps of a round")
     add("--rounds", type=int, default=3)

@@ -21,7 +21,7 @@ from helpers.small_bases import WINDOW, small_base
 
 import softprompt
 from softprompt.config.loader import train_config
-from softprompt.engines.choice import choose_engine
+from softprompt.engines.choice import attn_implementations, choose_engine
 from softprompt.engines.factory import make_engine
 from softprompt.generation.generator import in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
@@ -50,9 +50,13 @@ def base_on_cpu(kind):
 
 
 def engine_on(device, base, tokenizer, dtype, kind, P, **settings):
+    """The frozen base and an engine: padded, packed with scaled_dot_product_attention, or "kernel": packed with the
+    attention that is tried first."""
     frozen = move_to_device(freeze(copy.deepcopy(base), dtype), device)
     config = train_config(model_name_or_path="x", dataset="x", **settings)
-    return frozen, make_engine(config, frozen, tokenizer, dtype, P, kind=kind)
+    kernel = attn_implementations(config, frozen, dtype)[0] if kind == "kernel" else "sdpa"
+    kind = "packed" if kind == "kernel" else kind
+    return frozen, make_engine(config, frozen, tokenizer, dtype, P, kind=kind, attn_implementation=kernel)
 
 
 def prompt_of(P):
@@ -72,7 +76,7 @@ def test_fp32_gradient_is_that_of_rows_run_alone(kind, engine, P, device, tokeni
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["packed", "padded"])
+@pytest.mark.parametrize("engine", ["packed", "kernel", "padded"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_half_precision_is_about_as_exact_as_pefts_autocast(kind, engine, dtype, device, tokenizer):
     """The mean over five prompts, as single ones scatter."""
@@ -87,13 +91,16 @@ def test_half_precision_is_about_as_exact_as_pefts_autocast(kind, engine, dtype,
     assert ours < 1.5 * pefts
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_check_accepts_the_packed_engine(kind, device, tokenizer):
-    frozen = move_to_device(freeze(base_on_cpu(kind), FP32), device)
-    config = train_config(model_name_or_path="x", dataset="x", engine="packed")
-    rows = random_examples(9, 3 * WINDOW, seed=1)
-    chosen = choose_engine(config, frozen, tokenizer, FP32, prompt_of(10).to(device), rows)
-    assert "checked against the padded one" in chosen.how
+def test_the_check_accepts_the_packed_engine_with_each_kernel(kind, dtype, device, tokenizer):
+    frozen, rows = move_to_device(freeze(base_on_cpu(kind), dtype), device), random_examples(9, 3 * WINDOW, seed=1)
+    named = {"model_name_or_path": "x", "dataset": "x", "engine": "packed"}
+    for kernel in attn_implementations(train_config(**named), frozen, dtype):
+        config = train_config(**named, attn_implementation=kernel)
+        chosen = choose_engine(config, frozen, tokenizer, dtype, prompt_of(10).to(device), rows)
+        assert "checked against the padded one" in chosen.how
+        assert chosen.engine.schedule.attn_implementation == kernel
 
 
 @pytest.mark.parametrize("kind", ["bloom", "llama"])
