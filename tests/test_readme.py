@@ -17,7 +17,8 @@ GUIDES = ["bases-and-engines", "data", "development", "how-it-works", "inference
 GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "training")]
 PAGES = [*READMES, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))), "benchmarks/README.md"]
 OF_OTHERS = {"nproc_per_node", "max_restarts", "shutdown_timeout"}  # torchrun's
-OF_OURS = {"preset", "config", "help", "size"}  # flags that no dataclass below has
+# Flags that no dataclass below has: those of the programs themselves, and of the benchmarks that the guides name.
+OF_OURS = {"preset", "config", "help", "size", "starts", "seeds", "tasks"}
 
 
 def text_of(name: str) -> str:

@@ -9,7 +9,7 @@ from softprompt.config.schema import option
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
 # steps of a comparable size; the other initializations start on word embeddings, which are smaller.
-DEFAULT_LEARNING_RATES = {"RANDOM": 3e-2, "TEXT": 1e-2, "SAMPLE_VOCAB": 1e-2, "CLASS_LABELS": 1e-2}
+DEFAULT_LEARNING_RATES = {"RANDOM": 1e-1, "TEXT": 3e-2, "SAMPLE_VOCAB": 3e-2, "CLASS_LABELS": 3e-2}
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
 NEWEST = "newest"  # stands for --resume_from_checkpoint without a value

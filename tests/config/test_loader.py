@@ -52,7 +52,7 @@ def test_which_preset_is_in_force(given, preset):
 
 
 @pytest.mark.parametrize(
-    "init, rate", [("RANDOM", 3e-2), ("TEXT", 1e-2), ("SAMPLE_VOCAB", 1e-2), ("CLASS_LABELS", 1e-2)]
+    "init, rate", [("RANDOM", 1e-1), ("TEXT", 3e-2), ("SAMPLE_VOCAB", 3e-2), ("CLASS_LABELS", 3e-2)]
 )
 def test_the_learning_rate_suits_the_start(init, rate):
     texts = {"TEXT": "prompt_tuning_init_text", "CLASS_LABELS": "class_labels"}

@@ -32,8 +32,8 @@ def test_without_a_grid_there_is_one_cell(tmp_path):
 
 
 def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
-    found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.03\n[[grid]]\n")
-    assert [c.config.learning_rate for c in found.cells] == [0.03]
+    found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.1\n[[grid]]\n")
+    assert [c.config.learning_rate for c in found.cells] == [0.1]
 
 
 def test_settings_of_an_initialization_apply_to_its_cells_only(tmp_path):

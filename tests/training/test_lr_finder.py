@@ -238,7 +238,7 @@ def test_resuming_does_not_start_a_sweep(settings, monkeypatch, capsys):
 def test_default_rate_is_used_if_none_is_found(settings, capsys):
     ended = softprompt.train(**{**settings, "eval_rows": 15}, find_learning_rate=True)
     told = "warning: --find_learning_rate found none: 60 rows are too few"
-    assert told in capsys.readouterr().out and ended.config.learning_rate == 3e-2
+    assert told in capsys.readouterr().out and ended.config.learning_rate == 1e-1
 
 
 def test_signal_during_a_sweep_stops_the_run(settings, monkeypatch, tmp_path):
