@@ -111,9 +111,11 @@ def hardware() -> Iterator[Finding]:
         yield _no_gpu()
     device = resolve_device("auto")
     dtype = str(resolve_dtype(device, None, None)).removeprefix("torch.")
+    on_gpu = "varlen or flex_attention where the base and the check allow it, else sdpa"
+    attention = on_gpu if device.type == "cuda" else "sdpa"
     slow = device.type == "cpu" and not _cpu_flags()
     note = "; --bf16 saves memory but is slow on this processor" if slow else ""
-    yield Finding("a run uses", f"--device {device.type}, {dtype}{note}")
+    yield Finding("a run uses", f"--device {device.type}, {dtype}, attention: {attention}{note}")
 
 
 def folders() -> Iterator[Finding]:
