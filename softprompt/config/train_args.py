@@ -150,8 +150,8 @@ class TrainingArguments:
     )
     per_device_train_batch_size: int = option(
         4,
-        "An optimizer step has this many rows times --gradient_accumulation_steps times the number of devices. "
-        "How many rows are computed at once depends only on --tokens_per_microbatch.",
+        "Take this many rows times --gradient_accumulation_steps times the number of devices for an optimizer step. "
+        "--tokens_per_microbatch determines how many of them are computed at once.",
     )
     gradient_accumulation_steps: int = option(
         8, "Multiply the rows of an optimizer step by this; see --per_device_train_batch_size."
