@@ -108,7 +108,7 @@ class AdapterArguments:
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
         "Choose how answers are generated. packed: continuous batching; padded: transformers' generate, for any causal "
-        "language model; auto: packed for BLOOM on the CPU and for other bases that pass a check, else padded. For "
+        "language model; auto: packed for BLOOM on the CPU and for any base that passes a check, else padded. For "
         "BLOOM, this also chooses the engine that computes losses.",
     )
 

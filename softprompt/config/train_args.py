@@ -150,10 +150,12 @@ class TrainingArguments:
     )
     per_device_train_batch_size: int = option(
         4,
-        "Put this many rows into a micro-batch on each device. An optimizer step has this many rows times "
-        "--gradient_accumulation_steps times the number of devices.",
+        "Take this many rows times --gradient_accumulation_steps times the number of devices for an optimizer step. "
+        "--tokens_per_microbatch determines how many of them are computed at once.",
     )
-    gradient_accumulation_steps: int = option(8, "Accumulate this many micro-batches into one optimizer step.")
+    gradient_accumulation_steps: int = option(
+        8, "Multiply the rows of an optimizer step by this; see --per_device_train_batch_size."
+    )
     tokens_per_microbatch: int | None = option(
         None,
         "Compute up to this many tokens at once, or one longer row. The padded engine also counts padding and virtual "

@@ -149,7 +149,8 @@ class Template:
         whole = _apply_chat(tokenizer, [*prompt_messages(row), answer], row.get("tools"))
         if not whole.startswith(prompt):
             raise DataError(
-                "the tokenizer's chat template does not continue its own generation prompt; give --template"
+                "the tokenizer's chat template does not continue its own generation prompt; give --template a format "
+                "string"
             )
         written, behind = whole[len(prompt) :], self._behind_answer(row, answer, tokenizer)
         if not written.endswith(behind):  # the template depends on the answer's text

@@ -99,9 +99,9 @@ def tokenize(
     """Tokenize prompt and answer separately, join them, set the prompt's labels to -100, and truncate the result to
     `max_length` tokens.
 
-    This is what the article does, and truncates the end of the answer. `truncation_side="input"` instead shortens the
-    prompt's longest text until the answer fits, then the next longest text; an answer that is too long by itself is
-    still truncated.
+    The article that README.md names does the same: a row that is too long loses the end of its answer.
+    `truncation_side="input"` instead shortens the prompt's longest text until the answer fits, then the next longest
+    text; an answer that is too long by itself is still truncated.
 
     Args:
         progress: Show a progress bar on stderr.

@@ -67,7 +67,7 @@ def choose_engine(
         agree: Called with this rank's result; returns the result of rank 0, which all ranks follow.
 
     Raises:
-        ConfigError: `--engine packed`, but the base fails the check; or `--attn_implementation` needs CUDA.
+        ConfigError: `--engine packed`, but the packed engine fails the check; or see `attn_implementations`.
         ModelError: The base cannot be run on embeddings.
         TrainingError: One of the engines runs out of memory with a single row.
     """
@@ -101,7 +101,8 @@ def attn_implementations(config: TrainConfig, base: PreTrainedModel, dtype: torc
     and scaled_dot_product_attention. In all other cases it is scaled_dot_product_attention alone.
 
     Raises:
-        ConfigError: The value was given and needs CUDA, or does not support ALiBi.
+        ConfigError: The value was given and needs CUDA (a resumed run takes scaled_dot_product_attention instead), or
+            does not support ALiBi.
     """
     named, device = config.model.attn_implementation, word_embeddings(base).weight.device
     resumed = config.training.resume_from_checkpoint is not None  # possibly on another device than it began on
@@ -123,7 +124,7 @@ def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResul
     """Return the packed engine (None if it is wrong) or the padded one, given the result of the check."""
     if packed is None:
         if kind == "packed":
-            raise ConfigError(f"--engine packed: {result}; give --engine auto")
+            raise ConfigError(f"--engine packed: the packed engine fails its check: {result}; give --engine auto")
         return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
     speed = result.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:

@@ -63,7 +63,7 @@ def make_engine(
             that are sharded among ranks. With a BLOOM, the packed engine then uses the layer-major schedule, as it does
             with quantized blocks. Blocks in files always get the packed engine.
         kind: "packed" or "padded"; None means what `takes_packed` selects for `--engine`.
-        attn_implementation: What computes attention in the packed engine of a base that holds its blocks.
+        attn_implementation: What computes attention in the packed engine; the layer-major schedule ignores it.
 
     Raises:
         ModelError: The base cannot be run on embeddings, or the packed engine does not support it.

@@ -2,9 +2,10 @@
 caps, which the variable-length kernel does not compute.
 
 One call computes all rows of a micro-batch: queries are the stream of S tokens, keys are [prompt; stream], so the
-prompt's keys and values are not copied. A mask function says which keys a query attends to. The kernel skips blocks of
-128 × 128 places without any such pair; which ones, `_visible_blocks` derives from the rows' lengths. Both streams are
-padded to whole blocks, and one compiled kernel serves all micro-batches.
+prompt's keys and values are not repeated for each row. A mask function says which keys a query attends to. The kernel
+skips each block of 128 queries × 128 keys in which no query attends to any key; `_visible_blocks` derives the other
+blocks from the rows' lengths. Both streams are padded to whole blocks, and one compiled kernel serves all
+micro-batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence

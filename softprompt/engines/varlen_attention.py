@@ -23,8 +23,8 @@ GROUPED_QUERIES = "enable_gqa" in inspect.signature(varlen.varlen_attn).paramete
 
 
 class VarlenRows(PackedRows):
-    """`PackedRows` that uses the variable-length kernel in all layers that it supports: without soft caps and sinks,
-    with heads of one size.
+    """`PackedRows` that uses the variable-length kernel in all layers that it supports (see `is_supported`): those
+    without soft caps and sinks whose keys and values have heads of the same size.
 
     Args:
         lengths: Number of tokens of each row, longest first.

@@ -67,7 +67,7 @@ class BaseWithAdapters:
         self, adapter: str | None = None, /, *, seed: int | None = None, batch_size: int = 8, **given: Any
     ) -> GenerationSettings:
         """Return the settings that `stream` would use: each as given (unless None), else as saved with the adapter,
-        else the article's. `seed` and `batch_size` belong to a call and are not among them.
+        else the default of `GenerationSettings`. `seed` and `batch_size` belong to a call and are not among them.
 
         Raises:
             ConfigError: A setting is unknown or invalid.

@@ -24,7 +24,7 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 
 Forward = Callable[[KVCache, PackedStep], Tensor]  # runs one step over a cache: logits [n, V]
 WIDTH = 128
-CAPTURE_AT = 4  # the default: a size is captured at its fourth step, since capturing takes as long as some steps
+CAPTURE_AT = 4  # the default: a size is captured at its fourth step, since capturing takes as long as several steps
 
 
 def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

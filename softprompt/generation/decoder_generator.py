@@ -56,7 +56,10 @@ class DecoderGenerator:
             if self.only:
                 raise ConfigError(f"--engine packed: {error}; give --engine auto") from None
             if reason := why_not_generate(self.base):
-                raise ConfigError(f"{reason}; continuous batching does not work either: {error}") from None
+                raise ConfigError(
+                    f"{reason}; continuous batching does not work either: {error}; give a smaller --max_length, or "
+                    "take another base"
+                ) from None
             transformers = TransformersGenerator(self.base, self.tokenizer, self.compute_dtype)
             return transformers.generate(requests, batch_size, on_token)
         return self.continuous.generate(requests, batch_size, on_token)

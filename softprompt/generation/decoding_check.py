@@ -1,7 +1,7 @@
 """The check that continuous batching gives a base's own logits.
 
-Two texts, with and without a prompt, are prefilled in one step and continued by decoding steps. The logits of these
-steps are compared with those of the base's own forward over the whole rows.
+Two texts are prefilled in one step and continued by decoding steps, first without a prompt, then again with the same
+prompt before both. The logits of these steps are compared with those of the base's own forward over the whole rows.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from softprompt.utils.errors import ModelError
 from softprompt.utils.out_of_memory import is_out_of_memory
 
 P, SHORT, STEPS = 3, 5, 3  # virtual tokens, tokens of the shorter text, compared steps (the first is the prefill)
-FIRST_LENGTH = 20  # tokens of the longer text
+FIRST_LENGTH = 20  # tokens of the longer text behind the prompt, in the first check of a base
 
 
 def check_decoding(model: StepModel, base: PreTrainedModel, dtype: torch.dtype, longest: int = FIRST_LENGTH) -> None:

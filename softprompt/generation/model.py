@@ -64,8 +64,8 @@ class SoftPromptModel(BaseWithAdapters):
             base: Causal language model, frozen and in eval mode (see `models.loading.freeze`). It may be quantized.
             tokenizer: The base's tokenizer.
             prompt: Learned prompt [P, H] fp32; None is the base without a prompt.
-            template: Template of the questions, by default the article's.
-            generation: Generation settings that override the article's.
+            template: Template of the questions; None is the template "default".
+            generation: Settings that override the defaults of `GenerationSettings`.
             compute_dtype: Dtype of matrix products.
             engine: Value of infer.py's flag --engine.
 

@@ -50,7 +50,10 @@ def load_tokenizer(name_or_path: str) -> Any:
         load_config(name_or_path)  # if the base itself is missing or unsuitable, report that instead
         raise
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one")
+        raise ModelError(
+            f"{name_or_path}: its tokenizer has no eos_token, so an answer would have no end; set one in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

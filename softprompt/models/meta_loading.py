@@ -89,7 +89,8 @@ def _read_outside(base: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
 def _found(stored: Mapping[str, StoredTensor], name: str, name_or_path: str) -> StoredTensor:
     if name not in stored:
         raise ModelError(
-            f"{name_or_path}: its safetensors files lack the tensor {name}, which its config.json requires"
+            f"{name_or_path}: its safetensors files lack the tensor {name}, which its config.json requires; fetch the "
+            "base's files again"
         )
     return stored[name]
 

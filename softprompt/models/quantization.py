@@ -6,7 +6,7 @@ biases are not quantized.
 
 A checkpoint that is stored quantized is loaded by transformers as it is, if the libraries of its method are installed.
 A forward and a backward pass then show whether a gradient passes through it. Weights in bitsandbytes' formats, from
-either source, are computed as in `bitsandbytes_linear`; all other methods by transformers' own modules.
+either source, are multiplied as in `bitsandbytes_linear`; those of all other methods by transformers' own modules.
 """
 
 import copy
@@ -184,7 +184,7 @@ def check_not_quantized(base: PreTrainedModel) -> None:
     """
     if is_quantized(base):
         method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
-        raise _error(str(base.name_or_path), method, "this needs weights that are not; give")
+        raise _error(str(base.name_or_path), method, "this command needs weights that are not; give")
 
 
 def _method(quantization: Any) -> str:

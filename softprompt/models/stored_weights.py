@@ -41,19 +41,20 @@ def locate_tensors(base: PreTrainedModel, files: Mapping[str, StoredTensor], fla
             if tensor.file_dtype.is_floating_point != dtypes[name].is_floating_point:
                 raise ModelError(
                     f"{tensor.file.name}: tensor {name} has the dtype {tensor.file_dtype}, but the model requires "
-                    f"{dtypes[name]}"
+                    f"{dtypes[name]}; fetch the base's files again"
                 )
             tensor.dtype = dtypes[name]
         located[name] = found = _concatenated(sources)
         if found is None:
             raise ModelError(
-                f"{flag}: {base.name_or_path}: transformers converts {name} while it loads ({sources.rule}), so it "
-                "cannot be read in parts; leave it out, or load the base once with transformers and save_pretrained it"
+                f"{flag}: {base.name_or_path}: transformers converts {name} while it loads ({sources.rule}), so this "
+                f"tensor cannot be read in parts; leave {flag} out, or load the base once with transformers and save "
+                "it with save_pretrained(FOLDER, save_original_format=False)"
             )
         if found.shape != tuple(expected[name].shape):
             raise ModelError(
                 f"{found.file.name}: tensor {name} has the shape {list(found.shape)}, but config.json requires "
-                f"{list(expected[name].shape)}"
+                f"{list(expected[name].shape)}; fetch the base's files again"
             )
     return located
 

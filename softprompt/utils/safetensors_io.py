@@ -138,11 +138,9 @@ def list_stored_tensors(folder: Path, flag: str = "--stream_base") -> dict[str, 
     index = folder / INDEX_FILE
     if not index.is_file():
         others = sorted(path.name for path in folder.glob("*.bin"))
-        raise ModelError(
-            f"{folder}: holds neither {FILE} nor {INDEX_FILE}"
-            + (f", only {others[0]}; load it once with transformers and save_pretrained it" if others else "")
-            + f"; {flag} reads safetensors"
-        )
+        advice = "load it once with transformers and save it with save_pretrained" if others else "take another base"
+        only = f", only {others[0]}" if others else ""
+        raise ModelError(f"{folder}: holds neither {FILE} nor {INDEX_FILE}{only}; {advice}; {flag} reads safetensors")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(_weight_map(index).values())):
         if not (folder / name).is_file():
