@@ -28,6 +28,7 @@ from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.fsdp import ShardedLayers
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import is_half
+from softprompt.models.quantization import is_quantized
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config
 
@@ -72,11 +73,12 @@ def choose_engine(
         TrainingError: One of the engines runs out of memory with a single row.
     """
     kind, P, args = config.model.engine, len(prompt), config.training
-    names = attn_implementations(config, base, dtype)
+    names = attn_implementations(config, base, dtype, blocks)
     checked = kind != "padded" and (blocks is None or not is_bloom(base.config))
     examined = rows_to_check(rows, longest) if checked else []
     if not examined:
-        return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks))
+        kernel = "sdpa" if config.model.attn_implementation == "auto" else names[0]
+        return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks, attn_implementation=kernel))
     padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
     best, found = None, CheckResult(len(examined), len(examined[0].input_ids))
     for name in names:
@@ -94,28 +96,34 @@ def choose_engine(
     return _decide(kind, best, padded, found)
 
 
-def attn_implementations(config: TrainConfig, base: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+def attn_implementations(
+    config: TrainConfig, base: PreTrainedModel, dtype: torch.dtype, blocks: Blocks | None = None
+) -> list[str]:
     """Return what may compute the attention of the packed engine, as values of `--attn_implementation`.
 
     `auto` on CUDA in bf16 and fp16: the variable-length kernel, or FlexAttention for a base with ALiBi or soft caps;
-    and scaled_dot_product_attention. In all other cases it is scaled_dot_product_attention alone.
+    and scaled_dot_product_attention. In all other cases it is scaled_dot_product_attention alone. A BLOOM that is run
+    layer by layer (streamed, sharded or quantized) has no other one.
+
+    Args:
+        blocks: See `factory.make_engine`.
 
     Raises:
         ConfigError: The value was given and needs CUDA (a resumed run takes scaled_dot_product_attention instead), or
-            does not support ALiBi.
+            does not support the base.
     """
     named, device = config.model.attn_implementation, word_embeddings(base).weight.device
     resumed = config.training.resume_from_checkpoint is not None  # possibly on another device than it began on
-    if named not in ("auto", "sdpa") and device.type != "cuda":
+    bloom = is_bloom(base.config)
+    by_layers = bloom and (blocks is not None or is_quantized(base))
+    has_bias = bloom or getattr(text_config(base.config), "attn_logit_softcapping", None)
+    if named not in ("auto", "sdpa"):
+        if device.type == "cuda" and not by_layers and not (bloom and named == "varlen"):
+            return [named]
         if not resumed:
-            raise ConfigError(f"--attn_implementation {named} needs CUDA, and this run is on {device}; leave it out")
-        return ["sdpa"]
-    has_bias = is_bloom(base.config) or getattr(text_config(base.config), "attn_logit_softcapping", None)
-    if named == "varlen" and is_bloom(base.config):
-        raise ConfigError("--attn_implementation varlen has no ALiBi, which BLOOM needs; give flex_attention or sdpa")
-    if named != "auto":
-        return [named]
-    if device.type != "cuda" or not is_half(dtype):
+            why = f"needs CUDA, and this run is on {device}" if device.type != "cuda" else "does not support this BLOOM"
+            raise ConfigError(f"--attn_implementation {named} {why}; leave it out")
+    if named != "auto" or by_layers or device.type != "cuda" or not is_half(dtype):
         return ["sdpa"]
     return ["flex_attention" if has_bias else "varlen", "sdpa"]
 

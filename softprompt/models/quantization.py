@@ -148,7 +148,13 @@ def check_gradient(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         for hook in hooks:
             hook.remove()
     if reason:
-        method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
+        quantizer: Any = base.hf_quantizer
+        if not quantizer.pre_quantized:
+            raise ModelError(
+                f"{base.name_or_path}: no gradient passes through it when it is quantized: {reason}; leave out "
+                "--load_in_8bit and --load_in_4bit"
+            )
+        method = _method(quantizer.quantization_config)
         reason = f"transformers computes no gradient with them here: {reason}; give"
         raise _error(str(base.name_or_path), method, reason, WAY_OUT)
 

@@ -198,8 +198,12 @@ def test_a_kernel_that_is_named_is_the_only_one(monkeypatch):
     assert kernels("llama", torch.bfloat16, monkeypatch, attn_implementation="sdpa") == ["sdpa"]
     with pytest.raises(ConfigError, match="--attn_implementation varlen needs CUDA"):
         kernels("llama", torch.bfloat16, monkeypatch, "cpu", attn_implementation="varlen")
-    with pytest.raises(ConfigError, match="has no ALiBi"):
+    with pytest.raises(ConfigError, match="varlen does not support this BLOOM"):
         kernels("bloom", torch.bfloat16, monkeypatch, attn_implementation="varlen")
+    monkeypatch.setattr(choice, "is_quantized", lambda base: True)
+    assert kernels("bloom", torch.bfloat16, monkeypatch) == ["sdpa"]
+    with pytest.raises(ConfigError, match="flex_attention does not support this BLOOM"):
+        kernels("bloom", torch.bfloat16, monkeypatch, attn_implementation="flex_attention")
     resumed = {"attn_implementation": "varlen", "resume_from_checkpoint": "run"}
     assert kernels("llama", FP32, monkeypatch, "cpu", **resumed) == ["sdpa"]
 
