@@ -41,8 +41,8 @@ ROWS_PER_STEP = 32
 @dataclass(frozen=True)
 class Contestant:
     """A contestant. `kind` is "trainer", "padded" or "packed". `grouped` says whether its rows come in batches of
-    similar length (see `cases.Rows`), `attn_implementation` is that of train.py; "auto" is here the first one that
-    train.py would check."""
+    similar length (see `cases.Rows`). `attn_implementation` has the values of the flag of that name; "auto" here means
+    the first one that a training run with "auto" would check, without the check."""
 
     name: str
     kind: str

@@ -1,4 +1,4 @@
-"""Everything that a GPU is to show, in one command of at most eight minutes: `python benchmarks/gpu.py`.
+"""Run all tests and measurements that need a GPU, in at most eight minutes: `python benchmarks/gpu.py`.
 
     python benchmarks/gpu.py --output gpu.md                     every section, in this order
     python benchmarks/gpu.py --sections tests bloom llama        some of them
@@ -47,7 +47,7 @@ class Section(NamedTuple):
 
 
 def sections(device: str, toy: bool) -> dict[str, Section]:
-    """Return all sections by name, in the order of what matters most."""
+    """Return all sections by name, the most important ones first."""
     bloom, llama = ("mini", "llama-toy") if toy else ("1b4", "llama-1b")
     measured = ["--device", device, "--rounds", "1", "--steps", "1" if toy else "2", "--num_virtual_tokens", "10"]
     measured += ["--no_memory"] if toy else ["100"]

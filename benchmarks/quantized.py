@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from cases import Base
+from cases import NAMES, Base
 from contestants import SEED, quiet
 from measure import give_back, peak_above, resident
 from transformers import PreTrainedModel
@@ -81,9 +81,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_name_or_path", default="mini", help="mini, 49m, 560m, 1b4 (random weights) or a folder"
-    )
+    bases = f"mini, a folder, or one with random weights: {', '.join(NAMES)}"
+    parser.add_argument("--model_name_or_path", default="mini", help=bases)
     parser.add_argument("--dataset", help="rows as train.py takes them")
     parser.add_argument("--tokenizer", help="a folder with a tokenizer (default: the base's, else the mini base's)")
     parser.add_argument("--rows", type=int, default=32)

@@ -83,7 +83,7 @@ def main() -> None:
             case["memory"] = {c.name: memory_in_child(c, job) for c in chosen} if in_children else {}
         bases = {dtype: base.load(device, dtype) for dtype in {c.weights_dtype for c in chosen}}
         for job, case in jobs:
-            if device.type == "cuda" and not args.no_memory:  # whose allocator says what one process took
+            if device.type == "cuda" and not args.no_memory:  # measured in this process, by CUDA's allocator
                 case["memory"] = {c.name: peak_of(c, bases[c.weights_dtype], job) for c in chosen}
             case["records"] = records = run_rounds(job, chosen, bases, args.rounds)
             results = summary(records, peers, case["operations_per_token"])

@@ -106,7 +106,7 @@ def doctor(argv: Sequence[str]) -> None:
     findings = examine()
     print(report(findings))
     if any(finding.advice and finding.required for finding in findings):
-        raise ConfigError("something that every run needs is missing; see above")
+        raise ConfigError("something that every run needs is missing; do what is listed above under Needed")
 
 
 class Command(NamedTuple):

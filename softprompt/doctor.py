@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from softprompt.utils.text_table import table
 
-NVIDIA_WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+NVIDIA_WHEELS = "pip install torch --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
 USED_FOR = {
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
     "matplotlib": "charts in reports",
@@ -55,9 +55,9 @@ def examine() -> list[Finding]:
         OSError,
         RuntimeError,
         AttributeError,
-    ) as error:  # a torch that is installed and broken may raise anything
+    ) as error:  # what a broken torch raises when it is imported or called
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return [*findings, Finding("torch", f"does not work: {reason}", "install torch again", True)]
+        return [*findings, Finding("torch", f"does not work: {reason}", "pip install torch --force-reinstall", True)]
 
 
 def report(findings: list[Finding]) -> str:
@@ -129,7 +129,8 @@ def folders() -> Iterator[Finding]:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = f"{folder}, {shutil.disk_usage(there).free / GIB:,.0f} GiB free"
         variable = "HF_HOME" if name == "downloads" else "XDG_CACHE_HOME"
-        yield Finding(name, free, None if os.access(there, os.W_OK) else f"{there} cannot be written; set {variable}")
+        advice = f"{there} cannot be written; set {variable} to a folder that can"
+        yield Finding(name, free, None if os.access(there, os.W_OK) else advice)
 
 
 def _gpu(card: Any, index: int, memory: tuple[int, int], gib: int) -> Finding:

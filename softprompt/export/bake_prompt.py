@@ -109,7 +109,10 @@ def _check_kind(base: PreTrainedModel) -> None:
     check_not_quantized(base)
     name, head = type(base).__name__, base.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{base.name_or_path}: {name} has no linear head; no tokens can be added to it")
+        raise ModelError(
+            f"{base.name_or_path}: {name} has no linear head, so the prompt cannot be stored as tokens; use infer.py "
+            "or softprompt.SoftPromptModel"
+        )
 
 
 def _embedding_scale(base: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -139,7 +142,10 @@ def _resize(base: PreTrainedModel, rows: int) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)
     except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
         name = type(base).__name__
-        raise ModelError(f"{base.name_or_path}: {name} cannot be resized for new tokens: {error}") from None
+        raise ModelError(
+            f"{base.name_or_path}: {name} cannot be resized for new tokens ({error}); use infer.py or "
+            "softprompt.SoftPromptModel"
+        ) from None
     base.requires_grad_(False)
 
 

@@ -68,7 +68,10 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
         ConfigError: The template is `chat` and the tokenizer has none, or a column has the name of a key of a message.
     """
     if clash := {"role", "content"} & set(template.fields[1:]):
-        raise ConfigError(f"the adapter's template has a column {clash.pop()!r}, which is a key of every chat message")
+        raise ConfigError(
+            f"the adapter's template has a column {clash.pop()!r}, which is a key of every chat message; rename it in "
+            "the template and the rows, and train again"
+        )
     expected = [_training_ids(tokenizer, template, text) for text in SAMPLES]
     names = new_token_names(tokenizer, P)
     # special: skip_special_tokens omits them when decoding; not normalized: a text is searched for them as written
@@ -82,7 +85,8 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
         if made != ids + training:
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokenizer ({type(tokenizer).__name__}) encodes a text differently "
-                "after new tokens, so an exported model would get other input than in training"
+                "after new tokens, so an exported model would get other input than in training; use infer.py or "
+                "softprompt.SoftPromptModel"
             )
     return ids
 

@@ -116,7 +116,10 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
     try:
         config.validate(strict=True)  # as save_pretrained does
     except ValueError as error:
-        raise ModelError(f"{tokenizer.name_or_path}: generation settings cannot be saved: {error}") from None
+        raise ModelError(
+            f"{tokenizer.name_or_path}: generation settings cannot be saved ({error}); change `generation` in the "
+            "adapter's softprompt.json"
+        ) from None
     return config
 
 

@@ -68,7 +68,9 @@ def _unexpected_content(*records: RunRecord) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, TemplateError) as error:
         files = ", ".join(str(record.folder / FACTS_FILE) for record in records)
         what = f"{type(error).__name__}: {error}"
-        raise ReportError(f"{files}: not in the format of this version ({what})") from None
+        raise ReportError(
+            f"{files}: not in the format of this version ({what}); make the report with the version that wrote the run"
+        ) from None
 
 
 def _shown(text: Any) -> str:

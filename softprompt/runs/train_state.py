@@ -116,5 +116,8 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
         )
         saved = {name: values[name] for name in OF_THE_RUN}
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE}: not a training state of this version ({error})") from None
+        raise CheckpointError(
+            f"{checkpoint / STATE_FILE}: not a training state of this version ({error}); continue with the version "
+            "that wrote it, or start anew with --overwrite_output_dir"
+        ) from None
     return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}
