@@ -55,7 +55,8 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> str:
-        return " ".join(map(str, (Path(self.task).name, self.start, self.seed, *(value for _, value in self.shared))))
+        shared = (f"{name}={value}" for name, value in self.shared)
+        return " ".join(map(str, (Path(self.task).name, self.start, self.seed, *shared)))
 
 
 class Result(NamedTuple):

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from softprompt.utils.text_table import table
 
-NVIDIA_WHEELS = "pip install torch --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
+_INSTALL_TORCH = "pip install 'torch>=2.11,<2.14'"
+NVIDIA_WHEELS = f"{_INSTALL_TORCH} --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
 USED_FOR = {
+    "accelerate": "--load_in_4bit and --load_in_8bit",
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
     "matplotlib": "charts in reports",
     "tensorboard": "--report_to tensorboard",
@@ -48,16 +50,14 @@ def examine() -> list[Finding]:
     findings = [Finding("python", f"{python}, {platform.system()} {platform.machine()}", old, True), *packages()]
     if any(finding.name == "torch" and finding.advice for finding in findings):
         return findings
-    try:
-        return [*findings, *hardware(), *folders()]
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # what a broken torch raises when it is imported or called
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return [*findings, Finding("torch", f"does not work: {reason}", "pip install torch --force-reinstall", True)]
+    if failure := _failure_of_torch():
+        return [*findings, Finding("torch", f"does not work: {failure}", f"{_INSTALL_TORCH} --force-reinstall", True)]
+    for name, examined in (("hardware", hardware), ("folders", folders)):
+        try:
+            findings += examined()
+        except Exception as error:  # what a system does not say is left out
+            findings.append(Finding(name, f"could not be examined: {_reason(error)}"))
+    return findings
 
 
 def report(findings: list[Finding]) -> str:
@@ -113,7 +113,7 @@ def hardware() -> Iterator[Finding]:
     dtype = str(resolve_dtype(device, None, None)).removeprefix("torch.")
     on_gpu = "varlen or flex_attention where the base and the check allow it, else sdpa"
     attention = on_gpu if device.type == "cuda" else "sdpa"
-    slow = device.type == "cpu" and not _cpu_flags()
+    slow = device.type == "cpu" and Path("/proc/cpuinfo").is_file() and not _cpu_flags()
     note = "; --bf16 saves memory but is slow on this processor" if slow else ""
     yield Finding("a run uses", f"--device {device.type}, {dtype}, attention: {attention}{note}")
 
@@ -175,6 +175,17 @@ def _no_gpu() -> Finding:
 
 def _reason(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def _failure_of_torch() -> str | None:
+    """Import torch and add two numbers; return why that fails, or None if it does not."""
+    try:
+        import torch
+
+        torch.ones(1).add(1)
+    except Exception as error:  # a torch that is installed but broken may raise anything
+        return _reason(error)
+    return None
 
 
 def _built() -> bool:

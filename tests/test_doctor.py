@@ -88,3 +88,16 @@ def test_gpus_are_described(monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert "HF_HOME" in advice_of(doctor.folders(), "downloads")[0]
+
+
+def test_what_the_system_does_not_say_is_left_out(monkeypatch):
+    monkeypatch.delattr(doctor.os, "cpu_count")
+    findings = doctor.examine()
+    assert any(finding.name == "hardware" and "cpu_count" in finding.text for finding in findings)
+    assert not any(finding.advice and finding.required for finding in findings)
+
+
+def test_a_torch_that_cannot_be_imported_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = doctor.examine()
+    assert findings[-1].name == "torch" and findings[-1].required and "--force-reinstall" in findings[-1].advice

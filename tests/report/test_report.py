@@ -82,7 +82,7 @@ def test_a_run_writes_its_report(run):
 
 def test_only_settings_that_differ_from_the_default_are_bold(run):
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert '<li class="set"><span>learning_rate</span>' in html  # 0.1
+    assert '<li class="set"><span>max_length</span>' in html  # 128
     assert "<li><span>num_virtual_tokens</span><bdi>10</bdi>" in html  # not given
 
 
