@@ -81,7 +81,7 @@ def test_gpus_are_described(monkeypatch):
     findings = {finding.name: finding for finding in doctor.hardware()}
     assert "H200" in findings["cuda:0"].text and findings["cuda:0"].advice is None
     assert "fp16" in findings["cuda:1"].text and "nvidia-smi" in findings["cuda:1"].advice
-    assert "no kernel image" in findings["cuda:2"].text and "pip install torch" in findings["cuda:2"].advice
+    assert "no kernel image" in findings["cuda:2"].text and doctor.NVIDIA_WHEELS in findings["cuda:2"].advice
     assert "--device cuda, bfloat16" in findings["a run uses"].text
 
 
