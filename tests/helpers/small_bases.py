@@ -51,4 +51,6 @@ def small_base(kind: str, seed: int = 0, **others: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    if kind == "gemma2":  # with sdpa, transformers 5.17 leaves its soft caps out
+        model.set_attn_implementation("eager")
     return model.float().requires_grad_(False)
