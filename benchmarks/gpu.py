@@ -17,6 +17,7 @@ before is kept.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -116,10 +117,14 @@ def run(name: str, section: Section, device: str, ends: float, file: TextIO) -> 
         timer.start()
         say(file, "```" if section.fenced else "")
         assert process.stdout is not None
-        for line in process.stdout:
-            say(file, line.rstrip("\n"))
-        code = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                say(file, line.rstrip("\n"))
+            code = process.wait()
+        finally:  # also when this program is stopped
+            timer.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         say(file, "```" if section.fenced else "")
         ended = {0: "Done", -signal.SIGKILL: "Ended at its limit"}.get(code, f"Failed with exit code {code}")
         say(file, f"{ended} after {time.monotonic() - began:.0f} s.")
