@@ -45,8 +45,8 @@ def ask(base, tokenizer, batch_size=4):
 
 
 @pytest.mark.parametrize("width", [4, 128])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("kind", ["bloom", "llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["bloom", "llama", "gemma2"])
 def test_answers_are_the_same_with_graphs(kind, batch_size, width, tokenizer, monkeypatch):
     base, captured = (make_bloom() if kind == "bloom" else small_base(kind, seed=1)), []
     base.requires_grad_(False)
