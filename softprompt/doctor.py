@@ -198,12 +198,20 @@ def _cpu_flags() -> list[str]:
     """Return the processor's instructions for bf16 products, by the names of Linux; an empty list if it has none or if
     they are unknown."""
     info = Path("/proc/cpuinfo")
-    words = set(info.read_text(errors="replace").split()) if info.is_file() else set()
+    words = set(_text_of(info).split())
     return [name for name in ("avx512_bf16", "amx_bf16") if name in words]
 
 
 def _available(gib: int) -> str:
     """Return how much memory programs can still take, in words; nothing where the system does not say."""
     info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text() if info.is_file() else "")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text_of(info))
     return f", {int(found[1]) * 1024 / gib:.1f} available" if found else ""
+
+
+def _text_of(file: Path) -> str:
+    """Return the text of a file of the system, or an empty string if it cannot be read."""
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

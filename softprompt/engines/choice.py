@@ -113,14 +113,14 @@ def attn_implementations(
             does not support the base.
     """
     named, device = config.model.attn_implementation, word_embeddings(base).weight.device
-    resumed = config.training.resume_from_checkpoint is not None  # possibly on another device than it began on
+    given_now = "attn_implementation" in config.given and config.training.resume_from_checkpoint is None
     bloom = is_bloom(base.config)
     by_layers = bloom and (blocks is not None or is_quantized(base))
     has_bias = bloom or getattr(text_config(base.config), "attn_logit_softcapping", None)
     if named not in ("auto", "sdpa"):
         if device.type == "cuda" and not by_layers and not (bloom and named == "varlen"):
             return [named]
-        if not resumed:
+        if given_now:  # a run may be resumed on another device
             why = f"needs CUDA, and this run is on {device}" if device.type != "cuda" else "does not support this BLOOM"
             raise ConfigError(f"--attn_implementation {named} {why}; leave it out")
     if named != "auto" or by_layers or device.type != "cuda" or not is_half(dtype):

@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ from softprompt.models.quantization import (
 )
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
+
+# The last parts of the names under which bitsandbytes, GPTQ and AWQ store the scales of quantized weights.
+QUANTIZATION_SCALES = r"\.(SCB|weight_format|absmax|nested_absmax|quant_map|quant_state[^/]*|qzeros|g_idx|scales)$"
 
 
 def base_path(name: str) -> str:
@@ -133,9 +137,35 @@ def read_base(
         settings["quantization_config"] = bitsandbytes_config(bits, compute_dtype)
     if bits or stored_method(config):
         settings["device_map"] = {"": device or torch.device("cpu")}
-    base = cast(PreTrainedModel, _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", **settings))
+    settings["output_loading_info"] = True
+    base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", **settings)
+    _check_complete(found, name_or_path)
     check_supports_prompt(base, name_or_path)
-    return base
+    return cast(PreTrainedModel, base)
+
+
+def _check_complete(found: Mapping[str, Any], name: str) -> None:
+    """Check that the files hold every weight of the base, since transformers draws those that are missing at random,
+    and that they hold no scales of quantized weights that it left unused.
+
+    Args:
+        found: What `from_pretrained` returns with `output_loading_info`.
+
+    Raises:
+        ModelError: Weights are missing, or scales are left over.
+    """
+    if missing := sorted(found["missing_keys"]):
+        others = f" and {len(missing) - 1} other tensors" if missing[1:] else ""
+        raise ModelError(
+            f"{name}: its files lack {missing[0]}{others}, which its config.json requires; download the whole base "
+            "again, or give --model_name_or_path another one"
+        )
+    scales = sorted(key for key in found["unexpected_keys"] if re.search(QUANTIZATION_SCALES, key))
+    if scales:
+        raise ModelError(
+            f"{name}: its files hold {scales[0]}, which belongs to quantized weights, but its config.json has no "
+            "quantization_config that uses it; restore that, or give --model_name_or_path the unquantized base"
+        )
 
 
 def weight_files(name_or_path: str) -> list[Path]:

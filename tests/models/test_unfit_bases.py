@@ -9,14 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.adapters import write_adapter
+from helpers.bases import make_bloom
 from helpers.programs import assert_line, refused
+from helpers.small_bases import small_base
+from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
 
 import softprompt
 import train
 from softprompt import cli
 from softprompt.config.loader import train_config
+from softprompt.models.loading import read_base
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
@@ -122,3 +127,25 @@ def test_no_flag_hides_the_reason(unfit, flag, tmp_path, capsys, monkeypatch):
 def test_a_base_that_fits_is_not_refused(tiny_base, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         softprompt.train(model_name_or_path=str(tiny_base), dataset=str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_a_base_whose_files_lack_a_tensor_is_refused(kind, tmp_path):
+    """transformers would draw it at random, anew at each load."""
+    (make_bloom() if kind == "bloom" else small_base(kind)).save_pretrained(tmp_path)
+    assert read_base(str(tmp_path)) is not None
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = sorted(name for name in tensors if "mlp" in name)[0]
+    save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lack .*{re.escape(name.split('.', 1)[1])}"):
+        read_base(str(tmp_path))
+
+
+def test_scales_without_a_quantization_config_are_refused(tmp_path):
+    small_base("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    more = {"model.layers.0.mlp.up_proj.SCB": torch.ones(64)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="quantization_config"):
+        read_base(str(tmp_path))
