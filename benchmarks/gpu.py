@@ -30,6 +30,8 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import torch
+
 FOLDER = Path(__file__).parent
 LAST_LINES = 30  # of stderr
 TRAIN = ("peft-bf16", "peft-best-bf16", "padded-bf16", "packed-bf16", "packed-sdpa-bf16", "peft", "packed")
@@ -75,9 +77,10 @@ def main() -> None:
     ends = time.monotonic() + 60 * args.minutes
     with open(args.output, "w", encoding="utf-8") as file:
         say(file, f"# {args.device}{', toy size' if args.toy else ''}, {date.today()}\n")
-        for name in args.sections:
-            run(name, known[name], args.device, ends, file)
+        failed = [name for name in args.sections if not run(name, known[name], args.device, ends, file)]
     print(f"written: {args.output}", file=sys.stderr)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def parse() -> argparse.Namespace:
@@ -89,18 +92,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="time for all sections together")
     parser.add_argument("--output", default="benchmarks/results/gpu.md", metavar="FILE.md")
     args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no CUDA device here; give --device cpu --toy")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
-def run(name: str, section: Section, device: str, ends: float, file: TextIO) -> None:
+def run(name: str, section: Section, device: str, ends: float, file: TextIO) -> bool:
     """Run one section, and copy its stdout to the terminal and to `file` line by line; if it fails,
-    the end of its stderr follows."""
+    the end of its stderr follows. Return whether it did not fail; a section at the limit of its time did not."""
     began = time.monotonic()
     seconds = min(section.seconds, ends - began)
     say(file, f"\n## {name}\n\n`{shlex.join(['python', *section.command[1:]])}`\n")
     if seconds <= 1:
-        return say(file, "Not run: the time is up.")
+        say(file, "Not run: the time is up.")
+        return True
     environment = {**os.environ, "SOFTPROMPT_TEST_DEVICE": device, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as errors:
@@ -131,6 +137,7 @@ def run(name: str, section: Section, device: str, ends: float, file: TextIO) -> 
         errors.seek(0)
         if code:
             say(file, "\n".join(["", "```", *errors.read().splitlines()[-LAST_LINES:], "```"]))
+    return code in (0, -signal.SIGKILL)
 
 
 def say(file: TextIO, line: str) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).parents[1]
 
@@ -26,3 +27,10 @@ def test_a_section_at_its_limit_keeps_what_it_printed_and_lets_the_next_one_run(
     subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
     text = output.read_text()
     assert "Ended at its limit" in text and "Not run" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_gpu_the_default_is_refused(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--output", str(tmp_path / "gpu.md")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--device cpu --toy" in done.stderr and not list(tmp_path.iterdir())
