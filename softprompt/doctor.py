@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from softprompt.utils.text_table import table
 
-_INSTALL_TORCH = "pip install 'torch>=2.11,<2.14'"
-NVIDIA_WHEELS = f"{_INSTALL_TORCH} --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
+NVIDIA_WHEELS = "pip install 'torch<2.14' --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
 USED_FOR = {
     "accelerate": "--load_in_4bit and --load_in_8bit",
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
@@ -48,10 +47,13 @@ def examine() -> list[Finding]:
     python = sys.version.split()[0]
     old = f"install Python {'.'.join(map(str, PYTHON))} or newer" if sys.version_info < PYTHON else None
     findings = [Finding("python", f"{python}, {platform.system()} {platform.machine()}", old, True), *packages()]
-    if any(finding.name == "torch" and finding.advice for finding in findings):
+    if any(finding.name in ("softprompt", "torch") and finding.advice for finding in findings):
         return findings
     if failure := _failure_of_torch():
-        return [*findings, Finding("torch", f"does not work: {failure}", f"{_INSTALL_TORCH} --force-reinstall", True)]
+        return [
+            *findings,
+            Finding("torch", f"does not work: {failure}", "pip install --force-reinstall 'torch<2.14'", True),
+        ]
     for name, examined in (("hardware", hardware), ("folders", folders)):
         try:
             findings += examined()
@@ -71,12 +73,13 @@ def report(findings: list[Finding]) -> str:
 
 def packages() -> Iterator[Finding]:
     """Compare the installed packages with what this package requires, and with what its optional features need."""
-    from packaging.requirements import Requirement
-
     try:
+        from packaging.requirements import Requirement  # installed with transformers
+
         declared = [Requirement(line) for line in requires("softprompt") or ()]
-    except PackageNotFoundError:
-        yield Finding("softprompt", "not installed", "pip install -e . in the folder of pyproject.toml", True)
+    except (PackageNotFoundError, ImportError):
+        install = "pip install -e . in the folder of pyproject.toml"
+        yield Finding("softprompt", "not installed, or without the packages that it needs", install, True)
         return
     yield Finding("softprompt", version("softprompt"))
     for needed in declared:
@@ -197,15 +200,13 @@ def _built() -> bool:
 def _cpu_flags() -> list[str]:
     """Return the processor's instructions for bf16 products, by the names of Linux; an empty list if it has none or if
     they are unknown."""
-    info = Path("/proc/cpuinfo")
-    words = set(_text_of(info).split())
+    words = set(_text_of(Path("/proc/cpuinfo")).split())
     return [name for name in ("avx512_bf16", "amx_bf16") if name in words]
 
 
 def _available(gib: int) -> str:
     """Return how much memory programs can still take, in words; nothing where the system does not say."""
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _text_of(info))
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text_of(Path("/proc/meminfo")))
     return f", {int(found[1]) * 1024 / gib:.1f} available" if found else ""
 
 

@@ -101,3 +101,10 @@ def test_a_torch_that_cannot_be_imported_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     findings = doctor.examine()
     assert findings[-1].name == "torch" and findings[-1].required and "--force-reinstall" in findings[-1].advice
+
+
+def test_an_environment_without_any_package_is_told_to_install(monkeypatch, capsys):
+    for name in ("packaging", "packaging.requirements", "torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, out, err = run_doctor(capsys, monkeypatch)
+    assert code == 2 and "pip install -e ." in out and err.startswith("error: ")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 
 from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows
+from softprompt.models.precision import is_half
 from softprompt.utils.transfer import to_device
 
 MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 256, 8  # of the kernel
-HALF = (torch.bfloat16, torch.float16)
 GROUPED_QUERIES = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # since torch 2.12
 
 
@@ -73,7 +73,7 @@ def is_supported(q: Tensor, v: Tensor, options: AttentionOptions) -> bool:
     """Whether the kernel computes this attention. `q` is [S, N, D], `v` is [S, K, D']."""
     D = q.shape[-1]
     fits = v.shape[-1] == D and D <= MAX_HEAD_SIZE and D % HEAD_SIZE_MULTIPLE == 0
-    return fits and q.dtype in HALF and options.softcap is None and options.sinks is None
+    return fits and is_half(q.dtype) and options.softcap is None and options.sinks is None
 
 
 def key_index(lengths: Tensor, P: int) -> Tensor:

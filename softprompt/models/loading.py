@@ -4,8 +4,7 @@
 """
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +25,9 @@ from softprompt.models.quantization import (
     is_quantized,
     stored_method,
 )
+from softprompt.models.stored_weights import check_complete
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
-
-# The last parts of the names under which bitsandbytes, GPTQ and AWQ store the scales of quantized weights.
-QUANTIZATION_SCALES = r"\.(SCB|weight_format|absmax|nested_absmax|quant_map|quant_state[^/]*|qzeros|g_idx|scales)$"
 
 
 def base_path(name: str) -> str:
@@ -124,8 +121,8 @@ def read_base(
         bits: See `load_base`.
 
     Raises:
-        ModelError: The base is unsuitable (see `load_config` and `capabilities.check_supports_prompt`), or `bits` is
-            given for a base that is stored quantized.
+        ModelError: The base is unsuitable (see `load_config`, `stored_weights.check_complete` and
+            `capabilities.check_supports_prompt`), or `bits` is given for a base that is stored quantized.
         ConfigError: `bits` is given, but bitsandbytes or accelerate is not installed.
     """
     from transformers import AutoModelForCausalLM
@@ -139,33 +136,9 @@ def read_base(
         settings["device_map"] = {"": device or torch.device("cpu")}
     settings["output_loading_info"] = True
     base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", **settings)
-    _check_complete(found, name_or_path)
+    check_complete(found, name_or_path)
     check_supports_prompt(base, name_or_path)
     return cast(PreTrainedModel, base)
-
-
-def _check_complete(found: Mapping[str, Any], name: str) -> None:
-    """Check that the files hold every weight of the base, since transformers draws those that are missing at random,
-    and that they hold no scales of quantized weights that it left unused.
-
-    Args:
-        found: What `from_pretrained` returns with `output_loading_info`.
-
-    Raises:
-        ModelError: Weights are missing, or scales are left over.
-    """
-    if missing := sorted(found["missing_keys"]):
-        others = f" and {len(missing) - 1} other tensors" if missing[1:] else ""
-        raise ModelError(
-            f"{name}: its files lack {missing[0]}{others}, which its config.json requires; download the whole base "
-            "again, or give --model_name_or_path another one"
-        )
-    scales = sorted(key for key in found["unexpected_keys"] if re.search(QUANTIZATION_SCALES, key))
-    if scales:
-        raise ModelError(
-            f"{name}: its files hold {scales[0]}, which belongs to quantized weights, but its config.json has no "
-            "quantization_config that uses it; restore that, or give --model_name_or_path the unquantized base"
-        )
 
 
 def weight_files(name_or_path: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Find out where a model's tensors are stored, without reading them.
+"""Find out where a model's tensors are stored, without reading them; and whether files hold all that a model needs.
 
 The names in the files may differ from those in the model, because transformers renames tensors while it loads them, and
 merges some, such as the matrices of experts. The rules are transformers' own (`get_model_conversion_mapping`). A merged
@@ -6,6 +6,7 @@ tensor can be read in parts if its flattened values are those of the stored tens
 conversion is refused.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import ConcatenatedTensor, StoredTensor
 
 Shape = tuple[int, ...]
+
+# The last parts of the names under which bitsandbytes, GPTQ and AWQ store the scales of quantized weights.
+QUANTIZATION_SCALES = r"\.(SCB|weight_format|absmax|nested_absmax|quant_map|quant_state[^/]*|qzeros|g_idx|scales)$"
 
 
 def locate_tensors(base: PreTrainedModel, files: Mapping[str, StoredTensor], flag: str) -> dict[str, StoredTensor]:
@@ -142,3 +146,27 @@ def _dtypes_when_loaded(base: PreTrainedModel, expected: Mapping[str, Tensor]) -
         name: plan[by_group[match.lastgroup]] if (match := matches[name]) and match.lastgroup else tensor.dtype
         for name, tensor in expected.items()
     }
+
+
+def check_complete(found: Mapping[str, Any], name: str) -> None:
+    """Check that the files hold every weight of the base, since transformers draws those that are missing at random,
+    and that they hold no scales of quantized weights that it left unused.
+
+    Args:
+        found: What `from_pretrained` returns with `output_loading_info`.
+
+    Raises:
+        ModelError: Weights are missing, or scales are left over.
+    """
+    if missing := sorted(found["missing_keys"]):
+        others = f" and {len(missing) - 1} other tensors" if missing[1:] else ""
+        raise ModelError(
+            f"{name}: its files lack {missing[0]}{others}, which its config.json requires; download the whole base "
+            "again, or give --model_name_or_path another one"
+        )
+    scales = sorted(key for key in found["unexpected_keys"] if re.search(QUANTIZATION_SCALES, key))
+    if scales:
+        raise ModelError(
+            f"{name}: its files hold {scales[0]}, which belongs to quantized weights, but its config.json has no "
+            "quantization_config that uses it; restore that, or give --model_name_or_path the unquantized base"
+        )

@@ -212,7 +212,7 @@ def test_a_kernel_that_is_named_is_the_only_one(monkeypatch):
 def test_the_fastest_kernel_is_taken(speeds, taken, tokenizer, monkeypatch):
     base, measured = freeze(small_base("llama"), FP32), iter(speeds)
     monkeypatch.setattr(varlen, "varlen_attn", naive_varlen)
-    monkeypatch.setattr(varlen_attention, "HALF", (FP32,))
+    monkeypatch.setattr(varlen_attention, "is_half", lambda dtype: True)
     monkeypatch.setattr(choice, "attn_implementations", lambda *args: ["varlen", "sdpa"])
     monkeypatch.setattr(choice, "measure_speed", lambda *args: next(measured))
     engine, how = choose(base, tokenizer)
@@ -222,7 +222,7 @@ def test_the_fastest_kernel_is_taken(speeds, taken, tokenizer, monkeypatch):
 def test_a_kernel_that_is_wrong_or_fails_is_not_taken(tokenizer, monkeypatch):
     base = freeze(small_base("llama"), FP32)
     monkeypatch.setattr(choice, "attn_implementations", lambda *args: ["varlen", "flex_attention", "sdpa"])
-    monkeypatch.setattr(varlen_attention, "HALF", (FP32,))
+    monkeypatch.setattr(varlen_attention, "is_half", lambda dtype: True)
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, *args, **others: q)  # FlexAttention has no backward here
     engine, how = choose(base, tokenizer, engine="packed")
     assert engine.schedule.attn_implementation == "sdpa" and how.startswith("packed engine")
