@@ -17,7 +17,7 @@ from softprompt.engines import flex_attention, varlen_attention
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows
 from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
-from softprompt.engines.flex_attention import FlexRows, FlexStream
+from softprompt.engines.flex_attention import BLOCK, FlexRows, FlexStream
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.prefix_attention import alibi_slopes
 from softprompt.engines.varlen_attention import VarlenRows
@@ -136,6 +136,19 @@ def test_flex_attention_skips_blocks_that_no_row_sees():
     stream = FlexStream([8] * 400, CPU, 10)
     counts = stream.mask(None).kv_num_blocks[0, 0]
     assert len(counts) == 25 and int(counts.max()) <= 3
+
+
+@pytest.mark.parametrize("window", [None, 7, 200])
+@pytest.mark.parametrize("P", PROMPTS)
+@pytest.mark.parametrize("lengths", [*LENGTHS, [8] * 60], ids=str)
+def test_flex_attention_skips_no_block_that_a_query_sees(lengths, P, window):
+    """Uncompiled, FlexAttention ignores the table of blocks, so the other tests cannot see what it leaves out."""
+    stream = FlexStream(lengths, CPU, P)
+    table, queries, keys = stream.mask(window), len(stream.query_row), len(stream.key_row)
+    see = stream.mask_function(window)(None, None, torch.arange(queries)[:, None], torch.arange(keys)[None])
+    blocks = see.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(3).any(1)  # [queries / BLOCK, keys / BLOCK]
+    for count, index, needed in zip(table.kv_num_blocks[0, 0], table.kv_indices[0, 0], blocks, strict=True):
+        assert set(needed.nonzero()[:, 0].tolist()) <= set(index[:count].tolist())
 
 
 def test_one_compiled_kernel_serves_all_micro_batches(monkeypatch):
