@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedModel
 
 from softprompt.distributed.process_group import World
@@ -66,12 +65,10 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
     """
     schedule = engine.schedule if isinstance(engine, MicrobatchEngine) else None
     weights = schedule.weights if isinstance(schedule, BloomSchedule) else None
-    if weights is not None and engine.device.type == "cpu":
-        return ContinuousBatchingGenerator(BloomStepModel(weights), tokenizer)
     if weights is not None or (kind or (schedule and schedule.kind)) != "padded":
         try:
-            if has_readable_blocks(base) and engine.device.type != "cpu":
-                return _checked_bloom(weights, base, tokenizer, engine.compute_dtype)
+            if has_readable_blocks(base):
+                return _bloom_generator(weights, base, tokenizer, engine)
             return DecoderGenerator(base, tokenizer, engine.compute_dtype, only=kind == "packed")
         except ModelError as error:
             if kind == "packed":
@@ -81,10 +78,10 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
     return TransformersGenerator(base, tokenizer, engine.compute_dtype)
 
 
-def _checked_bloom(
-    weights: BloomWeights | None, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype
+def _bloom_generator(
+    weights: BloomWeights | None, base: PreTrainedModel, tokenizer: Any, engine: Engine
 ) -> ContinuousBatchingGenerator:
-    """Return continuous batching for BLOOM on CUDA. It is checked if `base` holds all of its weights.
+    """Return continuous batching for BLOOM. On CUDA it is checked, if `base` holds all of its weights.
 
     Args:
         weights: The weights of the packed engine, if there is one.
@@ -92,9 +89,9 @@ def _checked_bloom(
     Raises:
         ModelError: The logits differ.
     """
-    model = BloomStepModel(weights or resident_weights(base, dtype))
-    if not any(parameter.is_meta for parameter in base.parameters()):
-        check_decoding(model, base, dtype)
+    model = BloomStepModel(weights or resident_weights(base, engine.compute_dtype))
+    if engine.device.type != "cpu" and not any(parameter.is_meta for parameter in base.parameters()):
+        check_decoding(model, base, engine.compute_dtype)
     return ContinuousBatchingGenerator(model, tokenizer)
 
 
