@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
+from softprompt.engines.checked_engine import CheckedEngine
 from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
 from softprompt.engines.layer_major import LayerMajor
 from softprompt.engines.memory_estimate import (
@@ -39,6 +40,7 @@ from softprompt.models.bloom_weights import (
 from softprompt.models.fsdp import ShardedLayers, ShardedWeights
 from softprompt.models.loading import word_embeddings
 from softprompt.models.weight_offload import StreamedWeights
+from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.safetensors_io import StoredTensor
 
 Blocks = Mapping[str, StoredTensor] | ShardedLayers
@@ -153,16 +155,26 @@ def engine_for_inference(kind: str, base: PreTrainedModel, tokenizer: Any, dtype
     """Build the engine that computes losses and likelihoods in inference. `generator.make_generator` takes this engine.
 
     Args:
-        kind: The value of `--engine`. For BLOOM, `takes_packed` decides; another base always gets the padded engine.
+        kind: The value of `--engine`. For BLOOM, `takes_packed` decides. For another base, the packed engine is taken
+            after a check (see `checked_engine`), unless the value is "padded".
 
     Raises:
         ModelError: The base cannot be run on embeddings.
+        ConfigError: `kind` is "packed", and the packed engine does not support the base.
     """
     device = word_embeddings(base).weight.device
     tokens = MAX_TOKENS[device.type]
-    if not (has_readable_blocks(base) and takes_packed(kind, base, device)):
-        return padded_engine(base, tokenizer, dtype, tokens)
-    return MicrobatchEngine(MicrobatchMajor(resident_weights(base, dtype)), tokens)
+    if has_readable_blocks(base) and takes_packed(kind, base, device):
+        return MicrobatchEngine(MicrobatchMajor(resident_weights(base, dtype)), tokens)
+    padded = padded_engine(base, tokenizer, dtype, tokens)
+    if kind == "padded" or is_bloom(base.config):
+        return padded
+    try:
+        return CheckedEngine(base, packed_engine(base, dtype, tokens), padded, only=kind == "packed")
+    except ModelError as error:
+        if kind == "packed":
+            raise ConfigError(f"--engine packed: {error}; give --engine auto") from None
+        return padded
 
 
 def takes_packed(kind: str, base: PreTrainedModel, device: torch.device) -> bool:

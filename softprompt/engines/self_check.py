@@ -122,17 +122,28 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
     expected_losses, expected = _losses_and_gradient(padded, prompt, rows)
     try:
         losses, gradient = _losses_and_gradient(packed, prompt, rows)
-    except TrainingError:
-        raise
-    except Exception as error:  # models that are called in an unexpected way may raise any exception
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return CheckResult(len(rows), longest, failure=reason)
-    off = [_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected_losses, strict=True)]
+    except Exception as error:
+        return CheckResult(len(rows), longest, failure=_reason(error))
     noise = _relative(alone, expected)
     noise = noise if math.isfinite(noise) else 0.0
-    return CheckResult(len(rows), longest, max(off), _relative(gradient, expected), noise)
+    return CheckResult(
+        len(rows), longest, _largest_error(losses, expected_losses), _relative(gradient, expected), noise
+    )
+
+
+def compare_losses(packed: Engine, padded: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> CheckResult:
+    """Compare only the losses of both engines, for inference; the result's `gradient_error` is 0. See `compare`.
+
+    Args:
+        prompt: [P, H]; None is the bare base.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    expected = _losses_per_target(padded, prompt, rows)
+    try:
+        losses = _losses_per_target(packed, prompt, rows)
+    except Exception as error:
+        return CheckResult(len(rows), longest, failure=_reason(error))
+    return CheckResult(len(rows), longest, _largest_error(losses, expected), 0.0)
 
 
 def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
@@ -187,8 +198,25 @@ def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]
     trial = PromptEmbedding(prompt).to(engine.device)
     engine.accumulate(trial, rows, 1 / sum(map(count_targets, rows)))
     assert trial.weight.grad is not None
-    losses = engine.row_losses(trial.weight.detach(), rows)
-    return [loss / count_targets(row) for loss, row in zip(losses, rows, strict=True)], trial.weight.grad
+    return _losses_per_target(engine, trial.weight.detach(), rows), trial.weight.grad
+
+
+def _losses_per_target(engine: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+    losses = engine.row_losses(prompt, rows)
+    return [loss / count_targets(row) for loss, row in zip(losses, rows, strict=True)]
+
+
+def _largest_error(losses: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the largest difference of two losses per target, relative to the expected one if it is above 1."""
+    return max(_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    """Return why the packed engine failed: models that are called in an unexpected way may raise any exception. Raise
+    the error itself if memory ran out."""
+    if isinstance(error, TrainingError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        raise error
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
