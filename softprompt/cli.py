@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.command_line import parse_chat, parse_inference, parse_training
+from softprompt.config.help_text import HelpFormatter, examples_text
 from softprompt.config.unknown_names import advice
 from softprompt.export.args import parse_export
 from softprompt.report.args import parse_report
@@ -22,6 +23,12 @@ from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import program_name
 from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
 from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
+
+EXAMPLES = (
+    ("Learn a first prompt, without network", "train"),
+    ("Ask it", 'infer --prompt "我爱这部电影"'),
+    ("Find out what this machine lacks", "doctor"),
+)
 
 
 def train(argv: Sequence[str]) -> None:
@@ -99,7 +106,8 @@ def study(argv: Sequence[str]) -> None:
 
 def doctor(argv: Sequence[str]) -> None:
     """Say what this machine has, which of it a run would use, and what is missing."""
-    FlagParser([], program_name("doctor"), COMMANDS["doctor"].help).parse(argv)
+    description = "Say what this machine has, which of it a run would use, and what is missing."
+    FlagParser([], "doctor", description, usage="", examples=[("Examine this machine", "")]).parse(argv)
 
     from softprompt.doctor import examine, report
 
@@ -150,7 +158,10 @@ def _overview() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         description="Prompt tuning of frozen language models.",
-        epilog=f"`{program} COMMAND --help` explains the flags of a command.",
+        epilog=f"`{program} COMMAND --help` explains the flags of a command.\n\n{examples_text(program, EXAMPLES)}",
+        usage=f"{program} COMMAND [--flag value …]",
+        formatter_class=HelpFormatter,
+        add_help=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, known in COMMANDS.items():

@@ -11,13 +11,25 @@ import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, NoReturn, get_args, get_type_hints
 
+from softprompt.config.help_text import (
+    Examples,
+    HelpFormatter,
+    Presets,
+    choices_of,
+    examples_text,
+    flag_help,
+    in_groups,
+    value_name,
+)
 from softprompt.config.infer_args import GenerationArguments
 from softprompt.config.schema import AUTO, setting_types, takes_auto, takes_list, union_members
 from softprompt.config.train_args import NEWEST
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.shell_commands import command, program_name
 
 HINT = r"write one that starts with - as \1=VALUE"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -25,27 +37,48 @@ WITHOUT_VALUE = {"resume_from_checkpoint": NEWEST}  # the value of a flag that i
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argparse parser with one argument group per dataclass, which raises ConfigError instead of printing usage.
+    """An argparse parser of the fields of dataclasses, which raises ConfigError instead of printing usage.
 
     Every field becomes a flag of the same name, written with underscores or hyphens. `--flag` alone sets a boolean, and
-    `--flag false` clears it. A flag that takes several values may also be repeated.
+    `--flag false` clears it. A flag that takes several values may also be repeated. `--help` shows the groups that
+    `help_text.in_groups` makes of the dataclasses.
     """
 
     def __init__(
         self,
         groups: Sequence[type],
-        program: str = "",
+        name: str = "",
         description: str = "",
         usage: str = "[--flag value …]",
         hidden: Collection[str] = (),
+        presets: Presets = MappingProxyType({}),
+        examples: Examples = (),
     ):
-        """Make a parser of the fields of `groups`. The flags named in `hidden` are parsed, but not shown by --help."""
-        super().__init__(prog=program, description=description, usage=f"{program} {usage}", allow_abbrev=False)
-        for group in groups:
-            arguments = self.add_argument_group(group._argument_group_name)  # type: ignore[attr-defined]
-            types = get_type_hints(group)
-            for field in dataclasses.fields(group):
-                _add_flag(arguments, field, types[field.name], field.name in hidden)
+        """Make the parser of a command.
+
+        Args:
+            groups: The dataclasses.
+            name: The command, such as `train`.
+            hidden: Flags that are parsed, but not shown by --help.
+            presets: The settings of each preset, which --help shows as defaults.
+            examples: Commands at the end of --help.
+        """
+        program, end = program_name(name), examples_text(command(name), examples) if examples else None
+        super().__init__(
+            program,
+            f"{program} {usage}".rstrip(),
+            description,
+            end,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self._positionals.title, self._optionals.title = "arguments", "flags"
+        for title, group_fields, group in in_groups(groups):
+            arguments, types = self.add_argument_group(title), get_type_hints(group)
+            for field in group_fields:
+                hint, is_hidden = types[field.name], field.name in hidden
+                _add_flag(arguments, field, hint, argparse.SUPPRESS if is_hidden else flag_help(field, hint, presets))
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
@@ -73,7 +106,7 @@ class FlagParser(argparse.ArgumentParser):
         flag = next((a for a in unknown if a.startswith("-")), unknown[0]).split("=")[0]
         if not flag.startswith("-"):
             raise ConfigError(f"unknown argument {flag}")
-        known = [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+        known = [action.dest for action in self._actions if action.option_strings]
         raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
 
 
@@ -107,10 +140,9 @@ def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
     return values
 
 
-def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any, hidden: bool) -> None:
-    text = field.metadata["help"].replace("%", "%%")
-    shown = "" if field.default is None or "(default" in text else " (default: %(default)s)"
-    kwargs = {"default": field.default, "help": argparse.SUPPRESS if hidden else text + shown, **_value_of(hint)}
+def _add_flag(arguments: Any, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
+    kwargs = {"default": field.default, "help": text, **_value_of(hint)}
+    kwargs["metavar"] = value_name(hint, field.metadata["metavar"])
     if field.name in WITHOUT_VALUE:
         kwargs |= {"nargs": "?", "const": WITHOUT_VALUE[field.name]}
     arguments.add_argument(*dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]), **kwargs)
@@ -120,8 +152,8 @@ def _value_of(hint: Any) -> dict[str, Any]:
     """Return the keyword arguments with which argparse parses values of this type."""
     types = [member for member in union_members(hint) if member is not type(None)]
     if bool in types:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
-    if choices := [choice for kind in types if get_origin(kind) is Literal for choice in get_args(kind)]:
+        return {"type": _boolean, "nargs": "?", "const": True}
+    if choices := choices_of(hint):
         return {"choices": choices}
     if takes_list(hint):
         return {"type": get_args(types[0])[0], "nargs": "+", "action": "extend"}

@@ -19,30 +19,37 @@ class DataArguments:
     """The rows: where they come from, and how they are read, tokenized and held out."""
 
     _argument_group_name: ClassVar[str] = "data"
+    _everyday: ClassVar[tuple[str, ...]] = (
+        *("dataset", "columns", "template", "max_length", "eval_rows", "eval_dataset"),
+    )
 
     dataset: str | None = option(
         None,
         "Train on these rows: a .json, .jsonl, .csv or .parquet file, a folder of such files, a folder of "
         "Dataset.save_to_disk, a hub id, or mini:TASK for a task of the package's own base. (default: the preset's)",
+        "DATA",
     )
     dataset_config_name: str | None = option(
-        None, "Use this configuration of a hub dataset that has several. (default: the dataset's own default)"
+        None, "Use this configuration of a hub dataset that has several. (default: the dataset's own default)", "NAME"
     )
     dataset_split: str = option(
         "train",
         "Use this split, or slices of splits such as train[:1000] or train[:90%], of a hub dataset, of a DatasetDict "
         "folder, or of a folder whose files are named for splits (train-00000-of-00002.parquet, data/test.jsonl).",
+        "SPLIT",
     )
     columns: str | None = option(
         None,
         "Read columns that have other names, as OURS=THEIRS pairs such as instruction=question,output=answer, or as a "
         "JSON object if a name contains a comma. (default: the dataset's own names)",
+        "A=B",
     )
     template: str | None = option(
         None,
         "Write prompts in this format, with columns in braces ('Q: {instruction}\\nA: '), or `chat` for the "
         "tokenizer's chat template. (default: 'Human: {instruction}\\n{input}\\n\\nAssistant: ', with white space "
         "stripped before '\\n\\nAssistant: ')",
+        "TEXT",
     )
     max_length: int = option(
         DEFAULT_MAX_LENGTH,
@@ -68,11 +75,13 @@ class DataArguments:
         None,
         "Evaluate on these held-out rows, in any form that --dataset takes. (default: --dataset if --eval_split is "
         "given or for mini:TASK, else none)",
+        "DATA",
     )
     eval_split: str | None = option(
         None,
         "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several splits, "
         "validation, else test)",
+        "SPLIT",
     )
     eval_rows: int = option(
         0,

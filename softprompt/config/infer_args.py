@@ -15,40 +15,50 @@ class QuestionArguments:
     """What to answer, and how: questions, choices, evaluation, ensembles."""
 
     _argument_group_name: ClassVar[str] = "what to answer"
+    _everyday: ClassVar[tuple[str, ...]] = (
+        *("prompt", "input", "prompts_file", "output_file", "choices", "eval_dataset"),
+    )
 
     prompt: str | None = option(
         None,
         "Answer this question: the instruction, or the first column of the adapter's template. (default: none; without "
         "--prompts_file and --eval_dataset, a chat starts on the terminal)",
+        "TEXT",
     )
     input: str | None = option(
-        None, "Fill the second column of the template with this text, which the --prompt is about. (default: none)"
+        None,
+        "Fill the second column of the template with this text, which the --prompt is about. (default: none)",
+        "TEXT",
     )
     prompts_file: str | None = option(
         None,
         "Answer each line of this file: a .txt with one prompt per line, or a .jsonl with `prompt` or the template's "
         "columns. In a .jsonl, `adapter` may name the adapter of a line: a folder, a name given with --adapter, or "
         "`none`. (default: none)",
+        "FILE",
     )
     output_file: str | None = option(
         None,
         "Write the answers to the questions of --prompts_file to this .jsonl file, one line per question with prompt, "
         "adapter and text. After an interruption, the same command continues the file. (default: print them)",
+        "FILE",
     )
     overwrite_output_file: bool = option(False, "Replace an existing --output_file instead of continuing it.")
     choices: str | None = option(
         None,
         "Choose among these comma-separated answers, such as 正面,负面, and print the likeliest with its probability. "
         "(default: generate the answer)",
+        "A,B",
     )
     eval_dataset: str | None = option(
         None,
         "Evaluate every --adapter, side by side, on these rows with answers, in any form that --dataset of train.py "
         "takes. For a .txt file, print the perplexity of its plain text, cut into passages of --max_length tokens. "
         "(default: none)",
+        "DATA",
     )
     eval_split: str | None = option(
-        None, "Use this split of --eval_dataset. (default: if there are several splits, validation, else test)"
+        None, "Use this split of --eval_dataset. (default: if there are several splits, validation, else test)", "SPLIT"
     )
     truncation_side: Literal["output", "input"] | None = option(
         None,
@@ -59,6 +69,7 @@ class QuestionArguments:
         None,
         "Read columns of --eval_dataset that have other names, as OURS=THEIRS pairs such as "
         "instruction=question,output=answer. (default: as the adapter was trained, if the dataset has those columns)",
+        "A=B",
     )
     ensemble: bool = option(
         False, "Combine the answers of all --adapter, which must be prompts of one task, into one answer per question."
@@ -89,14 +100,18 @@ class AdapterArguments:
     """The adapters and their base: files, device, precision, quantization, engine."""
 
     _argument_group_name: ClassVar[str] = "model"
+    _everyday: ClassVar[tuple[str, ...]] = ("adapter", "model_name_or_path", "device")
 
     adapter: list[str] | None = option(
         None,
         "Use the prompt in this adapter folder, written by softprompt or by PEFT; name=FOLDER gives it a name, and "
         "`none` is the base without a prompt. If several are given, the first answers questions that name no adapter. "
         "(default: the newest adapter under runs/)",
+        "DIR",
     )
-    model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
+    model_name_or_path: str | None = option(
+        None, "Use this base model. (default: the one that the adapter names)", "BASE"
+    )
     device: str = same_option(ModelArguments, "device")
     bf16: bool | None = same_option(ModelArguments, "bf16")
     fp16: bool | None = option(
@@ -119,6 +134,7 @@ class GenerationArguments:
     default in the help text."""
 
     _argument_group_name: ClassVar[str] = "generation"
+    _everyday: ClassVar[tuple[str, ...]] = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed", "batch_size")
 
     max_length: int | None = option(
         None,
@@ -145,12 +161,12 @@ class GenerationArguments:
     no_repeat_ngram_size: int | None = option(
         None, "Never repeat a sequence of this many tokens; 0 allows repetition. (default: 0)"
     )
-    suppress_tokens: list[int] | None = option(None, "Never generate these token ids. (default: none)")
+    suppress_tokens: list[int] | None = option(None, "Never generate these token ids. (default: none)", "ID")
     stop_strings: list[str] | None = option(
-        None, "End an answer after any of these texts, which stays part of the answer. (default: none)"
+        None, "End an answer after any of these texts, which stays part of the answer. (default: none)", "TEXT"
     )
     eos_token_id: list[int] | None = option(
-        None, "End an answer at any of these token ids. (default: the adapter's, else the tokenizer's)"
+        None, "End an answer at any of these token ids. (default: the adapter's, else the tokenizer's)", "ID"
     )
     num_return_sequences: int | None = option(None, "Generate this many answers to each prompt. (default: 1)")
     num_beams: int | None = option(

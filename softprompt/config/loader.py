@@ -37,6 +37,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bloom-1b4-zh": _BLOOM,
     "article": {**_BLOOM, "learning_rate": 5e-5},
 }
+PRESET_SUMMARIES = {
+    "mini": "a first try without network, in less than a minute: the small base in this package and one of its tasks",
+    "bloom-1b4-zh": "the article's training, with a learning rate that works",
+    "article": "the article's training as it is, which hardly moves a RANDOM prompt",
+}
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,21 @@ PATHS = {
 }
 
 
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field that becomes a flag of the same name."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, metavar: str | None = None, secret: bool = False) -> Any:
+    """Return a dataclass field that becomes a flag of the same name.
+
+    Args:
+        metavar: What `--help` calls the flag's value; None means a letter for its type (`arg_parser.METAVARS`).
+        secret: Leave the value out of the dataclass's repr.
+    """
+    return field(default=default, repr=not secret, metadata={"help": help, "metavar": metavar})
 
 
 def same_option(group: type, name: str) -> Any:
     """Return a new field like that of `name` in another dataclass: Python does not allow two dataclasses to share
     one."""
     shared = next(f for f in fields(group) if f.name == name)
-    return option(shared.default, shared.metadata["help"])
+    return option(shared.default, **shared.metadata)
 
 
 def setting_types(groups: Sequence[type]) -> dict[str, Any]:

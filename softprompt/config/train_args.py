@@ -1,6 +1,6 @@
 """Settings of a training run: one frozen dataclass per group of `--help`, named as in PEFT and TrainingArguments."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -21,13 +21,17 @@ class ModelArguments:
     """The frozen base: its name, device, precision and engine, and how it is held in memory."""
 
     _argument_group_name: ClassVar[str] = "base model"
+    _everyday: ClassVar[tuple[str, ...]] = ("model_name_or_path", "device")
 
     model_name_or_path: str | None = option(
         None,
         "Train a prompt for this base model: a local folder, a hub id such as Langboat/bloom-1b4-zh, or `mini`, the "
         "small model in this package. (default: the preset's)",
+        "BASE",
     )
-    device: str = option("auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.")
+    device: str = option(
+        "auto", "Compute on cpu, cuda or cuda:N; auto takes CUDA if there is a GPU, else the CPU.", "DEVICE"
+    )
     bf16: bool | None = option(
         None,
         "Compute in bf16 autocast; `--bf16 false` computes in fp32. (default: true on a GPU that supports bf16, else "
@@ -67,11 +71,13 @@ class ModelArguments:
         1.0,
         "Keep at most this many GiB of block inputs in memory and offload the others to a file. Used by the packed "
         "engine for a BLOOM with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit.",
+        "GIB",
     )
     offload_folder: str | None = option(
         None,
         "Create the file of --max_activation_gib in this folder, which should be on a real disk. (default: the "
         "system's folder for temporary files)",
+        "DIR",
     )
     load_in_8bit: bool = option(
         False, "Quantize the base's linear layers to 8 bits while it loads (bitsandbytes int8)."
@@ -88,6 +94,9 @@ class PromptTuningArguments:
     """The prompt and its initial value, named as in PEFT's PromptTuningConfig."""
 
     _argument_group_name: ClassVar[str] = "soft prompt"
+    _everyday: ClassVar[tuple[str, ...]] = (
+        *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "init_adapter"),
+    )
 
     num_virtual_tokens: int | None = option(
         None,
@@ -102,11 +111,13 @@ class PromptTuningArguments:
         None,
         "Initialize with this text if --prompt_tuning_init is TEXT; it is truncated or repeated to "
         "--num_virtual_tokens if that is given. (default: none)",
+        "TEXT",
     )
     class_labels: str | None = option(
         None,
         "Initialize with these comma-separated labels if --prompt_tuning_init is CLASS_LABELS: one virtual token each, "
         "the mean of its sub-word embeddings. (default: none)",
+        "A,B",
     )
     vocab_population: int | None = option(
         None,
@@ -114,7 +125,7 @@ class PromptTuningArguments:
         f"vocabulary, as in PEFT; with CLASS_LABELS {DEFAULT_VOCAB_POPULATION:,})",
     )
     init_adapter: str | None = option(
-        None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)"
+        None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)", "DIR"
     )
 
 
@@ -123,8 +134,14 @@ class TrainingArguments:
     """The run: steps, optimizer, checkpoints, evaluations, named as in transformers' TrainingArguments."""
 
     _argument_group_name: ClassVar[str] = "training"
+    _everyday: ClassVar[tuple[str, ...]] = (
+        *("output_dir", "dry_run", "resume_from_checkpoint", "max_time", "num_train_epochs", "max_steps"),
+        *("per_device_train_batch_size", "learning_rate", "find_learning_rate", "eval_steps", "save_steps", "seed"),
+    )
 
-    output_dir: str | None = option(None, "Write the run to this folder. (default: a new runs/<preset>-<time>)")
+    output_dir: str | None = option(
+        None, "Write the run to this folder. (default: a new runs/BASE-DATASET-TIME)", "DIR"
+    )
     dry_run: bool = option(
         False,
         "Print what the run would do, and its memory and time, estimated from a few measured steps; write nothing.",
@@ -133,12 +150,14 @@ class TrainingArguments:
         None,
         "Save and stop after this time, such as 3h30m, 45m, 90s, or a number of minutes; --resume_from_checkpoint "
         "continues. (default: no limit)",
+        "TIME",
     )
     resume_from_checkpoint: str | None = option(
         None,
         "Continue from this checkpoint-N folder, or from the newest intact checkpoint in this run's folder; without a "
         "value, in --output_dir. Settings that are not given are taken from the checkpoint; every difference is "
         "reported. (default: start a new run)",
+        "DIR",
     )
     ignore_data_skip: bool = option(
         False,
@@ -170,13 +189,14 @@ class TrainingArguments:
     max_steps: int = option(
         -1,
         "Train for this many optimizer steps, if positive, instead of --num_train_epochs. Required with --streaming if "
-        "the number of rows of a hub dataset is unknown.",
+        "the number of rows of a hub dataset is unknown. (default: -1, which leaves it to --num_train_epochs)",
     )
     learning_rate: float | None = option(
         None,
         "Use this peak learning rate. (default: "
         + ", ".join(f"{rate:g} for {init}" for init, rate in DEFAULT_LEARNING_RATES.items())
         + ")",
+        "RATE",
     )
     find_learning_rate: bool = option(
         False,
@@ -236,6 +256,7 @@ class SharingArguments:
     """Logs for TensorBoard and the upload to the hub."""
 
     _argument_group_name: ClassVar[str] = "logging and sharing"
+    _everyday: ClassVar[tuple[str, ...]] = ("report_to", "push_to_hub", "hub_model_id")
 
     report_to: Literal["none", "tensorboard"] = option(
         "none",
@@ -250,15 +271,15 @@ class SharingArguments:
     hub_model_id: str | None = option(
         None,
         "Upload to this repository, NAME or OWNER/NAME. (default: the name of --output_dir, owned by the token's user)",
+        "REPO",
     )
     hub_private_repo: bool | None = option(
         None, "Make a new repository private. (default: the owner's setting, which is usually public)"
     )
-    hub_token: str | None = field(
-        default=None,
-        repr=False,
-        metadata={
-            "help": "Authenticate with this token, which is never written anywhere. (default: HF_TOKEN, else the token "
-            "of `hf auth login`)"
-        },
+    hub_token: str | None = option(
+        None,
+        "Authenticate with this token, which is never written anywhere. (default: HF_TOKEN, else the token of `hf auth "
+        "login`)",
+        "TOKEN",
+        secret=True,
     )

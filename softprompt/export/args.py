@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Literal
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, option
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.shell_commands import program_name
+
+EXAMPLES = (
+    ("Write a model that transformers, servers and llama.cpp can load", "runs/my-run --output my-model"),
+    ("Write it in half the size", "runs/my-run --output my-model --dtype bfloat16"),
+    (
+        "Take the base from another place than in training",
+        "runs/my-run --output my-model --model_name_or_path bases/bloom",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -16,8 +24,10 @@ class ExportArguments:
 
     _argument_group_name: ClassVar[str] = "export"
 
-    output: str | None = option(None, "Write the model into this folder, which must not exist yet.")
-    model_name_or_path: str | None = option(None, "Use this base model. (default: the one that the adapter names)")
+    output: str | None = option(None, "Write the model into this folder, which must not exist yet.", "DIR")
+    model_name_or_path: str | None = option(
+        None, "Use this base model. (default: the one that the adapter names)", "BASE"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32",
         "Write all weights, the prompt included, in this dtype. float32 gives the answers of infer.py on a CPU; auto "
@@ -51,7 +61,7 @@ def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
     """
     description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
     usage = "ADAPTER --output DIR [--flag value …]"
-    parser = FlagParser([ExportArguments], program_name("export"), description, usage)
+    parser = FlagParser([ExportArguments], "export", description, usage, examples=EXAMPLES)
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")
     given = parser.parse(argv)
     return given["adapter"], export_arguments(**given)

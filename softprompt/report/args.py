@@ -9,7 +9,12 @@ from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, is_text, option
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.shell_commands import program_name
+
+EXAMPLES = (
+    ("Write runs/one/report.html anew", "runs/one"),
+    ("Show a run that is still training", "runs/one --output_file so-far.html"),
+    ("Compare two runs", "runs/one runs/two --output_file compared.html"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class ReportArguments:
         None,
         f"Write the page to this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
         "several runs are given)",
+        "FILE",
     )
 
 
@@ -56,6 +62,7 @@ def parse_report(argv: Sequence[str]) -> tuple[list[str], str | None]:
         ConfigError: An argument is wrong.
     """
     description = "Write one HTML page about one run, or about several runs side by side."
-    parser = FlagParser([ReportArguments], program_name("report"), description, "RUN [RUN …] [--flag value …]")
+    usage = "RUN [RUN …] [--flag value …]"
+    parser = FlagParser([ReportArguments], "report", description, usage, examples=EXAMPLES)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
     return report_arguments(**parser.parse(argv))

@@ -29,7 +29,6 @@ from softprompt.config.unknown_names import advice
 from softprompt.config.validation import seed_faults
 from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.shell_commands import program_name
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
 # Settings that only some initializations use. Under [settings], they apply only to cells with such an initialization.
@@ -41,6 +40,11 @@ SETTINGS_OF_INIT = {
 VOTINGS = set(get_args(Voting))
 DEFAULT_SEEDS = [42]
 MAX_ERRORS = 5  # listed in one message
+EXAMPLES = (
+    ("Run a study; the same command continues it after an interruption", "my-study.toml"),
+    ("Write it into another folder", "my-study.toml --output_dir runs/again"),
+    ("Repeat the study of the mini base in docs/study.md", "docs/mini-study.toml"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def parse_study(argv: Sequence[str]) -> Study:
         ConfigError: An argument or the file is wrong.
     """
     description = "Train every cell of a grid of settings, and report what the results show."
-    parser = FlagParser([], program_name("study"), description, "STUDY.toml [--output_dir DIR]")
+    parser = FlagParser([], "study", description, "STUDY.toml [--output_dir DIR]", examples=EXAMPLES)
     parser.add_argument("study", metavar="STUDY.toml", help="The grid: what to vary. docs/study.md describes the file.")
     parser.add_argument(
         "--output_dir",

@@ -18,3 +18,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def display_width(text: str) -> int:
     """Return how many columns of a terminal a text occupies."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrap(text: str, width: int, hanging: str = "") -> list[str]:
+    """Break a text at white space into lines of at most `width` columns; a longer word has a line of its own. The
+    indentation of the text is kept, and the lines after the first begin with `hanging`."""
+    lines, line = list[str](), text[: len(text) - len(text.lstrip())]
+    for word in text.split():
+        longer = f"{line} {word}" if line.strip() else line + word
+        if line.strip() and display_width(longer) > width:
+            lines.append(line)
+            longer = hanging + word
+        line = longer
+    return [*lines, line]
