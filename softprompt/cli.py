@@ -161,7 +161,6 @@ def _overview() -> argparse.ArgumentParser:
         epilog=f"`{program} COMMAND --help` explains the flags of a command.\n\n{examples_text(program, EXAMPLES)}",
         usage=f"{program} COMMAND [--flag value …]",
         formatter_class=HelpFormatter,
-        add_help=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, known in COMMANDS.items():

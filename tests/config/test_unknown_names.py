@@ -4,11 +4,13 @@ import pytest
 
 import softprompt
 from softprompt.config.command_line import parse_inference, parse_training
+from softprompt.config.infer_args import INFER_GROUPS
 from softprompt.config.loader import GROUPS
 from softprompt.config.schema import setting_types
-from softprompt.config.unknown_names import ALIASES, SECOND, advice
-from softprompt.export.args import parse_export
+from softprompt.config.unknown_names import ALIASES, OTHER_NAMES, advice
+from softprompt.export.args import ExportArguments, parse_export
 from softprompt.generation.requests import merge_settings
+from softprompt.report.args import ReportArguments
 from softprompt.study.grid import read_study
 from softprompt.utils.errors import ConfigError
 
@@ -20,6 +22,17 @@ MEANT = {
 ELSEWHERE = {
     "--optim": "AdamW is the only optimizer", "--save_strategy": "--save_steps", "--dataloader_num_workers": "workers",
     "--revision": "download", "--fp16_full_eval": "--fp16", "--lora_r": "prompt tuning", "--deepspeed": "Trainer",
+}  # fmt: skip
+OF_TOOLS = {  # what train, infer, export and report are asked to suggest; "-": nothing
+    "lr": "learning_rate -", "epochs": "num_train_epochs -", "batch_size": "per_device_train_batch_size",
+    "bs": "per_device_train_batch_size batch_size", "model": "model_name_or_path model_name_or_path model_name_or_path",
+    "base": "model_name_or_path model_name_or_path", "output": "output_dir output_file",
+    "o": "output_dir output_file output",
+    "out": "output_dir output_file output output_file", "max_len": "max_length max_length",
+    "cutoff_len": "max_length max_length", "ckpt": "resume_from_checkpoint adapter", "temp": "- temperature",
+    "checkpoint": "resume_from_checkpoint adapter", "tokens": "num_virtual_tokens max_new_tokens",
+    "data": "dataset eval_dataset", "labels": "class_labels choices", "gpu": "device device",
+    "val_size": "eval_rows -", "pre_seq_len": "num_virtual_tokens -", "qlora": "load_in_4bit load_in_4bit",
 }  # fmt: skip
 NOTHING = ["--top_n", "--fp32", "--steps_max", "--wandb", "--help_me", "--x", "--train_seeds", "--min_time"]
 
@@ -65,6 +78,20 @@ def test_no_name_of_transformers_is_answered_with_another_setting():
 
     ours = setting_types(GROUPS)
     for field in dataclasses.fields(TrainingArguments):
-        if field.name not in {*ours, *ALIASES, *SECOND}:
+        if field.name not in {*ours, *ALIASES}:
             assert "did you mean" not in advice(field.name, ours), field.name
-    assert set(ALIASES) - set(ours) == set(ALIASES)
+
+
+def test_names_of_common_tools_suggest_what_they_mean_here():
+    """The same name may mean another setting for another command."""
+    by_command = [setting_types(groups) for groups in (GROUPS, INFER_GROUPS, [ExportArguments], [ReportArguments])]
+    for name, meant in OF_TOOLS.items():
+        for known, setting in zip(by_command, meant.split(), strict=False):
+            assert advice(name, known, "--") == (f"; did you mean --{setting}?" if setting != "-" else ""), name
+
+
+def test_every_suggestion_is_a_setting_and_every_alias_is_none_somewhere():
+    by_command = [setting_types(groups) for groups in (GROUPS, INFER_GROUPS, [ExportArguments])]
+    assert set(OTHER_NAMES) <= set().union(*by_command)
+    for name, settings in ALIASES.items():
+        assert any(name not in known and set(settings) & set(known) for known in by_command), name
