@@ -2,13 +2,14 @@
 names the file and the line or row."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from softprompt.config.schema import is_text
+from softprompt.data.column_names import columns_hint, describe_columns
 from softprompt.data.messages import CONVERSATIONS, describe_type, messages, tools
 from softprompt.data.readers import LocatedRows, read_jsonl, read_text
 from softprompt.data.row_store import Row, RowStore
@@ -19,7 +20,6 @@ from softprompt.utils.errors import ConfigError, DataError
 
 # Columns of a chat's rows.
 CHAT_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "tools")
-MAX_LISTED = 20  # columns listed in a message
 
 
 def load_rows(
@@ -171,13 +171,7 @@ def _check_mapping(source: str, row: Row, template: Template, columns: Mapping[s
                 f"{source}: --columns names {ours!r}, which the template does not use; it uses {', '.join(ours_known)}"
             )
         if theirs not in row:
-            raise DataError(f"{source}: --columns maps {ours} to {theirs!r}, but {_columns_of(row)}")
-
-
-def _columns_of(row: Row) -> str:
-    """Describe the columns of a row for an error message. Names are quoted, since they may contain any character."""
-    more = f" and {len(row) - MAX_LISTED:,} more" if len(row) > MAX_LISTED else ""
-    return f"the columns are {', '.join(map(repr, list(row)[:MAX_LISTED]))}{more}" if row else "there are no columns"
+            raise DataError(f"{source}: --columns maps {ours} to {theirs!r}, but {describe_columns(row)}")
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -201,11 +195,15 @@ def check_fields(where: str, row: Row, template: Template, columns: Mapping[str,
                 "completion": _text_or_messages(where, row, "completion", ends_with_answer=True),
                 **_tools(where, row),
             }
-    names = template.fields or ("instruction", "input")
-    hint = " (--columns {}=THEIRS names another column)"
+    names = (*(template.fields or ("instruction", "input")), "output")
+    return _texts(where, row, names, template.optional_fields, lambda: _missing_hint(row, names, template))
+
+
+def _missing_hint(row: Row, names: Sequence[str], template: Template) -> str:
+    """Return a clause that says what to do about the columns `names` that a row lacks."""
     if template.spec != CHAT and (_conversation_in(row) or {"prompt", "completion"} <= row.keys()):
-        hint = " (the row holds a conversation; train with --template chat on such rows)"
-    return _texts(where, row, (*names, "output"), template.optional_fields, hint)
+        return " (the row holds a conversation; train with --template chat on such rows)"
+    return columns_hint([n for n in names if n not in row and n not in template.optional_fields], row, names)
 
 
 def _conversation_in(row: Row) -> str | None:
@@ -228,16 +226,17 @@ def _tools(where: str, row: Row) -> Row:
     return {"tools": found} if (found := tools(where, row.get("tools"))) else {}
 
 
-def _texts(where: str, row: Row, names: tuple[str, ...], optional: frozenset[str], hint: str = "") -> Row:
+def _texts(where: str, row: Row, names: Sequence[str], optional: frozenset[str], hint: Callable[[], str] = str) -> Row:
     checked = {}
     for name in names:
         value = row.get(name)
         if value is None and name in optional:
             value = ""
         if not is_text(value):
-            found = "but there is none" if name not in row else f"found {describe_type(value)}"
-            there = "" if name in row else f"; {_columns_of(row)}"
-            raise DataError(f"{where}: column {name!r} must be a text, {found}{hint.format(name)}{there}")
+            found = f"found {describe_type(value)}"
+            if name not in row:
+                found = f"but there is none{hint()}; {describe_columns(row)}"
+            raise DataError(f"{where}: column {name!r} must be a text, {found}")
         checked[name] = value
     return checked
 

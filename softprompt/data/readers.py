@@ -175,6 +175,8 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
     at the end of the line."""
     if (twice := _first_twice([name for name in names if name])) is not None:
         raise DataError(f"{path}, line {line}: the header names {twice!r} twice; rename one of these columns")
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise DataError(f"{path}, line {line}: columns are separated by {other!r}; save the file with commas")
     return names
 
 
