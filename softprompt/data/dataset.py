@@ -226,7 +226,9 @@ def _tools(where: str, row: Row) -> Row:
     return {"tools": found} if (found := tools(where, row.get("tools"))) else {}
 
 
-def _texts(where: str, row: Row, names: Sequence[str], optional: frozenset[str], hint: Callable[[], str] = str) -> Row:
+def _texts(
+    where: str, row: Row, names: Sequence[str], optional: frozenset[str], hint: Callable[[], str] = lambda: ""
+) -> Row:
     checked = {}
     for name in names:
         value = row.get(name)

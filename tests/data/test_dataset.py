@@ -138,9 +138,14 @@ def save_splits(path: Path, columns: dict[str, list]) -> None:
         ({"instruction": ["a", "b"], "output": ["c", None]}, ", row 2: column 'output' must be a text, found null"),
         ({"instruction": ["a"], "output": [1]}, ", row 1: column 'output' must be a text, found a number"),
         ({"instruction": ["a"]}, ", row 1: column 'output' must be a text, but there is none"),
+        (
+            {"question": ["a"], "label": ["b"]},
+            ", row 1: column 'instruction' must be a text, but there is none (--columns instruction=question,output=label "
+            "names other columns); the columns are 'question', 'label'",
+        ),
         ({"instruction": [], "output": []}, " holds no rows"),
     ],
-    ids=["null", "number", "column", "rows"],
+    ids=["null", "number", "column", "names", "rows"],
 )
 def test_faulty_tables(save, columns, message, tmp_path, capfd):
     path = tmp_path / "r.parquet"
