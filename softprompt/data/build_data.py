@@ -1,6 +1,5 @@
 """Build the data of a run from its settings: read the rows, tokenize them, and make the loader."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from softprompt.data.token_cache import cached
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.mini import rows as mini_rows
 from softprompt.utils.errors import ConfigError, DataError
-from softprompt.utils.torchrun_env import is_main
 
 ROWS_CHECKED_FIRST = 1000  # rows at the beginning of a stream that are checked before the run
 
@@ -192,18 +190,16 @@ def make_loader(config: TrainConfig, rows: Rows, data: Tokenized, tokenizer: Any
 def tokenize_rows(
     config: TrainConfig, template: Template, tokenizer: Any, rows: Rows
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Tokenize the training rows (of a stream, its first rows) and the held-out rows. On a terminal, show a progress
-    bar.
+    """Tokenize the training rows (of a stream, its first rows) and the held-out rows.
 
     Raises:
         DataError: See `tokenization.tokenize`.
     """
-    progress = sys.stderr.isatty() and is_main()
     cut = (config.data.max_length, config.data.truncation_side)
 
     def examples(rows: RowStore) -> Tokenized:
         def make() -> Tokenized:
-            return tokenize(rows, tokenizer, template, *cut, progress, config.data.preprocessing_num_workers)
+            return tokenize(rows, tokenizer, template, *cut, config.data.preprocessing_num_workers)
 
         if template.spec == CHAT:  # a chat template may depend on more than the row, such as the date
             return make()

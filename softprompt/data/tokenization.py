@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from softprompt.data.encoding import encode
 from softprompt.data.examples import IGNORE, Example, Examples, count_targets
 from softprompt.data.parallel import map_in_processes
 from softprompt.data.template import Template
 from softprompt.utils.errors import DataError
+from softprompt.utils.progress import progress_bar
 
 __all__ = ["IGNORE", "Example", "Examples", "Tokenized", "count_targets", "end_tokens", "tokenize"]
 
@@ -93,7 +92,6 @@ def tokenize(
     template: Template,
     max_length: int,
     truncation_side: str = "output",
-    progress: bool = False,
     workers: int | None = None,
 ) -> Tokenized:
     """Tokenize prompt and answer separately, join them, set the prompt's labels to -100, and truncate the result to
@@ -104,7 +102,6 @@ def tokenize(
     text; an answer that is too long by itself is still truncated.
 
     Args:
-        progress: Show a progress bar on stderr.
         workers: The number of worker processes; None or 1 tokenizes in this process. The result does not depend on it.
 
     Raises:
@@ -112,7 +109,7 @@ def tokenize(
     """
     parts = _tokenized_chunks(rows, (tokenizer, template, max_length, truncation_side), workers or 1)
     whole, counts, shortest_prompt = _empty_columns(), Counter[str](), sys.maxsize
-    with tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False) as bar:
+    with progress_bar(len(rows), "tokenizing", " rows") as bar:
         for columns, of_part, shortest in parts:
             for name, values in columns.items():
                 whole[name].extend(values)

@@ -1,6 +1,6 @@
 """The engine interface, the only access of the training loop and of the evaluation of losses to a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +8,12 @@ from torch import Tensor
 
 from softprompt.data.tokenization import Example
 from softprompt.prompt.soft_prompt import PromptEmbedding
+
+OnRows = Callable[[int], object]  # called with the number of rows that are done, which begins anew after a retry
+
+
+def nothing(rows: int) -> None:
+    """An `OnRows` that does nothing."""
 
 
 class Engine(Protocol):
@@ -41,21 +47,22 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
         """Return the summed loss of any number of rows, an fp64 scalar on the device without a gradient, and the number
         of their targets.
 
         Args:
             prompt: [P, H], or None for the bare base.
+            on_rows: Called after each micro-batch.
 
         Raises:
             TrainingError: A single row does not fit in memory.
         """
         ...
 
-    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        """Return the summed loss of each row, which is minus the log-likelihood of its targets. For `prompt` and errors
-        see `evaluate`."""
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
+        """Return the summed loss of each row, which is minus the log-likelihood of its targets. For the arguments and
+        errors see `evaluate`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

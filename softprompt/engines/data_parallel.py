@@ -10,7 +10,7 @@ from torch import Tensor
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.distributed.process_group import World
 from softprompt.distributed.row_assignment import assign_rows, select
-from softprompt.engines.base import Engine
+from softprompt.engines.base import Engine, OnRows, nothing
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import EXIT_CODES
 
@@ -46,16 +46,18 @@ class DataParallelEngine:
         self.world.agreed_exit_code = next((c for c, n in zip(EXIT_CODES, wishes.tolist(), strict=True) if n), None)
         return loss[0], sum(map(count_targets, window))
 
-    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        loss, targets = self.engine.evaluate(prompt, self._mine(rows))
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
+        mine = self._mine(rows)
+        loss, targets = self.engine.evaluate(prompt, mine, _of_all(on_rows, len(mine), len(rows)))
         self.join()
         count = torch.tensor([float(targets)], dtype=torch.float64, device=self.device)
         sums = self.world.all_reduce(torch.cat([loss.double()[None], count]))
         return sums[0], int(sums[1])
 
-    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
         shares = assign_rows([len(row.input_ids) for row in rows], self.world.size)
-        mine = self.engine.row_losses(prompt, select(rows, shares[self.world.rank]))
+        share = select(rows, shares[self.world.rank])
+        mine = self.engine.row_losses(prompt, share, _of_all(on_rows, len(share), len(rows)))
         self.join()
         by_row = dict(zip(chain(*shares), chain(*self.world.all_gather(mine)), strict=True))
         return [by_row[row] for row in range(len(rows))]
@@ -71,3 +73,8 @@ class DataParallelEngine:
 
     def _mine(self, rows: Sequence[Example]) -> list[Example]:
         return select(rows, assign_rows([len(row.input_ids) for row in rows], self.world.size)[self.world.rank])
+
+
+def _of_all(on_rows: OnRows, mine: int, rows: int) -> OnRows:
+    """Return an `OnRows` for this rank's rows, which assumes that the other ranks are as far as this one."""
+    return lambda done: on_rows(rows * done // mine)

@@ -12,13 +12,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softprompt.data.tokenization import IGNORE, Example, count_targets
+from softprompt.engines.base import OnRows, nothing
 from softprompt.engines.head import Head
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import TrainingError
 from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.progress import say
 
 T = TypeVar("T")
 MicrobatchT = TypeVar("MicrobatchT")
@@ -107,11 +108,11 @@ class MicrobatchEngine(Generic[MicrobatchT]):
 
         return self._retry_when_out_of_memory(run, window), sum(map(count_targets, window))
 
-    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
-        return self._retry_when_out_of_memory(lambda: self._evaluate(prompt, rows), rows)
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
+        return self._retry_when_out_of_memory(lambda: self._evaluate(prompt, rows, on_rows), rows)
 
-    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
-        return self._retry_when_out_of_memory(lambda: self._row_losses(prompt, rows), rows)
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
+        return self._retry_when_out_of_memory(lambda: self._row_losses(prompt, rows, on_rows), rows)
 
     def state_dict(self) -> dict[str, Any]:
         cut = {"engine": self.schedule.kind, "tokens_per_microbatch": self.tokens_per_microbatch}
@@ -126,19 +127,19 @@ class MicrobatchEngine(Generic[MicrobatchT]):
         return f"{self.schedule.kind} engine, {self.tokens_per_microbatch:,} tokens at a time{of_kernel}{self.schedule}"
 
     @torch.no_grad()
-    def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+    def _evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows) -> tuple[Tensor, int]:
         total, targets = torch.zeros((), device=self.device, dtype=torch.float64), 0
-        for _, inputs in self._loss_inputs(prompt, rows):
+        for _, inputs in self._loss_inputs(prompt, rows, on_rows):
             total += self.schedule.head.loss(*inputs)
             targets += len(inputs.targets)
         return total, targets
 
     @torch.no_grad()
-    def _row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+    def _row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows) -> list[float]:
         sums = [0.0] * len(rows)
         longest_first = sorted(range(len(rows)), key=lambda r: len(rows[r].input_ids), reverse=True)
         order = iter(longest_first)  # `Schedule.cut` yields the rows in this order
-        for part, inputs in self._loss_inputs(prompt, rows):
+        for part, inputs in self._loss_inputs(prompt, rows, on_rows):
             here = [next(order) for _ in part]
             first = [r for r in here if rows[r].labels[0] != IGNORE and prompt is not None]
             later = [r for r in here for label in rows[r].labels[1:] if label != IGNORE]
@@ -147,12 +148,16 @@ class MicrobatchEngine(Generic[MicrobatchT]):
         return sums
 
     def _loss_inputs(
-        self, prompt: Tensor | None, rows: Sequence[Example]
+        self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows
     ) -> Iterator[tuple[Sequence[Example], LossInputs]]:
         """Yield each micro-batch's rows and loss inputs."""
-        prompt = None if prompt is None else prompt.to(self.device)
+        prompt, done = None if prompt is None else prompt.to(self.device), 0
         parts = list(self._cut(rows, prompt))
-        return zip(parts, self.schedule.iter_loss_inputs(prompt, map(self.schedule.collate, parts)), strict=True)
+        inputs = self.schedule.iter_loss_inputs(prompt, map(self.schedule.collate, parts))
+        for part, of_part in zip(parts, inputs, strict=True):
+            yield part, of_part
+            done += len(part)
+            on_rows(done)
 
     def _cut(self, rows: Sequence[Example], prompt: Tensor | None) -> Iterator[Sequence[Example]]:
         P = 0 if prompt is None else len(prompt)
@@ -182,7 +187,7 @@ class MicrobatchEngine(Generic[MicrobatchT]):
                     ) from None
                 self.tokens_per_microbatch = max(longest, self.tokens_per_microbatch // 2)
             torch.cuda.empty_cache()
-            tqdm.write(
+            say(
                 f"out of memory: computing the rows again in micro-batches of {self.tokens_per_microbatch:,} tokens; "
                 "the result stays the same"
             )

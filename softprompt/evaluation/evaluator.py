@@ -14,8 +14,9 @@ from torch import Tensor
 
 from softprompt.data.tokenization import IGNORE, Example, count_targets, end_tokens
 from softprompt.engines.base import Engine
-from softprompt.generation.generator import Generator, in_request_order
+from softprompt.generation.generator import Generator
 from softprompt.generation.requests import GenerationSettings, Request
+from softprompt.utils.progress import progress_bar, rows_bar
 
 SHORT_ANSWER = 32  # the largest number of tokens of an answer that is compared, its end token included
 
@@ -71,7 +72,8 @@ class Evaluator:
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
-        loss_sum, targets = self.engine.evaluate(prompt, self.examples)
+        with rows_bar(len(self.examples), "held-out loss") as on_rows:
+            loss_sum, targets = self.engine.evaluate(prompt, self.examples, on_rows)
         loss = loss_sum.item() / targets
         if self.generator is None or not self.compares_answers:
             return Evaluation(loss, None, None)
@@ -110,8 +112,12 @@ class Evaluator:
         ends = tuple(end_tokens(self.examples, self.tokenizer))
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER, do_sample=False, eos_token_id=ends)
         requests = [Request(question_ids(example), settings, prompt) for example in self.examples]
-        answers = in_request_order(generator.generate(requests, self.batch_size))
-        return [decode_text(self.tokenizer, ids) for ids in answers]
+        answers: dict[int, list[int]] = {}
+        with progress_bar(len(requests), "held-out answers", " rows") as bar:
+            for index, ids in generator.generate(requests, self.batch_size):
+                answers[index] = ids
+                bar.update()
+        return [decode_text(self.tokenizer, answers[index]) for index in range(len(requests))]
 
 
 def compare_answers(

@@ -10,17 +10,16 @@ sizes are rounded up, and the inputs are copied to the addresses that the graph 
              of a row are masked, as always
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softprompt.generation.kv_cache import KVCache
 from softprompt.generation.packed_step import PackedStep
 from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.progress import say
 
 Forward = Callable[[KVCache, PackedStep], Tensor]  # runs one step over a cache: logits [n, V]
 WIDTH = 128
@@ -89,7 +88,7 @@ class DecodeGraphs:
             if is_out_of_memory(error):
                 raise
             self.failed = True
-            tqdm.write(f"CUDA graphs are not used: this base's decoding cannot be captured ({error})", file=sys.stderr)
+            say(f"CUDA graphs are not used: this base's decoding cannot be captured ({error})")
         return not self.failed
 
 

@@ -3,13 +3,10 @@
 import hashlib
 import json
 import secrets
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple
-
-from tqdm import tqdm
 
 from softprompt.config.infer_config import InferConfig
 from softprompt.config.schema import is_text
@@ -19,6 +16,7 @@ from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
 from softprompt.utils.errors import DataError
+from softprompt.utils.progress import progress_bar, shows_bars
 from softprompt.utils.std_streams import can_show, tell
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
 
@@ -59,7 +57,8 @@ def answer_file(config: InferConfig, model: SoftPromptModel, lines: Sequence[Pro
         done = file.done
     answers = _answer_columns(config, model, lines, names, given, done)
     tell(model.description)
-    bar = tqdm(total=len(lines), initial=done, unit=" prompts", disable=file is None or not sys.stderr.isatty())
+    hidden = file is None or not shows_bars()  # the answers themselves show the progress
+    bar = progress_bar(len(lines), "answering", " prompts", initial=done, leave=True, disable=hidden)
     with file or nullcontext(), bar:
         for record, columns in zip(records[done:], answers, strict=True):
             if file:

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from softprompt.models.quantization import (
 from softprompt.models.stored_weights import check_complete
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
+from softprompt.utils.progress import bar_settings, shows_bars
 
 
 def base_path(name: str) -> str:
@@ -135,7 +137,7 @@ def read_base(
     if bits or stored_method(config):
         settings["device_map"] = {"": device or torch.device("cpu")}
     settings["output_loading_info"] = True
-    base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", **settings)
+    base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", bars=shows_bars(), **settings)
     check_complete(found, name_or_path)
     check_supports_prompt(base, name_or_path)
     return cast(PreTrainedModel, base)
@@ -212,17 +214,16 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
     return base
 
 
-def _from_pretrained(auto_class: Any, name_or_path: str, what: str, **kwargs: Any) -> Any:
+def _from_pretrained(auto_class: Any, name_or_path: str, what: str, bars: bool = False, **kwargs: Any) -> Any:
     """Call an Auto class's `from_pretrained` on a folder or a hub id.
 
     Args:
         what: What is loaded, for error messages.
+        bars: Show the progress of downloading and loading.
 
     Raises:
         ModelError: It does not exist or cannot be loaded.
     """
-    from transformers.utils import logging
-
     searched = ""
     if not os.path.isdir(name_or_path):
         folder = os.path.abspath(name_or_path)
@@ -233,14 +234,32 @@ def _from_pretrained(auto_class: Any, name_or_path: str, what: str, **kwargs: An
             )
         searched = f", neither from the folder {folder}, which is not there, nor from the hub"
         hub.check_reachable()
-    logging.disable_progress_bar()
     try:
-        return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+        with _bars(bars):
+            return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, and safetensors' and huggingface_hub's own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         was_read = isinstance(error, ValueError | KeyError | ImportError) and not isinstance(error, OSError)
         if not searched or was_read:  # the hub would not help
             raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason}") from None
         raise ModelError(f"{what} {name_or_path!r} cannot be loaded{searched}: {reason} ({hub.advice()})") from None
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Inside the block, show or hide the bars of transformers and of the hub. Those of transformers look like ours."""
+    from transformers.utils import logging
+
+    def like_ours(factory: Any, args: Any, kwargs: Any) -> Any:
+        return factory(*args, **{**kwargs, **bar_settings(), "desc": "loading the base"})
+
+    hook = logging.set_tqdm_hook(like_ours)
+    if shown:
+        logging.enable_progress_bar()
+    else:
+        logging.disable_progress_bar()
+    try:
+        yield
     finally:
+        logging.set_tqdm_hook(hook)
         logging.enable_progress_bar()

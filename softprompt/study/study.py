@@ -1,12 +1,9 @@
 """Run a study and write its results: `python -m softprompt study STUDY.toml` (see `grid` for the file)."""
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from softprompt.report.svg import INSTALL
 from softprompt.study.charts import CHART_FILES, charts
@@ -20,6 +17,7 @@ from softprompt.study.runner import run_cells
 from softprompt.utils.atomic_io import check_writable, remove_leftovers, write_files
 from softprompt.utils.errors import OutputError, PartialFailureError
 from softprompt.utils.file_lock import FolderLock
+from softprompt.utils.progress import progress_bar, say, shows_bars
 from softprompt.utils.std_streams import tolerant_streams
 from softprompt.utils.text_table import table
 
@@ -57,20 +55,20 @@ def run_study(study: Study) -> list[Finding]:
 
 
 def _run(remaining: Sequence[PlannedCell], records: dict[Path, CellRecord]) -> None:
-    """Run the remaining cells and add their records. On a terminal, show one progress bar over all optimizer steps;
-    otherwise print a line for each cell."""
-    on_terminal = sys.stderr.isatty()
+    """Run the remaining cells and add their records. On a terminal or in a notebook, show one progress bar over all
+    optimizer steps; otherwise print a line for each cell."""
+    has_bar = shows_bars()
     steps = sum(planned.steps for planned in remaining)
-    with tqdm(total=steps, unit="step", desc="study", disable=not on_terminal) as bar:
+    with progress_bar(steps, "study", "step", delay=0, leave=True) as bar:
 
         def on_cell(planned: PlannedCell, record: CellRecord) -> None:
             records[planned.folder] = record
             why = record.get("failed")
-            if why or not on_terminal:
+            if why or not has_bar:
                 metrics = record["metrics"]
                 loss = metrics.get("eval_loss")
                 line = f"held-out loss {loss:.4f}" if loss is not None else metrics.get("error", "not finite")
-                bar.write(f"{planned.cell}: {f'failed: {why}' if why else line}", file=sys.stderr)
+                say(f"{planned.cell}: {f'failed: {why}' if why else line}")
 
         run_cells(remaining, lambda: bar.update(), on_cell)
 

@@ -8,14 +8,12 @@ Given the same seed, the same run finds the same rate.
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader
@@ -26,6 +24,7 @@ from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.loop import QuietCallbacks, train
 from softprompt.training.result import Setup
 from softprompt.utils.errors import NonFiniteError, Stopped
+from softprompt.utils.progress import progress_bar
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
@@ -53,7 +52,7 @@ class Sweep:
     losses: dict[float, float]
 
 
-def with_found_rate(setup: Setup, stop: StopSource, show_bar: bool) -> Setup:
+def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
     """Find the learning rate on the training rows (of a stream, on its first rows). Return the setup with that rate,
     and with a first metrics record that holds the rate and the losses of the sweep. If no rate is found, the rate is
     unchanged.
@@ -65,7 +64,7 @@ def with_found_rate(setup: Setup, stop: StopSource, show_bar: bool) -> Setup:
     args, total = start.config.training, data.loader.total_steps
     steps = sweep_steps(total)
     print(f"looking for a learning rate: {steps:,} steps on the training rows …")
-    with tqdm(total=steps, unit="step", desc="looking", disable=not (show_bar and sys.stderr.isatty())) as bar:
+    with progress_bar(steps, "looking for a learning rate", "step") as bar:
         values, rows_per_step = setup.prompt.weight.detach(), data.loader.rows_per_step
         found = find_learning_rate(
             setup.engine, values, data.train.examples, args, total, rows_per_step, stop, bar.update

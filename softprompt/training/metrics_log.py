@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from softprompt.runs.checkpoints import metrics_file
 from softprompt.runs.manifest import Manifest
 from softprompt.runs.state import Metrics, Step
 from softprompt.training.tensorboard import TensorBoardLog
+from softprompt.utils.progress import log_stream, progress_bar, show_fields, shows_bars
 from softprompt.utils.redact import redacted
 from softprompt.utils.std_streams import null_stream
 
@@ -62,15 +63,16 @@ class Totals:
 
 
 class MetricsLog:
-    """Shows a progress bar on a terminal, or one plain line per log record elsewhere, and appends to metrics.jsonl."""
+    """Shows a progress bar on a terminal or in a notebook, or one plain line per log record elsewhere, and appends to
+    metrics.jsonl."""
 
     def __init__(
         self, total: int, metrics_file: Path, stream: TextIO | None = None, board: TensorBoardLog | None = None
     ):
-        self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.stream = stream or log_stream()
+        self.live = self.stream.isatty() if stream else shows_bars()
         self.total = total
-        self.bar: tqdm = tqdm(disable=True)
+        self.bar: tqdm[Any] = tqdm(disable=True)
         self.metrics_file, self.board = metrics_file, board
         self.history: list[Metrics] = []
         self.recent: deque[Step] = deque(maxlen=10)
@@ -84,22 +86,17 @@ class MetricsLog:
         self._write(self._write_whole)
         if self.board:
             self.board.start(self.history, self.totals.steps, self.say)
-        self.bar = tqdm(
-            total=self.total,
-            initial=self.totals.steps,
-            unit="step",
-            desc="training",
-            file=self.stream,
-            disable=not self.live,
-        )
+        shown = {"initial": self.totals.steps, "file": self.stream, "disable": not self.live}
+        self.bar = progress_bar(self.total, "training", "step", delay=0, leave=True, **shown)
 
     def on_step(self, step: Step) -> None:
         self.totals = self.totals.plus(step)
         self.recent.append(step)
         speed = sum(s.tokens for s in self.recent) / sum(s.seconds for s in self.recent)
         loss = "not finite" if step.loss is None else f"{step.loss:.4f}"
-        shown = {"loss": loss, "lr": f"{step.learning_rate:.2e}", "tok/s": f"{speed:,.0f}"}
-        self._show(lambda: self.bar.set_postfix(shown, refresh=False))
+        fields = {"loss": loss, "tok/s": f"{speed:,.0f}", "lr": f"{step.learning_rate:.2e}"}
+        if self.live:
+            self._show(lambda: show_fields(self.bar, fields))
         self._show(lambda: self.bar.update(1))
 
     def on_log(self, record: Metrics) -> None:

@@ -141,7 +141,7 @@ def _train(
         setup.prompt.weight.copy_(world.broadcast(setup.prompt.weight))
     stop = world.share_stop_request(request)
     if setup.start.searches_learning_rate:
-        setup = with_found_rate(setup, stop, show_bar=world.is_main)
+        setup = with_found_rate(setup, stop)
     setup = setup._replace(output_dir=output_dir)
     callbacks = RunCallbacks(setup, world, stop, starts)
     observer = observer if world.is_main else Observer()

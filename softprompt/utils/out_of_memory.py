@@ -1,11 +1,9 @@
 """Recognize out-of-memory errors, and retry with smaller batches."""
 
-import sys
-
 import torch
-from tqdm import tqdm
 
 from softprompt.utils.errors import TrainingError
+from softprompt.utils.progress import say
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -14,7 +12,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def smaller_batch(error: RuntimeError, batch_size: int) -> int:
-    """Return half of `batch_size`, and print a message on stderr, if `error` means out of memory.
+    """Return half of `batch_size`, and say so, if `error` means out of memory.
 
     Raises:
         RuntimeError: `error` itself, if it means something else.
@@ -26,8 +24,5 @@ def smaller_batch(error: RuntimeError, batch_size: int) -> int:
         raise TrainingError(
             "out of memory with one answer at a time; give a smaller --max_length or --max_new_tokens"
         ) from None
-    tqdm.write(
-        f"out of memory: {batch_size // 2} answers at a time instead of {batch_size}; the answers stay the same",
-        file=sys.stderr,
-    )
+    say(f"out of memory: {batch_size // 2} answers at a time instead of {batch_size}; the answers stay the same")
     return batch_size // 2
