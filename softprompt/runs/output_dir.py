@@ -1,18 +1,23 @@
 """Choose a run's output folder and take its lock."""
 
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from softprompt.config.data_args import is_mini_task
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import RUNS
+from softprompt.data.readers import READERS
 from softprompt.runs.checkpoints import step_of
 from softprompt.runs.run_files import refuse_foreign_files, refuse_other_run
 from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import OutputError
 from softprompt.utils.file_lock import FolderLock
 from softprompt.utils.torchrun_env import is_main
+
+MAX_NAME = 40  # characters of a base's or a dataset's name in the name of a folder
 
 
 def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
@@ -27,10 +32,24 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
         check_writable(path, "--output_dir")
         _refuse_others(config, path, checkpoint)
         return path
-    name = config.preset or Path(str(config.model.model_name_or_path)).name
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{_default_name(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_writable(RUNS / stem, "the default output_dir")
     return next(path for path in _numbered(RUNS / stem) if not path.exists())
+
+
+def _default_name(config: TrainConfig) -> str:
+    """Return a name that says which base and which rows a run has, such as mini-sentiment or bloom-1b4-zh-alpaca-zh."""
+    dataset = str(config.data.dataset)
+    rows = Path(dataset.partition(":")[2] if is_mini_task(dataset) else dataset).resolve()
+    rows_name = rows.stem if rows.suffix.lower() in READERS else rows.name
+    base_name = config.preset or Path(str(config.model.model_name_or_path)).name
+    return f"{_short(base_name)}-{_short(rows_name)}"
+
+
+def _short(name: str) -> str:
+    """Return the beginning of a name, in which other characters than letters, digits, dots and underscores are
+    hyphens."""
+    return re.sub(r"[^\w.]+", "-", name)[:MAX_NAME].strip("-.") or "unnamed"
 
 
 def claim_output_dir(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> FolderLock:
