@@ -16,6 +16,7 @@ from softprompt.config.command_line import parse_chat, parse_inference, parse_tr
 from softprompt.config.help_text import HelpFormatter, examples_text
 from softprompt.config.unknown_names import advice
 from softprompt.export.args import parse_export
+from softprompt.export.push_args import parse_push
 from softprompt.report.args import parse_report
 from softprompt.study.grid import parse_study
 from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
@@ -82,6 +83,19 @@ def export(argv: Sequence[str]) -> None:
     print(write_plain_model(adapter, arguments))
 
 
+def push(argv: Sequence[str]) -> None:
+    """Upload a finished run to the hub.
+
+    Raises:
+        PushError: The upload failed.
+    """
+    folder, sharing = parse_push(argv)
+
+    from softprompt.export.push_to_hub import push_finished_run
+
+    print(push_finished_run(folder, sharing))
+
+
 def report(argv: Sequence[str]) -> None:
     """Write one HTML page about one run, or about several runs side by side."""
     runs, output_file = parse_report(argv)
@@ -130,6 +144,7 @@ COMMANDS = {
     "infer": Command(infer, "answer questions with a learned prompt, or evaluate prompts (as infer.py does)", True),
     "chat": Command(chat, "hold a conversation on the terminal", True),
     "export": Command(export, "write a base and its learned prompt as one plain transformers model"),
+    "push": Command(push, "upload a finished run to the Hugging Face hub"),
     "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
     "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
     "doctor": Command(doctor, "say what this machine has, which of it a run would use, and what is missing"),

@@ -13,6 +13,7 @@ from softprompt.config.data_args import DataArguments
 from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
     DEFAULT_LEARNING_RATES,
+    DEFAULT_NUM_VIRTUAL_TOKENS,
     SECRETS,
     ModelArguments,
     PromptTuningArguments,
@@ -79,6 +80,14 @@ class TrainConfig:
         for part in self.parts:
             flat |= dataclasses.asdict(part)
         return {name: value for name, value in flat.items() if name not in SECRETS}
+
+
+def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default of every setting, given the preset and the prompt's initialization that `settings` name."""
+    defaults = {f.name: f.default for group in GROUPS for f in dataclasses.fields(group)}
+    rate = DEFAULT_LEARNING_RATES.get(settings.get("prompt_tuning_init", ""))
+    defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
+    return defaults | PRESETS.get(settings.get("preset") or "", {})
 
 
 def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:

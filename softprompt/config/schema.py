@@ -33,7 +33,7 @@ def same_option(group: type, name: str) -> Any:
     """Return a new field like that of `name` in another dataclass: Python does not allow two dataclasses to share
     one."""
     shared = next(f for f in fields(group) if f.name == name)
-    return option(shared.default, **shared.metadata)
+    return field(default=shared.default, repr=shared.repr, metadata=dict(shared.metadata))
 
 
 def setting_types(groups: Sequence[type]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ class SharingArguments:
     )
     push_to_hub: bool = option(
         False,
-        "After the run, upload its adapter, model card and report (which shows some rows) to the hub. If that fails, "
+        "After the run, upload its adapter, model card and report (which show some rows) to the hub. If that fails, "
         "the run is kept, the exit code is 1, and a message says how to upload it later.",
     )
     hub_model_id: str | None = option(

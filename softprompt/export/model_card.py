@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 
+from softprompt.data.template import saved_template
 from softprompt.prompt.adapter_io import Adapter
-from softprompt.prompt.model_card import front_matter, public_name
+from softprompt.prompt.card_metadata import front_matter
+from softprompt.prompt.public_names import hub_id_of_base, public_name
 
 
 def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant: float | None, dtype: str) -> bytes:
@@ -17,7 +19,7 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
         constant: The constant logit of the new tokens; None if it is the mean of the other logits.
         dtype: The dtype of the weights, such as "float32".
     """
-    front = front_matter(base, "transformers")
+    front = front_matter(hub_id_of_base(base), "transformers")
     base, template = public_name(base), json.dumps(adapter.settings.get("template", "default"), ensure_ascii=False)
     guard = (
         f"their logit is {constant:g} after any text"
@@ -32,16 +34,18 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
         f"`{words[-1]}`, whose embeddings are the virtual tokens of a soft prompt. It was written by softprompt and "
         "does not need it.",
         "",
+        "Run this code in the folder of this file:",
+        "",
         "```python",
         "from transformers import pipeline",
         "",
-        "ask = pipeline('text-generation', 'THIS_FOLDER')",
-        "answer = ask([{'role': 'user', 'content': '…'}], return_full_text=False)[0]['generated_text']",
+        "ask = pipeline('text-generation', '.')",
+        f"print(ask([{_message(adapter)}], return_full_text=False)[0]['generated_text'])",
         "```",
         "",
         f"The chat template writes the new tokens, then the message in the template of the training: `{template}`. "
         "Without the chat template, put all new tokens before your text, in this order:",
-        "`''.join(t.content for t in tokenizer.added_tokens_decoder.values() if 'softprompt' in t.content)`.",
+        f"`{_all_of(words)}`.",
         "",
         f"The new tokens are never generated: the head is untied, {guard}, and `suppress_tokens` in "
         "generation_config.json lists them. `max_length` in that file counts them.",
@@ -52,3 +56,16 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _message(adapter: Adapter) -> str:
+    """Return Python code for a user message with all texts that the chat template needs."""
+    template = saved_template(adapter.settings)
+    more = [name for name in template.fields[1:] if name not in template.optional_fields]
+    return repr({"role": "user", "content": "…", **dict.fromkeys(more, "…")})
+
+
+def _all_of(words: Sequence[str]) -> str:
+    """Return Python code for the text of all new tokens, whose names differ only in their number."""
+    before, _, behind = words[0].rpartition("0")
+    return f"''.join(f'{before}{{n}}{behind}' for n in range({len(words)}))"

@@ -1,23 +1,36 @@
-"""Upload a finished run to the Hugging Face hub with huggingface_hub (`--push_to_hub`)."""
+"""Upload a finished run to the Hugging Face hub with huggingface_hub (`--push_to_hub`, `softprompt push`)."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from softprompt.config.train_args import SharingArguments
-from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
-from softprompt.runs.file_names import REPORT_FILE
-from softprompt.runs.manifest import Manifest
+from softprompt.export.public_files import UPLOADED_FILES, public_files
+from softprompt.prompt.file_names import SETTINGS_FILE
+from softprompt.runs.run_reader import read_run
+from softprompt.runs.train_state import resume_command
 from softprompt.utils import hub
 from softprompt.utils.errors import ConfigError, PushError, first_line
 from softprompt.utils.redact import redacted
-from softprompt.utils.shell_commands import argument
+from softprompt.utils.shell_commands import argument, command, flag
 
-UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FILE)
 UNAUTHORIZED = (401, 403)  # HTTP status codes
 
 
-def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
+def push_finished_run(folder: Path, sharing: SharingArguments) -> str:
+    """Upload a run that has ended, and return the address of its repository.
+
+    Raises:
+        ReportError: The folder does not exist or holds no run.
+        ConfigError: The run has not ended, or see `check_hub`.
+        PushError: The upload failed.
+    """
+    if not read_run(folder).ended:
+        raise ConfigError(f"{folder}: the run has not ended; continue it with: {resume_command(folder)}")
+    check_hub(sharing, folder, command("push"))
+    return push(folder, sharing)
+
+
+def check_hub(sharing: SharingArguments, output_dir: Path, asked: str = "--push_to_hub") -> None:
     """Check before training that the run can be uploaded.
 
     If the hub does not answer, the check only warns, because the hub may answer when training has ended.
@@ -25,6 +38,7 @@ def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
     Args:
         sharing: Repository and token.
         output_dir: Folder of the run, whose name is the default name of the repository.
+        asked: The flag or command that asks for the upload, for messages.
 
     Raises:
         ConfigError: The repository's name is not valid, there is no token, the hub refuses the token, or the upload
@@ -38,25 +52,27 @@ def check_hub(sharing: SharingArguments, output_dir: Path) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"--push_to_hub: {_line(error)}; name a repository with --hub_model_id") from None
+        raise ConfigError(f"{asked}: {_line(error)}; name a repository with --hub_model_id") from None
+    if not name.isascii():
+        raise ConfigError(f"{asked}: the hub takes no {name!r}; name a repository with --hub_model_id")
     hub.check_reachable()
     try:
         api = HfApi(token=sharing.hub_token)
         user = api.whoami()["name"]
     except LocalTokenNotFoundError:
-        raise ConfigError("--push_to_hub needs a token: HF_TOKEN, `hf auth login` or --hub_token") from None
+        raise ConfigError(f"{asked} needs a token: HF_TOKEN, `hf auth login` or --hub_token") from None
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
-            raise ConfigError(f"--push_to_hub: the hub refuses the token ({_line(error)}); give a valid one") from None
-        print(f"warning: --push_to_hub: {_line(error)}; the upload is tried when the run has ended")
+            raise ConfigError(f"{asked}: the hub refuses the token ({_line(error)}); give a valid one") from None
+        print(f"warning: {asked}: {_line(error)}; the upload is tried all the same")
     except Exception as error:  # from httpx, name resolution or offline mode
         reason = _line(error)
-        print(f"warning: --push_to_hub: the hub does not answer ({reason}); the upload is tried when the run has ended")
+        print(f"warning: {asked}: the hub does not answer ({reason}); the upload is tried all the same")
     else:
-        _refuse_foreign(api, name if "/" in name else f"{user}/{name}")
+        _refuse_foreign(api, name if "/" in name else f"{user}/{name}", asked)
 
 
-def _refuse_foreign(api: Any, repo_id: str) -> None:
+def _refuse_foreign(api: Any, repo_id: str, asked: str) -> None:
     """Raise ConfigError if the upload would replace files of a repository that no run was uploaded to: it lacks
     `SETTINGS_FILE`."""
     try:
@@ -65,13 +81,13 @@ def _refuse_foreign(api: Any, repo_id: str) -> None:
         return
     if SETTINGS_FILE not in existing and (foreign := existing.intersection(UPLOADED_FILES)):
         raise ConfigError(
-            f"--push_to_hub: this would replace {', '.join(sorted(foreign))} in {repo_id}, which no run of train.py "
+            f"{asked}: this would replace {', '.join(sorted(foreign))} in {repo_id}, which no run of train.py "
             "uploaded; name another repository with --hub_model_id"
         )
 
 
 def push(folder: Path, sharing: SharingArguments) -> str:
-    """Create the repository if it does not exist, upload UPLOADED_FILES in one commit, and return its address.
+    """Create the repository if it does not exist, upload `public_files` in one commit, and return its address.
 
     Args:
         folder: Folder of the run.
@@ -80,7 +96,7 @@ def push(folder: Path, sharing: SharingArguments) -> str:
     Raises:
         PushError: The upload failed; the message contains a command that uploads the run later.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet, name = are_progress_bars_disabled(), repository(sharing, folder)
@@ -90,8 +106,8 @@ def push(folder: Path, sharing: SharingArguments) -> str:
         api = HfApi(token=sharing.hub_token)
         made = api.create_repo(name, private=sharing.hub_private_repo, exist_ok=True)
         name = made.repo_id
-        message, ours = "A soft prompt, learned with softprompt", Manifest(folder).names().intersection(UPLOADED_FILES)
-        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=sorted(ours), commit_message=message)
+        files = [CommitOperationAdd(file, content) for file, content in public_files(folder, name).items()]
+        api.create_commit(name, files, commit_message="A soft prompt, learned with softprompt")
         return str(made)
     except Exception as error:  # whatever fails here, the run itself has succeeded
         raise PushError(
@@ -109,10 +125,9 @@ def repository(sharing: SharingArguments, output_dir: Path) -> str:
 
 
 def upload_command(name: str, folder: Path, sharing: SharingArguments) -> str:
-    """Return the command of huggingface_hub that uploads the same files."""
-    private = ["--private"] if sharing.hub_private_repo else []
-    names = [part for file in UPLOADED_FILES for part in ("--include", file)]
-    return f"hf upload {name} {argument(str(folder))} . {shlex.join([*names, *private])}"
+    """Return the command that uploads the run later."""
+    private = " --hub_private_repo" if sharing.hub_private_repo else ""
+    return f"{command('push')} {argument(str(folder))}{flag('hub_model_id', name)}{private}"
 
 
 def _line(error: Exception) -> str:

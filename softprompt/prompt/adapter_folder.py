@@ -1,7 +1,7 @@
 """The files of a trained adapter: PEFT's two, this project's settings, and a model card."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.loader import TrainConfig
 from softprompt.prompt.adapter_io import PROMPT_KEY, Adapter, json_bytes
 from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
-from softprompt.prompt.model_card import model_card
+from softprompt.prompt.model_card import CardFacts, model_card
 from softprompt.utils.model_config import layers_and_heads
 
 
@@ -22,8 +22,7 @@ def adapter_folder(
     prompt: Tensor,
     ends: Sequence[int],
     optional_columns: Iterable[str],
-    arguments: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    facts: CardFacts,
 ) -> dict[str, bytes]:
     """Return the files of a trained adapter, by name.
 
@@ -34,8 +33,7 @@ def adapter_folder(
         ends: Ids of the tokens that end an answer (`data.end_tokens`). They are saved as `eos_token_id` if there are
             several; a single one is the tokenizer's own eos_token.
         optional_columns: Columns that a question may leave out (`Template.optional`).
-        arguments: Training arguments for the model card.
-        metrics: Final metrics for the model card.
+        facts: What the model card tells of the run.
     """
     name, settings = str(config.model.model_name_or_path), config.prompt
     peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
@@ -49,7 +47,7 @@ def adapter_folder(
     }
     ours |= {"optional_columns": sorted(optional_columns)} if optional_columns else {}
     adapter = Adapter(prompt, peft, ours)
-    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}
+    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, facts)}
 
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written

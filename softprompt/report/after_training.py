@@ -14,13 +14,16 @@ from softprompt.engines.data_parallel import DataParallelEngine
 from softprompt.export.push_to_hub import check_hub, push
 from softprompt.generation.generator import Generator, make_generator
 from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
+from softprompt.prompt.file_names import CARD_FILE
 from softprompt.prompt.nearest_tokens import embedding_space
+from softprompt.prompt.public_names import is_local, public_name
 from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
 from softprompt.runs.manifest import Manifest
+from softprompt.runs.run_card import run_card
 from softprompt.runs.run_reader import Facts, read_run
 from softprompt.runs.state import Metrics
 from softprompt.training.callbacks import RunCallbacks
@@ -46,6 +49,10 @@ class ReportAndPush(Observer):
         """
         if config.sharing.push_to_hub:
             check_hub(config.sharing, output_dir)
+            if is_local(base := config.model.model_name_or_path):
+                print(
+                    f"--push_to_hub: the base is a local folder; it is published as {public_name(base)}, without path"
+                )
 
     def begin(self, run: Run, callbacks: RunCallbacks) -> None:
         """Write what is known when training starts: report.json and the initial prompt."""
@@ -62,7 +69,7 @@ class ReportAndPush(Observer):
 
 
 def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
-    """Write loss.png, complete report.json, and write report.html, using the base in memory.
+    """Write loss.png, complete report.json and the model card, and write report.html, using the base in memory.
 
     The page names each part that was left out because of an error. If a file cannot be written, a warning is printed.
 
@@ -81,6 +88,8 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
     with _warning_on_error(REPORT_FILE, say, f"; try: {command('report')} {argument(str(folder))}"):
         files.write({FACTS_FILE: json_bytes({**ended, "end": _end_facts(run, ranks)})})
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
+        with _warning_on_error(CARD_FILE, say):
+            files.write({CARD_FILE: run_card(read_run(folder))})
         more = "" if installed() else f"; it has no charts because matplotlib is not installed: {INSTALL}"
         say(f"report: {folder / REPORT_FILE}{more}")
 

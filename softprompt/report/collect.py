@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from softprompt.data.language import language_of
 from softprompt.data.tokenization import Example, Tokenized, end_tokens
 from softprompt.evaluation.evaluator import answer_ids, decode_text, question_ids
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.adapter_io import PROMPT_KEY
+from softprompt.prompt.public_names import hub_ids
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts
 from softprompt.training.result import Run
@@ -36,6 +38,8 @@ def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
     training = "the stream's first" if run.config.data.streaming else "training"
     return {
         "arguments": dict(arguments),
+        "hub": hub_ids(arguments),
+        "language": language_of(data.first_rows),
         "base": {
             "type": config.model_type,
             "parameters": base.num_parameters(),

@@ -1,13 +1,12 @@
 """The values that the template shows, for one run and for several runs side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from softprompt.config.loader import GROUPS, PRESETS
-from softprompt.config.train_args import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
+from softprompt.config.loader import default_settings
 from softprompt.report.svg import ChartRenderer, Curve
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.shell_commands import command, flag
@@ -158,11 +157,8 @@ def _cosines(likeness: Any, renderer: ChartRenderer | None) -> Chart | None:
 
 def _settings(record: RunRecord) -> Iterable[tuple[str, Any, bool]]:
     """Yield (flag, value, whether the value differs from the default)."""
-    defaults = {f.name: f.default for group in GROUPS for f in fields(group)}
     arguments = record.arguments
-    rate = DEFAULT_LEARNING_RATES.get(arguments.get("prompt_tuning_init", ""))
-    defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
-    defaults |= PRESETS.get(arguments.get("preset") or "", {})
+    defaults = default_settings(arguments)
     for name, value in arguments.items():
         if value is not None:
             yield name, value, name in defaults and value != defaults[name]

@@ -23,6 +23,7 @@ from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import initial_prompt
+from softprompt.prompt.model_card import CardFacts
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics
 from softprompt.study.plan import PlannedCell
@@ -125,7 +126,7 @@ class LoadedBase:
             metrics = {"error": str(error)}
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()
-        files = adapter_folder(config, self.base.config, learned, ends, (), settings, metrics)
+        files = adapter_folder(config, self.base.config, learned, ends, (), CardFacts(settings, metrics))
         return FinishedCell({"virtual_tokens": len(values), "metrics": metrics, "answers": answers}, files)
 
     def _run_ensemble(self, planned: PlannedCell) -> FinishedCell:

@@ -14,6 +14,7 @@ from softprompt.distributed.process_group import StopSource, World
 from softprompt.evaluation.evaluator import Evaluation
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
+from softprompt.prompt.model_card import CardFacts
 from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
 from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE, STATE_FILES
 from softprompt.runs.state import Metrics, Step, TrainingState
@@ -236,7 +237,8 @@ class RunCallbacks(Callbacks):
         prompt = self.prompt.weight.detach()
         ends = end_tokens(self.data.train.examples, self.data.tokenizer, self.data.end)
         optional = self.data.template.optional
-        return adapter_folder(self.config, self.setup.base.config, prompt, ends, optional, self.arguments(), metrics)
+        facts = CardFacts(self.arguments(), metrics, self.log.history)
+        return adapter_folder(self.config, self.setup.base.config, prompt, ends, optional, facts)
 
 
 def _state_of(checkpoint: Path) -> dict[str, bytes]:

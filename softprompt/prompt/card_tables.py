@@ -1,0 +1,126 @@
+"""Markdown tables of a model card: metrics, answers before and after, the curve, settings."""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+MAX_CHARACTERS = 160  # of a text in a table
+MAX_POINTS = 10  # of the curve
+BAR = 20  # characters of the longest bar
+
+
+class Metric(NamedTuple):
+    """How a metric is shown: its name, its format, and its type in the hub's index of results, if it has one."""
+
+    label: str
+    form: str
+    hub_type: str | None = None
+
+
+METRICS = {
+    "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", "accuracy"),
+    "eval_majority": Metric("share of the commonest label", "{:.1%}"),
+    "eval_macro_f1": Metric("macro F1", "{:.3f}", "f1"),
+    "eval_exact_match": Metric("exact match", "{:.1%}", "exact_match"),
+    "eval_exact_match_rows": Metric("rows compared for exact match", "{:,}"),
+    "eval_loss": Metric("held-out loss, nats per target token", "{:.4f}", "loss"),
+    "eval_perplexity": Metric("perplexity", "{:,.4g}", "perplexity"),
+    "train_loss": Metric("mean training loss", "{:.4f}"),
+    "train_runtime": Metric("seconds of training", "{:,.1f}"),
+    "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
+}
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a table of metrics: each with that of the base alone, whose name ends in _base."""
+    names = dict.fromkeys(name.removesuffix("_base") for name in metrics)
+    known = [name for name in METRICS if name in names]
+    rows = []
+    for name in (*known, *(name for name in names if name not in METRICS)):
+        metric = METRICS.get(name, Metric(name.removeprefix("eval_").replace("_", " "), "{:.6g}"))
+        rows.append((metric.label, *(_number(metrics.get(key), metric.form) for key in (f"{name}_base", name))))
+    return table(("", "base alone", "with the prompt"), rows)
+
+
+def examples_table(examples: Sequence[Mapping[str, str]], compared: bool) -> list[str]:
+    """Return a table of rows with their answers before and after training. `compared` says whether an answer is right
+    only if it equals the expected one, so that it can be marked."""
+
+    def answer(row: Mapping[str, str], key: str) -> str:
+        mark = ("✓ " if row[key].strip() == row["expected"].strip() else "✗ ") if compared else ""
+        return mark + text_cell(row[key])
+
+    rows = [
+        (text_cell(row["question"]), text_cell(row["expected"]), answer(row, "before"), answer(row, "after"))
+        for row in examples
+    ]
+    return table(("input", "expected", "base alone", "with the prompt"), rows)
+
+
+def curve_table(history: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a table of at most MAX_POINTS points of the run, with a bar for the loss."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in history:
+        if record["step"]:
+            by_step.setdefault(record["step"], {}).update(record)
+    points = sorted(by_step.items())
+    columns = [name for name in ("loss", "eval_loss", "eval_accuracy", "eval_exact_match") if _occurs(name, points)]
+    if len(points) < 2 or not columns:
+        return []
+    last = len(points) - 1
+    chosen = points
+    if len(points) > MAX_POINTS:
+        chosen = [points[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+    drawn = [point.get(columns[0]) or 0.0 for _, point in chosen]
+    most, forms = max(drawn) or 1.0, {"loss": Metric("training loss", "{:.4f}")} | METRICS
+    rows = [
+        (
+            f"{step:,}",
+            *(_number(point.get(name), forms[name].form) for name in columns),
+            "█" * round(BAR * height / most),
+        )
+        for (step, point), height in zip(chosen, drawn, strict=True)
+    ]
+    return table(("step", *(forms[name].label for name in columns), ""), rows)
+
+
+def settings_table(settings: Mapping[str, Any]) -> list[str]:
+    """Return a table of settings; those that are None are left out."""
+    rows = [(name, value_cell(value)) for name, value in settings.items() if value is not None]
+    return table(("setting", "value"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table and an empty one; nothing if there are no rows."""
+    if not rows:
+        return []
+    return [_line(head), _line(["---"] * len(head)), *map(_line, rows), ""]
+
+
+def text_cell(text: str) -> str:
+    """Return the beginning of a text on one line, with everything escaped that Markdown or HTML would interpret."""
+    text = " ".join(text.split())
+    text = text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(text, quote=False))
+
+
+def value_cell(value: Any) -> str:
+    """Return a setting's value on one line, with escaped column separators of Markdown."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("|", "\\|")
+
+
+def _occurs(name: str, points: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
+    return any(point.get(name) is not None for _, point in points)
+
+
+def _number(value: Any, form: str) -> str:
+    return form.format(value) if isinstance(value, int | float) else "" if value is None else value_cell(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
