@@ -73,4 +73,5 @@ def without_paths(text: str, paths: list[str]) -> str:
     shorter |= {str(Path.cwd()): ".", str(Path.home()): "~"}
     known: dict[str, Any] = {str(escape(path)): str(escape(name)) for path, name in shorter.items() if len(path) > 1}
     longest_first = sorted(known, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda found: known[found[0]], text)
+    whole = rf"(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"
+    return re.sub(whole, lambda found: known[found[0]], text)

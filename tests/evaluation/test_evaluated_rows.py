@@ -60,9 +60,10 @@ def test_exact_match_covers_rows_with_whole_answers(settings, capsys, monkeypatc
     assert len(run.after.answers) == kept and run.after.compared == whole
     assert f"exact match of {whole} rows" in summary(run)
     results = json.loads(Path("run/all_results.json").read_text())
-    assert results["eval_exact_match_rows"] == whole and f"| eval_exact_match_rows | {whole} |" in Path(
-        "run/README.md"
-    ).read_text(encoding="utf-8")
+    card = Path("run/README.md").read_text(encoding="utf-8")
+    assert (
+        results["eval_exact_match_rows"] == whole and f"| rows compared for exact match | {whole} | {whole} |" in card
+    )
     out = run_infer(["--adapter", "run", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert f"over the {whole} of {kept} rows" in out and f"{kept} of {len(rows)} rows" in out
     (line,) = [line for line in out.splitlines() if line.startswith("exact match  ")]

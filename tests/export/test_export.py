@@ -294,11 +294,16 @@ def test_an_adapter_of_peft_is_exported_with_the_default_template(tmp_path, case
         assert (tmp_path / "out" / name).read_bytes() == (case.folder / name).read_bytes()
 
 
-def test_the_model_card_and_its_snippet(cases):
+def test_the_model_card_and_its_snippet(cases, monkeypatch, capsys):
     card = (cases["mini"].folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "`<|softprompt_0|>`" in card and "suppress_tokens" in card and "float32" in card
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    monkeypatch.chdir(cases["mini"].folder)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
+    (all_of,) = re.findall(r"`(''\.join.*)`\.", card)
+    names = [f"<|softprompt_{n}|>" for n in range(cases["mini"].P)]
+    assert eval(all_of) == "".join(names)
 
 
 def test_the_example_for_prompt_embeddings_gives_the_same_answer(cases):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,15 +14,21 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import peft
 import pytest
+import torch
+from helpers.adapters import write_adapter
 from helpers.programs import refused
 from helpers.reported_runs import settings_in
+from helpers.short_runs import interrupted
+from transformers import AutoModelForCausalLM
 
 import softprompt
 import train
-from softprompt.cli import run_command
+from softprompt.cli import main, run_command
 from softprompt.config.loader import train_config
-from softprompt.export.push_to_hub import UPLOADED_FILES
+from softprompt.export.public_files import UPLOADED_FILES
+from softprompt.prompt.adapter_io import load_adapter
 from softprompt.utils import hub
 
 pytestmark = pytest.mark.pictures
@@ -159,8 +165,10 @@ def test_a_run_is_uploaded_with_its_card_and_report(server, settings, tmp_path, 
     assert code == 0 and f"on the hub: {server.url}/org/soft" in err, err
     repo = server.repos["org/soft"]
     assert set(repo["files"]) == set(UPLOADED_FILES) and repo["private"] is True and server.commits == 1
-    assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in repo["files"].items())
-    assert b"library_name: peft" in repo["files"]["README.md"]
+    for name in ("adapter_model.safetensors", "softprompt.json"):
+        assert repo["files"][name] == (tmp_path / "run" / name).read_bytes()
+    card = repo["files"]["README.md"]
+    assert b"library_name: peft" in card and b"model-index" in card and b"org/soft" in card
     told_nowhere(tmp_path, out, err)
     code, _, err = ended({**settings, "overwrite_output_dir": True, "seed": 1}, capsys, monkeypatch)  # again
     assert code == 0 and server.commits == 2
@@ -193,11 +201,13 @@ def test_a_failed_upload_loses_nothing(down, server, settings, tmp_path, capsys,
     assert "Try: python infer.py" in out and (tmp_path / "run/report.html").exists()
     told_nowhere(tmp_path, out, err)
     server.down = None
-    asked = shlex.split(last.partition("upload it later with: ")[2])  # what the line says, to the letter
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
-    subprocess.run(
-        [Path(sys.executable).parent / asked[0], *asked[1:]], env=environment, check=True, capture_output=True
-    )
+    python, _, module, *asked = shlex.split(last.partition("upload it later with: ")[2])  # to the letter
+    assert (python, module, asked[0]) == ("python", "softprompt", "push")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(sys, "argv", ["softprompt", *asked])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().out) == (0, f"{server.url}/org/soft\n")
     assert set(server.repos["org/soft"]["files"]) == set(UPLOADED_FILES)
 
 
@@ -206,6 +216,55 @@ def test_from_python_a_failed_upload_is_a_warning(server, settings, tmp_path, ca
     run = softprompt.train(**settings)
     assert run.metrics["train_loss"] > 0 and "403" in run.not_pushed
     assert "warning: the run is complete" in capsys.readouterr().err
+
+
+def test_nothing_that_is_uploaded_holds_a_path_of_this_machine(server, settings, tmp_path, monkeypatch):
+    """Every place is given as a path with a folder of its own, absolute or relative."""
+    monkeypatch.chdir(tmp_path)
+    places = {name: tmp_path / f"private_{name}" for name in ("base", "rows", "held", "out", "start")}
+    shutil.copytree(settings["model_name_or_path"], places["base"] / "bloom")
+    for name in ("rows", "held"):
+        places[name].mkdir()
+        shutil.copy(settings["dataset"], places[name] / f"{name}.jsonl")
+    write_adapter(places["start"] / "first", str(places["base"] / "bloom"), 3)
+    given = {
+        "model_name_or_path": "private_base/bloom",
+        "dataset": str(places["rows"] / "rows.jsonl"),
+        "eval_dataset": "private_held/held.jsonl",
+        "init_adapter": str(places["start"] / "first"),
+        "output_dir": "private_out/run",
+    }
+    softprompt.train(**{name: value for name, value in settings.items() if name != "eval_rows"} | given)
+    files = server.repos["org/soft"]["files"]
+    assert set(files) == set(UPLOADED_FILES)
+    for name, content in files.items():
+        for secret in (b"private_", os.fsencode(tmp_path), os.fsencode(Path.home()) + b"/", os.fsencode(Path.cwd())):
+            assert secret not in content, (name, secret)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    for name in (b"bloom", b"rows.jsonl"):
+        assert name in files["README.md"] and name in files["report.html"]
+    for name, content in files.items():
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    base = AutoModelForCausalLM.from_pretrained(places["base"] / "bloom")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "copy")
+    saved = load_adapter(places["out"] / "run").prompt
+    assert torch.equal(theirs.prompt_encoder["default"].embedding.weight, saved)
+    ours = softprompt.SoftPromptModel.from_pretrained(places["base"] / "bloom", tmp_path / "copy")
+    assert torch.equal(ours.adapters[str(tmp_path / "copy")].prompt, saved)
+
+
+def test_only_a_finished_run_can_be_pushed(server, settings, tmp_path, capsys, monkeypatch):
+    given = {name: value for name, value in settings.items() if not name.startswith(("push", "hub"))}
+    interrupted(given, 3)
+    capsys.readouterr()
+    for folder, told in ((tmp_path / "run", "has not ended"), (tmp_path / "none", "no such folder")):
+        monkeypatch.setattr(sys, "argv", ["softprompt", "push", str(folder), "--hub_token", TOKEN])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert (end.value.code, out) == (2, "") and told in err and TOKEN not in err
+    assert not server.repos
 
 
 def test_a_resumed_run_is_uploaded_too(server, settings, tmp_path, capsys, monkeypatch):

@@ -252,7 +252,10 @@ def test_jumping_clock_affects_neither_time_limit_nor_folder_names(world, tmp_pa
     assert code == 124
     code, told = run(tmp_path, [*flags], fault_tools.clock_jumps)  # another run of the same second
     assert code == 0, told
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tiny-20000101-000000", "tiny-20000101-000000-2"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "tiny-rows-20000101-000000",
+        "tiny-rows-20000101-000000-2",
+    ]
 
 
 def test_second_process_on_an_output_folder_is_refused(world, tmp_path, table):

@@ -19,7 +19,7 @@ from softprompt.export.model_card import plain_model_card
 from softprompt.models.loading import weight_files
 from softprompt.prompt.adapter_folder import peft_config
 from softprompt.prompt.adapter_io import Adapter, load_adapter
-from softprompt.prompt.model_card import model_card
+from softprompt.prompt.model_card import CardFacts, model_card
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.training.determinism import deterministic
 from softprompt.utils import fingerprints
@@ -56,7 +56,11 @@ def test_errors_cards_and_logs_hold_no_secrets(secrets, caplog):
     adapter = Adapter(values, peft_config(text, make_bloom().config, values, "RANDOM"), {"template": text})
     record = logging.LogRecord("a", logging.WARNING, "", 0, "%s", (text,), None)
     RedactingFilter().filter(record)
-    for told in (str(ModelError(text)), model_card(adapter, {"dataset": text}, {}).decode(), record.getMessage()):
+    for told in (
+        str(ModelError(text)),
+        model_card(adapter, CardFacts({"dataset": text})).decode(),
+        record.getMessage(),
+    ):
         assert "mirror.example/x" in told and not any(secret in told for secret in TOLD)
 
 
@@ -236,8 +240,8 @@ def test_model_card_holds_no_local_path_and_escapes_its_table(tmp_path):
     adapter = Adapter(torch.zeros(1, 4), {"base_model_name_or_path": str(base)}, {})
     texts = {"class_labels": 'say "hi"', "template": '"{q}"|\n', "prompt_tuning_init_text": "a\\"}
     places = {"dataset": str(base), "output_dir": "~/secret/run", "eval_dataset": "hub/rows"}
-    card = model_card(adapter, {**places, **texts}, {}).decode()
-    assert "secret" not in card and "| dataset | base |" in card and "| eval_dataset | hub/rows |" in card
+    card = model_card(adapter, CardFacts({**places, **texts})).decode()
+    assert "secret" not in card and "the rows of `base`" in card
     assert '| class_labels | say "hi" |' in card and '| template | "{q}"\\|\\n |' in card
     assert "| prompt_tuning_init_text | a\\\\ |" in card
     assert "secret" not in plain_model_card(str(base), adapter, ["<a>"], None, "float32").decode()

@@ -199,7 +199,7 @@ def test_run_records_the_found_rate_and_equals_a_run_at_that_rate(settings, tmp_
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["arguments"]["learning_rate"] == rate and state["arguments"]["find_learning_rate"] is True
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"| learning_rate | {rate:g} |" in card and "| find_learning_rate | true |" in card
+    assert f"at a peak learning rate of {rate:g}." in card and "| find_learning_rate | true |" in card
     first = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["learning_rate"] == rate and set(map(float, first["sweep"])) == set(RATES)
     plain = softprompt.train(**{**settings, "output_dir": str(tmp_path / "plain")}, learning_rate=rate)

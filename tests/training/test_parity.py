@@ -2,12 +2,10 @@
 
 import copy
 import json
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from helpers.adapters import write_adapter
 from helpers.bases import make_bloom
 from helpers.peers import answers_of, collated, naive_loss, peft_model, peft_prompt, random_examples
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -283,15 +281,3 @@ def test_answers_of_the_mini_base_equal_peft(kind, mini_base):
     answers = answers_of(kind, base, tokenizer, [asked[i] for i in mixed], settings, batch_size=4)
     assert [tokenizer.decode(answer) for answer in answers] == [expected[i] for i in mixed]
     assert len(set(expected)) > 2
-
-
-@pytest.mark.parametrize("base", ["mini", "folder"])
-def test_the_code_of_a_model_card_runs_as_it_stands(base, tiny_base, tmp_path):
-    from softprompt.prompt.model_card import model_card
-
-    name, size = ("mini", 128) if base == "mini" else (str(tiny_base), 32)
-    write_adapter(tmp_path / "a", Path(name), 3, hidden_size=size)
-    code = model_card(load_adapter(tmp_path / "a"), {}, {}).decode().split("```python\n")[1].split("```")[0]
-    made: dict = {}
-    exec(code.replace("THIS_FOLDER", str(tmp_path / "a")), made)
-    assert torch.equal(made["model"].get_prompt(1)[0].detach(), load_adapter(tmp_path / "a").prompt)
