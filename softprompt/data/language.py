@@ -10,7 +10,7 @@ ENGLISH = frozenset(COMMON_WORDS.split())
 # A text is Chinese if this share of its letters are Chinese characters, and English if this share of its words are the
 # commonest English ones. Other languages in Latin letters have hardly any of these.
 LEAST_HAN, LEAST_ENGLISH = 0.3, 0.15
-LEAST_LETTERS = 20  # in shorter texts, the shares mean little
+LEAST_LETTERS = 10  # in shorter texts, the shares mean little
 
 
 def language_of(rows: Iterable[Mapping[str, Any]]) -> str | None:

@@ -50,7 +50,8 @@ def peft_code(base: CardBase, template: Template, repository: str | None) -> lis
             "tokenizer = AutoTokenizer.from_pretrained(base)",
             f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), {where})",
             f"inputs = {_inputs(template)}",
-            "answer = model.generate(**inputs, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]",
+            "# use_cache=False: with peft 0.21 and transformers 5, cached answers differ and are wrong",
+            "answer = model.generate(**inputs, max_new_tokens=64, use_cache=False)[0, inputs.input_ids.shape[1] :]",
             "print(tokenizer.decode(answer, skip_special_tokens=True))",
         ]
     )

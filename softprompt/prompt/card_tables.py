@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,11 +32,17 @@ METRICS = {
     "train_runtime": Metric("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
 }
+CURVES = {  # columns of the curve: how they are shown; None: as in METRICS
+    "loss": Metric("training loss", "{:.4f}"),
+    "eval_loss": None,
+    "eval_accuracy": None,
+    "eval_exact_match": None,
+}
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
     """Return a table of metrics: each with that of the base alone, whose name ends in _base."""
-    names = dict.fromkeys(name.removesuffix("_base") for name in metrics)
+    names = dict.fromkeys(name.removesuffix("_base") for name in metrics if name != "epoch")
     known = [name for name in METRICS if name in names]
     rows = []
     for name in (*known, *(name for name in names if name not in METRICS)):
@@ -53,43 +60,63 @@ def examples_table(examples: Sequence[Mapping[str, str]], compared: bool) -> lis
         return mark + text_cell(row[key])
 
     rows = [
-        (text_cell(row["question"]), text_cell(row["expected"]), answer(row, "before"), answer(row, "after"))
+        (text_cell(_question(row["question"])), text_cell(row["expected"]), answer(row, "before"), answer(row, "after"))
         for row in examples
     ]
     return table(("input", "expected", "base alone", "with the prompt"), rows)
 
 
 def curve_table(history: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a table of at most MAX_POINTS points of the run, with a bar for the loss."""
+    """Return a table of at most MAX_POINTS points of the run, with bars that show the first loss on a log scale."""
     by_step: dict[int, dict[str, Any]] = {}
     for record in history:
         if record["step"]:
-            by_step.setdefault(record["step"], {}).update(record)
-    points = sorted(by_step.items())
-    columns = [name for name in ("loss", "eval_loss", "eval_accuracy", "eval_exact_match") if _occurs(name, points)]
-    if len(points) < 2 or not columns:
+            known = {name: value for name, value in record.items() if value is not None}
+            by_step.setdefault(record["step"], {}).update(known)
+    points = _chosen(sorted(by_step.items()))
+    names = [name for name in CURVES if any(name in point for _, point in points)]
+    if len(points) < 2 or not names:
         return []
-    last = len(points) - 1
-    chosen = points
-    if len(points) > MAX_POINTS:
-        chosen = [points[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
-    drawn = [point.get(columns[0]) or 0.0 for _, point in chosen]
-    most, forms = max(drawn) or 1.0, {"loss": Metric("training loss", "{:.4f}")} | METRICS
+    bars = _log_bars([point.get(names[0], 0.0) for _, point in points])
+    labels = [(CURVES[name] or METRICS[name]).label for name in names]
     rows = [
-        (
-            f"{step:,}",
-            *(_number(point.get(name), forms[name].form) for name in columns),
-            "█" * round(BAR * height / most),
-        )
-        for (step, point), height in zip(chosen, drawn, strict=True)
+        (f"{step:,}", *(_number(point.get(name), (CURVES[name] or METRICS[name]).form) for name in names), bar)
+        for (step, point), bar in zip(points, bars, strict=True)
     ]
-    return table(("step", *(forms[name].label for name in columns), ""), rows)
+    return table(("step", *labels, f"{labels[0].partition(',')[0]}, log scale"), rows)
+
+
+def _chosen(points: Sequence[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return at most MAX_POINTS points: those with an evaluation, and others between them, evenly spaced."""
+    evaluated = [i for i, (_, point) in enumerate(points) if "eval_loss" in point]
+    some = _spaced(evaluated, MAX_POINTS)
+    others = [i for i in range(len(points)) if i not in evaluated]
+    return [points[i] for i in sorted([*some, *_spaced(others, MAX_POINTS - len(some))])]
+
+
+def _spaced(values: Sequence[int], n: int) -> list[int]:
+    """Return at most `n` of the values, evenly spaced, the first and the last among them."""
+    if len(values) <= n:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (n - 1))] for i in range(n)] if n > 1 else list(values[:n])
+
+
+def _log_bars(values: Sequence[float]) -> list[str]:
+    logs = [math.log(value) if value > 0 else None for value in values]
+    known = [each for each in logs if each is not None]
+    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
+    return ["" if each is None else "█" * (1 + round((BAR - 1) * (each - low) / span)) for each in logs]
 
 
 def settings_table(settings: Mapping[str, Any]) -> list[str]:
     """Return a table of settings; those that are None are left out."""
     rows = [(name, value_cell(value)) for name, value in settings.items() if value is not None]
     return table(("setting", "value"), rows)
+
+
+def _question(text: str) -> str:
+    """Return a question without the default template's "Human:" and "Assistant:"."""
+    return text.removeprefix("Human: ").removesuffix("Assistant:")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -133,7 +133,7 @@ def _rows(facts: CardFacts, setting: str) -> str:
         return ""
     if on_hub := facts.hub_ids.get(setting):
         return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
-    return f"`{name}` of softprompt" if is_mini_task(name) else f"the rows of `{last_component(public_name(name))}`"
+    return f"softprompt's task `{name}`" if is_mini_task(name) else f"the rows of `{last_component(public_name(name))}`"
 
 
 def _held_out(facts: CardFacts) -> tuple[str, str | None]:

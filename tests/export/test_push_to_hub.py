@@ -256,7 +256,7 @@ def test_nothing_that_is_uploaded_holds_a_path_of_this_machine(server, settings,
 
 def test_only_a_finished_run_can_be_pushed(server, settings, tmp_path, capsys, monkeypatch):
     given = {name: value for name, value in settings.items() if not name.startswith(("push", "hub"))}
-    interrupted(given, 3)
+    interrupted({**given, "max_steps": 6}, 3)
     capsys.readouterr()
     for folder, told in ((tmp_path / "run", "has not ended"), (tmp_path / "none", "no such folder")):
         monkeypatch.setattr(sys, "argv", ["softprompt", "push", str(folder), "--hub_token", TOKEN])

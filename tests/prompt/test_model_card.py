@@ -50,13 +50,16 @@ def test_the_code_runs_as_it_stands(kind, repository, tiny_base, tmp_path, monke
         shutil.copytree(tiny_base, here / tiny_base.name)
     monkeypatch.chdir(here)
     ours, pefts = code_blocks(text)
-    for code in (ours, pefts):
+    answers = []
+    for code in (ours.replace("'…'", "'…', do_sample=False, max_new_tokens=8"), pefts.replace("=64", "=8")):
         capsys.readouterr()
         made: dict = {}
         exec(code, made)
-        assert capsys.readouterr().out.endswith("\n")
-        prompt = made["model"].adapters.popitem()[1].prompt if code is ours else made["model"].get_prompt(1)[0].detach()
+        answers.append(capsys.readouterr().out.strip())
+        prompts = made["model"].adapters if "SoftPromptModel" in made else None
+        prompt = prompts.popitem()[1].prompt if prompts else made["model"].get_prompt(1)[0].detach()
         assert torch.equal(prompt.float(), adapter.prompt)
+    assert answers[0] == answers[1] != ""
 
 
 @pytest.mark.parametrize("template", ["default", "chat", "问：{q}\\n文：{text}\\n答："])
@@ -103,13 +106,16 @@ def test_results_rows_curve_and_verdict_are_shown():
     assert "| 好？ | 是 | ✗ 否 | ✓ 是 |" in text
     curve = text.partition("## Training curve")[2].partition("## ")[0].strip().splitlines()[2:]
     assert len(curve) == MAX_POINTS and curve[0].startswith("| 1 |") and curve[-1].startswith("| 30 |")
-    assert curve[0].count("█") > curve[1].count("█") > 0 and "0.5000" in curve[-1]
+    bars = [line.count("█") for line in curve]
+    assert bars == sorted(bars, reverse=True) and bars[0] > bars[1] > bars[-1] > 0 and "0.5000" in curve[-1]
     assert "0.5000" not in card(metrics={"train_loss": 1.0})
 
 
 def test_curves_without_points_or_values():
     assert curve_table([]) == curve_table([{"step": 1, "loss": 1.0}]) == []
     assert len(curve_table([{"step": 1, "loss": None}, {"step": 2, "loss": 0.0}])) == 5
+    many = [{"step": n, "loss": 1.0} | ({"eval_loss": 1.0} if n % 5 == 0 else {}) for n in range(1, 200)]
+    assert len(curve_table(many)) == MAX_POINTS + 3 and all("| 1.0000 | 1.0000 |" in x for x in curve_table(many)[2:-1])
 
 
 def test_only_changed_settings_are_shown():

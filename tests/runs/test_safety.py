@@ -53,7 +53,7 @@ def test_secrets_are_redacted(secrets):
 def test_errors_cards_and_logs_hold_no_secrets(secrets, caplog):
     text = "get https://user:p4ssw0rd@mirror.example/x with hf_abcdefghijklmnopqrst"
     values = torch.ones(3, 32)
-    adapter = Adapter(values, peft_config(text, make_bloom().config, values, "RANDOM"), {"template": text})
+    adapter = Adapter(values, peft_config(text, make_bloom().config, values, "RANDOM"), {"template": text + " {q}"})
     record = logging.LogRecord("a", logging.WARNING, "", 0, "%s", (text,), None)
     RedactingFilter().filter(record)
     for told in (

@@ -68,7 +68,9 @@ def test_a_notebook_gets_nothing_on_red(notebook, run_settings, capsys):
 
 
 def test_what_takes_long_has_a_bar(run_settings, monkeypatch):
+    settings = progress.bar_settings
     monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "bar_settings", lambda: {**settings(), "mininterval": 0})
     monkeypatch.setattr(sys, "stderr", Terminal())
     softprompt.train(**run_settings, find_learning_rate=True)
     text = sys.stderr.getvalue()
