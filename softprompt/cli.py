@@ -121,7 +121,7 @@ def study(argv: Sequence[str]) -> None:
 def doctor(argv: Sequence[str]) -> None:
     """Say what this machine has, which of it a run would use, and what is missing."""
     description = "Say what this machine has, which of it a run would use, and what is missing."
-    FlagParser([], "doctor", description, usage="", examples=[("Examine this machine", "")]).parse(argv)
+    FlagParser([], "doctor", description, usage="[--help]", examples=[("Examine this machine", "")]).parse(argv)
 
     from softprompt.doctor import examine, report
 

@@ -66,7 +66,7 @@ class FlagParser(argparse.ArgumentParser):
         program, end = program_name(name), examples_text(command(name), examples) if examples else None
         super().__init__(
             program,
-            f"{program} {usage}".rstrip(),
+            f"{program} {usage}",
             description,
             end,
             formatter_class=HelpFormatter,

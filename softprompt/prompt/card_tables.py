@@ -21,6 +21,7 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "eval_samples": Metric("held-out rows", "{:,}"),
     "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", "accuracy"),
     "eval_majority": Metric("share of the commonest label", "{:.1%}"),
     "eval_macro_f1": Metric("macro F1", "{:.3f}", "f1"),
@@ -28,6 +29,7 @@ METRICS = {
     "eval_exact_match_rows": Metric("rows compared for exact match", "{:,}"),
     "eval_loss": Metric("held-out loss, nats per target token", "{:.4f}", "loss"),
     "eval_perplexity": Metric("perplexity", "{:,.4g}", "perplexity"),
+    "best_global_step": Metric("step of the saved prompt, the best one", "{:,}"),
     "train_loss": Metric("mean training loss", "{:.4f}"),
     "train_runtime": Metric("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
@@ -41,14 +43,18 @@ CURVES = {  # columns of the curve: how they are shown; None: as in METRICS
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
-    """Return a table of metrics: each with that of the base alone, whose name ends in _base."""
-    names = dict.fromkeys(name.removesuffix("_base") for name in metrics if name != "epoch")
+    """Return a table of the metrics that are numbers: each with that of the base alone, whose name ends in _base, and
+    its 95 % interval, the ends of which are named _low and _high."""
+    numbers = {name: value for name, value in metrics.items() if type(value) in (int, float) and name != "epoch"}
+    names = dict.fromkeys(re.sub("_(base|low|high)$", "", name) for name in numbers)
     known = [name for name in METRICS if name in names]
     rows = []
     for name in (*known, *(name for name in names if name not in METRICS)):
         metric = METRICS.get(name, Metric(name.removeprefix("eval_").replace("_", " "), "{:.6g}"))
-        rows.append((metric.label, *(_number(metrics.get(key), metric.form) for key in (f"{name}_base", name))))
-    return table(("", "base alone", "with the prompt"), rows)
+        base, value, *ends = (_number(numbers.get(name + end), metric.form) for end in ("_base", "", "_low", "_high"))
+        rows.append((metric.label, base, f"{value} ({'–'.join(ends)})" if all(ends) else value))
+    intervals = " (95 % interval)" if any(f"{name}_low" in numbers for name in names) else ""
+    return table(("", "base alone", f"with the prompt{intervals}"), rows)
 
 
 def examples_table(examples: Sequence[Mapping[str, str]], compared: bool) -> list[str]:
@@ -145,8 +151,8 @@ def _occurs(name: str, points: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
     return any(point.get(name) is not None for _, point in points)
 
 
-def _number(value: Any, form: str) -> str:
-    return form.format(value) if isinstance(value, int | float) else "" if value is None else value_cell(value)
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -76,7 +76,7 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
         f"{P:,} virtual tokens of size {H:,}, learned with softprompt by prompt tuning{_training(facts)}. The base is "
         "unchanged. The files are in PEFT's format.",
         "",
-        *([facts.verdict, ""] if facts.verdict else []),
+        *([verdict, ""] if (verdict := facts.verdict or facts.metrics.get("verdict")) else []),
         *_section("Results", metrics_table(facts.metrics)),
         *_section("Answers", examples_table(facts.examples, facts.compared)),
         *_section("Training curve", curve_table(facts.history)),

@@ -111,6 +111,21 @@ def test_results_rows_curve_and_verdict_are_shown():
     assert "0.5000" not in card(metrics={"train_loss": 1.0})
 
 
+def test_metrics_have_their_intervals_and_only_numbers_are_shown():
+    given = {
+        **METRICS,
+        "eval_loss_low": 0.4,
+        "eval_loss_high": 0.6,
+        "eval_samples": 200,
+        "verdict": "Of use.",
+        "epoch": 1,
+    }
+    text = card(metrics={**given, "verdict_better": True, "eval_odd_thing": 2})
+    assert "| 3.0000 | 0.5000 (0.4000–0.6000) |" in text and "95 % interval" in text and "| 90.0% |" in text
+    assert "| held-out rows |  | 200 |" in text and "| odd thing |  | 2 |" in text
+    assert text.count("Of use.") == 1 and "verdict" not in text and "| epoch" not in text
+
+
 def test_curves_without_points_or_values():
     assert curve_table([]) == curve_table([{"step": 1, "loss": 1.0}]) == []
     assert len(curve_table([{"step": 1, "loss": None}, {"step": 2, "loss": 0.0}])) == 5

@@ -170,20 +170,6 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     assert parse_inference(["--prompt", "a", "--do_sample"]).generation.do_sample is True
 
 
-@pytest.mark.parametrize("parse", [parse_training, parse_inference])
-def test_help_is_grouped_and_names_defaults(parse, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse(["--help"])
-    out = capsys.readouterr().out
-    assert ended.value.code == 0 and "None" not in out
-    groups = ["base model:", "data:", "soft prompt:", "training:"] if parse is parse_training else ["generation:"]
-    assert all(group in out for group in groups)
-    for default in (
-        ["(default: 4)", "(default: 500)", "(default: 42)"] if parse is parse_training else ["(default: 50)"]
-    ):
-        assert default in out
-
-
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 def test_dry_run_describes_the_run_and_writes_nothing(engine, flags, tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
