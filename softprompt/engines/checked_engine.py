@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.tokenization import Example
-from softprompt.engines.base import Engine
+from softprompt.engines.base import Engine, OnRows, nothing
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
     CheckResult,
@@ -47,17 +47,17 @@ class CheckedEngine:
         """See `Engine.accumulate`."""
         return self.padded.accumulate(prompt, window, grad_scale)
 
-    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, int]:
+    def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
         """See `Engine.evaluate`.
 
         Raises:
             ConfigError: `only` was given, and the packed engine fails its check.
         """
-        return self._choose(prompt, rows).evaluate(prompt, rows)
+        return self._choose(prompt, rows).evaluate(prompt, rows, on_rows)
 
-    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+    def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
         """See `Engine.row_losses` and `evaluate`."""
-        return self._choose(prompt, rows).row_losses(prompt, rows)
+        return self._choose(prompt, rows).row_losses(prompt, rows, on_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine.state_dict`."""

@@ -10,6 +10,7 @@ from softprompt.data.template import Template
 from softprompt.data.tokenization import IGNORE, Example
 from softprompt.engines.base import Engine
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.progress import rows_bar
 
 
 class ChoiceResult(NamedTuple):
@@ -83,7 +84,8 @@ def log_likelihoods(
         questions_by_prompt.setdefault(id(prompt), []).append(number)
     for numbers in questions_by_prompt.values():
         rows = [example for number in numbers for example in examples[number]]
-        losses = iter(engine.row_losses(prompts[numbers[0]], rows) if rows else [])
+        with rows_bar(len(rows), "likelihoods") as on_rows:
+            losses = iter(engine.row_losses(prompts[numbers[0]], rows, on_rows) if rows else [])
         for number in numbers:
             scores[number] = [-next(losses) for _ in examples[number]]
     return scores
