@@ -16,6 +16,7 @@ from softprompt.runs.manifest import Manifest
 from softprompt.runs.run_card import run_card
 from softprompt.runs.run_reader import RunRecord, read_run
 
+PROGRAM = Path(__file__).parents[2]  # holds train.py and infer.py in a clone
 UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FILE)
 
 
@@ -64,13 +65,13 @@ def _paths(record: RunRecord) -> list[str]:
 
 def without_paths(text: str, paths: list[str]) -> str:
     """Return an HTML text in which each of `paths`, also as an absolute path, is shortened to its last component, and
-    in which the folders of the user and of this process are not named."""
+    in which the folders of the user, of this process and of its program are not named."""
     shorter: dict[str, str] = {}
     for path in paths:
         name = last_component(os.path.abspath(os.path.expanduser(path)))
         spelled = {path, os.path.abspath(os.path.expanduser(path)), os.path.realpath(os.path.expanduser(path))}
         shorter |= {each: name for each in spelled if os.sep in each}
-    shorter |= {str(Path.cwd()): ".", str(Path.home()): "~"}
+    shorter |= {str(PROGRAM): ".", str(Path.cwd()): ".", str(Path.home()): "~"}
     known: dict[str, Any] = {str(escape(path)): str(escape(name)) for path, name in shorter.items() if len(path) > 1}
     longest_first = sorted(known, key=len, reverse=True)
     whole = rf"(?:{'|'.join(map(re.escape, longest_first))})(?!\w)"

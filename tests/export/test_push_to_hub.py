@@ -234,12 +234,14 @@ def test_nothing_that_is_uploaded_holds_a_path_of_this_machine(server, settings,
         "init_adapter": str(places["start"] / "first"),
         "output_dir": "private_out/run",
     }
+    monkeypatch.setattr(sys, "argv", [str(Path(train.__file__).resolve())])  # commands to copy then name its folder
     softprompt.train(**{name: value for name, value in settings.items() if name != "eval_rows"} | given)
+    assert os.fsencode(Path(train.__file__).parent) in (places["out"] / "run/report.html").read_bytes()
     files = server.repos["org/soft"]["files"]
     assert set(files) == set(UPLOADED_FILES)
     for name, content in files.items():
-        for secret in (b"private_", os.fsencode(tmp_path), os.fsencode(Path.home()) + b"/", os.fsencode(Path.cwd())):
-            assert secret not in content, (name, secret)
+        for secret in (tmp_path, Path.cwd(), Path(train.__file__).parent, f"{Path.home()}/", "private_"):
+            assert os.fsencode(secret) not in content, (name, secret)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
     for name in (b"bloom", b"rows.jsonl"):
         assert name in files["README.md"] and name in files["report.html"]

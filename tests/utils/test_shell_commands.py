@@ -18,6 +18,7 @@ from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.train_args import SharingArguments
 from softprompt.data.dataset import load_prompts, question
 from softprompt.data.template import Template, saved_template
+from softprompt.export.push_args import parse_push
 from softprompt.export.push_to_hub import upload_command
 from softprompt.report.args import parse_report
 from softprompt.runs.train_state import resume_command
@@ -90,8 +91,12 @@ def test_a_folder_of_any_name(name, tmp_path, monkeypatch):
     assert os.path.normpath(resumed.training.resume_from_checkpoint) == name
     runs, _ = parse_report(shlex.split(argument(name)))
     assert [os.path.normpath(run) for run in runs] == [name]
-    pushed = shlex.split(upload_command("me/it", Path(name), SharingArguments()))
-    assert pushed[:3] == ["hf", "upload", "me/it"] and os.path.normpath(pushed[3]) == name and pushed[3][0] != "-"
+    program, pushed = [], shlex.split(upload_command("me/it", Path(name), SharingArguments()))
+    while pushed[0] != "push":
+        program.append(pushed.pop(0))
+    folder, sharing = parse_push(pushed[1:])
+    assert program == ["python", "-m", "softprompt"] and sharing.hub_model_id == "me/it"
+    assert os.path.normpath(folder) == name
 
 
 COLUMNS = [  # template, rows, the question's text in the template
