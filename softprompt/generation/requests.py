@@ -89,12 +89,15 @@ class Request:
         input_ids: The T ≥ 1 token ids of the text, without virtual tokens.
         prompt: Virtual tokens [P, H] fp32 before the text; None for the base without a prompt.
         seed: Seed of this answer's random numbers.
+        top_logprobs: Number of alternatives whose log-probabilities are recorded with those of the answer's tokens;
+            None if nothing is recorded.
     """
 
     input_ids: Sequence[int]
     settings: GenerationSettings
     prompt: Tensor | None = None
     seed: int = 0
+    top_logprobs: int | None = None
 
     def new_token_budget(self, max_positions: int | None = None) -> int:
         """Return the maximum number of tokens of the answer.
