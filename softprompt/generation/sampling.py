@@ -35,6 +35,7 @@ class RequestState:
             same ids to logits processors and stopping criteria.
         text_tokens: Number of tokens of the text.
         max_tokens: Length of `token_ids` at which the answer ends.
+        token_settings: The settings that choose tokens, without those that end the answer.
         rng: Random number generator of this answer alone.
         top_logprobs: See `Request.top_logprobs`.
         logprobs: The log-probabilities of the answer's tokens, if they are recorded.
@@ -55,6 +56,7 @@ class RequestState:
         max_positions: int | None = None,
     ):
         self.index, self.settings, self.prompt = index, request.settings, request.prompt
+        self.token_settings = request.settings.of_tokens()
         self.token_ids = list(request.input_ids)
         self.text_tokens = len(self.token_ids)
         self.max_tokens = self.text_tokens + request.new_token_budget(max_positions)
@@ -153,7 +155,7 @@ def next_tokens(logits: Tensor, states: Sequence[RequestState]) -> list[int]:
         return logits.argmax(-1).tolist()
     rows_by_settings: dict[GenerationSettings, list[int]] = {}
     for row, state in enumerate(states):
-        rows_by_settings.setdefault(state.settings, []).append(row)
+        rows_by_settings.setdefault(state.token_settings, []).append(row)
     tokens = [0] * len(states)
     for settings, rows in rows_by_settings.items():
         group = logits if len(rows) == len(states) else logits[torch.tensor(rows, device=logits.device)]

@@ -1,0 +1,135 @@
+"""Run the server: load the base, listen, and shut down when asked to."""
+
+import asyncio
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from softprompt.generation.adapters import NONE
+from softprompt.generation.hf_generate import TransformersGenerator
+from softprompt.generation.model import SoftPromptModel
+from softprompt.serving.app import ROUTES, make_app
+from softprompt.serving.args import API_KEY, ServeArguments, ServeConfig
+from softprompt.serving.gate import Gate
+from softprompt.serving.registry import base_of, parse_roots
+from softprompt.serving.service import Service
+from softprompt.utils.errors import ConfigError
+from softprompt.utils.std_streams import tell
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM: running answers are finished, new requests are refused with 503. A second signal
+    ends the server at once.
+
+    Raises:
+        SoftpromptError: The adapters' folders or the base cannot be used, or the address is taken.
+    """
+    server, settings = config.server, config.model
+    roots = parse_roots(server.adapters)
+    base = settings.model_name_or_path or base_of(roots)
+    with listen(server.host, server.port) as listening:  # before the base is loaded, which takes long
+        model = SoftPromptModel.from_pretrained(
+            base,
+            NONE,
+            device=settings.device,
+            bf16=settings.bf16,
+            fp16=settings.fp16,
+            load_in_8bit=settings.load_in_8bit,
+            load_in_4bit=settings.load_in_4bit,
+            engine=settings.engine,
+        )
+        service = Service(model, roots, server)
+        _announce(service, server, listening)
+        asyncio.run(run(service, listening))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address.
+
+    Raises:
+        ConfigError: The address is taken or is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+
+
+async def run(service: Service, listening: socket.socket) -> None:
+    """Serve the connections of a socket until a signal comes."""
+    server = make_server(service)
+    service.start()
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        await service.stop()
+
+
+def make_server(service: Service) -> "Server":
+    """Return a uvicorn server for a service."""
+    gate = Gate(make_app(service), service, ROUTES, lambda line: print(line, flush=True))
+    config = uvicorn.Config(
+        gate,
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        backlog=2048,
+        timeout_graceful_shutdown=5,  # the answers are finished before uvicorn shuts down
+    )
+    return Server(config, gate)
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that goes on listening until the running answers are finished, so that new requests get an
+    answer, too: 503."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate):
+        super().__init__(config)
+        self.gate = gate
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server.serve`."""
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to shut down; at a second signal, end at once."""
+        if self.gate.draining:
+            self.should_exit = self.force_exit = True
+            return
+        tell(f"{signal.Signals(sig).name}: finishing the running answers; a second signal ends the server at once")
+        self.drain()
+
+    def drain(self) -> None:
+        """Refuse new requests, finish the running ones, and end. Any thread may call this."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.gate.drain, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def _announce(service: Service, arguments: ServeArguments, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    adapters = [served.name for served in service.registry.all()]
+    names = f" and {len(adapters):,} adapters" if adapters else ""
+    tell(f"serving {service.base_id}{names} at http://{shown}:{port}/v1; {arguments.batch_size} answers at a time")
+    if isinstance(service.generator, TransformersGenerator):
+        tell(
+            "this base is served with transformers' batches, which is slower: a request waits for the end of the batch "
+            "before it"
+        )
+    if arguments.host not in LOOPBACK and arguments.api_key is None:
+        tell(f"warning: anyone who reaches {arguments.host} can use this server; set {API_KEY}")
+    sys.stderr.flush()
