@@ -30,6 +30,7 @@ class Encoder:
     def __init__(self, base: PreTrainedModel, tokenizer: Any, limits: ServeArguments):
         self.base, self.tokenizer, self.limits = base, tokenizer, limits
         self.max_positions = max_positions(base)
+        text_ids(tokenizer, ["a"])  # resets what its files say of padding; later calls then change nothing
 
     def chat(self, body: ChatBody, adapter: LoadedAdapter, seed: int) -> list[Request]:
         """Return the requests of a conversation, one for each choice.

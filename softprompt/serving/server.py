@@ -4,6 +4,7 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -19,6 +20,7 @@ from softprompt.serving.service import Service
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.std_streams import tell
 
+BACKLOG = 2048  # connections that wait to be accepted
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -45,7 +47,7 @@ def serve(config: ServeConfig) -> None:
         )
         service = Service(model, roots, server)
         _announce(service, server, listening)
-        asyncio.run(run(service, listening))
+        asyncio.run(Server(service).serve_on(listening))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,51 +58,39 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
-
-
-async def run(service: Service, listening: socket.socket) -> None:
-    """Serve the connections of a socket until a signal comes."""
-    server = make_server(service)
-    service.start()
-    try:
-        await server.serve(sockets=[listening])
-    finally:
-        await service.stop()
-
-
-def make_server(service: Service) -> "Server":
-    """Return a uvicorn server for a service."""
-    gate = Gate(make_app(service), service, ROUTES, lambda line: print(line, flush=True))
-    config = uvicorn.Config(
-        gate,
-        interface="asgi3",
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        backlog=2048,
-        timeout_graceful_shutdown=5,  # the answers are finished before uvicorn shuts down
-    )
-    return Server(config, gate)
 
 
 class Server(uvicorn.Server):
     """A uvicorn server that goes on listening until the running answers are finished, so that new requests get an
     answer, too: 503."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate):
+    def __init__(self, service: Service, log: Callable[[str], object] = lambda line: print(line, flush=True)):
+        self.service, self.gate = service, Gate(make_app(service), service, ROUTES, log)
+        config = uvicorn.Config(
+            self.gate,
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=5,  # the answers are finished before uvicorn shuts down
+        )
         super().__init__(config)
-        self.gate = gate
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server.serve`."""
+    async def serve_on(self, listening: socket.socket) -> None:
+        """Serve the connections of a socket until a signal comes, or `drain` is called."""
         self.loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        self.service.start()
+        try:
+            await self.serve(sockets=[listening])
+        finally:
+            await self.service.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down; at a second signal, end at once."""

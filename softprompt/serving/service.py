@@ -16,7 +16,7 @@ from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import Request
 from softprompt.generation.running_batch import BatchGenerator
 from softprompt.models.capabilities import why_not_generate
-from softprompt.models.loading import base_path, word_embeddings
+from softprompt.models.loading import word_embeddings
 from softprompt.serving.answer import Answer, Reply
 from softprompt.serving.args import ServeArguments
 from softprompt.serving.encode import Encoder, base_adapter
@@ -157,5 +157,5 @@ class Service:
 
 
 def base_id(name: str) -> str:
-    """Return the name of a base without the path of its folder."""
-    return Path(base_path(name)).resolve().name if name != "mini" and Path(name).is_dir() else name
+    """Return the name of a base without the path of its folder: its id on the hub, or the name of its folder."""
+    return Path(name).resolve().name if name != "mini" and Path(name).is_dir() else name
