@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -39,6 +39,10 @@ async def respond(
 
     Args:
         continues: See `Answer`.
+
+    Raises:
+        ApiError: The queue is full; or the answer is not a stream, and it failed or took too long.
+        ClientDisconnect: The answer is not a stream, and the client has gone away.
     """
     service = service_of(request)
     prompt_tokens = sum(len(of_prompt[0].input_ids) for of_prompt in requests)
@@ -48,8 +52,11 @@ async def respond(
     if body.stream:
         return ReplyStream(_stream(request, reply, form, body.wants_usage), lambda: _close(request, reply))
     try:
-        await _finished_or_gone(request, reply)
+        await unless_gone(reply.wait_until_done(), request.receive)
+        _raise_error(reply)
         return JSONResponse(whole(reply, form))
+    except TimeoutError:
+        raise timed_out(reply.seconds) from None
     finally:
         _close(request, reply)
 
@@ -67,35 +74,34 @@ class ReplyStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await unless_gone(self.stream_response(send), receive)
+        except ClientDisconnect:
+            notes(scope)["error"] = "client_disconnected"
         finally:
             self.on_end()
 
 
-async def _finished_or_gone(request: Request, reply: Reply) -> None:
-    """Wait for the end of all answers.
+async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Wait for `work`, but give it up when the client goes away.
 
     Raises:
-        ApiError: An answer failed, or the deadline has passed.
         ClientDisconnect: The client has gone away.
     """
-    done, gone = (asyncio.ensure_future(each) for each in (reply.wait_until_done(), _gone(request)))
+    tasks = [asyncio.ensure_future(each) for each in (work, _gone(receive))]
     try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
             raise ClientDisconnect
-        done.result()
-    except TimeoutError:
-        raise timed_out(reply.seconds) from None
+        tasks[0].result()
     finally:
-        done.cancel()
-        gone.cancel()
-    _raise_error(reply)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _gone(receive: Receive) -> None:
     """Wait until the client has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

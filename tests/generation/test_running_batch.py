@@ -9,16 +9,19 @@ from helpers.bases import make_bloom
 from helpers.peers import generator_of, greedy_alone
 from helpers.small_bases import small_base
 
+from softprompt.generation.decoder_generator import DecoderGenerator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.loading import freeze
 
-KINDS = {"bloom": "packed", "llama": "auto", "transformers": "padded"}
+KINDS = ["bloom", "llama", "transformers"]
 
 
 def make(kind, tokenizer):
-    base = small_base("llama", seed=1) if kind == "llama" else make_bloom(seed=2)
-    base = freeze(base, torch.float32)
-    return base, generator_of(KINDS[kind], base, tokenizer)
+    """A frozen base and its generator."""
+    base = freeze(small_base("llama", seed=1) if kind == "llama" else make_bloom(seed=2), torch.float32)
+    if kind == "llama":
+        return base, DecoderGenerator(base, tokenizer, torch.float32, only=True)
+    return base, generator_of("packed" if kind == "bloom" else "padded", base, tokenizer)
 
 
 ENDLESS = (10**6,)  # no token ends an answer

@@ -158,9 +158,8 @@ def test_logprobs_are_those_of_the_base(server: Running):
 
 
 def test_logprobs_of_a_chat(server: Running):
-    got = server.client().chat.completions.create(
-        model="a1", messages=USER, logprobs=True, top_logprobs=3, max_tokens=6
-    )
+    settings = {"model": "a1", "messages": USER, "logprobs": True, "top_logprobs": 3, "max_tokens": 6}
+    got = server.client().chat.completions.create(**settings)
     content = got.choices[0].logprobs.content
     assert len(content) == 6 and all(len(each.top_logprobs) == 3 for each in content)
     text = b"".join(bytes(each.bytes) for each in content).decode(errors="replace")
