@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -32,6 +33,7 @@ from softprompt.serving.respond import respond, service_of
 from softprompt.serving.service import Service
 
 STATIC = Path(__file__).parent / "static"  # the page at /
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which must be one of a pair
 ROUTES = {
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify", "/v1/adapters", "/health", "/metrics"),
 }
@@ -150,7 +152,9 @@ async def _body(request: Request, kind: type[BodyType]) -> BodyType:
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds.", code="timeout") from None
     try:
-        values = json.loads(bytes(content))
+        values = json.loads(content.decode())
+        if HALF_CHARACTER.search(content):
+            json.dumps(values, ensure_ascii=False).encode()  # raises for half a character, which is no text
     except (ValueError, RecursionError):
         raise ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json") from None
     if not isinstance(values, dict):

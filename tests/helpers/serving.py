@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class Running:
 
     def __init__(self, service: Service, port: int, server: Server, thread: threading.Thread, log: list[str]):
         self.service, self.server, self.thread, self._log = service, server, thread, log
+        self._http = httpx.Client(timeout=SECONDS, verify=False, trust_env=False)
         self.address, self.url = ("127.0.0.1", port), f"http://127.0.0.1:{port}"
 
     @property
@@ -40,17 +43,21 @@ class Running:
     def model(self) -> SoftPromptModel:
         return self.service.model
 
-    def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=SECONDS, max_retries=0, **settings)
+    @cache  # noqa: B019 (a server lives as long as its test)
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=SECONDS)
+        return self._http.post(self.url + path, json=body, headers=headers)
+
+    def post_content(self, path: str, content: Any, kind: str = "application/json") -> httpx.Response:
+        return self._http.post(self.url + path, content=content, headers={"Content-Type": kind})
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers=headers, timeout=SECONDS)
+        return self._http.get(self.url + path, headers=headers)
 
     def metric(self, name: str) -> float:
         lines = self.get("/metrics").text.splitlines()
@@ -70,6 +77,7 @@ def running_server(model: SoftPromptModel, *adapters: Path | str, **arguments: A
     service, lines = Service(model, parse_roots(config.adapters), config), list[str]()
     server = Server(service, lines.append)
     with listen("127.0.0.1", 0) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # a client that does not read is felt soon
         thread = threading.Thread(target=lambda: asyncio.run(server.serve_on(listening)), name="server")
         thread.start()
         until(lambda: server.started)
