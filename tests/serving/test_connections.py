@@ -23,16 +23,19 @@ USER = [{"role": "user", "content": "你好"}]
 LONG = {"model": "a0", "messages": USER, "max_tokens": 900}
 
 
+def http_request(body: dict, *headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
+
+
 def raw_request(server: Running, body: dict) -> socket.socket:
-    """Send a request on a connection of its own, without reading the answer."""
+    """Send a request on a connection of its own, which takes little at a time, without reading the answer."""
     connection = socket.socket()
     connection.settimeout(SECONDS)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
     connection.connect(server.address)
-    content = json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
-    head = "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""])
-    connection.sendall(head.encode() + content)
+    connection.sendall(http_request(body))
     return connection
 
 
@@ -76,14 +79,16 @@ def test_200_connections_share_8_slots(server: Running):
     asked = [(f"a{n % 8}", ["你好", "我爱这部电影"][n % 2]) for n in range(200)]
     alone = {pair: server.ask(*pair, max_tokens=2) for pair in set(asked)}
 
-    bodies = [{"model": name, "messages": [{"role": "user", "content": text}], "max_tokens": 2} for name, text in asked]
+    async def ask(name: str, text: str) -> str:
+        reader, writer = await asyncio.open_connection(*server.address)
+        body = {"model": name, "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        writer.write(http_request(body, "Connection: close"))
+        answer = await reader.read()
+        writer.close()
+        return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
 
     async def ask_all() -> list[str]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(limits=limits, timeout=SECONDS) as client:
-            url = f"{server.url}/v1/chat/completions"
-            answers = await asyncio.gather(*(client.post(url, json=body) for body in bodies))
-            return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+        return await asyncio.gather(*(ask(*pair) for pair in asked))
 
     assert asyncio.run(ask_all()) == [alone[pair] for pair in asked]
 
