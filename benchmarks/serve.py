@@ -12,10 +12,10 @@ have --new_tokens tokens, because no end token is taken.
 Contestants:
 
 * `serve`: `softprompt serve`, one process for all adapters;
-* `transformers`: `transformers serve` on the folder that `softprompt export` writes. A folder holds one adapter only. So
-  with several adapters, the folders take turns, each for its share of the clients in a process of its own, and the
-  time to start the processes is not counted. It is left out if `transformers[serving]` is not installed. Its answers may
-  end early; the tokens that it wrote are counted.
+* `transformers`: `transformers serve` on the folder that `softprompt export` writes, which holds one adapter. So with
+  several adapters, the folders take turns, each for its share of the clients in a process of its own, and the time to
+  start the processes is not counted. It is left out if `transformers[serving]` is not installed. Its answers may end
+  early; the tokens that it wrote are counted. `--transformers_flags continuous-batching` gives it that flag.
 
 They take turns for --rounds rounds, after one request each to warm up. tokens/s counts the tokens of all answers over
 the time from the first request to the last answer; `first` is the median time from a request to its first token, `p99`
@@ -159,13 +159,8 @@ class Bench:
                 export += ["--model_name_or_path", self.name, "--output", str(model)]
                 subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
             command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
-            command += [
-                "--device",
-                self.args.device,
-                "--dtype",
-                "float32",
-                *(f"--{flag}" for flag in self.args.transformers_flags),
-            ]
+            command += ["--device", self.args.device, "--dtype", "float32"]
+            command += [f"--{flag}" for flag in self.args.transformers_flags]
             with server(command) as url:
                 ask(url, [str(model)], ["a"], 1, 1, 1)
                 texts = self.texts(clients)[number::adapters]

@@ -33,6 +33,8 @@ def serve(config: ServeConfig) -> None:
         SoftpromptError: The adapters' folders or the base cannot be used, or the address is taken.
     """
     server, settings = config.server, config.model
+    # The threads of the model and of the connections take turns often, so that neither waits 5 ms for each token.
+    sys.setswitchinterval(5e-4)
     roots = parse_roots(server.adapters)
     base = settings.model_name_or_path or base_of(roots)
     with listen(server.host, server.port) as listening:  # before the base is loaded, which takes long
