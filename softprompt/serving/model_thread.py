@@ -36,6 +36,7 @@ class ModelThread(threading.Thread):
         self._inbox: queue.SimpleQueue[Reply | Call | None] = queue.SimpleQueue()
         self._calls = deque[Call]()
         self._answers: dict[RequestState, Answer] = {}
+        self._leader: RequestState | None = None
         self._events = deque[Call]()  # for the event loop
         self._scheduled = False
 
@@ -71,6 +72,7 @@ class ModelThread(threading.Thread):
                 self._calls.popleft()()
             if not self.batch:
                 continue
+            self._leader = None
             try:
                 self.batch.step(self._on_token)
                 self.steps += 1
@@ -113,6 +115,11 @@ class ModelThread(threading.Thread):
         self._post(answer.add, token, state.logprobs[-1] if state.logprobs else None)
         if state.finish_reason:
             self._finish(state)
+        # A step of transformers' generate writes whole answers. When one gets its next token, others may have ended.
+        if state is self._leader:
+            self._report_finished()
+        elif self._leader is None or self._leader.finished:
+            self._leader = state
 
     def _report_finished(self) -> None:
         """Tell the event loop which answers have ended, and forget them and those that were canceled."""

@@ -9,6 +9,8 @@ import openai
 import pytest
 from helpers.serving import Running, running_server, slow_steps, until
 
+from softprompt.utils import redact
+
 USER = [{"role": "user", "content": "你好"}]
 CHAT = {"model": "a0", "messages": USER, "max_tokens": 2}
 COMPLETION = {"model": "a1", "prompt": "你好", "max_tokens": 2}
@@ -133,6 +135,7 @@ def test_an_answer_that_takes_too_long_is_given_up(mini, mini_adapters):
 
 
 def test_the_key(mini, mini_adapters, monkeypatch):
+    monkeypatch.setattr(redact, "_added", set())
     monkeypatch.setenv("SOFTPROMPT_API_KEY", "a long secret key")
     with running_server(mini, mini_adapters) as server:
         for key in ("", "Bearer a long secret kex", "a long secret key", "Bearer é"):
@@ -229,13 +232,13 @@ def check_choices(body: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def test_mutated_bodies_are_answered_or_refused(server: Running):
-    check_mutated(server, range(100))
+    check_mutated(server, range(60))
     assert server.ask("a0", "你好", max_tokens=1) is not None and not server.service.unfinished
 
 
 @pytest.mark.slow
 def test_2000_mutated_bodies_are_answered_or_refused(server: Running):
-    check_mutated(server, range(100, 2100))
+    check_mutated(server, range(60, 2060))
     assert not server.service.unfinished
 
 
