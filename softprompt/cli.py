@@ -6,6 +6,7 @@
 
 import argparse
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from softprompt.config.unknown_names import advice
 from softprompt.export.args import parse_export
 from softprompt.export.push_args import parse_push
 from softprompt.report.args import parse_report
+from softprompt.serving.args import parse_serve
 from softprompt.study.grid import parse_study
 from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
 from softprompt.utils.redact import redacted
@@ -118,6 +120,23 @@ def study(argv: Sequence[str]) -> None:
     run_study(plan)
 
 
+def serve(argv: Sequence[str]) -> None:
+    """Serve a base and its adapters over HTTP, through the API of OpenAI.
+
+    Raises:
+        ConfigError: FastAPI or uvicorn is not installed.
+    """
+    config = parse_serve(argv)
+
+    if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
+        install = "pip install fastapi uvicorn (or pip install -e '.[serve]')"
+        raise ConfigError(f"serve needs {' and '.join(missing)}, which this Python lacks: {install}")
+
+    from softprompt.serving.server import serve
+
+    serve(config)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """Say what this machine has, which of it a run would use, and what is missing."""
     description = "Say what this machine has, which of it a run would use, and what is missing."
@@ -147,6 +166,7 @@ COMMANDS = {
     "push": Command(push, "upload a finished run to the Hugging Face hub"),
     "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
     "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
+    "serve": Command(serve, "answer the requests of OpenAI's clients, with every adapter of a base in one batch"),
     "doctor": Command(doctor, "say what this machine has, which of it a run would use, and what is missing"),
 }
 

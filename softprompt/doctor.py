@@ -20,8 +20,10 @@ NVIDIA_WHEELS = "pip install 'torch<2.14' --force-reinstall --index-url https://
 USED_FOR = {
     "accelerate": "--load_in_4bit and --load_in_8bit",
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
+    "fastapi": "softprompt serve",
     "matplotlib": "charts in reports",
     "tensorboard": "--report_to tensorboard",
+    "uvicorn": "softprompt serve",
 }
 PYTHON = (3, 11)
 

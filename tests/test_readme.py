@@ -10,11 +10,12 @@ from softprompt.config.infer_args import INFER_GROUPS
 from softprompt.config.loader import GROUPS
 from softprompt.export.args import ExportArguments
 from softprompt.report.args import ReportArguments
+from softprompt.serving.args import SERVE_GROUPS
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
 GUIDES = ["bases-and-engines", "data", "development", "how-it-works", "inference", "larger-than-memory"]
-GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "training")]
+GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "serving", "training")]
 PAGES = [*READMES, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))), "benchmarks/README.md"]
 OF_OTHERS = {"nproc_per_node", "max_restarts", "shutdown_timeout"}  # torchrun's
 # Flags that no dataclass below has: those of the programs themselves, and of the benchmarks that the guides name.
@@ -53,7 +54,8 @@ def test_the_readme_is_an_entrance():
 
 @pytest.mark.parametrize("name", [*READMES, *GUIDES])
 def test_every_flag_named_exists(name):
-    known = {f.name for group in (*GROUPS, *INFER_GROUPS, ExportArguments, ReportArguments) for f in fields(group)}
+    groups = (*GROUPS, *INFER_GROUPS, *SERVE_GROUPS, ExportArguments, ReportArguments)
+    known = {f.name for group in groups for f in fields(group)}
     text = re.sub(r"(?m)^.*\b(ruff|vllm) .*$", "", text_of(name))
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9]*)", text))
     assert named - known - OF_OTHERS - OF_OURS == set()

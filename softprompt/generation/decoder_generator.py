@@ -1,6 +1,7 @@
 """Generation with a decoder: continuous batching where it passes its check, else transformers' `generate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from softprompt.generation.continuous_batching import ContinuousBatchingGenerato
 from softprompt.generation.decoder_step import DecoderStepModel
 from softprompt.generation.decoding_check import FIRST_LENGTH, check_decoding
 from softprompt.generation.hf_generate import TransformersGenerator
-from softprompt.generation.requests import OnToken, Request
+from softprompt.generation.requests import Request
+from softprompt.generation.running_batch import BatchGenerator, OnStateToken, RunningBatch
+from softprompt.generation.sampling import RequestState
 from softprompt.models.capabilities import depends_on_length, shared_rope_limit, why_not_generate
 from softprompt.utils.errors import ConfigError, ModelError
 
 
-class DecoderGenerator:
+class DecoderGenerator(BatchGenerator):
     """Answer requests with continuous batching over a decoder's own layers.
 
     Its logits are checked at once on short rows. A base that may compute long rows in another way (`depends_on_length`)
@@ -40,10 +43,12 @@ class DecoderGenerator:
     def __str__(self) -> str:
         return str(self.continuous)
 
-    def generate(
-        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
-    ) -> Iterator[tuple[int, list[int]]]:
-        """See `Generator.generate`.
+    def new_batch(self, batch_size: int) -> "DecoderBatch":
+        """See `BatchGenerator.new_batch`."""
+        return DecoderBatch(self, batch_size)
+
+    def choose(self, requests: Sequence[Request]) -> BatchGenerator:
+        """Return the generator that answers these requests.
 
         Raises:
             ConfigError: A text leaves no room for an answer; or continuous batching fails its check, and transformers'
@@ -52,6 +57,7 @@ class DecoderGenerator:
         longest = max((self._positions(request) for request in requests), default=0)
         try:
             self._check(longest)
+            return self.continuous
         except ModelError as error:
             if self.only:
                 raise ConfigError(f"--engine packed: {error}; give --engine auto") from None
@@ -60,9 +66,12 @@ class DecoderGenerator:
                     f"{reason}; continuous batching does not work either: {error}; give a smaller --max_length, or "
                     "take another base"
                 ) from None
-            transformers = TransformersGenerator(self.base, self.tokenizer, self.compute_dtype)
-            return transformers.generate(requests, batch_size, on_token)
-        return self.continuous.generate(requests, batch_size, on_token)
+            return self.transformers
+
+    @cached_property
+    def transformers(self) -> TransformersGenerator:
+        """The generator of requests that continuous batching may not answer."""
+        return TransformersGenerator(self.base, self.tokenizer, self.compute_dtype)
 
     def _positions(self, request: Request) -> int:
         """Return the most positions that a request's row may have."""
@@ -81,3 +90,26 @@ class DecoderGenerator:
         if longest > FIRST_LENGTH and depends_on_length(self.base.config):
             # Round up to a power of two, so that few different lengths are checked.
             check_decoding(self.model, self.base, self.compute_dtype, 1 << (longest - 1).bit_length())
+
+
+class DecoderBatch:
+    """The `RunningBatch` of a `DecoderGenerator`: one of continuous batching and, where it is needed, one of
+    transformers' `generate`, which take turns."""
+
+    def __init__(self, generator: DecoderGenerator, batch_size: int):
+        self.generator, self.batch_size = generator, batch_size
+        self.batches: dict[BatchGenerator, RunningBatch] = {}
+
+    def __bool__(self) -> bool:
+        return any(self.batches.values())
+
+    def add(self, requests: Sequence[Request]) -> list[RequestState]:
+        """See `RunningBatch.add`. Requests that are added together are answered by the same generator."""
+        generator = self.generator.choose(requests)
+        if generator not in self.batches:
+            self.batches[generator] = generator.new_batch(self.batch_size)
+        return self.batches[generator].add(requests)
+
+    def step(self, on_token: OnStateToken) -> list[RequestState]:
+        """See `RunningBatch.step`."""
+        return [state for batch in self.batches.values() if batch for state in batch.step(on_token)]

@@ -13,8 +13,7 @@ attention mask [B, W], so that all rows end in the last column and their answers
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +27,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from softprompt.generation.requests import OnToken, Request
+from softprompt.generation.logprobs import token_logprobs
+from softprompt.generation.requests import Request
+from softprompt.generation.running_batch import BatchGenerator, OnStateToken
 from softprompt.generation.sampling import RequestState, RequestStates, next_tokens
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
@@ -36,7 +37,7 @@ from softprompt.models.precision import autocast
 from softprompt.utils.out_of_memory import smaller_batch
 
 
-class TransformersGenerator:
+class TransformersGenerator(BatchGenerator):
     """Answer requests in left-padded batches with the base's own forward and KV cache.
 
     The generation_config in the base's files is ignored, as by every generator of this package. If the base has a
@@ -52,35 +53,12 @@ class TransformersGenerator:
     def __str__(self) -> str:
         return "transformers"
 
-    def generate(
-        self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
-    ) -> Iterator[tuple[int, list[int]]]:
-        """See `Generator.generate`."""
-        states = [self.states.create(index, request) for index, request in enumerate(requests)]
-        return self._generate(states, batch_size, on_token)
-
-    def _generate(
-        self, states: Sequence[RequestState], batch_size: int, on_token: OnToken | None
-    ) -> Iterator[tuple[int, list[int]]]:
-        # transformers accepts one set of end tokens per batch
-        for end_token_ids, group in groupby(states, lambda state: self.states.end_token_ids(state.settings)):
-            queue = deque(group)
-            while queue:
-                batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-                try:
-                    self._run_batch(batch, end_token_ids, on_token)
-                except RuntimeError as error:  # on the CPU, running out of memory raises a plain RuntimeError
-                    batch_size = smaller_batch(error, len(batch))
-                    torch.cuda.empty_cache()
-                for state in reversed([state for state in batch if not state.finished]):
-                    state.restore_rng()
-                    queue.appendleft(state)
-                yield from ((state.index, state.answer_ids) for state in batch if state.finished)
+    def new_batch(self, batch_size: int) -> "TransformersBatch":
+        """See `BatchGenerator.new_batch`."""
+        return TransformersBatch(self, batch_size)
 
     @torch.no_grad()
-    def _run_batch(
-        self, states: Sequence[RequestState], end_token_ids: Sequence[int], on_token: OnToken | None
-    ) -> None:
+    def run_batch(self, states: Sequence[RequestState], end_token_ids: Sequence[int], on_token: OnStateToken) -> None:
         """Prefill one batch and decode until all its rows are finished, or its longest row has no position left."""
         embeddings, mask = pad_left([prepend_prompt(self.base, s.token_ids, s.prompt) for s in states])
         max_new_tokens = max(state.max_tokens - len(state.token_ids) for state in states)
@@ -101,6 +79,52 @@ class TransformersGenerator:
                 logits_processor=LogitsProcessorList([_NextTokenProcessor(states, self.pad_token_id, on_token)]),
                 stopping_criteria=StoppingCriteriaList([_FinishedCriteria(states)]),
             )
+
+
+class TransformersBatch:
+    """The `RunningBatch` of transformers' `generate`. A step runs a whole batch of up to `batch_size` requests, so
+    requests that are added while it runs wait for its end."""
+
+    def __init__(self, generator: TransformersGenerator, batch_size: int):
+        self.generator, self.batch_size, self.queue = generator, batch_size, deque[RequestState]()
+
+    def __bool__(self) -> bool:
+        return bool(self.queue)
+
+    def add(self, requests: Sequence[Request]) -> list[RequestState]:
+        """See `RunningBatch.add`."""
+        states = [self.generator.states.create(index, request) for index, request in enumerate(requests)]
+        self.queue += states
+        return states
+
+    def step(self, on_token: OnStateToken) -> list[RequestState]:
+        """See `RunningBatch.step`. A batch that runs out of memory is halved and continued by the next step."""
+        batch = self._next_batch()
+        if not batch:
+            return []
+        try:
+            self.generator.run_batch(batch, self._end_token_ids(batch[0]), on_token)
+        except RuntimeError as error:  # on the CPU, running out of memory raises a plain RuntimeError
+            self.batch_size = smaller_batch(error, len(batch))
+            torch.cuda.empty_cache()
+        for state in reversed([state for state in batch if not state.finished]):
+            state.restore_rng()
+            self.queue.appendleft(state)
+        return [state for state in batch if state.finished]
+
+    def _next_batch(self) -> list[RequestState]:
+        """Take requests from the front of the queue, without those that were canceled. They have the same end tokens,
+        because transformers accepts one set of end tokens per batch."""
+        batch: list[RequestState] = []
+        while self.queue and len(batch) < self.batch_size:
+            if batch and self._end_token_ids(self.queue[0]) != self._end_token_ids(batch[0]):
+                break
+            state = self.queue.popleft()
+            batch += [] if state.finished else [state]
+        return batch
+
+    def _end_token_ids(self, state: RequestState) -> tuple[int, ...]:
+        return self.generator.states.end_token_ids(state.settings)
 
 
 @torch.no_grad()
@@ -184,17 +208,20 @@ class _NextTokenProcessor(LogitsProcessor):
     """Choose each row's next token with `sampling.next_tokens`. That token's score becomes 0 and all others -inf, so
     that transformers' greedy search takes it. Finished rows take the pad token."""
 
-    def __init__(self, states: Sequence[RequestState], pad_token_id: int, on_token: OnToken | None):
+    def __init__(self, states: Sequence[RequestState], pad_token_id: int, on_token: OnStateToken):
         self.states, self.pad_token_id, self.on_token = states, pad_token_id, on_token
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         tokens = [self.pad_token_id] * len(self.states)
         unfinished = [b for b, state in enumerate(self.states) if not state.finished]
-        logits = scores[torch.tensor(unfinished, device=scores.device)]
-        for b, token in zip(unfinished, next_tokens(logits, [self.states[b] for b in unfinished]), strict=True):
+        states = [self.states[b] for b in unfinished]
+        logits = scores[torch.tensor(unfinished, dtype=torch.int64, device=scores.device)]
+        chosen = next_tokens(logits, states)
+        logprobs = token_logprobs(logits, chosen, [state.top_logprobs for state in states])
+        for b, state, token, logprob in zip(unfinished, states, chosen, logprobs, strict=True):
             tokens[b] = token
-            if self.states[b].append(token) and self.on_token:
-                self.on_token(self.states[b].index, token)
+            if state.append(token, logprob):
+                self.on_token(state, token)
         forced = torch.full_like(scores, -torch.inf)
         return forced.scatter_(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
 

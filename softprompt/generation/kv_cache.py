@@ -27,11 +27,12 @@ class KVCache:
         like: A tensor with the dtype and device of the cache.
 
     Attributes:
+        slots, width: B and W.
         layers: For each layer a pair (keys, values), [B, K, W, D] and [B, K, W, D'], in the dtype of `like`.
     """
 
     def __init__(self, slots: int, width: int, sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]], like: Tensor):
-        self.width = width
+        self.slots, self.width = slots, width
         self.layers = [
             (like.new_zeros(slots, k[0], width, k[1]), like.new_zeros(slots, v[0], width, v[1])) for k, v in sizes
         ]
@@ -41,6 +42,12 @@ class KVCache:
         for layer in self.layers:
             for cache in layer:
                 cache[target, :, :length] = cache[source, :, :length]
+
+    def copy(self, other: "KVCache") -> None:
+        """Copy all slots of a cache that has no more slots and positions than this one."""
+        for layer, old_layer in zip(self.layers, other.layers, strict=True):
+            for cache, old in zip(layer, old_layer, strict=True):
+                cache[: other.slots, :, : other.width] = old
 
 
 class _CachedPrefix(NamedTuple):

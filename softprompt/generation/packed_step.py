@@ -47,6 +47,11 @@ class Slot:
         """Number of positions of the row: virtual tokens, text and answer so far."""
         return self.P + len(self.state.token_ids)
 
+    @property
+    def most(self) -> int:
+        """The most positions that the row may have."""
+        return self.P + self.state.max_tokens
+
     def restarted(self) -> "Slot":
         """Reset this slot to its state before prefill and return it. The tokens of the answer so far are kept and are
         prefilled together with the text."""

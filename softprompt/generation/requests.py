@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,12 @@ class GenerationSettings:
     eos_token_id: tuple[int, ...] = ()
     num_return_sequences: int = 1
     num_beams: int = 1
+
+    def of_tokens(self) -> "GenerationSettings":
+        """Return these settings with defaults in place of those that do not change which token is chosen. Answers for
+        which the result is equal are sampled together."""
+        ends = ("max_length", "max_new_tokens", "stop_strings", "eos_token_id", "num_return_sequences")
+        return replace(self, **{f.name: f.default for f in fields(self) if f.name in ends})
 
     def new_token_budget(self, text_tokens: int) -> int:
         """Return the maximum number of tokens of an answer to a text of `text_tokens` tokens.
@@ -89,12 +95,15 @@ class Request:
         input_ids: The T ≥ 1 token ids of the text, without virtual tokens.
         prompt: Virtual tokens [P, H] fp32 before the text; None for the base without a prompt.
         seed: Seed of this answer's random numbers.
+        top_logprobs: Number of alternatives whose log-probabilities are recorded with those of the answer's tokens;
+            None if nothing is recorded.
     """
 
     input_ids: Sequence[int]
     settings: GenerationSettings
     prompt: Tensor | None = None
     seed: int = 0
+    top_logprobs: int | None = None
 
     def new_token_budget(self, max_positions: int | None = None) -> int:
         """Return the maximum number of tokens of the answer.

@@ -7,7 +7,7 @@ depend on the other answers in its batch.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from softprompt.generation.logprobs import TokenLogprob
 from softprompt.generation.requests import GenerationSettings, Request
 
 
@@ -34,8 +35,13 @@ class RequestState:
             same ids to logits processors and stopping criteria.
         text_tokens: Number of tokens of the text.
         max_tokens: Length of `token_ids` at which the answer ends.
+        token_settings: The settings that choose tokens, without those that end the answer.
         rng: Random number generator of this answer alone.
-        finished: Whether the answer has ended.
+        top_logprobs: See `Request.top_logprobs`.
+        logprobs: The log-probabilities of the answer's tokens, if they are recorded.
+        finish_reason: "stop" if an end token or a stop string ended the answer, "length" if it reached `max_tokens`;
+            None before that.
+        canceled: Whether nobody waits for the answer any more.
 
     Raises:
         ConfigError: The text leaves no room for an answer.
@@ -50,27 +56,42 @@ class RequestState:
         max_positions: int | None = None,
     ):
         self.index, self.settings, self.prompt = index, request.settings, request.prompt
+        self.token_settings = request.settings.of_tokens()
         self.token_ids = list(request.input_ids)
         self.text_tokens = len(self.token_ids)
         self.max_tokens = self.text_tokens + request.new_token_budget(max_positions)
         self.seed, self.rng = request.seed, torch.Generator()
-        self.finished = False
+        self.top_logprobs, self.logprobs = request.top_logprobs, list[TokenLogprob]()
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.canceled = False
         self.restore_rng()
         self._end_token_ids, self._stop_strings = end_token_ids, stop_strings
 
-    def append(self, token: int) -> bool:
+    @property
+    def finished(self) -> bool:
+        """Whether the answer has ended, or is not wanted any more."""
+        return self.canceled or self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """Give the answer up. Any thread may call this; the request leaves its batch at the next step."""
+        self.canceled = True
+
+    def append(self, token: int, logprob: TokenLogprob | None = None) -> bool:
         """Append a chosen token to the answer. An end token finishes the answer and is not appended.
 
         Returns:
             Whether the token was appended.
         """
         if token in self._end_token_ids:
-            self.finished = True
+            self.finish_reason = "stop"
             return False
         self.token_ids.append(token)
-        self.finished = len(self.token_ids) == self.max_tokens
-        if self._stop_strings is not None:
-            self.finished |= bool(self._stop_strings(torch.tensor([self.token_ids]), None))
+        if logprob:
+            self.logprobs.append(logprob)
+        if self._stop_strings is not None and bool(self._stop_strings(torch.tensor([self.token_ids]), None)):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.max_tokens:
+            self.finish_reason = "length"
         return True
 
     def restore_rng(self) -> None:
@@ -134,7 +155,7 @@ def next_tokens(logits: Tensor, states: Sequence[RequestState]) -> list[int]:
         return logits.argmax(-1).tolist()
     rows_by_settings: dict[GenerationSettings, list[int]] = {}
     for row, state in enumerate(states):
-        rows_by_settings.setdefault(state.settings, []).append(row)
+        rows_by_settings.setdefault(state.token_settings, []).append(row)
     tokens = [0] * len(states)
     for settings, rows in rows_by_settings.items():
         group = logits if len(rows) == len(states) else logits[torch.tensor(rows, device=logits.device)]

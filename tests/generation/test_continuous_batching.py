@@ -13,7 +13,7 @@ from softprompt.engines.bloom import run_prompt
 from softprompt.generation import bloom_step, continuous_batching, kv_cache
 from softprompt.generation import decode_linear as products
 from softprompt.generation.bloom_step import BloomStepModel
-from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.generation.continuous_batching import ContinuousBatch, ContinuousBatchingGenerator
 from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.decoding_check import check_decoding
 from softprompt.generation.kv_cache import KVCache, PrefixCache
@@ -182,13 +182,19 @@ class SmallMemoryGenerator(ContinuousBatchingGenerator):
         super().__init__(BloomStepModel(ResidentWeights(base, FP32)), tokenizer)
         self.room, self.once, self.late, self.steps = room, once, late, 0
 
-    def _forward(self, forward, cache, slots):
-        self.steps += 1
-        if len(slots) > self.room or self.steps == self.once:
-            if self.late:
-                next_tokens(super()._forward(forward, cache, slots), [slot.state for slot in slots])
+    def new_batch(self, batch_size):
+        return SmallMemoryBatch(self, batch_size)
+
+
+class SmallMemoryBatch(ContinuousBatch):
+    def _forward(self):
+        limits = self.generator
+        limits.steps += 1
+        if len(self.slots) > limits.room or limits.steps == limits.once:
+            if limits.late:
+                next_tokens(super()._forward(), [slot.state for slot in self.slots])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super()._forward(forward, cache, slots)
+        return super()._forward()
 
 
 SAMPLED = GenerationSettings(max_new_tokens=9, top_k=20, temperature=0.9)

@@ -97,8 +97,8 @@ def test_longer_rows_are_checked_before_they_are_answered(tokenizer, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     base = freeze(small_base("qwen2_moe", seed=2), FP32)
     generator = DecoderGenerator(base, tokenizer, FP32)
-    answered, generate = [], generator.continuous.generate
-    monkeypatch.setattr(generator.continuous, "generate", lambda *args: answered.append(args) or generate(*args))
+    answered, new_batch = [], generator.continuous.new_batch
+    monkeypatch.setattr(generator.continuous, "new_batch", lambda *args: answered.append(args) or new_batch(*args))
     settings = GenerationSettings(max_new_tokens=6, do_sample=False)
     for length, continuous in ((5, 1), (50, 1), (9, 2)):
         ids, prompt = (

@@ -1,0 +1,188 @@
+"""The routes of the server."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from softprompt.serving.bodies import (
+    AdapterBody,
+    BodyType,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    parse_body,
+)
+from softprompt.serving.errors import ApiError, internal, timed_out
+from softprompt.serving.formats import (
+    ChatFormat,
+    CompletionFormat,
+    classification,
+    model_card,
+)
+from softprompt.serving.gate import BODY_SECONDS, CLOSED_BY_CLIENT, error_response, notes
+from softprompt.serving.metrics import CONTENT_TYPE
+from softprompt.serving.respond import respond, service_of
+from softprompt.serving.service import Service
+
+STATIC = Path(__file__).parent / "static"  # the page at /
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which must be one of a pair
+ROUTES = {
+    *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify", "/v1/adapters", "/health", "/metrics"),
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """Return the application that answers requests by `service`."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(HTTPException, _of_routing)
+    app.add_exception_handler(ClientDisconnect, _nobody)
+    app.add_exception_handler(Exception, _failed)
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"])
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_api_route("/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/v1/classify", classify, methods=["POST"])
+    app.add_api_route("/v1/adapters", load_adapter, methods=["POST"])
+    if STATIC.is_dir():
+        app.mount("/", StaticFiles(directory=STATIC, html=True))
+    return app
+
+
+async def health(request: Request) -> Response:
+    """Say that the server answers. While it shuts down, `gate` refuses this like any other request."""
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """Return the metrics."""
+    service = service_of(request)
+    return PlainTextResponse(service.metrics.text(service.gauges()), media_type=CONTENT_TYPE)
+
+
+async def models(request: Request) -> Response:
+    """List the base and its adapters."""
+    service = service_of(request)
+    served = [service.base, *await service.in_worker(service.registry.all)]
+    return JSONResponse({"object": "list", "data": [model_card(each) for each in served]})
+
+
+async def model(request: Request, name: str) -> Response:
+    """Describe the base or an adapter."""
+    return JSONResponse(model_card(await service_of(request).find(name)))
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    service, body = service_of(request), await _body(request, ChatBody)
+    served = await service.find(body.model)
+    service.check_queue()
+    requests = await service.in_worker(service.encoder.chat, body, served.adapter, service.seed(body.seed))
+    form = ChatFormat(body.model, service.model.tokenizer, body.top is not None)
+    return await respond(request, body, form, [requests], continues=False)
+
+
+async def completions(request: Request) -> Response:
+    """Continue texts."""
+    service, body = service_of(request), await _body(request, CompletionBody)
+    served = await service.find(body.model)
+    service.check_queue(len(body.prompts) * (body.n or 1))
+    requests = await service.in_worker(service.encoder.completion, body, served.adapter, service.seed(body.seed))
+    form = CompletionFormat(body.model, service.model.tokenizer, body.top is not None)
+    return await respond(request, body, form, requests, continues=True)
+
+
+async def classify(request: Request) -> Response:
+    """Return the probabilities of choices."""
+    service, body = service_of(request), await _body(request, ClassifyBody)
+    served = await service.find(body.model)
+    service.check_queue(len(body.conversations) * len(body.choices))
+    examples, tokens = await service.in_worker(service.encoder.classification, body, served.adapter)
+    notes(request.scope).update(prompt_tokens=tokens)
+    try:
+        async with asyncio.timeout(service.arguments.request_timeout):
+            results = await service.classify(served.adapter, examples, body.choices)
+    except TimeoutError:
+        raise timed_out(service.arguments.request_timeout) from None
+    service.metrics.prompt_tokens += tokens
+    return JSONResponse(classification(body.model, results, tokens))
+
+
+async def load_adapter(request: Request) -> Response:
+    """Offer a folder inside those of --adapters under a name of its own."""
+    service = service_of(request)
+    if not service.arguments.allow_adapter_loading:
+        raise ApiError(403, "This server was started without --allow_adapter_loading.", code="not_allowed")
+    body = await _body(request, AdapterBody)
+    try:
+        served = await service.in_worker(service.registry.add, body.name, body.folder)
+    except ValueError as error:
+        raise ApiError(400, f"The adapter cannot be loaded: {error}.", code="invalid_value") from None
+    return JSONResponse(model_card(served))
+
+
+async def _body(request: Request, kind: type[BodyType]) -> BodyType:
+    """Read, parse and check the body of a request.
+
+    Raises:
+        ApiError: It is too large or too slow, not JSON, or not as `kind` wants it.
+    """
+    limit = service_of(request).arguments.max_body_bytes
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # A browser lets any page send other types to this machine, but asks before it sends this one.
+        raise ApiError(415, "Send the header `Content-Type: application/json`.", code="unsupported_media_type")
+    content = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > limit:
+                    raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} seconds.", code="timeout") from None
+    try:
+        values = json.loads(content.decode())
+        if HALF_CHARACTER.search(content):
+            json.dumps(values, ensure_ascii=False).encode()  # raises for half a character, which is no text
+    except (ValueError, RecursionError):
+        raise ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "The JSON body of your request must be an object.", code="invalid_json")
+    body = parse_body(kind, values)
+    notes(request.scope).update(model=getattr(body, "model", "")[:200])
+    return body
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    notes(request.scope)["error"] = error.code or error.kind
+    return error_response(error)
+
+
+async def _of_routing(request: Request, error: Exception) -> Response:
+    """Tell that there is no such route or method in the shape of all errors."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+    return error_response(ApiError(error.status_code, message, code="unknown_url", headers=error.headers))
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """Answer a client that has gone away, for the log."""
+    notes(request.scope)["error"] = "client_disconnected"
+    return Response(status_code=CLOSED_BY_CLIENT)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answer where a route failed; `gate` says on stderr why."""
+    return error_response(internal())

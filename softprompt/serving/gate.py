@@ -1,0 +1,138 @@
+"""What every HTTP request passes: the key, the shutdown, the log, and the metrics. An ASGI application around another.
+
+One line of JSON is logged for each request, without texts and keys.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Collection, MutableMapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from softprompt.serving.errors import ApiError, internal, unavailable
+from softprompt.serving.service import Service
+from softprompt.utils.redact import redacted
+from softprompt.utils.std_streams import tell
+
+NOTES = "softprompt.notes"  # key of a scope: what the log says of the request
+OPEN = ("/health",)  # routes that need no key
+BODY_SECONDS = 30  # in which a body must arrive
+SENDING_SECONDS = 30  # in which a client must read what is left of an answer when it is complete
+CLOSED_BY_CLIENT = 499  # nginx's status of a request whose client went away before the response began
+
+
+def notes(scope: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Return what the log will say of a request."""
+    return scope.setdefault(NOTES, {})
+
+
+class Gate:
+    """Checks and logs requests.
+
+    Args:
+        app: Answers the requests that are let through, by `service`.
+        routes: The paths that metrics name; other paths are counted as "other".
+        log: Called with the line of each request.
+
+    Attributes:
+        open: Number of requests that are being answered.
+        draining: Whether new requests are refused, because the server is shutting down.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, routes: Collection[str], log: Callable[[str], object]):
+        self.app, self.metrics, self.routes, self.log = app, service.metrics, routes, log
+        self.api_key = service.arguments.api_key
+        self.seconds = BODY_SECONDS + service.arguments.request_timeout + SENDING_SECONDS
+        self.open, self.draining = 0, False
+        self.on_idle: Callable[[], object] = lambda: None
+
+    def drain(self, on_idle: Callable[[], object]) -> None:
+        """Refuse new requests; call `on_idle` when the last one has been answered."""
+        self.draining, self.on_idle = True, on_idle
+        if not self.open:
+            on_idle()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        request_id = f"req-{uuid.uuid4().hex}"
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        self.open += 1
+        try:
+            if refused := self._refusal(scope):
+                await error_response(refused)(scope, receive, noting)
+            else:
+                async with asyncio.timeout(self.seconds):  # also while the client does not read
+                    await self.app(scope, receive, noting)
+        except (ClientDisconnect, TimeoutError) as error:
+            notes(scope)["error"] = "timeout" if isinstance(error, TimeoutError) else "client_disconnected"
+        except Exception as error:
+            traceback_lines = "".join(traceback.format_exception(error))
+            tell(redacted(traceback_lines))
+            notes(scope)["error"] = type(error).__name__
+            if not status:
+                await error_response(internal())(scope, receive, noting)
+        finally:
+            self.open -= 1
+            self._note(scope, request_id, status or CLOSED_BY_CLIENT, started)
+            if self.draining and not self.open:
+                self.on_idle()
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        """Return why a request is not let through; None if it is."""
+        if self.draining:
+            return unavailable("The server is shutting down.")
+        if self.api_key is None or scope["path"] in OPEN or self._is_static(scope):
+            return None
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+            return None
+        return ApiError(
+            401,
+            "Incorrect API key provided. Send the header `Authorization: Bearer KEY`.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _is_static(self, scope: Scope) -> bool:
+        """Whether the path can only be that of a file of the page, which is the same for everybody."""
+        return scope["path"] not in self.routes and not scope["path"].startswith("/v1")
+
+    def _note(self, scope: Scope, request_id: str, status: int, started: float) -> None:
+        seconds, told, path = time.monotonic() - started, notes(scope), scope["path"]
+        route = path if path in self.routes else "other"
+        self.metrics.requests[route, status] += 1
+        self.metrics.seconds.observe(seconds)
+        client = scope.get("client")
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "id": request_id,
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": path[:200],
+            "status": status,
+            "seconds": round(seconds, 4),
+            **told,
+        }
+        self.log(json.dumps(line, ensure_ascii=True))
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the response that tells an error."""
+    return JSONResponse(error.body(), error.status, error.headers)

@@ -1,0 +1,211 @@
+"""The adapters that a server offers: which folders hold them, and their newest files.
+
+Each value of --adapters names an adapter folder, a run, or a folder of these. Of a run, the adapter that was written
+last is offered: its newest checkpoint while it trains, its own files once it is done. A folder that is reached by a
+link is offered only if it lies inside the folder of --adapters.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from softprompt.config.schema import is_text
+from softprompt.generation.adapters import LoadedAdapter, base_identity, check_adapter
+from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from softprompt.runs.checkpoints import checkpoints
+from softprompt.utils.errors import AdapterError, SoftpromptError
+
+INTERVAL = 1.0  # seconds for which the folders are taken to be as they were
+Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a folder, and the versions of its files
+
+
+class Source(NamedTuple):
+    """A folder of an adapter or a run, and the folder of --adapters in which it must lie. `named` says whether the
+    command line or a request names it, rather than the folder that holds it."""
+
+    name: str
+    folder: Path
+    root: Path
+    named: bool
+
+
+class Served(NamedTuple):
+    """An adapter that is offered: its name, and when it was written (seconds since 1970)."""
+
+    name: str
+    adapter: LoadedAdapter
+    created: int
+
+
+class Root(NamedTuple):
+    """A value of --adapters; `name` is empty if it gives none."""
+
+    name: str
+    folder: Path
+
+
+def parse_roots(values: Sequence[str]) -> list[Root]:
+    """Parse values of --adapters, each FOLDER or name=FOLDER.
+
+    Raises:
+        AdapterError: A folder does not exist.
+    """
+    roots = []
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not equals or Path(value).expanduser().exists():  # the path of a folder may contain "="
+            name, folder = "", value
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise AdapterError(f"--adapters {value}: no such folder; name an adapter folder, a run or a folder of them")
+        roots.append(Root(name, path))
+    return roots
+
+
+def base_of(roots: Sequence[Root]) -> str:
+    """Return the base that the newest of the adapters names.
+
+    Raises:
+        AdapterError: There is no adapter, or it names no base.
+    """
+    folders = [folder for root in roots for source in _sources(root) for folder in _newest(source)]
+    folder = max(folders, default=None, key=lambda folder: _version(folder / WEIGHTS_FILE) or (0,))
+    if folder is None:
+        raise AdapterError("--adapters: there is no adapter in these folders; give --model_name_or_path, or train one")
+    base = LoadedAdapter.from_folder(folder).base
+    if base is None:
+        raise AdapterError(f"adapter {folder}: names no base; give --model_name_or_path")
+    return base
+
+
+class Registry:
+    """The adapters that fit a base, by name.
+
+    Args:
+        roots: The folders of --adapters.
+        base: Name or path of the base.
+        hidden_size: H of the base.
+        reserved: Name that no adapter may have: the base's own.
+        tell: Called with a line about each folder that cannot be offered.
+    """
+
+    def __init__(
+        self, roots: Sequence[Root], base: str, hidden_size: int, reserved: str, tell: Callable[[str], object]
+    ):
+        self._roots, self._base, self._hidden_size = roots, base, hidden_size
+        self._reserved, self._tell = reserved, tell
+        self._added: dict[str, Source] = {}
+        self._served: dict[str, Served] = {}
+        self._loaded: dict[Files, Served | None] = {}  # None: cannot be offered
+        self._lock, self._read = threading.Lock(), -INTERVAL
+
+    def get(self, name: str) -> Served | None:
+        """Return the adapter of this name, read again if its files have changed; None if there is none."""
+        self._refresh()
+        return self._served.get(name)
+
+    def all(self) -> list[Served]:
+        """Return all adapters, in the order of the folders."""
+        self._refresh()
+        return list(self._served.values())
+
+    def add(self, name: str, folder: str) -> Served:
+        """Offer a folder inside one of --adapters under a name of its own.
+
+        Raises:
+            ValueError: The name is taken, there is no such folder there, or it holds no adapter that fits the base.
+        """
+        if name == self._reserved or name in self._served:
+            raise ValueError("the name is taken")
+        if os.path.isabs(folder) or ".." in Path(folder).parts:
+            raise ValueError("the folder must be relative to one of --adapters and must not leave it")
+        for root in self._roots:
+            source = Source(name, root.folder / folder, root.folder, True)
+            if next(_newest(source), None) is not None:
+                self._added[name] = source
+                self._refresh(at_once=True)
+                if name in self._served:
+                    return self._served[name]
+                del self._added[name]
+        raise ValueError("no folder of --adapters holds an adapter there that fits the base")
+
+    def _refresh(self, at_once: bool = False) -> None:
+        """Look for new, changed and removed folders, at most every `INTERVAL` seconds."""
+        with self._lock:
+            if not at_once and time.monotonic() - self._read < INTERVAL:
+                return
+            sources = [*(source for root in self._roots for source in _sources(root)), *self._added.values()]
+            served: dict[str, Served] = {}
+            seen: set[Files] = set()
+            for source in sources:
+                if source.name in (*served, self._reserved) or not is_text(source.name):
+                    continue
+                for folder in _newest(source):
+                    files = _files(source.name, folder)
+                    seen.add(files)
+                    if files not in self._loaded:
+                        self._loaded[files] = self._load(source, folder)
+                    if found := self._loaded[files]:
+                        served[source.name] = found
+                        break
+            self._served, self._loaded = served, {files: self._loaded[files] for files in seen}
+            self._read = time.monotonic()
+
+    def _load(self, source: Source, folder: Path) -> Served | None:
+        """Load an adapter; return None, and tell why, if it cannot be offered."""
+        try:
+            adapter = LoadedAdapter.from_folder(folder)
+            if not source.named and adapter.base and base_identity(adapter.base) != base_identity(self._base):
+                raise AdapterError(f"it is for another base, {adapter.base}")
+            check_adapter(source.name, adapter, self._hidden_size, self._base)
+            return Served(source.name, adapter, (_version(folder / WEIGHTS_FILE) or (0,))[0] // 10**9)
+        except (SoftpromptError, OSError) as error:
+            self._tell(f"adapter {folder} is not served: {error}")
+            return None
+
+
+def _sources(root: Root) -> Iterator[Source]:
+    """Yield the adapter folders and runs of a value of --adapters."""
+    if root.name or _is_source(root.folder):
+        yield Source(root.name or root.folder.resolve().name, root.folder, root.folder, True)
+        return
+    try:
+        children = sorted(root.folder.iterdir())
+    except OSError:  # it has been removed, or may not be read
+        return
+    for child in children:
+        if not child.name.startswith(".") and child.is_dir():
+            yield Source(child.name, child, root.folder, False)
+
+
+def _is_source(folder: Path) -> bool:
+    """Whether a folder is an adapter folder or a run, rather than a folder of them."""
+    return (folder / WEIGHTS_FILE).is_file() or bool(checkpoints(folder))
+
+
+def _newest(source: Source) -> Iterator[Path]:
+    """Yield the adapter folders of a source, the one that was written last first; see `newest_adapter`."""
+    home = source.root.resolve()
+    folders = [source.folder, *reversed(checkpoints(source.folder))]
+    found = [(version, folder) for folder in folders if (version := _version(folder / WEIGHTS_FILE)) is not None]
+    for _, folder in sorted(found, key=lambda each: each[0], reverse=True):
+        if folder.resolve().is_relative_to(home):
+            yield folder
+
+
+def _files(name: str, folder: Path) -> Files:
+    """Return what changes when the adapter in a folder is replaced."""
+    versions = tuple(_version(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE))
+    return f"{name}\0{folder}", versions
+
+
+def _version(file: Path) -> tuple[int, int, int] | None:
+    """Return the modification time in ns, the size and the inode of a file; None if it does not exist."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

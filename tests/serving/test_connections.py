@@ -1,0 +1,182 @@
+"""Clients that go away, read slowly or are many; the shutdown; and memory."""
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers.serving import SECONDS, Running, running_server, slow_steps, until
+
+from softprompt.serving import service as service_module
+
+USER = [{"role": "user", "content": "你好"}]
+LONG = {"model": "a0", "messages": USER, "max_tokens": 900}
+
+
+def http_request(body: dict, *headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
+
+
+def raw_request(server: Running, body: dict) -> socket.socket:
+    """Send a request on a connection of its own, which takes little at a time, without reading the answer."""
+    connection = socket.socket()
+    connection.settimeout(SECONDS)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+    connection.connect(server.address)
+    connection.sendall(http_request(body))
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(stream, mini, mini_adapters):
+    """Its answer would take a minute; the place of the only slot is free long before."""
+    with running_server(mini, mini_adapters, batch_size=1) as server, slow_steps(mini, 0.05):
+        connection = raw_request(server, {**LONG, "stream": stream})
+        if stream:
+            assert b"200 OK" in connection.recv(1000)
+        until(lambda: server.service.replies and next(iter(server.service.replies)).tokens > 1)
+        waiting = raw_request(server, LONG)
+        until(lambda: server.service.unfinished == 2)
+        waiting.close()  # one that has not begun yet
+        until(lambda: server.service.unfinished == 1)
+        connection.close()
+        until(lambda: not server.service.unfinished)
+        start = time.monotonic()
+        assert server.ask("a1", "你好", max_tokens=1) is not None
+        assert time.monotonic() - start < 10
+        assert until(lambda: [line["error"] for line in server.log if "error" in line][1:]) is not None
+        assert {line.get("error") for line in server.log[:2]} == {"client_disconnected"}
+
+
+def test_a_slow_reader_holds_nobody_up(mini, mini_adapters):
+    """A client asks for more than its connection can hold, and reads nothing. Its answer is generated nevertheless."""
+    with running_server(mini, mini_adapters, batch_size=2) as server:
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "n": 2, "max_tokens": 60}
+        slow = raw_request(server, {**LONG, **much})
+        reply = until(lambda: next(iter(server.service.replies), None))
+        assert server.ask("a1", "你好", max_tokens=3) is not None
+        until(lambda: reply.done)
+        assert reply in server.service.replies, "its connection has taken everything; ask for more"
+        assert reply.tokens == 120
+        slow.close()
+        until(lambda: not server.service.replies)
+
+
+def test_200_connections_share_8_slots(server: Running):
+    """`server` has 8 slots. All requests are answered, each as alone."""
+    asked = [(f"a{n % 8}", ["你好", "我爱这部电影"][n % 2]) for n in range(200)]
+    alone = {pair: server.ask(*pair, max_tokens=2) for pair in set(asked)}
+
+    async def ask(name: str, text: str) -> str:
+        reader, writer = await asyncio.open_connection(*server.address)
+        body = {"model": name, "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        writer.write(http_request(body, "Connection: close"))
+        answer = await reader.read()
+        writer.close()
+        return json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
+
+    async def ask_all() -> list[str]:
+        return await asyncio.gather(*(ask(*pair) for pair in asked))
+
+    assert asyncio.run(ask_all()) == [alone[pair] for pair in asked]
+
+
+def test_finished_requests_are_released(server: Running, monkeypatch):
+    known = []
+    make = service_module.Answer
+
+    def noted(*arguments):
+        answer = make(*arguments)
+        known.append(weakref.ref(answer))
+        known.append(weakref.ref(answer.request))
+        return answer
+
+    monkeypatch.setattr(service_module, "Answer", noted)
+    server.ask("a0", "你好")
+    list(server.client().chat.completions.create(model="a1", messages=USER, stream=True, n=2))
+    raw_request(server, {**LONG, "stream": True}).close()
+    until(lambda: len(known) == 8 and not server.service.unfinished)
+
+    def released() -> bool:
+        gc.collect()
+        return not any(ref() for ref in known)
+
+    until(released, 10)
+
+
+def test_a_failure_of_the_model_is_told_and_the_server_goes_on(mini, mini_adapters, capsys):
+    def broken(*arguments):
+        raise ValueError("/a/path/of/the/machine")
+
+    with running_server(mini, mini_adapters) as server:
+        mini.generator.model.forward = broken
+        try:
+            failed = server.post("/v1/chat/completions", LONG)
+        finally:
+            del mini.generator.model.forward
+        assert failed.status_code == 500 and failed.json()["error"]["code"] == "internal_error"
+        assert "/a/path" not in failed.text and "/a/path" in capsys.readouterr().err
+        assert server.ask("a0", "你好", max_tokens=2) is not None
+
+
+def test_a_server_that_shuts_down_finishes_its_answers_and_refuses_new_ones(mini, mini_adapters):
+    with running_server(mini, mini_adapters, batch_size=2) as server, slow_steps(mini, 0.01):
+        client, streamed = server.client(), []
+
+        def read() -> None:
+            for chunk in client.chat.completions.create(model="a0", messages=USER, max_tokens=40, stream=True):
+                streamed.append(chunk)
+
+        threads = [threading.Thread(target=read) for _ in range(4)]  # two of them wait for a place
+        for thread in threads:
+            thread.start()
+        until(lambda: server.service.unfinished == 4 and streamed)
+        server.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: server.get("/health").status_code == 503)
+        refused = server.post("/v1/chat/completions", LONG)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "service_unavailable"
+        for thread in threads:
+            thread.join(SECONDS)
+        assert sum(chunk.choices[0].finish_reason == "length" for chunk in streamed) == 4
+        server.thread.join(SECONDS)
+        assert not server.thread.is_alive()
+
+
+@pytest.mark.slow
+def test_sigterm_under_load(mini_adapters: Path, tmp_path: Path):
+    """The command itself, in a process of its own: it says where it listens, logs, and ends with 0."""
+    flags = ["--adapters", str(mini_adapters), "--port", "0", "--batch_size", "2"]
+    command = [sys.executable, "-m", "softprompt", "serve", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    with (
+        open(tmp_path / "out", "w") as out,
+        subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            line = next(line for line in process.stderr if "serving mini and 8 adapters at" in line)
+            url = line.split(" at ")[1].split("/v1")[0]
+            body = {**LONG, "max_tokens": 200, "stream": True}
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=SECONDS) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: ")
+                process.send_signal(signal.SIGTERM)
+                until(lambda: httpx.get(f"{url}/health").status_code == 503)
+                rest = list(lines)
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
+    assert [line for line in rest if line][-1] == "data: [DONE]"
+    logged = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert any(one["completion_tokens"] == 200 for one in logged if one["status"] == 200)
