@@ -35,7 +35,7 @@ class BaseWithAdapters:
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
-        self._add(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
+        self.add_adapter(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -74,6 +74,11 @@ class BaseWithAdapters:
         """
         return merge_settings(self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation, given)
 
-    def _add(self, name: str, tuned: LoadedAdapter) -> None:
+    def add_adapter(self, name: str, tuned: LoadedAdapter) -> None:
+        """Add an adapter that has been read already.
+
+        Raises:
+            AdapterError: Its hidden size differs from the base's.
+        """
         check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
         self.adapters[name] = tuned

@@ -97,9 +97,10 @@ class SoftPromptModel(BaseWithAdapters):
 
         Args:
             base: Folder or hub id of the base, by default the base that the adapters name.
-            adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/. Several
-                are given as {"name": folder} or ["name=FOLDER"]; the first becomes the active adapter. "none" is the
-                base without a prompt; if `base` is not given either, it is the base of the newest adapter.
+            adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/; of a run
+                that has not ended, the newest whole checkpoint. Several are given as {"name": folder} or
+                ["name=FOLDER"]; the first becomes the active adapter. "none" is the base without a prompt; if `base`
+                is not given either, it is the base of the newest adapter, or mini if there is none.
             device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.
 
         Raises:
@@ -120,7 +121,7 @@ class SoftPromptModel(BaseWithAdapters):
         model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine)
         model.name, model.adapters, model.active_adapter = name, {}, first
         for each, tuned in adapters.items():
-            model._add(each, tuned)
+            model.add_adapter(each, tuned)
         return model
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
