@@ -156,6 +156,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         question.eval_split,
     )
     results, fault = _evaluated(evaluator, model.adapters)
+    model.note_foreign_rows(next(iter(results.values())).rows)
     if question.ensemble and not fault:
         results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
     in_passages = dataset.lower().endswith(".txt") and config.generation.max_length is None

@@ -252,4 +252,5 @@ class SoftPromptModel(BaseWithAdapters):
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
             check_token_ids(one.input_ids, self.base, one.where)
+        self.note_foreign_rows([one.row for one in asked])
         return asked
