@@ -134,7 +134,7 @@ def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
     return folders
 
 
-def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, LoadedAdapter], str, str]:
+def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, LoadedAdapter], str]:
     """Load adapters and find their base.
 
     Args:
@@ -143,7 +143,7 @@ def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[
         base: Name or path of the base; None selects the one that the adapters name.
 
     Returns:
-        The adapters by name, the first name, and the name or path of the base.
+        The adapters by name, and the name or path of the base.
 
     Raises:
         AdapterError: A folder is missing or damaged, a name is invalid, or `base` is None and the adapters name no base
@@ -172,7 +172,7 @@ def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[
     base = base or next((other for _, other in bases.values()), None)
     if base is None:
         raise AdapterError(f"adapter {next(iter(folders.values()))}: names no base; give --model_name_or_path")
-    return adapters, next(iter(folders)), base
+    return adapters, base
 
 
 def _newest_or_mini() -> LoadedAdapter:

@@ -44,8 +44,13 @@ def train_call(settings: Mapping[str, Any]) -> str:
     softprompt started this process."""
     folder, started = os.path.split(sys.argv[0])
     if started in (*SCRIPTS, "softprompt") or (started == "__main__.py" and os.path.basename(folder) == "softprompt"):
-        return command("train") + "".join(flag(name, str(value)) for name, value in settings.items())
+        return command("train") + flags(settings)
     return f"softprompt.train({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Return the settings as flags, each with a space before it; a switch that is on has no value."""
+    return "".join(f" --{name}" if value is True else flag(name, str(value)) for name, value in settings.items())
 
 
 def flag(name: str, value: str) -> str:
