@@ -12,7 +12,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
 from softprompt.data.encoding import Encoded, encode
-from softprompt.data.messages import user_texts
+from softprompt.data.messages import texts_of
 from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Selection, find_splits
@@ -89,7 +89,7 @@ def _note_on_mini(config: TrainConfig, rows: Rows) -> Iterator[str]:
         return
     given = {name: value for name, value in config.given.items() if hasattr(config.data, name)}
     for part in (rows.train, rows.held_out):
-        if note := foreign_note((text for row in part[:ROWS_JUDGED] for text in user_texts(row)), given):
+        if note := foreign_note(map(texts_of, part[:ROWS_JUDGED]), given):
             yield note
             return
 

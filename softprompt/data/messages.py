@@ -22,16 +22,12 @@ SHAREGPT_ROLES = {
 }
 
 
-def user_texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the texts that a checked row asks: the contents of its user's messages, or its columns except the
-    answer."""
-    texts = []
-    for name, value in row.items():
-        if isinstance(value, str) and name not in ("output", "completion"):
-            texts.append(value)
-        elif isinstance(value, list):
-            texts += [m["content"] for m in value if isinstance(m, dict) and m.get("role") == "user" and m["content"]]
-    return texts
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a checked row: its columns, and the contents of its messages."""
+    contents = [
+        each.get("content") for v in row.values() if isinstance(v, list) for each in v if isinstance(each, dict)
+    ]
+    return [text for text in (*row.values(), *contents) if isinstance(text, str)]
 
 
 def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bool) -> list[Message]:

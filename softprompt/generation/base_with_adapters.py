@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.dataset import Row
-from softprompt.data.messages import user_texts
+from softprompt.data.messages import texts_of
 from softprompt.data.template import Template
 from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
 from softprompt.generation.requests import GenerationSettings, merge_settings
@@ -81,7 +81,7 @@ class BaseWithAdapters:
         """Say once what the mini base is, if it is the base and most of the first `rows` are foreign to it."""
         if self._noted or not is_mini(self.name):
             return
-        if note := foreign_note(text for row in rows[:ROWS_JUDGED] for text in user_texts(row)):
+        if note := foreign_note(map(texts_of, rows[:ROWS_JUDGED])):
             tell(note)
             self._noted = True
 

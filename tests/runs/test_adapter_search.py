@@ -124,7 +124,7 @@ def test_a_newer_run_that_has_saved_nothing_is_named(runs_now, tmp_path):
     os.utime(run, (0, 0))
     write_adapter(tmp_path / "whole")
     if runs_now:
-        with FolderLock(run):
+        with FolderLock(run).take():
             assert newest_adapter(tmp_path, said.append) == tmp_path / "whole"
     else:
         assert newest_adapter(tmp_path, said.append) == tmp_path / "whole" and not said

@@ -22,13 +22,8 @@ def of_transformers(kind: str, peak: float, warmup: int, total: int) -> list[flo
     """The learning rates of a run with Trainer's scheduler."""
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
-    scheduler, rates = get_scheduler(kind, optimizer, warmup, total), []
-    for _ in range(total):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    return rates
+    scheduler = get_scheduler(kind, torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak), warmup, total)
+    return [peak * scheduler.lr_lambdas[0](step) for step in range(total)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,10 +50,11 @@ def test_a_run_and_its_answers_import_neither_peft_nor_bitsandbytes(tmp_path):
     """bitsandbytes warns at its import about a kernel that no run without --load_in_4bit uses."""
     code = """
 import sys, softprompt
+sys.modules["matplotlib"] = None  # no charts, which take longer than the run
 run = softprompt.train(output_dir="run", max_steps=1, per_device_train_batch_size=2, eval_rows=2, dataset="rows.jsonl")
 model = softprompt.SoftPromptModel.from_pretrained(adapter="run")
 model.generate("好", max_new_tokens=1), model.classify(["好"], ["好", "坏"])
-sys.exit(", ".join({"peft", "bitsandbytes", "kernels"} & set(sys.modules)))
+sys.exit(", ".join({"peft", "bitsandbytes", "kernels"} & set(sys.modules)) or None)
 """
     (tmp_path / "rows.jsonl").write_text('{"instruction": "好", "output": "好"}\n' * 4, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
