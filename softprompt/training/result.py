@@ -13,6 +13,7 @@ from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
 from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.runs.state import Metrics
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.loss_curves import draw_loss_curves
@@ -84,10 +85,11 @@ class Run:
             SoftpromptError: See `SoftPromptModel.from_pretrained`.
         """
         settings, name = self.config.model, str(self.output_dir)
-        adapters = {name: LoadedAdapter.from_folder(self.output_dir)}
+        folder = resolve_adapter(self.output_dir, lambda told: None)  # `stopped` has told it
         if settings.stream_base or settings.shard_base:
             how = {"device": settings.device, "bf16": settings.bf16, "fp16": settings.fp16}
-            return SoftPromptModel.from_pretrained(settings.model_name_or_path, {name: self.output_dir}, **how)
+            return SoftPromptModel.from_pretrained(settings.model_name_or_path, {name: folder}, **how)
+        adapters = {name: LoadedAdapter.from_folder(folder)}
         base, dtype = str(settings.model_name_or_path), self.setup.engine.compute_dtype
         return SoftPromptModel.with_adapters(self.setup.base, self.setup.data.tokenizer, base, adapters, dtype)
 
