@@ -29,6 +29,7 @@ def test_signature_and_docstring_show_every_setting():
         assert f"= {default!r}" in line
         for preset, values in PRESETS.items():
             assert name not in values or f"{values[name]!r} with preset {preset}" in line
+    assert "`bf16=False` computes in fp32" in described
     assert "--" not in described.replace("--tensorboard", "").replace("--logdir", "")
 
 

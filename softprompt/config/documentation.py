@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from softprompt.config.schema import union_members
@@ -47,8 +47,19 @@ def _described(groups: Sequence[type], presets: Presets) -> Iterator[str]:
             ]
             default = "; ".join([repr(field.default), *of_presets])
             yield f"    {field.name}: {_type(types[field.name])} = {default}"
-            text = re.sub(r"--(\w+)", lambda flag: flag[1] if flag[1] in names else flag[0], field.metadata["help"])
-            yield textwrap.indent(textwrap.fill(text, WIDTH), " " * 8)
+            yield textwrap.indent(textwrap.fill(_in_python(field.metadata["help"], names), WIDTH), " " * 8)
+
+
+def _in_python(text: str, names: Collection[str]) -> str:
+    """Return a help text in which the flags `names` are written as keyword arguments: dataset for --dataset, and
+    bf16=False for --bf16 false."""
+
+    def argument(flag: re.Match[str]) -> str:
+        if flag[1] not in names:
+            return flag[0]
+        return flag[1] + (f"={flag[2].strip().capitalize()}" if flag[2] else "")
+
+    return re.sub(r"--(\w+)( true| false)?", argument, text)
 
 
 def _type(hint: Any) -> str:
