@@ -125,6 +125,7 @@ def test_a_newer_run_that_has_saved_nothing_is_named(runs_now, tmp_path):
     write_adapter(tmp_path / "whole")
     if runs_now:
         with FolderLock(run).take():
+            os.utime(run, (0, 0))
             assert newest_adapter(tmp_path, said.append) == tmp_path / "whole"
     else:
         assert newest_adapter(tmp_path, said.append) == tmp_path / "whole" and not said
