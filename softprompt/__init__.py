@@ -4,20 +4,23 @@
 `softprompt.errors` holds the exceptions that they raise.
 """
 
-import sys
-from typing import TYPE_CHECKING, Any
+# Jupyter offers every name of this module that has no underscore before it, whatever __dir__ says.
+import sys as _sys
+import typing as _typing
 
-from softprompt.utils import errors
+from softprompt.utils import errors as _errors
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from softprompt.api import SoftPromptModel, train
 
 __all__ = ["SoftPromptModel", "train"]
 
-sys.modules[f"{__name__}.errors"] = errors  # `from softprompt.errors import …`, their place in earlier versions
+_sys.modules[f"{__name__}.errors"] = _errors  # `from softprompt.errors import …`, their place in earlier versions
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
+    if name == "errors":
+        return _errors
     if name in __all__:
         from softprompt import api  # loads torch, which settings and the mini tasks do without
 

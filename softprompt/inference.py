@@ -97,13 +97,14 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
     for name, where in named.items():
         if name in model.adapters:
             continue
-        base = LoadedAdapter.from_folder(str(name)).base
+        adapter = LoadedAdapter.from_folder(str(name))
+        base = adapter.base
         if settings.model_name_or_path is None and base and base_identity(base) != base_identity(model.name):
             raise AdapterError(
                 f"{where}: adapter {name} is for base {base}, but {model.name} is loaded; ask the adapters of one base "
                 "at a time, or give --model_name_or_path"
             )
-        model.load_adapter(str(name))
+        model.add_adapter(str(name), adapter)
     return model
 
 
@@ -155,6 +156,7 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         question.eval_split,
     )
     results, fault = _evaluated(evaluator, model.adapters)
+    model.note_foreign_rows(next(iter(results.values())).rows)
     if question.ensemble and not fault:
         results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
     in_passages = dataset.lower().endswith(".txt") and config.generation.max_length is None

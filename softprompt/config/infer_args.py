@@ -104,8 +104,9 @@ class AdapterArguments:
 
     adapter: list[str] | None = option(
         None,
-        "Use the prompt in this adapter folder, written by softprompt or by PEFT; name=FOLDER gives it a name, and "
-        "`none` is the base without a prompt. If several are given, the first answers questions that name no adapter. "
+        "Use the prompt in this adapter folder, written by softprompt or by PEFT; of a run that has not ended, the "
+        "newest whole checkpoint. name=FOLDER gives it a name, and `none` is the base without a prompt. If several are "
+        "given, the first answers questions that name no adapter. "
         "(default: the newest adapter under runs/)",
         "DIR",
     )

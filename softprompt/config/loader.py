@@ -5,6 +5,7 @@ Validation collects every fault and raises one `ConfigError`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,8 @@ def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
     """
     if preset is not None and str(preset) not in PRESETS:
         hint = closest_name(str(preset), PRESETS)
+        if not hint and re.search(r"[./:\\]", str(preset)):  # softprompt.train("rows.jsonl")
+            hint = f"; if these are rows to train on, name them with dataset={preset!r}"
         raise ConfigError(f"unknown preset {preset!r}, expected one of {', '.join(PRESETS)}{hint}")
     return preset or (None if given.get("model_name_or_path") else "mini")
 

@@ -91,7 +91,7 @@ def faults(config: "TrainConfig") -> Iterator[str]:
     yield from _data_faults(config.data)
     yield from _prompt_faults(config.prompt)
     yield from _training_faults(training)
-    yield from _evaluation_faults(config.data, training)
+    yield from _evaluation_faults(config.data, training, config.given)
     yield from _sharing_faults(config.sharing)
     if training.find_learning_rate and "learning_rate" in config.given:
         yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
@@ -183,9 +183,11 @@ def _training_faults(training: TrainingArguments) -> Iterator[str]:
             yield str(error)
 
 
-def _evaluation_faults(data: DataArguments, training: TrainingArguments) -> Iterator[str]:
+def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> Iterator[str]:
     if training.eval_strategy != "no" and not (data.held_out or data.eval_rows):
-        yield f"--eval_strategy {training.eval_strategy} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
+        name = "eval_steps" if "eval_steps" in given and "eval_strategy" not in given else "eval_strategy"
+        asked = f"--{name} {getattr(training, name)}"
+        yield f"{asked} needs held-out rows; give --eval_dataset FILE or --eval_rows N"
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(training, name) and training.eval_strategy == "no":
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"

@@ -11,6 +11,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.data.dataloader import ListLoader, WindowLoader
 from softprompt.data.dataset import check_fields, check_row, check_rows, rows_of
 from softprompt.data.encoding import Encoded, encode
+from softprompt.data.messages import texts_of
 from softprompt.data.readers import local_path
 from softprompt.data.row_store import RowStore
 from softprompt.data.splits import Selection, find_splits
@@ -20,6 +21,7 @@ from softprompt.data.template import CHAT, Template
 from softprompt.data.token_cache import cached
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.mini import rows as mini_rows
+from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.utils.errors import ConfigError, DataError
 
 ROWS_CHECKED_FIRST = 1000  # rows at the beginning of a stream that are checked before the run
@@ -74,10 +76,25 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
         ConfigError: A stream has an unknown number of rows and --max_steps is missing, or --dataset_config_name is
             given without a hub dataset.
     """
-    data, dataset = config.data, str(config.data.dataset)
     _check_config_name(config)
-    if data.streaming:
-        return _open(config, template, dataset)
+    rows = (_open if config.data.streaming else _read)(config, template, str(config.data.dataset))
+    return rows._replace(notices=[*rows.notices, *_note_on_mini(config, rows)])
+
+
+def _note_on_mini(config: TrainConfig, rows: Rows) -> Iterator[str]:
+    """Say what the mini base is if most of the first training rows or held-out rows are foreign to it."""
+    if not is_mini(config.model.model_name_or_path):
+        return
+    given = {name: value for name, value in config.given.items() if hasattr(config.data, name)}
+    for part in (rows.train, rows.held_out):
+        if note := foreign_note(map(texts_of, part[:ROWS_JUDGED]), given):
+            yield note
+            return
+
+
+def _read(config: TrainConfig, template: Template, dataset: str) -> Rows:
+    """Read all rows into memory."""
+    data = config.data
     rows, selection, notices = _training(config, template, dataset)
     if data.eval_rows:
         if data.eval_rows >= len(rows):

@@ -22,6 +22,14 @@ SHAREGPT_ROLES = {
 }
 
 
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a checked row: its columns, and the contents of its messages."""
+    contents = [
+        each.get("content") for v in row.values() if isinstance(v, list) for each in v if isinstance(each, dict)
+    ]
+    return [text for text in (*row.values(), *contents) if isinstance(text, str)]
+
+
 def messages(where: str, name: str, value: Any, least: int, ends_with_answer: bool) -> list[Message]:
     """Convert the conversation in column `name`, which must have at least `least` messages.
 

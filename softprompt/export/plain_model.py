@@ -29,6 +29,7 @@ from softprompt.models.loading import base_path, load_config, load_tokenizer, re
 from softprompt.models.quantization import check_not_stored_quantized
 from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.initial import check_fits
+from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.utils.atomic_io import check_writable, new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
 from softprompt.utils.model_config import peft_sizes, text_config
@@ -64,6 +65,7 @@ def write_plain_model(folder: str, arguments: ExportArguments) -> str:
     if os.path.lexists(output):
         raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
     check_writable(output, "--output")
+    folder = str(resolve_adapter(folder))
     adapter = load_adapter(folder)
     name = arguments.model_name_or_path or adapter.base_model_name_or_path
     if name is None:

@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.schema import AUTO, is_text
 from softprompt.config.train_args import RUNS
 from softprompt.data.template import Template, saved_template
 from softprompt.generation.requests import merge_settings
 from softprompt.models.loading import base_path
-from softprompt.prompt.adapter_io import Adapter, load_adapter, newest_adapter
+from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.file_names import SETTINGS_FILE
 from softprompt.prompt.initial import check_fits
+from softprompt.runs.adapter_search import newest_adapter, no_adapter, resolve_adapter
 from softprompt.utils.errors import AdapterError, ConfigError
+from softprompt.utils.std_streams import tell
 
 NONE = "none"  # adapter name that stands for the base without a prompt
 AdapterPath = str | os.PathLike[str]
@@ -48,11 +51,13 @@ class LoadedAdapter:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "LoadedAdapter":
-        """Read an adapter folder of this project or of PEFT.
+        """Read an adapter folder of this project or of PEFT, or the newest checkpoint of a run that has not ended.
 
         Raises:
-            AdapterError: The adapter cannot be read (see `adapter_io.load_adapter`), or its settings are invalid.
+            AdapterError: There is no adapter (see `adapter_search.resolve_adapter`), it cannot be read (see
+                `adapter_io.load_adapter`), or its settings are invalid.
         """
+        folder = resolve_adapter(folder)
         return cls.from_files(folder, load_adapter(folder))
 
     @classmethod
@@ -129,22 +134,25 @@ def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
     return folders
 
 
-def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, LoadedAdapter], str, str]:
+def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, LoadedAdapter], str]:
     """Load adapters and find their base.
 
     Args:
         folders: Folders by name, by default the newest adapter under runs/. If every folder is `none` and `base` is
-            None, base and settings are those of the newest adapter.
+            None, base and settings are those of the newest adapter, else those of the mini base.
         base: Name or path of the base; None selects the one that the adapters name.
 
     Returns:
-        The adapters by name, the first name, and the name or path of the base.
+        The adapters by name, and the name or path of the base.
 
     Raises:
         AdapterError: A folder is missing or damaged, a name is invalid, or `base` is None and the adapters name no base
             or different ones.
     """
-    folders = folders or {str(newest := newest_adapter(RUNS)): str(newest)}
+    if not folders:
+        if (newest := newest_adapter(RUNS)) is None:
+            raise no_adapter(RUNS)
+        folders = {str(newest): str(newest)}
     for name, folder in folders.items():
         check_name(name, folder)
     adapters = {
@@ -159,12 +167,20 @@ def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[
         pairs = ", ".join(f"{name} for {other}" for name, other in bases.values())
         raise AdapterError(f"the adapters are for several bases: {pairs}; ask those of one base at a time")
     if base is None and set(folders.values()) == {NONE}:
-        latest = LoadedAdapter.from_folder(newest_adapter(RUNS))
+        latest = _newest_or_mini()
         base, adapters = latest.base, dict.fromkeys(adapters, replace(latest, prompt=None))
     base = base or next((other for _, other in bases.values()), None)
     if base is None:
         raise AdapterError(f"adapter {next(iter(folders.values()))}: names no base; give --model_name_or_path")
-    return adapters, next(iter(folders)), base
+    return adapters, base
+
+
+def _newest_or_mini() -> LoadedAdapter:
+    """Return the newest adapter under runs/. If there is none, return the settings of a prompt for the mini base."""
+    if newest := newest_adapter(RUNS):
+        return LoadedAdapter.from_folder(newest)
+    tell(f"no trained adapter under {RUNS}/; the base is mini, unless --model_name_or_path names another")
+    return LoadedAdapter(generation=GENERATION_DEFAULTS["mini"], base="mini")
 
 
 def base_identity(base: str) -> str:

@@ -1,15 +1,20 @@
 """A base model with named adapters, of which one is active."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.data.dataset import Row
+from softprompt.data.messages import texts_of
 from softprompt.data.template import Template
 from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
 from softprompt.generation.requests import GenerationSettings, merge_settings
+from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.models.loading import word_embeddings
+from softprompt.utils.std_streams import tell
 
 
 class BaseWithAdapters:
@@ -25,6 +30,15 @@ class BaseWithAdapters:
         """Make `adapter` the adapter "default" of a base."""
         self.base, self.name = base, str(getattr(base, "name_or_path", ""))
         self.adapters, self.active_adapter = {"default": adapter}, "default"
+        self._noted = False  # whether the note on the mini base has been given
+
+    def __repr__(self) -> str:
+        adapters = ", ".join(f"{name!r}: {_size(adapter)}" for name, adapter in self.adapters.items())
+        device = word_embeddings(self.base).weight.device
+        return (
+            f"{type(self).__name__}(base={self.name!r}, device='{device}', adapters={{{adapters}}}, "
+            f"active_adapter={self.active_adapter!r})"
+        )
 
     def load_adapter(self, folder: str | Path, adapter_name: str | None = None) -> str:
         """Load an adapter folder, or "none" (the base without a prompt), under a name, by default the folder's path.
@@ -35,7 +49,7 @@ class BaseWithAdapters:
         """
         name = str(folder) if adapter_name is None else adapter_name
         check_name(name, folder)
-        self._add(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
+        self.add_adapter(name, LoadedAdapter() if str(folder) == NONE else LoadedAdapter.from_folder(folder))
         return name
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -63,6 +77,14 @@ class BaseWithAdapters:
         names = [name for name, tuned in self.adapters.items() if tuned.prompt is not None]
         return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
 
+    def note_foreign_rows(self, rows: Sequence[Row]) -> None:
+        """Say once what the mini base is, if it is the base and most of the first `rows` are foreign to it."""
+        if self._noted or not is_mini(self.name):
+            return
+        if note := foreign_note(map(texts_of, rows[:ROWS_JUDGED])):
+            tell(note)
+            self._noted = True
+
     def settings(
         self, adapter: str | None = None, /, *, seed: int | None = None, batch_size: int = 8, **given: Any
     ) -> GenerationSettings:
@@ -74,6 +96,15 @@ class BaseWithAdapters:
         """
         return merge_settings(self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation, given)
 
-    def _add(self, name: str, tuned: LoadedAdapter) -> None:
+    def add_adapter(self, name: str, tuned: LoadedAdapter) -> None:
+        """Add an adapter that has been read already.
+
+        Raises:
+            AdapterError: Its hidden size differs from the base's.
+        """
         check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
         self.adapters[name] = tuned
+
+
+def _size(adapter: LoadedAdapter) -> str:
+    return "no prompt" if adapter.prompt is None else f"{len(adapter.prompt)} virtual tokens"

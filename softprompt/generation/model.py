@@ -97,9 +97,10 @@ class SoftPromptModel(BaseWithAdapters):
 
         Args:
             base: Folder or hub id of the base, by default the base that the adapters name.
-            adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/. Several
-                are given as {"name": folder} or ["name=FOLDER"]; the first becomes the active adapter. "none" is the
-                base without a prompt; if `base` is not given either, it is the base of the newest adapter.
+            adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/; of a run
+                that has not ended, the newest whole checkpoint. Several are given as {"name": folder} or
+                ["name=FOLDER"]; the first becomes the active adapter. "none" is the base without a prompt; if `base`
+                is not given either, it is the base of the newest adapter, or mini if there is none.
             device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.
 
         Raises:
@@ -113,14 +114,29 @@ class SoftPromptModel(BaseWithAdapters):
         where = resolve_device(device)
         dtype = resolve_dtype(where, bf16, fp16)
         folders = parse_adapter_specs(adapter)
-        adapters, first, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
+        adapters, name = load_adapters(folders, None if base is None else os.path.expanduser(base))
         path = base_path(name)
         tokenizer = load_tokenizer(path)
         loaded = load_base(path, where, dtype, quantization_bits(load_in_8bit, load_in_4bit))
-        model = cls(loaded, tokenizer, None, compute_dtype=dtype, engine=engine)
-        model.name, model.adapters, model.active_adapter = name, {}, first
-        for each, tuned in adapters.items():
-            model._add(each, tuned)
+        return cls.with_adapters(loaded, tokenizer, name, adapters, dtype, engine)
+
+    @classmethod
+    def with_adapters(
+        cls,
+        base: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        adapters: Mapping[str, LoadedAdapter],
+        compute_dtype: torch.dtype,
+        engine: str = AUTO,
+    ) -> "SoftPromptModel":
+        """Make a model from a loaded base with this name or path, and adapters by name, the first of which is active.
+        The other arguments and the errors are those of `__init__`, and AdapterError for an adapter of another hidden
+        size."""
+        model = cls(base, tokenizer, None, compute_dtype=compute_dtype, engine=engine)
+        model.name, model.adapters, model.active_adapter = name, {}, next(iter(adapters))
+        for each, adapter in adapters.items():
+            model.add_adapter(each, adapter)
         return model
 
     def ensemble(self, adapters: Sequence[str] | None = None, voting: Voting | None = None) -> Ensemble:
@@ -251,4 +267,5 @@ class SoftPromptModel(BaseWithAdapters):
         asked = encode_questions(prompts, self.adapters, self.active_adapter, names, where, self.tokenizer)
         for one in asked:
             check_token_ids(one.input_ids, self.base, one.where)
+        self.note_foreign_rows([one.row for one in asked])
         return asked

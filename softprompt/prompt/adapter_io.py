@@ -24,7 +24,6 @@ from softprompt.prompt.adapter_kinds import check_kind
 from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.utils.atomic_io import open_inside, read_inside
 from softprompt.utils.errors import AdapterError
-from softprompt.utils.shell_commands import command
 
 PROMPT_KEY = "prompt_embeddings"
 CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # regular expression for the name of a checkpoint folder
@@ -95,30 +94,6 @@ def load_adapter(folder: str | Path) -> Adapter:
         )
     settings = _read_json(folder, SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
     return Adapter(_read_prompt(folder, config), config, settings)
-
-
-def newest_adapter(runs: Path) -> Path:
-    """Return the folder of the adapter that was written last.
-
-    Args:
-        runs: A folder of runs, which are searched together with their checkpoints.
-
-    Raises:
-        AdapterError: There is no adapter.
-    """
-    paths = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
-    # A finished run's own files are newer than its last checkpoint.
-    if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
-        return max(found)[1].parent
-    raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
-
-
-def _written(path: Path) -> int | None:
-    """Return a file's modification time in ns; None if it no longer exists, because runs remove old checkpoints."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 def _read(folder: Path, name: str, limit: int) -> bytes:

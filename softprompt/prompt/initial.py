@@ -1,22 +1,18 @@
-"""Initial values of a soft prompt, as chosen by `--prompt_tuning_init` or `--init_adapter`."""
+"""Initial values of a soft prompt, as chosen by `--prompt_tuning_init`."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import DEFAULT_NUM_VIRTUAL_TOKENS, DEFAULT_VOCAB_POPULATION
 from softprompt.config.value_parsers import parse_labels
-from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import (
     Initializer,
-    InputEmbeddings,
     class_label_init,
     random_init,
     sample_tokens_init,
@@ -24,25 +20,6 @@ from softprompt.prompt.soft_prompt import (
     token_init,
 )
 from softprompt.utils.errors import AdapterError, ConfigError
-
-
-def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
-    """Return the initial prompt [P, H], drawn with --seed; it is fp32, as are the word embeddings of a frozen base.
-
-    Args:
-        config: The settings of the run.
-        tokenizer: The base's tokenizer.
-        base: The base.
-
-    Raises:
-        ConfigError: See `initializer`; or --num_virtual_tokens differs from the P of --init_adapter.
-        AdapterError: --init_adapter cannot be read, or its hidden size differs from the base's.
-    """
-    embeddings = InputEmbeddings(base)  # [V, H]
-    if config.prompt.init_adapter:
-        return _from_adapter(config, embeddings.shape[1])
-    torch.manual_seed(config.training.seed)
-    return initializer(config, tokenizer, len(embeddings))(embeddings)
 
 
 def initializer(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initializer:
@@ -87,18 +64,6 @@ def check_fits(adapter_dir: str | Path, prompt: Tensor, hidden_size: int, base_n
             f"adapter {adapter_dir}: its virtual tokens have size {prompt.shape[1]}, but {base_name} has hidden size "
             f"{hidden_size}; use the base that it was trained on"
         )
-
-
-def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:
-    folder, wanted = str(config.prompt.init_adapter), config.prompt.num_virtual_tokens
-    prompt = load_adapter(folder).prompt
-    check_fits(folder, prompt, hidden_size, str(config.model.model_name_or_path))
-    if wanted not in (None, prompt.shape[0]):
-        raise ConfigError(
-            f"--num_virtual_tokens {wanted}: the prompt of --init_adapter {folder} has {prompt.shape[0]}; leave "
-            "--num_virtual_tokens out"
-        )
-    return prompt
 
 
 def frequent_tokens(tokenizer: Any, limit: int, vocab_size: int) -> list[int]:

@@ -21,7 +21,7 @@ from softprompt.runs.checkpoints import checkpoints, fault_of, newest_whole
 from softprompt.runs.file_names import METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, STATE_FILES
 from softprompt.runs.state import Step, TrainingState
 from softprompt.utils.errors import CheckpointError, ConfigError
-from softprompt.utils.shell_commands import command, flag
+from softprompt.utils.shell_commands import command, flags, train_call
 from softprompt.utils.torchrun_env import launched_by_torchrun
 
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
@@ -31,23 +31,25 @@ OF_THIS_CALL = (
 )
 
 
-def way_on(output_dir: Path, more: str = "") -> str:
+def way_on(output_dir: Path, **settings: Any) -> str:
     """Return a clause for the error message of a failed run. It names the newest whole checkpoint and the command that
-    continues the run; `more` is appended to the command."""
+    continues the run; `settings` are added to the command."""
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
-    return f"{found} is whole; continue with: {resume_command(output_dir)}{more}"
+    return f"{found} is whole; continue with: {resume_command(output_dir, **settings)}"
 
 
-def resume_command(output_dir: Path) -> str:
-    """Return the command that resumes a run; with torchrun and the same number of nodes if torchrun started this
-    process."""
+def resume_command(output_dir: Path, **settings: Any) -> str:
+    """Return the command or the call that resumes a run with changed `settings`; with torchrun and the same number of
+    nodes if torchrun started this process."""
+    folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
+    settings = {"resume_from_checkpoint": folder, **settings}
+    if not launched_by_torchrun():
+        return train_call(settings)
     local, size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     nodes = f" --nnodes={int(size) // int(local)} …" if size != local else ""
-    launcher = f"torchrun --nproc_per_node={local}{nodes}" if launched_by_torchrun() else "python"
-    folder = str(output_dir) if str(output_dir) != NEWEST else os.path.join(".", NEWEST)
-    return f"{command('train', launcher)}{flag('resume_from_checkpoint', folder)}"
+    return command("train", f"torchrun --nproc_per_node={local}{nodes}") + flags(settings)
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -22,13 +22,13 @@ from softprompt.models.loading import base_path, load_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.model_card import CardFacts
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics
 from softprompt.study.plan import PlannedCell
 from softprompt.study.results import CellRecord, read_finished
 from softprompt.training.determinism import deterministic
+from softprompt.training.initial_prompt import initial_prompt
 from softprompt.training.loop import QuietCallbacks, train
 from softprompt.utils.errors import NonFiniteError, TrainingError
 

@@ -75,21 +75,20 @@ class RunCallbacks(Callbacks):
             self.before = self.evaluator(None)
             self.log.say(f"base without a prompt: {_listed(self.before.metrics())}")
         self.began = time.perf_counter()
-        return Run(self.setup, before=self.before)
+        return self._run()
 
     def wants_to_stop(self) -> bool:
         return self.stop.exit_code is not None or self._patience_is_over()
 
     def stop_if_asked(self) -> None:
-        """Raise Stopped if a signal or the time limit ended the loop before its last step."""
+        """Raise Stopped, with the run as it was saved, if a signal or the time limit ended the loop before its last
+        step."""
         done, total = self.log.totals.steps, self.loader.total_steps
         code = self.stop.exit_code
         if code is not None and not self._is_over(done) and not self._patience_is_over():
-            raise Stopped(
-                f"stopped after step {done:,} of {total:,}, which is saved; continue with: "
-                f"{resume_command(self.output_dir)}",
-                code,
-            )
+            saved = f"stopped after step {done:,} of {total:,}, which is saved; continue with: "
+            saved += resume_command(self.output_dir)
+            raise Stopped(saved, code, replace(self._run(), stopped=saved))
 
     def on_step(self, step: Step) -> None:
         self.latest = None
@@ -143,7 +142,11 @@ class RunCallbacks(Callbacks):
         if self.world.is_main:
             self.writer.write_results({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        return Run(self.setup, metrics, size, question, self.before, after, no_answers=self.setup.no_answers)
+        return replace(self._run(), metrics=metrics, adapter_bytes=size, question=question, after=after)
+
+    def _run(self) -> Run:
+        """Return the run as it is now, without results."""
+        return Run(self.setup, before=self.before, no_answers=self.setup.no_answers, history=list(self.log.history))
 
     def _first_question(self) -> FirstQuestion | None:
         rows = list(self.data.first_rows)

@@ -16,7 +16,7 @@ from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.quantization import stored_method
-from softprompt.training.optimizer import farthest_move, learning_rates
+from softprompt.training.lr_schedules import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1. If training moves them by less than this, they hardly change.
 LEAST_MOVE = 0.1

@@ -18,7 +18,8 @@ from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
-from softprompt.training.optimizer import learning_rates, make_optimizer, optimizer_step
+from softprompt.training.lr_schedules import learning_rates
+from softprompt.training.optimizer import make_optimizer, optimizer_step
 from softprompt.utils.errors import DataError, NonFiniteError
 
 LEAST_SCALE = 1e-4  # of a GradScaler; an overflow at a smaller scale is not caused by the scale

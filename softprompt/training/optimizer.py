@@ -1,7 +1,7 @@
-"""AdamW over the prompt: its learning rates, and one step of it."""
+"""AdamW over the prompt, and one step of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,24 +10,6 @@ from softprompt.config.train_args import TrainingArguments
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
-
-
-def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the optimizer step, counted from 0. The schedules are those of
-    transformers.get_scheduler."""
-    from transformers import get_scheduler
-
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * total)
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
-    scheduler = get_scheduler(args.lr_scheduler_type, stand_in, int(warmup), total)
-    return lambda step: peak * scheduler.lr_lambdas[0](step)
-
-
-def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
-    """Return about how far AdamW can move one value in `total` steps: each step moves it by at most about the learning
-    rate."""
-    stride = max(1, total // 10_000)
-    return stride * sum(map(lr_at, range(0, total, stride)))
 
 
 def make_optimizer(prompt: PromptEmbedding, args: TrainingArguments, peak: float) -> torch.optim.Optimizer:

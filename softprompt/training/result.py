@@ -1,19 +1,25 @@
 """The parts of a run before training (`Setup`), and its result (`Run`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.generation.adapters import LoadedAdapter
+from softprompt.generation.model import SoftPromptModel
 from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.runs.state import Metrics
 from softprompt.training.first_question import FirstQuestion
+from softprompt.training.loss_curves import draw_loss_curves
 from softprompt.training.resume import StartingPoint
 from softprompt.training.setup import RunData
+from softprompt.utils.errors import ConfigError
 
 
 class Setup(NamedTuple):
@@ -44,6 +50,8 @@ class Run:
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
         no_answers: Why the base cannot generate behind a prompt; None if it can.
+        history: The records of metrics.jsonl, one dict each; `pandas.DataFrame(run.history)` is a table of them.
+        stopped: If the run was stopped before its last step, what was saved and how to continue; else None.
     """
 
     setup: Setup
@@ -54,6 +62,8 @@ class Run:
     after: Evaluation | None = None
     not_pushed: str | None = None
     no_answers: str | None = None
+    history: Sequence[Metrics] = ()
+    stopped: str | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -67,5 +77,46 @@ class Run:
     def evaluator(self) -> Evaluator | None:
         return self.setup.evaluator
 
+    def model(self) -> SoftPromptModel:
+        """Return a model that answers with the prompt of this run; of a run that was stopped, with that of its newest
+        whole checkpoint. The base that the run has in memory is used, unless it is sharded or streamed.
+
+        Raises:
+            SoftpromptError: See `SoftPromptModel.from_pretrained`.
+        """
+        settings, name = self.config.model, str(self.output_dir)
+        folder = resolve_adapter(self.output_dir, lambda told: None)  # `stopped` has told it
+        if settings.stream_base or settings.shard_base:
+            how = {"device": settings.device, "bf16": settings.bf16, "fp16": settings.fp16}
+            return SoftPromptModel.from_pretrained(settings.model_name_or_path, {name: folder}, **how)
+        adapters = {name: LoadedAdapter.from_folder(folder)}
+        base, dtype = str(settings.model_name_or_path), self.setup.engine.compute_dtype
+        return SoftPromptModel.with_adapters(self.setup.base, self.setup.data.tokenizer, base, adapters, dtype)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the training loss and the held-out loss over the steps, and return matplotlib's Axes.
+
+        Args:
+            ax: Axes to draw into, by default those of a new figure.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        if ax is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError:
+                raise ConfigError("plot needs matplotlib: pip install matplotlib") from None
+            _, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        draw_loss_curves(ax, self.history, self.before.loss if self.before else None)
+        return ax
+
     def __repr__(self) -> str:
-        return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics})"
+        stopped = f", stopped={self.stopped!r}" if self.stopped else ""
+        return f"Run(output_dir={str(self.output_dir)!r}, metrics={self.metrics}{stopped})"
+
+    def _repr_html_(self) -> str:
+        """Return the summary as tables, which Jupyter shows."""
+        from softprompt.training.summary import html_summary  # it imports this module
+
+        return html_summary(self)

@@ -164,7 +164,7 @@ def _train(
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_on(output_dir)}") from None
     except DataError as error:  # a row of a stream that cannot be read
-        raise DataError(f"{error}; correct the row; {way_on(output_dir, ' --ignore_data_skip')}") from None
+        raise DataError(f"{error}; correct the row; {way_on(output_dir, ignore_data_skip=True)}") from None
 
 
 def _claimed(setup: Setup, world: World, stack: ExitStack) -> Path:

@@ -38,10 +38,10 @@ from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import check_bitsandbytes, check_not_stored_quantized, stored_method
 from softprompt.models.weight_offload import load_streamed
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import initial_prompt
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.output_dir import choose_output_dir
 from softprompt.training.console import print_answer_end, print_data, print_rows
+from softprompt.training.initial_prompt import initial_prompt
 from softprompt.training.resume import StartingPoint
 from softprompt.training.tensorboard import check_installed
 from softprompt.utils.atomic_io import check_writable

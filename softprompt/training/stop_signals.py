@@ -9,10 +9,12 @@ import time
 from types import FrameType, TracebackType
 
 from softprompt.utils.errors import SIGNAL_EXIT_CODES, TIMEOUT_EXIT_CODE
+from softprompt.utils.std_streams import is_interactive
 
 
 class StopRequest:
-    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once.
+    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once,
+    with KeyboardInterrupt in an interactive session, which goes on, else with SystemExit.
 
     `exit_code` is None until a signal has arrived or `max_time` seconds have passed since this object was created.
     """
@@ -39,6 +41,8 @@ class StopRequest:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if is_interactive():
+                raise KeyboardInterrupt
             raise SystemExit(SIGNAL_EXIT_CODES[signal.Signals(number)])
         self.signal = number
         with contextlib.suppress(OSError, AttributeError):  # the signal may have interrupted print

@@ -5,6 +5,7 @@ exit with the exception's `exit_code`.
 """
 
 import signal
+from typing import Any
 
 from softprompt.utils.redact import redacted
 
@@ -20,6 +21,10 @@ class SoftpromptError(Exception):
 
     def __init__(self, message: str):
         super().__init__(redacted(message))
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and Jupyter show in place of a traceback: one line, as the command line does."""
+        return [f"{type(self).__name__}: {' '.join(str(self).split())}"]
 
 
 class ConfigError(SoftpromptError):
@@ -43,11 +48,12 @@ class CheckpointError(SoftpromptError):
 
 
 class Stopped(SoftpromptError):
-    """Not a fault: a run was asked to stop, and has saved its state. `exit_code` identifies the signal or limit."""
+    """Not a fault: a run was asked to stop, and has saved its state. `exit_code` identifies the signal or limit, and
+    `run` is the `training.result.Run` as it was saved; None if nothing was to be saved."""
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str, exit_code: int, run: Any = None):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.run = exit_code, run
 
 
 class OtherRankError(SoftpromptError):

@@ -4,7 +4,9 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.machinery import PathFinder
+from typing import Any
 
 SCRIPTS = ("train.py", "infer.py")  # exist beside the package in a clone, but not in an installed package
 
@@ -35,6 +37,20 @@ def command(name: str, launcher: str = "python") -> str:
         same = on_path is not None and os.path.realpath(on_path) == os.path.realpath(sys.argv[0])
         return f"{started if same else shlex.quote(sys.argv[0])} {name}"
     return f"{launcher} -m softprompt {name}"
+
+
+def train_call(settings: Mapping[str, Any]) -> str:
+    """Return how to train with these settings: a shell command, or a call of `softprompt.train` if no program of
+    softprompt started this process."""
+    folder, started = os.path.split(sys.argv[0])
+    if started in (*SCRIPTS, "softprompt") or (started == "__main__.py" and os.path.basename(folder) == "softprompt"):
+        return command("train") + flags(settings)
+    return f"softprompt.train({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Return the settings as flags, each with a space before it; a switch that is on has no value."""
+    return "".join(f" --{name}" if value is True else flag(name, str(value)) for name, value in settings.items())
 
 
 def flag(name: str, value: str) -> str:

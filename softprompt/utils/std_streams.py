@@ -35,6 +35,11 @@ class BestEffortStream:
         return getattr(self._stream, name)
 
 
+def is_interactive() -> bool:
+    """Return whether a person types statements into this process, in Python's own prompt, IPython or Jupyter."""
+    return hasattr(sys, "ps1")
+
+
 def null_stream() -> TextIO:
     """Open a stream that accepts any text and drops it."""
     return open(os.devnull, "w", encoding="utf-8", errors="replace")

@@ -1,10 +1,21 @@
-"""Plain-text tables for a terminal, where a Chinese character is two columns wide."""
+"""Tables: as plain text for a terminal, where a Chinese character is two columns wide, and as HTML for a notebook."""
 
 import unicodedata
 from collections.abc import Sequence
+from html import escape
+
+Rows = Sequence[Sequence[str]]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def html_table(rows: Rows) -> str:
+    """Format rows as an HTML table; the first row is the header."""
+    head, *body = [[escape(cell) for cell in row] for row in rows]
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+    lines = ["".join(f'<th style="text-align: left">{cell}</th>' for cell in head), *lines]
+    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"])
+
+
+def table(rows: Rows) -> str:
     """Format rows as aligned columns; the first row is the header."""
     widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

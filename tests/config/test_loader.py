@@ -129,7 +129,7 @@ FAULTS = [
     ({"prompt_tuning_init_text": "a"}, "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT"),
     ({"eval_dataset": "a", "eval_rows": 1}, "--eval_dataset and --eval_rows exclude each other"),
     ({**OWN, "eval_strategy": "epoch"}, "--eval_strategy epoch needs held-out rows; give --eval_dataset FILE or"),
-    ({**OWN, "eval_steps": 3}, "--eval_strategy steps needs held-out rows"),
+    ({**OWN, "eval_steps": 3}, "--eval_steps 3 needs held-out rows"),
     *[
         ({name: value}, f"--{name} {value} must be above 0")
         for name in (

@@ -9,8 +9,8 @@ from helpers.bases import make_bloom
 from safetensors.torch import save
 
 from softprompt.prompt.adapter_folder import adapter_files, peft_config
-from softprompt.prompt.adapter_io import Adapter, json_bytes, load_adapter, newest_adapter
-from softprompt.utils.atomic_io import write_files, write_folder
+from softprompt.prompt.adapter_io import Adapter, json_bytes, load_adapter
+from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import AdapterError
 
 
@@ -77,38 +77,11 @@ def test_a_broken_adapter_is_refused_in_one_line(fault, adapter_dir):
 def test_a_missing_folder(tmp_path):
     with pytest.raises(AdapterError, match="no such folder"):
         load_adapter(tmp_path / "nothing")
-    with pytest.raises(AdapterError, match="--adapter"):
-        newest_adapter(tmp_path)
 
 
 def test_a_prompt_in_half_precision_is_read_as_fp32(adapter_dir):
     weights(adapter_dir, {P: torch.ones(3, 4, dtype=torch.bfloat16)})
     assert load_adapter(adapter_dir).prompt.dtype == torch.float32
-
-
-def test_the_newest_adapter_is_the_one_written_last(adapter_dir, tmp_path):
-    files = {p.name: p.read_bytes() for p in adapter_dir.iterdir()}
-    for name in ("runs/b", "runs/a/checkpoint-5"):
-        write_folder(tmp_path / name, files)
-    assert newest_adapter(tmp_path / "runs") == tmp_path / "runs/a/checkpoint-5"
-    write_files(tmp_path / "runs/a", files)
-    assert newest_adapter(tmp_path / "runs") == tmp_path / "runs/a"
-
-
-def test_newest_adapter_skips_an_adapter_that_is_removed_meanwhile(adapter_dir, tmp_path, monkeypatch):
-    for name in ("runs/a/checkpoint-5", "runs/a/checkpoint-6"):
-        write_folder(tmp_path / name, {path.name: path.read_bytes() for path in adapter_dir.iterdir()})
-    stat, calls = Path.stat, []
-
-    def removed(path, **options):
-        if path.parts[-2:] == ("checkpoint-6", "adapter_model.safetensors"):
-            calls.append(path)
-            if len(calls) > 1:  # the first call is glob's
-                raise FileNotFoundError(2, "No such file or directory", str(path))
-        return stat(path, **options)
-
-    monkeypatch.setattr(Path, "stat", removed)
-    assert newest_adapter(tmp_path / "runs") == tmp_path / "runs/a/checkpoint-5" and len(calls) > 1
 
 
 def test_json_has_no_nan():

@@ -24,7 +24,6 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.training.loop import train
-from softprompt.training.optimizer import learning_rates
 from softprompt.utils.errors import TrainingError
 
 ENGINES = pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -134,21 +133,6 @@ def test_microbatch_size_does_not_change_the_result(tokenizer):
     assert torch.allclose(prompts[0], prompts[2], atol=1e-6)
     assert torch.allclose(prompts[1], prompts[3], atol=1e-6)
     assert not torch.allclose(prompts[0], prompts[1], atol=1e-6)
-
-
-def naive_linear(step: int, total: int, peak: float, warmup: int) -> float:
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    return peak * max(0, total - step) / max(1, total - warmup)
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 10, 0.2])
-def test_linear_schedule(warmup):
-    lr_at = learning_rates(TrainingArguments(warmup_steps=warmup), 0.3, 50)
-    steps = math.ceil(warmup * 50) if warmup < 1 else int(warmup)
-    assert [lr_at(s) for s in range(51)] == pytest.approx([naive_linear(s, 50, 0.3, steps) for s in range(51)])
-    assert lr_at(50) == 0
-    assert lr_at(0) == (0.3 if warmup == 0 else 0)
 
 
 @pytest.mark.parametrize("epochs, expected", [(1, 3), (2, 6), (0.5, 2), (0.1, 1), (2.5, 8)])
