@@ -1,7 +1,7 @@
 """Read adapter folders in PEFT's format; `adapter_folder` writes them.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
-softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
+softprompt.json                                  settings for inference, and how rows and base were read
 README.md                                        the model card
 
 Weights are safetensors and settings are JSON; pickles are not read. The files for resuming a run are handled by
@@ -43,8 +43,9 @@ class Adapter:
         prompt: The virtual tokens [P, H] fp32.
         config: PEFT's configuration (adapter_config.json), which names the base.
         settings: This project's settings (softprompt.json); empty for an adapter that PEFT wrote. They may contain
-            `template` (see `Template.spec`), `generation` (defaults of infer.py), and how rows were read and truncated
-            (`max_length`, `truncation_side`, `columns`, `optional_columns`).
+            `template` (see `Template.spec`), `generation` (defaults of infer.py), how rows were read and truncated
+            (`max_length`, `truncation_side`, `columns`, `optional_columns`), and how the base was quantized
+            (`load_in_8bit`, `load_in_4bit`).
     """
 
     prompt: Tensor
@@ -106,11 +107,17 @@ def newest_adapter(runs: Path) -> Path:
     Raises:
         AdapterError: There is no adapter.
     """
+    if found := adapters_under(runs):
+        return found[0]
+    raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
+
+
+def adapters_under(runs: Path) -> list[Path]:
+    """Return the folders of adapters in a folder of runs, of runs and of their checkpoints, the newest first."""
     paths = [path for pattern in ("*", "*/checkpoint-*") for path in runs.glob(f"{pattern}/{WEIGHTS_FILE}")]
     # A finished run's own files are newer than its last checkpoint.
-    if found := [(written, path) for path in paths if (written := _written(path)) is not None]:
-        return max(found)[1].parent
-    raise AdapterError(f"no trained adapter under {runs}/; run `{command('train')}` first, or name one with --adapter")
+    found = [(written, path) for path in paths if (written := _written(path)) is not None]
+    return [path.parent for _, path in sorted(found, reverse=True)]
 
 
 def _written(path: Path) -> int | None:
