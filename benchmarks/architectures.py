@@ -9,7 +9,6 @@ attention chunks. It prints one line per type with the result and the reason, th
 result: packed, padded, refused, or not built.
 """
 
-import argparse
 import signal
 import sys
 import warnings
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from arguments import ArgumentParser
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types, such as llama (default: all)")
     types = parser.parse_args().types or sorted(
         name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_CAUSAL_LM_MAPPING

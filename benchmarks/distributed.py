@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import ArgumentParser
 from cases import SIZES, Base, synthetic
 from contestants import LEARNING_RATE, SEED, StepTimer, contestants, quiet, run_trainer
 from measure import matmul_rate
@@ -122,7 +123,7 @@ def base_folder(size: str, folder: Path) -> Path:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--size", choices=["mini", *SIZES], default="49m")
     add("--processes", type=int, nargs="+", default=[1, 2, 3], help="include 1 to get the efficiency")

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from answering import CONTESTANTS, Contestant, Question
+from arguments import ArgumentParser
 from cases import NAMES, Base
 from contestants import SEED, quiet
 from measure import Work, clock, machine, work_of
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--size", nargs="+", choices=NAMES, default=["49m"])
     parser.add_argument("--model_name_or_path", nargs="+", help="folders of bases, or mini; overrides --size")
     parser.add_argument("--tokenizer", help="folder of a tokenizer (default: the base's own, else the mini base's)")

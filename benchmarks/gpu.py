@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import torch
+from arguments import ArgumentParser
 
 FOLDER = Path(__file__).parent
 LAST_LINES = 30  # of stderr
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     names = list(sections("cuda", False))
     parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--device", default="cuda", help="cuda or cpu")

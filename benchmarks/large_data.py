@@ -22,6 +22,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from arguments import ArgumentParser
 from stream import watched_memory
 
 from softprompt.config.loader import train_config
@@ -79,7 +80,7 @@ def seconds_to_go_on(run: Setup, step: int, position: dict) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--contestants", nargs="+", choices=["streamed", "held"], default=["streamed", "held"])
     parser.add_argument("--limit_gib", type=float, help="RLIMIT_DATA of each contestant")

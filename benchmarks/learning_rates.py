@@ -11,7 +11,6 @@ two neighbors, and is extended until the loss rises on both sides of the best ra
 and the same command continues.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -21,6 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from arguments import ArgumentParser, seed
 
 import softprompt
 from softprompt.config.loader import train_config
@@ -94,11 +95,11 @@ class ResultCache:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--find", action="store_true")
     parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or files of rows")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--seeds", type=seed, nargs="+")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--model_name_or_path", help="the base, if not mini")
     for name in SHARED[1:]:

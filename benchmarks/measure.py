@@ -2,7 +2,6 @@
 benchmark. `python benchmarks/measure.py [--device cuda]` prints the machine and its rates.
 """
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from arguments import ArgumentParser
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -234,7 +234,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the machine and its measured rates.")
+    parser = ArgumentParser("Print the machine and its measured rates.")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     device = parser.parse_args().device
     print("| what | measured |\n|---|---|")

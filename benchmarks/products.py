@@ -7,12 +7,12 @@ the bytes of the weight divided by the time, in GB/s. Many weights take turns, w
 together, because decoding also finds its weights outside the caches.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from arguments import ArgumentParser
 from measure import clock
 from torch import Tensor
 
@@ -23,7 +23,7 @@ POOL = 1 << 28  # total bytes of the weights that take turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     args = parser.parse_args()

@@ -11,13 +11,13 @@ The bounds of a part are the times that it would take for:
 * calls: its calls of torch operators, at the measured time of the smallest call.
 """
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from arguments import ArgumentParser
 from cases import NAMES, Base, synthetic
 from contestants import ROWS_PER_STEP, contestants, engine_of, quiet
 from measure import call_seconds, copy_rate, matmul_rate, needed_parts, work_of
@@ -85,7 +85,7 @@ def _stored(leaf: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--size", choices=["mini", *NAMES], default="49m")
     parser.add_argument("--row_lengths", type=int, default=60, help="mean length of synthetic rows, in tokens")
     parser.add_argument("--num_virtual_tokens", type=int, default=10)

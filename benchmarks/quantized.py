@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from arguments import ArgumentParser
 from cases import NAMES, Base
 from contestants import SEED, quiet
 from measure import give_back, peak_above, resident
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     bases = f"mini, a folder, or one with random weights: {', '.join(NAMES)}"
     parser.add_argument("--model_name_or_path", default="mini", help=bases)
     parser.add_argument("--dataset", help="rows as train.py takes them")

@@ -22,6 +22,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+from arguments import ArgumentParser
 from cases import SIZES, TARGETS, synthetic
 from contestants import SEED
 
@@ -195,7 +196,7 @@ def _dealt(lengths: Sequence[int], ranks: int, rows: Sequence[Example]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--P", type=int, default=10, help="virtual tokens")
     add("--mean", type=int, default=57, help="tokens of a row")

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from arguments import ArgumentParser
 from measure import clock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig
@@ -124,7 +125,7 @@ def engine_of(contestant: str, folder: Path, args: argparse.Namespace) -> Microb
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="160m")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--mean", type=int, default=57, help="tokens of a row")

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from arguments import ArgumentParser
 from cases import NAMES, Base, Rows, from_dataset, synthetic, with_real_lengths
 from contestants import ROWS_PER_STEP, SEED, Contestant, contestants, engine_of, quiet, run, steps_of
 from measure import is_out_of_memory, limit_memory, machine, matmul_rate, needed_operations, peak_above, work_of
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     every = list(contestants())
     usual = [name for name in every if "sdpa" not in name]
     add = parser.add_argument

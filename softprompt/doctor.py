@@ -22,10 +22,12 @@ USED_FOR = {
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
     "fastapi": "softprompt serve",
     "matplotlib": "charts in reports",
+    "prompt_toolkit": "line editing in a chat",
     "tensorboard": "--report_to tensorboard",
     "uvicorn": "softprompt serve",
 }
 PYTHON = (3, 11)
+LEAST_FREE_GIB = 1  # for downloads and caches; a base takes a few GiB
 
 
 class Finding(NamedTuple):
@@ -124,18 +126,32 @@ def hardware() -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    """Describe the folders of downloads and of this package's cache."""
+    """Describe the folders of downloads, of this package's cache, and of runs."""
     from huggingface_hub import constants
 
+    from softprompt.config.train_args import RUNS
     from softprompt.engines.memory_estimate import GIB
     from softprompt.utils.atomic_io import cache_dir
 
-    for name, folder in (("downloads", Path(constants.HF_HUB_CACHE)), ("cache", cache_dir("tokens").parent)):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = f"{folder}, {shutil.disk_usage(there).free / GIB:,.0f} GiB free"
-        variable = "HF_HOME" if name == "downloads" else "XDG_CACHE_HOME"
-        advice = f"{there} cannot be written; set {variable} to a folder that can"
-        yield Finding(name, free, None if os.access(there, os.W_OK) else advice)
+    for name, folder, way_out in (
+        ("downloads", Path(constants.HF_HUB_CACHE), "set HF_HOME to"),
+        ("cache", cache_dir("tokens").parent, "set XDG_CACHE_HOME to"),
+        ("runs", RUNS.absolute(), "give --output_dir"),
+    ):
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        free = shutil.disk_usage(there).free / GIB if there.exists() else 0
+        fault = _fault_of_folder(there, free)
+        advice = f"{there} {fault}; {way_out} a folder that can be written" if fault else None
+        yield Finding(name, f"{folder}, {free:,.1f} GiB free", advice)
+
+
+def _fault_of_folder(folder: Path, free: float) -> str | None:
+    """Return why a folder cannot be written to, or why too little fits into it; None if there is no reason."""
+    if not folder.is_dir():
+        return "is not a folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "cannot be written"
+    return f"is on a disk that is nearly full, with {free:.2f} GiB free" if free < LEAST_FREE_GIB else None
 
 
 def _gpu(card: Any, index: int, memory: tuple[int, int], gib: int) -> Finding:

@@ -7,17 +7,20 @@ In: the settings of infer.py. Out: answers on stdout or in a file; the names of 
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from softprompt.config.arg_parser import parse_setting
 from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
-from softprompt.generation.chat import Chat
+from softprompt.generation.chat.commands import completions
+from softprompt.generation.chat.history import HistoryFile
+from softprompt.generation.chat.loop import hold_chat
+from softprompt.generation.chat.session import ChatSession
+from softprompt.generation.chat.terminal import open_terminal
 from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.prompts_file import (
     PromptLine,
@@ -26,8 +29,9 @@ from softprompt.generation.prompts_file import (
     generation_settings,
     read_prompts,
 )
-from softprompt.runs.crash_report import failure
-from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError
+from softprompt.runs.crash_report import crash_line, failure
+from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError, SoftpromptError
+from softprompt.utils.out_of_memory import is_out_of_memory
 from softprompt.utils.shell_commands import command
 from softprompt.utils.std_streams import tell
 
@@ -71,10 +75,10 @@ def chat(config: InferConfig) -> None:
         raise ConfigError(f"a conversation needs a terminal; ask single questions with: {command('infer')} --prompt …")
     model = load_model(config)
     tell(model.description)
-    with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() a history and line editing)
     given = {name: value for name, value in asdict(config.generation).items() if value is not None}
-    Chat(model, given, parse_setting, input, _write, config.question.stream is not False).run()
+    session = ChatSession(model, given)
+    terminal = open_terminal(partial(completions, session), HistoryFile.of_user())
+    hold_chat(session, terminal, _write, config.question.stream is not False, _error_line)
 
 
 def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPromptModel:
@@ -187,6 +191,15 @@ def _evaluated(
         raise error
     failed = f"{len(errors):,} of {len(adapters):,} adapters cannot be evaluated"
     return results, f"{failed} ({name}: {failure(error).line}); the table shows the others"
+
+
+def _error_line(error: Exception) -> str:
+    """Describe an error in one line; write the traceback of an unexpected one to a file that the line names."""
+    if isinstance(error, SoftpromptError):
+        return str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        return failure(error).line
+    return crash_line(error)
 
 
 def _on_terminal() -> bool:

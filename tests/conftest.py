@@ -21,9 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
 
 @pytest.fixture(scope="session", autouse=True)
 def no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the cached token ids of test runs apart from those of the user who runs the tests."""
+    """Keep the caches and the chats' history of test runs apart from those of the user who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

@@ -90,6 +90,19 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     assert "HF_HOME" in advice_of(doctor.folders(), "downloads")[0]
 
 
+def test_a_home_that_is_a_file_is_noticed(monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/.cache"))
+    (advice,) = advice_of(doctor.folders(), "cache")
+    assert "not a folder" in advice and "XDG_CACHE_HOME" in advice
+
+
+def test_a_disk_that_is_nearly_full_is_noticed(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    findings = list(doctor.folders())
+    assert len(findings) == 3 and all("full" in finding.advice for finding in findings)
+
+
 def test_what_the_system_does_not_say_is_left_out(monkeypatch):
     monkeypatch.delattr(doctor.os, "cpu_count")
     findings = doctor.examine()

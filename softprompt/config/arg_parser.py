@@ -7,6 +7,7 @@ files and defaults supply the others.
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -110,13 +111,22 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(f"unknown flag {flag}{advice(flag, known, '--')}")
 
 
-def parse_setting(name: str, value: str) -> dict[str, Any]:
-    """Parse one generation setting from text, as its command-line flag does.
+def parse_setting(name: str, text: str) -> dict[str, Any]:
+    """Parse one generation setting from text, as its command-line flag does. Several values of a setting that takes
+    several are separated by spaces; one with a space in it is quoted, as in a shell.
 
     Raises:
         ConfigError: No such setting, or a value of another type.
     """
-    return FlagParser([GenerationArguments]).parse([f"--{name}={value}"])
+    values = _shell_words(text) if takes_list(setting_types([GenerationArguments]).get(name)) else [text]
+    return FlagParser([GenerationArguments]).parse([f"--{name}={value}" for value in values])
+
+
+def _shell_words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # an apostrophe, such as in don't
+        return [text]
 
 
 def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Template:
         if unfilled:
             raise ConfigError(
                 f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "give --input if it is the only one that is missing ('' if it is meant to be empty), else a "
-                "--prompts_file (.jsonl) with these columns"
+                "give --input (in a chat, /input) if it is the only one that is missing ('' if it is meant to be "
+                "empty), else a --prompts_file (.jsonl) with these columns"
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}; leave it out")
@@ -102,13 +102,13 @@ class Template:
 
         The tokenizer is used only for its chat template, and for its eos_token after earlier answers. If the template
         is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer, as an
-        exported model does it.
+        exported model does it. A message of the user may have an `input`, the text for the column `second`.
         """
         if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
             return "".join(
                 message["content"] + tokenizer.eos_token
                 if message["role"] == "assistant"
-                else self.render(self.row(message["content"]), tokenizer)
+                else self.render(self.row(message["content"], message.get("input")), tokenizer)
                 for message in row["messages"]
             )
         if self.spec == DEFAULT:

@@ -109,20 +109,20 @@ def attn_implementations(
         blocks: See `factory.make_engine`.
 
     Raises:
-        ConfigError: The value was given and needs CUDA (a resumed run takes scaled_dot_product_attention instead), or
-            does not support the base.
+        ConfigError: The value was given, and needs CUDA or does not support the base. If it is the checkpoint's, since
+            the run began on another device, scaled_dot_product_attention is taken instead, and a line says so.
     """
     named, device = config.model.attn_implementation, word_embeddings(base).weight.device
-    given_now = "attn_implementation" in config.given and config.training.resume_from_checkpoint is None
     bloom = is_bloom(base.config)
     by_layers = bloom and (blocks is not None or is_quantized(base))
     has_bias = bloom or getattr(text_config(base.config), "attn_logit_softcapping", None)
     if named not in ("auto", "sdpa"):
         if device.type == "cuda" and not by_layers and not (bloom and named == "varlen"):
             return [named]
-        if given_now:  # a run may be resumed on another device
-            why = f"needs CUDA, and this run is on {device}" if device.type != "cuda" else "does not support this BLOOM"
+        why = f"needs CUDA, and this run is on {device}" if device.type != "cuda" else "does not support this BLOOM"
+        if "attn_implementation" in config.given:
             raise ConfigError(f"--attn_implementation {named} {why}; leave it out")
+        print(f"--attn_implementation: {named} in the checkpoint {why}; sdpa is used instead")
     if named != "auto" or by_layers or device.type != "cuda" or not is_half(dtype):
         return ["sdpa"]
     return ["flex_attention" if has_bias else "varlen", "sdpa"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.schema import AUTO, is_text
 from softprompt.config.train_args import RUNS
+from softprompt.config.validation import quantization_bits
 from softprompt.data.template import Template, saved_template
 from softprompt.generation.requests import merge_settings
 from softprompt.models.loading import base_path
@@ -22,6 +23,7 @@ from softprompt.runs.adapter_search import newest_adapter, no_adapter, resolve_a
 from softprompt.utils.errors import AdapterError, ConfigError
 from softprompt.utils.std_streams import tell
 
+QUANTIZED = ("load_in_8bit", "load_in_4bit")
 NONE = "none"  # adapter name that stands for the base without a prompt
 AdapterPath = str | os.PathLike[str]
 AdapterSpecs = AdapterPath | Mapping[str, AdapterPath] | Sequence[AdapterPath] | None
@@ -39,6 +41,7 @@ class LoadedAdapter:
         base: Name or path of the base that the prompt was trained for.
         max_length, truncation_side, columns: How train.py read and truncated the rows; its defaults if the folder does
             not contain these settings.
+        load_in_8bit, load_in_4bit: How train.py quantized the base; None if the folder does not say so.
     """
 
     prompt: Tensor | None = None
@@ -48,6 +51,8 @@ class LoadedAdapter:
     max_length: int = 256
     truncation_side: str = "output"
     columns: Mapping[str, str] = field(default_factory=dict)
+    load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "LoadedAdapter":
@@ -79,12 +84,13 @@ class LoadedAdapter:
             template = saved_template(files.settings)
         except ConfigError as error:
             raise AdapterError(f"{path}: {error}; correct it there, or take it out") from None
-        data = _data_settings(path, files.settings)
-        return cls(files.prompt, template, generation, files.base_model_name_or_path, **data)
+        others = _training_settings(path, files.settings)
+        return cls(files.prompt, template, generation, files.base_model_name_or_path, **others)
 
 
-def _data_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check and return the settings for reading and truncating rows that the file at `path` contains."""
+def _training_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check and return the settings of training, for reading the rows and the base, that the file at `path`
+    contains."""
     columns = settings.get("columns", {})
     all_texts = isinstance(columns, dict) and all(map(is_text, [*columns, *columns.values()]))
     length = settings.get("max_length", 1)
@@ -92,6 +98,7 @@ def _data_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_length": ("a whole number above 0", type(length) is int and length > 0),
         "truncation_side": ("output or input", settings.get("truncation_side", "output") in ("output", "input")),
         "columns": ("an object of column names", all_texts),
+        **{name: ("true or false", type(settings.get(name, False)) is bool) for name in QUANTIZED},
     }
     for name, (expected, is_valid) in checks.items():
         if not is_valid:
@@ -189,8 +196,14 @@ def base_identity(base: str) -> str:
     return str(path.resolve()) if path.is_dir() else base
 
 
-def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str) -> None:
-    """Check that an adapter fits the loaded base; print a warning if it was trained on another one.
+def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str, bits: int | None) -> None:
+    """Check that an adapter fits the loaded base; print a warning if it was trained on another one, or on one with
+    another quantization.
+
+    Args:
+        hidden_size: H of the loaded base.
+        base: Its name or path.
+        bits: The number of bits to which `--load_in_8bit` or `--load_in_4bit` quantized it; None without these flags.
 
     Raises:
         AdapterError: The prompt's hidden size differs from the base's.
@@ -199,6 +212,18 @@ def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str
         check_fits(name, adapter.prompt, hidden_size, base)
         if adapter.base and base_identity(adapter.base) != base_identity(base):
             print(f"warning: adapter {name} was trained on {adapter.base}, not on {base}", file=sys.stderr)
+        if adapter.load_in_8bit is not None and adapter.load_in_4bit is not None:
+            trained = quantization_bits(adapter.load_in_8bit, adapter.load_in_4bit)
+            if trained != bits:
+                print(
+                    f"warning: adapter {name} was trained {_with_flag(trained)}, and its base is loaded "
+                    f"{_with_flag(bits)} now; answers may be worse than with the same flag",
+                    file=sys.stderr,
+                )
+
+
+def _with_flag(bits: int | None) -> str:
+    return f"with --load_in_{bits}bit" if bits else "without --load_in_8bit and --load_in_4bit"
 
 
 def find_adapter(adapters: Mapping[str, LoadedAdapter], name: str, where: str) -> LoadedAdapter:

@@ -7,13 +7,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.config.infer_config import generation_faults
 from softprompt.data.dataset import Row
 from softprompt.data.messages import texts_of
 from softprompt.data.template import Template
 from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
-from softprompt.generation.requests import GenerationSettings, merge_settings
+from softprompt.generation.requests import StreamSettings, merge_settings
 from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.models.loading import word_embeddings
+from softprompt.models.quantization import bits_when_loaded
+from softprompt.utils.errors import ConfigError
 from softprompt.utils.std_streams import tell
 
 
@@ -87,14 +90,17 @@ class BaseWithAdapters:
 
     def settings(
         self, adapter: str | None = None, /, *, seed: int | None = None, batch_size: int = 8, **given: Any
-    ) -> GenerationSettings:
+    ) -> StreamSettings:
         """Return the settings that `stream` would use: each as given (unless None), else as saved with the adapter,
-        else the default of `GenerationSettings`. `seed` and `batch_size` belong to a call and are not among them.
+        else its default.
 
         Raises:
             ConfigError: A setting is unknown or invalid.
         """
-        return merge_settings(self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation, given)
+        if faults := generation_faults({"seed": seed, "batch_size": batch_size}):
+            raise ConfigError("; ".join(faults))
+        saved = self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation
+        return StreamSettings(**vars(merge_settings(saved, given)), seed=seed, batch_size=batch_size)
 
     def add_adapter(self, name: str, tuned: LoadedAdapter) -> None:
         """Add an adapter that has been read already.
@@ -102,7 +108,8 @@ class BaseWithAdapters:
         Raises:
             AdapterError: Its hidden size differs from the base's.
         """
-        check_adapter(name, tuned, word_embeddings(self.base).embedding_dim, self.name)
+        H = word_embeddings(self.base).embedding_dim
+        check_adapter(name, tuned, H, self.name, bits_when_loaded(self.base))
         self.adapters[name] = tuned
 
 

@@ -112,10 +112,14 @@ class DataParallelGenerator:
     def generate(
         self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, list[int]]]:
-        """See `Generator.generate`."""
+        """See `Generator.generate`. The call checks the share of this rank."""
         my_share = assign_rows([len(request.input_ids) for request in requests], self.world.size)[self.world.rank]
         answers = self.generator.generate(select(requests, my_share), batch_size, on_token)
-        mine = [(my_share[index], answer) for index, answer in answers]
+        return self._exchanged((my_share[index], answer) for index, answer in answers)
+
+    def _exchanged(self, answers: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[int, list[int]]]:
+        """Compute the answers of this rank, and yield those of all ranks."""
+        mine = list(answers)
         self.join()
         yield from sorted((index, answer) for share in self.world.all_gather(mine) for index, answer in share)
 

@@ -208,6 +208,21 @@ class SoftPromptModel(BaseWithAdapters):
         search = partial(beam_search, self.base, self.tokenizer, compute_dtype=self.compute_dtype)
         return stream_answers(self.generator, search, self.tokenizer, asked[skip:], batch_size, on_text)
 
+    def max_answer_length(
+        self, prompt: Question, *, adapter: str | None = None, where: str = "question 1", **settings: Any
+    ) -> int:
+        """Return how many tokens the answer to a question may have at most; 0 if there is no room for an answer.
+
+        Raises:
+            ConfigError, DataError, AdapterError: See `stream`.
+        """
+        (asked,) = self._encoded([prompt], adapter, [where])
+        request = Request(asked.input_ids, self.settings(adapter, **settings), asked.adapter.prompt)
+        try:
+            return request.new_token_budget(max_positions(self.base))
+        except ConfigError:
+            return 0
+
     def classify(
         self,
         prompts: Sequence[Question],

@@ -67,6 +67,19 @@ class GenerationSettings:
         return budget
 
 
+@dataclass(frozen=True)
+class StreamSettings(GenerationSettings):
+    """Settings of one call of `SoftPromptModel.stream`.
+
+    Attributes:
+        seed: Seed of sampling; None draws one.
+        batch_size: Number of answers that are generated at a time.
+    """
+
+    seed: int | None = None
+    batch_size: int = 8
+
+
 def merge_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> GenerationSettings:
     """Merge generation settings: `given` overrides `saved` (from the adapter's folder), which overrides the defaults.
     Values of `given` that are None or "auto" are ignored.

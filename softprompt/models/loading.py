@@ -6,7 +6,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from softprompt.mini import BASE_DIR
+from softprompt.models.base_files import settings_on_disk, weight_files
 from softprompt.models.bitsandbytes_linear import use_dequantized_weights
 from softprompt.models.capabilities import check_supports_prompt
 from softprompt.models.quantization import (
@@ -22,11 +22,12 @@ from softprompt.models.quantization import (
     check_gradient,
     check_loadable,
     check_not_stored_quantized,
+    check_quantization_settings,
     holds_quantized,
     is_quantized,
     stored_method,
 )
-from softprompt.models.stored_weights import check_complete
+from softprompt.models.stored_weights import check_complete, check_finite
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError
 from softprompt.utils.progress import bar_settings, shows_bars
@@ -70,7 +71,11 @@ def load_config(name_or_path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, name_or_path, "base model")
+    try:
+        config = _from_pretrained(AutoConfig, name_or_path, "base model")
+    except ModelError:
+        check_quantization_settings(settings_on_disk(name_or_path), name_or_path)
+        raise
     check_config(config, name_or_path)
     return config
 
@@ -136,23 +141,13 @@ def read_base(
         settings["quantization_config"] = bitsandbytes_config(bits, compute_dtype)
     if bits or stored_method(config):
         settings["device_map"] = {"": device or torch.device("cpu")}
-    settings["output_loading_info"] = True
-    base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", bars=shows_bars(), **settings)
-    check_complete(found, name_or_path)
+    # `check_complete` reports in one line what does not fit; transformers would print a table.
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _only_errors():
+        base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", bars=shows_bars(), **settings)
+    check_complete(found, name_or_path, weight_files(name_or_path))
     check_supports_prompt(base, name_or_path)
     return cast(PreTrainedModel, base)
-
-
-def weight_files(name_or_path: str) -> list[Path]:
-    """Return the files of a base's weights in its folder or in the hub's cache; an empty list if none are found."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if not os.path.isdir(name_or_path):
-        config = try_to_load_from_cache(name_or_path, "config.json")
-        if not isinstance(config, str):
-            return []
-        name_or_path = os.path.dirname(config)
-    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(name_or_path).glob(pattern))
 
 
 def word_embeddings(base: PreTrainedModel) -> nn.Embedding:
@@ -164,12 +159,14 @@ def freeze_on_device(base: PreTrainedModel, device: torch.device, compute_dtype:
     """Freeze `base` in place (see `freeze`) and move it to `device`, where a quantized base is already.
 
     Raises:
-        ModelError: The base is quantized, and no gradient passes through it.
+        ModelError: A weight is not finite, or the base is quantized, and no gradient passes through it.
     """
     freeze(base, compute_dtype)
     if not is_quantized(base):
-        return move_to_device(base, device)
-    check_gradient(base, compute_dtype)
+        move_to_device(base, device)
+    check_finite(base, weight_files(str(base.name_or_path)))
+    if is_quantized(base):
+        check_gradient(base, compute_dtype)
     return base
 
 
@@ -212,6 +209,19 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     return base
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Inside the block, let transformers log errors alone."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _from_pretrained(auto_class: Any, name_or_path: str, what: str, bars: bool = False, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ either source, are multiplied as in `bitsandbytes_linear`; those of all other me
 """
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -69,6 +70,22 @@ def stored_method(config: Any) -> str | None:
     return None
 
 
+def check_quantization_settings(settings: Mapping[str, Any], name: str) -> None:
+    """Check the form of the settings of quantization in a config.json, for which transformers' own error names neither
+    the file nor the setting.
+
+    Raises:
+        ModelError: They are no object.
+    """
+    for key in ("quantization_config", "compression_config"):
+        given = settings.get(key)
+        if not (given is None or isinstance(given, dict)):
+            raise ModelError(
+                f"{name}: {key} in its config.json is {given!r:.80}, expected an object of settings with a "
+                "quant_method; correct it, remove it if the weights are not quantized, or fetch the base's files again"
+            )
+
+
 def check_not_stored_quantized(config: Any, name: str, what: str) -> None:
     """Refuse a checkpoint that is stored quantized.
 
@@ -110,6 +127,15 @@ def is_quantized(base: PreTrainedModel) -> bool:
     """Whether transformers holds weights of `base` quantized. It does not if it dequantized them while it loaded them,
     as it does with FP8 and MXFP4 without a GPU."""
     return getattr(base, "hf_quantizer", None) is not None
+
+
+def bits_when_loaded(base: PreTrainedModel) -> int | None:
+    """Return the number of bits to which `--load_in_8bit` or `--load_in_4bit` quantized the weights of `base`; None if
+    they are as they are stored."""
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    return 4 if quantizer.quantization_config.load_in_4bit else 8
 
 
 def holds_quantized(module: nn.Module) -> bool:

@@ -44,6 +44,8 @@ def adapter_folder(
         "max_length": config.data.max_length,
         "truncation_side": config.data.truncation_side,
         "columns": config.columns,
+        "load_in_8bit": config.model.load_in_8bit,
+        "load_in_4bit": config.model.load_in_4bit,
     }
     ours |= {"optional_columns": sorted(optional_columns)} if optional_columns else {}
     adapter = Adapter(prompt, peft, ours)

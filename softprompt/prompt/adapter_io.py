@@ -1,7 +1,7 @@
 """Read adapter folders in PEFT's format; `adapter_folder` writes them.
 
 adapter_config.json, adapter_model.safetensors   PEFT's two files, as peft 0.21 writes them for PROMPT_TUNING
-softprompt.json                                  template, generation defaults, how rows were read; PEFT ignores it
+softprompt.json                                  settings for inference, and how rows and base were read
 README.md                                        the model card
 
 Weights are safetensors and settings are JSON; pickles are not read. The files for resuming a run are handled by
@@ -42,8 +42,9 @@ class Adapter:
         prompt: The virtual tokens [P, H] fp32.
         config: PEFT's configuration (adapter_config.json), which names the base.
         settings: This project's settings (softprompt.json); empty for an adapter that PEFT wrote. They may contain
-            `template` (see `Template.spec`), `generation` (defaults of infer.py), and how rows were read and truncated
-            (`max_length`, `truncation_side`, `columns`, `optional_columns`).
+            `template` (see `Template.spec`), `generation` (defaults of infer.py), how rows were read and truncated
+            (`max_length`, `truncation_side`, `columns`, `optional_columns`), and how the base was quantized
+            (`load_in_8bit`, `load_in_4bit`).
     """
 
     prompt: Tensor

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.models.loading import base_path, load_tokenizer, weight_files
+from softprompt.models.base_files import weight_files
+from softprompt.models.loading import base_path, load_tokenizer
 from softprompt.prompt.adapter_io import PROMPT_KEY, Adapter, load_adapter
 from softprompt.prompt.initial import check_fits
 from softprompt.prompt.nearest_tokens import (

@@ -58,18 +58,24 @@ def newest_adapter(runs: Path, say: Say = tell) -> Path | None:
             no prompt yet.
     """
     waiting = [run for run in _folders(runs) if _is_run(run) and not list(_adapters(run))]
-    found = {path: written for run in _folders(runs) for path in _adapters(run) if (written := _written(path))}
-    for weights in sorted(found, key=lambda path: found[path], reverse=True):  # a run's own files are its newest
-        if fault := _fault(weights.parent):
-            say(f"{weights.parent}: {fault}; using the adapter before it")
+    for adapter in adapters_under(runs):
+        if fault := _fault(adapter):
+            say(f"{adapter}: {fault}; using the adapter before it")
             continue
+        written = _written(adapter / WEIGHTS_FILE) or 0
         for run in waiting:
-            if FolderLock(run).is_held() or (_written(run) or 0) > found[weights]:
-                say(f"{run} is newer but has saved no prompt yet; using {weights.parent}")
-        return weights.parent
+            if FolderLock(run).is_held() or (_written(run) or 0) > written:
+                say(f"{run} is newer but has saved no prompt yet; using {adapter}")
+        return adapter
     if waiting:
         say(f"{', '.join(map(str, waiting))}: no prompt has been saved yet")
     return None
+
+
+def adapters_under(runs: Path) -> list[Path]:
+    """Return the adapter folders in a folder of runs, those of runs and of their checkpoints, the newest first."""
+    found = {path: written for run in _folders(runs) for path in _adapters(run) if (written := _written(path))}
+    return [path.parent for path in sorted(found, key=lambda path: found[path], reverse=True)]  # a run's own are newest
 
 
 def no_adapter(runs: Path) -> AdapterError:

@@ -187,7 +187,7 @@ def _is_source(folder: Path) -> bool:
 
 
 def _newest(source: Source) -> Iterator[Path]:
-    """Yield the adapter folders of a source, the one that was written last first; see `newest_adapter`."""
+    """Yield the adapter folders of a source, the one that was written last first."""
     home = source.root.resolve()
     folders = [source.folder, *reversed(checkpoints(source.folder))]
     found = [(version, folder) for folder in folders if (version := _version(folder / WEIGHTS_FILE)) is not None]

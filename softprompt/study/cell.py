@@ -66,7 +66,8 @@ class Cell:
         if not (self.trained or self.voting):
             return f"{c.model.model_name_or_path} {c.data.dataset} hard prompt {c.prompt.prompt_tuning_init_text!r}"
         tokens = c.prompt.num_virtual_tokens
-        length = tokens or ("of its text" if c.prompt.prompt_tuning_init == "TEXT" else DEFAULT_NUM_VIRTUAL_TOKENS)
+        of_text = "auto (the length of the text)" if c.prompt.prompt_tuning_init == "TEXT" else None
+        length = tokens or of_text or DEFAULT_NUM_VIRTUAL_TOKENS
         seeds = (
             f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
         )

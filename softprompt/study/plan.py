@@ -15,6 +15,7 @@ from softprompt.data.build_data import Rows, make_template, read_rows, tokenize_
 from softprompt.data.dataloader import total_steps
 from softprompt.data.dataset import Row
 from softprompt.data.tokenization import Examples, Tokenized
+from softprompt.models.base_files import weight_files
 from softprompt.models.capabilities import (
     RowMaxima,
     build_on_meta_device,
@@ -23,7 +24,7 @@ from softprompt.models.capabilities import (
     check_supports_prompt,
     check_vocabulary,
 )
-from softprompt.models.loading import base_path, load_config, load_tokenizer, weight_files
+from softprompt.models.loading import base_path, load_config, load_tokenizer
 from softprompt.models.precision import resolve_device
 from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure

@@ -40,7 +40,8 @@ ONLY_WITH = {
 
 def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
     """Merge the settings given now over those of the checkpoint, derive defaults anew, and check the result. Settings
-    in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used.
+    in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used. `given` of
+    the result holds what is given now.
 
     Raises:
         ConfigError: A value out of range, or settings that contradict each other.
@@ -61,7 +62,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
         validated(resumed)
     except ConfigError as error:
         raise ConfigError(f"{error} (settings that are not given are taken from {checkpoint})") from None
-    return replace(resumed, training=replace(resumed.training, find_learning_rate=searched))
+    return replace(resumed, training=replace(resumed.training, find_learning_rate=searched), given=given)
 
 
 def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:

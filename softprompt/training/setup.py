@@ -18,6 +18,8 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import CHAT, Template
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
+from softprompt.models.base_files import weight_files
+from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.capabilities import (
     RowMaxima,
     check_init_text,
@@ -31,7 +33,6 @@ from softprompt.models.loading import (
     load_config,
     load_tokenizer,
     read_base,
-    weight_files,
 )
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
@@ -133,7 +134,7 @@ def _check_quantization(config: TrainConfig) -> None:
     """Check the base's configuration, whether it is stored quantized, and the flags that this excludes.
 
     Raises:
-        ConfigError: bitsandbytes or accelerate is missing.
+        ConfigError: bitsandbytes or accelerate is missing; or see `_check_offload`.
         ModelError: No prompt can be trained for the base, or not with these flags.
     """
     path = _path_of_base(config)
@@ -143,6 +144,28 @@ def _check_quantization(config: TrainConfig) -> None:
             check_not_stored_quantized(base_config, path, f"--{flag}")
     if config.model.load_in_8bit or config.model.load_in_4bit:
         check_bitsandbytes()
+    _check_offload(config, base_config)
+
+
+def _check_offload(config: TrainConfig, base_config: Any) -> None:
+    """Check that the activations between blocks can be offloaded if a setting that is given now asks for it.
+
+    Raises:
+        ConfigError: They cannot, because the blocks are not run one by one (see `factory.make_engine`).
+    """
+    model = config.model
+    named = [f"--{name}" for name in ("offload_folder", "max_activation_gib") if config.given.get(name) is not None]
+    by_blocks = model.stream_base or model.shard_base or model.load_in_8bit or model.load_in_4bit
+    if not is_bloom(base_config):
+        why = f"only BLOOM is run block by block, and {model.model_name_or_path} is of type {base_config.model_type}"
+    elif model.engine == "padded":
+        why = "--engine padded does not run a base block by block"
+    elif not (by_blocks or stored_method(base_config)):
+        why = "only used with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit"
+    else:
+        return
+    if named:
+        raise ConfigError(f"{' and '.join(named)}: {why}; leave {'them' if named[1:] else 'it'} out")
 
 
 def load_data(config: TrainConfig, rows_per_step: int) -> RunData:

@@ -47,16 +47,27 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def cache_dir(kind: str) -> Path:
-    """Return $XDG_CACHE_HOME/softprompt/KIND, by default ~/.cache/softprompt/KIND.
+    """Return $XDG_CACHE_HOME/softprompt/KIND, by default ~/.cache/softprompt/KIND; see `_user_dir`."""
+    return _user_dir("XDG_CACHE_HOME", "~/.cache") / kind
 
-    A relative $XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands. For a user without a home
-    folder, the result is a path below the null device, where nothing can be created.
+
+def state_dir() -> Path:
+    """Return $XDG_STATE_HOME/softprompt, by default ~/.local/state/softprompt, where what a user would miss is kept;
+    see `_user_dir`."""
+    return _user_dir("XDG_STATE_HOME", "~/.local/state")
+
+
+def _user_dir(variable: str, default: str) -> Path:
+    """Return this package's folder in the folder that an environment variable names.
+
+    A relative path is ignored, as the XDG Base Directory Specification demands. For a user without a home folder, the
+    result is a path below the null device, where nothing can be created.
     """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    place = Path(named if os.path.isabs(named) else os.path.expanduser("~/.cache"))
+    named = os.environ.get(variable, "")
+    place = Path(named if os.path.isabs(named) else os.path.expanduser(default))
     if not place.is_absolute():
         place = Path(os.devnull)
-    return place / "softprompt" / kind
+    return place / "softprompt"
 
 
 def read_inside(folder: Path, name: str, limit: int) -> bytes:

@@ -17,13 +17,18 @@ def html_table(rows: Rows) -> str:
 
 def table(rows: Rows) -> str:
     """Format rows as aligned columns; the first row is the header."""
+    rule = ["─" * max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return aligned([rows[0], rule, *rows[1:]])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as aligned columns without a header."""
     widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])])
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def display_width(text: str) -> int:

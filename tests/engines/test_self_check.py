@@ -1,5 +1,6 @@
 """The packed engine proves itself on the run's rows, and what fails the check is not taken."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, rows_to_check
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.training.resume_settings import merge_settings
 from softprompt.utils.errors import ConfigError
 
 FP32 = torch.float32
@@ -204,8 +206,28 @@ def test_a_kernel_that_is_named_is_the_only_one(monkeypatch):
     assert kernels("bloom", torch.bfloat16, monkeypatch) == ["sdpa"]
     with pytest.raises(ConfigError, match="flex_attention does not support this BLOOM"):
         kernels("bloom", torch.bfloat16, monkeypatch, attn_implementation="flex_attention")
-    resumed = {"attn_implementation": "varlen", "resume_from_checkpoint": "run"}
-    assert kernels("llama", FP32, monkeypatch, "cpu", **resumed) == ["sdpa"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_resumed_run_takes_the_checkpoints_kernel_where_it_works_and_says_where_not(kind, monkeypatch, capsys):
+    name = "varlen" if kind == "llama" else "flex_attention"
+    state = {"arguments": train_config("mini", attn_implementation=name).as_dict(), "engine": {}}
+    base = make_bloom() if kind == "bloom" else small_base(kind)
+
+    def tried(device, **given):
+        config = train_config(resume_from_checkpoint="run", **given)
+        words = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)))
+        monkeypatch.setattr(choice, "word_embeddings", lambda base: words)
+        merged = merge_settings(config, Path("run/checkpoint-2"), state)
+        capsys.readouterr()
+        return choice.attn_implementations(merged, base, torch.bfloat16)
+
+    assert tried("cuda") == [name] and not capsys.readouterr().out
+    assert tried("cpu") == ["sdpa"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert name in line and "cpu" in line and "sdpa" in line
+    with pytest.raises(ConfigError, match=f"--attn_implementation {name} needs CUDA"):
+        tried("cpu", attn_implementation=name)
 
 
 @pytest.mark.parametrize(("speeds", "taken"), [((3.0, 2.0), "varlen"), ((2.0, 3.0), "sdpa")])

@@ -174,6 +174,7 @@ def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys,
         *({"max_length": value} for value in (0, "60", 1.5, True, None)),
         *({"truncation_side": value} for value in ("left", 1, None, ["input"])),
         *({"columns": value} for value in ("a=b", ["a"], {"a": 1}, None, {"a": "\ud800"})),
+        *({"load_in_4bit": value} for value in (1, "true", None)),
     ],
 )
 def test_invalid_settings_in_an_adapter_folder(settings, place):

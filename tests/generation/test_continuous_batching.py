@@ -9,6 +9,7 @@ from helpers.bases import make_bloom
 from helpers.peers import answers_of, generator_of, greedy_alone, peft_model
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
+from softprompt.distributed.process_group import World
 from softprompt.engines.bloom import run_prompt
 from softprompt.generation import bloom_step, continuous_batching, kv_cache
 from softprompt.generation import decode_linear as products
@@ -16,12 +17,13 @@ from softprompt.generation.bloom_step import BloomStepModel
 from softprompt.generation.continuous_batching import ContinuousBatch, ContinuousBatchingGenerator
 from softprompt.generation.decode_linear import decode_linear
 from softprompt.generation.decoding_check import check_decoding
+from softprompt.generation.generator import DataParallelGenerator
 from softprompt.generation.kv_cache import KVCache, PrefixCache
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
 from softprompt.generation.sampling import next_tokens
 from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
-from softprompt.utils.errors import ModelError, TrainingError
+from softprompt.utils.errors import ConfigError, ModelError, TrainingError
 
 FP32 = torch.float32
 GREEDY = GenerationSettings(max_new_tokens=9, do_sample=False)
@@ -277,6 +279,15 @@ def test_no_memory_for_one_answer_is_an_error_and_other_errors_pass_through(toke
 
     with pytest.raises(RuntimeError, match="another one"):
         list(generator_of("packed", base, tokenizer).generate([Request([5], GREEDY)] * 3, 2, broken))
+
+
+def test_every_generator_checks_its_requests_at_the_call(tokenizer):
+    base, too_long = freeze(make_bloom(), FP32), Request([5] * 30, GenerationSettings(max_length=20))
+    for kind in ("packed", "padded"):
+        generator = generator_of(kind, base, tokenizer)
+        for each in (generator, DataParallelGenerator(generator, World())):
+            with pytest.raises(ConfigError, match="--max_length 20"):
+                each.generate([too_long])
 
 
 def test_on_token_gets_every_token(tokenizer):

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from helpers.peers import greedy_alone, naive_loss, random_examples
-from helpers.programs import assert_line, jsonl, refused, run_infer, run_program
+from helpers.programs import assert_line, jsonl, refusal, refused, run_infer, run_program
 from helpers.quantized import BF16, CPU, FP32, base_to_quantize, codes_by_hand, nf4, rounded_by_hand, saved
 from helpers.short_runs import interrupted
 from transformers.pytorch_utils import Conv1D
@@ -207,16 +207,45 @@ def test_training_and_asking_on_the_command_line(folder, capsys, monkeypatch):
     assert "Base base in 4 bit on cpu, float32" in out
     assert "Try: python infer.py --adapter run --load_in_4bit --prompt " in out
     ask = ["--adapter", "run", "--prompt", "1", "--do_sample", "false", "--max_new_tokens", "4"]
-    out = run_infer([*ask, "--load_in_4bit"], capsys, monkeypatch)
+    out, told = run_program(infer, [*ask, "--load_in_4bit"], capsys, monkeypatch)
+    assert "warning" not in told
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run", load_in_4bit=True)
     assert out == model.generate("1", do_sample=False, max_new_tokens=4) + "\n"
     (folder / "p.txt").write_text("1", encoding="utf-8")
     many = [*ask[:2], *ask[4:], "--prompts_file", "p.txt", "--output_file", "o.jsonl"]
     run_infer([*many, "--load_in_4bit"], capsys, monkeypatch)
-    line = refused(infer, many, capsys, monkeypatch, folder)  # not by the weights that it was begun with
+    line = refusal(infer, many, capsys, monkeypatch)  # not by the weights that it was begun with
     assert_line(line, "is from another run, with bits 4")
     assert model.classify(["1"], ["ok", "no"])[0].probability > 0
     assert model.generate("1", num_beams=2, max_new_tokens=3) is not None
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_other_bits_than_in_training_are_told(folder, capsys, monkeypatch):
+    run_program(train, [*FLAGS, "--load_in_4bit", "--max_steps", "1"], capsys, monkeypatch)
+    run_program(train, [*FLAGS[:-1], "plain", "--max_steps", "1"], capsys, monkeypatch)
+    ask = ["--prompt", "1", "--do_sample", "false", "--max_new_tokens", "4"]
+    for adapter, flags in (("run", []), ("run", ["--load_in_8bit"]), ("plain", ["--load_in_8bit"])):
+        _, told = run_program(infer, ["--adapter", adapter, *ask, *flags], capsys, monkeypatch)
+        (line,) = [line for line in told.splitlines() if line.startswith("warning")]
+        assert adapter in line and ("--load_in_4bit" in line or adapter == "plain")
+    settings = folder / "plain/softprompt.json"
+    settings.write_text('{"template": "default"}')  # written by an earlier version, which did not record the bits
+    assert "warning" not in run_program(infer, ["--adapter", "plain", *ask, "--load_in_8bit"], capsys, monkeypatch)[1]
+
+
+@pytest.mark.parametrize("flags", [["--offload_folder", "x"], ["--max_activation_gib", "2"]], ids=" ".join)
+def test_offloading_is_refused_where_a_base_is_not_run_block_by_block(flags, folder, request, capsys, monkeypatch):
+    kind = request.node.callspec.params["folder"]
+    dry = [*FLAGS, *flags, "--dry_run"]
+    if kind == "bloom":
+        run_program(train, [*dry, "--load_in_4bit"], capsys, monkeypatch)
+        line = refused(train, [*dry, "--load_in_4bit", "--engine", "padded"], capsys, monkeypatch, folder)
+        assert_line(line, f"{flags[0]}: --engine padded")
+        assert_line(refused(train, dry, capsys, monkeypatch, folder), f"{flags[0]}.* only used with --stream_base")
+    else:
+        line = refused(train, [*dry, "--load_in_4bit"], capsys, monkeypatch, folder)
+        assert_line(line, rf"{flags[0]}: only BLOOM .* type llama; leave it out")
 
 
 def test_a_dry_run_estimates_memory(folder, capsys, monkeypatch):

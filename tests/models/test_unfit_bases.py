@@ -21,7 +21,7 @@ import softprompt
 import train
 from softprompt import cli
 from softprompt.config.loader import train_config
-from softprompt.models.loading import read_base
+from softprompt.models.loading import load_base, read_base
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
@@ -140,6 +140,56 @@ def test_a_base_whose_files_lack_a_tensor_is_refused(kind, tmp_path):
     save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"lack .*{re.escape(name.split('.', 1)[1])}"):
         read_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_tensor_of_another_shape_is_named_with_its_file(kind, tmp_path):
+    (make_bloom() if kind == "bloom" else small_base(kind)).save_pretrained(tmp_path, max_shard_size="30KB")
+    file, tensors = next((p, t) for p in sorted(tmp_path.glob("*.safetensors")) if (t := matrices(load_file(p))))
+    name, weight = next(iter(tensors.items()))
+    save_file({**load_file(file), name: torch.zeros(weight.shape[0] + 1, weight.shape[1])}, file, {"format": "pt"})
+    sizes = [str([weight.shape[0] + more, weight.shape[1]]) for more in (1, 0)]
+    told = ".*".join(map(re.escape, [file.name, name.split(".", 1)[1], *sizes]))
+    with pytest.raises(ModelError, match=told):
+        read_base(str(tmp_path))
+
+
+def matrices(tensors):
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2 and "mlp" in name}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(kind, value, tmp_path):
+    base = make_bloom() if kind == "bloom" else small_base(kind)
+    name = sorted(name for name, weight in base.named_parameters() if weight.dim() == 1)[-1]
+    with torch.no_grad():
+        base.get_parameter(name)[-1] = value
+    base.save_pretrained(tmp_path)
+    told = rf"model\.safetensors: tensor {re.escape(name)} .*NaN or infinite"
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ModelError, match=told):
+            load_base(str(tmp_path), torch.device("cpu"), dtype)
+
+
+def test_a_weight_beyond_the_range_of_fp16_is_named(tmp_path):
+    base = small_base("llama")
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    base.save_pretrained(tmp_path)
+    load_base(str(tmp_path), torch.device("cpu"), torch.float32)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight .*float16"):
+        load_base(str(tmp_path), torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.parametrize("value", ["gptq", ["gptq"], [{"quant_method": "gptq"}], 4, True], ids=str)
+def test_a_quantization_config_that_is_no_object_is_named(value, tiny_base, tmp_path):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"base.*quantization_config .* expected an object") as error:
+        read_base(str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_scales_without_a_quantization_config_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from helpers.short_runs import interrupted, outcome
 import softprompt
 import train
 from softprompt.export.model_card import plain_model_card
-from softprompt.models.loading import weight_files
+from softprompt.models.base_files import weight_files
 from softprompt.prompt.adapter_folder import peft_config
 from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.model_card import CardFacts, model_card

@@ -31,6 +31,12 @@ def test_without_a_grid_there_is_one_cell(tmp_path):
     assert cell.config.training.seed == 42 and cell.rows is None and cell.trained
 
 
+def test_a_cell_says_how_many_virtual_tokens_a_text_gives(tmp_path):
+    more = 'prompt_tuning_init_text = "看"\n[[grid]]\nprompt_tuning_init = ["TEXT", "RANDOM"]\n'
+    of_text, random = map(str, study(tmp_path, HEAD + more).cells)
+    assert "TEXT num_virtual_tokens auto (the length of the text)" in of_text and "num_virtual_tokens 10" in random
+
+
 def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.1\n[[grid]]\n")
     assert [c.config.learning_rate for c in found.cells] == [0.1]
