@@ -20,7 +20,7 @@ NVIDIA_WHEELS = "pip install 'torch<2.14' --force-reinstall --index-url https://
 USED_FOR = {
     "accelerate": "--load_in_4bit and --load_in_8bit",
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
-    "matplotlib": "charts in reports",
+    "matplotlib": "loss.png, and charts of studies",
     "tensorboard": "--report_to tensorboard",
 }
 PYTHON = (3, 11)

@@ -18,7 +18,6 @@ from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
-from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
 from softprompt.runs.manifest import Manifest
 from softprompt.runs.run_reader import Facts, read_run
@@ -57,6 +56,7 @@ class ReportAndPush(Observer):
         """Complete the report, upload the run if `--push_to_hub` is given, and return the run; `not_pushed` says why an
         upload failed."""
         say = callbacks.log.say
+        self.facts |= {"ended_early": callbacks.ended_early}
         complete_report(run, self.facts, callbacks.world.size, say)
         return replace(run, not_pushed=upload(run, say)) if run.config.sharing.push_to_hub else run
 
@@ -81,8 +81,7 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
     with _warning_on_error(REPORT_FILE, say, f"; try: {command('report')} {argument(str(folder))}"):
         files.write({FACTS_FILE: json_bytes({**ended, "end": _end_facts(run, ranks)})})
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
-        more = "" if installed() else f"; it has no charts because matplotlib is not installed: {INSTALL}"
-        say(f"report: {folder / REPORT_FILE}{more}")
+        say(f"report: {folder / REPORT_FILE}")
 
 
 @contextmanager

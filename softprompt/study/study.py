@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from softprompt.report.svg import INSTALL
-from softprompt.study.charts import CHART_FILES, charts
+from softprompt.study.charts import CHART_FILES, INSTALL, charts
 from softprompt.study.findings import Finding
 from softprompt.study.grid import Study
 from softprompt.study.hypotheses import evaluate_hypotheses
