@@ -7,12 +7,14 @@ from typing import Any
 from markupsafe import Markup
 
 from softprompt.report.axes import number
+from softprompt.report.results import commonest_share
 from softprompt.report.svg import Curve, heatmap, histogram, line_chart
 from softprompt.runs.run_reader import RunRecord
 
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 SHARES = ("eval_accuracy", "eval_exact_match")  # fractions from 0 to 1
 QUALITY = {"eval_accuracy": "Accuracy of the likelier label", "eval_exact_match": "Exact match of held-out answers"}
+BASE, COMMONEST = 7, 3  # colors of what a prompt is compared with
 COURSE = {  # of less interest than losses and answers
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -37,9 +39,9 @@ def run_charts(record: RunRecord) -> list[Chart]:
     """Return the charts of the losses and of the answers of one run. A metric that was measured only once has none."""
     charts = list(_chart("loss", "Loss, nats per target token", *_losses(record)))
     for name, title in QUALITY.items():
-        levels = {"base alone": record.of_base(name)}
-        levels |= {"commonest label": record.results.get("eval_majority")} if name == "eval_accuracy" else {}
-        known = [(color, text, level) for color, (text, level) in enumerate(levels.items(), 2) if level is not None]
+        commonest = commonest_share(record) if name == "eval_accuracy" else None
+        levels = [(BASE, "base alone", record.of_base(name)), (COMMONEST, "commonest label", commonest)]
+        known = [(color, text, level) for color, text, level in levels if level is not None]
         curves = [Curve(0, record.series(name), markers=True), *(Curve(color, level=y) for color, _, y in known)]
         legend = [(0, False, "with the prompt"), *((color, True, f"{text} ({y:.1%})") for color, text, y in known)]
         charts += _chart(name, title, curves, legend)
@@ -49,9 +51,7 @@ def run_charts(record: RunRecord) -> list[Chart]:
 def course_charts(record: RunRecord) -> list[Chart]:
     """Return the charts of the learning rate, the gradient norm and the speed of one run."""
     return [
-        chart
-        for name, title in COURSE.items()
-        for chart in _chart(name, title, [Curve(0, record.series(name))], [(0, False, title.split(",")[0].lower())])
+        chart for name, title in COURSE.items() for chart in _chart(name, title, [Curve(0, record.series(name))], [])
     ]
 
 
@@ -65,6 +65,8 @@ def compared_charts(records: Sequence[RunRecord], names: Sequence[str]) -> tuple
 def lengths_chart(kind: str, bars: Sequence[tuple[int, int]], limit: int) -> Chart:
     """Return the histogram of the lengths of rows of a kind: "training", "held out" or "the stream's first"."""
     title = f"Lengths of {'the training' if kind == 'training' else kind} rows"
+    if limit > 1.5 * bars[-1][0]:  # a line there would press the bars together
+        return Chart(title, histogram(bars, None, title), note=f"--max_length {limit:,} is longer than every row.")
     return Chart(title, histogram(bars, limit, title), [(0, False, "rows"), (-1, True, f"--max_length {limit:,}")])
 
 
@@ -90,8 +92,8 @@ def _losses(record: RunRecord) -> tuple[list[Curve], list[tuple[int, bool, str]]
             legend.append((color, False, text))
     base = record.of_base("eval_loss")
     if base is not None and len(record.series("eval_loss")) > 1:
-        curves.append(Curve(2, level=base))
-        legend.append((2, True, f"held out, base alone ({base:.4f})"))
+        curves.append(Curve(BASE, level=base))
+        legend.append((BASE, True, f"held out, base alone ({base:.4f})"))
     return curves, legend
 
 

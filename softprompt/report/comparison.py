@@ -13,10 +13,10 @@ OF_THE_BASE = ("model_name_or_path",)
 
 
 class Cell(NamedTuple):
-    """A value of a run in the table, a smaller text below it, and whether it is the best of all runs."""
+    """A value of a run in the table, smaller texts below it, and whether it is the best of all runs."""
 
     value: Any
-    note: str = ""
+    notes: Sequence[str] = ()
     best: bool = False
 
 
@@ -26,9 +26,11 @@ def comparison_view(records: Sequence[RunRecord], names: Sequence[str]) -> dict[
     every = list(dict.fromkeys(name for record in records for name in record.arguments))
     differ = [name for name in _differing(records, every) if name != "output_dir"]
     first, others = compared_charts(records, names)
+    rows = _result_rows(records, bool(tasks), bool(bases))
     return {
         "status": [Cell(status(record)) for record in records],
-        "results": _result_rows(records, bool(tasks), bool(bases)),
+        "results": rows,
+        "ranked": any(cell.best for _, cells in rows for cell in cells),
         "settings": [(name, [Cell(record.arguments.get(name)) for record in records]) for name in differ],
         "cautions": list(_cautions(tasks, bases)),
         "curves": first,
@@ -78,7 +80,7 @@ def _result_rows(records: Sequence[RunRecord], tasks: bool, bases: bool) -> list
             notes += result.notes if result else ()
             value = record.final(name)
             is_best = best is not None and value is not None and metric.form.format(value) == best
-            cells.append(Cell(result.value if result else "–", "; ".join(notes), is_best))
+            cells.append(Cell(result.value if result else "–", notes, is_best))
         rows.append((metric.label, cells))
     return rows
 

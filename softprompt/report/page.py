@@ -22,10 +22,11 @@ from softprompt.runs.file_names import FACTS_FILE, MARK
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.errors import ReportError
 from softprompt.utils.redact import redacted
+from softprompt.utils.text_table import display_width
 
 TEMPLATE, STYLE, SCRIPT = "report.html.jinja", "report.css", "report.js"
 MAX_CHARACTERS = 4000  # longer texts are truncated
-FOLDED_CHARACTERS = 160  # a longer text shows only its beginning until it is opened
+FOLDED_WIDTH, FOLDED_LINES = 160, 4  # a wider text, in columns of a terminal, or a longer one shows only its beginning
 RELOAD_SECONDS = 5  # after which the page of a running training loads itself again
 
 
@@ -98,7 +99,10 @@ def _shown(text: Any) -> str:
 
 def _beginning(text: str) -> str | None:
     """Return the beginning of a text that is to be folded; None if the text is short."""
-    return None if len(text) <= 1.3 * FOLDED_CHARACTERS else text[:FOLDED_CHARACTERS].rstrip() + "…"
+    start = "\n".join(text.split("\n")[:FOLDED_LINES])
+    while display_width(start) > FOLDED_WIDTH:
+        start = start[: len(start) * FOLDED_WIDTH // display_width(start)]
+    return None if len(text) <= 1.25 * len(start) else start.rstrip() + "…"
 
 
 def _number(value: Any) -> str:

@@ -91,19 +91,18 @@
   const nameOf = (fold) => `${fold.closest(".run")?.querySelector(".anchor").id} ${fold.querySelector("summary").textContent}`;
   const key = `folds ${location.pathname}`;
   const narrow = matchMedia("(max-width: 40rem)").matches;
-  const first = document.querySelector(".fold");
   let stored = {};
   try {
     stored = JSON.parse(sessionStorage.getItem(key)) ?? {};
   } catch {
     // storage is not allowed here
   }
-  for (const fold of folds) {
-    fold.open = stored[nameOf(fold)] ?? (fold.open && !(narrow && fold.matches(".fold") && fold !== first));
-  }
+  const usual = new Map(folds.map((fold) => [fold, fold.open && !(narrow && fold.matches(".fold:not(.first)"))]));
+  for (const fold of folds) fold.open = stored[nameOf(fold)] ?? usual.get(fold);
   addEventListener("pagehide", () => {
     try {
-      sessionStorage.setItem(key, JSON.stringify(Object.fromEntries(folds.map((fold) => [nameOf(fold), fold.open]))));
+      const changed = folds.filter((fold) => fold.open !== usual.get(fold)).map((fold) => [nameOf(fold), fold.open]);
+      sessionStorage.setItem(key, JSON.stringify(Object.fromEntries(changed)));
     } catch {
       // as above
     }

@@ -67,9 +67,14 @@ def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
     """Return the 95 % interval of a value, and how often always giving the commonest answer would be right."""
     form = METRICS[name].form
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
-    interval = () if low is None or high is None else (f"95 % interval {form.format(low)} to {form.format(high)}",)
-    majority = record.results.get("eval_majority") if name == "eval_accuracy" else None
-    return interval if majority is None else (*interval, f"commonest label {form.format(majority)}")
+    interval = () if low is None or high is None else (f"95 % interval {form.format(low)}–{form.format(high)}",)
+    commonest = commonest_share(record) if name == "eval_accuracy" else None
+    return interval if commonest is None else (*interval, f"commonest label {form.format(commonest)}")
+
+
+def commonest_share(record: RunRecord) -> float | None:
+    """Return the share of held-out rows for which always giving the commonest label is right; None if unknown."""
+    return {**record.facts.get("base_alone", {}), **record.results}.get("eval_majority")
 
 
 def status(record: RunRecord) -> str:

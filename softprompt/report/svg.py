@@ -16,7 +16,7 @@ from softprompt.report.axes import Axis, number, share_axis, step_axis, value_ax
 
 WIDTH, HEIGHT = 360, 214  # one chart is as wide as a phone, three as a screen
 TOP, RIGHT, BOTTOM = 8, 14, 36  # margins of the area in which the curves are
-CHARACTER = 6.8  # width of a digit at the font size of charts
+CHARACTER = 7.4  # width of a digit at the font size of charts, at most
 MAX_POINTS = 600  # per curve; longer curves are averaged
 MARKED_POINTS = 60  # the points of a longer curve are not marked
 COLORS = 8  # --c0 to --c7 of the page
@@ -67,12 +67,10 @@ def line_chart(
     return _svg(parts, label)
 
 
-def histogram(bars: Sequence[tuple[float, int]], line: float, label: str) -> Markup:
-    """Return a histogram of (upper bound, count) pairs, with a dashed vertical line at `line` unless that is far to the
-    right of all bars."""
-    end = bars[-1][0]
-    shown = line <= 1.5 * end
-    frame = _Frame(step_axis(max(end, line) if shown else end), value_axis([n for _, n in bars], from_zero=True))
+def histogram(bars: Sequence[tuple[float, int]], line: float | None, label: str) -> Markup:
+    """Return a histogram of (upper bound, count) pairs, with a dashed vertical line at `line`."""
+    end = max(bars[-1][0], line or 0)
+    frame = _Frame(step_axis(end), value_axis([n for _, n in bars], from_zero=True))
     edges = [0, *(bound for bound, _ in bars)]
     places = [(a, b, n) for a, b, n in zip(edges, edges[1:], (n for _, n in bars), strict=False)]
     rects = [
@@ -84,7 +82,7 @@ def histogram(bars: Sequence[tuple[float, int]], line: float, label: str) -> Mar
     spans = [f"{a + 1:,} to {b:,} tokens" if b > a + 1 else f"{b:,} tokens" for a, b, _ in places]
     values = _data(0, points, spans, [f"{n:,}" for _, _, n in places])
     parts = [frame.grid("tokens of a row"), *rects, f"<g {values}></g>"]
-    if shown:
+    if line is not None:
         parts.append(f'<path class="level faint" d="M{frame.x(line):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
     return _svg(parts, label)
 

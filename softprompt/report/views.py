@@ -6,12 +6,15 @@ from typing import Any
 
 from softprompt.config.loader import GROUPS, PRESETS
 from softprompt.config.train_args import DEFAULT_LEARNING_RATES, DEFAULT_NUM_VIRTUAL_TOKENS
+from softprompt.data.template import DEFAULT
 from softprompt.report.charts import cosines_chart, course_charts, lengths_chart, run_charts
 from softprompt.report.results import results, status
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.shell_commands import command, flag
+from softprompt.utils.text_table import display_width
 
 MAX_WRONG = 200  # wrong answers on a page
+LABEL_WIDTH = 12  # columns of a terminal; a wider answer is a text rather than a label
 SECTIONS = {
     "training": "Training",
     "examples": "Before and after",
@@ -41,9 +44,9 @@ def run_view(record: RunRecord, name: str) -> dict[str, Any]:
         "curves": run_charts(record),
         "course": course_charts(record),
         "sweep": facts.get("sweep"),
-        "examples": _examples(end.get("examples")),
+        "examples": _examples(end.get("examples"), record),
         "confusion": list(_confusion_tables(end.get("confusion"))),
-        "wrong": _wrong_answers(end.get("wrong")),
+        "wrong": _wrong_answers(end.get("wrong"), record),
         "likeness": end.get("likeness"),
         "left_out": end.get("left_out", []),
         "training": facts.get("training"),
@@ -85,7 +88,15 @@ def _infer_command(record: RunRecord) -> str:
     return f"{command('infer')}{flag('adapter', str(record.folder))}{bits} --prompt …"
 
 
-def _examples(examples: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _question(row: Mapping[str, Any], record: RunRecord) -> str:
+    """Return the question of a row, without the words that the default template puts around every question."""
+    text = str(row["question"])
+    if record.arguments.get("template") not in (None, DEFAULT):
+        return text
+    return text.removeprefix("Human: ").removesuffix("Assistant:").strip()
+
+
+def _examples(examples: Mapping[str, Any] | None, record: RunRecord) -> Mapping[str, Any] | None:
     """Add to each row whether the answers without and with the prompt are right; None where that is unknown."""
     if examples is None:
         return None
@@ -95,8 +106,11 @@ def _examples(examples: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         return row[answer] == row["expected"] if known is None and examples["compared"] else known
 
     rows = examples["rows"]
-    marked = [{**row, "right": {answer: right(row, answer) for answer in ("before", "after")}} for row in rows]
-    return {**examples, "rows": marked}
+    marked = [
+        {**row, "question": _question(row, record), "right": {each: right(row, each) for each in ("before", "after")}}
+        for row in rows
+    ]
+    return {**examples, "rows": marked, "labels": _are_labels(rows)}
 
 
 def _confusion_tables(confusion: Mapping[str, Any] | None) -> Iterator[tuple[str, Sequence[str], Sequence[Any]]]:
@@ -112,11 +126,18 @@ def _confusion_tables(confusion: Mapping[str, Any] | None) -> Iterator[tuple[str
             yield whose, labels, rows
 
 
-def _wrong_answers(wrong: Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:
+def _wrong_answers(wrong: Sequence[Mapping[str, Any]] | None, record: RunRecord) -> dict[str, Any] | None:
+    """Return the number of wrong answers, and the rows to show, the largest loss first."""
     if not wrong:
         return None
-    ranked = sorted(wrong, key=lambda row: row["loss"] or 0, reverse=True)
-    return {"count": len(wrong), "rows": ranked[:MAX_WRONG]}
+    ranked = sorted(wrong, key=lambda row: row["loss"] or 0, reverse=True)[:MAX_WRONG]
+    rows = [{**row, "question": _question(row, record)} for row in ranked]
+    return {"count": len(wrong), "rows": rows, "labels": _are_labels(rows)}
+
+
+def _are_labels(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the expected answers of rows are short, so that a narrow column is enough."""
+    return all(display_width(str(row["expected"])) <= LABEL_WIDTH for row in rows)
 
 
 def _rows(record: RunRecord) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Browser:
     """One tab. What it asks the network for and what it complains about is in `requests` and `complaints`."""
 
     def __init__(self) -> None:
-        self.profile = tempfile.TemporaryDirectory()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its last processes may still write
         to_them, self.write = os.pipe()
         self.read, from_them = os.pipe()
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

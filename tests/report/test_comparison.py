@@ -16,9 +16,9 @@ def made(name: str, loss: float, seconds: float = 3.0, **arguments: object) -> R
 
 
 def table(*runs: RunRecord) -> tuple[dict[str, list[str]], str]:
-    """The cells of the table by the names of their rows, and all of the page."""
+    """The cells of the tables by the names of their rows, and all of the page."""
     html = page(runs)
-    found = re.search(r'<table class="stack compared">.*?</table>', html, re.S)[0]
+    found = "".join(re.findall(r'<table class="stack compared .*?</table>', html, re.S))
     rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", found, re.S)
     return {name: re.findall(r"<td.*?</td>", cells, re.S) for name, cells in rows}, html
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.reported_runs import EVIL, Seen, described_run
 
-from softprompt.report.page import FOLDED_CHARACTERS, RELOAD_SECONDS, page
+from softprompt.report.page import FOLDED_WIDTH, RELOAD_SECONDS, page
 from softprompt.report.results import status
 from softprompt.runs.run_reader import RunRecord
 
@@ -38,9 +38,9 @@ def test_accuracy_is_shown_with_its_interval_and_the_commonest_label():
     run.results.update(eval_accuracy=0.61, eval_accuracy_base=0.55, eval_accuracy_low=0.51, eval_accuracy_high=0.7)
     run.results.update(eval_majority=0.63, eval_macro_f1=0.512, eval_loss_low=0.7, eval_loss_high=0.8)
     told = Seen(page([run])).text
-    for text in ("61.0%", "base alone 55.0%", "interval 51.0% to 70.0%", "commonest label 63.0%", "0.512"):
+    for text in ("61.0%", "base alone 55.0%", "interval 51.0%–70.0%", "commonest label 63.0%", "0.512"):
         assert text in told
-    assert "interval 0.7000 to 0.8000" in told
+    assert "interval 0.7000–0.8000" in told
 
 
 def test_the_confusion_table_counts_expected_by_predicted():
@@ -54,14 +54,14 @@ def test_the_confusion_table_counts_expected_by_predicted():
 
 def test_wrong_answers_are_listed_by_their_loss():
     told = Seen(page([described_run(wrong=WRONG)])).text
-    assert "3 held-out rows are answered wrongly" in told
+    assert "3 held-out rows that are answered wrongly" in told
     assert told.index("review 1") < told.index("review 2") < told.index("review 0") and "4.125" in told
 
 
 def test_many_wrong_answers_are_folded_and_the_most_are_left_out():
     many = [{**WRONG[0], "question": f"row number {n}!", "loss": n / 10} for n in range(500)]
     html = page([described_run(wrong=many)])
-    assert "500 held-out rows" in html and "200 of them" in html
+    assert "200 of 500 held-out rows" in html
     assert html.index("row number 490!") < html.index("190 more</summary>") < html.index("row number 489!")
     assert "row number 299!" not in html
 
@@ -86,8 +86,18 @@ def test_a_long_text_is_folded():
     start, whole = re.search(
         r'<details class="long"><summary><bdi>(.*?)</bdi></summary><bdi>(.*?)</bdi>', html
     ).groups()
-    assert whole == text and text.startswith(start[:-1]) and len(start) <= FOLDED_CHARACTERS + 1
+    assert whole == text and text.startswith(start[:-1]) and len(start) <= FOLDED_WIDTH + 1
     assert html.count('class="long"') == 1
+
+
+@pytest.mark.parametrize("text", ["没有空格的很长的一句话。" * 10, "a\nb\nc\nd\ne\nf\ng"])
+def test_wide_and_many_lines_are_folded_too(text):
+    rows = [{"question": "short", "expected": text, "before": "x", "after": "x"}]
+    html = page([described_run(examples={**ANSWERS, "rows": rows})])
+    start, whole = re.search(
+        r'<details class="long"><summary><bdi>(.*?)</bdi></summary><bdi>(.*?)</bdi>', html, re.S
+    ).groups()
+    assert whole == text and text.startswith(start[:-1]) and start.endswith("…")
 
 
 def test_words_below_the_null_level_are_dim():
@@ -110,6 +120,13 @@ def test_one_held_out_figure_is_a_number():
         label for label, _ in Seen(page([described_run(history=only)])).elements if label == "polyline"
     }
     assert not Seen(page([described_run(history=only)])).of("line")
+
+
+def test_a_limit_far_beyond_all_rows_is_no_line():
+    run = described_run()
+    assert "longer than every row" in page([run])
+    run.facts["arguments"]["max_length"] = 20
+    assert "longer than every row" not in page([run]) and "--max_length 20" in page([run])
 
 
 def test_the_only_script_is_the_one_that_the_policy_names():
