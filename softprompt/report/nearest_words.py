@@ -111,13 +111,12 @@ def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
     base = build_on_meta_device(load_config(name_or_path), name_or_path)
     embedding, norm = embedding_modules(base)
     wanted = [embedding.weight, *([norm.weight, norm.bias] if norm else [])]
-    every = base.named_parameters(remove_duplicate=False)  # a tied weight has two names, and files hold it under one
-    places = {name: place for name, each in every for place, parameter in enumerate(wanted) if each is parameter}
-    stored = list_stored_tensors(files[0].parent, "the report")
-    found = {places[name]: tensor for name, tensor in locate_tensors(base, stored, "the report", places).items()}
-    if len(found) < len(wanted):
-        raise ValueError(f"the files of the base {name_or_path} have no word embeddings")
-    words, *layernorm = (_read(found[place]) for place in range(len(wanted)))
+    named = {id(parameter): name for name, parameter in base.named_parameters()}
+    names = [named[id(parameter)] for parameter in wanted]
+    found = locate_tensors(base, list_stored_tensors(files[0].parent, "the report"), "the report", names)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"the files of the base {name_or_path} lack {missing[0]}")
+    words, *layernorm = (_read(found[name]) for name in names)
     return EmbeddingSpace(words, (layernorm[0], layernorm[1], norm.eps) if norm else None)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.bases import make_bloom
 from helpers.small_bases import small_base
+from safetensors.torch import save_file
 
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.report.nearest_words import _stored_embeddings
@@ -31,6 +32,10 @@ def test_a_base_whose_files_are_gone_is_named(tmp_path):
     small_base("llama").config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="are not on this machine"):
         _stored_embeddings(str(tmp_path))
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lack model\.embed_tokens\.weight"):
+        _stored_embeddings(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"only pytorch_model\.bin"):
         _stored_embeddings(str(tmp_path))
