@@ -100,14 +100,15 @@ def push(argv: Sequence[str]) -> None:
 
 def report(argv: Sequence[str]) -> None:
     """Write one HTML page about one run, or about several runs side by side."""
-    runs, output_file = parse_report(argv)
+    request = parse_report(argv)
 
-    from softprompt.report.svg import INSTALL, installed
+    from softprompt.report.watch import watch
     from softprompt.report.writer import write_report
 
-    path = write_report(runs, output_file)
-    if not installed():
-        print(f"warning: no charts because matplotlib is not installed: {INSTALL}", file=sys.stderr)
+    if request.watch:
+        path = watch(request.runs, request.output_file, lambda line: print(line, file=sys.stderr, flush=True))
+    else:
+        path = write_report(request.runs, request.output_file)
     print(path)
 
 

@@ -21,7 +21,7 @@ USED_FOR = {
     "accelerate": "--load_in_4bit and --load_in_8bit",
     "bitsandbytes": "--load_in_4bit and --load_in_8bit",
     "fastapi": "softprompt serve",
-    "matplotlib": "charts in reports",
+    "matplotlib": "loss.png, and charts of studies",
     "prompt_toolkit": "line editing in a chat",
     "tensorboard": "--report_to tensorboard",
     "uvicorn": "softprompt serve",

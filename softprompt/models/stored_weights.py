@@ -7,7 +7,7 @@ conversion is refused.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,9 @@ Shape = tuple[int, ...]
 QUANTIZATION_SCALES = r"\.(SCB|weight_format|absmax|nested_absmax|quant_map|quant_state[^/]*|qzeros|g_idx|scales)$"
 
 
-def locate_tensors(base: PreTrainedModel, files: Mapping[str, StoredTensor], flag: str) -> dict[str, StoredTensor]:
+def locate_tensors(
+    base: PreTrainedModel, files: Mapping[str, StoredTensor], flag: str, names: Collection[str] | None = None
+) -> dict[str, StoredTensor]:
     """Return where the tensors of `base.state_dict()` are stored, by their names in `base`. Names that the files lack
     are left out. Each tensor's `dtype` is set to the one in which transformers would load it.
 
@@ -36,6 +38,7 @@ def locate_tensors(base: PreTrainedModel, files: Mapping[str, StoredTensor], fla
         base: A model; its tensors may be on the meta device.
         files: The stored tensors by their names in the files.
         flag: The flag that needs them, for error messages.
+        names: Locate only the tensors of these names; None locates all.
 
     Raises:
         ModelError: A tensor is stored with another shape or kind of dtype than the model's, or in a form that cannot be
@@ -45,6 +48,8 @@ def locate_tensors(base: PreTrainedModel, files: Mapping[str, StoredTensor], fla
     dtypes = _dtypes_when_loaded(base, expected)
     located = {}
     for name, sources in _sources(base, files, expected).items():
+        if names is not None and name not in names:
+            continue
         for tensor in chain(*sources.tensors.values()):
             if tensor.file_dtype.is_floating_point != dtypes[name].is_floating_point:
                 raise ModelError(

@@ -6,12 +6,14 @@ computed after this layer norm. For a base without it, embeddings are compared d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+REPLACED = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is only part of a character
 CHUNK_VALUES = 1 << 23  # embedding values per chunk of the vocabulary: 32 MiB in fp32
 
 
@@ -38,9 +40,14 @@ class EmbeddingSpace:
 
 def embedding_space(base: Any) -> EmbeddingSpace:
     """Return the embedding space of a transformers model; nothing is copied."""
-    norm = getattr(getattr(base, "transformer", None), "word_embeddings_layernorm", None)
+    embedding, norm = embedding_modules(base)
     layernorm = None if norm is None else (norm.weight.detach(), norm.bias.detach(), norm.eps)
-    return EmbeddingSpace(base.get_input_embeddings().weight.detach(), layernorm)
+    return EmbeddingSpace(embedding.weight.detach(), layernorm)
+
+
+def embedding_modules(base: Any) -> tuple[nn.Embedding, nn.LayerNorm | None]:
+    """Return the input embedding of a transformers model, and the layer norm over it; None if the base has none."""
+    return base.get_input_embeddings(), getattr(getattr(base, "transformer", None), "word_embeddings_layernorm", None)
 
 
 def nearest_tokens(
@@ -88,16 +95,38 @@ def cosine_matrix(space: EmbeddingSpace, vectors: Tensor) -> Tensor:
 
 
 def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return tokens as readable text. Leading and trailing spaces become ␣; a token that is only part of a character is
-    shown in the tokenizer's own symbols."""
+    """Return tokens as readable text. Leading and trailing spaces become ␣; bytes that are only part of a character
+    become <0xE5>, as Llama's tokenizer writes them."""
     return [_readable(tokenizer, token) for token in ids]
 
 
 def _readable(tokenizer: Any, token: int) -> str:
-    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
-    if "\N{REPLACEMENT CHARACTER}" in text or not text:
-        return str(piece)
+    text, piece = tokenizer.decode([token]), str(tokenizer.convert_ids_to_tokens(token))
+    if REPLACED in text or not text:
+        text = _with_bytes(piece) or piece
     edges = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     if not text.strip(" "):
         return "␣" * len(text)
     return "␣" * edges[0] + text.strip(" ").replace("\n", "⏎").replace("\t", "⇥") + "␣" * edges[1]
+
+
+def _with_bytes(piece: str) -> str:
+    """Return the text of a token of a byte-level tokenizer, with <0xE5> for each byte that is only part of a character.
+    Return "" if `piece` is of another kind of tokenizer."""
+    symbols = _byte_symbols()
+    if not set(piece) <= symbols.keys():
+        return ""
+    text = bytes(symbols[symbol] for symbol in piece).decode(errors="surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
+@cache
+def _byte_symbols() -> dict[str, int]:
+    """Return the bytes by the symbols that byte-level tokenizers write for them: a printable byte is its own character
+    in Latin-1, and the symbols of the others follow each other in the order of the bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet(), key=ord)
+    own = {symbol: ord(symbol) for symbol in alphabet if ord(symbol) < 256}
+    others = [byte for byte in range(256) if byte not in own.values()]
+    return own | dict(zip(alphabet[len(own) :], others, strict=True))

@@ -20,7 +20,6 @@ from softprompt.prompt.public_names import is_local, public_name
 from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
-from softprompt.report.svg import INSTALL, installed
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
 from softprompt.runs.manifest import Manifest
 from softprompt.runs.run_card import run_card
@@ -65,6 +64,7 @@ class ReportAndPush(Observer):
         """Complete the report, upload the run if `--push_to_hub` is given, and return the run; `not_pushed` says why an
         upload failed."""
         say = callbacks.log.say
+        self.facts |= {"ended_early": callbacks.ended_early}
         complete_report(run, self.facts, callbacks.world.size, say)
         return replace(run, not_pushed=upload(run, say)) if run.config.sharing.push_to_hub else run
 
@@ -91,8 +91,7 @@ def complete_report(run: Run, facts: Facts, ranks: int, say: Say) -> None:
         files.write({REPORT_FILE: page([read_run(folder)]).encode()})
         with _warning_on_error(CARD_FILE, say):
             files.write({CARD_FILE: run_card(read_run(folder))})
-        more = "" if installed() else f"; it has no charts because matplotlib is not installed: {INSTALL}"
-        say(f"report: {folder / REPORT_FILE}{more}")
+        say(f"report: {folder / REPORT_FILE}")
 
 
 @contextmanager

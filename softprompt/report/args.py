@@ -3,10 +3,11 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, is_text, option
+from softprompt.config.train_args import RUNS
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.utils.errors import ConfigError
 
@@ -25,18 +26,27 @@ class ReportArguments:
 
     output_file: str | None = option(
         None,
-        f"Write the page to this file. (default: {REPORT_FILE} in the run's folder, or in the current folder if "
-        "several runs are given)",
+        f"Write the page to this file. (default: {REPORT_FILE} in the run's folder, or a file under {RUNS}/ that is "
+        "named after the runs if several are given)",
         "FILE",
     )
 
 
-def report_arguments(runs: Sequence[str], **given: Any) -> tuple[list[str], str | None]:
-    """Return the folders of the runs, and the file to write (None: the default).
+class ReportRequest(NamedTuple):
+    """The folders of the runs, the file to write (None: the default), and whether to rewrite it while they train."""
+
+    runs: list[str]
+    output_file: str | None
+    watch: bool
+
+
+def report_arguments(runs: Sequence[str], watch: bool = False, **given: Any) -> ReportRequest:
+    """Check the settings of a report.
 
     Args:
         runs: Folders of runs.
-        given: The command's flags as keyword arguments.
+        watch: Whether to rewrite the page while the runs go on.
+        given: The command's other flags as keyword arguments.
 
     Raises:
         ConfigError: A setting is unknown or has a wrong value, no run is named, or a run is named twice.
@@ -52,10 +62,10 @@ def report_arguments(runs: Sequence[str], **given: Any) -> tuple[list[str], str 
         raise ConfigError(f"{twice[-1]} is named twice; name each run once")
     if arguments.output_file == "":
         raise ConfigError("--output_file is empty; name the file to write, or leave it out")
-    return runs, arguments.output_file
+    return ReportRequest(runs, arguments.output_file, watch)
 
 
-def parse_report(argv: Sequence[str]) -> tuple[list[str], str | None]:
+def parse_report(argv: Sequence[str]) -> ReportRequest:
     """Return what `report_arguments` returns, from the command line of `report`.
 
     Raises:
@@ -64,5 +74,11 @@ def parse_report(argv: Sequence[str]) -> tuple[list[str], str | None]:
     description = "Write one HTML page about one run, or about several runs side by side."
     usage = "RUN [RUN …] [--flag value …]"
     parser = FlagParser([ReportArguments], "report", description, usage, examples=EXAMPLES)
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="Write the page again whenever a run has logged something, until the runs end or Ctrl-C is pressed. A "
+        "browser that shows the page loads it again by itself.",
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
     return report_arguments(**parser.parse(argv))

@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.models.base_files import weight_files
-from softprompt.models.loading import base_path, load_tokenizer
+from softprompt.models.capabilities import build_on_meta_device
+from softprompt.models.loading import base_path, load_config, load_tokenizer
+from softprompt.models.stored_weights import locate_tensors
 from softprompt.prompt.adapter_io import PROMPT_KEY, Adapter, load_adapter
 from softprompt.prompt.initial import check_fits
 from softprompt.prompt.nearest_tokens import (
     EmbeddingSpace,
     cosine_matrix,
+    embedding_modules,
     nearest_tokens,
     random_vectors,
     readable_tokens,
@@ -24,12 +27,10 @@ from softprompt.prompt.nearest_tokens import (
 from softprompt.runs.file_names import START_FILE
 from softprompt.runs.run_reader import Facts, RunRecord
 from softprompt.utils.errors import SoftpromptError
-from softprompt.utils.safetensors_io import list_stored_tensors
+from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
 
 NEAREST = 5  # words for each virtual token
 MAX_TOKENS = 200  # at most this many virtual tokens are described
-WORDS, NORM = "word_embeddings.weight", "word_embeddings_layernorm"
-EPSILON = 1e-5  # default of BloomConfig.layer_norm_epsilon, which all BLOOM models use
 
 
 def describe_prompt(space: EmbeddingSpace, tokenizer: Any, prompt: Tensor, start: Tensor | None) -> Facts:
@@ -68,7 +69,7 @@ def add_nearest_words(record: RunRecord) -> RunRecord:
     """Add a description of the prompt to a record whose report.json has none, or the reason why there is none.
 
     The description is missing if the run has not ended or was made by an older version. It can be added only if the
-    base is a BLOOM whose files are on this machine; only its word embeddings are read.
+    base's files are on this machine; only its word embeddings are read.
     """
     end = record.facts.get("end") or {}
     folder = record.folder if record.ended else record.checkpoint and record.folder / record.checkpoint
@@ -99,21 +100,30 @@ def _initial_prompt(file: Path) -> Tensor | None:
 
 
 def _stored_embeddings(name_or_path: str) -> EmbeddingSpace:
-    """Read the word embeddings of a BLOOM from its files. Raises ValueError if the files are not on
-    this machine, or are not those of a BLOOM."""
+    """Read the word embeddings of a base from its files, and no other weights.
+
+    Raises:
+        ValueError: The files are not on this machine, or have no word embeddings.
+        ModelError: The base is unsuitable, or its files cannot be read.
+    """
     files = weight_files(name_or_path)
     if not files:
         raise ValueError(f"the files of the base {name_or_path} are not on this machine")
-    stored = list_stored_tensors(files[0].parent, "the report")
+    base = build_on_meta_device(load_config(name_or_path), name_or_path)
+    embedding, norm = embedding_modules(base)
+    wanted = [embedding.weight, *([norm.weight, norm.bias] if norm else [])]
+    named = {id(parameter): name for name, parameter in base.named_parameters()}
+    names = [named[id(parameter)] for parameter in wanted]
+    found = locate_tensors(base, list_stored_tensors(files[0].parent, "the report"), "the report", names)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"the files of the base {name_or_path} lack {missing[0]}")
+    words, *layernorm = (_read(found[name]) for name in names)
+    return EmbeddingSpace(words, (layernorm[0], layernorm[1], norm.eps) if norm else None)
 
-    def read(name: str) -> Tensor:
-        found = stored.get(f"transformer.{name}") or stored.get(name)
-        if found is None:
-            raise ValueError(f"the base {name_or_path} is no BLOOM: it has no tensor {name}")
-        found.read_into(values := torch.empty(found.shape, dtype=found.dtype))
-        return values
 
-    return EmbeddingSpace(read(WORDS), (read(f"{NORM}.weight"), read(f"{NORM}.bias"), EPSILON))
+def _read(stored: StoredTensor) -> Tensor:
+    stored.read_into(values := torch.empty(stored.shape, dtype=stored.dtype))
+    return values
 
 
 def _moves(space: EmbeddingSpace, prompt: Tensor, start: Tensor) -> Iterator[Facts]:

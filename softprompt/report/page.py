@@ -1,63 +1,80 @@
 """Render the page of a report from the runs' records.
 
-The template, report.html.jinja, escapes every value.
+The templates escape every value. The page's only script is report.js, which the page's security policy names by its
+hash, so no text of a row can become a script.
 """
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError  # torch requires jinja2
 from markupsafe import Markup
 
-from softprompt.report.svg import INSTALL, ChartRenderer
-from softprompt.report.views import comparison_view, run_names, run_view
+from softprompt.report.comparison import comparison_view, run_names
+from softprompt.report.views import run_view
 from softprompt.runs.file_names import FACTS_FILE, MARK
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.errors import ReportError
 from softprompt.utils.redact import redacted
+from softprompt.utils.text_table import display_width
 
-TEMPLATE = "report.html.jinja"
-MAX_CHARACTERS = 600  # longer texts are truncated
+TEMPLATE, STYLE, SCRIPT = "report.html.jinja", "report.css", "report.js"
+MAX_CHARACTERS = 4000  # longer texts are truncated
+FOLDED_WIDTH, FOLDED_LINES = 160, 4  # a wider text, in columns of a terminal, or a longer one shows only its beginning
+RELOAD_SECONDS = 5  # after which the page of a running training loads itself again
 
 
-def page(records: Sequence[RunRecord], broken: Sequence[str] = ()) -> str:
-    """Return one HTML document, which has no scripts and loads no other files.
-
-    Without matplotlib, the page has no charts and says how to install matplotlib.
+def page(records: Sequence[RunRecord], broken: Sequence[str] = (), live: bool = False) -> str:
+    """Return one HTML document, which loads no other files and can be read without its script.
 
     Args:
         records: The runs to show.
         broken: An error message for each further run, which cannot be shown.
+        live: Whether the file will be rewritten, so that the page is to load itself again.
 
     Raises:
         ReportError: The report.json of a run does not have the content that this version writes.
     """
-    try:
-        renderer: ChartRenderer | None = ChartRenderer()
-    except ImportError:
-        renderer = None
     names = run_names(records)
     views = []
     for record, name in zip(records, names, strict=True):
         with _unexpected_content(record):
-            views.append(run_view(record, name, renderer))
+            views.append(run_view(record, name))
+    script = _text_of(SCRIPT)
     values = {
         "runs": views,
         "broken": broken,
-        "compared": comparison_view(records, names, renderer) if len(records) > 1 else None,
+        "names": names,
+        "compared": comparison_view(records, names) if len(records) > 1 else None,
         "mark": Markup(MARK),
-        "install": None if renderer else INSTALL,
+        "style": Markup(_text_of(STYLE)),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "reload": RELOAD_SECONDS if live else None,
     }
+    template = _environment().get_template(TEMPLATE)
+    with _unexpected_content(*records):
+        return redacted(template.render(**values))
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"shown": _shown, "number": _number}
-    template = environment.get_template(TEMPLATE)
-    with _unexpected_content(*records):
-        return redacted(template.render(**values))
+    environment.filters |= {"shown": _shown, "number": _number, "beginning": _beginning}
+    return environment
+
+
+@cache
+def _text_of(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -80,7 +97,17 @@ def _shown(text: Any) -> str:
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
 
 
+def _beginning(text: str) -> str | None:
+    """Return the beginning of a text that is to be folded; None if the text is short."""
+    start = "\n".join(text.split("\n")[:FOLDED_LINES])
+    while display_width(start) > FOLDED_WIDTH:
+        start = start[: len(start) * FOLDED_WIDTH // display_width(start)]
+    return None if len(text) <= 1.25 * len(start) else start.rstrip() + "…"
+
+
 def _number(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

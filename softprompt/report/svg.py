@@ -1,28 +1,26 @@
-"""Charts of a report: SVG by matplotlib in the colors and fonts of the page, so that they follow its dark mode.
+"""Charts of a report: SVG elements in the colors and fonts of the page, so that they follow its dark mode.
 
-Charts are drawn in placeholder colors, which are then replaced by the CSS variables of the page. Text is not converted
-to paths. Charts contain no text of the user: the names of runs are in the legends, which are part of the page.
+Charts contain no text of the user: the names of runs are in the legends, which are part of the page. The elements with
+data-points hold what the page's script shows under the pointer: data-at names the points, data-values their values.
 """
 
-import io
-import re
-from collections.abc import Mapping, Sequence
+import base64
+import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from itertools import count
-from typing import Any
 
-INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
-WIDTH, HEIGHT = 4.4, 2.7  # inches (72 SVG units each): one chart is as wide as a phone, two as a screen
+from markupsafe import Markup
+
+from softprompt.report.axes import Axis, number, share_axis, step_axis, value_axis
+
+WIDTH, HEIGHT = 360, 214  # one chart is as wide as a phone, three as a screen
+TOP, RIGHT, BOTTOM = 8, 14, 36  # margins of the area in which the curves are
+CHARACTER = 7.4  # width of a digit at the font size of charts, at most
 MAX_POINTS = 600  # per curve; longer curves are averaged
-LOG_SCALE_RATIO = 20  # use a logarithmic scale if the largest value is at least this many times the smallest
+MARKED_POINTS = 60  # the points of a longer curve are not marked
 COLORS = 8  # --c0 to --c7 of the page
-INK, FAINT = "#000101", "#000202"  # placeholders for --ink and --faint
-
-
-def installed() -> bool:
-    """Return whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+POSITIVE, NEGATIVE = (178, 24, 43), (33, 102, 172)  # red and blue of a heatmap
 
 
 @dataclass(frozen=True)
@@ -42,102 +40,113 @@ class Curve:
     level: float | None = None
 
 
-class ChartRenderer:
-    """Draws the charts of one page. Ids within the SVGs are unique on the page.
+def line_chart(
+    curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False, from_zero: bool = False
+) -> Markup:
+    """Return curves over the optimizer steps; empty if no curve has two points, since one point shows no course.
 
-    Raises:
-        ImportError: Matplotlib is not installed.
+    Args:
+        curves: The curves.
+        label: Label for screen readers.
+        logarithmic: Use a logarithmic scale if `needs_log_scale` says so.
+        share: The values are fractions from 0 to 1.
+        from_zero: Begin the axis of the values at 0.
     """
-
-    def __init__(self) -> None:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-
-        self.rc_context, self.figure, self.canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
-        self.numbers = count()
-
-    def line_chart(self, curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False) -> str:
-        """Return curves over the optimizer steps as SVG; "" if no curve has points.
-
-        Args:
-            curves: The curves.
-            label: Label for screen readers.
-            logarithmic: Use a logarithmic scale if `needs_log_scale` says so.
-            share: The values are fractions from 0 to 1.
-        """
-        drawn = [curve for curve in curves if curve.points or curve.level is not None]
-        if not any(curve.points for curve in drawn):
-            return ""
-        figure, axes = self._axes(label)
-        if logarithmic and needs_log_scale(drawn):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
-        for curve in drawn:
-            if curve.level is not None:
-                axes.axhline(curve.level, color=_placeholder(curve.color), linestyle=(0, (4, 3)), linewidth=1.2)
-                continue
-            style = {"color": _placeholder(curve.color), "linewidth": 1.3}
-            if curve.markers or len(curve.points) == 1:
-                style |= {"marker": "o", "markersize": 3}
-            axes.plot(*zip(*averaged(curve.points), strict=True), **style)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if share:
-            axes.set_ylim(-0.03, 1.03)
-        return self._svg(figure, label)
-
-    def histogram(self, bars: Sequence[tuple[float, float]], line: float, label: str) -> str:
-        """Return a histogram of (upper bound, count) pairs, with a dashed vertical line at `line`, as SVG."""
-        figure, axes = self._axes(label)
-        edges = [0, *(bound for bound, _ in bars)]
-        axes.stairs([n for _, n in bars], edges, fill=True, color=_placeholder(0), alpha=0.75, linewidth=0)
-        axes.axvline(line, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.set_xlabel("tokens of a row")
-        return self._svg(figure, label)
-
-    def heatmap(self, values: Sequence[Sequence[float]], label: str) -> str:
-        """Return a square matrix of numbers, drawn from -1 (blue) to 1 (red), as SVG."""
-        with self._style():
-            figure = self.figure(figsize=(3.3, 2.8))
-            axes = figure.add_axes((0.12, 0.13, 0.68, 0.8))
-            edge = len(values) + 0.5
-            image = axes.imshow(
-                values, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none", extent=(0.5, edge, edge, 0.5)
-            )
-            _style_axes(axes, grid=False)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.yaxis.get_major_locator().set_params(integer=True)
-            bar = figure.colorbar(image, cax=figure.add_axes((0.83, 0.13, 0.035, 0.8)), ticks=[-1, -0.5, 0, 0.5, 1])
-            bar.outline.set_visible(False)
-            bar.ax.tick_params(length=0, colors=INK)
-        return self._svg(figure, label)
-
-    def _axes(self, label: str) -> tuple[Any, Any]:
-        with self._style():
-            figure = self.figure(figsize=(WIDTH, HEIGHT))
-            axes = figure.add_axes((0.14, 0.17, 0.83, 0.75))
-            _style_axes(axes)
-        return figure, axes
-
-    def _style(self) -> Any:
-        style: Mapping[str, Any] = {"svg.fonttype": "none", "font.size": 9, "axes.formatter.limits": (-3, 5)}
-        return self.rc_context({**style, "svg.hashsalt": "softprompt"})
-
-    def _svg(self, figure: Any, label: str) -> str:
-        figure.patch.set_visible(False)
-        image = io.StringIO()
-        with self._style():
-            self.canvas(figure).print_svg(image, metadata={"Date": None})
-        return _for_page(image.getvalue(), f"p{next(self.numbers)}-", label)
+    drawn = [curve for curve in curves if len(curve.points) > 1]
+    if not drawn:
+        return Markup()
+    levels = [(curve.color, curve.level) for curve in curves if curve.level is not None]
+    values = [value for curve in drawn for _, value in curve.points] + [level for _, level in levels]
+    x = step_axis(max(step for curve in drawn for step, _ in curve.points))
+    y = share_axis() if share else value_axis(values, logarithmic, from_zero)
+    frame = _Frame(x, y)
+    parts = [frame.grid("optimizer step")]
+    for color, level in levels:
+        parts.append(f'<path class="level" {_colored(color)} d="M{frame.left:.1f} {frame.y(level):.1f}H{frame.end}"/>')
+    parts += [_curve(frame, curve, share) for curve in drawn]
+    return _svg(parts, label)
 
 
-def needs_log_scale(curves: Sequence[Curve]) -> bool:
-    """Return whether all values are above 0 and the largest is at least LOG_SCALE_RATIO times the smallest."""
-    values = [value for curve in curves for _, value in curve.points]
-    values += [curve.level for curve in curves if curve.level is not None]
-    return 0 < LOG_SCALE_RATIO * min(values) <= max(values)
+def histogram(bars: Sequence[tuple[float, int]], line: float | None, label: str) -> Markup:
+    """Return a histogram of (upper bound, count) pairs, with a dashed vertical line at `line`."""
+    end = max(bars[-1][0], line or 0)
+    frame = _Frame(step_axis(end), value_axis([n for _, n in bars], from_zero=True))
+    edges = [0, *(bound for bound, _ in bars)]
+    places = [(a, b, n) for a, b, n in zip(edges, edges[1:], (n for _, n in bars), strict=False)]
+    rects = [
+        f'<rect class="bar" {_colored(0)} x="{frame.x(a) + 0.5:.1f}" y="{frame.y(n):.1f}" '
+        f'width="{frame.x(b) - frame.x(a) - 1:.1f}" height="{frame.y(0) - frame.y(n):.1f}"/>'
+        for a, b, n in places
+    ]
+    points = [(frame.x((a + b) / 2), frame.y(n)) for a, b, n in places]
+    spans = [f"{a + 1:,} to {b:,} tokens" if b > a + 1 else f"{b:,} tokens" for a, b, _ in places]
+    values = _data(0, points, spans, [f"{n:,}" for _, _, n in places])
+    parts = [frame.grid("tokens of a row"), *rects, f"<g {values}></g>"]
+    if line is not None:
+        parts.append(f'<path class="level faint" d="M{frame.x(line):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+    return _svg(parts, label)
+
+
+def heatmap(values: Sequence[Sequence[float]], label: str) -> Markup:
+    """Return a square matrix of numbers from -1 (blue) to 1 (red); 0 is transparent."""
+    size, left, top = 176, 30, 6
+    axis = step_axis(len(values))
+    parts = [
+        f'<image x="{left}" y="{top}" width="{size}" height="{size}" preserveAspectRatio="none" '
+        f'href="data:image/png;base64,{base64.b64encode(_png(values)).decode()}"/>'
+    ]
+    cell = size / len(values)
+    for tick, text in zip(axis.ticks, axis.labels, strict=True):
+        if 1 <= tick <= len(values):
+            middle = (tick - 0.5) * cell
+            parts.append(f'<text class="end" x="{left - 5}" y="{top + middle + 4:.1f}">{text}</text>')
+            parts.append(f'<text class="middle" x="{left + middle:.1f}" y="{top + size + 15}">{text}</text>')
+    cells = ";".join(" ".join(f"{value:.2f}" for value in row) for row in values)
+    parts.append(f'<rect class="cells" x="{left}" y="{top}" width="{size}" height="{size}" data-cells="{cells}"/>')
+    return _svg(parts, label, left + size + 8, top + size + 22)
+
+
+class _Frame:
+    """The area of a chart in which its curves are, and its two axes."""
+
+    def __init__(self, x: Axis, y: Axis):
+        self.horizontal, self.vertical = x, y
+        self.left = 8 + CHARACTER * max(map(len, y.labels), default=0)
+        self.end = WIDTH - RIGHT
+
+    def x(self, value: float) -> float:
+        return self.left + self.horizontal.fraction(value) * (self.end - self.left)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - self.vertical.fraction(value) * (HEIGHT - BOTTOM - TOP)
+
+    def grid(self, label: str) -> str:
+        """Return the grid, the labels of both axes, and the name of the horizontal one."""
+        lines = [f"M{self.left:.1f} {self.y(tick):.1f}H{self.end}" for tick in self.vertical.ticks]
+        lines += [f"M{self.x(tick):.1f} {TOP}V{HEIGHT - BOTTOM}" for tick in self.horizontal.ticks]
+        words = [
+            f'<text class="end" x="{self.left - 5:.1f}" y="{self.y(tick) + 4:.1f}">{text}</text>'
+            for tick, text in zip(self.vertical.ticks, self.vertical.labels, strict=True)
+        ]
+        words += [
+            f'<text class="middle" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 15}">{text}</text>'
+            for tick, text in zip(self.horizontal.ticks, self.horizontal.labels, strict=True)
+        ]
+        middle = (self.left + self.end) / 2
+        words.append(f'<text class="middle title" x="{middle:.1f}" y="{HEIGHT - 4}">{label}</text>')
+        return f'<path class="grid" d="{"".join(lines)}"/>{"".join(words)}'
+
+
+def _curve(frame: _Frame, curve: Curve, share: bool) -> str:
+    shown = averaged(curve.points)
+    points = [(frame.x(step), frame.y(value)) for step, value in shown]
+    steps = [f"step {step:,}" for step, _ in shown]
+    values = [f"{value:.1%}" if share else number(value) for _, value in shown]
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    line = f'<polyline class="line" {_colored(curve.color)} points="{places}"/>'
+    dots = "".join(f'<circle {_colored(curve.color)} cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in points)
+    marked = dots if curve.markers and len(points) <= MARKED_POINTS else ""
+    return f"{line}{marked}<g {_data(curve.color, points, steps, values)}></g>"
 
 
 def averaged(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -148,33 +157,32 @@ def averaged(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> 
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _style_axes(axes: Any, grid: bool = True) -> None:
-    axes.patch.set_visible(False)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(length=0, colors=INK)
-    axes.xaxis.label.set_color(INK)
-    for offset in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
-        offset.set_color(INK)
-    if grid:
-        axes.grid(color=FAINT, alpha=0.35, linewidth=0.6)
-        axes.set_axisbelow(True)
+def _data(color: int, points: Sequence[tuple[float, float]], at: Sequence[str], values: Sequence[str]) -> str:
+    """Return the attributes that the page's script reads."""
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'data-curve="{color}" data-points="{places}" data-at="{"|".join(at)}" data-values="{"|".join(values)}"'
 
 
-def _placeholder(color: int) -> str:
-    return f"#0003{color % COLORS:02d}"
+def _colored(color: int) -> str:
+    return f'style="--mine:var(--c{color % COLORS})"'
 
 
-def _for_page(svg: str, prefix: str, label: str) -> str:
-    """Convert matplotlib's SVG file to an element of the page: remove prolog and metadata, put `prefix` before all ids,
-    and use the page's colors and fonts."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg)
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg).replace("xlink:href", "href")
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    for color in range(COLORS):
-        svg = svg.replace(_placeholder(color), f"var(--c{color})")
-    return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+def _svg(parts: Sequence[str], label: str, width: float = WIDTH, height: float = HEIGHT) -> Markup:
+    shape = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{Markup.escape(label)}"'
+    return Markup(f"<svg {shape}>{''.join(parts)}</svg>")
+
+
+def _png(values: Sequence[Sequence[float]]) -> bytes:
+    """Return an image with one pixel for each value, the stronger colored the further the value is from 0."""
+    rows = b"".join(b"\0" + b"".join(map(_pixel, row)) for row in values)
+    header = struct.pack(">IIBBBBB", len(values[0]), len(values), 8, 6, 0, 0, 0)  # 8 bits for each of R, G, B, A
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
+def _pixel(value: float) -> bytes:
+    strength = round(255 * min(1.0, abs(value)))
+    return bytes([*(POSITIVE if value > 0 else NEGATIVE), strength])

@@ -1,72 +1,59 @@
-"""The values that the template shows, for one run and for several runs side by side."""
+"""The values that the template shows for one run."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from softprompt.config.loader import default_settings
-from softprompt.report.svg import ChartRenderer, Curve
+from softprompt.data.template import DEFAULT
+from softprompt.report.charts import cosines_chart, course_charts, lengths_chart, run_charts
+from softprompt.report.results import results, status
 from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.shell_commands import command, flag
+from softprompt.utils.text_table import display_width
 
-LOSSES = {"loss": "training", "eval_loss": "held out"}
-OTHER_CURVES = {
-    "eval_exact_match": "Exact match of held-out answers",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm, before clipping",
-    "tokens_per_second": "Tokens per second, without padding",
-}
-RESULTS = {  # metrics of all_results.json: label and format
-    "eval_loss": ("held-out loss", "{:.4f}"),
-    "eval_perplexity": ("perplexity", "{:,.4g}"),
-    "eval_exact_match": ("exact match", "{:.1%}"),
-    "eval_exact_match_rows": ("rows compared for exact match (complete answers)", "{:,}"),
-    "train_loss": ("mean training loss", "{:.4f}"),
-    "train_runtime": ("seconds of training", "{:,.1f}"),
-    "train_tokens_per_second": ("tokens per second", "{:,.0f}"),
+MAX_WRONG = 200  # wrong answers on a page
+LABEL_WIDTH = 12  # columns of a terminal; a wider answer is a text rather than a label
+SECTIONS = {
+    "training": "Training",
+    "examples": "Before and after",
+    "confusion": "Confusion",
+    "wrong": "Wrong answers",
+    "words": "Nearest words",
+    "rows": "Rows",
+    "settings": "Settings",
 }
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart: its title, an SVG element, its legend, and a note below it. A legend entry holds the number of a color
-    of the page (-1: faint), whether the line is dashed, and its text."""
-
-    title: str
-    svg: Markup
-    legend: Sequence[tuple[int, bool, str]] = ()
-    note: str = ""
-
-
-def run_view(record: RunRecord, name: str, renderer: ChartRenderer | None) -> dict[str, Any]:
-    """Return the values that the template needs for one run. Without a renderer there are no charts."""
+def run_view(record: RunRecord, name: str) -> dict[str, Any]:
+    """Return the values that the template needs for one run."""
     facts = record.facts
-    rows = [(kind, of) for kind, of in facts.get("rows", {}).items() if of]
     end = facts.get("so_far") or facts.get("end", {})
-    bits = "".join(f" --{name}" for name in ("load_in_8bit", "load_in_4bit") if record.arguments.get(name))
-    return {
+    view = {
         "name": name,
         "headline": _headline(record),
         "ended": record.ended,
         "status": status(record),
+        "progress": _progress(record),
+        "verdict": end.get("verdict"),
+        "better": end.get("verdict_better"),
         "resume": None if record.ended else _resume_command(record),
-        "infer": f"{command('infer')}{flag('adapter', str(record.folder))}{bits} --prompt …",
-        "results": list(_results(record)),
-        "curves": list(_curves(record, renderer)) if renderer else [],
+        "infer": _infer_command(record),
+        "results": list(results(record).values()),
+        "curves": run_charts(record),
+        "course": course_charts(record),
         "sweep": facts.get("sweep"),
-        "rows": rows,
-        "row_facts": [fact for fact in rows[0][1] if fact != "histogram"] if rows else [],
-        "lengths": _lengths(record, rows, renderer),
-        "examples": end.get("examples"),
+        "examples": _examples(end.get("examples"), record),
+        "confusion": list(_confusion_tables(end.get("confusion"))),
+        "wrong": _wrong_answers(end.get("wrong"), record),
         "likeness": end.get("likeness"),
-        "similarities": _cosines(end.get("likeness"), renderer),
         "left_out": end.get("left_out", []),
-        "settings": list(_settings(record)),
         "training": facts.get("training"),
         "versions": facts.get("versions", {}),
+        **_rows(record),
+        **_settings(record),
     }
+    view["similarities"] = cosines_chart(view["likeness"]) if view["likeness"] else None
+    return {**view, "sections": _sections(view)}
 
 
 def _headline(record: RunRecord) -> str:
@@ -81,19 +68,10 @@ def _headline(record: RunRecord) -> str:
     )
 
 
-def status(record: RunRecord) -> str:
-    """Return how far a run got, and why it ended early if it did."""
+def _progress(record: RunRecord) -> tuple[int, int] | None:
+    """Return the steps done and their total, of a run that has not ended; None if the total is unknown."""
     total = record.facts.get("total_steps")
-    steps = f"step {record.steps:,}" + (f" of {total:,}" if total else "")
-    if not record.ended:
-        return f"{'running now' if record.runs_now else 'not finished'}: its metrics end at {steps}"
-    best = record.results.get("best_global_step")
-    kept = f"; the saved prompt is the best one, from step {best:,}" if best is not None else ""
-    if not total or record.steps >= total:
-        return f"finished after {steps}{kept}"
-    patient = record.arguments.get("early_stopping_patience") is not None
-    why = "the metric no longer improved" if patient else "the stream had fewer rows than expected"
-    return f"ended early at {steps}, because {why}{kept}"
+    return None if record.ended or not total else (record.steps, total)
 
 
 def _resume_command(record: RunRecord) -> str | None:
@@ -103,100 +81,85 @@ def _resume_command(record: RunRecord) -> str | None:
     return f"{command('train', launcher)}{flag('resume_from_checkpoint', str(record.folder))}"
 
 
-def _results(record: RunRecord) -> Iterable[tuple[str, str | None, str]]:
-    """Yield (label, value of the base alone, value with the prompt) for each metric that the run has."""
-    for name, (label, form) in RESULTS.items():
-        value, base = record.final(name), record.of_base(name)
-        if value is not None or base is not None:
-            yield label, None if base is None else form.format(base), "–" if value is None else form.format(value)
+def _infer_command(record: RunRecord) -> str:
+    bits = "".join(f" --{name}" for name in ("load_in_8bit", "load_in_4bit") if record.arguments.get(name))
+    return f"{command('infer')}{flag('adapter', str(record.folder))}{bits} --prompt …"
 
 
-def _curves(record: RunRecord, renderer: ChartRenderer) -> Iterable[Chart]:
-    base = record.of_base("eval_loss")
-    drawn = [Curve(n, record.series(name), markers=n > 0) for n, name in enumerate(LOSSES)]
-    legend = [(n, False, text) for n, (name, text) in enumerate(LOSSES.items()) if record.series(name)]
-    if base is not None:
-        drawn.append(Curve(2, level=base))
-        legend.append((2, True, f"held out, base alone ({base:.4f})"))
-    title = "Loss, nats per target token"
-    yield from _charts(renderer, "loss", title, drawn, legend)
-    for name, title in OTHER_CURVES.items():
-        drawn, legend = [Curve(0, record.series(name))], []
-        if (level := record.of_base(name)) is not None:
-            drawn, legend = [*drawn, Curve(2, level=level)], [(0, False, "with the prompt"), (2, True, "base alone")]
-        yield from _charts(renderer, name, title, drawn, legend)
+def _question(row: Mapping[str, Any], record: RunRecord) -> str:
+    """Return the question of a row, without the words that the default template puts around every question."""
+    text = str(row["question"])
+    if record.arguments.get("template") not in (None, DEFAULT):
+        return text
+    return text.removeprefix("Human: ").removesuffix("Assistant:").strip()
 
 
-def _charts(
-    renderer: ChartRenderer, name: str, title: str, curves: Sequence[Curve], legend: Sequence[Any]
-) -> Iterable[Chart]:
-    """Yield the chart of a metric if any run has it."""
-    if svg := renderer.line_chart(curves, title, logarithmic=name in LOSSES, share=name == "eval_exact_match"):
-        yield Chart(title, Markup(svg), legend)
-
-
-def _lengths(record: RunRecord, rows: Sequence[tuple[str, Any]], renderer: ChartRenderer | None) -> Chart | None:
-    if not renderer or not rows:
+def _examples(examples: Mapping[str, Any] | None, record: RunRecord) -> Mapping[str, Any] | None:
+    """Add to each row whether the answers without and with the prompt are right; None where that is unknown."""
+    if examples is None:
         return None
-    kind = "the training" if rows[0][0] == "training" else rows[0][0]  # else "the stream's first" or "held out"
-    title, limit = f"Lengths of {kind} rows", record.arguments.get("max_length", 0)
-    svg = renderer.histogram(rows[0][1]["histogram"], limit, title)
-    return Chart(title, Markup(svg), [(0, False, "rows"), (-1, True, f"--max_length {limit}")])
+
+    def right(row: Mapping[str, Any], answer: str) -> bool | None:
+        known = row.get(f"correct_{answer}")
+        return row[answer] == row["expected"] if known is None and examples["compared"] else known
+
+    rows = examples["rows"]
+    marked = [
+        {**row, "question": _question(row, record), "right": {each: right(row, each) for each in ("before", "after")}}
+        for row in rows
+    ]
+    return {**examples, "rows": marked, "labels": _are_labels(rows)}
 
 
-def _cosines(likeness: Any, renderer: ChartRenderer | None) -> Chart | None:
-    if not renderer or not likeness or len(likeness["tokens"]) < 2:
+def _confusion_tables(confusion: Mapping[str, Any] | None) -> Iterator[tuple[str, Sequence[str], Sequence[Any]]]:
+    """Yield (whose predictions, labels, rows) of each table. A row is a label, its counts with their shares of the row,
+    and their sum."""
+    for name, whose in (("prompt", "with the prompt"), ("base", "base alone")):
+        if confusion and confusion.get(name):
+            labels = confusion["labels"]
+            rows = [
+                (label, [(count, count / (sum(counts) or 1)) for count in counts], sum(counts))
+                for label, counts in zip(labels, confusion[name], strict=True)
+            ]
+            yield whose, labels, rows
+
+
+def _wrong_answers(wrong: Sequence[Mapping[str, Any]] | None, record: RunRecord) -> dict[str, Any] | None:
+    """Return the number of wrong answers, and the rows to show, the largest loss first."""
+    if not wrong:
         return None
-    values = likeness["similarities"]
-    others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j]
-    title = "Cosine between the virtual tokens"
-    mean = sum(others) / len(others)
-    note = f"Between different tokens: {min(others):.2f} to {max(others):.2f}, {mean:.2f} on average."
-    return Chart(title, Markup(renderer.heatmap(values, title)), note=note)
+    ranked = sorted(wrong, key=lambda row: row["loss"] or 0, reverse=True)[:MAX_WRONG]
+    rows = [{**row, "question": _question(row, record)} for row in ranked]
+    return {"count": len(wrong), "rows": rows, "labels": _are_labels(rows)}
 
 
-def _settings(record: RunRecord) -> Iterable[tuple[str, Any, bool]]:
-    """Yield (flag, value, whether the value differs from the default)."""
-    arguments = record.arguments
-    defaults = default_settings(arguments)
-    for name, value in arguments.items():
-        if value is not None:
-            yield name, value, name in defaults and value != defaults[name]
+def _are_labels(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the expected answers of rows are short, so that a narrow column is enough."""
+    return all(display_width(str(row["expected"])) <= LABEL_WIDTH for row in rows)
 
 
-def comparison_view(
-    records: Sequence[RunRecord], names: Sequence[str], renderer: ChartRenderer | None
-) -> dict[str, Any]:
-    """Return the results of several runs side by side, the settings that differ, and one chart for each metric."""
-    every = list(dict.fromkeys(name for record in records for name in record.arguments))
-    differ = [name for name in every if len({repr(r.arguments.get(name)) for r in records}) > 1]
-    known = {label for record in records for label, _, _ in _results(record)}
-    labels = [label for label, _ in RESULTS.values() if label in known]
-    rows = []
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
-        results = {label: (base, value) for label, base, value in _results(record)}
-        settings = [(key, record.arguments.get(key)) for key in differ if key != "output_dir"]
-        rows.append({"name": name, "color": number, "status": status(record), "settings": settings, "results": results})
-    curves = list(_compared_curves(records, names, renderer)) if renderer else []
-    return {"labels": labels, "rows": rows, "curves": curves}
+def _rows(record: RunRecord) -> dict[str, Any]:
+    rows = [(kind, of) for kind, of in record.facts.get("rows", {}).items() if of]
+    if not rows:
+        return {"rows": [], "row_facts": [], "lengths": None}
+    kind, of = rows[0]
+    lengths = lengths_chart(kind, of["histogram"], record.arguments.get("max_length", 0))
+    return {"rows": rows, "row_facts": [fact for fact in of if fact != "histogram"], "lengths": lengths}
 
 
-def _compared_curves(records: Sequence[RunRecord], names: Sequence[str], renderer: ChartRenderer) -> Iterable[Chart]:
-    titles = {"loss": "Training loss", "eval_loss": "Held-out loss", **OTHER_CURVES}
-    for name, title in titles.items():
-        curves = [Curve(n, record.series(name), markers=name.startswith("eval")) for n, record in enumerate(records)]
-        legend = [
-            (n, False, run) for n, (run, record) in enumerate(zip(names, records, strict=True)) if record.series(name)
-        ]
-        levels: Mapping[float, int] = {
-            level: n for n, record in reversed(list(enumerate(records))) if (level := record.of_base(name)) is not None
-        }
-        curves += [Curve(n, level=level) for level, n in levels.items()]
-        legend += [(n, True, f"{names[n]}, base alone") for n in sorted(levels.values())]
-        yield from _charts(renderer, name, title, curves, legend)
+def _settings(record: RunRecord) -> dict[str, list[tuple[str, Any]]]:
+    """Return the settings that differ from the defaults of their preset, and those that do not."""
+    defaults = default_settings(record.arguments)
+    given = [(name, value) for name, value in record.arguments.items() if value is not None]
+    chosen = [(name, value) for name, value in given if name in defaults and value != defaults[name]]
+    return {"chosen": chosen, "unchanged": [each for each in given if each not in chosen]}
 
 
-def run_names(records: Sequence[RunRecord]) -> list[str]:
-    """Return the names of the runs' folders, or their full paths if two have the same name."""
-    names = [record.name for record in records]
-    return names if len(set(names)) == len(names) else [str(record.folder) for record in records]
+def _sections(view: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (id, title) of the sections that the run has."""
+    has = {
+        "training": view["curves"] or view["course"] or view["sweep"],
+        "words": view["likeness"],
+        "settings": view["chosen"] or view["unchanged"],
+    }
+    return [(name, title) for name, title in SECTIONS.items() if has.get(name, view.get(name))]

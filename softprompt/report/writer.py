@@ -1,12 +1,14 @@
 """Write the report of one or several runs: `python -m softprompt report RUN [RUN …]`.
 
-train.py writes the report of its own run (see `after_training`).
+train.py writes the report of its own run (see `after_training`); `watch` rewrites the report of a run that goes on.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from softprompt.config.train_args import RUNS
 from softprompt.report.args import report_arguments
 from softprompt.report.nearest_words import add_nearest_words
 from softprompt.report.page import page
@@ -14,6 +16,8 @@ from softprompt.runs.file_names import MARK, REPORT_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.utils.atomic_io import write_files
 from softprompt.utils.errors import OutputError, PartialFailureError, ReportError
+
+LONGEST_NAME = 120  # bytes of the name of a page about several runs
 
 
 def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:
@@ -23,8 +27,8 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
 
     Args:
         runs: Folders of runs.
-        output_file: The file to write. By default it is report.html in the run's folder, or in the current folder if
-            several runs are given.
+        output_file: The file to write. By default it is report.html in the run's folder, or a file under runs/ that is
+            named after the runs if several are given.
 
     Raises:
         ConfigError: No run is given, or a run is given twice.
@@ -32,49 +36,76 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
         PartialFailureError: Some of several runs cannot be shown; the page is written with the others.
         OutputError: `output_file` cannot be written, or exists and is not a report.
     """
-    return write_report(*report_arguments([os.fspath(run) for run in runs], output_file=output_file))
+    request = report_arguments([os.fspath(run) for run in runs], output_file=output_file)
+    return write_report(request.runs, request.output_file)
 
 
 def write_report(runs: Sequence[str], output_file: str | None) -> Path:
     """Write the page of the runs whose arguments `report_arguments` has checked; see `report`."""
-    records, broken = _read(runs)
-    default = records[0].folder / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
-    path = Path(output_file) if output_file else default
-    _refuse_foreign_file(path)
-    content, unshown = _page(records, broken)
-    broken += unshown
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_files(path.parent, {path.name: content.encode()})
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); name a file with --output_file") from None
+    path = report_file(runs, output_file)
+    content, broken = report_page(runs)
+    write_page(path, content)
     if broken:
         failed = f"{len(broken):,} of {len(runs):,} runs cannot be shown"
         raise PartialFailureError(f"{failed} ({broken[0]}); {path} shows the others")
     return path
 
 
-def _read(runs: Sequence[str]) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs that can be read, and the error of each other run. Raises ReportError if a folder does not exist,
-    or no run can be read."""
+def report_file(runs: Sequence[str], output_file: str | None) -> Path:
+    """Return the file to write: `output_file`, or the default.
+
+    Raises:
+        ReportError: A run's folder does not exist.
+        OutputError: The file exists and is not a report.
+    """
+    for run in runs:
+        if not Path(run).is_dir():
+            raise ReportError(f"{run}: no such folder; name the OUTPUT_DIR of a run")
+    if output_file is None:
+        path = Path(runs[0]) / REPORT_FILE if len(runs) == 1 else RUNS / _name_of_several(runs)
+    else:
+        path = Path(output_file)
+    _refuse_foreign_file(path)
+    return path
+
+
+def report_page(runs: Sequence[str], live: bool = False) -> tuple[str, list[str]]:
+    """Return the page of the runs, and an error for each run that it does not show. A live page leaves out the nearest
+    words of unfinished runs, since reading a base's embeddings again and again would slow training down.
+
+    Raises:
+        ReportError: No run can be shown.
+    """
     records, broken = list[RunRecord](), list[ReportError]()
     for run in runs:
         try:
-            records.append(add_nearest_words(read_run(run)))
+            record = read_run(run)
+            records.append(record if live else add_nearest_words(record))
         except ReportError as error:
-            if not Path(run).is_dir():
-                raise
             broken.append(error)
     if not records:
         raise broken[0]
-    return records, list(map(str, broken))
+    return _page(records, [str(error) for error in broken], live)
 
 
-def _page(records: Sequence[RunRecord], broken: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the page, and an error for each run that is left out because the content of its files cannot be shown.
-    Raises ReportError if no run can be shown."""
+def write_page(path: Path, content: str) -> None:
+    """Write a page atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     try:
-        return page(records, broken), []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_files(path.parent, {path.name: content.encode()})
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); name a file with --output_file") from None
+
+
+def _page(records: Sequence[RunRecord], broken: list[str], live: bool) -> tuple[str, list[str]]:
+    """Return the page, and an error for each run that is not on it: those in `broken`, and those whose files have
+    content that cannot be shown. Raises ReportError if no run can be shown."""
+    try:
+        return page(records, broken, live), broken
     except ReportError:
         if len(records) == 1:
             raise
@@ -87,8 +118,20 @@ def _page(records: Sequence[RunRecord], broken: Sequence[str]) -> tuple[str, lis
             errors.append(error)
     if not shown or not errors:
         raise (errors or [ReportError("these runs cannot be shown on one page; report each run separately")])[0]
-    unshown = list(map(str, errors))
-    return page(shown, [*broken, *unshown]), unshown
+    broken = [*broken, *map(str, errors)]
+    return page(shown, broken, live), broken
+
+
+def _name_of_several(runs: Sequence[str]) -> str:
+    """Return the file name of a page about several runs: their names, or the first one's and a hash if they are long or
+    equal."""
+    names = [Path(run).name or Path(run).resolve().name for run in runs]
+    whole = f"report-{'-'.join(names)}.html"
+    if len(set(names)) == len(names) and len(whole.encode()) <= LONGEST_NAME:
+        return whole
+    hashed = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:8]
+    first = names[0].encode()[:60].decode(errors="ignore")
+    return f"report-{first}-and-{len(runs) - 1}-others-{hashed}.html"
 
 
 def _refuse_foreign_file(path: Path) -> None:

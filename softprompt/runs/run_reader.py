@@ -25,7 +25,8 @@ class RunRecord:
 
     Attributes:
         facts: The content of report.json; empty if an older version wrote none.
-        history: The records of metrics.jsonl, with only those values that are finite numbers.
+        history: The records of metrics.jsonl, with only those values that are finite numbers. It is empty only if the
+            run goes on and has not logged a step.
         results: The content of all_results.json; empty if the run has not ended.
         runs_now: Whether a process is writing into the folder.
         checkpoint: The newest whole checkpoint of a run that has not ended; None if there is none.
@@ -83,22 +84,19 @@ def read_run(folder: str | Path) -> RunRecord:
     if not any((folder / name).exists() for name in known) and not checkpoints(folder):
         kind = "an adapter, and no run of train.py" if (folder / CONFIG_FILE).exists() else "no run of train.py"
         raise ReportError(f"{folder}: holds {kind} (none of {', '.join(known)}); name the OUTPUT_DIR of a run")
-    history = _history(folder)
+    history = _read(folder, METRICS_FILE, _lines)
+    if history is None:
+        raise ReportError(f"{folder}: has no metrics: {METRICS_FILE} is missing; name the OUTPUT_DIR of a run")
     facts, results = (_read(folder, name, _object) or {} for name in (FACTS_FILE, RESULTS_FILE))
     record = RunRecord(folder, facts, history, _numbers(results))
+    runs_now = (not record.ended or not history) and FolderLock(folder).is_held()
+    if not history and not (runs_now and facts):
+        why = "look again after --logging_steps" if runs_now else "the run stopped before it logged a step; train again"
+        raise ReportError(f"{folder}: has no metrics yet: {METRICS_FILE} is empty; {why}")
     if record.ended:
         return record
     whole = newest_whole(folder)
-    return RunRecord(folder, facts, history, {}, FolderLock(folder).is_held(), whole and whole.name)
-
-
-def _history(folder: Path) -> list[Metrics]:
-    records = _read(folder, METRICS_FILE, _lines)
-    if records is None:
-        raise ReportError(f"{folder}: has no metrics: {METRICS_FILE} is missing; name the OUTPUT_DIR of a run")
-    if not records:
-        raise ReportError(f"{folder}: has no metrics yet: {METRICS_FILE} is empty; look again after --logging_steps")
-    return records
+    return RunRecord(folder, facts, history, {}, runs_now, whole and whole.name)
 
 
 def _lines(text: str) -> list[Metrics]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, varied_context
 
+INSTALL = 'pip install matplotlib (or pip install -e ".[plot]")'
 MAX_LINES = 8  # per chart; more cannot be told apart
 MAX_LABEL = 30  # characters of a text or a setting in a line's label
 

@@ -5,8 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt.report.svg import INSTALL
-from softprompt.study.charts import CHART_FILES, charts
+from softprompt.study.charts import CHART_FILES, INSTALL, charts
 from softprompt.study.findings import Finding
 from softprompt.study.grid import Study
 from softprompt.study.hypotheses import evaluate_hypotheses

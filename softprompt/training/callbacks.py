@@ -179,6 +179,14 @@ class RunCallbacks(Callbacks):
             self.log.on_log({"step": totals.steps, "epoch": round(totals.epoch, 4), **metrics})
         return self.latest
 
+    @property
+    def ended_early(self) -> str | None:
+        """Why the run ended before its last step, as report.json says it: "early_stopping" or "no_more_rows"; None if
+        it took all its steps."""
+        if self.log.totals.steps >= self.loader.total_steps:
+            return None
+        return "early_stopping" if self._patience_is_over() else "no_more_rows"
+
     def _is_over(self, step: int) -> bool:
         return self.loader.is_over(step, self.position)
 

@@ -173,6 +173,7 @@ def test_epochs_end_where_the_rows_do(settings, capsys):
     expected = outcome()
     read = "Training: 38 rows were read; 12 rows cut at max_length; 12 rows left out"
     assert read in told.err and "; they ended after step 8 of 10" in told.err
+    assert json.loads(Path("run/report.json").read_text())["ended_early"] == "no_more_rows"
     assert expected[1][-1]["epoch"] == 2 and expected[1][-1]["step"] == 8 and Path("run/checkpoint-8").is_dir()
     softprompt.train(**settings, resume_from_checkpoint="newest")
     assert "resuming after step 8 of 10; all of them are done" in capsys.readouterr().out

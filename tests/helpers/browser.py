@@ -12,13 +12,14 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FOUND = next((path for name in NAMES if (path := shutil.which(name))), None)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--mute-audio")
+FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
 class Browser:
     """One tab. What it asks the network for and what it complains about is in `requests` and `complaints`."""
 
     def __init__(self) -> None:
-        self.profile = tempfile.TemporaryDirectory()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its last processes may still write
         to_them, self.write = os.pipe()
         self.read, from_them = os.pipe()
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -58,6 +59,14 @@ class Browser:
 
     def ask(self, expression: str) -> Any:
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def point(self, selector: str, across: float, down: float) -> None:
+        """Move the mouse to a place in the first element of a selector, given as fractions of its size."""
+        found = f"document.querySelector({selector!r})"
+        self.ask(f"{found}.scrollIntoView({{block: 'center'}})")
+        place = f"(r => [r.x + r.width * {across}, r.y + r.height * {down}])({found}.getBoundingClientRect())"
+        x, y = self.ask(place)
+        self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def picture(self, file: Path) -> None:
         """All of the page, however long."""

@@ -1,5 +1,7 @@
 """Nearest tokens against a reference in plain loops, and the embedding space against the base's own layer norm."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.bases import make_bloom
@@ -80,3 +82,19 @@ def test_tokens_are_readable(tokenizer):
     told = readable_tokens(tokenizer, [*ids, tokenizer.eos_token_id])
     assert told[-1] == "</s>" and all(word and word == word.strip() for word in told)
     assert any("␣" in word for word in told) and any("⏎" in word for word in told)
+
+
+def test_bytes_of_a_character_are_shown_as_bytes(tokenizer):
+    symbols = {
+        bytes([byte]): tokenizer.convert_ids_to_tokens(tokenizer(chr(byte))["input_ids"][0]) for byte in (33, 65)
+    }
+    assert symbols == {b"!": "!", b"A": "A"}
+    for text in ("鑫", "é"):  # none of them is a word of this tokenizer
+        ids = tokenizer(text)["input_ids"]
+        assert readable_tokens(tokenizer, ids) == [f"<0x{byte:02X}>" for byte in text.encode()]
+    assert readable_tokens(
+        SimpleNamespace(decode=lambda ids: "\ufffd", convert_ids_to_tokens=lambda id: "Ġç¬"), [0]
+    ) == ["␣<0xE7><0xAC>"]
+    assert readable_tokens(
+        SimpleNamespace(decode=lambda ids: "\ufffd", convert_ids_to_tokens=lambda id: "▁<0xE7>"), [0]
+    ) == ["▁<0xE7>"]

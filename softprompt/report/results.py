@@ -1,0 +1,92 @@
+"""The metrics that a report shows as numbers, and how a run is doing in words."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from softprompt.runs.run_reader import RunRecord
+
+HIGHER, LOWER = 1, -1
+
+
+class Metric(NamedTuple):
+    """A metric of all_results.json.
+
+    Args:
+        label: What the page calls it.
+        form: Its format.
+        better: HIGHER or LOWER; 0 if neither is better.
+        of_tokens: Whether its value depends on how the base's tokenizer splits the text.
+    """
+
+    label: str
+    form: str
+    better: int = 0
+    of_tokens: bool = False
+
+
+METRICS = {
+    "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", HIGHER),
+    "eval_macro_f1": Metric("macro F1", "{:.3f}", HIGHER),
+    "eval_exact_match": Metric("exact match", "{:.1%}", HIGHER),
+    "eval_exact_match_rows": Metric("rows compared for exact match (complete answers)", "{:,}"),
+    "eval_loss": Metric("held-out loss", "{:.4f}", LOWER, of_tokens=True),
+    "eval_perplexity": Metric("perplexity", "{:,.4g}", LOWER, of_tokens=True),
+    "train_loss": Metric("mean training loss", "{:.4f}"),
+    "train_runtime": Metric("seconds of training", "{:,.1f}"),
+    "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
+}
+WHY_EARLY = {  # values of ended_early in report.json
+    "early_stopping": "because the metric no longer improved (--early_stopping_patience)",
+    "no_more_rows": "because the stream had fewer rows than expected",
+}
+
+
+class Result(NamedTuple):
+    """A metric of a run as text: its value with the prompt, that of the base alone, and notes on the value."""
+
+    metric: Metric
+    value: str
+    base: str | None
+    notes: tuple[str, ...]
+
+
+def results(record: RunRecord) -> dict[str, Result]:
+    """Return the metrics that the run has, by their names in all_results.json."""
+    return dict(_results(record))
+
+
+def _results(record: RunRecord) -> Iterator[tuple[str, Result]]:
+    for name, metric in METRICS.items():
+        value, base = record.final(name), record.of_base(name)
+        if value is not None or base is not None:
+            shown = "–" if value is None else metric.form.format(value)
+            yield name, Result(metric, shown, None if base is None else metric.form.format(base), _notes(record, name))
+
+
+def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
+    """Return the 95 % interval of a value, and how often always giving the commonest answer would be right."""
+    form = METRICS[name].form
+    low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
+    interval = () if low is None or high is None else (f"95 % interval {form.format(low)}–{form.format(high)}",)
+    commonest = commonest_share(record) if name == "eval_accuracy" else None
+    return interval if commonest is None else (*interval, f"commonest label {form.format(commonest)}")
+
+
+def commonest_share(record: RunRecord) -> float | None:
+    """Return the share of held-out rows for which always giving the commonest label is right; None if unknown."""
+    return {**record.facts.get("base_alone", {}), **record.results}.get("eval_majority")
+
+
+def status(record: RunRecord) -> str:
+    """Return how far a run got, and why it ended early if that is known."""
+    total = record.facts.get("total_steps")
+    steps = f"step {record.steps:,}" + (f" of {total:,}" if total else "")
+    if not record.ended:
+        state = "running now" if record.runs_now else "not finished"
+        return f"{state}: its metrics end at {steps}" if record.steps else f"{state}: no step is logged yet"
+    best = record.results.get("best_global_step")
+    kept = f"; the saved prompt is the best one, from step {best:,}" if best is not None else ""
+    if not total or record.steps >= total:
+        return f"finished after {steps}{kept}"
+    why = WHY_EARLY.get(record.facts.get("ended_early", ""), "")
+    return f"ended early at {steps}{f', {why}' if why else ''}{kept}"
