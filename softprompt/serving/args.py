@@ -12,9 +12,13 @@ from softprompt.config.train_args import RUNS
 from softprompt.config.validation import precision_faults, quantization_faults
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.redact import add_secret
-from softprompt.utils.shell_commands import program_name
 
 API_KEY = "SOFTPROMPT_API_KEY"  # environment variable
+EXAMPLES = (
+    ("Serve all runs under runs/ that have the base of the newest one", ""),
+    ("Serve two adapters of one base under names of your choice", "--adapters mood=runs/one topic=runs/two"),
+    ("Listen at all addresses; the key stands in SOFTPROMPT_API_KEY", "--host 0.0.0.0 --port 8000"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,28 +26,35 @@ class ServeArguments:
     """The adapters, the address, and the limits of a request."""
 
     _argument_group_name: ClassVar[str] = "server"
+    _everyday: ClassVar[tuple[str, ...]] = ("adapters", "host", "port", "api_key")
 
     adapters: list[str] = option(
         None,
         "Serve the adapters in these folders, each an adapter folder or a run, which name=FOLDER renames, or a folder "
         f"that holds such folders. They may change while the server runs. (default: {RUNS})",
+        "FOLDER",
     )
-    host: str = option("127.0.0.1", "Listen at this address. Others than this machine reach it only if you change it.")
-    port: int = option(8000, "Listen at this port; 0 takes a free one.")
+    host: str = option(
+        "127.0.0.1", "Listen at this address. Others than this machine reach it only if you change it.", "ADDRESS"
+    )
+    port: int = option(8000, "Listen at this port; 0 takes a free one.", "N")
     api_key: str | None = option(
         None,
         "Refuse requests without the header `Authorization: Bearer KEY`. Prefer the environment variable "
         f"{API_KEY}, which other users of the machine do not see. (default: none)",
+        "KEY",
     )
     allow_adapter_loading: bool = option(
         False, "Accept POST /v1/adapters, which gives a folder inside those of --adapters a name of its own."
     )
-    batch_size: int = option(32, "Generate at most this many answers at a time.")
-    max_queue: int = option(256, "Let at most this many answers wait for a place; refuse further ones with 429.")
-    max_prompt_tokens: int = option(2048, "Refuse prompts of more tokens than this; virtual tokens are not counted.")
-    max_tokens: int = option(1024, "Limit an answer to this many tokens, whatever a request asks for.")
-    max_body_bytes: int = option(1 << 20, "Refuse requests whose body is larger than this.")
-    request_timeout: float = option(300.0, "Give an answer up after this many seconds, waiting included.")
+    batch_size: int = option(32, "Generate at most this many answers at a time.", "N")
+    max_queue: int = option(256, "Let at most this many answers wait for a place; refuse further ones with 429.", "N")
+    max_prompt_tokens: int = option(
+        2048, "Refuse prompts of more tokens than this; virtual tokens are not counted.", "N"
+    )
+    max_tokens: int = option(1024, "Limit an answer to this many tokens, whatever a request asks for.", "N")
+    max_body_bytes: int = option(1 << 20, "Refuse requests whose body is larger than this.", "N")
+    request_timeout: float = option(300.0, "Give an answer up after this many seconds, waiting included.", "SECONDS")
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class ServedModelArguments:
     _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(
-        None, "Serve this base model. (default: the one that the newest of the adapters names)"
+        None, "Serve this base model. (default: the one that the newest of the adapters names)", "BASE"
     )
     device: str = same_option(AdapterArguments, "device")
     bf16: bool | None = same_option(AdapterArguments, "bf16")
@@ -111,4 +122,4 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
         ConfigError: A flag is wrong.
     """
     description = "Serve a base and its adapters in one batch, through the API of OpenAI."
-    return serve_config(**FlagParser(SERVE_GROUPS, program_name("serve"), description).parse(argv))
+    return serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))

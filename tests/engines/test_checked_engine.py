@@ -31,7 +31,9 @@ def engine_of(kind, tokenizer, name="auto"):
 def calls_of(engine, monkeypatch):
     """Record the numbers of rows whose losses the packed engine computes."""
     calls, row_losses = [], engine.packed.row_losses
-    monkeypatch.setattr(engine.packed, "row_losses", lambda p, rows: calls.append(len(rows)) or row_losses(p, rows))
+    monkeypatch.setattr(
+        engine.packed, "row_losses", lambda p, rows, *more: calls.append(len(rows)) or row_losses(p, rows)
+    )
     return calls
 
 
@@ -78,7 +80,7 @@ def test_what_the_packed_engine_computes_wrongly_is_padded_or_refused(kind, toke
 def test_an_error_of_memory_is_not_taken_for_a_failed_check(tokenizer, monkeypatch):
     engine = engine_of("llama", tokenizer)
 
-    def fails(prompt, rows):
+    def fails(prompt, rows, *more):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(engine.packed, "row_losses", fails)
