@@ -124,8 +124,8 @@ class AdapterArguments:
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
         "Choose how answers are generated. packed: continuous batching; padded: transformers' generate, for any causal "
-        "language model; auto: packed for BLOOM on the CPU and for any base that passes a check, else padded. For "
-        "BLOOM, this also chooses the engine that computes losses.",
+        "language model; auto: packed for BLOOM on the CPU and for any base that passes a check, else padded. This "
+        "also chooses the engine that computes losses.",
     )
 
 
