@@ -87,7 +87,7 @@ def test_a_phones_page_is_short_until_a_section_is_opened(pages, tab):
     tab.open(pages["one"], 390)
     assert tab.ask(HEIGHT) < SHORT and tab.ask("document.querySelectorAll('details.fold[open]').length") == 1
     tab.ask("document.querySelector('nav a[href=\"#run1-settings\"]').click()")
-    assert tab.ask("document.getElementById('run1-settings').getBoundingClientRect().height") > 20
+    assert tab.ask("document.getElementById('run1-settings').checkVisibility()")
     tab.ask(OPEN_ALL)
     assert tab.ask(HEIGHT) > SHORT
     tab.open(pages["one"], 1280)
@@ -108,11 +108,12 @@ def test_pointing_at_a_chart_shows_its_values(pages, tab):
 
 
 def test_what_is_folded_is_printed(pages, tab):
-    hidden = "[...document.querySelectorAll('.anchor, .more ul')].filter(e => !e.getBoundingClientRect().height).length"
+    hidden = "[...document.querySelectorAll('.anchor, .more ul')].filter(e => !e.checkVisibility()).length"
     for name in ("one", "both"):
-        tab.open(pages[name], 650, media="print")
-        tab.ask("document.querySelectorAll('details').forEach(e => { e.open = false })")
-        assert tab.ask(hidden) == 0
+        for media, shown in (("print", True), ("screen", False)):
+            tab.open(pages[name], 650, media=media)
+            tab.ask("document.querySelectorAll('details').forEach(e => { e.open = false })")
+            assert (tab.ask(hidden) == 0) == shown
 
 
 def test_pages_can_be_read_without_their_script(pages, tab):
