@@ -13,8 +13,8 @@ from softprompt.utils.errors import ConfigError
 
 EXAMPLES = (
     ("Write runs/one/report.html anew", "runs/one"),
-    ("Show a run that is still training", "runs/one --output_file so-far.html"),
-    ("Compare two runs", "runs/one runs/two --output_file compared.html"),
+    ("Follow a run that is still training", "--watch runs/one"),
+    ("Compare two runs", "runs/one runs/two"),
 )
 
 
