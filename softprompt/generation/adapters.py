@@ -1,7 +1,6 @@
 """Load adapters by name, check them, and find the base that they belong to."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from softprompt.prompt.file_names import SETTINGS_FILE
 from softprompt.prompt.initial import check_fits
 from softprompt.runs.adapter_search import newest_adapter, no_adapter, resolve_adapter
 from softprompt.utils.errors import AdapterError, ConfigError
-from softprompt.utils.std_streams import tell
+from softprompt.utils.progress import say
 
 QUANTIZED = ("load_in_8bit", "load_in_4bit")
 NONE = "none"  # adapter name that stands for the base without a prompt
@@ -186,7 +185,7 @@ def _newest_or_mini() -> LoadedAdapter:
     """Return the newest adapter under runs/. If there is none, return the settings of a prompt for the mini base."""
     if newest := newest_adapter(RUNS):
         return LoadedAdapter.from_folder(newest)
-    tell(f"no trained adapter under {RUNS}/; the base is mini, unless --model_name_or_path names another")
+    say(f"no trained adapter under {RUNS}/; the base is mini, unless --model_name_or_path names another")
     return LoadedAdapter(generation=GENERATION_DEFAULTS["mini"], base="mini")
 
 
@@ -211,14 +210,13 @@ def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str
     if adapter.prompt is not None:
         check_fits(name, adapter.prompt, hidden_size, base)
         if adapter.base and base_identity(adapter.base) != base_identity(base):
-            print(f"warning: adapter {name} was trained on {adapter.base}, not on {base}", file=sys.stderr)
+            say(f"warning: adapter {name} was trained on {adapter.base}, not on {base}")
         if adapter.load_in_8bit is not None and adapter.load_in_4bit is not None:
             trained = quantization_bits(adapter.load_in_8bit, adapter.load_in_4bit)
             if trained != bits:
-                print(
+                say(
                     f"warning: adapter {name} was trained {_with_flag(trained)}, and its base is loaded "
-                    f"{_with_flag(bits)} now; answers may be worse than with the same flag",
-                    file=sys.stderr,
+                    f"{_with_flag(bits)} now; answers may be worse than with the same flag"
                 )
 
 

@@ -17,7 +17,7 @@ from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import bits_when_loaded
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.std_streams import tell
+from softprompt.utils.progress import say
 
 
 class BaseWithAdapters:
@@ -85,7 +85,7 @@ class BaseWithAdapters:
         if self._noted or not is_mini(self.name):
             return
         if note := foreign_note(map(texts_of, rows[:ROWS_JUDGED])):
-            tell(note)
+            say(note)
             self._noted = True
 
     def settings(

@@ -7,16 +7,16 @@ from softprompt.prompt.file_names import CONFIG_FILE, WEIGHTS_FILE
 from softprompt.runs.checkpoints import checkpoints, fault_of
 from softprompt.runs.file_names import CHECKSUMS_FILE
 from softprompt.runs.own_files import MANIFEST_FILE
+from softprompt.utils import progress
 from softprompt.utils.errors import AdapterError
 from softprompt.utils.file_lock import FolderLock
 from softprompt.utils.shell_commands import command
-from softprompt.utils.std_streams import tell
 
 PICKLE_FILE = "adapter_model.bin"
 Say = Callable[[str], object]
 
 
-def resolve_adapter(folder: str | Path, say: Say = tell) -> Path:
+def resolve_adapter(folder: str | Path, say: Say = progress.say) -> Path:
     """Return the adapter folder that a user means by `folder`: `folder` itself or, if it is a run's folder without a
     final prompt, the run's newest whole checkpoint.
 
@@ -49,7 +49,7 @@ def resolve_adapter(folder: str | Path, say: Say = tell) -> Path:
     return folder
 
 
-def newest_adapter(runs: Path, say: Say = tell) -> Path | None:
+def newest_adapter(runs: Path, say: Say = progress.say) -> Path | None:
     """Return the folder of the adapter that was written last; None if there is none.
 
     Args:

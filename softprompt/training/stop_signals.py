@@ -9,6 +9,7 @@ import time
 from types import FrameType, TracebackType
 
 from softprompt.utils.errors import SIGNAL_EXIT_CODES, TIMEOUT_EXIT_CODE
+from softprompt.utils.progress import in_notebook, log_stream
 from softprompt.utils.std_streams import is_interactive
 
 
@@ -45,5 +46,9 @@ class StopRequest:
                 raise KeyboardInterrupt
             raise SystemExit(SIGNAL_EXIT_CODES[signal.Signals(number)])
         self.signal = number
+        told = "stopping after this step; a second signal stops at once"
+        if in_notebook():  # whose streams have no file descriptor of their own
+            print(told, file=log_stream())
+            return
         with contextlib.suppress(OSError, AttributeError):  # the signal may have interrupted print
-            os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal stops at once\n")
+            os.write(sys.stderr.fileno(), f"\n{told}\n".encode())
