@@ -147,7 +147,7 @@ def test_out_of_memory_cuts_finer_and_begins_anew(tiny_base, tmp_path, capsys):
     engine = layer_major(weights, tmp_path, 100, 0)
     mean, same = ours(engine, values, rows)
     assert mean == expected and torch.equal(same, gradient) and engine.tokens_per_microbatch == 25
-    assert "out of memory" in capsys.readouterr().out
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_store_are_given_back_as_they_were(tmp_path):

@@ -226,7 +226,7 @@ def test_out_of_memory_cuts_the_window_finer(capsys):
     again, same = ours(engine, values, rows)
     assert again == pytest.approx(mean, rel=1e-6) and relative(same, gradient) < 1e-5
     assert engine.state_dict() == {"engine": "packed", "tokens_per_microbatch": 25, "attn_implementation": "sdpa"}
-    told = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and "out of memory" in told[0] and "50 tokens" in told[0] and "25 tokens" in told[1]
     engine.schedule.weights.most = 0
     with pytest.raises(TrainingError, match=r"out of memory with one row of \d+ tokens .* a smaller --max_l"):

@@ -32,6 +32,7 @@ def shown_on_terminal(columns: int, tmp_path) -> str:
     with open(slave, "w", encoding="utf-8") as stream:
         log = MetricsLog(2000, tmp_path / "metrics.jsonl", stream)
         log.start()
+        log.bar.mininterval = 1e9  # it is drawn once, at the end: what is not read at once must fit into the terminal
         for number in range(1, 901):
             log.on_step(Step(number, 0.1, 0.1234, 1.0, 0.0987, 300, 0.025))
         log._show(log.bar.refresh)
