@@ -20,6 +20,7 @@ from softprompt.config.train_args import (
     PromptTuningArguments,
     SharingArguments,
     TrainingArguments,
+    default_learning_rate,
 )
 from softprompt.config.validation import faults
 from softprompt.config.value_parsers import parse_columns
@@ -66,9 +67,11 @@ class TrainConfig:
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate: the one given, else the default of the prompt's initialization."""
-        given = self.training.learning_rate
-        return DEFAULT_LEARNING_RATES[self.prompt.prompt_tuning_init] if given is None else given
+        """The peak learning rate: the one given, else the default of the prompt's initialization or
+        reparameterization."""
+        given, prompt = self.training.learning_rate, self.prompt
+        default = default_learning_rate(prompt.prompt_tuning_init, prompt.prompt_reparameterization)
+        return default if given is None else given
 
     @property
     def columns(self) -> dict[str, str]:
@@ -84,9 +87,11 @@ class TrainConfig:
 
 
 def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default of every setting, given the preset and the prompt's initialization that `settings` name."""
+    """Return the default of every setting, given the preset and the prompt's initialization and reparameterization that
+    `settings` name."""
     defaults = {f.name: f.default for group in GROUPS for f in dataclasses.fields(group)}
-    rate = DEFAULT_LEARNING_RATES.get(settings.get("prompt_tuning_init", ""))
+    init, reparameterization = (settings.get(name) for name in ("prompt_tuning_init", "prompt_reparameterization"))
+    rate = default_learning_rate(init, reparameterization or "none") if init in DEFAULT_LEARNING_RATES else None
     defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
     return defaults | PRESETS.get(settings.get("preset") or "", {})
 

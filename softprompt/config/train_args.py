@@ -10,10 +10,17 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
 # steps of a comparable size; the other initializations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 1e-1, "TEXT": 3e-2, "SAMPLE_VOCAB": 3e-2, "CLASS_LABELS": 3e-2}
+ENCODER_LEARNING_RATES = {"mlp": 1e-3, "residual_mlp": 3e-2, "superpos": 3e-2}  # by --prompt_reparameterization
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
+DEFAULT_SUPERPOS_WORDS = 128  # the paper finds no gain from more
 NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
+
+
+def default_learning_rate(init: str, reparameterization: str = "none") -> float:
+    """Return the default peak learning rate for values of --prompt_tuning_init and --prompt_reparameterization."""
+    return ENCODER_LEARNING_RATES.get(reparameterization) or DEFAULT_LEARNING_RATES[init]
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,24 @@ class PromptTuningArguments:
     vocab_population: int | None = option(
         None,
         "Draw the random words from this many of the most frequent ones, each at most once. (default: the whole "
-        f"vocabulary, as in PEFT; with CLASS_LABELS {DEFAULT_VOCAB_POPULATION:,})",
+        f"vocabulary, as in PEFT; with CLASS_LABELS and --prompt_reparameterization superpos "
+        f"{DEFAULT_VOCAB_POPULATION:,})",
     )
     init_adapter: str | None = option(
         None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)", "DIR"
+    )
+    prompt_reparameterization: Literal["none", "mlp", "residual_mlp", "superpos"] = option(
+        "none",
+        "While training, compute the prompt from other parameters, which are trained instead of it: those of an MLP "
+        "(mlp, as in P-tuning), of a bottleneck MLP that is added to the prompt (residual_mlp, as in Residual Prompt "
+        "Tuning), or the weights of sampled words that are added to each virtual token (superpos, as in "
+        "SuperPos-Prompt). The saved adapter is a plain prompt.",
+    )
+    encoder_hidden_size: int | None = option(
+        None,
+        "With --prompt_reparameterization, use this width: the size of the hidden layers (mlp), of the bottleneck "
+        "(residual_mlp), or the number of sampled words (superpos). (default: the base's hidden size; with superpos "
+        f"{DEFAULT_SUPERPOS_WORDS})",
     )
 
 
@@ -195,6 +216,8 @@ class TrainingArguments:
         None,
         "Use this peak learning rate. (default: "
         + ", ".join(f"{rate:g} for {init}" for init, rate in DEFAULT_LEARNING_RATES.items())
+        + "; with --prompt_reparameterization, "
+        + ", ".join(f"{rate:g} for {kind}" for kind, rate in ENCODER_LEARNING_RATES.items())
         + ")",
         "RATE",
     )

@@ -49,6 +49,8 @@ OTHER_NAMES = {
     "num_soft_tokens soft_tokens num_prompt_tokens n_prompt_tokens soft_prompt_length prefix_length pre_seq_len",
     "prompt_tuning_init": "init prompt_init prompt_tuning_initialization initialization init_from",
     "prompt_tuning_init_text": "init_text prompt_init_text initial_text",
+    "prompt_reparameterization": "encoder_reparameterization_type reparameterization reparameterization_type",
+    "encoder_hidden_size": "bottleneck_size encoder_width",
     "class_labels": "labels verbalizers label_words classes label_list",
     "init_adapter": "adapter adapter_name_or_path adapter_path initial_prompt load_adapter",
     "output_dir": "out output out_dir outdir save_dir save_path save_to output_path output_folder dest o run_dir",
@@ -115,7 +117,8 @@ REASONS = {
     r"do_train|do_predict": "train.py trains, and infer.py answers",
     r"(hub_|model_)?revision": "the base is taken from the hub's main branch; download another and name its folder",
     r"trust_remote_code": "code that comes with a base is never run",
-    r"lora_.*|r|target_modules|peft_type|use_dora|use_rslora|modules_to_save|prefix_projection|encoder_.*": (
+    r"encoder_num_layers|encoder_dropout": "--prompt_reparameterization mlp has PEFT's layers, and no dropout",
+    r"lora_.*|r|target_modules|peft_type|use_dora|use_rslora|modules_to_save|prefix_projection": (
         "softprompt does prompt tuning only"
     ),
     r"inference_mode|task_type|token_dim|num_layers|num_attention_heads|num_transformer_submodules|peft_version"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from softprompt.config.loader import TrainConfig
 
 MAX_VIRTUAL_TOKENS = 100_000
+MAX_ENCODER_HIDDEN_SIZE = 100_000
 POSITIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "learning_rate"),
     *("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps", "num_train_epochs"),
@@ -78,8 +79,16 @@ def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
     if prompt.vocab_population is not None:
         if prompt.vocab_population < 1:
             yield f"--vocab_population {prompt.vocab_population} must be above 0"
-        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS"):
-            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS; add it"
+        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS") and prompt.prompt_reparameterization != "superpos":
+            yield (
+                "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS, or with "
+                "--prompt_reparameterization superpos; add one of them"
+            )
+    if (width := prompt.encoder_hidden_size) is not None:
+        if not 0 < width <= MAX_ENCODER_HIDDEN_SIZE:
+            yield f"--encoder_hidden_size {width} must lie in [1, {MAX_ENCODER_HIDDEN_SIZE:,}]"
+        if prompt.prompt_reparameterization == "none":
+            yield "--encoder_hidden_size is only used with --prompt_reparameterization; add that flag"
 
 
 def faults(config: "TrainConfig") -> Iterator[str]:

@@ -108,6 +108,6 @@ class PromptTunedModel(nn.Module):
 
     def trainable_parameters_line(self) -> str:
         """Return the numbers of parameters in the format of PEFT's `print_trainable_parameters`."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in self.prompt.trained_parameters().values())
         whole = trainable + self.base.num_parameters()  # counts a byte of two 4-bit values as two parameters
         return f"trainable params: {trainable:,} || all params: {whole:,} || trainable%: {100 * trainable / whole:.4f}"

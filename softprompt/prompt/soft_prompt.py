@@ -39,9 +39,11 @@ Initializer = Callable[[EmbeddingTable], Tensor]
 
 
 class PromptEmbedding(nn.Module):
-    """P virtual tokens of size H, the only trained parameters (Lester et al. 2021, arXiv:2104.08691).
+    """P virtual tokens of size H (Lester et al. 2021, arXiv:2104.08691).
 
-    `forward()` returns the prompt [P, H] fp32. It has no batch dimension; engines prepend it to rows.
+    `forward()` returns the prompt [P, H] fp32. It has no batch dimension; engines prepend it to rows, and add its
+    gradient to `weight.grad`. Here the optimizer changes the prompt itself. In the subclass
+    `reparameterization.ReparameterizedPrompt`, it changes parameters of which the prompt is a function.
     """
 
     def __init__(self, values: Tensor):
@@ -55,6 +57,21 @@ class PromptEmbedding(nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the optimizer changes, by name. The prompt itself has an empty name."""
+        return {"": self.weight}
+
+    def backward(self) -> None:
+        """Pass the gradient of the prompt on to the trained parameters. Call this once per optimizer step."""
+
+    def fold(self) -> None:
+        """Compute the prompt from the trained parameters. Call this whenever they have changed."""
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """Return what is needed, besides the prompt, to continue training; empty for a prompt that is trained
+        itself."""
+        return {}
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from softprompt.prompt.adapter_io import CHECKPOINT, json_bytes
 from softprompt.runs.file_names import (
     CHECKSUMS_FILE,
+    ENCODER_FILE,
     OF_A_CHECKPOINT,
     OPTIMIZER_FILE,
     RNG_FILE,
     STATE_FILE,
+    STATE_FILES,
 )
 from softprompt.runs.state import Metrics, TrainingState
 from softprompt.utils.atomic_io import Files, read_inside
@@ -51,8 +54,8 @@ def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | 
 
 
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the content of STATE_FILES, which hold the state of the loop; `more` values, which must be JSON-able, are
-    added to trainer_state.json."""
+    """Return the content of STATE_FILES and, if there is an encoder, ENCODER_FILE, which hold the state of the loop;
+    `more` values, which must be JSON-able, are added to trainer_state.json."""
     values = {
         "step": state.step,
         "taken": state.taken,
@@ -61,8 +64,18 @@ def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, byte
         "position": dict(state.position),
         **more,
     }
-    tensors = {name: value.cpu().contiguous() for name, value in state.optimizer.items()}
-    return {OPTIMIZER_FILE: save(tensors), RNG_FILE: save(dict(state.rng)), STATE_FILE: json_bytes(values)}
+    return {
+        OPTIMIZER_FILE: _serialized(state.optimizer),
+        RNG_FILE: save(dict(state.rng)),
+        STATE_FILE: json_bytes(values),
+        **({ENCODER_FILE: _serialized(state.encoder)} if state.encoder else {}),
+    }
+
+
+def read_state_files(checkpoint: Path) -> dict[str, bytes]:
+    """Return the files of a whole checkpoint that `state_files` has made."""
+    encoder = [ENCODER_FILE] if (checkpoint / ENCODER_FILE).exists() else []
+    return {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, *encoder)}
 
 
 def metrics_file(history: Sequence[Metrics]) -> bytes:
@@ -102,6 +115,10 @@ def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault:
             return checkpoint
         tell(f"{checkpoint}: {fault}; trying the checkpoint before it")
     return None
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: value.cpu().contiguous() for name, value in tensors.items()})
 
 
 def _sha256(content: bytes) -> str:

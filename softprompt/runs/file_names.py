@@ -13,4 +13,5 @@ RNG_FILE = "rng_state.safetensors"
 METRICS_FILE = "metrics.jsonl"
 CHECKSUMS_FILE = "checksums.json"
 STATE_FILES = (OPTIMIZER_FILE, RNG_FILE, STATE_FILE)
+ENCODER_FILE = "prompt_encoder.safetensors"  # only with --prompt_reparameterization
 OF_A_CHECKPOINT = {WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CARD_FILE, METRICS_FILE, *STATE_FILES}

@@ -15,6 +15,7 @@ from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, 
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.runs.file_names import (
     CHECKSUMS_FILE,
+    ENCODER_FILE,
     FACTS_FILE,
     MARK,
     METRICS_FILE,
@@ -30,7 +31,10 @@ from softprompt.runs.file_names import (
 )
 from softprompt.utils.atomic_io import read_inside
 
-OF_A_RUN = (*sorted(OF_A_CHECKPOINT), QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE, REPORT_FILE)
+OF_A_RUN = (
+    *(*sorted(OF_A_CHECKPOINT), ENCODER_FILE, QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE),
+    REPORT_FILE,
+)
 MANIFEST_FILE = "run_manifest.json"
 EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # TensorBoard's files, in OUTPUT_DIR/runs as Trainer's
 PATTERN = rf"{'|'.join(map(re.escape, OF_A_RUN))}|{CHECKPOINT}|{EVENTS_FOLDER}/events\.out\.tfevents\.[^/]*"
@@ -97,6 +101,11 @@ def _tensors(*names: str) -> Callable[[Path, str], bool]:
     return looks
 
 
+def _is_too_new(folder: Path, name: str) -> bool:
+    """Versions that wrote no manifest wrote no such file."""
+    return False
+
+
 def _is_log(folder: Path, name: str) -> bool:
     try:
         line = _head(folder / name).split(b"\n")[0]
@@ -132,7 +141,7 @@ LOOKS: dict[str, Callable[[Path, str], bool]] = {
     STATE_FILE: _has(*OF_A_STATE),
     RESULTS_FILE: _has("epoch", "train_runtime", "train_tokens_per_second"),
     PICTURE_FILE: _contains("Matplotlib"),
-    QUESTION_FILE: lambda folder, name: False,  # versions that wrote no manifest wrote no such file
+    **dict.fromkeys((ENCODER_FILE, QUESTION_FILE), _is_too_new),
     FACTS_FILE: _has("arguments", "base", "prompt"),
     START_FILE: _tensors(PROMPT_KEY),
     REPORT_FILE: _contains(MARK),

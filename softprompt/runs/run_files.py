@@ -7,7 +7,7 @@ from pathlib import Path
 from softprompt.prompt.adapter_io import CHECKPOINT
 from softprompt.prompt.file_names import CONFIG_FILE
 from softprompt.runs.checkpoints import checkpoints, step_of, surplus
-from softprompt.runs.file_names import CHECKSUMS_FILE, OF_A_CHECKPOINT
+from softprompt.runs.file_names import CHECKSUMS_FILE, ENCODER_FILE, OF_A_CHECKPOINT
 from softprompt.runs.manifest import Manifest
 from softprompt.runs.own_files import MANIFEST_FILE, OF_A_RUN, events_in
 from softprompt.utils.atomic_io import remove_leftovers
@@ -84,4 +84,5 @@ def foreign_in(path: Path) -> list[str]:
     an empty list if `path` is no folder."""
     if not path.is_dir():
         return []
-    return [f"{path.name}/{p.name}" for p in path.iterdir() if p.name not in (*OF_A_CHECKPOINT, CHECKSUMS_FILE)]
+    ours = (*OF_A_CHECKPOINT, ENCODER_FILE, CHECKSUMS_FILE)
+    return [f"{path.name}/{p.name}" for p in path.iterdir() if p.name not in ours]

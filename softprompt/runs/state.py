@@ -43,10 +43,12 @@ class TrainingState:
         step: Number of optimizer steps done.
         taken: Number of those that the GradScaler did not skip; the learning rate schedule counts only these.
         unlogged: The steps since the last log record.
-        optimizer: AdamW's moments [P, H] fp32 and its step count.
+        optimizer: AdamW's moments, in the shape of each trained parameter, and its step counts, fp32; see
+            `training.optimizer.optimizer_tensors`.
         scaler: The state of the GradScaler; empty without fp16.
         rng: States of torch's random generators, uint8, by device type.
         position: The position of the last step's window, from which the loader continues.
+        encoder: The values of the prompt's encoder; empty without `--prompt_reparameterization`.
     """
 
     step: int = 0
@@ -56,3 +58,4 @@ class TrainingState:
     scaler: Mapping[str, Any] = field(default_factory=dict)
     rng: Mapping[str, Tensor] = field(default_factory=dict)
     position: Position = field(default_factory=dict)
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)

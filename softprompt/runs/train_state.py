@@ -1,11 +1,12 @@
 """Find the checkpoint that a run resumes, and read the state of the loop from it. `training.resume_settings` merges its
 settings with those given now. Besides the adapter, a checkpoint holds these files:
 
-optimizer.safetensors   AdamW's moments [P, H] fp32 and step count
-rng_state.safetensors   states of torch's random generators, uint8
-trainer_state.json      position, schedule, scaler, unlogged steps, totals, best, settings, fingerprints
-metrics.jsonl           all metrics up to this step
-checksums.json          sha256 of every other file of the checkpoint
+optimizer.safetensors        AdamW's moments [P, H] fp32 and step count
+prompt_encoder.safetensors   the values of the encoder; only with --prompt_reparameterization
+rng_state.safetensors        states of torch's random generators, uint8
+trainer_state.json           position, schedule, scaler, unlogged steps, totals, best, settings, fingerprints
+metrics.jsonl                all metrics up to this step
+checksums.json               sha256 of every other file of the checkpoint
 """
 
 import json
@@ -17,8 +18,8 @@ from safetensors.torch import load
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import NEWEST
-from softprompt.runs.checkpoints import checkpoints, fault_of, newest_whole
-from softprompt.runs.file_names import METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, STATE_FILES
+from softprompt.runs.checkpoints import checkpoints, fault_of, newest_whole, read_state_files
+from softprompt.runs.file_names import ENCODER_FILE, METRICS_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE
 from softprompt.runs.state import Step, TrainingState
 from softprompt.utils.errors import CheckpointError, ConfigError
 from softprompt.utils.shell_commands import command, flags, train_call
@@ -104,7 +105,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     Raises:
         CheckpointError: Another version wrote the checkpoint, and values that this version needs are missing.
     """
-    files = {name: (checkpoint / name).read_bytes() for name in (*STATE_FILES, METRICS_FILE)}
+    files = read_state_files(checkpoint)
     values = json.loads(files[STATE_FILE])
     try:
         state = TrainingState(
@@ -115,6 +116,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
             values["scaler"],
             load(files[RNG_FILE]),
             values.get("position", {}),
+            load(files[ENCODER_FILE]) if ENCODER_FILE in files else {},
         )
         saved = {name: values[name] for name in OF_THE_RUN}
     except (KeyError, TypeError) as error:
@@ -122,4 +124,5 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
             f"{checkpoint / STATE_FILE}: not a training state of this version ({error}); continue with the version "
             "that wrote it, or start anew with --overwrite_output_dir"
         ) from None
-    return state, {**saved, "history": [json.loads(line) for line in files[METRICS_FILE].splitlines()]}
+    metrics = (checkpoint / METRICS_FILE).read_bytes()
+    return state, {**saved, "history": [json.loads(line) for line in metrics.splitlines()]}

@@ -21,6 +21,7 @@ DATA_SETTINGS = (
 )
 PROMPT_SETTINGS = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
+    *("prompt_reparameterization", "encoder_hidden_size"),
 )
 TRAINING_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_microbatch", "gradient_checkpointing"),
@@ -28,6 +29,8 @@ TRAINING_SETTINGS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "deterministic", "per_device_eval_batch_size"),
 )
 SETTINGS = (*BASE_SETTINGS, *DATA_SETTINGS, *PROMPT_SETTINGS, *TRAINING_SETTINGS)
+# Settings that are left out at these values, so that cells which earlier versions finished keep their names.
+LEFT_OUT = {"prompt_reparameterization": "none", "encoder_hidden_size": None}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Return everything that the result depends on, except the content of files, as JSON types."""
         every = {**self.config.as_dict(), "learning_rate": self.config.learning_rate}
-        kept = {name: every[name] for name in (*SETTINGS, "seed")}
+        kept = {name: every[name] for name in (*SETTINGS, "seed") if every[name] != LEFT_OUT.get(name, ...)}
         ensemble = {"voting": self.voting, "seeds": list(self.seeds)} if self.voting else {}
         return {**kept, "rows": self.rows, "trained": self.trained, **ensemble}
 
@@ -71,8 +74,10 @@ class Cell:
         seeds = (
             f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
         )
+        kind = c.prompt.prompt_reparameterization
         return (
-            f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} num_virtual_tokens {length} "
+            f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} "
+            f"{'' if kind == 'none' else f'{kind} '}num_virtual_tokens {length} "
             f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} {seeds}"
         )
 

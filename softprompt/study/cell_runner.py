@@ -23,13 +23,12 @@ from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.model_card import CardFacts
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics
 from softprompt.study.plan import PlannedCell
 from softprompt.study.results import CellRecord, read_finished
 from softprompt.training.determinism import deterministic
-from softprompt.training.initial_prompt import initial_prompt
 from softprompt.training.loop import QuietCallbacks, train
+from softprompt.training.prompt_setup import trainable_prompt
 from softprompt.utils.errors import NonFiniteError, TrainingError
 
 
@@ -109,9 +108,8 @@ class LoadedBase:
         """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text. Return the result without
         its description."""
         config, inputs = planned.cell.config, planned.inputs
-        values = initial_prompt(config, inputs.tokenizer, self.base)
-        prompt = PromptEmbedding(values).to(word_embeddings(self.base).weight.device)
-        evaluator, answers = self._evaluator(planned, values), None
+        prompt = trainable_prompt(config, inputs.tokenizer, self.base).to(word_embeddings(self.base).weight.device)
+        evaluator, answers = self._evaluator(planned, prompt.weight.detach()), None
         metrics: Metrics = {}
         try:
             if planned.cell.trained:
@@ -127,7 +125,7 @@ class LoadedBase:
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
         learned, settings = prompt.weight.detach(), planned.cell.settings()
         files = adapter_folder(config, self.base.config, learned, ends, (), CardFacts(settings, metrics))
-        return FinishedCell({"virtual_tokens": len(values), "metrics": metrics, "answers": answers}, files)
+        return FinishedCell({"virtual_tokens": len(learned), "metrics": metrics, "answers": answers}, files)
 
     def _run_ensemble(self, planned: PlannedCell) -> FinishedCell:
         """Evaluate the prompts of an ensemble's members together. Return the result without its description.

@@ -33,6 +33,7 @@ class Axis(NamedTuple):
 AXES = (
     Axis("virtual_tokens", "virtual tokens", lambda r: r.virtual_tokens),
     Axis("init", "start", lambda r: r.init, categorical=True),
+    Axis("reparameterization", "reparameterization", lambda r: r.reparameterization, categorical=True),
     Axis("learning_rate", "learning rate", lambda r: r.learning_rate),
     Axis("rows", "training rows", lambda r: r.rows),
     Axis("base", "parameters of the base", lambda r: r.parameters),
@@ -93,6 +94,7 @@ def _label(r: CellResult, shown: Sequence[CellResult], axis: Axis, shorten: bool
         "base": r.base.rsplit("/", 1)[-1] if shorten else r.base,
         "dataset": r.dataset,
         "init": r.init,
+        "reparameterization": r.reparameterization,
         "virtual_tokens": f"{r.virtual_tokens} virtual token" + "s" * (r.virtual_tokens > 1),
         "rows": f"{r.rows:,} row" + "s" * (r.rows > 1),
         "start": r.start,

@@ -31,11 +31,12 @@ from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
-# Settings that only some initializations use. Under [settings], they apply only to cells with such an initialization.
-SETTINGS_OF_INIT = {
+# Settings that only some initializations or reparameterizations use. Under [settings], they apply only to such cells.
+USED_WITH = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
-    "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS"),
+    "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS", "superpos"),
+    "encoder_hidden_size": ("mlp", "residual_mlp", "superpos"),
 }
 VOTINGS = set(get_args(Voting))
 DEFAULT_SEEDS = [42]
@@ -225,9 +226,9 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
 
 
 def _usable_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that the cell's initialization does not use."""
-    init = given.get("prompt_tuning_init", "RANDOM")
-    return {name: value for name, value in given.items() if init in SETTINGS_OF_INIT.get(name, (init,))}
+    """Return the settings without those that the cell's initialization and reparameterization do not use."""
+    chosen = {given.get("prompt_tuning_init", "RANDOM"), given.get("prompt_reparameterization", "none")}
+    return {name: value for name, value in given.items() if not chosen.isdisjoint(USED_WITH.get(name, chosen))}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
-from softprompt.config.train_args import DEFAULT_LEARNING_RATES
+from softprompt.config.train_args import default_learning_rate
 from softprompt.study.findings import UNDECIDED, Comparison, Finding, finding, points
 from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, lowest_mean_loss
 
+PLAIN = "none"  # the reparameterization of a prompt that is trained itself
 ARTICLE_RATE = 5e-5  # learning rate of the `article` preset
 
 
@@ -30,6 +31,7 @@ def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
         _larger_bases(results),
         _doubling(results, "More rows train better", "rows", lambda r: r.rows),
         *_learning_rates(results),
+        *_reparameterizations(results),
         *_ensembles(results),
     ]
 
@@ -106,7 +108,7 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
     for key, group in group_by(trained, key_without("learning_rate", "seed")).items():
         groups = group_by(group, lambda r: r.learning_rate)
         by_rate = {rate: {r.seed: r.loss for r in cells} for rate, cells in groups.items()}
-        default = by_rate.get(DEFAULT_LEARNING_RATES[group[0].init], {})
+        default = by_rate.get(default_learning_rate(group[0].init, group[0].reparameterization.partition(" ")[0]), {})
         article = by_rate.get(ARTICLE_RATE, {})
         candidates = {rate: losses for rate, losses in by_rate.items() if losses.keys() >= default.keys()}
         for seed, loss in default.items():
@@ -127,6 +129,21 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
             f"the default in place of {ARTICLE_RATE:g}",
         ),
     ]
+
+
+def _reparameterizations(results: Sequence[CellResult]) -> Iterator[Finding]:
+    """Compare each reparameterization with a prompt that is trained without one, each at its own best learning rate,
+    because rates of different parameters are not comparable."""
+    results = at_best_learning_rate(results)
+    pairs: dict[str, list[Comparison]] = {r.reparameterization: [] for r in results if r.reparameterization != PLAIN}
+    setting = key_without("reparameterization", "learning_rate", "seed")
+    for (key, seed), group in group_by(results, lambda r: (setting(r), r.seed)).items():
+        losses = {r.reparameterization: r.loss for r in group}
+        for kind in losses.keys() & pairs.keys() if PLAIN in losses else ():
+            pairs[kind].append(Comparison(key, seed, _log(losses[PLAIN]) - _log(losses[kind])))
+    for kind, comparisons in pairs.items():
+        hypothesis = f"A prompt trains better with --prompt_reparameterization {kind}"
+        yield finding(hypothesis, comparisons, f"{kind} in place of {PLAIN}")
 
 
 def _ensembles(results: Sequence[CellResult]) -> Iterator[Finding]:

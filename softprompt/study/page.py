@@ -24,6 +24,7 @@ COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "dataset": lambda r: r.dataset,
     "start": lambda r: f"{r.init}, {r.voting}" if r.voting else r.init if r.trained else "hard prompt",
     "text or labels": lambda r: _one_line(r.start),
+    "reparameterization": lambda r: r.reparameterization,
     "virtual tokens": lambda r: str(r.virtual_tokens),
     "learning rate": lambda r: f"{r.learning_rate:g}" if r.trained or r.voting else "",
     "rows": lambda r: f"{r.rows:,}" if r.trained or r.voting else "",

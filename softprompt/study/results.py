@@ -21,10 +21,13 @@ START_SETTINGS = ("prompt_tuning_init_text", "class_labels", "vocab_population")
 # Settings with a field of their own in CellResult. All others are its `context`.
 FIELD_SETTINGS = (
     *("model_name_or_path", "dataset", "prompt_tuning_init", "num_virtual_tokens", "learning_rate", "seed", "rows"),
-    *("trained", "voting", "seeds", *START_SETTINGS),
+    *("trained", "voting", "seeds", *START_SETTINGS, "prompt_reparameterization", "encoder_hidden_size"),
 )
 EVALUATION_SETTINGS = (*BASE_SETTINGS, *DATA_SETTINGS)  # what a held-out loss depends on, besides the prompt
-COMPARED_FIELDS = ("base", "dataset", "init", "start", "virtual_tokens", "learning_rate", "rows", "seed", "context")
+COMPARED_FIELDS = (
+    *("base", "dataset", "init", "start", "reparameterization", "virtual_tokens", "learning_rate", "rows", "seed"),
+    "context",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class CellResult:
         held_out: The settings that determine the held-out rows and how the base reads them, as JSON.
         failed: Why the cell has no result; empty if it has one. A failed cell is shown, but not compared.
         exact_match_rows: Number of rows that the exact match covers; None if it covers all held-out rows.
+        reparameterization: The setting prompt_reparameterization, followed by encoder_hidden_size if it is given.
     """
 
     base: str
@@ -76,6 +80,7 @@ class CellResult:
     held_out: str = ""
     failed: str = ""
     exact_match_rows: int | None = None
+    reparameterization: str = "none"
 
 
 Key = Callable[[CellResult], Any]
@@ -118,7 +123,13 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
         held_out=json.dumps({k: v for k, v in context.items() if k in EVALUATION_SETTINGS}, sort_keys=True),
         failed=record.get("failed", ""),
         exact_match_rows=metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
+        reparameterization=_reparameterization(s),
     )
+
+
+def _reparameterization(settings: Mapping[str, Any]) -> str:
+    kind, width = settings.get("prompt_reparameterization", "none"), settings.get("encoder_hidden_size")
+    return kind if width is None else f"{kind} {width}"
 
 
 def at_best_learning_rate(results: Iterable[CellResult], *varied: str) -> list[CellResult]:

@@ -15,8 +15,16 @@ from softprompt.evaluation.evaluator import Evaluation
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.prompt.model_card import CardFacts
-from softprompt.runs.checkpoints import checkpoints, fault_of, metrics_file, state_files, step_of, with_checksums
-from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE, STATE_FILES
+from softprompt.runs.checkpoints import (
+    checkpoints,
+    fault_of,
+    metrics_file,
+    read_state_files,
+    state_files,
+    step_of,
+    with_checksums,
+)
+from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.runs.train_state import OF_THIS_CALL, resume_command
 from softprompt.training.early_stopping import metric_name, out_of_patience, update_best
@@ -43,7 +51,7 @@ class RunCallbacks(Callbacks):
         self.latest: Evaluation | None = None  # of the prompt after the last step, if it was evaluated there
         self.best = self.start.best
         self.began = time.perf_counter()
-        self.state = _state_of(self.start.checkpoint) if self.start.checkpoint else {}
+        self.state = read_state_files(self.start.checkpoint) if self.start.checkpoint else {}
         self.position, self.skipped = self.start.state.position, self.start.state.step - self.start.state.taken
         self.writer = RunWriter(self.output_dir, self.log.say)
 
@@ -209,9 +217,9 @@ class RunCallbacks(Callbacks):
             self.log.say(f"warning: the best prompt, of step {step}, cannot be restored ({told}); the last one is kept")
             return None
         self.log.say(f"the best prompt is that of step {step}: {metric_name(self.args)} {self.best.metric:.4g}")
-        with torch.no_grad():
+        with torch.no_grad():  # its encoder, if any, is only needed to continue training, and is in the state's files
             self.prompt.weight.copy_(load_adapter(folder).prompt)
-        self.state = _state_of(Path(folder))
+        self.state = read_state_files(Path(folder))
         return self.evaluator(self.prompt.weight.detach())
 
     def _fault_of_best(self, checkpoint: Path) -> str | None:
@@ -250,10 +258,6 @@ class RunCallbacks(Callbacks):
         optional = self.data.template.optional
         facts = CardFacts(self.arguments(), metrics, self.log.history)
         return adapter_folder(self.config, self.setup.base.config, prompt, ends, optional, facts)
-
-
-def _state_of(checkpoint: Path) -> dict[str, bytes]:
-    return {name: (checkpoint / name).read_bytes() for name in STATE_FILES}
 
 
 def _listed(metrics: Metrics) -> str:

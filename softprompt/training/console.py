@@ -16,6 +16,7 @@ from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.quantization import stored_method
+from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.lr_schedules import farthest_move, learning_rates
 
 # The values of a RANDOM prompt have size 1. If training moves them by less than this, they hardly change.
@@ -79,11 +80,21 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     held = f" in {bits} bit" if bits else f", stored quantized ({method})," if method else ""
     prompt = config.prompt
     start = f"the one in {prompt.init_adapter}" if prompt.init_adapter else prompt.prompt_tuning_init
+    start += f", {described}" if (described := describe_encoder(config, model.prompt)) else ""
     print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; initial prompt: {start}")
     if how:
         print(how)
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         warn_if_bf16_is_slow()
+
+
+def describe_encoder(config: TrainConfig, prompt: PromptEmbedding) -> str:
+    """Return the prompt's reparameterization and the size of what is saved; "" without a reparameterization."""
+    settings, (P, H) = config.prompt, prompt.weight.shape
+    if settings.prompt_reparameterization == "none":
+        return ""
+    width = f"--encoder_hidden_size {settings.encoder_hidden_size}"
+    return f"reparameterized ({settings.prompt_reparameterization}, {width}), saved as {P} × {H} values"
 
 
 def product_seconds(dtype: torch.dtype, edge: int = 256) -> float:
@@ -122,8 +133,9 @@ def print_steps(
     )
     if searches:
         return
-    move = farthest_move(learning_rates(args, peak, total), total)
-    if config.prompt.prompt_tuning_init == "RANDOM" and not config.prompt.init_adapter and move < LEAST_MOVE:
+    move, start = farthest_move(learning_rates(args, peak, total), total), config.prompt
+    is_random = start.prompt_tuning_init == "RANDOM" and not start.init_adapter
+    if is_random and start.prompt_reparameterization == "none" and move < LEAST_MOVE:
         needed = peak / move
         print(
             f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than about "

@@ -12,9 +12,10 @@ from softprompt.config.loader import TrainConfig
 from softprompt.data.sampler import steps_per_epoch
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.memory_estimate import GIB, resident_bytes
+from softprompt.training.console import describe_encoder
 from softprompt.training.determinism import deterministic
 from softprompt.training.lr_finder import sweep_steps
-from softprompt.training.optimizer import make_optimizer, optimizer_step
+from softprompt.training.optimizer import make_optimizer, optimizer_bytes, optimizer_step
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
 
@@ -32,7 +33,8 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         with process_group() as world:
             return dry_run(config, world)
     setup = world.run_on_all(lambda: set_up(config, world))
-    prompt, base, loader = setup.prompt.weight, setup.base, setup.data.loader
+    prompt, base, loader = setup.prompt, setup.base, setup.data.loader
+    learned = sum(parameter.numel() for parameter in prompt.trained_parameters().values())
     examples, rows, n = setup.data.train.examples, loader.rows_per_step, loader.rows
     tokens = len(examples.input_ids)
     total, each = loader.total_steps, tokens / len(examples)
@@ -41,13 +43,14 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         speed = measured_speed(setup)
     held = resident_bytes(base)
     heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
-    more = setup.engine.activation_bytes(len(prompt), heaviest)
+    more = setup.engine.activation_bytes(len(prompt.weight), heaviest) + optimizer_bytes(prompt)
+    encoder = describe_encoder(setup.config, prompt)
     lines = [
         "",
         "Dry run: nothing is written.",
         f"rows        {_described_rows(setup, tokens)}, {each:.0f} a row",
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
-        f"parameters  {prompt.numel():,} learned, {base.num_parameters():,} frozen",
+        f"parameters  {learned:,} learned{f' ({encoder})' * bool(encoder)}, {base.num_parameters():,} frozen",
         f"memory      about {(held + more) / GIB:.1f} GiB: the base {held / GIB:.2f}, a step {more / GIB:.2f}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
         + ("; evaluation takes additional time" if setup.evaluator else ""),

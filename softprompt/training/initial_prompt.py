@@ -27,9 +27,9 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
         AdapterError: --init_adapter has no prompt or cannot be read, or its hidden size differs from the base's.
     """
     embeddings = InputEmbeddings(base)  # [V, H]
+    torch.manual_seed(config.training.seed)
     if config.prompt.init_adapter:
         return _from_adapter(config, embeddings.shape[1])
-    torch.manual_seed(config.training.seed)
     return initializer(config, tokenizer, len(embeddings))(embeddings)
 
 

@@ -19,7 +19,7 @@ from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.training.lr_schedules import learning_rates
-from softprompt.training.optimizer import make_optimizer, optimizer_step
+from softprompt.training.optimizer import make_optimizer, optimizer_step, optimizer_tensors, restore_optimizer
 from softprompt.utils.errors import DataError, NonFiniteError
 
 LEAST_SCALE = 1e-4  # of a GradScaler; an overflow at a smaller scale is not caused by the scale
@@ -70,8 +70,8 @@ def train(
     callbacks: Callbacks,
     start: TrainingState | None = None,
 ) -> None:
-    """Train `prompt` [P, H] in place, from the first step or from the state `start`. If `start` is given, `prompt` must
-    hold the values that were saved with it.
+    """Train `prompt` [P, H] in place, from the first step or from the state `start`. If `start` is given, `prompt` and
+    its encoder must hold the values that were saved with it.
 
     Raises:
         NonFiniteError: The loss, the gradient or the prompt is not finite. An fp16 step that the GradScaler skips is an
@@ -111,7 +111,7 @@ class _Loop:
         self.optimizer = make_optimizer(prompt, args, peak)
         self.scaler = torch.amp.GradScaler(engine.device.type, enabled=engine.compute_dtype is torch.float16)
         if start.step:
-            self.optimizer.state[prompt.weight] = {name: t.to(engine.device) for name, t in start.optimizer.items()}
+            restore_optimizer(self.optimizer, prompt, start.optimizer)
             if start.scaler:  # empty if the run was not in fp16 before
                 self.scaler.load_state_dict(dict(start.scaler))
         self.number, self.position = start.step, start.position
@@ -140,9 +140,9 @@ class _Loop:
     def save(self) -> None:
         """Save the state after the last step, unless it is saved already."""
         if self.unsaved:
-            moments, rng = self.optimizer.state[self.prompt.weight], _rng_states(self.engine.device)
-            scaler, log = self.scaler.state_dict(), self.since_log
-            state = TrainingState(self.number, self.taken, log, moments, scaler, rng, self.position)
+            moments, rng = optimizer_tensors(self.optimizer, self.prompt), _rng_states(self.engine.device)
+            scaler, log, encoder = self.scaler.state_dict(), self.since_log, self.prompt.encoder_state()
+            state = TrainingState(self.number, self.taken, log, moments, scaler, rng, self.position, encoder)
             self.callbacks.on_save(self.unsaved, state)
             self.unsaved = None
 

@@ -7,6 +7,7 @@ aside. If the best rates of the two rungs are far apart, the sweep cannot predic
 Given the same seed, the same run finds the same rate.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -65,10 +66,8 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
     steps = sweep_steps(total)
     print(f"looking for a learning rate: {steps:,} steps on the training rows …")
     with progress_bar(steps, "looking for a learning rate", "step") as bar:
-        values, rows_per_step = setup.prompt.weight.detach(), data.loader.rows_per_step
-        found = find_learning_rate(
-            setup.engine, values, data.train.examples, args, total, rows_per_step, stop, bar.update
-        )
+        examples, rows_per_step = data.train.examples, data.loader.rows_per_step
+        found = find_learning_rate(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update)
     rate = found.learning_rate or start.config.learning_rate
     print_sweep(found, rate)
     losses = {f"{r:g}": loss for r, loss in found.losses.items() if math.isfinite(loss)}
@@ -95,7 +94,7 @@ def sweep_steps(total: int) -> int:
 
 def find_learning_rate(
     engine: Engine,
-    values: Tensor,
+    start: PromptEmbedding,
     examples: Sequence[Example],
     args: TrainingArguments,
     total: int,
@@ -108,7 +107,7 @@ def find_learning_rate(
     """Run the sweep.
 
     Args:
-        values: Initial values of the prompt, [P, H] fp32; they are not changed.
+        start: The prompt with its initial values, on the engine's device; it is not changed.
         total: Number of steps of the run that follows.
         on_step: Called after every step of the sweep.
         rates, tie: See `successive_halving`.
@@ -122,8 +121,8 @@ def find_learning_rate(
         why = f"{len(examples):,} rows are too few to set some aside for comparing the rates"
         return Sweep(None, why, math.nan, {})
 
-    trials = _Trials(engine, values, held, rest, args, total, rows_per_step, request, on_step)
-    return successive_halving(trials.loss_of(values.to(engine.device)), trials.loss_after, total, rates, tie)
+    trials = _Trials(engine, start, held, rest, args, total, rows_per_step, request, on_step)
+    return successive_halving(trials.loss_of(start.weight.detach()), trials.loss_after, total, rates, tie)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class _Trials:
     those of `find_learning_rate`; `rest` are the rows that are trained on."""
 
     engine: Engine
-    values: Tensor
+    start: PromptEmbedding
     held: Sequence[Example]
     rest: Sequence[Example]
     args: TrainingArguments
@@ -147,7 +146,7 @@ class _Trials:
 
     def loss_after(self, rate: float, steps: int) -> float:
         """Train at a rate for a number of steps, and return the loss; inf if it is not finite."""
-        prompt, watch = PromptEmbedding(self.values).to(self.engine.device), QuietCallbacks(self.stop, self.on_step)
+        prompt, watch = copy.deepcopy(self.start), QuietCallbacks(self.stop, self.on_step)
         short = short_schedule(self.args, steps, self.total)
         try:
             train(self.engine, prompt, ListLoader(self.rest, short, self.rows_per_step), short, rate, watch)

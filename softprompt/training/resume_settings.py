@@ -8,11 +8,11 @@ from typing import Any
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
 from softprompt.runs.train_state import OF_THIS_CALL
-from softprompt.utils.errors import ConfigError
+from softprompt.utils.errors import CheckpointError, ConfigError
 
 FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
-    *("init_adapter", "find_learning_rate", "preset"),
+    *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
 )
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
@@ -45,8 +45,10 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
 
     Raises:
         ConfigError: A value out of range, or settings that contradict each other.
+        CheckpointError: Another reparameterization is given.
     """
     saved = state["arguments"]
+    _check_reparameterization(config, checkpoint, saved)
     given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
@@ -63,6 +65,21 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     except ConfigError as error:
         raise ConfigError(f"{error} (settings that are not given are taken from {checkpoint})") from None
     return replace(resumed, training=replace(resumed.training, find_learning_rate=searched), given=given)
+
+
+def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if another reparameterization or width is given than the checkpoint's, whose trained
+    parameters it could not use."""
+    was = {"prompt_reparameterization": saved.get("prompt_reparameterization", "none")}  # absent in earlier versions
+    was["encoder_hidden_size"] = saved.get("encoder_hidden_size")
+    for name, value in was.items():
+        given = config.given.get(name)
+        if given not in (None, value):
+            begun = " ".join(f"--{name} {value}" for name, value in was.items() if value is not None)
+            raise CheckpointError(
+                f"{checkpoint}: was trained with {begun}, and cannot continue with --{name} {given}; leave it out, or "
+                f"start a new run from this prompt with --init_adapter {checkpoint}"
+            )
 
 
 def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from softprompt.training.determinism import deterministic
 from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
+from softprompt.training.prompt_setup import start_prompt, with_encoder_width
 from softprompt.training.result import Run, Setup
 from softprompt.training.resume import StartingPoint, compare_contents, starting_point
 from softprompt.training.setup import (
@@ -34,7 +35,6 @@ from softprompt.training.setup import (
     load_data,
     load_run_base,
     shard_base,
-    start_prompt,
 )
 from softprompt.training.stop_signals import StopRequest
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
@@ -109,6 +109,7 @@ def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pa
     data = load_data(start.config, start.rows_per_step)
     base = load_run_base(start.config, world)
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
+    start = with_encoder_width(start, base.model)
     base = shard_base(start.config, freeze_base(start.config, base), world)
     return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
 
@@ -138,7 +139,9 @@ def _train(
     observer: Observer,
 ) -> Run:
     with torch.no_grad():
-        setup.prompt.weight.copy_(world.broadcast(setup.prompt.weight))
+        for parameter in setup.prompt.trained_parameters().values():
+            parameter.copy_(world.broadcast(parameter))
+    setup.prompt.fold()
     stop = world.share_stop_request(request)
     if setup.start.searches_learning_rate:
         setup = with_found_rate(setup, stop)

@@ -20,12 +20,6 @@ from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.models.base_files import weight_files
 from softprompt.models.bloom_weights import is_bloom
-from softprompt.models.capabilities import (
-    RowMaxima,
-    check_init_text,
-    check_rows_fit,
-    check_vocabulary,
-)
 from softprompt.models.fsdp import ShardedLayers, shard_layers
 from softprompt.models.loading import (
     base_path,
@@ -38,11 +32,8 @@ from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.models.quantization import check_bitsandbytes, check_not_stored_quantized, stored_method
 from softprompt.models.weight_offload import load_streamed
-from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.output_dir import choose_output_dir
 from softprompt.training.console import print_answer_end, print_data, print_rows
-from softprompt.training.initial_prompt import initial_prompt
 from softprompt.training.resume import StartingPoint
 from softprompt.training.tensorboard import check_installed
 from softprompt.utils.atomic_io import check_writable
@@ -244,23 +235,6 @@ def shard_base(config: TrainConfig, base: Base, world: World) -> Base:
     if not (isinstance(base.blocks, Mapping) and is_sharded(config, world)):
         return base
     return base._replace(blocks=shard_layers(base.model, base.blocks, world))
-
-
-def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
-    """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
-
-    Raises:
-        ModelError: The tokenizer has tokens for which the base has no embedding.
-        ConfigError: The initial values cannot be computed, or the base has too few positions for the prompt and a row.
-    """
-    config = start.config
-    check_vocabulary(data.tokenizer, base, _path_of_base(config))
-    check_init_text(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
-    saved = load_adapter(start.checkpoint).prompt if start.checkpoint else None
-    values = initial_prompt(config, data.tokenizer, base) if saved is None else saved
-    extent = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
-    check_rows_fit(base, len(values), config.data.max_length, extent, streamed=data.streamed)
-    return PromptEmbedding(values).to(base.get_input_embeddings().weight.device)
 
 
 def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:

@@ -31,6 +31,7 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.fsdp import ShardedWeights, shard_layers
 from softprompt.models.loading import freeze
 from softprompt.models.meta_loading import load_meta_model
+from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.training.loop import train
 
@@ -43,6 +44,9 @@ CASES = {
     "one row at the end, padded": ("padded", FP32, 2, 13, 6),
     "long prompt": ("packed", FP32, 100, 9, 9),
     "bf16": ("packed", BF16, 3, 21, 8),
+    "mlp": ("packed", FP32, 3, 21, 8),
+    "residual_mlp": ("padded", FP32, 3, 21, 8),
+    "superpos": ("packed", FP32, 2, 13, 6),
     "sharded": ("packed", FP32, 3, 21, 8),
     "sharded, padded": ("padded", FP32, 3, 21, 8),
     "sharded, one row at the end": ("packed", FP32, 1, 13, 6),
@@ -62,6 +66,7 @@ CASES = {
     "sharded mixtral": ("packed", FP32, 3, 9, 9),
     "sharded mixtral, one row at the end, padded": ("padded", FP32, 2, 13, 6),
 }
+REPARAMETERIZED = ("mlp", "residual_mlp", "superpos")
 ODD = {
     "gpt2": {"n_layer": 3},
     "llama": {"num_hidden_layers": 3, "intermediate_size": 63},
@@ -130,6 +135,13 @@ def short_of_memory_within(layer):
     layer.mlp.register_forward_pre_hook(refuse)
 
 
+def prompt_of(name, start):
+    """The prompt that begins at `start` [P, H]; in the cases with such a name, reparameterized."""
+    if name in REPARAMETERIZED:
+        return ReparameterizedPrompt(make_encoder(name, start, 16, torch.randn(16, start.shape[1])))
+    return PromptEmbedding(start)
+
+
 def engine_of(name, base, shards, world):
     (kind, dtype), recompute = CASES[name][:2], "recomputed" in name
     if kind == "padded":
@@ -154,7 +166,7 @@ def run(name, world=None, folder=None):
     base, shards = shared_out(name, world, folder) if shared else (freeze(base_of(name), dtype), None)
     rows, held_out = random_examples(n, 17, seed=5), random_examples(7, 30, seed=6)
     torch.manual_seed(0)
-    prompt = PromptEmbedding(random_init(P)(base.get_input_embeddings().weight))
+    prompt = prompt_of(name, random_init(P)(base.get_input_embeddings().weight))
     engine, seen = engine_of(name, base, shards, world), Losses()
     generator = make_generator(engine, base, AutoTokenizer.from_pretrained(BASE_DIR))
     if world:

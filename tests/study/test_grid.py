@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.config.train_args import DEFAULT_LEARNING_RATES
+from softprompt.config.train_args import DEFAULT_LEARNING_RATES, ENCODER_LEARNING_RATES
 from softprompt.study.grid import read_study, relocated
 from softprompt.utils.errors import ConfigError
 
@@ -151,3 +151,12 @@ def test_the_command_of_a_relocated_study_has_its_output_dir(tmp_path):
     here = study(tmp_path, HEAD)
     assert here.arguments == (here.path.as_posix(),)
     assert relocated(here, "else where").arguments == (here.path.as_posix(), "--output_dir", "else where")
+
+
+def test_a_reparameterization_is_an_axis_and_plain_cells_keep_the_names_of_earlier_versions(tmp_path):
+    more = 'encoder_hidden_size = 16\n[[grid]]\nprompt_reparameterization = ["none", "superpos", "mlp"]\n'
+    plain, *others = study(tmp_path, HEAD + more).cells
+    assert [c.config.prompt.encoder_hidden_size for c in (plain, *others)] == [None, 16, 16]
+    assert [c.config.learning_rate for c in others] == [ENCODER_LEARNING_RATES[kind] for kind in ("superpos", "mlp")]
+    assert plain.settings().keys() == others[0].settings().keys() - {"prompt_reparameterization", "encoder_hidden_size"}
+    assert len({str(c) for c in (plain, *others)}) == 3

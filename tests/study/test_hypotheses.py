@@ -113,6 +113,17 @@ def test_text_and_random_initialization():
     assert evaluate_hypotheses(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
 
 
+def test_a_reparameterization_is_compared_with_none_each_at_its_best_learning_rate():
+    plain = [*seeds(2.0, learning_rate=1e-1), *seeds(3.0, learning_rate=1e-3)]
+    mlp = {"reparameterization": "mlp"}
+    other = [*seeds(9.0, **mlp, learning_rate=1e-1), *seeds(1.0, **mlp, learning_rate=1e-3)]
+    (found,) = [f for f in evaluate_hypotheses(plain + other) if "mlp" in f.hypothesis]
+    assert found.conclusion == HOLDS and found.gains == pytest.approx([math.log(2)] * 3)
+    assert len(evaluate_hypotheses(plain)) == len(evaluate_hypotheses(plain + other)) - 1
+    alone = seeds(1.0, reparameterization="superpos 64", start="elsewhere")
+    assert evaluate_hypotheses(plain + alone)[-1].conclusion == UNDECIDED
+
+
 def test_bases_with_different_target_tokens_are_not_compared():
     small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
     assert evaluate_hypotheses(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)

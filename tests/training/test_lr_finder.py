@@ -59,10 +59,10 @@ def base():
     return freeze(make_bloom(), torch.float32)
 
 
-def sweep(base, rows, args=ARGS, values=None, request=Never, **search):
+def sweep(base, rows, args=ARGS, start=None, request=Never, **search):
     engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
-    values = torch.zeros(3, 32) if values is None else values
-    return find_learning_rate(engine, values, rows, args, total_steps(len(rows), args), 4, request, **search)
+    start = PromptEmbedding(torch.zeros(3, 32)) if start is None else start
+    return find_learning_rate(engine, start, rows, args, total_steps(len(rows), args), 4, request, **search)
 
 
 def test_sweep_is_successive_halving_over_separate_runs(base):
@@ -100,16 +100,16 @@ def test_smallest_of_nearly_equal_rates_is_taken(base):
 
 
 def test_sweep_does_not_change_the_initial_prompt(base):
-    values = torch.zeros(3, 32)
-    sweep(base, random_examples(70, 9), values=values)
-    assert not values.any()
+    start = PromptEmbedding(torch.zeros(3, 32))
+    sweep(base, random_examples(70, 9), start=start)
+    assert not start.weight.any() and start.weight.grad is None
 
 
 def test_sweep_steps_is_the_number_of_steps_taken(base):
     steps = []
     engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     rows = random_examples(70, 5)
-    find_learning_rate(engine, torch.zeros(2, 32), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
+    find_learning_rate(engine, PromptEmbedding(torch.zeros(2, 32)), rows, ARGS, 24, 4, Never, lambda: steps.append(1))
     assert len(steps) == sweep_steps(24)
     assert sweep_steps(1000) < 1000
 

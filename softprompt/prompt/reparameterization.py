@@ -1,0 +1,143 @@
+"""Reparameterizations: while a prompt [P, H] is trained, it is a function of other parameters.
+
+A reparameterization is a module, called encoder as in PEFT, whose `forward()` returns the prompt. The engines see only
+the prompt, and once per optimizer step its gradient is passed on to the encoder. What is saved is the prompt, so an
+adapter does not depend on how it was trained.
+
+Every encoder begins at a given start [P, H], such as the embeddings of a text; each class says where its initial values
+differ from those of its paper.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.prompt.soft_prompt import PromptEmbedding
+
+
+class ReparameterizedPrompt(PromptEmbedding):
+    """A prompt [P, H] that is the output of an encoder, whose parameters are trained.
+
+    `weight` is a leaf for the engines; the optimizer does not change it. `backward` and `fold` connect it to the
+    encoder. Both compute in fp32, and take far less time than a step through the base.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        """Args:
+        encoder: A module whose `forward()` returns the prompt [P, H] fp32.
+        """
+        with torch.no_grad():
+            super().__init__(encoder())
+        self.encoder = encoder
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.encoder.named_parameters())
+
+    def backward(self) -> None:
+        self.encoder().backward(self.weight.grad)
+        self.weight.grad = None
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        self.weight.copy_(self.encoder())
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        return self.encoder.state_dict()
+
+
+class MLPEncoder(nn.Module):
+    """The MLP of P-tuning (Liu et al. 2021, arXiv:2103.10385), with the layers of PEFT's PromptEncoder: an embedding of
+    size H for each virtual token, and three linear layers with ReLU between them, shared by all virtual tokens.
+
+    PEFT initializes all layers at random, so its prompts begin as nearly equal small vectors. Here the last layer is
+    changed as little as possible (least squares) so that the prompt begins at the start. This is possible for a width
+    of at least P; with a smaller one, the prompt begins near the start.
+    """
+
+    def __init__(self, start: Tensor, width: int):
+        """Args:
+        start: The initial prompt [P, H] fp32.
+        width: The size of the two hidden layers.
+        """
+        super().__init__()
+        P, H = start.shape
+        self.embedding = nn.Parameter(torch.randn(P, H))
+        layers = [nn.Linear(H, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, H)]
+        self.mlp_head = nn.Sequential(*layers)
+        self._begin_at(start)
+
+    def forward(self) -> Tensor:
+        return self.mlp_head(self.embedding)
+
+    @torch.no_grad()
+    def _begin_at(self, start: Tensor) -> None:
+        """Add to the weight of the last layer what makes the output `start`; solved in fp64 for accuracy."""
+        hidden = self.mlp_head[:-1](self.embedding).double()  # [P, width]
+        missing = start.double() - self.mlp_head[-1].double()(hidden)  # [P, H]
+        self.mlp_head[-1].weight += torch.linalg.lstsq(hidden, missing, driver="gelsd").solution.T
+        self.mlp_head.float()
+
+
+class ResidualMLPEncoder(nn.Module):
+    """The encoder of Residual Prompt Tuning (Razdaibiedina et al. 2023, arXiv:2305.03937): a learned prompt, plus the
+    output of an MLP that is shared by all virtual tokens. The MLP projects a virtual token down to a bottleneck,
+    applies ReLU, projects it up again, and normalizes it (layer norm).
+
+    The scale of the layer norm begins at 0, so that the prompt begins exactly at the start. In the paper it begins at
+    1, which adds a vector of unit variance to each virtual token.
+    """
+
+    def __init__(self, start: Tensor, width: int):
+        """Args:
+        start: The initial prompt [P, H] fp32.
+        width: The size of the bottleneck.
+        """
+        super().__init__()
+        H = start.shape[1]
+        self.embedding = nn.Parameter(start.clone())
+        norm = nn.LayerNorm(H)
+        nn.init.zeros_(norm.weight)
+        self.mlp = nn.Sequential(nn.Linear(H, width), nn.ReLU(), nn.Linear(width, H), norm)
+
+    def forward(self) -> Tensor:
+        return self.embedding + self.mlp(self.embedding)
+
+
+class SuperposEncoder(nn.Module):
+    """The encoder of SuperPos-Prompt (Sadraei Javaheri et al. 2024, PMLR 262:34-46, arXiv:2406.05279): each virtual
+    token is a learned mix of the embeddings of m sampled words, which are the same for all virtual tokens. The weights
+    of a mix may have any sign and sum.
+
+    Here the mix is added to the start of its virtual token, and all weights begin at 0, so that the prompt begins
+    exactly at the start. The start has no weight of its own: BLOOM's layer norm of the embeddings makes the loss
+    independent of a virtual token's scale, so the gradient of such a weight would be rounding errors, which AdamW
+    scales up. In the paper, the embeddings in a mix may be trained, too; here they are frozen, and P · m weights are
+    trained. The paper also finds that dropout in the frozen base is harmful. Our bases have none, because they are
+    always in evaluation mode.
+    """
+
+    def __init__(self, start: Tensor, words: Tensor):
+        """Args:
+        start: The initial prompt [P, H] fp32.
+        words: The embeddings [m, H] fp32 of the sampled words.
+        """
+        super().__init__()
+        self.register_buffer("start", start.clone())
+        self.register_buffer("words", words.clone())
+        self.weights = nn.Parameter(torch.zeros(len(start), len(words)))
+
+    def forward(self) -> Tensor:
+        return self.start + self.weights @ self.words
+
+
+def make_encoder(kind: str, start: Tensor, width: int, words: Tensor | None = None) -> nn.Module:
+    """Return an encoder that begins at `start`. Its other values are drawn from torch's global random generator.
+
+    Args:
+        kind: A value of `--prompt_reparameterization`, except none.
+        start: The initial prompt [P, H] fp32 on the CPU.
+        width: `--encoder_hidden_size`; for superpos the number of words m.
+        words: For superpos, the embeddings [m, H] fp32 of the sampled words.
+    """
+    if kind == "superpos":
+        return SuperposEncoder(start, torch.zeros(width, start.shape[1]) if words is None else words)
+    return {"mlp": MLPEncoder, "residual_mlp": ResidualMLPEncoder}[kind](start, width)

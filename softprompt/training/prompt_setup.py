@@ -1,0 +1,99 @@
+"""Make the prompt that a training run begins or continues with, in its reparameterization."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt.config.loader import TrainConfig
+from softprompt.models.capabilities import RowMaxima, check_init_text, check_rows_fit, check_vocabulary
+from softprompt.models.loading import base_path
+from softprompt.prompt.adapter_io import load_adapter
+from softprompt.prompt.initial import encoder_width, words_to_mix
+from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding
+from softprompt.training.initial_prompt import initial_prompt
+from softprompt.training.resume import StartingPoint
+from softprompt.training.setup import RunData
+from softprompt.utils.errors import CheckpointError
+
+
+def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
+    """Return the starting point with `--encoder_hidden_size`, if it is used, set to its default for this base, so that
+    files and messages name it."""
+    prompt = start.config.prompt
+    if prompt.prompt_reparameterization == "none":
+        return start
+    width = encoder_width(prompt, InputEmbeddings(base).shape[1])
+    return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
+
+
+def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
+    """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
+
+    Raises:
+        CheckpointError: The checkpoint's encoder is not the one that the settings choose.
+        ModelError: The tokenizer has tokens for which the base has no embedding.
+        ConfigError: The initial values cannot be computed, or the base has too few positions for the prompt and a row.
+    """
+    config = start.config
+    check_vocabulary(data.tokenizer, base, base_path(str(config.model.model_name_or_path)))
+    check_init_text(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
+    if start.checkpoint:
+        saved = load_adapter(start.checkpoint).prompt
+        prompt = restored_prompt(config, saved, start.state.encoder, start.checkpoint)
+    else:
+        prompt = trainable_prompt(config, data.tokenizer, base)
+    extent = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
+    check_rows_fit(base, len(prompt.weight), config.data.max_length, extent, streamed=data.streamed)
+    return prompt.to(base.get_input_embeddings().weight.device)
+
+
+def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> PromptEmbedding:
+    """Return the prompt with its initial values, in the reparameterization that the settings choose. Random values are
+    drawn with --seed; the initial prompt does not depend on the reparameterization.
+
+    Raises:
+        ConfigError, AdapterError: See `initial_prompt` and `words_to_mix`.
+    """
+    start, kind = initial_prompt(config, tokenizer, base), config.prompt.prompt_reparameterization
+    if kind == "none":
+        return PromptEmbedding(start)
+    embeddings, words = InputEmbeddings(base), None
+    width = encoder_width(config.prompt, embeddings.shape[1])
+    if kind == "superpos":
+        ids = torch.tensor(words_to_mix(config, tokenizer, len(embeddings)))
+        words = embeddings[ids[torch.randperm(len(ids))[:width]].to(embeddings.device)].float().cpu()
+    return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width, words))
+
+
+def restored_prompt(
+    config: TrainConfig, prompt: Tensor, encoder: Mapping[str, Tensor], checkpoint: str | Path
+) -> PromptEmbedding:
+    """Return the prompt of a checkpoint as it was while it was trained.
+
+    Args:
+        config: The settings of the run.
+        prompt: The prompt [P, H] fp32 of the checkpoint.
+        encoder: The saved values of its encoder (`PromptEmbedding.encoder_state`); empty without one.
+        checkpoint: The checkpoint's folder, for the message.
+
+    Raises:
+        CheckpointError: The saved values are not those of the encoder that the settings choose.
+    """
+    kind = config.prompt.prompt_reparameterization
+    if kind == "none":
+        return PromptEmbedding(prompt)
+    module = make_encoder(kind, torch.zeros_like(prompt), encoder_width(config.prompt, prompt.shape[1]))
+    try:
+        module.load_state_dict(dict(encoder))
+    except RuntimeError:
+        raise CheckpointError(
+            f"{checkpoint}: its saved parameters are not those of --prompt_reparameterization {kind}; take another "
+            "checkpoint, or start a new run from its prompt with --init_adapter"
+        ) from None
+    return ReparameterizedPrompt(module)

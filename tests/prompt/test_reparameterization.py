@@ -1,0 +1,162 @@
+"""Reparameterized prompts: where each kind begins, its gradient, and its training compared with naive references."""
+
+import peft
+import pytest
+import torch
+from helpers.bases import make_bloom
+from helpers.peers import naive_loss, random_examples
+from helpers.small_bases import small_base
+from helpers.trainer_runs import Recorder
+from peft.tuners.p_tuning import PromptEncoder
+
+from softprompt.config.loader import train_config
+from softprompt.config.train_args import TrainingArguments
+from softprompt.data.dataloader import ListLoader
+from softprompt.data.tokenization import count_targets
+from softprompt.engines.factory import padded_engine
+from softprompt.models.loading import freeze
+from softprompt.prompt.initial import frequent_tokens
+from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.training.initial_prompt import initial_prompt
+from softprompt.training.loop import train
+from softprompt.training.lr_schedules import learning_rates
+from softprompt.training.prompt_setup import trainable_prompt
+from softprompt.utils.errors import ConfigError
+
+KINDS = ("mlp", "residual_mlp", "superpos")
+of_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def settings(kind, **given):
+    given = {"encoder_hidden_size": 16, "prompt_reparameterization": kind, **given}
+    return train_config(model_name_or_path="x", dataset="x", **given)
+
+
+def moved(kind, P, H=32, width=16):
+    """A prompt whose trained parameters are all away from their initial values, where many gradients are 0."""
+    torch.manual_seed(P)
+    prompt = ReparameterizedPrompt(make_encoder(kind, torch.randn(P, H), width, torch.randn(width, H)))
+    with torch.no_grad():
+        for parameter in prompt.trained_parameters().values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    prompt.fold()
+    return prompt
+
+
+@of_kinds
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"prompt_tuning_init": "RANDOM", "num_virtual_tokens": 1},
+        {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "我爱这部电影"},
+        {"prompt_tuning_init": "SAMPLE_VOCAB"},
+        {"prompt_tuning_init": "CLASS_LABELS", "class_labels": "正面,很差"},
+    ],
+    ids=lambda start: start["prompt_tuning_init"],
+)
+def test_every_kind_begins_at_the_initial_prompt(kind, start, tokenizer):
+    """The embedding module of Gemma scales. SAMPLE_VOCAB may draw a word twice, which an MLP can output twice."""
+    config, base = settings(kind, **start), small_base("gemma")
+    expected = initial_prompt(config, tokenizer, base)
+    found = trainable_prompt(config, tokenizer, base).weight
+    if kind == "mlp":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(found, expected)
+
+
+def test_an_mlp_with_fewer_units_than_virtual_tokens_begins_near_the_start():
+    start = torch.randn(40, 32)
+    left = (make_encoder("mlp", start, 8)() - start).norm() / start.norm()
+    assert 0.1 < left < 1
+    assert (make_encoder("mlp", start, 120)() - start).norm() < 1e-5 * start.norm()
+
+
+def test_superpos_mixes_the_outputs_of_the_embedding_module_for_different_frequent_words(tokenizer):
+    base = small_base("gemma")
+    frequent = base.get_input_embeddings()(torch.tensor(frequent_tokens(tokenizer, 5000, 300)))
+    words = trainable_prompt(settings("superpos"), tokenizer, base).encoder.words
+    rows = [next(i for i, row in enumerate(frequent) if torch.equal(row, word)) for word in words]
+    assert len(set(rows)) == len(rows) == 16
+    again, other = (trainable_prompt(settings("superpos", seed=s), tokenizer, base).encoder.words for s in (42, 7))
+    assert torch.equal(words, again) and not torch.equal(words, other)
+    few = trainable_prompt(settings("superpos", vocab_population=16), tokenizer, base).encoder.words
+    assert {tuple(word.tolist()) for word in few} == {tuple(word.tolist()) for word in frequent[:16]}
+
+
+def test_superpos_needs_as_many_words_as_it_mixes(tokenizer):
+    with pytest.raises(ConfigError, match=r"superpos mixes 128 different words, and there are 40 to sample from"):
+        trainable_prompt(settings("superpos", encoder_hidden_size=None), tokenizer, make_bloom())
+
+
+def test_the_mlp_is_that_of_peft():
+    prompt = moved("mlp", 7)
+    theirs = PromptEncoder(
+        peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=7,
+            token_dim=32,
+            encoder_hidden_size=16,
+            num_transformer_submodules=1,
+        )
+    )
+    state = prompt.encoder.state_dict()
+    theirs.load_state_dict({("embedding.weight" if name == "embedding" else name): t for name, t in state.items()})
+    assert torch.equal(theirs(torch.arange(7)), prompt.weight)
+
+
+@of_kinds
+@pytest.mark.parametrize("P", [1, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_equals_that_of_autograd_through_base_and_encoder(kind, P, dtype, tokenizer):
+    base, rows, prompt = freeze(make_bloom(), dtype), random_examples(5, 9), moved(kind, P)
+    trained = prompt.trained_parameters()
+    naive_loss(make_bloom(), prompt.encoder(), rows).backward()
+    expected = {name: parameter.grad for name, parameter in trained.items()}
+    for parameter in trained.values():
+        parameter.grad = None
+    engine = padded_engine(base, tokenizer, dtype, 300)  # several micro-batches
+    engine.accumulate(prompt, rows, 1 / sum(map(count_targets, rows)))
+    assert all(parameter.grad is None for parameter in trained.values())
+    prompt.backward()
+    assert prompt.weight.grad is None
+    near = 1e-4 if dtype is torch.float32 else 0.1
+    for name, parameter in trained.items():
+        assert (parameter.grad - expected[name]).norm() < near * expected[name].norm() + 1e-7, name
+
+
+@of_kinds
+def test_training_equals_a_naive_loop_over_the_encoder(kind, tokenizer):
+    """Clipping and weight decay concern the trained parameters."""
+    base, rows = freeze(make_bloom(), torch.float32), random_examples(12, 9)
+    given = {"max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 6, "per_device_train_batch_size": 12}
+    args = TrainingArguments(**given, gradient_accumulation_steps=1)
+    prompt, theirs, kept = moved(kind, 3), moved(kind, 3).encoder, Recorder()
+    train(padded_engine(base, tokenizer, torch.float32, 300), prompt, ListLoader(rows, args), args, 1e-2, kept)
+    optimizer, lr_at = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1), learning_rates(args, 1e-2, 6)
+    for step in kept.steps:
+        loss = naive_loss(base, theirs(), rows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = lr_at(step.number - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert step.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert step.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+    assert torch.equal(prompt.weight, prompt.encoder())
+    torch.testing.assert_close(prompt.weight, theirs(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"encoder_hidden_size": 8}, "--encoder_hidden_size is only used with --prompt_reparameterization"),
+        ({"prompt_reparameterization": "mlp", "encoder_hidden_size": 0}, "--encoder_hidden_size 0 must lie in"),
+        ({"prompt_reparameterization": "lstm"}, "--prompt_reparameterization 'lstm' is not one of none, mlp"),
+        ({"encoder_reparameterization_type": "MLP"}, "did you mean prompt_reparameterization"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        train_config(**given)
