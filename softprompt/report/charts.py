@@ -6,8 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from softprompt.report.axes import number
-from softprompt.report.results import commonest_share
+from softprompt.report.results import METRICS, commonest_share
 from softprompt.report.svg import Curve, heatmap, histogram, line_chart
 from softprompt.runs.run_reader import RunRecord
 
@@ -106,11 +105,10 @@ def _compared(records: Sequence[RunRecord], names: Sequence[str], titles: Mappin
         levels: Mapping[float, int] = {
             level: n for n in reversed(drawn) if (level := records[n].of_base(metric)) is not None
         }
-        form = "{:.1%}".format if metric in SHARES else number
         for level, n in sorted(levels.items(), key=lambda each: each[1]):
             whose = "base alone" if len(levels) == 1 else f"{names[n]}, base alone"
             curves.append(Curve(n, level=level))
-            legend.append((n, True, f"{whose} ({form(level)})"))
+            legend.append((n, True, f"{whose} ({METRICS[metric].form.format(level)})"))
         yield from _chart(metric, title, curves, legend)
 
 

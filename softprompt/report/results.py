@@ -6,6 +6,7 @@ from typing import NamedTuple
 from softprompt.runs.run_reader import RunRecord
 
 HIGHER, LOWER = 1, -1
+DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # at which no line breaks
 
 
 class Metric(NamedTuple):
@@ -67,7 +68,7 @@ def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
     """Return the 95 % interval of a value, and how often always giving the commonest answer would be right."""
     form = METRICS[name].form
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
-    interval = () if low is None or high is None else (f"95 % interval {form.format(low)}–{form.format(high)}",)
+    interval = () if low is None or high is None else (f"95 % interval {form.format(low)}{DASH}{form.format(high)}",)
     commonest = commonest_share(record) if name == "eval_accuracy" else None
     return interval if commonest is None else (*interval, f"commonest label {form.format(commonest)}")
 
