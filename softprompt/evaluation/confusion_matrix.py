@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.generation.likelihood import ChoiceResult
 from softprompt.utils.text_table import table
 
 
@@ -22,10 +21,14 @@ class ConfusionMatrix:
     counts: Mapping[tuple[str, str], int]
 
     @classmethod
-    def from_predictions(cls, expected: Sequence[str], predicted: Sequence[ChoiceResult]) -> "ConfusionMatrix":
-        """Count the pairs of expected answer and prediction over the rows; there must be at least one row."""
-        labels = dict.fromkeys([*predicted[0].probabilities, *expected])
-        return cls(list(labels), Counter(zip(expected, (one.label for one in predicted), strict=True)))
+    def of_pairs(cls, choices: Sequence[str], expected: Sequence[str], predicted: Sequence[str]) -> "ConfusionMatrix":
+        """Count the pairs of expected answer and predicted choice over the rows."""
+        return cls(list(dict.fromkeys([*choices, *expected])), Counter(zip(expected, predicted, strict=True)))
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The counts as a square matrix, with a row for each expected label and a column for each predicted one."""
+        return [[self.counts.get((expected, predicted), 0) for predicted in self.labels] for expected in self.labels]
 
     @property
     def accuracy(self) -> float:
@@ -45,5 +48,4 @@ class ConfusionMatrix:
 
     def __str__(self) -> str:
         head = ["expected \\ predicted", *self.labels]
-        rows = [[a, *(str(self.counts.get((a, b), 0)) for b in self.labels)] for a in self.labels]
-        return table([head, *rows])
+        return table([head, *([label, *map(str, row)] for label, row in zip(self.labels, self.rows, strict=True))])

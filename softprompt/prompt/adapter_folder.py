@@ -24,6 +24,7 @@ def adapter_folder(
     optional_columns: Iterable[str],
     arguments: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    verdict: str | None = None,
 ) -> dict[str, bytes]:
     """Return the files of a trained adapter, by name.
 
@@ -36,6 +37,7 @@ def adapter_folder(
         optional_columns: Columns that a question may leave out (`Template.optional`).
         arguments: Training arguments for the model card.
         metrics: Final metrics for the model card.
+        verdict: A sentence for the model card that says whether the prompt is of use.
     """
     name, settings = str(config.model.model_name_or_path), config.prompt
     peft = peft_config(name, base_config, prompt, settings.prompt_tuning_init, settings.prompt_tuning_init_text)
@@ -49,7 +51,7 @@ def adapter_folder(
     }
     ours |= {"optional_columns": sorted(optional_columns)} if optional_columns else {}
     adapter = Adapter(prompt, peft, ours)
-    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics)}
+    return {**adapter_files(adapter), CARD_FILE: model_card(adapter, arguments, metrics, verdict)}
 
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written

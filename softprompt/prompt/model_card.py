@@ -16,13 +16,16 @@ from softprompt.utils.redact import redacted
 PATH_ARGUMENTS = ("model_name_or_path", "dataset", "eval_dataset", "init_adapter", "output_dir", "offload_folder")
 
 
-def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any]) -> bytes:
+def model_card(
+    adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[str, Any], verdict: str | None = None
+) -> bytes:
     """Return the card of an adapter, in UTF-8.
 
     Args:
         adapter: The adapter; its base is named in the card's metadata if it is a repository of the hub.
         arguments: Training arguments, shown as a table; values of None are omitted.
         metrics: Final metrics, shown as a table.
+        verdict: A sentence that says whether the prompt is of use.
     """
     base = adapter.base_model_name_or_path or ""
     arguments = {name: public_name(value) if name in PATH_ARGUMENTS else value for name, value in arguments.items()}
@@ -38,6 +41,7 @@ def model_card(adapter: Adapter, arguments: Mapping[str, Any], metrics: Mapping[
         "Write each input in the training template, which is `template` in `softprompt.json`:",
         f"`{json.dumps(adapter.settings.get('template', 'default'), ensure_ascii=False)}`.",
         "",
+        *([verdict, ""] if verdict else []),
         *_table("Metric", metrics),
         *_table("Argument", arguments),
     ]

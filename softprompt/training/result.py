@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.evaluation.verdict import Verdict
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.state import Metrics
 from softprompt.training.first_question import FirstQuestion
@@ -42,6 +43,7 @@ class Run:
         adapter_bytes: The size of the saved prompt's file.
         question: A training row to try the prompt with.
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
+        verdict: Whether the prompt is of use; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
         no_answers: Why the base cannot generate behind a prompt; None if it can.
     """
@@ -52,6 +54,7 @@ class Run:
     question: FirstQuestion | None = None
     before: Evaluation | None = None
     after: Evaluation | None = None
+    verdict: Verdict | None = None
     not_pushed: str | None = None
     no_answers: str | None = None
 
