@@ -8,6 +8,7 @@ Other answers  The prompt must have a lower loss than the base alone: the 95 % i
 With fewer than FEWEST_ROWS rows, nothing is called better.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,9 +85,11 @@ def _compared_labels(after: Classification, before: Classification) -> list[Comp
 
 def _compared_losses(after: Evaluation, before: Evaluation) -> list[Comparison]:
     gains = [theirs - ours for ours, theirs in zip(after.row_losses, before.row_losses, strict=True)]
-    interval = ratio_interval(gains, after.row_targets)
-    if interval is None:
+    if not math.isfinite(sum(gains)):
         return []
+    interval = ratio_interval(gains, after.row_targets)
+    if interval is None:  # there is one row
+        return [Comparison("the base alone", sum(gains), False)]
     low, high = interval
     detail = f"its loss is lower by {(low + high) / 2:.3g} (95 % interval {low:.3g} to {high:.3g})"
     return [Comparison("the base alone", sum(gains), low > 0 or high < 0, detail)]

@@ -28,7 +28,7 @@ from softprompt.training.result import Run
 
 HISTOGRAM_BARS = 24
 EXAMPLES = 8  # rows shown if the evaluation has already generated their answers; more if there are more labels
-WRONG_ANSWERS = 50  # the most wrong answers that are listed
+WRONG_ANSWERS = 200  # the most wrong answers that are listed
 GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: rows answered for the report, and tokens of an answer
 
 

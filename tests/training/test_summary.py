@@ -1,4 +1,4 @@
-"""What a run says at its end: labels with their fair base, the verdict, rows of each kind, and the same in its files."""
+"""What a run says at its end: labels with their fair base, the verdict, rows of each kind; the same in its files."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,8 @@ from softprompt.training.summary import summary
 from softprompt.utils.text_table import display_width
 
 LABELS = ["好", "坏", "中"]
-ROWS = [
-    {"instruction": f"第{n}题，" * (1 + n % 4), "output": LABELS[0 if n % 4 else 1 + n % 8 // 4]} for n in range(32)
-]
+OUTPUTS = [LABELS[0 if n % 4 else 1 + n % 8 // 4] for n in range(32)]
+ROWS = [{"instruction": f"第{n}题，" * (1 + n % 4), "output": label} for n, label in enumerate(OUTPUTS)]
 
 
 @pytest.fixture
