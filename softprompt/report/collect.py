@@ -125,8 +125,7 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
     """Return some held-out rows (training rows if there are none) with the answers of the base without and with the
     prompt.
 
-    If the evaluation compared answers, these are taken, and the rows are those of `AnswerComparison.selected`;
-    "classified" says whether the answers are the likelier labels, because none were generated.
+    If the evaluation compared answers, these are taken, and the rows are those of `AnswerComparison.selected`.
     Otherwise, `generator` generates the first NEW_TOKENS tokens of the answers to the first GENERATED_EXAMPLES rows. It
     is None if this process alone cannot generate with the base.
     """
@@ -134,7 +133,7 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
     found: Facts = {"of": "held-out" if rows.held_out else "training", "compared": False, "rows": []}
     if compared := AnswerComparison.of(run.evaluator, run.before, run.after):
         chosen = [_row_facts(one, "correct_before", "correct_after") for one in compared.selected(EXAMPLES)]
-        return {**found, "compared": True, "classified": not compared.after.answers, "rows": chosen}
+        return {**found, "compared": True, "rows": chosen}
     if generator is None:
         streamed = "the whole base would be read or gathered again for every generated token"
         return {**found, "left_out": why_not_generate(run.setup.base) or streamed}
