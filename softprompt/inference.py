@@ -14,7 +14,8 @@ from pathlib import Path
 from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
-from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult, common_truncation
+from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult
+from softprompt.evaluation.truncation import common_truncation
 from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
 from softprompt.generation.chat.commands import completions
 from softprompt.generation.chat.history import HistoryFile
@@ -29,6 +30,7 @@ from softprompt.generation.prompts_file import (
     generation_settings,
     read_prompts,
 )
+from softprompt.models.capabilities import max_positions
 from softprompt.runs.crash_report import crash_line, failure
 from softprompt.utils.errors import AdapterError, ConfigError, DataError, PartialFailureError, SoftpromptError
 from softprompt.utils.out_of_memory import is_out_of_memory
@@ -146,7 +148,8 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         splits = find_splits(dataset, None)
         for line in splits.describe_split("held-out", splits.choose(question.eval_split, "--eval_split")):
             tell(line)
-    cut = common_truncation(adapters, config.generation.max_length, question.truncation_side)
+    is_text = dataset.lower().endswith(".txt")
+    cut = common_truncation(adapters, config.generation.max_length, question.truncation_side, is_text)
     evaluator = AdapterEvaluator(
         model.engine,
         model.generator,
@@ -158,12 +161,13 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
         next((each for each in adapters if each.prompt is not None), model.adapters[model.active_adapter]),
         question.column_map,
         question.eval_split,
+        max_positions(model.base),
     )
     results, fault = _evaluated(evaluator, model.adapters)
     model.note_foreign_rows(next(iter(results.values())).rows)
     if question.ensemble and not fault:
         results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
-    in_passages = dataset.lower().endswith(".txt") and config.generation.max_length is None
+    in_passages = is_text and config.generation.max_length is None
     told = [*cut.notes, *([f"passages of --max_length {cut.max_length} tokens"] if in_passages else [])]
     tell(model.description)
     print(comparison_report(results, told))

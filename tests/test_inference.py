@@ -338,20 +338,17 @@ def test_side_by_side(place, capsys, monkeypatch):
     out = run_infer(argv, capsys, monkeypatch)
     head, _, *figures = out.splitlines()
     assert head.split() == ["x", "b", "none"]
-    assert [line.split("  ")[0] for line in figures[:5]] == [
-        "loss",
-        "perplexity",
-        "exact match",
-        "accuracy (likelier label)",
-        "macro F1",
-    ]
+    of_metric = {line[:25].strip(): line[25:].split() for line in figures[: figures.index("")]}
+    names = {"loss", "perplexity", "exact match", "accuracy (likelier label)", "macro F1"}
+    assert names < of_metric.keys() and all(len(of_metric[name]) == 3 for name in of_metric if name in names)
     assert all(f"\n{name}:\n" in out for name in ("x", "b", "none")) and "expected \\ predicted" in out
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     right = sum(
         v.label == r["output"]
         for v, r in zip(model.classify([r["instruction"] for r in rows], ["正面", "负面"]), rows, strict=True)
     )
-    assert figures[3].split()[3] == f"{right / 6:.1%}"
+    assert of_metric["accuracy (likelier label)"][0] == f"{right / 6:.1%}"
+    assert "always answering 正面 has an accuracy of 66.7%" in out and "too few to tell" in out
 
 
 def test_figures_of_a_confusion():

@@ -261,10 +261,19 @@ class TrainingArguments:
         False, "Save the prompt whenever an evaluation is the best so far, and end the run with the best prompt."
     )
     metric_for_best_model: Literal[
-        "loss", "eval_loss", "perplexity", "eval_perplexity", "exact_match", "eval_exact_match"
+        "loss",
+        "eval_loss",
+        "perplexity",
+        "eval_perplexity",
+        "exact_match",
+        "eval_exact_match",
+        "accuracy",
+        "eval_accuracy",
+        "macro_f1",
+        "eval_macro_f1",
     ] = option("eval_loss", "Compare evaluations by this metric, for the best prompt and for early stopping.")
     greater_is_better: bool | None = option(
-        None, "Treat a larger metric as better. (default: true for exact match, else false)"
+        None, "Treat a larger metric as better. (default: false for loss and perplexity, else true)"
     )
     early_stopping_patience: int | None = option(
         None, "Stop after N consecutive evaluations without improvement. (default: no early stopping)"

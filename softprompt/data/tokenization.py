@@ -44,16 +44,19 @@ class Tokenized:
     cache: str | None = None
 
     def __str__(self) -> str:
-        return self.described(f"{len(self.examples):,} rows")
-
-    def described(self, rows: str) -> str:
-        """Describe the counts in one line; `rows` is the text for the number of rows."""
+        """Describe the counts in one line."""
         tokens, targets = len(self.examples.input_ids), self.examples.targets
-        parts = [f"{rows}, {tokens:,} tokens, {targets:,} of them targets"]
+        parts = [f"{self.used_rows}, {tokens:,} tokens, {targets:,} of them targets"]
         parts += describe_losses(self.cut, self.without_target, self.empty_answers)
         if self.cache:
             parts.append(f"token ids from the cache {self.cache}")
         return "; ".join(parts)
+
+    @property
+    def used_rows(self) -> str:
+        """The number of rows as text: "73 of 100 rows" if some were left out."""
+        n = len(self.examples)
+        return f"{n:,} of {self.rows:,} rows" if n < self.rows else f"{n:,} rows"
 
 
 def describe_losses(cut: int, without_target: int, empty_answers: int) -> list[str]:

@@ -1,10 +1,13 @@
 """Evaluate prompts on held-out rows.
 
 In: an engine, a generator, and tokenized rows with their answers. Out: loss, perplexity and exact match (`evaluator`),
-during training as well as afterwards; for several adapters on one dataset, a table of these metrics with accuracy,
-macro F1 and confusion matrices of labels (`side_by_side`, `comparison_report`); for several prompts that vote, the
-metrics of the ensemble (`ensemble`).
+during training as well as afterwards, and for rows whose answers are labels the classification of each row by its
+likelier label (`classifier`), with accuracy, macro F1 and confusion matrix. `intervals` says how far these can be
+trusted, `verdict` whether the prompt is of use, and `answer_comparison` shows rows that are answered well and badly.
 
-Loss and perplexity are over all targets of all rows. Exact match is only over the rows whose expected answer was not
-truncated by max_length.
+For several adapters on one dataset, `side_by_side` and `comparison_report` make a table of the same metrics; for
+several prompts that vote, `ensemble` computes the metrics of the ensemble.
+
+Loss and perplexity are over all targets of all rows, and accuracy is over all rows. Exact match is only over the rows
+whose expected answer was not truncated by max_length.
 """

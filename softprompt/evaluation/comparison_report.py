@@ -1,34 +1,45 @@
 """Format the results of adapters that were evaluated side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from softprompt.evaluation.side_by_side import AdapterResult
+from softprompt.evaluation.verdict import verdict
 from softprompt.utils.text_table import table
 
 
 def comparison_report(results: Mapping[str, AdapterResult], notes: Sequence[str] = ()) -> str:
     """Return a table with a column for each adapter and a row for each metric that any of them has. It is followed by
-    the results' notes on the rows, the given `notes`, each adapter's confusion matrix, and a note on rows whose answer
-    is none of the choices."""
+    the results' notes on the rows, the given `notes`, whether each adapter is better than the bare base if that was
+    evaluated too, each adapter's confusion matrix, and a note on rows whose answer is none of the choices."""
     metrics: dict[str, list[str]] = {}
     for result in results.values():
-        evaluation, matrix = result.evaluation, result.confusion_matrix
-        perplexity, match = evaluation.perplexity, evaluation.exact_match
-        values = {
-            "loss": f"{evaluation.loss:.4f}",
-            "perplexity": "–" if perplexity is None else f"{perplexity:,.4g}",
-            "exact match": "–" if match is None else f"{match:.1%}",
-            "accuracy (likelier label)": "–" if matrix is None else f"{matrix.accuracy:.1%}",
-            "macro F1": "–" if matrix is None else f"{matrix.macro_f1:.3f}",
-        }
-        for name, value in values.items():
+        for name, value in _metrics(result).items():
             metrics.setdefault(name, []).append(value)
     known = {name: values for name, values in metrics.items() if set(values) != {"–"}}
     parts = [table([["", *results], *([name, *values] for name, values in known.items())])]
-    if lines := [*_row_notes(results), *notes]:
+    if lines := [*_row_notes(results), *notes, *_majority_note(results), *_verdicts(results)]:
         parts.append("\n".join(lines))
-    parts += [f"{name}:\n{matrix}" for name, result in results.items() if (matrix := result.confusion_matrix)]
+    for name, result in results.items():
+        if classification := result.evaluation.classification:
+            parts.append(f"{name}:\n{classification.confusion_matrix}")
     return "\n\n".join([*parts, *_other_answers_note(next(iter(results.values())))])
+
+
+def _metrics(result: AdapterResult) -> dict[str, str]:
+    evaluation, classification = result.evaluation, result.evaluation.classification
+    perplexity, match = evaluation.perplexity, evaluation.exact_match
+    # The passages of a plain text are no independent samples.
+    losses, shares = evaluation.loss_interval if result.rows else None, evaluation.accuracy_interval
+    matrix = classification and classification.confusion_matrix
+    return {
+        "loss": f"{evaluation.loss:.4f}",
+        "loss, 95 % interval": losses.as_losses() if losses else "–",
+        "perplexity": "–" if perplexity is None else f"{perplexity:,.4g}",
+        "exact match": "–" if match is None else f"{match:.1%}",
+        "accuracy (likelier label)": f"{matrix.accuracy:.1%}" if matrix else "–",
+        "accuracy, 95 % interval": shares.as_shares() if shares else "–",
+        "macro F1": f"{matrix.macro_f1:.3f}" if matrix else "–",
+    }
 
 
 def _row_notes(results: Mapping[str, AdapterResult]) -> list[str]:
@@ -39,10 +50,37 @@ def _row_notes(results: Mapping[str, AdapterResult]) -> list[str]:
     return [f"{name}: {note}" for name, result in results.items() for note in result.notes]
 
 
+def _majority_note(results: Mapping[str, AdapterResult]) -> list[str]:
+    """Return a note on the accuracy of always giving the most common answer; an empty list if there are no labels."""
+    classification = next(iter(results.values())).evaluation.classification
+    if not classification:
+        return []
+    label, share = classification.majority
+    return [f"always answering {label} has an accuracy of {share:.1%}"]
+
+
+def _verdicts(results: Mapping[str, AdapterResult]) -> Iterator[str]:
+    """Yield for each adapter whether it is better than the bare base; nothing if the base was not evaluated on the same
+    rows."""
+    bare = next((result for result in results.values() if result.adapter.prompt is None), None)
+    if bare is None or not bare.rows:
+        return
+    for name, result in results.items():
+        same_rows = result is not bare and _targets(result) == _targets(bare)
+        if same_rows and (found := verdict(result.evaluation, bare.evaluation)):
+            yield f"{name}: {found.sentence}"
+
+
+def _targets(result: AdapterResult) -> list[tuple[int, int]]:
+    """Return the number of each row, and of its targets."""
+    return list(zip(result.data.kept, result.evaluation.row_targets, strict=True))
+
+
 def _other_answers_note(result: AdapterResult) -> list[str]:
     """Return a note on the rows whose answer is none of the choices; an empty list if there are none."""
-    if not result.predictions:
+    classification = result.evaluation.classification
+    if not classification:
         return []
-    others = [answer for answer in result.expected if answer not in result.predictions[0].probabilities]
-    count = f"{len(others):,} of {len(result.expected):,} rows have an answer that is none of the choices"
+    others = [answer for answer in classification.expected if answer not in classification.labels]
+    count = f"{len(others):,} of {len(classification.expected):,} rows have an answer that is none of the choices"
     return [f"{count}, the first {others[0]!r:.80}; they count as wrong"] if others else []

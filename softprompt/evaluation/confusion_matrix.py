@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.generation.likelihood import ChoiceResult
 from softprompt.utils.text_table import table
 
 
@@ -22,10 +21,14 @@ class ConfusionMatrix:
     counts: Mapping[tuple[str, str], int]
 
     @classmethod
-    def from_predictions(cls, expected: Sequence[str], predicted: Sequence[ChoiceResult]) -> "ConfusionMatrix":
-        """Count the pairs of expected answer and prediction over the rows; there must be at least one row."""
-        labels = dict.fromkeys([*predicted[0].probabilities, *expected])
-        return cls(list(labels), Counter(zip(expected, (one.label for one in predicted), strict=True)))
+    def of_pairs(cls, choices: Sequence[str], expected: Sequence[str], predicted: Sequence[str]) -> "ConfusionMatrix":
+        """Count the pairs of expected answer and predicted choice over the rows."""
+        return cls(list(dict.fromkeys([*choices, *expected])), Counter(zip(expected, predicted, strict=True)))
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The counts as a square matrix, with a row for each expected label and a column for each predicted one."""
+        return [[self.counts.get((expected, predicted), 0) for predicted in self.labels] for expected in self.labels]
 
     @property
     def accuracy(self) -> float:
@@ -43,7 +46,11 @@ class ConfusionMatrix:
             scores.append(2 * correct / (expected + predicted) if expected + predicted else 0.0)
         return sum(scores) / len(scores)
 
-    def __str__(self) -> str:
+    @property
+    def text_rows(self) -> list[list[str]]:
+        """The matrix as the rows of a table, with the labels in the first row and in the first column."""
         head = ["expected \\ predicted", *self.labels]
-        rows = [[a, *(str(self.counts.get((a, b), 0)) for b in self.labels)] for a in self.labels]
-        return table([head, *rows])
+        return [head, *([label, *map(str, row)] for label, row in zip(self.labels, self.rows, strict=True))]
+
+    def __str__(self) -> str:
+        return table(self.text_rows)

@@ -14,7 +14,8 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines.base import Engine
-from softprompt.evaluation.evaluator import Evaluation, compare_answers, question_ids
+from softprompt.evaluation.evaluator import Evaluation, compare_answers
+from softprompt.evaluation.rows import question_ids
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
 from softprompt.generation.voting import vote_answer
 
@@ -49,32 +50,25 @@ def evaluate_ensemble(
     """
     examples = members[0].examples
     of_members = [engine.row_losses(member.prompt, member.examples) for member in members]  # [members][rows]
-    total = sum(-_log_mean_exp([-loss for loss in losses]) for losses in zip(*of_members, strict=True))
-    loss, answers = total / sum(map(count_targets, examples)), [member.answers for member in members]
+    losses = [-_log_mean_exp([-loss for loss in of_row]) for of_row in zip(*of_members, strict=True)]
+    targets, answers = list(map(count_targets, examples)), [member.answers for member in members]
     if any(texts is None for texts in answers):
-        return Evaluation(loss, None, None)
+        return Evaluation(losses, targets)
     voted = [
         vote_answer(texts, voting, partial(_score_row, engine, tokenizer, members, row))
         for row, texts in enumerate(zip(*(a for a in answers if a is not None), strict=True))
     ]
-    return compare_answers(loss, voted, examples, members[0].missing, tokenizer)
-
-
-def score_answers(
-    engine: Engine, tokenizer: Any, member: EnsembleMember, answers: Sequence[str], rows: slice = slice(None)
-) -> list[list[float]]:
-    """Compute the log-likelihood of each of the answers to each of the rows."""
-    questions = [question_ids(example) for example in member.examples[rows]]
-    templates = [member.template] * len(questions)
-    examples = answer_examples(questions, member.rows[rows], answers, templates, tokenizer)
-    return log_likelihoods(engine, [member.prompt] * len(questions), examples)
+    return Evaluation(losses, targets, voted, compare_answers(voted, examples, members[0].missing, tokenizer))
 
 
 def _score_row(
     engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
 ) -> list[list[float]]:
     """Return each member's log-likelihoods of the answers to one row: [members][answers]."""
-    return [score_answers(engine, tokenizer, member, answers, slice(row, row + 1))[0] for member in members]
+    questions = [question_ids(member.examples[row]) for member in members]
+    rows, templates = [member.rows[row] for member in members], [member.template for member in members]
+    examples = answer_examples(questions, rows, answers, templates, tokenizer)
+    return log_likelihoods(engine, [member.prompt for member in members], examples)
 
 
 def _log_mean_exp(values: Sequence[float]) -> float:

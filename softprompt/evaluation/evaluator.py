@@ -1,24 +1,34 @@
 """Evaluate a prompt on held-out rows.
 
-loss, perplexity   over all targets of all rows
-exact match        share of the rows whose greedy answer equals the expected one; computed only if all expected answers
-                   are short, over the rows whose expected answer was not truncated by max_length
+loss, perplexity      over all targets of all rows
+exact match           share of the rows whose greedy answer equals the expected one; computed only if all expected
+                      answers are short, over the rows whose expected answer was not truncated by max_length
+accuracy, macro F1    of rows whose expected answers are labels, each classified by its likelier label; over all rows
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from softprompt.data.tokenization import IGNORE, Example, count_targets, end_tokens
+from softprompt.data.tokenization import Example, count_targets, end_tokens
 from softprompt.engines.base import Engine
+from softprompt.evaluation.classifier import Classification, Classifier
+from softprompt.evaluation.intervals import Interval, ratio_interval, wilson_interval
+from softprompt.evaluation.rows import (
+    SHORT_ANSWER,
+    answer_ids,
+    answer_lengths,
+    answers_are_short,
+    decode_text,
+    question_ids,
+)
 from softprompt.generation.generator import Generator
+from softprompt.generation.likelihood import ChoiceResult
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.utils.progress import progress_bar, rows_bar
-
-SHORT_ANSWER = 32  # the largest number of tokens of an answer that is compared, its end token included
 
 
 @dataclass(frozen=True)
@@ -26,30 +36,73 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        loss: Mean loss over all targets of the rows.
+        row_losses: The summed loss of each row's targets.
+        row_targets: The number of each row's targets.
         answers: Greedy answers to all rows; None if answers are not compared.
-        exact_match: Share of the compared rows whose answer equals the expected one; None if answers are not compared.
-        compared: Number of rows whose answers are compared, which are those whose expected answer is not truncated.
+        correct: For each row, whether its answer equals the expected one; None for a row whose expected answer was
+            truncated. Empty if answers are not compared.
+        classification: None if the rows' answers are not labels.
     """
 
-    loss: float
-    answers: list[str] | None
-    exact_match: float | None
-    compared: int = 0
+    row_losses: Sequence[float]
+    row_targets: Sequence[int]
+    answers: Sequence[str] | None = None
+    correct: Sequence[bool | None] = ()
+    classification: Classification | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all targets of the rows."""
+        return math.fsum(self.row_losses) / sum(self.row_targets)
 
     @property
     def perplexity(self) -> float | None:
         """exp(loss); None if it overflows."""
         return math.exp(self.loss) if self.loss < 700 else None
 
-    def metrics(self, suffix: str = "") -> dict[str, float | None]:
-        """Return the metrics named as by transformers' Trainer: eval_loss, eval_perplexity, eval_exact_match, and
-        eval_exact_match_rows if only some of the rows were compared. A metric that does not apply, or that JSON cannot
-        hold (infinity, NaN), is left out."""
-        some = self.compared if self.answers and self.compared < len(self.answers) else None
+    @property
+    def compared(self) -> int:
+        """Number of rows whose answers are compared, which are those whose expected answer is not truncated."""
+        return sum(right is not None for right in self.correct)
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of the compared rows whose answer equals the expected one; None if answers are not compared."""
+        return sum(right is True for right in self.correct) / self.compared if self.correct else None
+
+    @property
+    def loss_interval(self) -> Interval | None:
+        """The interval of the loss; None if there is one row, or if a loss is not finite. A loss is not negative."""
+        found = ratio_interval(self.row_losses, self.row_targets)
+        return found and Interval(max(0.0, found.low), found.high)
+
+    @property
+    def accuracy_interval(self) -> Interval | None:
+        """The interval of the accuracy; None if the rows' answers are not labels."""
+        correct = self.classification and self.classification.correct
+        return wilson_interval(sum(correct), len(correct)) if correct else None
+
+    def metrics(self, suffix: str = "") -> dict[str, float]:
+        """Return the metrics named as by transformers' Trainer: eval_loss, eval_perplexity, eval_exact_match,
+        eval_exact_match_rows if only some of the rows were compared, eval_accuracy, and eval_macro_f1. A metric that
+        does not apply, or that JSON cannot hold (infinity, NaN), is left out."""
         metrics = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
-        metrics["exact_match_rows"] = some
+        if self.answers and self.compared < len(self.answers):
+            metrics["exact_match_rows"] = self.compared
+        if self.classification:
+            matrix = self.classification.confusion_matrix
+            metrics |= {"accuracy": matrix.accuracy, "macro_f1": matrix.macro_f1}
         return {f"eval_{name}{suffix}": v for name, v in metrics.items() if v is not None and math.isfinite(v)}
+
+    def sample_metrics(self) -> dict[str, float]:
+        """Return what the number and the answers of the rows say about the other metrics: eval_samples, the number of
+        rows; the ends of 95 % intervals, eval_loss_low, eval_loss_high, eval_accuracy_low and eval_accuracy_high; and
+        eval_majority, the accuracy of always giving the most common answer. What does not apply is left out."""
+        metrics: dict[str, float] = {"eval_samples": len(self.row_losses)}
+        for name, interval in (("loss", self.loss_interval), ("accuracy", self.accuracy_interval)):
+            if interval:
+                metrics |= {f"eval_{name}_low": interval.low, f"eval_{name}_high": interval.high}
+        return {**metrics, **({"eval_majority": self.classification.majority[1]} if self.classification else {})}
 
 
 @dataclass(frozen=True)
@@ -57,10 +110,11 @@ class Evaluator:
     """Evaluates any prompt on the same held-out rows.
 
     Attributes:
-        generator: Generates the answers for exact match; if it is None, only the loss is computed.
+        generator: Generates the answers for exact match; if it is None, there is no exact match.
         examples: The tokenized rows.
         batch_size: Number of rows that are answered at the same time.
         missing: For each row, how many tokens of its answer were truncated, as in `data.Tokenized`; empty if none.
+        classifier: Classifies the rows if their answers are labels; else None.
     """
 
     engine: Engine
@@ -69,15 +123,30 @@ class Evaluator:
     examples: Sequence[Example]
     batch_size: int
     missing: Sequence[int] = ()
+    classifier: Classifier | None = None
 
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
-        with rows_bar(len(self.examples), "held-out loss") as on_rows:
-            loss_sum, targets = self.engine.evaluate(prompt, self.examples, on_rows)
-        loss = loss_sum.item() / targets
-        if self.generator is None or not self.compares_answers:
-            return Evaluation(loss, None, None)
-        return compare_answers(loss, self._answers(self.generator, prompt), self.examples, self.missing, self.tokenizer)
+        classification = None
+        if self.classifier:
+            classification, losses = self.classifier(self.engine, prompt, self.examples)
+        else:
+            with rows_bar(len(self.examples), "held-out loss") as on_rows:
+                losses = self.engine.row_losses(prompt, self.examples, on_rows)
+        answers = self._answers(self.generator, prompt) if self.generator and self.compares_answers else None
+        return self._evaluation(losses, answers, classification)
+
+    def state_of(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Return the part of an evaluation that cannot be derived from the rows, as JSON types."""
+        predicted = evaluation.classification and evaluation.classification.predicted
+        return {"row_losses": list(evaluation.row_losses), "answers": evaluation.answers, "predicted": predicted}
+
+    def restored(self, state: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation of the same rows that `state_of` was called with."""
+        classification = None
+        if self.classifier and state["predicted"] is not None:
+            classification = self.classifier.classification([ChoiceResult(label, {}) for label in state["predicted"]])
+        return self._evaluation(state["row_losses"], state["answers"], classification)
 
     @property
     def compares_answers(self) -> bool:
@@ -119,41 +188,16 @@ class Evaluator:
                 bar.update()
         return [decode_text(self.tokenizer, answers[index]) for index in range(len(requests))]
 
+    def _evaluation(
+        self, losses: Sequence[float], answers: Sequence[str] | None, classification: Classification | None
+    ) -> Evaluation:
+        correct = [] if answers is None else compare_answers(answers, self.examples, self.missing, self.tokenizer)
+        return Evaluation(losses, list(map(count_targets, self.examples)), answers, correct, classification)
+
 
 def compare_answers(
-    loss: float, answers: list[str], examples: Sequence[Example], missing: Sequence[int], tokenizer: Any
-) -> Evaluation:
-    """Compare the answers with the expected ones, on the rows whose expected answer is whole."""
+    answers: Sequence[str], examples: Sequence[Example], missing: Sequence[int], tokenizer: Any
+) -> list[bool | None]:
+    """Return for each row whether its answer equals the expected one; None if the expected one was truncated."""
     rows = zip(answers, examples, missing or [0] * len(examples), strict=True)
-    whole = [(answer, example) for answer, example, truncated in rows if not truncated]
-    if not whole:
-        return Evaluation(loss, None, None)
-    correct = sum(answer == decode_text(tokenizer, answer_ids(example)) for answer, example in whole)
-    return Evaluation(loss, answers, correct / len(whole), len(whole))
-
-
-def question_ids(example: Example) -> list[int]:
-    """Return the token ids of a row before its first target."""
-    first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
-    return example.input_ids[:first]
-
-
-def answer_ids(example: Example) -> list[int]:
-    """Return the token ids of a row's targets."""
-    return [label for label in example.labels if label != IGNORE]
-
-
-def answer_lengths(examples: Sequence[Example], missing: Sequence[int] = ()) -> list[int]:
-    """Return the number of tokens of each row's whole answer, truncated tokens included."""
-    rows = zip(examples, missing or [0] * len(examples), strict=True)
-    return [count_targets(example) + truncated for example, truncated in rows]
-
-
-def answers_are_short(examples: Sequence[Example], missing: Sequence[int] = ()) -> bool:
-    """Whether the whole answers of all rows have at most SHORT_ANSWER tokens."""
-    return max(answer_lengths(examples, missing)) <= SHORT_ANSWER
-
-
-def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decode token ids without special tokens and without white space at the ends."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [None if cut else answer == decode_text(tokenizer, answer_ids(example)) for answer, example, cut in rows]

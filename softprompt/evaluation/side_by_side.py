@@ -7,7 +7,8 @@ exact match                 over the rows whose expected answer is not truncated
 accuracy (likelier label)   if the answers are labels: the share of all rows whose likeliest label is the expected one
 macro F1                    of the same classification; a confusion matrix of each adapter follows the table
 
-All adapters are evaluated on the same rows, truncated in the same way.
+All adapters are evaluated on the same rows, truncated in the same way. A training run evaluates its held-out rows with
+the same `Evaluator`, so it finds the same values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,15 @@ from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Tokenized, tokenize
 from softprompt.engines.base import Engine
-from softprompt.evaluation.confusion_matrix import ConfusionMatrix
-from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble, score_answers
-from softprompt.evaluation.evaluator import Evaluation, Evaluator, answers_are_short
+from softprompt.evaluation.classifier import Classifier, distinct_answers, labels_of_rows
+from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
+from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.evaluation.truncation import Truncation
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.generator import Generator
-from softprompt.generation.likelihood import ChoiceResult, check_choices, choice_result
+from softprompt.generation.likelihood import check_choices
 from softprompt.generation.voting import vote_choice
 from softprompt.utils.errors import ConfigError, DataError
-
-MAX_LABELS = 20  # a dataset with more different answers is not a classification
 
 
 @dataclass(frozen=True)
@@ -42,69 +42,22 @@ class AdapterResult:
     Attributes:
         template: The template with which the rows were tokenized; for the bare base, that of the reference adapter.
         data: The tokenized rows.
-        rows: The same rows as texts.
-        expected: The rows' expected answers, without white space at the ends.
+        rows: The same rows as texts; empty for a plain text.
         notes: Sentences about these rows for the user.
-        predictions: The classification of each row; None if the answers are not labels.
     """
 
     adapter: LoadedAdapter
     template: Template
     data: Tokenized
     rows: Sequence[Row]
-    expected: Sequence[str]
     evaluation: Evaluation
     notes: Sequence[str] = ()
-    predictions: Sequence[ChoiceResult] | None = None
 
     @property
     def member(self) -> EnsembleMember:
         """This adapter as a member of an ensemble."""
         data, answers = self.data, self.evaluation.answers
         return EnsembleMember(self.adapter.prompt, self.template, self.rows, data.examples, answers, data.missing)
-
-    @property
-    def confusion_matrix(self) -> ConfusionMatrix | None:
-        """None if the answers are not labels."""
-        if self.predictions is None:
-            return None
-        return ConfusionMatrix.from_predictions(self.expected, self.predictions)
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """How rows are truncated, which is the same for all adapters. If the adapters were trained with different settings,
-    `notes` say which were chosen."""
-
-    max_length: int
-    truncation_side: str
-    notes: Sequence[str] = ()
-
-
-def common_truncation(
-    adapters: Sequence[LoadedAdapter], max_length: int | None = None, truncation_side: str | None = None
-) -> Truncation:
-    """Choose how rows are truncated: as the arguments say, else as in the adapters' training.
-
-    If the adapters differ, the largest max_length and the side "input" are used, so that as many answers as possible
-    are whole. The bare base is ignored unless there is no adapter with a prompt.
-    """
-    trained = [adapter for adapter in adapters if adapter.prompt is not None] or list(adapters)
-    lengths = sorted({adapter.max_length for adapter in trained})
-    sides = sorted({adapter.truncation_side for adapter in trained})
-    length, side = max_length or lengths[-1], truncation_side or sides[0]
-    notes = []
-    if max_length is None and len(lengths) > 1:
-        notes.append(
-            f"the adapters were trained with --max_length {', '.join(map(str, lengths))}; all are evaluated with "
-            f"{length}; give --max_length to choose another length"
-        )
-    if truncation_side is None and len(sides) > 1:
-        notes.append(
-            f"the adapters were trained with --truncation_side {' and '.join(sides)}; all are evaluated with {side}; "
-            "give --truncation_side to choose the other side"
-        )
-    return Truncation(length, side, notes)
 
 
 @dataclass(frozen=True)
@@ -116,12 +69,13 @@ class AdapterEvaluator:
         dataset: A dataset as train.py takes it, mini:TASK, or a .txt file, whose plain text is evaluated without a
             template.
         batch_size: Number of rows that are answered at the same time.
-        choices: The labels. If None, the labels are the answers that occur, provided that they are short and there are
-            at most MAX_LABELS of them.
+        choices: The labels. If None, the labels are the answers that occur, if they are short and few; see
+            `classifier.labels_of_rows`.
         reference: The adapter whose template and columns are used for the bare base.
         columns: The dataset's column name for each of the template's columns, for all adapters. These override each
             adapter's own column names, which are used only if the dataset has such columns.
         split: Split of the dataset, as in --eval_split.
+        max_positions: The base's number of positions; None if it has no limit.
     """
 
     engine: Engine
@@ -134,6 +88,7 @@ class AdapterEvaluator:
     reference: LoadedAdapter
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
+    max_positions: int | None = None
 
     def __call__(self, adapter: LoadedAdapter) -> AdapterResult:
         """Evaluate one adapter.
@@ -148,16 +103,13 @@ class AdapterEvaluator:
         all_rows, template, length = self._rows(source), source.template, self.truncation.max_length
         data = tokenize(all_rows, self.tokenizer, template, length, self.truncation.truncation_side)
         rows = [all_rows[number] for number in data.kept]
-        evaluator = Evaluator(self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing)
-        answers = [template.own_answer(row) for row in rows]
-        labels = self._labels(data, answers)
+        labels = self._labels(rows, data, template)
+        classifier = Classifier.of_rows(rows, labels, template, self.tokenizer, self.max_positions) if labels else None
+        evaluator = Evaluator(
+            self.engine, self.generator, self.tokenizer, data.examples, self.batch_size, data.missing, classifier
+        )
         notes = [self._describe(data), *([evaluator.exact_match_note] if evaluator.exact_match_note else [])]
-        expected = [answer.strip() for answer in answers]
-        result = AdapterResult(adapter, template, data, rows, expected, evaluator(adapter.prompt), notes)
-        if not labels:
-            return result
-        scores = score_answers(self.engine, self.tokenizer, result.member, list(labels.values()))
-        return replace(result, predictions=[choice_result(row, list(labels)) for row in scores])
+        return AdapterResult(adapter, template, data, rows, evaluator(adapter.prompt), notes)
 
     def _evaluate_text(self, adapter: LoadedAdapter, template: Template) -> AdapterResult:
         """Evaluate an adapter on a plain text, cut into passages of max_length tokens."""
@@ -166,7 +118,7 @@ class AdapterEvaluator:
         examples = passages(self.dataset, self.tokenizer, self.truncation.max_length)
         evaluator, n = Evaluator(self.engine, None, self.tokenizer, examples, self.batch_size), len(examples)
         data = Tokenized(examples, list(range(n)), [0] * n, n, 0, 0, 0)
-        return AdapterResult(adapter, template, data, [], [], evaluator(adapter.prompt))
+        return AdapterResult(adapter, template, data, [], evaluator(adapter.prompt))
 
     def evaluate_ensemble(self, members: Sequence[AdapterResult], voting: Voting | None) -> AdapterResult:
         """Evaluate the ensemble of adapters that have been evaluated one by one; see `ensemble.evaluate_ensemble` and,
@@ -186,32 +138,24 @@ class AdapterEvaluator:
         evaluation = evaluate_ensemble(
             self.engine, self.tokenizer, [one.member for one in members], voting or "majority_vote"
         )
-        predictions = None
-        if first.predictions is not None:
-            by_row = zip(*(one.predictions or () for one in members), strict=True)
-            predictions = [vote_choice(results, voting or "mean_likelihood") for results in by_row]
-        return replace(first, evaluation=evaluation, predictions=predictions)
+        if first.evaluation.classification is not None:
+            of_members = [one.evaluation.classification.results for one in members if one.evaluation.classification]
+            results = [vote_choice(of_row, voting or "mean_likelihood") for of_row in zip(*of_members, strict=True)]
+            evaluation = replace(evaluation, classification=replace(first.evaluation.classification, results=results))
+        return replace(first, evaluation=evaluation)
 
-    def _labels(self, data: Tokenized, answers: Sequence[str]) -> dict[str, str]:
-        """Return the labels, each with the text that is scored for it: the answer as it is in the rows, with the white
-        space at its ends that was learned in training. Return an empty dict if the rows are not a classification.
-
-        Args:
-            answers: The rows' expected answers.
-        """
-        texts: dict[str, str] = {}
-        for answer in answers:
-            texts.setdefault(answer.strip(), answer)
-        if self.choices is not None:
-            check_choices(self.choices)
-            if not set(texts) & set(self.choices):
-                raise DataError(
-                    f"--choices {','.join(self.choices)}: no row of {self.dataset} has one of them as its answer; the "
-                    f"first has {next(iter(texts))!r:.80}"
-                )
-            return {choice: texts.get(choice, choice) for choice in self.choices}
-        short = answers_are_short(data.examples, data.missing)
-        return texts if short and 2 <= len(texts) <= MAX_LABELS and all(texts) else {}
+    def _labels(self, rows: Sequence[Row], data: Tokenized, template: Template) -> dict[str, str]:
+        """Return the labels of the rows, each with the text that is scored for it; see `labels_of_rows`."""
+        if self.choices is None:
+            return labels_of_rows(rows, data, template)
+        check_choices(self.choices)
+        choices, texts = self.choices, distinct_answers(map(template.own_answer, rows))
+        if not set(texts) & set(choices):
+            raise DataError(
+                f"--choices {','.join(choices)}: no row of {self.dataset} has one of them as its answer; the "
+                f"first has {next(iter(texts))!r:.80}"
+            )
+        return {choice: texts.get(choice, choice) for choice in choices}
 
     def _rows(self, source: LoadedAdapter) -> RowStore:
         """Read the dataset with the template and the columns of `source`."""
@@ -228,6 +172,5 @@ class AdapterEvaluator:
 
     def _describe(self, data: Tokenized) -> str:
         """Describe the number of rows and how they were truncated."""
-        how, n = self.truncation, len(data.examples)
-        rows = data.described(f"{n:,}{f' of {data.rows:,}' if n < data.rows else ''} rows")
-        return f"{self.dataset} at --max_length {how.max_length} --truncation_side {how.truncation_side}: {rows}"
+        how = self.truncation
+        return f"{self.dataset} at --max_length {how.max_length} --truncation_side {how.truncation_side}: {data}"

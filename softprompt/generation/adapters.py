@@ -38,8 +38,8 @@ class LoadedAdapter:
         template: The template that the prompt was trained with.
         generation: Generation settings by name, which override the defaults.
         base: Name or path of the base that the prompt was trained for.
-        max_length, truncation_side, columns: How train.py read and truncated the rows; its defaults if the folder does
-            not contain these settings.
+        max_length, truncation_side, columns: How train.py read and truncated the rows; None or empty if the folder does
+            not say so, which is the case if PEFT or an earlier version of this project wrote it.
         load_in_8bit, load_in_4bit: How train.py quantized the base; None if the folder does not say so.
     """
 
@@ -47,8 +47,8 @@ class LoadedAdapter:
     template: Template = field(default_factory=Template)
     generation: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
-    max_length: int = 256
-    truncation_side: str = "output"
+    max_length: int | None = None
+    truncation_side: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     load_in_8bit: bool | None = None
     load_in_4bit: bool | None = None

@@ -53,16 +53,31 @@ def answer_examples(
     Raises:
         DataError: The chat template refuses an answer.
     """
-    if not answers or not input_ids:
-        return [[] for _ in input_ids]
+    ids = answer_token_ids(rows, answers, templates, tokenizer)
+    return [[join(question, answer) for answer in some] for question, some in zip(input_ids, ids, strict=True)]
+
+
+def answer_token_ids(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[str], templates: Sequence[Template], tokenizer: Any
+) -> list[list[list[int]]]:
+    """Tokenize each answer as the answer to each row, with its end token; see `answer_examples`. Equal answers are the
+    same list.
+
+    Returns:
+        For each row the token ids of each answer.
+    """
+    if not answers or not rows:
+        return [[] for _ in rows]
     pairs = zip(rows, templates, strict=True)
     rendered = [[template.answer(row, tokenizer, answer) for answer in answers] for row, template in pairs]
     distinct = list(dict.fromkeys(text for texts in rendered for text in texts))  # often the same for all questions
     ids = dict(zip(distinct, tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
-    return [
-        [Example([*question, *ids[text]], [IGNORE] * len(question) + list(ids[text])) for text in texts]
-        for question, texts in zip(input_ids, rendered, strict=True)
-    ]
+    return [[ids[text] for text in texts] for texts in rendered]
+
+
+def join(question: Sequence[int], answer: Sequence[int]) -> Example:
+    """Join the token ids of a question and of an answer, which are the targets."""
+    return Example([*question, *answer], [IGNORE] * len(question) + list(answer))
 
 
 def log_likelihoods(

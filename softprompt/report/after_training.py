@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,13 @@ from softprompt.prompt.adapter_io import PROMPT_KEY, json_bytes
 from softprompt.prompt.file_names import CARD_FILE
 from softprompt.prompt.nearest_tokens import embedding_space
 from softprompt.prompt.public_names import is_local, public_name
-from softprompt.report.collect import example_answers, initial_prompt_file, run_facts
+from softprompt.report.collect import (
+    confusion_facts,
+    example_answers,
+    initial_prompt_file,
+    run_facts,
+    wrong_answers,
+)
 from softprompt.report.nearest_words import describe_prompt
 from softprompt.report.page import page
 from softprompt.runs.file_names import FACTS_FILE, PICTURE_FILE, REPORT_FILE, START_FILE
@@ -26,6 +33,7 @@ from softprompt.runs.run_card import run_card
 from softprompt.runs.run_reader import Facts, read_run
 from softprompt.runs.state import Metrics
 from softprompt.training.callbacks import RunCallbacks
+from softprompt.training.final_metrics import verdict_facts
 from softprompt.training.loss_curves import draw_loss_curves
 from softprompt.training.result import Run
 from softprompt.training.run import Observer
@@ -113,20 +121,24 @@ def upload(run: Run, say: Say) -> str | None:
 
 
 def _end_facts(run: Run, ranks: int) -> Facts:
-    """Return example answers and the prompt's nearest words, or why each is left out."""
+    """Return whether the prompt is of use, the confusion matrices, wrong and example answers, and the prompt's nearest
+    words, or why each is left out. What does not apply is left out without a reason."""
     setup = run.setup
     prompt, tokenizer = setup.prompt.weight, setup.data.tokenizer
-    parts: dict[str, tuple[str, Callable[[], Facts]]] = {
+    parts: dict[str, tuple[str, Callable[[], Any]]] = {
+        "confusion": ("confusion matrix", lambda: confusion_facts(run)),
+        "wrong": ("wrong answers", lambda: wrong_answers(run)),
         "examples": ("examples", lambda: example_answers(run, _generator(run, ranks))),
         "likeness": (
             "nearest words",
             lambda: describe_prompt(embedding_space(setup.base), tokenizer, prompt, _initial_prompt(run)),
         ),
     }
-    found: Facts = {"left_out": []}
+    found: Facts = {**verdict_facts(run.verdict), "left_out": []}
     for key, (name, collect) in parts.items():
         try:
-            found[key] = collect()
+            if (facts := collect()) is not None:
+                found[key] = facts
         except Exception as error:  # out of memory, for example
             found["left_out"].append(f"No {name}: {_line(error)}")
     return found

@@ -5,6 +5,7 @@ report.json                 settings, rows, base, and the base's evaluation; at 
 prompt_start.safetensors    the initial prompt [P, H] in fp32
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,9 @@ from safetensors.torch import save
 
 from softprompt.data.language import language_of
 from softprompt.data.tokenization import Example, Tokenized, end_tokens
-from softprompt.evaluation.evaluator import answer_ids, decode_text, question_ids
+from softprompt.evaluation.answer_comparison import AnswerComparison, AnsweredRow
+from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.rows import answer_ids, decode_text, question_ids
 from softprompt.generation.generator import Generator, in_request_order
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.capabilities import why_not_generate
@@ -26,7 +29,8 @@ from softprompt.runs.run_reader import Facts
 from softprompt.training.result import Run
 
 HISTOGRAM_BARS = 24
-EXAMPLES = 8  # rows shown if the evaluation has already generated their answers
+EXAMPLES = 8  # rows shown if the evaluation has already generated their answers; more if there are more labels
+WRONG_ANSWERS = 200  # the most wrong answers that are listed
 GENERATED_EXAMPLES, NEW_TOKENS = 4, 64  # otherwise: rows answered for the report, and tokens of an answer
 
 
@@ -52,7 +56,7 @@ def run_facts(run: Run, arguments: Mapping[str, Any]) -> Facts:
         "rows_per_step": data.loader.rows_per_step,
         "total_steps": data.loader.total_steps,
         "sweep": next((record["sweep"] for record in start.history if "sweep" in record), None),
-        "base_alone": before.metrics("_base") if before else {},
+        "base_alone": _base_metrics(before) if before else {},
     }
 
 
@@ -98,31 +102,62 @@ def initial_prompt_file(run: Run) -> dict[str, bytes]:
     return {}
 
 
-def example_answers(run: Run, generator: Generator | None) -> Facts:
-    """Return the first held-out rows (training rows if there are none) with the answers of the base without and with
-    the prompt.
+def _base_metrics(before: Evaluation) -> Facts:
+    """Return the metrics of the bare base, and the accuracy of always giving the most common answer."""
+    majority = {"eval_majority": before.classification.majority[1]} if before.classification else {}
+    return {**before.metrics("_base"), **majority}
 
-    Answers that the evaluation has generated are reused. Otherwise, `generator` generates the first NEW_TOKENS tokens
-    of GENERATED_EXAMPLES answers. It is None if this process alone cannot generate with the base.
+
+def confusion_facts(run: Run) -> Facts | None:
+    """Return the labels, and the confusion matrices of the prompt and of the bare base: counts with a row for each
+    expected and a column for each predicted label. Return None if the held-out answers are not labels."""
+    prompt, base = (one.classification if one else None for one in (run.after, run.before))
+    if prompt is None or base is None:
+        return None
+    matrix = prompt.confusion_matrix
+    return {"labels": list(matrix.labels), "prompt": matrix.rows, "base": base.confusion_matrix.rows}
+
+
+def wrong_answers(run: Run) -> list[Facts] | None:
+    """Return the first WRONG_ANSWERS held-out rows that are answered wrongly with the prompt, the one with the largest
+    loss per target first. Return None if answers are not compared."""
+    compared = AnswerComparison.of(run.evaluator, run.before, run.after)
+    return [_row_facts(one, "loss") for one in compared.wrong(WRONG_ANSWERS)] if compared else None
+
+
+def example_answers(run: Run, generator: Generator | None) -> Facts:
+    """Return some held-out rows (training rows if there are none) with the answers of the base without and with the
+    prompt.
+
+    If the evaluation compared answers, these are taken, and the rows are those of `AnswerComparison.selected`.
+    Otherwise, `generator` generates the first NEW_TOKENS tokens of the answers to the first GENERATED_EXAMPLES rows. It
+    is None if this process alone cannot generate with the base.
     """
-    rows, before, after = run.setup.data, run.before, run.after
-    held_out, data = rows.held_out is not None, rows.held_out or rows.train
-    examples = data.examples
-    compared = bool(before and after and before.answers and after.answers)
-    found: Facts = {"of": "held-out" if held_out else "training", "compared": compared, "rows": []}
-    if before and after and before.answers and after.answers:
-        answers = list(zip(before.answers[:EXAMPLES], after.answers[:EXAMPLES], strict=True))
-    elif generator is not None:
-        answers = _answers(run, generator, examples[:GENERATED_EXAMPLES])
-        found["new_tokens"] = NEW_TOKENS
-    else:
+    rows = run.setup.data
+    found: Facts = {"of": "held-out" if rows.held_out else "training", "compared": False, "rows": []}
+    if compared := AnswerComparison.of(run.evaluator, run.before, run.after):
+        chosen = [_row_facts(one, "correct_before", "correct_after") for one in compared.selected(EXAMPLES)]
+        return {**found, "compared": True, "rows": chosen}
+    if generator is None:
         streamed = "the whole base would be read or gathered again for every generated token"
         return {**found, "left_out": why_not_generate(run.setup.base) or streamed}
-    for example, cut_off, (alone, tuned) in zip(examples, data.missing, answers, strict=False):
+    data = rows.held_out or rows.train
+    examples = data.examples[:GENERATED_EXAMPLES]
+    found["new_tokens"] = NEW_TOKENS
+    for example, cut_off, (alone, tuned) in zip(
+        examples, data.missing, _answers(run, generator, examples), strict=False
+    ):
         question, expected = (decode_text(rows.tokenizer, ids) for ids in (question_ids(example), answer_ids(example)))
         expected += "…" if cut_off else ""
         found["rows"].append({"question": question, "expected": expected, "before": alone, "after": tuned})
     return found
+
+
+def _row_facts(row: AnsweredRow, *more: str) -> Facts:
+    """Return the texts of an answered row, and the fields `more`. A loss that is not finite, which JSON cannot hold, is
+    None."""
+    known = row._asdict() | ({} if math.isfinite(row.loss) else {"loss": None})
+    return {name: known[name] for name in ("question", "expected", "before", "after", *more)}
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ settings with those given now. Besides the adapter, a checkpoint holds these fil
 optimizer.safetensors        AdamW's moments [P, H] fp32 and step count
 prompt_encoder.safetensors   the values of the encoder; only with --prompt_reparameterization
 rng_state.safetensors        states of torch's random generators, uint8
-trainer_state.json           position, schedule, scaler, unlogged steps, totals, best, settings, fingerprints
+trainer_state.json           position, schedule, scaler, unlogged steps, totals, best, evaluation of the base, settings,
+                             fingerprints
 metrics.jsonl                all metrics up to this step
 checksums.json               sha256 of every other file of the checkpoint
 """
@@ -100,7 +101,8 @@ def run_folder(config: TrainConfig) -> Path | None:
 
 def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Read a whole checkpoint. Return the state of the loop, and a dict of the other values of trainer_state.json
-    (OF_THE_RUN) and the metrics (`history`).
+    (OF_THE_RUN), the evaluation of the base (`base_evaluation`; None if an earlier version wrote the checkpoint, or
+    without held-out rows) and the metrics (`history`).
 
     Raises:
         CheckpointError: Another version wrote the checkpoint, and values that this version needs are missing.
@@ -124,5 +126,6 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
             f"{checkpoint / STATE_FILE}: not a training state of this version ({error}); continue with the version "
             "that wrote it, or start anew with --overwrite_output_dir"
         ) from None
+    saved["base_evaluation"] = values.get("base_evaluation")
     metrics = (checkpoint / METRICS_FILE).read_bytes()
     return state, {**saved, "history": [json.loads(line) for line in metrics.splitlines()]}

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from softprompt.evaluation.intervals import t_quantile
 from softprompt.study.results import group_by
 
 MIN_GAIN = 0.01  # the smallest gain that matters: one percent of the loss
@@ -116,27 +117,6 @@ def points(gain: float) -> str:
 
 def _one_decimal(value: float) -> str:
     return f"{round(value, 1) + 0:+.1f}"  # adding 0 turns -0.0 into 0.0
-
-
-# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom.
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution with `degrees` (at least 1) degrees of freedom.
-
-    For more degrees of freedom than the table has, it uses an expansion around the normal quantile (Abramowitz and
-    Stegun, Handbook of Mathematical Functions, 26.7.5), whose error is below 0.01 % there.
-    """
-    if degrees <= len(T_QUANTILES):
-        return T_QUANTILES[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -27,7 +27,9 @@ from softprompt.runs.checkpoints import (
 from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.runs.train_state import OF_THIS_CALL, resume_command
+from softprompt.training.base_evaluation import base_evaluation_state, evaluate_base
 from softprompt.training.early_stopping import metric_name, out_of_patience, update_best
+from softprompt.training.final_metrics import final_metrics, verdict_facts, verdict_of_run
 from softprompt.training.first_question import FirstQuestion, first_question
 from softprompt.training.loop import Callbacks
 from softprompt.training.metrics_log import MetricsLog, SilentMetricsLog
@@ -48,6 +50,7 @@ class RunCallbacks(Callbacks):
         self.output_dir, self.loader, self.evaluator = setup.output_dir, setup.data.loader, setup.evaluator
         self.log = self._metrics_log()
         self.before: Evaluation | None = None
+        self.base_state: dict[str, Any] | None = None  # `before`, as checkpoints store it
         self.latest: Evaluation | None = None  # of the prompt after the last step, if it was evaluated there
         self.best = self.start.best
         self.began = time.perf_counter()
@@ -75,13 +78,13 @@ class RunCallbacks(Callbacks):
             print(f"{', '.join(later)} in {self.output_dir} will be removed when the next checkpoint is written")
 
     def begin(self) -> Run:
-        """Start the log, and evaluate the bare base for comparison. Return the run as it is before its first step."""
+        """Start the log, and evaluate the bare base for comparison, unless a checkpoint holds its evaluation. Return
+        the run as it is before its first step."""
         self._adapter_files({})  # if the adapter's files cannot be made, fail now rather than after the last step
         self.log.start(self.start.totals, self.start.history)
         if self.evaluator:
-            self.log.say("evaluating the base without a prompt …")
-            self.before = self.evaluator(None)
-            self.log.say(f"base without a prompt: {_listed(self.before.metrics())}")
+            self.before = evaluate_base(self.setup, self.evaluator, self.world, self.log.say)
+            self.base_state = base_evaluation_state(self.setup, self.before)
         self.began = time.perf_counter()
         return self._run()
 
@@ -120,6 +123,7 @@ class RunCallbacks(Callbacks):
                 "engine": self.setup.engine.state_dict(),
                 "totals": asdict(replace(self.log.totals, runtime=self._runtime())),
                 "best": asdict(self.best),
+                "base_evaluation": self.base_state,
                 "arguments": self.config.as_dict(),
                 "fingerprints": dict(self.start.fingerprints),
                 "rows_per_step": self.loader.rows_per_step,
@@ -140,9 +144,12 @@ class RunCallbacks(Callbacks):
         after = self._evaluate() if self.evaluator and not self.latest else self.latest
         if self._kept_best() not in (None, self.log.totals.steps):
             after = self._take_best() or after
-        metrics = self._results(after, seconds)
+        best = self.best if self._kept_best() else None
+        metrics = final_metrics(self.log.totals, seconds, after, self.before, best)
+        judged = verdict_of_run(self.config, after, self.before)
         self.log.on_end(metrics)
-        files = self._adapter_files(metrics)
+        files = self._adapter_files(metrics, judged.sentence if judged else None)
+        metrics |= verdict_facts(judged)
         results = {RESULTS_FILE: json_bytes(metrics)}
         question = self._first_question()
         if question and question.flags is None:
@@ -150,7 +157,8 @@ class RunCallbacks(Callbacks):
         if self.world.is_main:
             self.writer.write_results({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
-        return replace(self._run(), metrics=metrics, adapter_bytes=size, question=question, after=after)
+        done = {"metrics": metrics, "adapter_bytes": size, "question": question, "after": after, "verdict": judged}
+        return replace(self._run(), **done)
 
     def _run(self) -> Run:
         """Return the run as it is now, without results."""
@@ -234,31 +242,15 @@ class RunCallbacks(Callbacks):
         """Return the seconds that the loop has taken so far, including those before a resume."""
         return self.start.totals.runtime + time.perf_counter() - self.began
 
-    def _results(self, after: Evaluation | None, seconds: float) -> Metrics:
-        evaluations = {**(after.metrics() if after else {}), **(self.before.metrics("_base") if self.before else {})}
-        totals = self.log.totals
-        return {
-            "epoch": round(totals.epoch, 4),
-            **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
-            "train_runtime": round(seconds, 2),
-            "train_tokens_per_second": round(totals.tokens_per_second, 1),
-            **evaluations,
-            **({"best_global_step": self.best.step, "best_metric": self.best.metric} if self._kept_best() else {}),
-        }
-
     def arguments(self) -> dict[str, Any]:
         """Return the settings that the run uses, without those that concern only this call (OF_THIS_CALL)."""
         used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
         every = {**self.config.as_dict(), **used}
         return {name: value for name, value in every.items() if name not in OF_THIS_CALL}
 
-    def _adapter_files(self, metrics: Metrics) -> dict[str, bytes]:
+    def _adapter_files(self, metrics: Metrics, sentence: str | None = None) -> dict[str, bytes]:
         prompt = self.prompt.weight.detach()
         ends = end_tokens(self.data.train.examples, self.data.tokenizer, self.data.end)
         optional = self.data.template.optional
-        facts = CardFacts(self.arguments(), metrics, self.log.history)
+        facts = CardFacts(self.arguments(), metrics, self.log.history, verdict=sentence)
         return adapter_folder(self.config, self.setup.base.config, prompt, ends, optional, facts)
-
-
-def _listed(metrics: Metrics) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -7,13 +7,17 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import TrainingArguments
+from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.evaluation.evaluator import SHORT_ANSWER, Evaluator
+from softprompt.evaluation.classifier import MAX_LABELS, Classifier, labels_of_rows
+from softprompt.evaluation.evaluator import Evaluator
+from softprompt.evaluation.rows import SHORT_ANSWER
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
-from softprompt.models.capabilities import RowMaxima, why_not_generate
+from softprompt.models.capabilities import RowMaxima, max_positions, why_not_generate
 from softprompt.models.fsdp import ShardedLayers
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -65,28 +69,51 @@ def make_evaluator(
     """Make the evaluator of the held-out rows; None if there are none.
 
     Raises:
-        ConfigError: The metric that selects the best model is exact match, but exact match is not computed.
+        ConfigError: The metric that selects the best model is not computed for these rows.
+        DataError: The chat template refuses a label as an answer.
     """
     if data.held_out is None:
         return None
     if config.model.stream_base:
-        print("held-out rows: loss and perplexity; an answer would read the whole base once for each of its tokens")
+        print("held-out rows: no exact match, because an answer would read the whole base once for each of its tokens")
     elif generator is None:
-        print(f"held-out rows: loss and perplexity only; {why_not_generate(base)}")
+        print(f"held-out rows: no exact match; {why_not_generate(base)}")
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
-    evaluator = Evaluator(engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing)
+    classifier = _classifier(data, held_out, base)
+    evaluator = Evaluator(
+        engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing, classifier
+    )
     if evaluator.exact_match_note:
         print(f"Held out: {evaluator.exact_match_note}")
-    args = config.training
-    wanted = args.load_best_model_at_end or args.early_stopping_patience
-    if wanted and metric_name(args) == "eval_exact_match" and not evaluator.compares_answers:
+    _check_metric(config.training, evaluator)
+    return evaluator
+
+
+def _classifier(data: RunData, held_out: Tokenized, base: PreTrainedModel) -> Classifier | None:
+    """Return the classifier of the held-out rows; None if their answers are not labels."""
+    rows = [data.held_out_texts[number] for number in held_out.kept]
+    if not (labels := labels_of_rows(rows, held_out, data.template)):
+        return None
+    return Classifier.of_rows(rows, labels, data.template, data.tokenizer, max_positions(base))
+
+
+def _check_metric(args: TrainingArguments, evaluator: Evaluator) -> None:
+    """Raise ConfigError if the metric that selects the best model or stops the run early is not computed."""
+    if not (args.load_best_model_at_end or args.early_stopping_patience):
+        return
+    name, flag = metric_name(args), f"--metric_for_best_model {args.metric_for_best_model}"
+    if name == "eval_exact_match" and not evaluator.compares_answers:
         raise ConfigError(
-            f"--metric_for_best_model {args.metric_for_best_model}: answers are compared only where all held-out "
+            f"{flag}: answers are compared only where all held-out "
             f"ones have at most {SHORT_ANSWER} tokens and --max_length does not truncate all of them, and neither with "
             "--stream_base nor with a base that cannot generate behind a prompt; take eval_loss"
         )
-    return evaluator
+    if name in ("eval_accuracy", "eval_macro_f1") and evaluator.classifier is None:
+        raise ConfigError(
+            f"{flag}: the held-out answers are not labels, which are 2 to {MAX_LABELS} different answers of at most "
+            f"{SHORT_ANSWER} tokens that each occur several times; take eval_loss"
+        )
 
 
 def _of_rank_0(world: World, join: Callable[[], None], mine: Any) -> Any:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.evaluation.verdict import Verdict
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -48,6 +49,7 @@ class Run:
         adapter_bytes: The size of the saved prompt's file.
         question: A training row to try the prompt with.
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
+        verdict: Whether the prompt is of use; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
         no_answers: Why the base cannot generate behind a prompt; None if it can.
         history: The records of metrics.jsonl, one dict each; `pandas.DataFrame(run.history)` is a table of them.
@@ -60,6 +62,7 @@ class Run:
     question: FirstQuestion | None = None
     before: Evaluation | None = None
     after: Evaluation | None = None
+    verdict: Verdict | None = None
     not_pushed: str | None = None
     no_answers: str | None = None
     history: Sequence[Metrics] = ()

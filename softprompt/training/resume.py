@@ -31,7 +31,8 @@ class StartingPoint:
     """The settings of a run, and the state that its loop starts from.
 
     A new run has the defaults. A resumed run has a `checkpoint`, and what was read from it: the state of the loop, the
-    totals and metrics so far, the best evaluation, and the fingerprints of rows, tokenizer and base.
+    totals and metrics so far, the best evaluation, the evaluation of the base (see `base_evaluation`), and the
+    fingerprints of rows, tokenizer and base.
     """
 
     config: TrainConfig
@@ -41,6 +42,7 @@ class StartingPoint:
     totals: Totals = field(default_factory=Totals)
     history: Sequence[Metrics] = ()
     best: BestMetric = field(default_factory=BestMetric)
+    base_evaluation: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -72,6 +74,7 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
         totals=Totals(**saved["totals"]),
         history=saved["history"],
         best=best_so_far(config, saved, checkpoint),
+        base_evaluation=saved["base_evaluation"],
         fingerprints=saved["fingerprints"],
     )
 

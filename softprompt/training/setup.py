@@ -54,6 +54,7 @@ class RunData(NamedTuple):
         template: The run's template, in which the columns that are empty in some training rows are optional.
         train: The training rows; with `--streaming`, only the first ones.
         held_out: The held-out rows; None if there are none.
+        held_out_texts: The same rows as text, those included that are left out because they have no target.
         loader: Yields the training rows of each optimizer step, those of all ranks together.
         first_rows: The first training rows as text.
         end: The special token that the template writes after an answer; None if it writes none.
@@ -65,6 +66,7 @@ class RunData(NamedTuple):
     template: Template
     train: Tokenized
     held_out: Tokenized | None
+    held_out_texts: Sequence[Row]
     loader: WindowLoader
     first_rows: Sequence[Row]
     end: str | None
@@ -184,6 +186,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
         template.of_rows(rows.train),
         train,
         held_out,
+        rows.held_out,
         make_loader(config, rows, train, tokenizer, rows_per_step),
         rows.train[:FIRST_ROWS],
         end,

@@ -1,45 +1,59 @@
-"""The summary that a run prints at its end: metrics before and after training, examples, and a command to try."""
+"""The summary that a run prints at its end: metrics before and after training, whether the prompt is of use, examples,
+and a command to try."""
 
 import os
+from collections.abc import Iterator
 from html import escape
 
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
-from softprompt.evaluation.evaluator import decode_text, question_ids
+from softprompt.data.tokenization import describe_losses
+from softprompt.evaluation.answer_comparison import AnswerComparison
 from softprompt.generation.adapters import NONE
 from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run
 from softprompt.utils.shell_commands import command, flag
-from softprompt.utils.text_table import Rows, display_width, html_table, table
+from softprompt.utils.text_table import Rows, display_width, html_table, shortened, table, terminal_width
 
-EXAMPLES = 3
-WIDTH = 44
+EXAMPLES = 3  # held-out rows that are shown; more if there are more labels
+WIDTH, LABEL_WIDTH = 44, 16  # columns of the terminal for a text, and for a label in the head of a table
 
 
 def summary(run: Run) -> str:
-    """Return a table of metrics, held-out rows with answers before and after training, and the infer.py command to try
-    or the reason why there is none."""
-    parts = [table(rows) for rows in _tables(run)]
+    """Return a table of metrics, whether the prompt is of use, the confusion matrix of labels, held-out rows with
+    answers before and after training, and the infer.py command to try or the reason why there is none."""
+    width = terminal_width()
+    parts = [part if isinstance(part, str) else _fitting_table(part, width) for part in _parts(run)]
     if run.no_answers:
         ask = command("infer")
         parts.append(f"No answers: {run.no_answers}; --choices and --eval_dataset of {ask} work without it")
     elif run.question:
         parts.append(f"Try: {infer_command(run, run.question)}")
-    return "\n" + "\n\n".join(part for part in parts if part)
+    return "\n" + "\n\n".join(parts)
 
 
 def html_summary(run: Run) -> str:
-    """Return the tables of `summary` as HTML, below the run's folder and, if the run was stopped, below how to
-    continue."""
+    """Return the tables and the verdict of `summary` as HTML, below the run's folder and, if the run was stopped, below
+    how to continue."""
     lines = [f"<p>Run in <code>{escape(str(run.output_dir))}</code></p>"]
     lines += [f"<p>{escape(run.stopped)}</p>"] if run.stopped else []
-    return "\n".join([*lines, *map(html_table, _tables(run))])
+    lines += [f"<p>{escape(part)}</p>" if isinstance(part, str) else html_table(part) for part in _parts(run)]
+    return "\n".join(lines)
 
 
-def _tables(run: Run) -> list[Rows]:
-    """Return the tables that there are, each a list of rows with a header."""
-    return [rows for rows in (_figures(run), _examples(run)) if len(rows) > 1]
+def _parts(run: Run) -> list[Rows | str]:
+    """Return the tables that there are, each a list of rows with a header, and the sentences between them."""
+    return [part for part in (_figures(run), _verdict(run), _confusion(run), _examples(run)) if len(part) > 1]
+
+
+def _fitting_table(rows: Rows, width: int) -> str:
+    """Format a table for a terminal of `width` columns. A confusion matrix has no texts to shorten, so a table that
+    cannot fit is replaced by a line that says where it is."""
+    text = table(rows, width)
+    if max(map(display_width, text.splitlines())) > width:
+        return f"The table of {len(rows) - 1} labels is wider than the terminal; see the report."
+    return text
 
 
 def infer_command(run: Run, question: FirstQuestion) -> str:
@@ -54,43 +68,78 @@ def infer_command(run: Run, question: FirstQuestion) -> str:
 
 
 def _figures(run: Run) -> Rows:
+    """Return the table of metrics, whose columns are: always giving the most common answer, the base alone, with the
+    prompt, and the 95 % interval of the latter. Columns without a value are left out."""
     metrics = run.metrics
-    rows = [("", "base alone", "with prompt")]
-    if "eval_exact_match" in metrics and "eval_exact_match_base" in metrics:
-        some = metrics.get("eval_exact_match_rows")
-        name = f"exact match of {some:,} rows" if some else "exact match"
-        rows.append((name, f"{metrics['eval_exact_match_base']:.1%}", f"{metrics['eval_exact_match']:.1%}"))
-    if "eval_loss" in metrics and "eval_loss_base" in metrics:
-        rows.append(("held-out loss", f"{metrics['eval_loss_base']:.4f}", f"{metrics['eval_loss']:.4f}"))
-    elif "train_loss" in metrics:
-        rows.append(("training loss (mean)", "", f"{metrics['train_loss']:.4f}"))
+    rows = [("", _always(run), "base alone", "with prompt", "95 % interval"), *_held_out_rows(run)]
+    if run.after is None and "train_loss" in metrics:
+        rows.append(("training loss (mean)", "", "", f"{metrics['train_loss']:.4f}", ""))
     if metrics:
-        rows.append(("seconds of training", "", f"{metrics['train_runtime']:.1f}"))
-        rows.append(("tokens per second", "", f"{metrics['train_tokens_per_second']:,.0f}"))
-        rows.append(("adapter, bytes", "", f"{run.adapter_bytes:,}"))
-    return rows
+        rows.append(("seconds of training", "", "", f"{metrics['train_runtime']:.1f}", ""))
+        rows.append(("tokens per second", "", "", f"{metrics['train_tokens_per_second']:,.0f}", ""))
+        rows.append(("adapter, bytes", "", "", f"{run.adapter_bytes:,}", ""))
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
+
+
+def _held_out_rows(run: Run) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield the lines of the table on the held-out rows."""
+    before, after = run.before, run.after
+    if before is None or after is None:
+        return
+    if before.classification and after.classification and after.accuracy_interval:
+        base, tuned = (one.classification.confusion_matrix for one in (before, after))
+        _, share = after.classification.majority
+        interval = after.accuracy_interval.as_shares()
+        yield "accuracy (likelier label)", f"{share:.1%}", f"{base.accuracy:.1%}", f"{tuned.accuracy:.1%}", interval
+        yield "macro F1", "", f"{base.macro_f1:.3f}", f"{tuned.macro_f1:.3f}", ""
+    if before.exact_match is not None and after.exact_match is not None:
+        some = run.metrics.get("eval_exact_match_rows")
+        name = f"exact match of {some:,} rows" if some else "exact match"
+        yield name, "", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}", ""
+    interval = after.loss_interval.as_losses() if after.loss_interval else ""
+    yield "held-out loss", "", f"{before.loss:.4f}", f"{after.loss:.4f}", interval
+
+
+def _always(run: Run) -> str:
+    """Return the title of the column for always giving the most common answer; empty if there is none."""
+    classification = run.after.classification if run.after else None
+    return f"always {shortened(_plain(classification.majority[0]), LABEL_WIDTH)}" if classification else ""
+
+
+def _verdict(run: Run) -> str:
+    """Return whether the prompt is of use, and on how many rows this is based if some were left out."""
+    held_out = run.setup.data.held_out
+    lines = [run.verdict.sentence] if run.verdict else []
+    if held_out and run.after and len(held_out.examples) < held_out.rows:
+        lines.append(f"Evaluated on {held_out.used_rows}: {'; '.join(describe_losses(0, held_out.without_target, 0))}")
+    return "\n".join(lines)
+
+
+def _confusion(run: Run) -> Rows:
+    """Return the confusion matrix of the prompt; empty if the answers are not labels."""
+    classification = run.after.classification if run.after else None
+    return classification.confusion_matrix.text_rows if classification else []
 
 
 def _examples(run: Run) -> Rows:
-    if not (run.evaluator and run.before and run.after and run.before.answers and run.after.answers):
+    """Return a table of held-out rows with the expected and the given answers; empty if answers are not compared."""
+    compared = AnswerComparison.of(run.evaluator, run.before, run.after)
+    if compared is None:
         return []
-    rows = [("held-out row", "base alone", "with prompt")]
-    shown = zip(run.evaluator.examples[:EXAMPLES], run.before.answers, run.after.answers, strict=False)
-    for example, before, after in shown:
-        question = decode_text(run.evaluator.tokenizer, question_ids(example))
-        rows.append((_cut(_plain(question)), _cut(_plain(before)), _cut(_plain(after))))
-    return rows
+    rows = [("held-out row", "expected", "base alone", "with prompt")]
+    for one in compared.selected(EXAMPLES):
+        before, after = _marked(one.before, one.correct_before), _marked(one.after, one.correct_after)
+        rows.append((_plain(one.question), _plain(one.expected), before, after))
+    return [[shortened(cell, WIDTH) for cell in row] for row in rows]
+
+
+def _marked(answer: str, correct: bool | None) -> str:
+    """Return an answer on one line, with a mark that says whether it is right."""
+    return f"{'  ' if correct is None else '✓ ' if correct else '✗ '}{_plain(answer)}"
 
 
 def _plain(text: str) -> str:
     """Return the text on one line, without the default template's "Human:" and "Assistant:"."""
     text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
     return " ".join(text.split())
-
-
-def _cut(text: str) -> str:
-    if display_width(text) <= WIDTH:
-        return text
-    while display_width(text) > WIDTH - 1:
-        text = text[:-1]
-    return text + "…"

@@ -1,10 +1,14 @@
 """Tables: as plain text for a terminal, where a Chinese character is two columns wide, and as HTML for a notebook."""
 
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from html import escape
 
 Rows = Sequence[Sequence[str]]
+
+GAP = 2  # columns of the terminal between two cells
+NARROWEST = 8  # cells are not shortened to less than this
 
 
 def html_table(rows: Rows) -> str:
@@ -15,20 +19,57 @@ def html_table(rows: Rows) -> str:
     return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in lines), "</table>"])
 
 
-def table(rows: Rows) -> str:
-    """Format rows as aligned columns; the first row is the header."""
-    rule = ["─" * max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+def table(rows: Rows, width: int | None = None) -> str:
+    """Format rows as aligned columns; the first row is the header.
+
+    Args:
+        width: The most columns of the terminal that the table may occupy; the longest cells are shortened until it
+            fits. None: no limit.
+    """
+    if width is not None:
+        rows = _fitting(rows, width)
+    rule = ["─" * most for most in _widths(rows)]
     return aligned([rows[0], rule, *rows[1:]])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Rows) -> str:
     """Format rows as aligned columns without a header."""
-    widths = [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = _widths(rows)
     lines = [
-        "  ".join(cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
+        (" " * GAP).join(cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _fitting(rows: Rows, width: int) -> Rows:
+    """Return the rows with their longest cells shortened until the table fits into `width` columns."""
+    widths = _widths(rows)
+    most = max(max(widths), NARROWEST)
+    while most > NARROWEST and sum(min(most, one) + GAP for one in widths) - GAP > width:
+        most -= 1
+    return [[shortened(cell, most) for cell in row] for row in rows]
+
+
+def _widths(rows: Rows) -> list[int]:
+    return [max(display_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+
+def shortened(text: str, width: int) -> str:
+    """Return the text if it occupies at most `width` columns of a terminal, else its beginning and "…"."""
+    if display_width(text) <= width:
+        return text
+    used = 0
+    for end, character in enumerate(text):
+        used += display_width(character)
+        if used > width - 1:
+            return text[:end] + "…"
+    return text
+
+
+def terminal_width() -> int:
+    """Return the number of columns of the terminal; 100 if the output is not shown on one."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def display_width(text: str) -> int:

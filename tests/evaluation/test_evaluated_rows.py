@@ -54,7 +54,8 @@ def test_exact_match_covers_rows_with_whole_answers(settings, capsys, monkeypatc
     assert 0 < whole < kept < len(rows)
     run = softprompt.train(**settings, max_length=50)
     said = capsys.readouterr().out
-    assert f"over the {whole} of {kept} rows" in said
+    assert f"over the {whole} of {kept} rows" in said and f"Held out: {kept} of {len(rows)} rows" in said
+    assert f"Evaluated on {kept} of {len(rows)} rows" in summary(run) and run.metrics["eval_samples"] == kept
     for suffix in ("", "_base"):
         assert run.metrics[f"eval_exact_match_rows{suffix}"] == whole
     assert len(run.after.answers) == kept and run.after.compared == whole
@@ -108,7 +109,8 @@ def test_tokenize_counts_the_truncated_tokens_of_answers(tokenizer):
 
 
 def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
-    """The adapter folder holds the run's max_length, truncation_side and columns."""
+    """The adapter folder holds the run's max_length, truncation_side and columns. Some rows are longer than max_length,
+    and the answers are labels."""
     rows = [row(n, 2, label) for n, label in zip((3, 30, 90, 4, 120), "bcbcc", strict=True)]
     theirs = [{"text": one["instruction"], "label": one["output"]} for one in rows]
     written("rows.jsonl", theirs)
@@ -126,6 +128,16 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     figures, out = evaluated("rows.jsonl")
     assert figures["loss"] == f"{run.metrics['eval_loss']:.4f}" and "2 rows cut" in out
     assert figures["exact match"] == f"{run.metrics['eval_exact_match']:.1%}"
+    assert figures["accuracy (likelier label)"] == f"{run.metrics['eval_accuracy']:.1%}"
+    assert figures["macro F1"] == f"{run.metrics['eval_macro_f1']:.3f}"
+    ends = [run.metrics[f"eval_accuracy_{end}"] for end in ("low", "high")]
+    assert figures["accuracy, 95 % interval"] == f"{100 * ends[0]:.1f}–{ends[1]:.1%}"
+    assert f"{run.metrics['eval_majority']:.1%}" == "60.0%" and "always answering c has an accuracy of 60.0%" in out
+    bare, _ = evaluated("rows.jsonl", "--adapter", "none")
+    assert bare["loss " + figures["loss"]] == f"{run.metrics['eval_loss_base']:.4f}"
+    assert bare[f"accuracy (likelier label) {figures['accuracy (likelier label)']}"] == (
+        f"{run.metrics['eval_accuracy_base']:.1%}"
+    )
     written("ours.jsonl", rows)  # the run's columns do not apply to a dataset that has others
     assert evaluated("ours.jsonl")[0]["loss"] == figures["loss"]
     both = [{**mine, "text": "zzz", "label": "z"} for mine in rows]
@@ -137,6 +149,7 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     assert "maps output to 'nothing'" in refusal(infer, argv, capsys, monkeypatch)
     cut_off, out = evaluated("rows.jsonl", "--truncation_side", "output")
     assert cut_off["loss"] != figures["loss"] and "3 of 5 rows" in out
+    assert "trained with --truncation_side input, and is evaluated with output" in out
     assert "4 of 5 rows" in evaluated("rows.jsonl", "--truncation_side", "output", "--max_length", "110")[1]
 
 
@@ -152,7 +165,7 @@ def test_adapters_trained_with_other_lengths_are_evaluated_on_the_same_rows(plac
     written("rows.jsonl", [row(n, 2, label) for n, label in ((3, "b"), (60, "c"), (90, "b"))])
     argv = ["--adapter", "a", "--adapter", "c", "--adapter", "none", "--eval_dataset", "rows.jsonl"]
     out = run_infer(argv, capsys, monkeypatch)
-    assert "--max_length 40, 300; all are evaluated with 300" in out and "all are evaluated with input" in out
+    assert "all are evaluated with 300" in out and "all are evaluated with input" in out
     given = run_infer([*argv, "--max_length", "300", "--truncation_side", "input"], capsys, monkeypatch)
     assert out.splitlines()[:8] == given.splitlines()[:8] and "were trained with" not in given
     alone = run_infer(["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
@@ -163,6 +176,14 @@ def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys,
     written("rows.jsonl", [row(3, 2), row(300, 2)])
     out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 256 --truncation_side output: 1 of 2 rows" in out
+    assert "does not say how its training rows were truncated" in out
+    beside("a", max_length=256)  # as an earlier version of this project wrote it
+    out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
+    (told,) = [line for line in out.splitlines() if "does not say" in line]
+    assert "--truncation_side output" in told and "--max_length" not in told
+    asked = ["--adapter", "a", "--eval_dataset", "rows.jsonl", "--max_length", "9", "--truncation_side", "input"]
+    out = run_infer(asked, capsys, monkeypatch)
+    assert "does not say" not in out and "trained with --max_length 256, and is evaluated with 9" in out
     Path("t.txt").write_text("a" * 50)
     beside("a", max_length=7)
     assert "--max_length 7 " in run_infer(["--adapter", "a", "--eval_dataset", "t.txt"], capsys, monkeypatch)

@@ -16,6 +16,7 @@ from helpers.short_runs import ROWS, interrupted, outcome, rewrite_state
 
 import softprompt
 from softprompt.config.value_parsers import parse_duration
+from softprompt.evaluation.evaluator import Evaluator
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.train_state import resume_command
 from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
@@ -55,6 +56,49 @@ def test_resuming_a_finished_run_changes_nothing(run_settings, capsys):
     softprompt.train(**run_settings, resume_from_checkpoint="newest")
     assert "resuming after step 13 of 13; all of them are done" in capsys.readouterr().out
     assert outcome() == expected
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[bool]:
+    """For each evaluation so far, whether it was one of the base without a prompt."""
+    calls, evaluate = list[bool](), Evaluator.__call__
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, prompt: calls.append(prompt is None) or evaluate(self, prompt)
+    )
+    return calls
+
+
+def test_a_resumed_run_does_not_evaluate_the_base_again(run_settings, evaluated, capsys):
+    softprompt.train(**run_settings)
+    expected, report = outcome(), json.loads(Path("run/report.json").read_text())
+    shutil.rmtree("run")
+    interrupted(run_settings, 9)
+    assert evaluated.count(True) == 2
+    run = softprompt.train(resume_from_checkpoint="run")
+    assert evaluated.count(True) == 2 and run.before.answers and outcome() == expected
+    again = json.loads(Path("run/report.json").read_text())
+    assert again["base_alone"] == report["base_alone"] and again["end"] == report["end"]
+    softprompt.train(resume_from_checkpoint="run", output_dir="other")  # the state goes on to the new folder
+    softprompt.train(resume_from_checkpoint="other")
+    assert evaluated.count(True) == 2
+
+
+@pytest.mark.parametrize("change", ["rows", "max_length", "precision", "an earlier version"])
+def test_the_base_is_evaluated_again_if_anything_differs(change, run_settings, evaluated, tmp_path):
+    interrupted(run_settings, 9)
+    given = {"max_length": {"max_length": 20}, "precision": {"bf16": True}}.get(change, {})
+    if change == "rows":
+        rows = [{**row, "instruction": row["instruction"] + "？"} for row in ROWS]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if change == "an earlier version":
+        rewrite_state(
+            Path("run/checkpoint-8"), lambda state: {k: v for k, v in state.items() if k != "base_evaluation"}
+        )
+    run = softprompt.train(resume_from_checkpoint="run", ignore_data_skip=True, **given)
+    assert evaluated.count(True) == 2
+    shutil.rmtree("run")
+    fresh = softprompt.train(**{**run_settings, **given})
+    assert fresh.before == run.before
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(run_settings, capsys):

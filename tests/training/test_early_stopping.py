@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 import softprompt
 from softprompt.config.loader import train_config
 from softprompt.config.train_args import TrainingArguments
+from softprompt.data.tokenization import count_targets
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.runs.checkpoints import checkpoints, fault_of
 from softprompt.training.early_stopping import BestMetric, greater_is_better, metric_name, out_of_patience, update_best
@@ -57,7 +58,8 @@ def test_decisions_equal_transformers(values, patience, threshold, greater):
 
 def test_metric_names_and_directions():
     assert metric_name(TrainingArguments()) == "eval_loss"
-    for name, greater in (("loss", False), ("eval_perplexity", False), ("exact_match", True)):
+    better = {"loss": False, "eval_perplexity": False, "exact_match": True, "accuracy": True, "eval_macro_f1": True}
+    for name, greater in better.items():
         args = TrainingArguments(metric_for_best_model=name)
         assert metric_name(args) == "eval_" + name.removeprefix("eval_") and greater_is_better(args) == greater
     assert greater_is_better(TrainingArguments(greater_is_better=True))
@@ -77,7 +79,7 @@ WRONG = {
     "--early_stopping_patience 0 must be above 0": {"early_stopping_patience": 0, "eval_steps": 1},
     "--early_stopping_threshold is only used with": {"early_stopping_threshold": 0.1},
     "--early_stopping_threshold -1.0 must not be negative": {"early_stopping_threshold": -1.0},
-    "--metric_for_best_model 'accuracy' is not one of loss": {"metric_for_best_model": "accuracy"},
+    "--metric_for_best_model 'bleu' is not one of loss": {"metric_for_best_model": "bleu"},
 }
 
 
@@ -95,10 +97,11 @@ def losses(monkeypatch):
     seen: dict[bytes, float] = {}
 
     def evaluate(self, prompt):
-        if prompt is None:
-            return Evaluation(9.0, None, None)
-        loss = seen.setdefault(prompt.numpy().tobytes(), script[min(len(seen), len(script) - 1)])
-        return Evaluation(loss, None, None)
+        loss = 9.0
+        if prompt is not None:
+            loss = seen.setdefault(prompt.numpy().tobytes(), script[min(len(seen), len(script) - 1)])
+        targets = list(map(count_targets, self.examples))
+        return Evaluation([loss * count for count in targets], targets)
 
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
     return script
@@ -173,4 +176,22 @@ def test_exact_match_of_long_answers_is_refused(run_settings, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match="answers are compared only where all held-out ones have at most 32 tokens"):
         softprompt.train(**run_settings, load_best_model_at_end=True, metric_for_best_model="exact_match")
+    assert not Path("run").exists()
+
+
+def test_the_best_prompt_by_accuracy(run_settings):
+    """The answers of these rows are two labels."""
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "eval_steps": 2, "max_steps": 6}
+    run = softprompt.train(**{**run_settings, **chosen})
+    accuracies = {r["step"]: r["eval_accuracy"] for r in outcome()[1] if "eval_accuracy" in r}
+    best = max(accuracies, key=accuracies.get)  # the first of several that are equal
+    assert list(accuracies) == [2, 4, 6] and run.metrics["best_global_step"] == best
+    assert run.metrics["best_metric"] == run.metrics["eval_accuracy"] == accuracies[best]
+
+
+def test_accuracy_of_answers_that_are_no_labels_is_refused(run_settings, tmp_path):
+    rows = [{"instruction": "a", "output": f"b{number}"} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match="--metric_for_best_model macro_f1: the held-out answers are not labels"):
+        softprompt.train(**run_settings, load_best_model_at_end=True, metric_for_best_model="macro_f1")
     assert not Path("run").exists()

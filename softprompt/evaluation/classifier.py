@@ -1,0 +1,161 @@
+"""Classify rows whose answers are a few labels: by the label that is the likeliest answer, not by the generated text.
+
+So a base that knows the answer and would word it differently gets its due, and so does one that cannot generate.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.data.dataset import Row
+from softprompt.data.template import Template
+from softprompt.data.tokenization import Example, Tokenized
+from softprompt.engines.base import Engine
+from softprompt.evaluation.confusion_matrix import ConfusionMatrix
+from softprompt.evaluation.rows import answers_are_short, question_ids
+from softprompt.generation.likelihood import ChoiceResult, answer_token_ids, choice_result, join
+
+MAX_LABELS = 20  # rows with more different answers are not a classification
+ROWS_PER_LABEL = 2  # and neither are rows with more different answers than one for this many rows
+MAX_TOKENS = 1 << 21  # of the rows with each of their labels that are scored in one pass
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Rows with their expected labels, and how they were classified.
+
+    Attributes:
+        labels: The labels that rows were classified into.
+        expected: The expected answer of each row; an answer that is none of the labels counts as wrong.
+        results: The classification of each row. Without probabilities if it was read from a checkpoint.
+    """
+
+    labels: Sequence[str]
+    expected: Sequence[str]
+    results: Sequence[ChoiceResult]
+
+    @property
+    def predicted(self) -> list[str]:
+        """The likeliest label of each row."""
+        return [result.label for result in self.results]
+
+    @property
+    def correct(self) -> list[bool]:
+        """For each row, whether its likeliest label is the expected one."""
+        return [label == expected for label, expected in zip(self.predicted, self.expected, strict=True)]
+
+    @property
+    def majority(self) -> tuple[str, float]:
+        """The most common expected answer, and its share of the rows: the accuracy of always giving this answer."""
+        ((answer, rows),) = Counter(self.expected).most_common(1)
+        return answer, rows / len(self.expected)
+
+    @property
+    def confusion_matrix(self) -> ConfusionMatrix:
+        return ConfusionMatrix.of_pairs(self.labels, self.expected, self.predicted)
+
+
+def labels_of_rows(rows: Sequence[Row], data: Tokenized, template: Template) -> dict[str, str]:
+    """Return the labels if the expected answers of all rows are a few labels; else an empty dict.
+
+    They are labels if all are short and none is empty, and if there are at least two different ones but at most
+    MAX_LABELS, each of them ROWS_PER_LABEL times or more on average. White space at an answer's ends is ignored.
+
+    Args:
+        rows: The rows as texts.
+        data: The same rows tokenized.
+
+    Returns:
+        For each label the text that is scored for it: the answer as it is in the rows, with the white space at its ends
+        that was learned in training.
+    """
+    if not answers_are_short(data.examples, data.missing):
+        return {}
+    texts = distinct_answers(map(template.own_answer, rows))
+    return texts if 2 <= len(texts) <= min(MAX_LABELS, len(rows) / ROWS_PER_LABEL) and all(texts) else {}
+
+
+def distinct_answers(answers: Iterable[str]) -> dict[str, str]:
+    """Return the different answers without white space at their ends, each with its first text in `answers`."""
+    texts: dict[str, str] = {}
+    for answer in answers:
+        texts.setdefault(answer.strip(), answer)
+    return texts
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Classifies the same rows by any prompt.
+
+    Attributes:
+        labels: The labels.
+        expected: The expected answer of each row, without white space at its ends.
+        label_ids: For each row the token ids of each label as its answer, end token included.
+        max_positions: The base's number of positions, virtual tokens included; None if it has no limit.
+    """
+
+    labels: Sequence[str]
+    expected: Sequence[str]
+    label_ids: Sequence[Sequence[Sequence[int]]]
+    max_positions: int | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Sequence[Row],
+        labels: Mapping[str, str],
+        template: Template,
+        tokenizer: Any,
+        max_positions: int | None = None,
+    ) -> "Classifier":
+        """Prepare the classification of rows with answers. `labels` are as `labels_of_rows` returns them.
+
+        Raises:
+            DataError: The chat template refuses a label.
+        """
+        ids = answer_token_ids(rows, list(labels.values()), [template] * len(rows), tokenizer)
+        return cls(list(labels), [template.own_answer(row).strip() for row in rows], ids, max_positions)
+
+    def __call__(
+        self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example]
+    ) -> tuple[Classification, list[float]]:
+        """Classify the rows behind a prompt [P, H] or by the bare base (None).
+
+        Args:
+            examples: The rows tokenized.
+
+        Returns:
+            The classification, and the summed loss of each row's own targets. If these are one of the labels, the loss
+            comes from the same pass.
+        """
+        results: list[ChoiceResult] = []
+        losses: list[float] = []
+        longest = max(len(example.input_ids) for example in examples)
+        at_once = max(1, MAX_TOKENS // (longest * len(self.labels)))
+        for start in range(0, len(examples), at_once):
+            part = [examples[row] for row in range(start, min(start + at_once, len(examples)))]
+            candidates = [self._candidates(row, example, prompt) for row, example in enumerate(part, start)]
+            others = [own for own, some in zip(part, candidates, strict=True) if own not in some]
+            scored = iter(engine.row_losses(prompt, [*chain.from_iterable(candidates), *others]))
+            of_labels = [[next(scored) for _ in some] for some in candidates]
+            results += [choice_result([-loss for loss in row], self.labels) for row in of_labels]
+            for own, some, of_row in zip(part, candidates, of_labels, strict=True):
+                losses.append(of_row[some.index(own)] if own in some else next(scored))
+        return self.classification(results), losses
+
+    def classification(self, results: Sequence[ChoiceResult]) -> Classification:
+        """Return the classification that the results of all rows are."""
+        return Classification(self.labels, self.expected, results)
+
+    def _candidates(self, row: int, example: Example, prompt: Tensor | None) -> list[Example]:
+        """Return a row with each label as its answer. If a label that is longer than the row's own answer would exceed
+        the positions of the base, the beginning of the question is left out."""
+        question, labels = question_ids(example), self.label_ids[row]
+        if self.max_positions is not None:
+            room = self.max_positions - (0 if prompt is None else len(prompt)) - max(map(len, labels))
+            question = question[max(0, len(question) - room) :]
+        return [join(question, label) for label in labels]

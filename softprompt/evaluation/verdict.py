@@ -1,0 +1,121 @@
+"""Say by a fixed rule whether a prompt is of use.
+
+Labels         The prompt must classify more rows correctly than the base alone, and than always giving the most common
+               answer. Each comparison is McNemar's exact test on the same rows, at 5 %.
+Other answers  The prompt must have a lower loss than the base alone: the 95 % interval of the mean difference per
+               target token must lie below 0.
+
+With fewer than FEWEST_ROWS rows, nothing is called better.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from softprompt.evaluation.classifier import Classification
+from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.intervals import ratio_interval, sign_test
+
+FEWEST_ROWS = 20
+SIGNIFICANCE = 0.05
+LONGEST_LABEL = 40  # characters of a label that the sentence quotes
+MORE_ROWS = "hold out more rows"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a prompt is better than everything that it is compared with, and the sentence that says so."""
+
+    sentence: str
+    better: bool
+
+
+class Comparison(NamedTuple):
+    """A prompt compared with something else.
+
+    Attributes:
+        rival: What it is compared with.
+        advantage: How much better the prompt is on these rows, in any unit; below 0 if it is worse.
+        significant: Whether this is unlikely to be chance.
+        detail: More about a significant advantage; may be empty.
+    """
+
+    rival: str
+    advantage: float
+    significant: bool
+    detail: str = ""
+
+
+def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -> Verdict | None:
+    """Judge the prompt whose evaluation is `after`.
+
+    Args:
+        before: The evaluation of the base alone on the same rows.
+        advice: What to try if the prompt is not better.
+
+    Returns:
+        The verdict; None if a loss is not finite, so that nothing can be compared.
+    """
+    if after.classification and before.classification:
+        compared = _compared_labels(after.classification, before.classification)
+    else:
+        compared = _compared_losses(after, before)
+    rows = len(after.row_losses)
+    if compared and rows < FEWEST_ROWS:
+        rivals = " and than ".join(one.rival for one in compared)
+        few = f"{rows:,} held-out row{'s are' if rows > 1 else ' is'} too few to tell whether the prompt is better than"
+        return Verdict(f"{few} {rivals}: hold out at least {FEWEST_ROWS}.", False)
+    return _verdict_on(compared, advice) if compared else None
+
+
+def _compared_labels(after: Classification, before: Classification) -> list[Comparison]:
+    label, _ = after.majority
+    always = f"always answering {label}" if len(label) <= LONGEST_LABEL else "always giving the most common answer"
+    rivals = {"the base alone": before.correct, always: [expected == label for expected in after.expected]}
+    compared = []
+    for rival, theirs in rivals.items():
+        wins, losses = (
+            sum(ours is right and other is not right for ours, other in zip(after.correct, theirs, strict=True))
+            for right in (True, False)
+        )
+        compared.append(Comparison(rival, wins - losses, sign_test(wins, losses) < SIGNIFICANCE))
+    return compared
+
+
+def _compared_losses(after: Evaluation, before: Evaluation) -> list[Comparison]:
+    gains = [theirs - ours for ours, theirs in zip(after.row_losses, before.row_losses, strict=True)]
+    if not math.isfinite(sum(gains)):
+        return []
+    interval = ratio_interval(gains, after.row_targets)
+    if interval is None:  # there is one row
+        return [Comparison("the base alone", sum(gains), False)]
+    low, high = interval
+    detail = f"its loss is lower by {(low + high) / 2:.3g} (95 % interval {low:.3g} to {high:.3g})"
+    return [Comparison("the base alone", sum(gains), low > 0 or high < 0, detail)]
+
+
+def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdict:
+    behind = [one for one in compared if one.advantage <= 0 or not one.significant]
+    if not behind:
+        details = "; ".join(one.detail for one in compared if one.detail)
+        better_than = " and than ".join(one.rival for one in compared)
+        return Verdict(f"Better than {better_than}{': ' if details else ''}{details}.", True)
+    worse = [one.rival for one in behind if one.significant]
+    same = [one.rival for one in behind if not one.significant]
+    parts = [
+        *([f"worse than {' and than '.join(worse)}"] if worse else []),
+        *([f"not better than {' or than '.join(same)}"] if same else []),
+    ]
+    # On the rows at hand the prompt is ahead of all of them, so that more rows could tell.
+    ahead = all(one.advantage > 0 for one in behind)
+    ways = [*advice, *([MORE_ROWS] if advice and ahead else [])]
+    sentence = " and ".join(parts)
+    return Verdict(f"{sentence[0].upper()}{sentence[1:]}{': ' if ways else ''}{_either(ways)}.", False)
+
+
+def _either(ways: Sequence[str]) -> str:
+    """Join what can be done: "a", "a or b", "a, b, or c"."""
+    if len(ways) < 3:
+        return " or ".join(ways)
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"

@@ -1,0 +1,40 @@
+"""What a finished run says about its prompt: the metrics of all_results.json, and whether the prompt is of use."""
+
+from typing import Any
+
+from softprompt.config.loader import TrainConfig
+from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.verdict import Verdict, verdict
+from softprompt.runs.state import Metrics
+from softprompt.training.early_stopping import BestMetric
+from softprompt.training.metrics_log import Totals
+
+
+def final_metrics(
+    totals: Totals, seconds: float, after: Evaluation | None, before: Evaluation | None, best: BestMetric | None
+) -> Metrics:
+    """Return the metrics of a run that took `seconds`, from the evaluations of its prompt and of the bare base. `best`
+    is given if the run ends with its best prompt."""
+    return {
+        "epoch": round(totals.epoch, 4),
+        **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
+        "train_runtime": round(seconds, 2),
+        "train_tokens_per_second": round(totals.tokens_per_second, 1),
+        **({**after.metrics(), **after.sample_metrics()} if after else {}),
+        **(before.metrics("_base") if before else {}),
+        **({"best_global_step": best.step, "best_metric": best.metric} if best else {}),
+    }
+
+
+def verdict_of_run(config: TrainConfig, after: Evaluation | None, before: Evaluation | None) -> Verdict | None:
+    """Return whether the run's prompt is of use, and if not, what to try; None without held-out rows."""
+    if after is None or before is None:
+        return None
+    from_text = config.prompt.prompt_tuning_init == "TEXT"
+    ways = ["train longer", *([] if from_text else ["start from TEXT"]), "take a larger base"]
+    return verdict(after, before, ways)
+
+
+def verdict_facts(judged: Verdict | None) -> dict[str, Any]:
+    """Return a verdict as all_results.json and report.json hold it."""
+    return {"verdict": judged.sentence, "verdict_better": judged.better} if judged else {}
