@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import re
+import select
 import struct
 import sys
 import termios
@@ -37,10 +38,12 @@ def shown_on_terminal(columns: int, tmp_path) -> str:
             log.on_step(Step(number, 0.1, 0.1234, 1.0, 0.0987, 300, 0.025))
         log._show(log.bar.refresh)
         stream.flush()
-        text = os.read(master, 1 << 20).decode()
+        arrived = b""
+        while not re.search(rb"900/2000.*\]$", arrived) and select.select([master], [], [], 30)[0]:
+            arrived += os.read(master, 1 << 16)
         log.bar.disable = True
     os.close(master)
-    return text.split("\r")[-1]
+    return arrived.decode().split("\r")[-1]
 
 
 @pytest.mark.parametrize("columns, fields", [(60, ""), (80, "loss"), (100, "loss tok/s"), (120, "loss tok/s lr")])
