@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from softprompt.config.data_args import DEFAULT_MAX_LENGTH
 from softprompt.generation.adapters import LoadedAdapter
@@ -34,43 +35,30 @@ def common_truncation(
     Args:
         plain_text: The dataset is a plain text, whose passages have max_length tokens and are never truncated.
     """
-    trained = [adapter for adapter in adapters if adapter.prompt is not None] or list(adapters)
-    lengths = sorted({adapter.max_length or DEFAULT_MAX_LENGTH for adapter in trained}, reverse=True)
-    sides = sorted({adapter.truncation_side or DEFAULT_SIDE for adapter in trained})
-    side = truncation_side or sides[0]
-    notes = [
-        *_unknown_note(trained, max_length, side if plain_text else truncation_side),
-        *_choice_note("max_length", lengths, max_length),
-        *([] if plain_text else _choice_note("truncation_side", sides, truncation_side)),
-    ]
-    return Truncation(max_length or lengths[0], side, notes)
+    trained = [adapter for adapter in adapters if adapter.prompt is not None]
+    lengths = {adapter.max_length or DEFAULT_MAX_LENGTH for adapter in trained or adapters}
+    sides = {adapter.truncation_side or DEFAULT_SIDE for adapter in trained or adapters}
+    length, side = max_length or max(lengths), truncation_side or min(sides)
+    notes = []
+    if not (plain_text and max_length):
+        notes += _notes("max_length", [adapter.max_length for adapter in trained], max_length, length)
+    if not plain_text:
+        notes += _notes("truncation_side", [adapter.truncation_side for adapter in trained], truncation_side, side)
+    return Truncation(length, side, notes)
 
 
-def _unknown_note(trained: Sequence[LoadedAdapter], max_length: int | None, side: str | None) -> list[str]:
-    """Return a note on the settings that are neither given nor saved with an adapter."""
-    prompts = [adapter for adapter in trained if adapter.prompt is not None]
-    unknown = []
-    if max_length is None and any(adapter.max_length is None for adapter in prompts):
-        unknown.append(f"--max_length {DEFAULT_MAX_LENGTH}")
-    if side is None and any(adapter.truncation_side is None for adapter in prompts):
-        unknown.append(f"--truncation_side {DEFAULT_SIDE}")
-    if not unknown:
+def _notes(name: str, saved: Sequence[Any], given: Any, chosen: Any) -> list[str]:
+    """Return a note on a setting if the adapters were trained with other values than the chosen one, or if it is not
+    known with which.
+
+    Args:
+        saved: The value of each adapter's training; None if it is not known.
+        given: The value that the user gave; None if there is none.
+        chosen: The value that is used.
+    """
+    known, unknown = sorted({value for value in saved if value is not None}), None in saved and given is None
+    if not unknown and known in ([], [chosen]):
         return []
-    return [
-        f"an adapter does not say how its training rows were truncated, so the default of train.py is used for it, "
-        f"{' '.join(unknown)}; give the flag if it was trained otherwise"
-    ]
-
-
-def _choice_note(name: str, trained: Sequence[int] | Sequence[str], given: int | str | None) -> list[str]:
-    """Return a note if the adapters were trained with different values, the first of which is chosen, or with another
-    one than is given."""
-    values = " and ".join(map(str, trained))
-    if given is None and len(trained) > 1:
-        return [
-            f"the adapters were trained with --{name} {values}; all are evaluated with {trained[0]}; give --{name} to "
-            "choose another value"
-        ]
-    if given is not None and list(trained) != [given]:
-        return [f"the prompt was trained with --{name} {values}, and is evaluated with {given}"]
-    return []
+    values = [*map(str, known), *(["an unknown value"] if unknown else [])]
+    way = "" if given is not None else f"; give --{name} to choose another value"
+    return [f"--{name}: trained with {' and '.join(values)}, evaluated with {chosen}{way}"]

@@ -132,7 +132,7 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     assert figures["macro F1"] == f"{run.metrics['eval_macro_f1']:.3f}"
     ends = [run.metrics[f"eval_accuracy_{end}"] for end in ("low", "high")]
     assert figures["accuracy, 95 % interval"] == f"{100 * ends[0]:.1f}–{ends[1]:.1%}"
-    assert f"{run.metrics['eval_majority']:.1%}" == "60.0%" and "always answering c has an accuracy of 60.0%" in out
+    assert f"{run.metrics['eval_majority']:.1%}" == "60.0%" and "always answering cc has an accuracy of 60.0%" in out
     bare, _ = evaluated("rows.jsonl", "--adapter", "none")
     assert bare["loss " + figures["loss"]] == f"{run.metrics['eval_loss_base']:.4f}"
     assert bare[f"accuracy (likelier label) {figures['accuracy (likelier label)']}"] == (
@@ -149,7 +149,7 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     assert "maps output to 'nothing'" in refusal(infer, argv, capsys, monkeypatch)
     cut_off, out = evaluated("rows.jsonl", "--truncation_side", "output")
     assert cut_off["loss"] != figures["loss"] and "3 of 5 rows" in out
-    assert "trained with --truncation_side input, and is evaluated with output" in out
+    assert "--truncation_side: trained with input, evaluated with output" in out
     assert "4 of 5 rows" in evaluated("rows.jsonl", "--truncation_side", "output", "--max_length", "110")[1]
 
 
@@ -165,25 +165,26 @@ def test_adapters_trained_with_other_lengths_are_evaluated_on_the_same_rows(plac
     written("rows.jsonl", [row(n, 2, label) for n, label in ((3, "b"), (60, "c"), (90, "b"))])
     argv = ["--adapter", "a", "--adapter", "c", "--adapter", "none", "--eval_dataset", "rows.jsonl"]
     out = run_infer(argv, capsys, monkeypatch)
-    assert "all are evaluated with 300" in out and "all are evaluated with input" in out
+    assert "--max_length: trained with 40 and 300, evaluated with 300" in out
+    assert "--truncation_side: trained with input and output, evaluated with input" in out
     given = run_infer([*argv, "--max_length", "300", "--truncation_side", "input"], capsys, monkeypatch)
-    assert out.splitlines()[:8] == given.splitlines()[:8] and "were trained with" not in given
+    assert out.splitlines()[:8] == given.splitlines()[:8] and "give --" not in given
     alone = run_infer(["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
-    assert "--max_length 40 --truncation_side output: 1 of 3 rows" in alone and "were trained with" not in alone
+    assert "--max_length 40 --truncation_side output: 1 of 3 rows" in alone and "trained with" not in alone
 
 
 def test_defaults_apply_to_an_adapter_without_truncation_settings(place, capsys, monkeypatch):
     written("rows.jsonl", [row(3, 2), row(300, 2)])
     out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
     assert "--max_length 256 --truncation_side output: 1 of 2 rows" in out
-    assert "does not say how its training rows were truncated" in out
+    assert "--max_length: trained with an unknown value, evaluated with 256" in out
     beside("a", max_length=256)  # as an earlier version of this project wrote it
     out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl"], capsys, monkeypatch)
-    (told,) = [line for line in out.splitlines() if "does not say" in line]
-    assert "--truncation_side output" in told and "--max_length" not in told
-    asked = ["--adapter", "a", "--eval_dataset", "rows.jsonl", "--max_length", "9", "--truncation_side", "input"]
+    (told,) = [line for line in out.splitlines() if "unknown" in line]
+    assert told.startswith("--truncation_side: ") and "evaluated with output" in told
+    asked = ["--adapter", "a", "--eval_dataset", "rows.jsonl", "--max_length", "39", "--truncation_side", "input"]
     out = run_infer(asked, capsys, monkeypatch)
-    assert "does not say" not in out and "trained with --max_length 256, and is evaluated with 9" in out
+    assert "unknown" not in out and "--max_length: trained with 256, evaluated with 39" in out
     Path("t.txt").write_text("a" * 50)
     beside("a", max_length=7)
     assert "--max_length 7 " in run_infer(["--adapter", "a", "--eval_dataset", "t.txt"], capsys, monkeypatch)

@@ -78,8 +78,8 @@ def test_a_resumed_run_does_not_evaluate_the_base_again(run_settings, evaluated,
     assert evaluated.count(True) == 2 and run.before.answers and outcome() == expected
     again = json.loads(Path("run/report.json").read_text())
     assert again["base_alone"] == report["base_alone"] and again["end"] == report["end"]
-    softprompt.train(resume_from_checkpoint="run", output_dir="other")  # the state goes on to the new folder
-    softprompt.train(resume_from_checkpoint="other")
+    softprompt.train(resume_from_checkpoint="run/checkpoint-6", output_dir="other")
+    softprompt.train(resume_from_checkpoint="other/checkpoint-10")  # the state has gone on to the new folder
     assert evaluated.count(True) == 2
 
 
