@@ -82,7 +82,7 @@ def test_the_confusion_matrix(run):
             assert count == sum(pair == (a, b) for pair in zip(expected, predicted, strict=True))
     assert sum(map(sum, facts["base"])) == 24
     (printed,) = [part for part in tables(run) if "expected \\ predicted" in "".join(part)]
-    found = {line.split()[0]: list(map(int, line.split()[1:])) for line in printed[3:]}
+    found = {line.split()[0]: list(map(int, line.split()[1:])) for line in printed[2:]}
     assert found == dict(zip(facts["labels"], facts["prompt"], strict=True))
 
 
