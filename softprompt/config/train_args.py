@@ -10,7 +10,7 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
 # steps of a comparable size; the other initializations start on word embeddings, which are smaller.
 DEFAULT_LEARNING_RATES = {"RANDOM": 1e-1, "TEXT": 3e-2, "SAMPLE_VOCAB": 3e-2, "CLASS_LABELS": 3e-2}
-ENCODER_LEARNING_RATES = {"mlp": 1e-3, "residual_mlp": 3e-2, "superpos": 3e-2}  # by --prompt_reparameterization
+ENCODER_LEARNING_RATES = {"mlp": 1e-3, "residual_mlp": 1e-2, "superpos": 3e-2}  # by --prompt_reparameterization
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
 DEFAULT_SUPERPOS_WORDS = 128  # the paper finds no gain from more

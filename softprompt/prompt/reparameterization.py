@@ -49,8 +49,9 @@ class MLPEncoder(nn.Module):
     size H for each virtual token, and three linear layers with ReLU between them, shared by all virtual tokens.
 
     PEFT initializes all layers at random, so its prompts begin as nearly equal small vectors. Here the last layer is
-    changed as little as possible (least squares) so that the prompt begins at the start. This is possible for a width
-    of at least P; with a smaller one, the prompt begins near the start.
+    changed as little as possible so that the prompt begins at the start, up to rounding. This needs at least P hidden
+    units that are not zero for all virtual tokens, as with a width well above P; with fewer, the prompt begins as near
+    to the start as least squares come.
     """
 
     def __init__(self, start: Tensor, width: int):
