@@ -1,5 +1,5 @@
 "use strict";
-// The page of `softprompt serve`. Texts of the server and of adapters are only ever set as textContent, never as HTML.
+// The page of `softprompt serve`. Names and answers are only ever inserted as text, never as HTML.
 
 const KEY = "softprompt.api_key"; // of sessionStorage: forgotten when the tab is closed
 const $ = (id) => document.getElementById(id);
@@ -109,8 +109,9 @@ class Panel {
 
   chat(text, signal, settings) {
     return this.ask(text, signal, async (model, words) => {
+      const history = this.messages; // that of before a click at New
       const question = { role: "user", content: text };
-      const messages = [...($("remember").checked ? this.messages : []), question];
+      const messages = [...($("remember").checked ? history : []), question];
       let reason = null;
       try {
         const response = await call("v1/chat/completions", { ...settings, model, messages, stream: true }, signal);
@@ -119,7 +120,7 @@ class Panel {
           this.keepingEnd(() => words.append(choice.delta.content ?? "")); // a string is appended as text
         }
       } finally {
-        if (words.textContent) this.messages.push(question, { role: "assistant", content: words.textContent });
+        if (words.textContent) history.push(question, { role: "assistant", content: words.textContent });
       }
       if (reason === "length") return "Cut off: the limit of tokens was reached.";
       return words.textContent ? "" : "The answer is empty.";
@@ -147,14 +148,14 @@ class Panel {
 // ---- The page ----
 
 const panels = [new Panel()];
+let names = []; // of the base and its adapters
 let running = null; // the AbortController of the answers that are being written
 
 /** Fetch the names of the models. The first one is the base, which an adapter is preferred to. */
 async function loadModels() {
   try {
-    const names = (await (await call("v1/models")).json()).data.map((model) => model.id);
+    names = (await (await call("v1/models")).json()).data.map((model) => model.id);
     panels.forEach((panel, number) => panel.offer(names, names[number + 1] ?? names[0]));
-    panels.names = names;
   } catch (error) {
     if (!$("key-dialog").open) panels[0].show(element("p", "error", error.message));
   }
@@ -180,7 +181,8 @@ async function send() {
   $("text").value = "";
   showRunning();
   const { signal } = running;
-  await Promise.all(panels.map((panel) => (choices ? panel.choose(text, choices, signal) : panel.chat(text, signal, settings()))));
+  const ask = (panel) => (choices ? panel.choose(text, choices, signal) : panel.chat(text, signal, settings()));
+  await Promise.all(panels.map(ask));
   running = null;
   showRunning();
 }
@@ -223,7 +225,7 @@ $("new").addEventListener("click", () => {
 $("two").addEventListener("change", () => {
   if ($("two").checked) {
     panels.push(new Panel());
-    panels[1].offer(panels.names ?? [], panels.names?.find((name, number) => number && name !== panels[0].select.value) ?? panels.names?.[0]);
+    panels[1].offer(names, names.slice(1).find((name) => name !== panels[0].select.value) ?? names[0]);
   } else {
     panels.pop().section.remove();
   }
