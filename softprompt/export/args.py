@@ -11,10 +11,6 @@ from softprompt.utils.errors import ConfigError
 EXAMPLES = (
     ("Write a model that transformers, servers and llama.cpp can load", "runs/my-run --output my-model"),
     ("Write it in half the size", "runs/my-run --output my-model --dtype bfloat16"),
-    (
-        "Take the base from another place than in training",
-        "runs/my-run --output my-model --model_name_or_path bases/bloom",
-    ),
     ("Serve the unchanged base with vLLM, and send it the prompt", "runs/my-run --output my-prompt --engine vllm"),
 )
 

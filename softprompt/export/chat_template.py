@@ -32,7 +32,7 @@ system instructions into the user message') -}}
 {%%- endfor -%%}
 """
 # Begins a conversation with vLLM, which puts PLACEHOLDER in the place of prompt embeddings: as a text, or as a part.
-# The text has a suffix while vLLM looks which embeddings are rendered; a line break would separate it from another part.
+# The text has a suffix while vLLM looks which embeddings are rendered; a line break would lead to a second part.
 PLACEHOLDER = "<prompt_embeds>"
 EMBEDDINGS = """\
 {%- set first = messages[0]['content'] -%}

@@ -24,13 +24,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from softprompt import SoftPromptModel
 from softprompt.data.encoding import prompt_ids
-from softprompt.data.template import Template
 from softprompt.export.plain_model import export
 from softprompt.export.vllm import CLIENT_FILE, EMBEDS_FILE, README_FILE, TEMPLATE_FILE, encode_prompt
-from softprompt.prompt.file_names import SETTINGS_FILE
 from softprompt.utils.errors import AdapterError, ConfigError, OutputError
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}\n{% endfor %}"  # takes lists of parts
 QUESTION = "我爱这部电影"
 
@@ -114,10 +114,6 @@ def test_vllm_computes_the_logits_of_base_and_prompt(kind, template, chat, parts
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
         rows = as_vllm(folder, tokenizer, ours.base, request(folder), parts)
         assert torch.equal(ours.base(inputs_embeds=rows).logits, expected)
-    answer = (
-        ours.generate([QUESTION], do_sample=False, max_new_tokens=1, skip_special_tokens=False) if not chat else None
-    )
-    assert answer is None or tokenizer.decode(expected[0, -1].argmax()).strip() == answer[0]
 
 
 def test_the_first_message_holds_the_prompt_and_nothing_else(tmp_path):
@@ -188,4 +184,3 @@ def test_what_cannot_be_served_is_refused_and_what_is_not_sent_is_named(tmp_path
         export(tmp_path / "adapter", tmp_path / "other", engine="vllm", model_name_or_path="mini")
     with pytest.raises(ConfigError, match="engine"):
         export(tmp_path / "adapter", tmp_path / "other", engine="tgi")
-    assert json.loads((tmp_path / "adapter" / SETTINGS_FILE).read_text())["template"] == Template().spec
