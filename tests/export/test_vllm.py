@@ -1,6 +1,6 @@
 """`export --engine vllm`: what vLLM's code makes of the files is what softprompt computes.
 
-vLLM itself cannot be installed here. `as_vllm` follows vllm/renderers/{embed_utils,hf}.py and chat_utils of vLLM 0.33.
+vLLM needs a GPU and is not installed here. `as_vllm` follows vllm/renderers (embed_utils, hf, chat_utils) of vLLM 0.33.
 """
 
 import base64
