@@ -131,16 +131,18 @@ class Panel {
     return this.ask(text, signal, async (model, words) => {
       const got = await (await call("v1/classify", { model, input: text, choices }, signal)).json();
       const { label, choices: shares } = got.data[0];
-      const bars = this.show(element("div", "bars"), words.parentElement);
+      const bars = element("div", "bars");
       for (const { choice, probability } of shares) {
-        const row = this.show(element("div", choice === label ? "choice best" : "choice"), bars);
+        const row = element("div", choice === label ? "choice best" : "choice");
         const track = element("div", "track");
         const bar = element("div", "bar");
-        bar.style.width = `${100 * probability}%`;
+        const percent = (100 * probability).toFixed(1);
+        bar.style.width = `${percent}%`;
         track.append(bar);
-        row.append(element("div", "name", choice), track, element("div", "share", `${(100 * probability).toFixed(1)} %`));
+        row.append(element("div", "name", choice), track, element("div", "share", `${percent} %`));
+        bars.append(row);
       }
-      this.keepingEnd(() => {});
+      this.show(bars, words.parentElement);
     });
   }
 }
