@@ -77,12 +77,12 @@ def chat(argv: Sequence[str]) -> None:
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write a base and its learned prompt as one plain transformers model."""
+    """Write a base and its learned prompt as one plain transformers model, or a prompt for vLLM."""
     adapter, arguments = parse_export(argv)
 
-    from softprompt.export.plain_model import write_plain_model
+    from softprompt.export.plain_model import write_export
 
-    print(write_plain_model(adapter, arguments))
+    print(write_export(adapter, arguments))
 
 
 def push(argv: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
-"""Export a base and its learned prompt as one plain transformers model; upload a run to the Hugging Face hub.
+"""Export a base and its learned prompt as one plain transformers model, or the prompt for vLLM; upload a run to the
+Hugging Face hub.
 
-In: an adapter folder or a run. Out: a model folder, or a repository on the hub.
+In: an adapter folder or a run. Out: a model folder, a folder for vLLM, or a repository on the hub.
 """
 
 from typing import Any

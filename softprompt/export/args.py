@@ -11,10 +11,7 @@ from softprompt.utils.errors import ConfigError
 EXAMPLES = (
     ("Write a model that transformers, servers and llama.cpp can load", "runs/my-run --output my-model"),
     ("Write it in half the size", "runs/my-run --output my-model --dtype bfloat16"),
-    (
-        "Take the base from another place than in training",
-        "runs/my-run --output my-model --model_name_or_path bases/bloom",
-    ),
+    ("Serve the unchanged base with vLLM, and send it the prompt", "runs/my-run --output my-prompt --engine vllm"),
 )
 
 
@@ -24,7 +21,12 @@ class ExportArguments:
 
     _argument_group_name: ClassVar[str] = "export"
 
-    output: str | None = option(None, "Write the model into this folder, which must not exist yet.", "DIR")
+    output: str | None = option(None, "Write into this folder, which must not exist yet.", "DIR")
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers",
+        "Write what this engine needs: a whole model; or, for vllm, the prompt alone, a chat template and a client, "
+        "for a server of the unchanged base that takes prompt embeddings.",
+    )
     model_name_or_path: str | None = option(
         None, "Use this base model. (default: the one that the adapter names)", "BASE"
     )
@@ -59,7 +61,10 @@ def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
     Raises:
         ConfigError: An argument is wrong.
     """
-    description = "Write a base and its learned prompt as one plain transformers model, which needs no softprompt."
+    description = (
+        "Write a base and its learned prompt as one plain transformers model, which needs no softprompt; or the prompt "
+        "alone, for vLLM."
+    )
     usage = "ADAPTER --output DIR [--flag value …]"
     parser = FlagParser([ExportArguments], "export", description, usage, examples=EXAMPLES)
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")

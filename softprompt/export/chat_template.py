@@ -31,6 +31,19 @@ system instructions into the user message') -}}
 {%%- endif -%%}
 {%%- endfor -%%}
 """
+# Begins a conversation with vLLM, which puts PLACEHOLDER in the place of prompt embeddings: as a text, or as a part.
+# The text has a suffix while vLLM looks which embeddings are rendered; a line break would lead to a second part.
+PLACEHOLDER = "<prompt_embeds>"
+EMBEDDINGS = """\
+{%- set first = messages[0]['content'] -%}
+{%- set first = first if first is string or first | length != 1 else first[0]['text'] -%}
+{%- if messages[0]['role'] != 'system' or first is not string or not first.startswith('<prompt_embeds>') or \
+'\\n' in first -%}
+{{- raise_exception('the first message must be a system message that holds the prompt embeddings and nothing else') -}}
+{%- endif -%}
+{{- first -}}
+{%- set messages = messages[1:] -%}
+"""
 COLUMN = """\
 {%%- if message[%(name)s] is not string -%%}
 {{- raise_exception('this model needs the text ' + %(name)s + ' besides the content of a user message') -}}
@@ -72,42 +85,72 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
             f"the adapter's template has a column {clash.pop()!r}, which is a key of every chat message; rename it in "
             "the template and the rows, and train again"
         )
-    expected = [_training_ids(tokenizer, template, text) for text in SAMPLES]
     names = new_token_names(tokenizer, P)
+    columns = dict.fromkeys(template.fields[1:], SAMPLES[0])
+    expected = [_training_ids(tokenizer, template, text, columns) for text in SAMPLES]
     # special: skip_special_tokens omits them when decoding; not normalized: a text is searched for them as written
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    tokenizer.chat_template = _chat_template("".join(names), tokenizer, template)
+    tokenizer.chat_template = _chat_template("{{- " + _quoted("".join(names)) + " -}}", tokenizer, template)
     tokenizer.padding_side = "left"  # generation continues a row at its right end
     ids = tokenizer.convert_tokens_to_ids(names)
-    for text, training in zip(SAMPLES, expected, strict=True):
-        message = {"role": "user", "content": text, **dict.fromkeys(template.fields[1:], text)}
-        made = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
-        if made != ids + training:
+    _check_encoding(tokenizer, [], columns, [ids + training for training in expected])
+    return ids
+
+
+def embeddings_template(tokenizer: Any, template: Template) -> str:
+    """Return a chat template for vLLM, whose first message is a system message of prompt embeddings. What follows is
+    rendered as by `add_prompt_tokens`. As in vLLM, PLACEHOLDER becomes a token of `tokenizer`.
+
+    Raises:
+        ModelError, ConfigError: See `add_prompt_tokens`; or the template has a further column that must be filled.
+    """
+    if others := [name for name in template.fields[1:] if name not in template.optional_fields]:
+        raise ConfigError(
+            f"the adapter's template has the columns {', '.join(template.fields)}, and vLLM passes on only the content "
+            f"of a message, not {', '.join(others)}; send whole prompts to /v1/completions, as docs/export.md shows"
+        )
+    expected = [_training_ids(tokenizer, template, text, {}) for text in SAMPLES]
+    tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
+    made = _chat_template(EMBEDDINGS, tokenizer, template)
+    tokenizer.chat_template = made["default"] if isinstance(made, dict) else made
+    first, id = {"role": "system", "content": PLACEHOLDER}, tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    _check_encoding(tokenizer, [first], {}, [[id, *training] for training in expected])
+    return tokenizer.chat_template
+
+
+def _check_encoding(
+    tokenizer: Any, before: list[dict[str, Any]], columns: dict[str, str], expected: list[list[int]]
+) -> None:
+    """Raise ModelError if the chat template does not encode the messages `before` and each of SAMPLES as `expected`."""
+    for text, wanted in zip(SAMPLES, expected, strict=True):
+        messages = [*before, {"role": "user", "content": text, **columns}]
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if made != wanted:
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokenizer ({type(tokenizer).__name__}) encodes a text differently "
                 "after new tokens, so an exported model would get other input than in training; use infer.py or "
                 "softprompt.SoftPromptModel"
             )
-    return ids
 
 
-def _training_ids(tokenizer: Any, template: Template, text: str) -> list[int]:
-    """Return the token ids of a training row whose columns are all `text`."""
-    names = template.fields or ("instruction",)
-    rendered = template.render(dict.fromkeys(names, text), tokenizer)
+def _training_ids(tokenizer: Any, template: Template, text: str, columns: dict[str, str]) -> list[int]:
+    """Return the token ids of a training row whose first column is `text`; columns that are not given are empty."""
+    first, *others = template.fields or ("instruction",)
+    rendered = template.render({first: text, **dict.fromkeys(others, ""), **columns}, tokenizer)
     return prompt_ids(tokenizer, [rendered], template)[0]
 
 
 def _chat_template(front: str, tokenizer: Any, template: Template) -> Any:
-    """Return the chat template that begins with `front`; if the tokenizer has several, return all of them by name."""
+    """Return the chat template that begins with the statements `front`; if the tokenizer has several, return all of
+    them by name."""
     if template.spec == CHAT:
         # Jinja drops the line break after the statement, so the original template still starts at the beginning of a
         # line, on which lstrip_blocks depends.
-        head = "{{- " + _quoted(front) + " -}}{% set softprompt = true %}\n"
+        head = front + "{% set softprompt = true %}\n"
         own = tokenizer.chat_template
         return {name: head + text for name, text in own.items()} if isinstance(own, dict) else head + own
     before = "".join(tokenizer.convert_ids_to_tokens(begin_ids(tokenizer)))
-    return "{{- " + _quoted(front + before) + " -}}\n" + MESSAGE % _user_message(template)
+    return front + "{{- " + _quoted(before) + " -}}\n" + MESSAGE % _user_message(template)
 
 
 def _user_message(template: Template) -> str:

@@ -1,4 +1,5 @@
 """Export a base with its prompt as one plain transformers model: `python -m softprompt export ADAPTER --output DIR`.
+With `--engine vllm`, see `vllm`.
 
 weights            the base's, with new tokens whose embeddings are the prompt (see `bake_prompt`)
 tokenizer          with the new tokens, and a chat template that writes them before the input (see `chat_template`)
@@ -22,15 +23,15 @@ from softprompt.export.args import ExportArguments, export_arguments
 from softprompt.export.bake_prompt import bake_prompt
 from softprompt.export.chat_template import add_prompt_tokens, prompt_token_ids
 from softprompt.export.model_card import plain_model_card
-from softprompt.generation.adapters import LoadedAdapter
+from softprompt.export.source import Source, open_source
+from softprompt.export.vllm import write_for_vllm
 from softprompt.generation.requests import GenerationSettings, merge_settings
 from softprompt.models.capabilities import check_vocabulary
 from softprompt.models.loading import base_path, load_config, load_tokenizer, read_base, word_embeddings
 from softprompt.models.quantization import check_not_stored_quantized
-from softprompt.prompt.adapter_io import Adapter, load_adapter
+from softprompt.prompt.adapter_io import Adapter
 from softprompt.prompt.initial import check_fits
-from softprompt.runs.adapter_search import resolve_adapter
-from softprompt.utils.atomic_io import check_writable, new_folder
+from softprompt.utils.atomic_io import new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
 from softprompt.utils.model_config import peft_sizes, text_config
 
@@ -56,27 +57,23 @@ def export(adapter: str | os.PathLike[str], output: str | os.PathLike[str], **se
         OutputError: `output` exists, cannot be written to, or the disk is full. Nothing is left behind.
     """
     folder = os.fspath(adapter)
-    return write_plain_model(folder, export_arguments(folder, output=output, **settings))
+    return write_export(folder, export_arguments(folder, output=output, **settings))
 
 
-def write_plain_model(folder: str, arguments: ExportArguments) -> str:
+def write_export(folder: str, arguments: ExportArguments) -> str:
     """Write the adapter in `folder` as `arguments` say; see `export`."""
-    output = Path(str(arguments.output))
-    if os.path.lexists(output):
-        raise OutputError(f"--output {output} exists already; name a folder that does not, or remove it")
-    check_writable(output, "--output")
-    folder = str(resolve_adapter(folder))
-    adapter = load_adapter(folder)
-    name = arguments.model_name_or_path or adapter.base_model_name_or_path
-    if name is None:
-        raise AdapterError(f"adapter {folder}: names no base; give --model_name_or_path")
-    tuned = LoadedAdapter.from_files(folder, adapter)
+    source = open_source(folder, arguments)
+    return write_for_vllm(source) if arguments.engine == "vllm" else _write_plain_model(source)
+
+
+def _write_plain_model(source: Source) -> str:
+    folder, adapter, tuned, name, output, dtype_name = source
     check_not_stored_quantized(load_config(base_path(name)), name, "an export")
     tokenizer, base = load_tokenizer(base_path(name)), read_base(base_path(name))
     check_vocabulary(tokenizer, base, name)
     check_forward(base, base.dtype)
     _check_sizes(folder, adapter, base, name)
-    dtype = base.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = base.dtype if dtype_name == "auto" else getattr(torch, dtype_name)
     P = adapter.prompt.shape[0]
     _check_room(output, base, P, dtype)
     ids = add_prompt_tokens(tokenizer, tuned.template, P)

@@ -3,11 +3,9 @@
 import asyncio
 import json
 import re
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -29,10 +27,10 @@ from softprompt.serving.formats import (
 )
 from softprompt.serving.gate import BODY_SECONDS, CLOSED_BY_CLIENT, error_response, notes
 from softprompt.serving.metrics import CONTENT_TYPE
+from softprompt.serving.page import add_page
 from softprompt.serving.respond import respond, service_of
 from softprompt.serving.service import Service
 
-STATIC = Path(__file__).parent / "static"  # the page at /
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which must be one of a pair
 ROUTES = {
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify", "/v1/adapters", "/health", "/metrics"),
@@ -55,8 +53,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/classify", classify, methods=["POST"])
     app.add_api_route("/v1/adapters", load_adapter, methods=["POST"])
-    if STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True))
+    add_page(app)
     return app
 
 

@@ -88,14 +88,21 @@ class Registry:
         roots: The folders of --adapters.
         base: Name or path of the base.
         hidden_size: H of the base.
+        bits: The number of bits to which a flag quantized it; see `check_adapter`.
         reserved: Name that no adapter may have: the base's own.
         tell: Called with a line about each folder that cannot be offered.
     """
 
     def __init__(
-        self, roots: Sequence[Root], base: str, hidden_size: int, reserved: str, tell: Callable[[str], object]
+        self,
+        roots: Sequence[Root],
+        base: str,
+        hidden_size: int,
+        bits: int | None,
+        reserved: str,
+        tell: Callable[[str], object],
     ):
-        self._roots, self._base, self._hidden_size = roots, base, hidden_size
+        self._roots, self._base, self._hidden_size, self._bits = roots, base, hidden_size, bits
         self._reserved, self._tell = reserved, tell
         self._added: dict[str, Source] = {}
         self._served: dict[str, Served] = {}
@@ -160,7 +167,7 @@ class Registry:
             adapter = LoadedAdapter.from_folder(folder)
             if not source.named and adapter.base and base_identity(adapter.base) != base_identity(self._base):
                 raise AdapterError(f"it is for another base, {adapter.base}")
-            check_adapter(source.name, adapter, self._hidden_size, self._base)
+            check_adapter(source.name, adapter, self._hidden_size, self._base, self._bits)
             return Served(source.name, adapter, (_version(folder / WEIGHTS_FILE) or (0,))[0] // 10**9)
         except (SoftpromptError, OSError) as error:
             self._tell(f"adapter {folder} is not served: {error}")

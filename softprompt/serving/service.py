@@ -17,6 +17,7 @@ from softprompt.generation.requests import Request
 from softprompt.generation.running_batch import BatchGenerator
 from softprompt.models.capabilities import why_not_generate
 from softprompt.models.loading import word_embeddings
+from softprompt.models.quantization import bits_when_loaded
 from softprompt.serving.answer import Answer, Reply
 from softprompt.serving.args import ServeArguments
 from softprompt.serving.encode import Encoder, base_adapter
@@ -54,7 +55,8 @@ class Service:
         self.base_id = base_id(model.name)
         self.base = Served(self.base_id, base_adapter(model.tokenizer), int(time.time()))
         hidden_size = word_embeddings(model.base).embedding_dim
-        self.registry = Registry(roots, model.name, hidden_size, self.base_id, tell)
+        bits = bits_when_loaded(model.base)
+        self.registry = Registry(roots, model.name, hidden_size, bits, self.base_id, tell)
         self.encoder = Encoder(model.base, model.tokenizer, arguments)
         self.replies, self.scoring = set[Reply](), 0
         self._worker = ThreadPoolExecutor(1, "worker")  # reads folders and tokenizes

@@ -48,12 +48,12 @@ class Browser:
                 assert "error" not in told, told
                 return told["result"]
 
-    def open(self, page: Path, width: int = 1200, height: int = 900, **media: str) -> None:
-        """`media`: media="print", or a feature such as prefers_color_scheme="dark"."""
+    def open(self, page: Path | str, width: int = 1200, height: int = 900, **media: str) -> None:
+        """`page` is a file or a URL; `media`: media="print", or a feature such as prefers_color_scheme="dark"."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         features = [{"name": n.replace("_", "-"), "value": v} for n, v in media.items() if n != "media"]
         self("Emulation.setEmulatedMedia", media=media.get("media", ""), features=features)
-        self("Page.navigate", url=page.resolve().as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 

@@ -155,7 +155,7 @@ def test_the_base_is_that_of_the_newest_adapter(runs, write):
 
 def test_folders_are_looked_at_only_once_in_a_while(mini, runs, write, monkeypatch):
     monkeypatch.setattr(registry, "INTERVAL", 1000.0)
-    adapters = Registry(parse_roots([str(runs)]), "mini", mini.base.config.hidden_size, "mini", print)
+    adapters = Registry(parse_roots([str(runs)]), "mini", mini.base.config.hidden_size, None, "mini", print)
     assert adapters.all() == []
     write("late")
     assert adapters.all() == [] and adapters.get("late") is None

@@ -100,7 +100,15 @@ def test_bodies_that_are_no_json_objects(server: Running):
 
 
 def test_paths_and_methods_that_do_not_exist(server: Running):
-    for path in ("/", "/v1", "/v1/embeddings", "/v1/../../etc/passwd", "/docs", "/openapi.json"):
+    for path in (
+        "/v1",
+        "/index.html",
+        "/static/page.js",
+        "/v1/embeddings",
+        "/v1/../../etc/passwd",
+        "/docs",
+        "/openapi.json",
+    ):
         error_of(server.get(path), 404)
     error = error_of(server.get("/v1/chat/completions"), 405)
     assert "GET" in error["message"]

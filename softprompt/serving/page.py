@@ -1,0 +1,36 @@
+"""The page at /: its files, and the headers that forbid it everything but to speak with this server."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse
+from starlette.responses import Response
+
+STATIC = Path(__file__).parent / "static"
+FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "icon.svg")}}
+POLICY = "default-src 'none'; " + "; ".join(
+    [
+        *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")),
+        *(f"{use} 'none'" for use in ("base-uri", "form-action", "frame-ancestors")),
+    ]
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # a newer server's page is seen at once
+}
+
+
+def add_page(app: FastAPI) -> None:
+    """Add the routes of the page's files; they are the same for everybody, so they need no key."""
+    for path, name in FILES.items():
+        app.add_api_route(path, _answer(STATIC / name), methods=["GET", "HEAD"])
+
+
+def _answer(file: Path) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return FileResponse(file, headers=HEADERS)
+
+    return answer
