@@ -6,6 +6,7 @@ So a base that knows the answer and would word it differently gets its due, and 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from softprompt.data.dataset import Row
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, Tokenized
-from softprompt.engines.base import Engine
+from softprompt.engines.base import Engine, OnRows, nothing
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.evaluation.rows import answers_are_short, question_ids
 from softprompt.generation.likelihood import ChoiceResult, answer_token_ids, choice_result, join
@@ -121,12 +122,13 @@ class Classifier:
         return cls(list(labels), [template.own_answer(row).strip() for row in rows], ids, max_positions)
 
     def __call__(
-        self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example]
+        self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
     ) -> tuple[Classification, list[float]]:
         """Classify the rows behind a prompt [P, H] or by the bare base (None).
 
         Args:
             examples: The rows tokenized.
+            on_rows: Called with the number of rows that are done.
 
         Returns:
             The classification, and the summed loss of each row's own targets. If these are one of the labels, the loss
@@ -140,7 +142,10 @@ class Classifier:
             part = [examples[row] for row in range(start, min(start + at_once, len(examples)))]
             candidates = [self._candidates(row, example, prompt) for row, example in enumerate(part, start)]
             others = [own for own, some in zip(part, candidates, strict=True) if own not in some]
-            scored = iter(engine.row_losses(prompt, [*chain.from_iterable(candidates), *others]))
+            every = [*chain.from_iterable(candidates), *others]
+            # Each row is in `every` about once for each label.
+            of_part = partial(_report, on_rows, start, len(part) / len(every))
+            scored = iter(engine.row_losses(prompt, every, of_part))
             of_labels = [[next(scored) for _ in some] for some in candidates]
             results += [choice_result([-loss for loss in row], self.labels) for row in of_labels]
             for own, some, of_row in zip(part, candidates, of_labels, strict=True):
@@ -159,3 +164,8 @@ class Classifier:
             room = self.max_positions - (0 if prompt is None else len(prompt)) - max(map(len, labels))
             question = question[max(0, len(question) - room) :]
         return [join(question, label) for label in labels]
+
+
+def _report(on_rows: OnRows, before: int, share: float, done: int) -> None:
+    """Report `before` rows and the `share` of the `done` candidates of the rows after them."""
+    on_rows(before + round(share * done))

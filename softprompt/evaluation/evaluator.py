@@ -128,10 +128,10 @@ class Evaluator:
     def __call__(self, prompt: Tensor | None) -> Evaluation:
         """Evaluate a prompt [P, H], or the bare base (None)."""
         classification = None
-        if self.classifier:
-            classification, losses = self.classifier(self.engine, prompt, self.examples)
-        else:
-            with rows_bar(len(self.examples), "held-out loss") as on_rows:
+        with rows_bar(len(self.examples), "held-out loss") as on_rows:
+            if self.classifier:
+                classification, losses = self.classifier(self.engine, prompt, self.examples, on_rows)
+            else:
                 losses = self.engine.row_losses(prompt, self.examples, on_rows)
         answers = self._answers(self.generator, prompt) if self.generator and self.compares_answers else None
         return self._evaluation(losses, answers, classification)

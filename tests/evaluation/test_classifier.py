@@ -50,7 +50,10 @@ def test_each_label_is_scored_as_if_alone(at_once, prompt, tokenizer, monkeypatc
     data = tokenize(rows, tokenizer, Template(), max(len(e.input_ids) for e in whole(rows, tokenizer)) - 1)
     assert [cut > 0 for cut in data.missing] == [False, False, False, True, False]
     labels = labels_of_rows(rows, data, Template())
-    found, losses = Classifier.of_rows(rows, labels, Template(), tokenizer)(engine, prompt, data.examples)
+    done = list[int]()
+    classifier = Classifier.of_rows(rows, labels, Template(), tokenizer)
+    found, losses = classifier(engine, prompt, data.examples, done.append)
+    assert done == sorted(done) and done[-1] == 5  # rows, whatever the number of labels
     assert losses == pytest.approx([engine.row_losses(prompt, [e])[0] for e in data.examples], rel=1e-5)
     for row, result in zip(rows, found.results, strict=True):
         answers = [whole([{**row, "output": label}], tokenizer)[0] for label in labels]
