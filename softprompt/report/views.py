@@ -130,7 +130,14 @@ def _wrong_answers(wrong: Sequence[Mapping[str, Any]] | None, record: RunRecord)
         return None
     ranked = sorted(wrong, key=lambda row: row["loss"] or 0, reverse=True)[:MAX_WRONG]
     rows = [{**row, "question": _question(row, record)} for row in ranked]
-    return {"count": len(wrong), "rows": rows, "labels": _are_labels(rows)}
+    return {"count": _wrong_count(record) or len(wrong), "rows": rows, "labels": _are_labels(rows)}
+
+
+def _wrong_count(record: RunRecord) -> int | None:
+    """Return the number of wrong answers, of which report.json lists the first ones; None if it is unknown."""
+    compared = record.final("eval_exact_match_rows") or record.final("eval_samples")
+    right = record.final("eval_exact_match")
+    return None if compared is None or right is None else round(compared * (1 - right))
 
 
 def _are_labels(rows: Sequence[Mapping[str, Any]]) -> bool:
