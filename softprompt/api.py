@@ -17,6 +17,7 @@ from softprompt.training.result import Run
 from softprompt.training.run import run_training
 from softprompt.utils.errors import Stopped
 from softprompt.utils.std_streams import is_interactive, tolerant_streams
+from softprompt.utils.translation import translate
 
 __all__ = ["SoftPromptModel", "run_and_report", "train"]
 
@@ -49,7 +50,7 @@ def train(preset: str | None = None, **settings: Any) -> Run:
         except Stopped as stop:
             if stop.run is None or not is_interactive():
                 raise
-            print(stop)
+            print(translate(str(stop)))
             return stop.run
         if run.not_pushed:
             print(f"warning: {run.not_pushed}", file=sys.stderr)

@@ -26,6 +26,7 @@ from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import program_name
 from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
 from softprompt.utils.torchrun_env import is_distributed, is_main, may_restart
+from softprompt.utils.translation import FLAG, HELP, LANGUAGES, choose_language, translate, translate_error
 
 EXAMPLES = (
     ("Learn a first prompt, without network", "train"),
@@ -174,7 +175,7 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Run the command that the command line names, and exit."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = next((word for word in sys.argv[1:] if word in COMMANDS), "")  # after --lang, if that comes first
     run_command(_dispatch, prints_answers=name in COMMANDS and COMMANDS[name].prints_answers)
 
 
@@ -191,16 +192,21 @@ def _dispatch(argv: Sequence[str]) -> None:
 def _overview() -> argparse.ArgumentParser:
     """Return a parser whose help lists the commands; each command parses its own flags."""
     program = program_name("").strip()
+    examples = examples_text(program, EXAMPLES)
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Prompt tuning of frozen language models.",
-        epilog=f"`{program} COMMAND --help` explains the flags of a command.\n\n{examples_text(program, EXAMPLES)}",
+        description=translate("Prompt tuning of frozen language models."),
+        epilog="\n\n".join([translate(f"`{program} COMMAND --help` explains the flags of a command."), examples]),
         usage=f"{program} COMMAND [--flag value …]",
         formatter_class=HelpFormatter,
+        add_help=False,
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser._optionals.title = translate("options")
+    parser.add_argument("-h", "--help", action="help", help=translate("show this help message and exit"))
+    parser.add_argument(FLAG, choices=LANGUAGES, help=translate(HELP))
+    commands = parser.add_subparsers(title=translate("commands"), metavar="COMMAND")
     for name, known in COMMANDS.items():
-        commands.add_parser(name, help=known.help)
+        commands.add_parser(name, help=translate(known.help))
     return parser
 
 
@@ -231,11 +237,11 @@ def run_command(
 
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn:
     try:
-        main(argv)
+        main(choose_language(argv))
         sys.stdout.flush()
     except Stopped as stop:
         if is_main():
-            print(stop, file=sys.stderr)
+            print(translate(str(stop)), file=sys.stderr)
         _leave(0 if may_restart() else stop.exit_code)  # torchrun would restart a run that was asked to stop
     except SoftpromptError as error:
         run_is_whole = isinstance(error, PushError) and may_restart()  # torchrun would train it again
@@ -257,7 +263,7 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> NoReturn
 def _exit(message: str, code: int, met_by_all: bool = False) -> NoReturn:
     """Print an error and exit. An error that all ranks of torchrun have (`met_by_all`) is printed only by rank 0."""
     if is_main() or not met_by_all:
-        print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
+        print(translate_error(redacted(" ".join(message.split()))), file=sys.stderr)
     _leave(code)
 
 

@@ -14,18 +14,28 @@ from helpers.bases import make_bloom, make_tokenizer
 from helpers.short_runs import ROWS, WITHOUT_PICTURES
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.utils import translation
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the caches and the chats' history of test runs apart from those of the user who runs the tests."""
+def no_users_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the caches and the chats' history of test runs apart from those of the user who runs the tests, and show
+    messages in English whatever the user's locale is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv(translation.VARIABLE, "en")
         yield
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show messages in English, whatever language an earlier test has chosen by --lang."""
+    monkeypatch.setattr(translation, "_chosen", None)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost",
 PAGES = [*READMES, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))), "benchmarks/README.md"]
 OF_OTHERS = {"nproc_per_node", "max_restarts", "shutdown_timeout"}  # torchrun's
 # Flags that no dataclass below has: those of the programs themselves, and of the benchmarks that the guides name.
-OF_OURS = {"preset", "config", "help", "size", "starts", "seeds", "tasks", "rates", "watch"}
+OF_OURS = {"preset", "config", "help", "size", "starts", "seeds", "tasks", "rates", "watch", "lang"}
 
 
 def text_of(name: str) -> str:

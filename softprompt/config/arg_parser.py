@@ -31,8 +31,8 @@ from softprompt.config.train_args import NEWEST
 from softprompt.config.unknown_names import advice
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.shell_commands import command, program_name
+from softprompt.utils.translation import FLAG, HELP, LANGUAGES, translate
 
-HINT = r"write one that starts with - as \1=VALUE"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 WITHOUT_VALUE = {"resume_from_checkpoint": NEWEST}  # the value of a flag that is given without one
 
@@ -68,22 +68,26 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(
             program,
             f"{program} {usage}",
-            description,
+            translate(description),
             end,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
             add_help=False,
         )
-        self._positionals.title, self._optionals.title = "arguments", "flags"
+        self._positionals.title, self._optionals.title = translate("arguments"), translate("flags")
         for title, group_fields, group in in_groups(groups):
-            arguments, types = self.add_argument_group(title), get_type_hints(group)
+            arguments, types = self.add_argument_group(translate(title)), get_type_hints(group)
             for field in group_fields:
                 hint, is_hidden = types[field.name], field.name in hidden
                 _add_flag(arguments, field, hint, argparse.SUPPRESS if is_hidden else flag_help(field, hint, presets))
+        lang = self.add_argument_group(translate("language"))  # cli takes the flag out before a command is parsed
+        lang.add_argument(FLAG, choices=LANGUAGES, help=translate(HELP))
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
-        raise ConfigError(re.sub(r"^(--\w+): expected one argument$", rf"\g<0> ({HINT})", message))
+        if found := re.fullmatch(r"(--\w+): expected one argument", message):
+            message = f"{found[1]}: expected one argument (write one that starts with - as {found[1]}=VALUE)"
+        raise ConfigError(message)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return only the settings that `argv` gives. `--help` prints the help and exits with code 0.

@@ -69,9 +69,9 @@ def parse_inference(argv: Sequence[str]) -> InferConfig:
     Raises:
         ConfigError: A flag is wrong.
     """
+    switches = SWITCHES.format("--do_sample", "--do_sample")
     description = (
-        "Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal. "
-        + SWITCHES.format("--do_sample", "--do_sample")
+        f"Answer questions with a learned prompt, or evaluate prompts. Without either, chat on the terminal. {switches}"
     )
     return infer_config(**FlagParser(INFER_GROUPS, "infer", description, examples=INFER_EXAMPLES).parse(argv))
 

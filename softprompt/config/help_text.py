@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from softprompt.config.schema import takes_list, union_members
 from softprompt.utils.text_table import display_width, wrap
+from softprompt.utils.translation import translate
 
 Presets = Mapping[str, Mapping[str, Any]]
 Examples = Sequence[tuple[str, str]]  # (what a command does, its arguments)
@@ -19,6 +20,9 @@ COMMAND_INDENT = "    "  # marks the lines of an epilog that are commands
 class HelpFormatter(argparse.HelpFormatter):
     """Lays out `--help`: line breaks in texts are kept, a Chinese character is two columns wide, and switches are shown
     without the value that they may have."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, translate("usage: ") if prefix is None else prefix)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if is_switch(action):
@@ -59,19 +63,22 @@ def choices_of(hint: Any) -> list[str]:
 def flag_help(field: dataclasses.Field[Any], hint: Any, presets: Presets) -> str:
     """Return the help text of a flag for argparse: that of its field, the choices that it does not name, and the
     default, also those of the presets."""
-    text, default = field.metadata["help"], field.default
+    help, default = field.metadata["help"], field.default
+    text = "\n".join(map(translate, help.split("\n")))
+    more = str if text == help else translate  # a text that has no translation is English as a whole
     choices = choices_of(hint)
-    if not all(choice in text for choice in choices) and not _shows_choices(choices):
-        text += f" One of {', '.join(choices)}."
-    if default is not None and "(default" not in text:
-        text += f" (default: {_shown(default)})"
+    if not all(choice in help for choice in choices) and not _shows_choices(choices):
+        text += more(f" One of {', '.join(choices)}.")
+    if default is not None and "(default" not in help:
+        text += more(f" (default: {_shown(default)})")
     of_presets = [
-        f"{_shown(values[field.name])} with --preset {name}"
+        more(f"{_shown(values[field.name])} with --preset {name}")
         for name, values in presets.items()
         if values.get(field.name, default) != default
     ]
-    if of_presets and "the preset's" not in text:  # --preset lists these
-        text = f"{text.removesuffix(')')}; {', '.join(of_presets)})"
+    if of_presets and "the preset's" not in help:  # --preset lists these
+        end = more(")")
+        text = f"{text.removesuffix(end)}{more('; ')}{more(', ').join(of_presets)}{end}"
     return text.replace("%", "%%")
 
 
@@ -86,8 +93,10 @@ def preset_help(presets: Presets, summaries: Mapping[str, str]) -> str:
 
 def examples_text(command: str, examples: Examples) -> str:
     """Return the end of `--help`: commands to copy, each below what it does."""
-    lines = [f"  {what}:\n{COMMAND_INDENT}{f'{command} {arguments}'.rstrip()}" for what, arguments in examples]
-    return "\n".join(["examples:", *lines])
+    lines = []
+    for what, arguments in examples:
+        lines += [f"  {translate(what)}:", f"{COMMAND_INDENT}{f'{command} {arguments}'.rstrip()}"]
+    return "\n".join([translate("examples:"), *lines])
 
 
 def _shows_choices(choices: Sequence[str]) -> bool:

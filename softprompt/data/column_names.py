@@ -19,8 +19,10 @@ USUAL_NAMES = {
 
 def describe_columns(row: Mapping[str, Any]) -> str:
     """Describe the columns of a row for an error message. Names are quoted, since they may contain any character."""
-    more = f" and {len(row) - MAX_LISTED:,} more" if len(row) > MAX_LISTED else ""
-    return f"the columns are {', '.join(map(repr, list(row)[:MAX_LISTED]))}{more}" if row else "there are no columns"
+    names = ", ".join(map(repr, list(row)[:MAX_LISTED]))
+    if len(row) > MAX_LISTED:
+        return f"the columns are {names} and {len(row) - MAX_LISTED:,} more"
+    return f"the columns are {names}" if row else "there are no columns"
 
 
 def columns_hint(missing: Iterable[str], row: Mapping[str, Any], used: Collection[str]) -> str:

@@ -64,8 +64,10 @@ def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -
     rows = len(after.row_losses)
     if compared and rows < FEWEST_ROWS:
         rivals = " and than ".join(one.rival for one in compared)
-        few = f"{rows:,} held-out row{'s are' if rows > 1 else ' is'} too few to tell whether the prompt is better than"
-        return Verdict(f"{few} {rivals}: hold out at least {FEWEST_ROWS}.", False)
+        few = (
+            f"{rows:,} held-out row{'s are' if rows > 1 else ' is'} too few to tell whether the prompt is better than "
+        )
+        return Verdict(f"{few}{rivals}: hold out at least {FEWEST_ROWS}.", False)
     return _verdict_on(compared, advice) if compared else None
 
 

@@ -10,6 +10,7 @@ from softprompt.config.schema import build, is_text, option
 from softprompt.config.train_args import RUNS
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.utils.errors import ConfigError
+from softprompt.utils.translation import translate
 
 EXAMPLES = (
     ("Write runs/one/report.html anew", "runs/one"),
@@ -77,8 +78,12 @@ def parse_report(argv: Sequence[str]) -> ReportRequest:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="Write the page again whenever a run has logged something, until the runs end or Ctrl-C is pressed. A "
-        "browser that shows the page loads it again by itself.",
+        help=translate(
+            "Write the page again whenever a run has logged something, until the runs end or Ctrl-C is pressed. A "
+            "browser that shows the page loads it again by itself."
+        ),
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="Folder of a training run (its --output_dir).")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help=translate("Folder of a training run (its --output_dir).")
+    )
     return report_arguments(**parser.parse(argv))

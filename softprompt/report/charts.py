@@ -9,6 +9,7 @@ from markupsafe import Markup
 from softprompt.report.results import METRICS, commonest_share
 from softprompt.report.svg import Curve, heatmap, histogram, line_chart
 from softprompt.runs.run_reader import RunRecord
+from softprompt.utils.translation import translate
 
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 SHARES = ("eval_accuracy", "eval_exact_match")  # fractions from 0 to 1
@@ -42,7 +43,8 @@ def run_charts(record: RunRecord) -> list[Chart]:
         levels = [(BASE, "base alone", record.of_base(name)), (COMMONEST, "commonest label", commonest)]
         known = [(color, text, level) for color, text, level in levels if level is not None]
         curves = [Curve(0, record.series(name), markers=True), *(Curve(color, level=y) for color, _, y in known)]
-        legend = [(0, False, "with the prompt"), *((color, True, f"{text} ({y:.1%})") for color, text, y in known)]
+        legend = [(0, False, translate("with the prompt"))]
+        legend += [(color, True, f"{translate(text)} ({y:.1%})") for color, text, y in known]
         charts += _chart(name, title, curves, legend)
     return charts
 
@@ -63,10 +65,12 @@ def compared_charts(records: Sequence[RunRecord], names: Sequence[str]) -> tuple
 
 def lengths_chart(kind: str, bars: Sequence[tuple[int, int]], limit: int) -> Chart:
     """Return the histogram of the lengths of rows of a kind: "training", "held out" or "the stream's first"."""
-    title = f"Lengths of {'the training' if kind == 'training' else kind} rows"
+    title = translate(f"Lengths of {'the training' if kind == 'training' else kind} rows")
     if limit > 1.5 * bars[-1][0]:  # a line there would press the bars together
-        return Chart(title, histogram(bars, None, title), note=f"--max_length {limit:,} is longer than every row.")
-    return Chart(title, histogram(bars, limit, title), [(0, False, "rows"), (-1, True, f"--max_length {limit:,}")])
+        note = translate(f"--max_length {limit:,} is longer than every row.")
+        return Chart(title, histogram(bars, None, title), note=note)
+    legend = [(0, False, translate("rows")), (-1, True, f"--max_length {limit:,}")]
+    return Chart(title, histogram(bars, limit, title), legend)
 
 
 def cosines_chart(likeness: Mapping[str, Any]) -> Chart | None:
@@ -75,10 +79,10 @@ def cosines_chart(likeness: Mapping[str, Any]) -> Chart | None:
     if len(likeness["tokens"]) < 2:
         return None
     others = [value for i, row in enumerate(values) for j, value in enumerate(row) if i != j]
-    title = "Cosine between the virtual tokens"
+    title = translate("Cosine between the virtual tokens")
     mean = sum(others) / len(others)
     note = f"Between different tokens: {min(others):.2f} to {max(others):.2f}, {mean:.2f} on average."
-    return Chart(title, heatmap(values, title), note=note, scale=True)
+    return Chart(title, heatmap(values, title), note=translate(note), scale=True)
 
 
 def _losses(record: RunRecord) -> tuple[list[Curve], list[tuple[int, bool, str]]]:
@@ -88,11 +92,11 @@ def _losses(record: RunRecord) -> tuple[list[Curve], list[tuple[int, bool, str]]
     for color, (name, text) in enumerate(LOSSES.items()):
         if len(points := record.series(name)) > 1:
             curves.append(Curve(color, points, markers=color > 0))
-            legend.append((color, False, text))
+            legend.append((color, False, translate(text)))
     base = record.of_base("eval_loss")
     if base is not None and len(record.series("eval_loss")) > 1:
         curves.append(Curve(BASE, level=base))
-        legend.append((BASE, True, f"held out, base alone ({base:.4f})"))
+        legend.append((BASE, True, translate(f"held out, base alone ({base:.4f})")))
     return curves, legend
 
 
@@ -106,14 +110,14 @@ def _compared(records: Sequence[RunRecord], names: Sequence[str], titles: Mappin
             level: n for n in reversed(drawn) if (level := records[n].of_base(metric)) is not None
         }
         for level, n in sorted(levels.items(), key=lambda each: each[1]):
-            whose = "base alone" if len(levels) == 1 else f"{names[n]}, base alone"
+            alone = f"{translate('base alone')} ({METRICS[metric].form.format(level)})"
             curves.append(Curve(n, level=level))
-            legend.append((n, True, f"{whose} ({METRICS[metric].form.format(level)})"))
+            legend.append((n, True, alone if len(levels) == 1 else f"{names[n]}, {alone}"))
         yield from _chart(metric, title, curves, legend)
 
 
 def _chart(name: str, title: str, curves: Sequence[Curve], legend: Sequence[tuple[int, bool, str]]) -> Iterable[Chart]:
     """Yield the chart of a metric if it was measured more than once."""
-    at_zero = name == "tokens_per_second"
+    title, at_zero = translate(title), name == "tokens_per_second"
     if svg := line_chart(curves, title, logarithmic=name in LOSSES, share=name in SHARES, from_zero=at_zero):
         yield Chart(title, svg, legend)

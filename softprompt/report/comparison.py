@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from softprompt.report.charts import compared_charts
 from softprompt.report.results import METRICS, Metric, results, status
 from softprompt.runs.run_reader import RunRecord
+from softprompt.utils.translation import translate
 
 OF_THE_TASK = ("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length")
 OF_THE_TASK += ("truncation_side", "eval_dataset", "eval_split", "eval_rows")
@@ -28,7 +29,7 @@ def comparison_view(records: Sequence[RunRecord], names: Sequence[str]) -> dict[
     first, others = compared_charts(records, names)
     rows = _result_rows(records, bool(tasks), bool(bases))
     return {
-        "status": [Cell(status(record)) for record in records],
+        "status": [Cell(translate(status(record))) for record in records],
         "results": rows,
         "ranked": any(cell.best for _, cells in rows for cell in cells),
         "settings": [(name, [Cell(record.arguments.get(name)) for record in records]) for name in differ],
@@ -76,7 +77,7 @@ def _result_rows(records: Sequence[RunRecord], tasks: bool, bases: bool) -> list
         cells = []
         for of_run, record in zip(found, records, strict=True):
             result = of_run.get(name)
-            notes = [] if result is None else [f"base alone {result.base}"] if result.base else []
+            notes = [] if result is None else [f"{translate('base alone')} {result.base}"] if result.base else []
             notes += result.notes if result else ()
             value = record.final(name)
             is_best = best is not None and value is not None and metric.form.format(value) == best

@@ -23,6 +23,7 @@ from softprompt.runs.run_reader import RunRecord
 from softprompt.utils.errors import ReportError
 from softprompt.utils.redact import redacted
 from softprompt.utils.text_table import display_width
+from softprompt.utils.translation import HTML_NAMES, language, translate
 
 TEMPLATE, STYLE, SCRIPT = "report.html.jinja", "report.css", "report.js"
 MAX_CHARACTERS = 4000  # longer texts are truncated
@@ -48,6 +49,7 @@ def page(records: Sequence[RunRecord], broken: Sequence[str] = (), live: bool = 
             views.append(run_view(record, name))
     script = _text_of(SCRIPT)
     values = {
+        "lang": HTML_NAMES[language()],
         "runs": views,
         "broken": broken,
         "names": names,
@@ -68,6 +70,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.globals["_"] = translate
     environment.filters |= {"shown": _shown, "number": _number, "beginning": _beginning}
     return environment
 

@@ -68,11 +68,12 @@
   const cellsUnder = (chart, svg) => {
     const area = svg.querySelector("[data-cells]");
     const rows = area.dataset.cells.split(";").map((row) => row.split(" "));
+    const name = (i, j) => area.dataset.pair.replace("{i}", i).replace("{j}", j);
     const [left, top, size] = ["x", "y", "width"].map((name) => Number(area.getAttribute(name)));
     return (event) => {
       const [x, y] = position(event, svg);
       const [i, j] = [y - top, x - left].map((place) => Math.floor((place / size) * rows.length));
-      if (rows[i]?.[j] !== undefined) showTip(chart, svg, x, `tokens ${i + 1} and ${j + 1}`, [{ text: rows[i][j] }]);
+      if (rows[i]?.[j] !== undefined) showTip(chart, svg, x, name(i + 1, j + 1), [{ text: rows[i][j] }]);
     };
   };
 

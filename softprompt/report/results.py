@@ -81,7 +81,7 @@ def commonest_share(record: RunRecord) -> float | None:
 def status(record: RunRecord) -> str:
     """Return how far a run got, and why it ended early if that is known."""
     total = record.facts.get("total_steps")
-    steps = f"step {record.steps:,}" + (f" of {total:,}" if total else "")
+    steps = f"step {record.steps:,} of {total:,}" if total else f"step {record.steps:,}"
     if not record.ended:
         state = "running now" if record.runs_now else "not finished"
         return f"{state}: its metrics end at {steps}" if record.steps else f"{state}: no step is logged yet"
@@ -90,4 +90,4 @@ def status(record: RunRecord) -> str:
     if not total or record.steps >= total:
         return f"finished after {steps}{kept}"
     why = WHY_EARLY.get(record.facts.get("ended_early", ""), "")
-    return f"ended early at {steps}{f', {why}' if why else ''}{kept}"
+    return f"ended early at {steps}, {why}{kept}" if why else f"ended early at {steps}{kept}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from softprompt.report.axes import Axis, number, share_axis, step_axis, value_axis
+from softprompt.utils.translation import translate
 
 WIDTH, HEIGHT = 360, 214  # one chart is as wide as a phone, three as a screen
 TOP, RIGHT, BOTTOM = 8, 14, 36  # margins of the area in which the curves are
@@ -60,7 +61,7 @@ def line_chart(
     x = step_axis(max(step for curve in drawn for step, _ in curve.points))
     y = share_axis() if share else value_axis(values, logarithmic, from_zero)
     frame = _Frame(x, y)
-    parts = [frame.grid("optimizer step")]
+    parts = [frame.grid(translate("optimizer step"))]
     for color, level in levels:
         parts.append(f'<path class="level" {_colored(color)} d="M{frame.left:.1f} {frame.y(level):.1f}H{frame.end}"/>')
     parts += [_curve(frame, curve, share) for curve in drawn]
@@ -79,9 +80,9 @@ def histogram(bars: Sequence[tuple[float, int]], line: float | None, label: str)
         for a, b, n in places
     ]
     points = [(frame.x((a + b) / 2), frame.y(n)) for a, b, n in places]
-    spans = [f"{a + 1:,} to {b:,} tokens" if b > a + 1 else f"{b:,} tokens" for a, b, _ in places]
+    spans = [translate(f"{a + 1:,} to {b:,} tokens" if b > a + 1 else f"{b:,} tokens") for a, b, _ in places]
     values = _data(0, points, spans, [f"{n:,}" for _, _, n in places])
-    parts = [frame.grid("tokens of a row"), *rects, f"<g {values}></g>"]
+    parts = [frame.grid(translate("tokens of a row")), *rects, f"<g {values}></g>"]
     if line is not None:
         parts.append(f'<path class="level faint" d="M{frame.x(line):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
     return _svg(parts, label)
@@ -101,8 +102,10 @@ def heatmap(values: Sequence[Sequence[float]], label: str) -> Markup:
             middle = (tick - 0.5) * cell
             parts.append(f'<text class="end" x="{left - 5}" y="{top + middle + 4:.1f}">{text}</text>')
             parts.append(f'<text class="middle" x="{left + middle:.1f}" y="{top + size + 15}">{text}</text>')
+    pair = translate("tokens {i} and {j}")  # what the page's script names a cell
     cells = ";".join(" ".join(f"{value:.2f}" for value in row) for row in values)
-    parts.append(f'<rect class="cells" x="{left}" y="{top}" width="{size}" height="{size}" data-cells="{cells}"/>')
+    data = f'data-cells="{cells}" data-pair="{pair}"'
+    parts.append(f'<rect class="cells" x="{left}" y="{top}" width="{size}" height="{size}" {data}/>')
     return _svg(parts, label, left + size + 8, top + size + 22)
 
 
@@ -140,7 +143,7 @@ class _Frame:
 def _curve(frame: _Frame, curve: Curve, share: bool) -> str:
     shown = averaged(curve.points)
     points = [(frame.x(step), frame.y(value)) for step, value in shown]
-    steps = [f"step {step:,}" for step, _ in shown]
+    steps = [translate(f"step {step:,}") for step, _ in shown]
     values = [f"{value:.1%}" if share else number(value) for _, value in shown]
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     line = f'<polyline class="line" {_colored(curve.color)} points="{places}"/>'

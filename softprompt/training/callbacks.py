@@ -37,6 +37,7 @@ from softprompt.training.result import Run, Setup
 from softprompt.training.run_writer import RunWriter
 from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.errors import Stopped
+from softprompt.utils.translation import translate
 
 
 class RunCallbacks(Callbacks):
@@ -73,7 +74,7 @@ class RunCallbacks(Callbacks):
             return
         done = "; all of them are done" if self._is_over(step) else ""
         done = "; early stopping had ended the run there" if self._patience_is_over() else done
-        print(f"resuming after step {step:,} of {total:,}{done}")
+        print(translate(f"resuming after step {step:,} of {total:,}{done}"))
         if not done and (later := [p.name for p in checkpoints(self.output_dir) if step < step_of(p)]):
             print(f"{', '.join(later)} in {self.output_dir} will be removed when the next checkpoint is written")
 

@@ -18,6 +18,7 @@ from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.quantization import stored_method
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.lr_schedules import farthest_move, learning_rates
+from softprompt.utils.translation import translate
 
 # The values of a RANDOM prompt have size 1. If training moves them by less than this, they hardly change.
 LEAST_MOVE = 0.1
@@ -29,7 +30,7 @@ LEAST_SLOWER = 2
 def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
     """Print the number of rows, their columns, the first row, and `notes` on the rows."""
     rows = "rows" if count is None else f"{count:,} rows"
-    print(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}")
+    print(translate(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}"))
     for name, value in first.items():
         print(f"  {name}: {_shortened(str(value))}")
     for note in notes:
@@ -42,11 +43,11 @@ def print_data(
     """Print how many rows and tokens there are. For a stream, `data` are its first rows and `buffer_size` is its
     shuffle buffer. `ignored` are keys of messages that the chat template does not read, with the number of rows."""
     if buffer_size:
-        print(f"Training rows are streamed (shuffle buffer {buffer_size:,}). First rows: {data}")
+        print(translate(f"Training rows are streamed (shuffle buffer {buffer_size:,}). First rows: {data}"))
     else:
-        print(f"Training: {data}")
+        print(translate(f"Training: {data}"))
     if held_out:
-        print(f"Held out: {held_out}")
+        print(translate(f"Held out: {held_out}"))
     if ignored:
         told = ", ".join(f"{key} (in {rows:,} rows)" for key, rows in ignored.items())
         print(f"keys of messages that the chat template does not read: {told}")
@@ -73,7 +74,7 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     """Print the sizes of prompt and base, and the engine. `how` says how the engine was chosen."""
     if config.model.print_model:
         print(model)
-    print(model.trainable_parameters_line())
+    print(translate(model.trainable_parameters_line()))
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     method = stored_method(model.base.config)
@@ -81,9 +82,10 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     prompt = config.prompt
     start = f"the one in {prompt.init_adapter}" if prompt.init_adapter else prompt.prompt_tuning_init
     start += f", {described}" if (described := describe_encoder(config, model.prompt)) else ""
-    print(f"Base {config.model.model_name_or_path}{held} on {engine.device}, {name}, {engine}; initial prompt: {start}")
+    base = f"{config.model.model_name_or_path}{held}"
+    print(translate(f"Base {base} on {engine.device}, {name}, {engine}; initial prompt: {start}"))
     if how:
-        print(how)
+        print(translate(how))
     if engine.device.type == "cpu" and engine.compute_dtype is torch.bfloat16:
         warn_if_bf16_is_slow()
 
@@ -127,10 +129,9 @@ def print_steps(
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
     made = f"{made}, devices × batch × accumulation"
     made = made if rows == rows_of_a_step(args, devices) else "as in the checkpoint"
-    print(
-        f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}, learning rate "
-        f"{'to be found' if searches else f'{peak:g}'} ({args.lr_scheduler_type}) → {output_dir}/"
-    )
+    steps = f"{total:,} optimizer steps of {rows} rows{f' ({made})' if devices > 1 else ''}"
+    rate = "learning rate to be found" if searches else f"learning rate {peak:g}"
+    print(translate(f"{steps}, {rate} ({args.lr_scheduler_type}) → {output_dir}/"))
     if searches:
         return
     move, start = farthest_move(learning_rates(args, peak, total), total), config.prompt
@@ -138,9 +139,11 @@ def print_steps(
     if is_random and start.prompt_reparameterization == "none" and move < LEAST_MOVE:
         needed = peak / move
         print(
-            f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than about "
-            f"{move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 need about "
-            f"--learning_rate {needed:.1g}"
+            translate(
+                f"warning: --learning_rate {peak:g} over {total:,} steps moves no value of the prompt by more than "
+                f"about {move:.2g}, while a RANDOM prompt's values have size 1: it will not learn. Values of size 1 "
+                f"need about --learning_rate {needed:.1g}"
+            )
         )
 
 

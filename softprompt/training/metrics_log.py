@@ -17,6 +17,7 @@ from softprompt.training.tensorboard import TensorBoardLog
 from softprompt.utils.progress import log_stream, progress_bar, show_fields, shows_bars
 from softprompt.utils.redact import redacted
 from softprompt.utils.std_streams import null_stream
+from softprompt.utils.translation import translate
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class MetricsLog:
             self.board.log(record)
         self._write(self._write_whole if self.behind else lambda: self._append(record))
         if not self.live or "eval_loss" in record:
-            self.say("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
+            self._print("  ".join(f"{name} {_short(value)}" for name, value in record.items() if value is not None))
 
     def on_end(self, results: Metrics) -> None:
         """Send the results that are known only at the end to TensorBoard. They are not added to metrics.jsonl."""
@@ -115,8 +116,11 @@ class MetricsLog:
             self.board.log({"step": self.totals.steps, **known})
 
     def say(self, text: str) -> None:
-        """Print a line without disturbing the bar."""
-        self._show(lambda: tqdm.write(redacted(text), file=self.stream))
+        """Print a message without disturbing the bar."""
+        self._print(translate(text))
+
+    def _print(self, line: str) -> None:
+        self._show(lambda: tqdm.write(redacted(line), file=self.stream))
         self._show(self.stream.flush)
 
     def _write_whole(self) -> None:

@@ -15,6 +15,7 @@ from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run
 from softprompt.utils.shell_commands import command, flag
 from softprompt.utils.text_table import Rows, display_width, html_table, shortened, table, terminal_width
+from softprompt.utils.translation import translate
 
 EXAMPLES = 3  # held-out rows that are shown; more if there are more labels
 WIDTH, LABEL_WIDTH = 44, 16  # columns of the terminal for a text, and for a label in the head of a table
@@ -27,17 +28,18 @@ def summary(run: Run) -> str:
     parts = [part if isinstance(part, str) else _fitting_table(part, width) for part in _parts(run)]
     if run.no_answers:
         ask = command("infer")
-        parts.append(f"No answers: {run.no_answers}; --choices and --eval_dataset of {ask} work without it")
+        note = f"No answers: {run.no_answers}; --choices and --eval_dataset of {ask} work without it"
+        parts.append(translate(note))
     elif run.question:
-        parts.append(f"Try: {infer_command(run, run.question)}")
+        parts.append(translate(f"Try: {infer_command(run, run.question)}"))
     return "\n" + "\n\n".join(parts)
 
 
 def html_summary(run: Run) -> str:
     """Return the tables and the verdict of `summary` as HTML, below the run's folder and, if the run was stopped, below
     how to continue."""
-    lines = [f"<p>Run in <code>{escape(str(run.output_dir))}</code></p>"]
-    lines += [f"<p>{escape(run.stopped)}</p>"] if run.stopped else []
+    lines = [f"<p>{translate('Run in')} <code>{escape(str(run.output_dir))}</code></p>"]
+    lines += [f"<p>{escape(translate(run.stopped))}</p>"] if run.stopped else []
     lines += [f"<p>{escape(part)}</p>" if isinstance(part, str) else html_table(part) for part in _parts(run)]
     return "\n".join(lines)
 
@@ -52,7 +54,7 @@ def _fitting_table(rows: Rows, width: int) -> str:
     cannot fit is replaced by a line that says where it is."""
     text = table(rows, width)
     if max(map(display_width, text.splitlines())) > width:
-        return f"The table of {len(rows) - 1} labels is wider than the terminal; see the report."
+        return translate(f"The table of {len(rows) - 1} labels is wider than the terminal; see the report.")
     return text
 
 
@@ -78,6 +80,7 @@ def _figures(run: Run) -> Rows:
         rows.append(("seconds of training", "", "", f"{metrics['train_runtime']:.1f}", ""))
         rows.append(("tokens per second", "", "", f"{metrics['train_tokens_per_second']:,.0f}", ""))
         rows.append(("adapter, bytes", "", "", f"{run.adapter_bytes:,}", ""))
+    rows = [tuple(map(translate, rows[0])), *((translate(name), *values) for name, *values in rows[1:])]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return list(zip(*columns, strict=True))
 
@@ -110,16 +113,20 @@ def _always(run: Run) -> str:
 def _verdict(run: Run) -> str:
     """Return whether the prompt is of use, and on how many rows this is based if some were left out."""
     held_out = run.setup.data.held_out
-    lines = [run.verdict.sentence] if run.verdict else []
+    lines = [translate(run.verdict.sentence)] if run.verdict else []
     if held_out and run.after and len(held_out.examples) < held_out.rows:
-        lines.append(f"Evaluated on {held_out.used_rows}: {'; '.join(describe_losses(0, held_out.without_target, 0))}")
+        losses = "; ".join(describe_losses(0, held_out.without_target, 0))
+        lines.append(translate(f"Evaluated on {held_out.used_rows}: {losses}"))
     return "\n".join(lines)
 
 
 def _confusion(run: Run) -> Rows:
     """Return the confusion matrix of the prompt; empty if the answers are not labels."""
     classification = run.after.classification if run.after else None
-    return classification.confusion_matrix.text_rows if classification else []
+    if classification is None:
+        return []
+    (corner, *labels), *rows = classification.confusion_matrix.text_rows
+    return [[translate(corner), *labels], *rows]
 
 
 def _examples(run: Run) -> Rows:
@@ -127,7 +134,7 @@ def _examples(run: Run) -> Rows:
     compared = AnswerComparison.of(run.evaluator, run.before, run.after)
     if compared is None:
         return []
-    rows = [("held-out row", "expected", "base alone", "with prompt")]
+    rows = [tuple(map(translate, ("held-out row", "expected", "base alone", "with prompt")))]
     for one in compared.selected(EXAMPLES):
         before, after = _marked(one.before, one.correct_before), _marked(one.after, one.correct_after)
         rows.append((_plain(one.question), _plain(one.expected), before, after))

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from tqdm.utils import disp_len
 
 from softprompt.utils.torchrun_env import is_main
+from softprompt.utils.translation import translate
 
 DELAY = 1.0  # seconds; what takes less gets no bar
 
@@ -35,7 +36,7 @@ def shows_bars() -> bool:
 
 def say(text: str) -> None:
     """Write a line to `log_stream` without disturbing bars."""
-    tqdm.write(text, file=log_stream())
+    tqdm.write(translate(text), file=log_stream())
 
 
 def bar_settings() -> dict[str, Any]:

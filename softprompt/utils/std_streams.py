@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
+from softprompt.utils.translation import translate
+
 
 class BestEffortStream:
     """A wrapper of a text stream that never raises.
@@ -46,8 +48,8 @@ def null_stream() -> TextIO:
 
 
 def tell(text: str) -> None:
-    """Print on stderr, so that stdout holds only answers."""
-    print(text, file=sys.stderr)
+    """Print a message on stderr, so that stdout holds only answers."""
+    print(translate(text), file=sys.stderr)
 
 
 @contextmanager

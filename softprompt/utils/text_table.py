@@ -1,12 +1,16 @@
 """Tables: as plain text for a terminal, where a Chinese character is two columns wide, and as HTML for a notebook."""
 
+import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 Rows = Sequence[Sequence[str]]
-
+OPENING, CLOSING = "（《“‘", "，。；：！？、）》”’…"  # Chinese punctuation that does not end, or begin, a line
+UNBROKEN = 12  # columns of a word that is not broken between Chinese characters
+WIDE = "\u2e80-\u9fff"  # Chinese characters, between which a line may be broken
+PIECE = re.compile(rf"[{OPENING}]*(?:[{WIDE}][,.;:!?)]*|[^{WIDE}{OPENING}{CLOSING}]+|(?=[{CLOSING}])|$)[{CLOSING}]*")
 GAP = 2  # columns of the terminal between two cells
 NARROWEST = 8  # cells are not shortened to less than this
 
@@ -78,13 +82,20 @@ def display_width(text: str) -> int:
 
 
 def wrap(text: str, width: int, hanging: str = "") -> list[str]:
-    """Break a text at white space into lines of at most `width` columns; a longer word has a line of its own. The
-    indentation of the text is kept, and the lines after the first begin with `hanging`."""
+    """Break a text at white space, or between Chinese characters, into lines of at most `width` columns; a longer word
+    has a line of its own. The indentation of the text is kept, and the lines after the first begin with `hanging`."""
     lines, line = list[str](), text[: len(text) - len(text.lstrip())]
-    for word in text.split():
-        longer = f"{line} {word}" if line.strip() else line + word
+    for space, piece in _pieces(text):
+        longer = line + space + piece if line.strip() else line + piece
         if line.strip() and display_width(longer) > width:
             lines.append(line)
-            longer = hanging + word
+            longer = hanging + piece
         line = longer
     return [*lines, line]
+
+
+def _pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Yield what may begin a line, each with the space before it."""
+    for word in text.split():
+        pieces = [piece for piece in PIECE.findall(word) if piece] if display_width(word) > UNBROKEN else [word]
+        yield from zip([" ", *[""] * (len(pieces) - 1)], pieces, strict=True)

@@ -60,7 +60,7 @@ def test_help_fits_the_terminal_and_ends_with_commands_that_work(name, width, ca
 def test_presets_come_first_with_what_they_hold(capsys, monkeypatch):
     text = help_of("train", 120, capsys, monkeypatch)
     flags = re.findall(r"^  --(\w+)", text, re.M)
-    assert flags[0] == "preset" and len(flags) == len(set(flags)) == 2 + sum(len(fields(group)) for group in GROUPS)
+    assert flags[0] == "preset" and len(flags) == len(set(flags)) == 3 + sum(len(fields(group)) for group in GROUPS)
     start = " ".join(text[: text.index("  --config")].split())
     for name, values in PRESETS.items():
         held = start[start.index(f" {name}: ") :].partition("(")[2].partition(")")[0]

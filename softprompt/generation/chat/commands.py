@@ -21,6 +21,7 @@ from softprompt.generation.likelihood import check_choices
 from softprompt.runs.adapter_search import adapters_under
 from softprompt.utils.errors import AdapterError, ConfigError
 from softprompt.utils.text_table import aligned
+from softprompt.utils.translation import translate
 
 LEAVING = (LEAVE, "/bye", "/quit")
 HELP = ("/help", "/?")
@@ -70,10 +71,12 @@ def describe_turns(session: ChatSession) -> str:
     """Return one line that says which turns precede a question."""
     n = session.history
     if n is None and session.template.spec == CHAT:
-        return "Earlier turns precede each question, as the chat template has it; /clear forgets them."
+        return translate("Earlier turns precede each question, as the chat template has it; /clear forgets them.")
     if not n:
-        return "Each question is answered by itself, as in training; /history N puts earlier turns before it."
-    return f"The last {'turn precedes' if n == 1 else f'{n} turns precede'} each question; /history 0 ends that."
+        alone = "Each question is answered by itself, as in training; /history N puts earlier turns before it."
+        return translate(alone)
+    turns = "turn precedes" if n == 1 else f"{n} turns precede"
+    return translate(f"The last {turns} each question; /history 0 ends that.")
 
 
 def _find(name: str) -> Command | None:
@@ -81,8 +84,8 @@ def _find(name: str) -> Command | None:
 
 
 def _help(session: ChatSession, text: str) -> str:
-    rows = [(command.usage, command.help) for command in COMMANDS.values()]
-    return aligned([*rows, (", ".join(LEAVING), "leave, as Ctrl-D and the line `exit` do")])
+    rows = [(command.usage, translate(command.help)) for command in COMMANDS.values()]
+    return aligned([*rows, (", ".join(LEAVING), translate("leave, as Ctrl-D and the line `exit` do"))])
 
 
 def _adapter(session: ChatSession, text: str) -> str:
@@ -106,14 +109,14 @@ def _adapters(session: ChatSession, text: str) -> str:
             try:
                 rows.append(_adapter_row(session, folder, LoadedAdapter.from_folder(folder)))
             except AdapterError as error:
-                rows.append((f"  {folder}", f"cannot be read: {error}", ""))
+                rows.append((f"  {folder}", translate(f"cannot be read: {error}"), ""))
     return aligned([*rows, _adapter_row(session, NONE, LoadedAdapter())])
 
 
 def _adapter_row(session: ChatSession, name: str, adapter: LoadedAdapter) -> tuple[str, str, str]:
     tokens = "the base without a prompt" if adapter.prompt is None else f"{len(adapter.prompt)} virtual tokens"
-    base = "" if adapter.base in (None, session.model.name) else f"trained on {adapter.base}"
-    return f"{'*' if session.adapter == name else ' '} {name}", tokens, base
+    base = "" if adapter.base in (None, session.model.name) else translate(f"trained on {adapter.base}")
+    return f"{'*' if session.adapter == name else ' '} {name}", translate(tokens), base
 
 
 def _runs() -> list[str]:
@@ -127,21 +130,22 @@ def _runs() -> list[str]:
 def _input(session: ChatSession, text: str) -> str:
     if not text:
         session.input = None
-        return "The input is empty again."
+        return translate("The input is empty again.")
     value = unquoted(text)
     session.template.row("?", value)  # raises if the template has no column for it
     session.input = value
-    return f"Questions are about this input from now on ({session.template.second}); /input alone empties it."
+    column = session.template.second
+    return translate(f"Questions are about this input from now on ({column}); /input alone empties it.")
 
 
 def _choices(session: ChatSession, text: str) -> str:
     if not text:
         session.choices = []
-        return "Answers are generated."
+        return translate("Answers are generated.")
     choices = parse_labels(text)
     check_choices(choices)
     session.choices = choices
-    return f"Answers are chosen among {', '.join(choices)}; /choices alone generates them again."
+    return translate(f"Answers are chosen among {', '.join(choices)}; /choices alone generates them again.")
 
 
 def _history(session: ChatSession, text: str) -> str:
@@ -154,7 +158,7 @@ def _history(session: ChatSession, text: str) -> str:
 
 def _clear(session: ChatSession, text: str) -> str:
     session.turns.clear()
-    return "The earlier turns are forgotten."
+    return translate("The earlier turns are forgotten.")
 
 
 def _set(session: ChatSession, text: str) -> str:

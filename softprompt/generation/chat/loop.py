@@ -8,6 +8,7 @@ from softprompt.generation.chat.messages import read_message
 from softprompt.generation.chat.session import ChatSession, short_name
 from softprompt.generation.chat.terminal import Terminal
 from softprompt.utils.errors import SoftpromptError
+from softprompt.utils.translation import translate, translate_error
 
 MAX_PROMPT = 32  # characters of an adapter's name before the cursor
 LEAVE_HINT = "(Ctrl-D or /exit leaves)"
@@ -29,17 +30,18 @@ def hold_chat(
         describe_error: Returns what to display about an error.
     """
     display = _Display(write)
-    display.line(f"Type a question; /? lists the commands; Ctrl-D or /exit leaves.\n{describe_turns(session)}")
+    display.line(translate("Type a question; /? lists the commands; Ctrl-D or /exit leaves."))
+    display.line(describe_turns(session))
     while True:
         try:
             message = read_message(terminal.read, f"{prompt_of(session)}> ")
         except EOFError:
             return
         except KeyboardInterrupt:
-            display.line(LEAVE_HINT)
+            display.line(translate(LEAVE_HINT))
             continue
         except SoftpromptError as error:
-            display.line(f"error: {error}")
+            display.line(translate_error(str(error)))
             continue
         if message.typed.strip():
             terminal.remember(message.typed)
@@ -47,15 +49,15 @@ def hold_chat(
             return
         try:
             if message.command:
-                keys = f"\n\n{terminal.keys}" if message.command in HELP else ""
-                display.line(run_command(session, message) + keys)
+                keys = ["", *map(translate, terminal.keys.split("\n"))] if message.command in HELP else []
+                display.line("\n".join([run_command(session, message), *keys]))
             elif message.text.strip():
                 session.answer(message.text, display.write, stream)
         except KeyboardInterrupt:
             display.write("\n")  # the terminal has displayed ^C
-            display.line(f"(stopped) {LEAVE_HINT}")
+            display.line(translate(f"(stopped) {LEAVE_HINT}"))
         except Exception as error:
-            display.line(f"error: {' '.join(describe_error(error).split())}")
+            display.line(translate_error(" ".join(describe_error(error).split())))
 
 
 class _Display:

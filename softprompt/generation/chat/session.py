@@ -16,6 +16,7 @@ from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import StreamSettings
 from softprompt.prompt.adapter_io import CHECKPOINT
 from softprompt.utils.errors import DataError
+from softprompt.utils.translation import translate
 
 WHERE = "this question"  # in error messages
 
@@ -134,9 +135,8 @@ class ChatSession:
         while earlier and 2 * self._room(row := self._conversation(earlier, question)) < room:
             earlier, row, self.left_out = earlier[1:], alone, self.left_out + 1
         if self.left_out and not before:
-            write(
-                "(the earliest turns no longer fit before a question and are left out; /set max_length N makes room)\n"
-            )
+            note = "(the earliest turns no longer fit before a question and are left out; /set max_length N makes room)"
+            write(f"{translate(note)}\n")
         return row
 
     def _room(self, row: dict[str, Any]) -> int:
