@@ -64,10 +64,11 @@ def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -
     rows = len(after.row_losses)
     if compared and rows < FEWEST_ROWS:
         rivals = " and than ".join(one.rival for one in compared)
-        few = (
+        sentence = (
             f"{rows:,} held-out row{'s are' if rows > 1 else ' is'} too few to tell whether the prompt is better than "
+            f"{rivals}: hold out at least {FEWEST_ROWS}."
         )
-        return Verdict(f"{few}{rivals}: hold out at least {FEWEST_ROWS}.", False)
+        return Verdict(sentence, False)
     return _verdict_on(compared, advice) if compared else None
 
 
@@ -103,17 +104,16 @@ def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdic
         details = "; ".join(one.detail for one in compared if one.detail)
         better_than = " and than ".join(one.rival for one in compared)
         return Verdict(f"Better than {better_than}{': ' if details else ''}{details}.", True)
-    worse = [one.rival for one in behind if one.significant]
-    same = [one.rival for one in behind if not one.significant]
-    parts = [
-        *([f"worse than {' and than '.join(worse)}"] if worse else []),
-        *([f"not better than {' or than '.join(same)}"] if same else []),
-    ]
+    worse = " and than ".join(one.rival for one in behind if one.significant)
+    same = " or than ".join(one.rival for one in behind if not one.significant)
+    if worse and same:
+        sentence = f"Worse than {worse} and not better than {same}"
+    else:
+        sentence = f"Worse than {worse}" if worse else f"Not better than {same}"
     # On the rows at hand the prompt is ahead of all of them, so that more rows could tell.
     ahead = all(one.advantage > 0 for one in behind)
     ways = [*advice, *([MORE_ROWS] if advice and ahead else [])]
-    sentence = " and ".join(parts)
-    return Verdict(f"{sentence[0].upper()}{sentence[1:]}{': ' if ways else ''}{_either(ways)}.", False)
+    return Verdict(f"{sentence}{': ' if ways else ''}{_either(ways)}.", False)
 
 
 def _either(ways: Sequence[str]) -> str:

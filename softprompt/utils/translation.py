@@ -6,9 +6,9 @@ text in which {name} stands for any text, as in f-strings:
 
     "{path}: no such file": "{path}：没有这个文件"
 
-What a text of the section "joints" joins is translated part by part. A text without a translation stays English as a whole. {name!t} in
-a translation inserts the translation of what {name} stands for; if that has none, the whole text stays English. A
-translation may leave out a name that begins with an underscore, such as a plural's ending.
+What a text of the section "joints" joins is translated part by part. A text without a translation stays English as a
+whole. {name!t} in a translation inserts the translation of what {name} stands for; if that has none, the whole text
+stays English. A translation may leave out a name that begins with an underscore, such as a plural's ending.
 """
 
 import json
