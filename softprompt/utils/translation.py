@@ -25,6 +25,7 @@ FLAG, VARIABLE = "--lang", "SOFTPROMPT_LANG"
 LANGUAGES = ("en", "zh")
 HELP = f"Show help, messages and reports in this language. (default: {VARIABLE}, else the locale's, else en)"
 LOCALE_VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")
+CLAUSES = "; "  # joins the clauses of a message; a placeholder stands for text within one of them
 PLACEHOLDER = re.compile(r"\{(\w+)(!t)?\}")
 HTML_NAMES = {"en": "en", "zh": "zh-CN"}
 _chosen: str | None = None  # by --lang
@@ -92,12 +93,19 @@ def _translation(text: str, chosen: str) -> str | None:
     exact, templates = _catalogue(chosen)
     if text in exact:
         return exact[text]
-    for joint, translated in _joints(chosen).items():
-        if joint in text and None not in (parts := [_translation(part, chosen) for part in text.split(joint)]):
-            return translated.join(map(str, parts))
+    if made := _in_parts(text, chosen, CLAUSES):
+        return made
     for template in templates:
         if (found := template.pattern.fullmatch(text)) and (made := _filled(template, found.groupdict(), chosen)):
             return made
+    return _in_parts(text, chosen, *_joints(chosen))
+
+
+def _in_parts(text: str, chosen: str, *joints: str) -> str | None:
+    """Return the translations of what a joint joins; None if there are no parts, or one has no translation."""
+    for joint in joints:
+        if joint in text and None not in (parts := [_translation(part, chosen) for part in text.split(joint)]):
+            return _joints(chosen)[joint].join(map(str, parts))
     return None
 
 
@@ -108,7 +116,7 @@ def _filled(template: Template, values: Mapping[str, Any], chosen: str) -> str |
         value = values[place[1]]
         if place[2] and value:
             value = _translation(value, chosen)
-        elif "; " in value:  # a clause of the message, of which the template knows nothing
+        elif CLAUSES in value:  # a clause of the message, of which the template knows nothing
             value = None
         if value is None:
             return None
