@@ -89,7 +89,7 @@ def test_a_folder_of_any_name(name, tmp_path, monkeypatch):
     resumed = parse_training(shlex.split(resume_command(Path(name)))[2:])
     assert resumed.training.resume_from_checkpoint != "newest"
     assert os.path.normpath(resumed.training.resume_from_checkpoint) == name
-    runs, _ = parse_report(shlex.split(argument(name)))
+    runs, *_ = parse_report(shlex.split(argument(name)))
     assert [os.path.normpath(run) for run in runs] == [name]
     program, pushed = [], shlex.split(upload_command("me/it", Path(name), SharingArguments()))
     while pushed[0] != "push":
