@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import torch
+from arguments import ArgumentParser
 from contestants import SEED
 from measure import machine
 
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--model_name_or_path", nargs="+", default=["mini"], help="folders of bases, or mini")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])

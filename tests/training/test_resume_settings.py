@@ -124,7 +124,7 @@ def test_settings_of_the_initial_prompt_are_the_checkpoints(given, capsys):
 @pytest.mark.parametrize(
     "begun, given, flag",
     [
-        ({}, {"eval_steps": 5}, "--eval_strategy steps needs held-out rows"),
+        ({}, {"eval_steps": 5}, "--eval_steps 5 needs held-out rows"),
         ({"eval_rows": 4, "eval_steps": 5, "load_best_model_at_end": True}, {"eval_strategy": "no"}, "--load_best"),
         ({}, {"buffer_size": 9}, "--buffer_size is only used with --streaming"),
         ({}, {"hub_model_id": "a/b"}, "--hub_model_id is only used with --push_to_hub"),
