@@ -15,7 +15,7 @@ class Message(NamedTuple):
 
     Attributes:
         command: The command in lower case with its slash; empty for a question.
-        text: The question, or the text behind the command.
+        text: The question, or the text after the command.
         typed: The whole message as it was typed, for the history.
     """
 
@@ -27,9 +27,9 @@ class Message(NamedTuple):
 def read_message(read: Callable[[str], str], prompt: str) -> Message:
     """Read one message.
 
-    A line that begins a question, or the text behind a command, with three quotation marks begins a message of several
-    lines, which the next three quotation marks at the end of a line end. What they enclose is taken as it is: it is a
-    question even if it looks like a command.
+    If a question, or the text after a command, begins with three quotation marks, the message ends with the next line
+    that ends with three quotation marks. The text between them is not interpreted: it is a question even if it looks
+    like a command.
 
     Args:
         read: Displays its argument before the cursor and returns the next line, or several lines that were pasted.
