@@ -4,18 +4,18 @@
     python benchmarks/serve.py --model_name_or_path FOLDER --clients 1 8 32 --adapters 1 8 --requests 4
     python benchmarks/serve.py --sides serve --clients 4 --adapters 1 --new_tokens 8 --requests 1 --rounds 1
 
-Each server is a process of its own, and the clients are another one, so that they do not share Python's global
-interpreter lock. A client sends one request after the other, each a chat that is streamed: a text of --prompt_tokens
-tokens or so (drawn from the words of the vocabulary), to one of the adapters in turn. Prompts of P virtual tokens are
-random, answers are greedy and have --new_tokens tokens, because the end token is never chosen.
+Each server is a process of its own, and the clients are another one, so that they do not share Python's lock. A client
+sends one request after the other, each a chat that is streamed: a text of --prompt_tokens tokens or so (drawn from the
+words of the vocabulary), to one of the adapters in turn. Prompts of P virtual tokens are random, answers are greedy and
+have --new_tokens tokens, because no end token is taken.
 
 Contestants:
 
 * `serve`: `softprompt serve`, one process for all adapters;
 * `transformers`: `transformers serve` on the folder that `softprompt export` writes, which holds one adapter. So with
-  several adapters, one process after the other serves one folder to its share of the clients; the time to start the
-  processes is not counted. It is left out if `transformers[serving]` is not installed. Its answers may end early; the
-  tokens that it wrote are counted. `--transformers_flags continuous-batching` gives it that flag.
+  several adapters, the folders take turns, each for its share of the clients in a process of its own, and the time to
+  start the processes is not counted. It is left out if `transformers[serving]` is not installed. Its answers may end
+  early; the tokens that it wrote are counted. `--transformers_flags continuous-batching` gives it that flag.
 
 They take turns for --rounds rounds, after one request each to warm up. tokens/s counts the tokens of all answers over
 the time from the first request to the last answer; `first` is the median time from a request to its first token, `p99`

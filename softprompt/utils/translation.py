@@ -1,8 +1,8 @@
 """Translation of the texts that users read: English, or Chinese from the catalogue locale/zh.json.
 
 Messages are written in English; exceptions and data files always contain the English text. It is passed through
-`translate` only where it is shown (terminal, --help, report page). A key of the catalogue is an English text in which {name} stands
-for any text, as in f-strings:
+`translate` only where it is shown (terminal, --help, report page). A key of the catalogue is an English text in which
+{name} stands for any text, as in f-strings:
 
     "{path}: no such file": "{path}：没有这个文件"
 
