@@ -33,8 +33,8 @@ def serve(config: ServeConfig) -> None:
         SoftpromptError: The adapters' folders or the base cannot be used, or the address is taken.
     """
     server, settings = config.server, config.model
-    # The model thread and the event loop share Python's lock. With its default interval, either may wait 5 ms per
-    # token.
+    # The model thread and the event loop share Python's global interpreter lock. With its default switch interval,
+    # either may wait 5 ms for each token.
     sys.setswitchinterval(5e-4)
     roots = parse_roots(server.adapters)
     base = settings.model_name_or_path or base_of(roots)

@@ -27,9 +27,9 @@ class Message(NamedTuple):
 def read_message(read: Callable[[str], str], prompt: str) -> Message:
     """Read one message.
 
-    If a question, or the text after a command, begins with three quotation marks, the message ends with the next line
-    that ends with three quotation marks. The text between them is not interpreted: it is a question even if it looks
-    like a command.
+    If a question, or the text after a command, begins with three quotation marks, the message ends with the first line
+    that ends with three further ones. The text between them is not interpreted: without a command before it, it is a
+    question even if it looks like a command.
 
     Args:
         read: Displays its argument before the cursor and returns the next line, or several lines that were pasted.
