@@ -1,4 +1,4 @@
-"""The text of `--help`: what it says about each flag, and how it is laid out."""
+"""The text of `--help`: the help of each flag, and the layout."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from softprompt.utils.translation import translate
 Presets = Mapping[str, Mapping[str, Any]]
 Examples = Sequence[tuple[str, str]]  # (what a command does, its arguments)
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-MAX_CHOICES_WIDTH = 32  # columns of `a,b,…` behind a flag; longer choices are listed in the help text only
+MAX_CHOICES_WIDTH = 32  # maximum columns of `a,b,…` after a flag; longer choices are listed only in the help text
 COMMAND_INDENT = "    "  # marks the lines of an epilog that are commands
 
 
@@ -61,11 +61,11 @@ def choices_of(hint: Any) -> list[str]:
 
 
 def flag_help(field: dataclasses.Field[Any], hint: Any, presets: Presets) -> str:
-    """Return the help text of a flag for argparse: that of its field, the choices that it does not name, and the
-    default, also those of the presets."""
+    """Return the help text of a flag for argparse: the text of its field, the choices that this text does not name, the
+    default, and the values of presets that differ from it."""
     help, default = field.metadata["help"], field.default
     text = "\n".join(map(translate, help.split("\n")))
-    more = str if text == help else translate  # a text that has no translation is English as a whole
+    more = str if text == help else translate  # so that a text without a translation is entirely in English
     choices = choices_of(hint)
     if not all(choice in help for choice in choices) and not _shows_choices(choices):
         text += more(f" One of {', '.join(choices)}.")

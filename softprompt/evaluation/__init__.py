@@ -2,8 +2,9 @@
 
 In: an engine, a generator, and tokenized rows with their answers. Out: loss, perplexity and exact match (`evaluator`),
 during training as well as afterwards, and for rows whose answers are labels the classification of each row by its
-likelier label (`classifier`), with accuracy, macro F1 and confusion matrix. `intervals` says how far these can be
-trusted, `verdict` whether the prompt is of use, and `answer_comparison` shows rows that are answered well and badly.
+likeliest label (`classifier`), with accuracy, macro F1 and confusion matrix. `intervals` says how uncertain these
+metrics are, `verdict` whether the prompt is of use, and `answer_comparison` shows rows that are answered well and
+badly.
 
 For several adapters on one dataset, `side_by_side` and `comparison_report` make a table of the same metrics; for
 several prompts that vote, `ensemble` computes the metrics of the ensemble.

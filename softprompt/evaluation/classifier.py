@@ -1,6 +1,7 @@
 """Classify rows whose answers are a few labels: by the label that is the likeliest answer, not by the generated text.
 
-So a base that knows the answer and would word it differently gets its due, and so does one that cannot generate.
+So an answer that the base would word differently can still count as right, and a base that cannot generate can be
+evaluated.
 """
 
 from collections import Counter
@@ -20,9 +21,9 @@ from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.evaluation.rows import answers_are_short, question_ids
 from softprompt.generation.likelihood import ChoiceResult, answer_token_ids, choice_result, join
 
-MAX_LABELS = 20  # rows with more different answers are not a classification
-ROWS_PER_LABEL = 2  # and neither are rows with more different answers than one for this many rows
-MAX_TOKENS = 1 << 21  # of the rows with each of their labels that are scored in one pass
+MAX_LABELS = 20  # rows with more different answers are not classified
+ROWS_PER_LABEL = 2  # minimum number of rows per label, on average
+MAX_TOKENS = 1 << 21  # maximum number of tokens in one pass, which scores each row with every label
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Classification:
     Attributes:
         labels: The labels that rows were classified into.
         expected: The expected answer of each row; an answer that is none of the labels counts as wrong.
-        results: The classification of each row. Without probabilities if it was read from a checkpoint.
+        results: The classification of each row. Results that were read from a checkpoint have no probabilities.
     """
 
     labels: Sequence[str]
@@ -124,15 +125,15 @@ class Classifier:
     def __call__(
         self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
     ) -> tuple[Classification, list[float]]:
-        """Classify the rows behind a prompt [P, H] or by the bare base (None).
+        """Classify the rows with a prompt [P, H], or by the bare base (None).
 
         Args:
             examples: The rows tokenized.
             on_rows: Called with the number of rows that are done.
 
         Returns:
-            The classification, and the summed loss of each row's own targets. If these are one of the labels, the loss
-            comes from the same pass.
+            The classification, and the summed loss (nats) of each row's own targets. If these are one of the labels,
+            the loss comes from the same pass.
         """
         results: list[ChoiceResult] = []
         losses: list[float] = []
@@ -143,7 +144,7 @@ class Classifier:
             candidates = [self._candidates(row, example, prompt) for row, example in enumerate(part, start)]
             others = [own for own, some in zip(part, candidates, strict=True) if own not in some]
             every = [*chain.from_iterable(candidates), *others]
-            # Each row is in `every` about once for each label.
+            # `every` has about as many entries per row as there are labels; progress is reported in rows.
             of_part = partial(_report, on_rows, start, len(part) / len(every))
             scored = iter(engine.row_losses(prompt, every, of_part))
             of_labels = [[next(scored) for _ in some] for some in candidates]
@@ -153,7 +154,7 @@ class Classifier:
         return self.classification(results), losses
 
     def classification(self, results: Sequence[ChoiceResult]) -> Classification:
-        """Return the classification that the results of all rows are."""
+        """Return the classification that consists of the given result of each row."""
         return Classification(self.labels, self.expected, results)
 
     def _candidates(self, row: int, example: Example, prompt: Tensor | None) -> list[Example]:

@@ -28,7 +28,7 @@ def comparison_report(results: Mapping[str, AdapterResult], notes: Sequence[str]
 def _metrics(result: AdapterResult) -> dict[str, str]:
     evaluation, classification = result.evaluation, result.evaluation.classification
     perplexity, match = evaluation.perplexity, evaluation.exact_match
-    # The passages of a plain text are no independent samples.
+    # The passages of a plain text are not independent samples, so their loss has no interval.
     losses, shares = evaluation.loss_interval if result.rows else None, evaluation.accuracy_interval
     matrix = classification and classification.confusion_matrix
     return {

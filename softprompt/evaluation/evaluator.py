@@ -3,7 +3,7 @@
 loss, perplexity      over all targets of all rows
 exact match           share of the rows whose greedy answer equals the expected one; computed only if all expected
                       answers are short, over the rows whose expected answer was not truncated by max_length
-accuracy, macro F1    of rows whose expected answers are labels, each classified by its likelier label; over all rows
+accuracy, macro F1    of rows whose expected answers are labels, each classified by its likeliest label; over all rows
 """
 
 import math
@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean loss over all targets of the rows."""
+        """Mean loss over all targets of the rows, in nats per target token."""
         return math.fsum(self.row_losses) / sum(self.row_targets)
 
     @property
@@ -72,13 +72,13 @@ class Evaluation:
 
     @property
     def loss_interval(self) -> Interval | None:
-        """The interval of the loss; None if there is one row, or if a loss is not finite. A loss is not negative."""
+        """The 95 % interval of the loss, cut off at 0. None if there is one row, or if a loss is not finite."""
         found = ratio_interval(self.row_losses, self.row_targets)
         return found and Interval(max(0.0, found.low), found.high)
 
     @property
     def accuracy_interval(self) -> Interval | None:
-        """The interval of the accuracy; None if the rows' answers are not labels."""
+        """The 95 % interval of the accuracy; None if the rows' answers are not labels."""
         correct = self.classification and self.classification.correct
         return wilson_interval(sum(correct), len(correct)) if correct else None
 
@@ -142,7 +142,7 @@ class Evaluator:
         return {"row_losses": list(evaluation.row_losses), "answers": evaluation.answers, "predicted": predicted}
 
     def restored(self, state: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation of the same rows that `state_of` was called with."""
+        """Return the evaluation for which `state_of` returned `state`. The rows must be the same."""
         classification = None
         if self.classifier and state["predicted"] is not None:
             classification = self.classifier.classification([ChoiceResult(label, {}) for label in state["predicted"]])

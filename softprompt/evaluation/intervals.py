@@ -1,4 +1,4 @@
-"""How far a metric of a few hundred rows can be trusted: 95 % intervals, and a test of whether two prompts differ."""
+"""The uncertainty of metrics of a few hundred rows: 95 % intervals, and a test of whether two prompts differ."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(correct: int, rows: int) -> Interval:
-    """Return the 95 % interval of a share, of which `correct` of `rows` (at least 1) are an estimate.
+    """Return the 95 % interval of a share that is estimated as correct / rows; `rows` is at least 1.
 
     It is Wilson's score interval (Journal of the American Statistical Association 22, 1927, pages 209 to 212), which
     also holds for few rows and for shares near 0 and 1.
@@ -41,13 +41,14 @@ def ratio_interval(sums: Sequence[float], targets: Sequence[int]) -> Interval | 
     """Return the 95 % interval of a mean per target: sum(sums) / sum(targets). Return None if there are fewer than two
     rows, or if a value is not finite.
 
-    Targets of one row depend on each other, so rows are the sampled units: this is the variance of a ratio estimator
-    (Cochran, Sampling Techniques, 1977, chapter 6), with the quantile of Student's t for rows - 1 degrees of freedom.
+    The targets of one row depend on each other, so rows are the sampling units. The interval uses the variance of a
+    ratio estimator (Cochran, Sampling Techniques, 1977, chapter 6), with the quantile of Student's t for rows - 1
+    degrees of freedom.
 
     Args:
-        sums: The sum over each row's targets; of losses, or of differences between the losses of two prompts. The
-            latter gives the interval of the mean difference, in which what is hard in a row for both cancels out
-            (Miller, Adding Error Bars to Evals, 2024, arXiv:2411.00640).
+        sums: For each row the sum over its targets of the losses, or of the differences between the losses of two
+            prompts. Differences give the interval of the mean difference, in which the difficulty of a row for both
+            prompts cancels out (Miller, Adding Error Bars to Evals, 2024, arXiv:2411.00640).
         targets: The number of targets of each row.
     """
     n, total = len(sums), sum(targets)
@@ -63,7 +64,7 @@ def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (Psychometrika 12, 1947, pages 153 to 157).
 
     It is the probability that two equally good classifiers differ at least as much as observed. Rows on which both are
-    right or both are wrong say nothing. With fewer than six other rows it is never below 0.05.
+    right or both are wrong say nothing. With fewer than six remaining rows, the p-value is never below 0.05.
 
     Args:
         wins: Number of rows that only the first classifier gets right.

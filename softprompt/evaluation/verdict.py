@@ -91,7 +91,7 @@ def _compared_losses(after: Evaluation, before: Evaluation) -> list[Comparison]:
     if not math.isfinite(sum(gains)):
         return []
     interval = ratio_interval(gains, after.row_targets)
-    if interval is None:  # there is one row
+    if interval is None:  # a single row has no interval
         return [Comparison("the base alone", sum(gains), False)]
     low, high = interval
     detail = f"its loss is lower by {(low + high) / 2:.3g} (95 % interval {low:.3g} to {high:.3g})"
@@ -110,7 +110,7 @@ def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdic
         sentence = f"Worse than {worse} and not better than {same}"
     else:
         sentence = f"Worse than {worse}" if worse else f"Not better than {same}"
-    # On the rows at hand the prompt is ahead of all of them, so that more rows could tell.
+    # On these rows the prompt is ahead of every rival, so with more rows the difference may become significant.
     ahead = all(one.advantage > 0 for one in behind)
     ways = [*advice, *([MORE_ROWS] if advice and ahead else [])]
     return Verdict(f"{sentence}{': ' if ways else ''}{_either(ways)}.", False)

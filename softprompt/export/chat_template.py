@@ -31,8 +31,9 @@ system instructions into the user message') -}}
 {%%- endif -%%}
 {%%- endfor -%%}
 """
-# Begins a conversation with vLLM, which puts PLACEHOLDER in the place of prompt embeddings: as a text, or as a part.
-# The text has a suffix while vLLM looks which embeddings are rendered; a line break would lead to a second part.
+# The placeholder that vLLM puts in the place of prompt embeddings, either as a text or as a content part. EMBEDDINGS
+# writes it. While vLLM finds out which embeddings are rendered, the text has a suffix; a line break in it means a
+# second part.
 PLACEHOLDER = "<prompt_embeds>"
 EMBEDDINGS = """\
 {%- set first = messages[0]['content'] -%}
@@ -98,8 +99,8 @@ def add_prompt_tokens(tokenizer: Any, template: Template, P: int) -> list[int]:
 
 
 def embeddings_template(tokenizer: Any, template: Template) -> str:
-    """Return a chat template for vLLM, whose first message is a system message of prompt embeddings. What follows is
-    rendered as by `add_prompt_tokens`. As in vLLM, PLACEHOLDER becomes a token of `tokenizer`.
+    """Return a chat template for vLLM, whose first message is a system message that holds prompt embeddings. The other
+    messages are rendered as by `add_prompt_tokens`. As in vLLM, PLACEHOLDER becomes a token of `tokenizer`.
 
     Raises:
         ModelError, ConfigError: See `add_prompt_tokens`; or the template has a further column that must be filled.

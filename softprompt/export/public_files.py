@@ -21,7 +21,7 @@ UPLOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, SETTINGS_FILE, CARD_FILE, REPORT_FI
 
 
 def public_files(folder: Path, repository: str) -> dict[str, bytes]:
-    """Return those of UPLOADED_FILES that a run has written, by name.
+    """Return the content of those UPLOADED_FILES that a run has written, by name.
 
     The card's code names the repository. A base that was a local folder is not named in adapter_config.json, because
     its path would mean another folder, or none, on another machine. In the report, a path is shortened to its last

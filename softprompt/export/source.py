@@ -17,10 +17,10 @@ class Source(NamedTuple):
 
     Attributes:
         folder: The adapter's folder.
-        tuned: The adapter with its settings checked.
+        tuned: The adapter; its settings have been checked.
         base: Name or path of the base.
         output: The folder to write, which does not exist.
-        dtype: The flag --dtype.
+        dtype: The value of --dtype.
     """
 
     folder: str

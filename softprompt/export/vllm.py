@@ -1,6 +1,6 @@
 """Write what a vLLM server of the unchanged base needs for a prompt per request: `--engine vllm`.
 
-prompt_embeds.txt    the prompt as vLLM's `prompt_embeds` wants it: [P, H] by torch.save, in base64
+prompt_embeds.txt    the prompt for vLLM's `prompt_embeds`: [P, H], written by torch.save, in base64
 chat_template.jinja  writes the prompt's embeddings, then the messages in the training template
 client.py            asks a question
 README.md            how to start the server
@@ -29,7 +29,7 @@ EMBEDS_FILE, TEMPLATE_FILE, CLIENT_FILE, README_FILE = (
     "client.py",
     "README.md",
 )
-# Settings that are not sent: vLLM has none of the others, and a penalty ends its engine (vllm-project/vllm#57719).
+# Settings that are not sent: a penalty ends vLLM's engine (vllm-project/vllm#57719), and it does not have the others.
 NOT_SENT = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 CLIENT = '''\
 """Ask the base behind vLLM, with the prompt of this folder: python client.py "your question"."""
@@ -108,9 +108,9 @@ def write_for_vllm(source: Source) -> str:
 
 
 def encode_prompt(prompt: Tensor) -> str:
-    """Return a prompt [P, H] of a floating-point dtype as the `data` of a part `prompt_embeds`."""
+    """Return a prompt [P, H] of any floating-point dtype in base64, as the `data` of a content part `prompt_embeds`."""
     buffer = io.BytesIO()
-    torch.save(prompt.detach().cpu().clone(), buffer)  # clone: of a view, the whole storage would be saved
+    torch.save(prompt.detach().cpu().clone(), buffer)  # clone: saving a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -81,7 +81,8 @@ class BaseWithAdapters:
         return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
 
     def note_foreign_rows(self, rows: Sequence[Row]) -> None:
-        """Say once what the mini base is, if it is the base and most of the first `rows` are foreign to it."""
+        """If the base is mini and most of the first `rows` are unlike its training data, print once what mini is made
+        for."""
         if self._noted or not is_mini(self.name):
             return
         if note := foreign_note(map(texts_of, rows[:ROWS_JUDGED])):

@@ -92,7 +92,7 @@ class ContinuousBatch:
 
     def __init__(self, generator: ContinuousBatchingGenerator, num_slots: int):
         self.generator, self.model, self.num_slots = generator, generator.model, num_slots
-        self.new: list[RequestState] = []  # whose prompts have not been run yet
+        self.new: list[RequestState] = []  # whose soft prompts have not been prefilled yet
         self.queue, self.slots = deque[Slot](), list[Slot]()
         self.cache: KVCache | None = None
         self.forward: Forward = self.model.forward
@@ -126,7 +126,7 @@ class ContinuousBatch:
         return [state for state in states if state.finished]
 
     def _enqueue_new(self) -> None:
-        """Run the prompts of new requests, each once, and put the requests into the queue."""
+        """Prefill the soft prompts of new requests, each prompt once, and put the requests into the queue."""
         prompts = {id(state.prompt): state.prompt for state in self.new}
         prefixes = {key: self.generator.prefix_cache(prompt) for key, prompt in prompts.items()}
         slots = [Slot(state, prefixes[id(state.prompt)]) for state in self.new]

@@ -50,7 +50,7 @@ class Generator(Protocol):
 
 
 def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: str | None = None) -> Generator | None:
-    """Return the generator for an engine and its base; None if the base cannot generate behind a soft prompt
+    """Return the generator for an engine and its base; None if the base cannot generate with a soft prompt
     (`capabilities.why_not_generate` returns the reason).
 
     With BLOOM and a packed engine, it is continuous batching with the engine's weights. Otherwise, unless `kind` is
@@ -112,7 +112,7 @@ class DataParallelGenerator:
     def generate(
         self, requests: Sequence[Request], batch_size: int = 8, on_token: OnToken | None = None
     ) -> Iterator[tuple[int, list[int]]]:
-        """See `Generator.generate`. The call checks the share of this rank."""
+        """See `Generator.generate`. The call checks only the requests of this rank."""
         my_share = assign_rows([len(request.input_ids) for request in requests], self.world.size)[self.world.rank]
         answers = self.generator.generate(select(requests, my_share), batch_size, on_token)
         return self._exchanged((my_share[index], answer) for index, answer in answers)

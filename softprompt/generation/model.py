@@ -130,9 +130,16 @@ class SoftPromptModel(BaseWithAdapters):
         compute_dtype: torch.dtype,
         engine: str = AUTO,
     ) -> "SoftPromptModel":
-        """Make a model from a loaded base with this name or path, and adapters by name, the first of which is active.
-        The other arguments and the errors are those of `__init__`, and AdapterError for an adapter of another hidden
-        size."""
+        """Make a model from a loaded base and adapters that have been read.
+
+        Args:
+            name: Name or path of the base.
+            adapters: The adapters by name, at least one; the first is active.
+            base, tokenizer, compute_dtype, engine: See `__init__`, which also raises the other errors.
+
+        Raises:
+            AdapterError: The hidden size of an adapter differs from the base's.
+        """
         model = cls(base, tokenizer, None, compute_dtype=compute_dtype, engine=engine)
         model.name, model.adapters, model.active_adapter = name, {}, next(iter(adapters))
         for each, adapter in adapters.items():
@@ -192,7 +199,7 @@ class SoftPromptModel(BaseWithAdapters):
 
         Raises:
             ConfigError: A setting is unknown or invalid, or a question leaves no room for an answer.
-            ModelError: The base cannot generate behind a prompt.
+            ModelError: The base cannot generate with a prompt.
             DataError: A row lacks columns of the template.
             AdapterError: An adapter is unknown.
         """

@@ -49,7 +49,7 @@ class Slot:
 
     @property
     def most(self) -> int:
-        """The most positions that the row may have."""
+        """The maximum number of positions of the row."""
         return self.P + self.state.max_tokens
 
     def restarted(self) -> "Slot":

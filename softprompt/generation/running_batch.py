@@ -6,7 +6,6 @@ answers a list of requests, and the server, whose requests come at any time, run
     add      requests enter the queue
     step     one decoding step: requests from the queue take the free places, and every answer grows by a token
     cancel   `RequestState.cancel`, from any thread: the request leaves at the next step
-
 """
 
 from abc import ABC, abstractmethod
@@ -20,8 +19,8 @@ OnStateToken = Callable[[RequestState, int], None]  # called for each token of a
 
 
 class RunningBatch(Protocol):
-    """A batch of answers that are being generated. It is true while it holds requests, finished ones included until the
-    step after their last one. Only one thread may use it."""
+    """A batch of answers that are being generated. `bool(batch)` says whether it holds requests; a finished request is
+    held until the next step. Only one thread may use a batch."""
 
     def add(self, requests: Sequence[Request]) -> list[RequestState]:
         """Check requests, put them at the end of the queue, and return their states, with their positions in `requests`

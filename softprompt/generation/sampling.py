@@ -41,7 +41,7 @@ class RequestState:
         logprobs: The log-probabilities of the answer's tokens, if they are recorded.
         finish_reason: "stop" if an end token or a stop string ended the answer, "length" if it reached `max_tokens`;
             None before that.
-        canceled: Whether nobody waits for the answer any more.
+        canceled: Whether the answer is no longer needed.
 
     Raises:
         ConfigError: The text leaves no room for an answer.
@@ -69,11 +69,11 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer has ended, or is not wanted any more."""
+        """Whether the answer has ended or was canceled."""
         return self.canceled or self.finish_reason is not None
 
     def cancel(self) -> None:
-        """Give the answer up. Any thread may call this; the request leaves its batch at the next step."""
+        """Cancel the answer. Any thread may call this; the request leaves its batch at the next step."""
         self.canceled = True
 
     def append(self, token: int, logprob: TokenLogprob | None = None) -> bool:

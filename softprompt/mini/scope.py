@@ -1,4 +1,5 @@
-"""Tell the texts that the mini base can know, short Chinese reviews in the words of its grammar, from all others."""
+"""Recognize texts that are unlike the training data of the mini base: short Chinese reviews in the words of a
+grammar."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,9 @@ from softprompt.mini import BASE_DIR, corpus, words
 from softprompt.mini.tasks import TASKS, rows
 from softprompt.utils.shell_commands import train_call
 
-ROWS_JUDGED = 100  # a set of rows is judged by so many of its first rows
-LONGEST = 60  # words and Chinese characters; the reviews of the grammar have fewer than 40
-MOST_UNKNOWN = 0.2  # the largest share of them that the grammar may lack
+ROWS_JUDGED = 100  # only this many rows, the first ones, are checked
+LONGEST = 60  # maximum number of units (see `_units`); the reviews of the grammar have fewer than 40
+MOST_UNKNOWN = 0.2  # maximum share of a text's units that the grammar may lack
 CHINESE, OTHERS = "Langboat/bloom-1b4-zh", "HuggingFaceTB/SmolLM2-135M-Instruct"  # real bases to suggest
 
 
@@ -21,7 +22,7 @@ def is_mini(base: str | None) -> bool:
 
 
 def foreign_note(texts_of_rows: Iterable[Sequence[str]], given: Mapping[str, Any] | None = None) -> str | None:
-    """Return what to know about the mini base if most rows are foreign to it; None if they are not.
+    """Return a note about the mini base if a text of most rows is foreign to it (see `is_foreign`); else None.
 
     Args:
         texts_of_rows: The texts of each row: its question, and its answer if it has one.
@@ -41,7 +42,7 @@ def foreign_note(texts_of_rows: Iterable[Sequence[str]], given: Mapping[str, Any
 
 
 def is_foreign(text: str) -> bool:
-    """Whether a text is longer than the reviews that the mini base has seen, or has much that they lack."""
+    """Whether a text is unlike the training data: it has more than LONGEST units, or too many unknown ones."""
     found = _units(text)
     unknown = sum(unit not in _known() for unit in found)
     return len(found) > LONGEST or unknown > MOST_UNKNOWN * len(found)

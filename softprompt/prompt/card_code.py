@@ -1,4 +1,4 @@
-"""The code of a model card. It works when it is copied: in the adapter's folder, or anywhere if it was published."""
+"""The code of a model card. It runs as it is: in the adapter's folder or, if the adapter was published, anywhere."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ def softprompt_code(base: CardBase, template: Template, repository: str | None) 
 
     Args:
         template: The template of the prompt.
-        repository: The repository of the published adapter; None if the card stands in the adapter's folder.
+        repository: The repository of the published adapter; None if the card is in the adapter's folder.
     """
     imports, folder = ["from softprompt import SoftPromptModel"], repr(HERE)
     if repository:

@@ -18,10 +18,11 @@ def front_matter(
     dataset: str | None = None,
     index: "tuple[str, list[EvalResult]] | None" = None,
 ) -> str:
-    """Return the metadata block.
+    """Return the metadata block, with its delimiting lines.
 
     Args:
-        base: Hub id of the base; None for any other, because the hub refuses a card whose `base_model` is no id.
+        base: Hub id of the base; None for a base that is not on the hub, because the hub refuses a card whose
+            `base_model` is not an id.
         library: The library that loads the files.
         language: ISO 639-1 code.
         dataset: Hub id of the training rows.
@@ -49,6 +50,8 @@ def results_index(
     """Return the name of the model and its results for the hub's index (`model-index`); None if there are no metrics.
 
     Args:
+        metrics: The final metrics, named as in all_results.json.
+        repository: The repository of the card, whose last part is the model's name; None if it is not published.
         rows: The name of the held-out rows, and their id on the hub if they have one.
     """
     from huggingface_hub import EvalResult

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-MAX_CHARACTERS = 160  # of a text in a table
-MAX_POINTS = 10  # of the curve
-BAR = 20  # characters of the longest bar
+MAX_CHARACTERS = 160  # maximum length of a text in a table
+MAX_POINTS = 10  # maximum number of rows of the curve's table
+BAR = 20  # length of the longest bar in characters
 
 
 class Metric(NamedTuple):
@@ -34,7 +34,7 @@ METRICS = {
     "train_runtime": Metric("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
 }
-CURVES = {  # columns of the curve: how they are shown; None: as in METRICS
+CURVES = {  # the columns of the curve and how they are shown; None: as in METRICS
     "loss": Metric("training loss", "{:.4f}"),
     "eval_loss": None,
     "eval_accuracy": None,
@@ -73,7 +73,8 @@ def examples_table(examples: Sequence[Mapping[str, str]], compared: bool) -> lis
 
 
 def curve_table(history: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a table of at most MAX_POINTS points of the run, with bars that show the first loss on a log scale."""
+    """Return a table of at most MAX_POINTS points of the run, with bars that show the first loss column on a log
+    scale."""
     by_step: dict[int, dict[str, Any]] = {}
     for record in history:
         if record["step"]:

@@ -30,7 +30,7 @@ NOT_SHOWN = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells of the run beside the adapter itself; whatever is empty is left out.
+    """What a card says about the run, besides the adapter itself; whatever is empty is left out.
 
     Attributes:
         settings: The run's settings, by the names of the flags.
@@ -38,10 +38,10 @@ class CardFacts:
         history: The records of metrics.jsonl.
         examples: Rows with answers: `question`, `expected`, `before`, `after`.
         compared: Whether an answer is right only if it equals the expected one.
-        hub: Which base and rows are on the hub (see `hub_ids`); None finds out from the names.
+        hub: Which base and rows are on the hub (see `hub_ids`); None: this is derived from the names.
         language: ISO 639-1 code of the rows' language.
         verdict: A sentence that says what the metrics mean.
-        repository: The repository that the card is published in; None if it stands in the adapter's folder.
+        repository: The repository that the card is published in; None if it is in the adapter's folder.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -116,7 +116,8 @@ def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(facts: CardFacts) -> str:
-    """Return from which rows, in how many steps and at which learning rate the prompt was learned."""
+    """Return a sentence that says from which rows, in how many steps and at which learning rate the prompt was
+    learned."""
     steps = max((record["step"] for record in facts.history), default=0)
     rate = facts.settings.get("learning_rate")
     parts = [f" from {rows}" if (rows := _rows(facts, "dataset")) else ""]

@@ -50,8 +50,8 @@ class MLPEncoder(nn.Module):
 
     PEFT initializes all layers at random, so its prompts begin as nearly equal small vectors. Here the last layer is
     changed as little as possible so that the prompt begins at the start, up to rounding. This needs at least P hidden
-    units that are not zero for all virtual tokens, as with a width well above P; with fewer, the prompt begins as near
-    to the start as least squares come.
+    units that are active (not zero) for some virtual token, as there are with a width well above P. With fewer, the
+    prompt begins at the least-squares approximation of the start.
     """
 
     def __init__(self, start: Tensor, width: int):
@@ -71,7 +71,7 @@ class MLPEncoder(nn.Module):
 
     @torch.no_grad()
     def _begin_at(self, start: Tensor) -> None:
-        """Add to the weight of the last layer what makes the output `start`; solved in fp64 for accuracy."""
+        """Change the weight of the last layer so that the output is `start`, by least squares in fp64."""
         hidden = self.mlp_head[:-1](self.embedding).double()  # [P, width]
         missing = start.double() - self.mlp_head[-1].double()(hidden)  # [P, H]
         self.mlp_head[-1].weight += torch.linalg.lstsq(hidden, missing, driver="gelsd").solution.T
@@ -106,7 +106,7 @@ class ResidualMLPEncoder(nn.Module):
 class SuperposEncoder(nn.Module):
     """The encoder of SuperPos-Prompt (Sadraei Javaheri et al. 2024, PMLR 262:34-46, arXiv:2406.05279): each virtual
     token is a learned mix of the embeddings of m sampled words, which are the same for all virtual tokens. The weights
-    of a mix may have any sign and sum.
+    of a mix may be negative and need not add up to 1.
 
     Here the mix is added to the start of its virtual token, and all weights begin at 0, so that the prompt begins
     exactly at the start. The start has no weight of its own: BLOOM's layer norm of the embeddings makes the loss

@@ -46,7 +46,7 @@ def report_arguments(runs: Sequence[str], watch: bool = False, **given: Any) -> 
 
     Args:
         runs: Folders of runs.
-        watch: Whether to rewrite the page while the runs go on.
+        watch: Whether to rewrite the page while the runs train.
         given: The command's other flags as keyword arguments.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Axes of charts: their limits, where their ticks are, and what is written there."""
+"""Axes of charts: their limits, and their ticks with labels."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Axis:
     logarithmic: bool = False
 
     def fraction(self, value: float) -> float:
-        """Return where a value is on the axis: 0 at its beginning, 1 at its end."""
+        """Return the position of a value on the axis, from 0 at its beginning to 1 at its end."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -29,7 +29,7 @@ def value_axis(values: Sequence[float], logarithmic: bool = False, from_zero: bo
     """Return an axis that begins and ends with a tick.
 
     Args:
-        values: What it must hold, at least one number.
+        values: The values that the axis must contain; at least one.
         logarithmic: Use a logarithmic scale if `needs_log_scale` says so.
         from_zero: Begin at 0; the values are not negative.
     """
@@ -67,7 +67,8 @@ def nice_step(least: float) -> float:
 
 
 def number(value: float, step: float | None = None) -> str:
-    """Return a number with as many decimals as multiples of `step` need; without `step`, with four digits."""
+    """Return a number as text, with as many decimals as multiples of `step` need. Without `step`, it has four
+    significant digits."""
     if step is None:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -90,7 +91,7 @@ def _ticked(low: float, high: float, step: float) -> Axis:
 
 
 def _log_axis(low: float, high: float) -> Axis:
-    """Return an axis with ticks at powers of ten; if they are few, also at their multiples by 2 and 5."""
+    """Return an axis with ticks at powers of ten; if these are few, also at 2 and 5 times these powers."""
     low, high = low / 1.1, high * 1.1  # room beyond the outermost points
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     few = sum(low <= 10.0**power for power in powers) < 3

@@ -14,8 +14,8 @@ from softprompt.utils.translation import translate
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 SHARES = ("eval_accuracy", "eval_exact_match")  # fractions from 0 to 1
 QUALITY = {"eval_accuracy": "Accuracy of the likelier label", "eval_exact_match": "Exact match of held-out answers"}
-BASE, COMMONEST = 7, 3  # colors of what a prompt is compared with
-COURSE = {  # of less interest than losses and answers
+BASE, COMMONEST = 7, 3  # colors of the base alone and of the most common label
+COURSE = {  # charts of the optimization, below those of losses and answers
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_second": "Tokens per second, without padding",
@@ -24,9 +24,15 @@ COURSE = {  # of less interest than losses and answers
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its title, an SVG element, its legend, and a note below it. A legend entry holds the number of a color
-    of the page (-1: faint), whether the line is dashed, and its text. `scale` marks a heatmap, whose legend is a scale
-    of colors."""
+    """A chart.
+
+    Attributes:
+        title: The text above it.
+        svg: The SVG element.
+        legend: For each entry the number of a color of the page (-1: faint), whether the line is dashed, and the text.
+        note: The text below it; may be empty.
+        scale: Whether it is a heatmap, whose legend is a scale of colors.
+    """
 
     title: str
     svg: Markup
@@ -66,7 +72,7 @@ def compared_charts(records: Sequence[RunRecord], names: Sequence[str]) -> tuple
 def lengths_chart(kind: str, bars: Sequence[tuple[int, int]], limit: int) -> Chart:
     """Return the histogram of the lengths of rows of a kind: "training", "held out" or "the stream's first"."""
     title = translate(f"Lengths of {'the training' if kind == 'training' else kind} rows")
-    if limit > 1.5 * bars[-1][0]:  # a line there would press the bars together
+    if limit > 1.5 * bars[-1][0]:  # a line there would leave little width for the bars
         note = translate(f"--max_length {limit:,} is longer than every row.")
         return Chart(title, histogram(bars, None, title), note=note)
     legend = [(0, False, translate("rows")), (-1, True, f"--max_length {limit:,}")]
@@ -86,8 +92,8 @@ def cosines_chart(likeness: Mapping[str, Any]) -> Chart | None:
 
 
 def _losses(record: RunRecord) -> tuple[list[Curve], list[tuple[int, bool, str]]]:
-    """Return the curves and the legend of the loss chart. The level of the base alone is only beside a curve of the
-    same rows."""
+    """Return the curves and the legend of the loss chart. The line of the base alone is drawn only together with a
+    curve of the same held-out rows."""
     curves, legend = [], []
     for color, (name, text) in enumerate(LOSSES.items()):
         if len(points := record.series(name)) > 1:

@@ -14,7 +14,8 @@ OF_THE_BASE = ("model_name_or_path",)
 
 
 class Cell(NamedTuple):
-    """A value of a run in the table, smaller texts below it, and whether it is the best of all runs."""
+    """A cell of the table of results: the value of a run, smaller texts below it, and whether it is the best of all
+    runs."""
 
     value: Any
     notes: Sequence[str] = ()

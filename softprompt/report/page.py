@@ -27,8 +27,8 @@ from softprompt.utils.translation import HTML_NAMES, language, translate
 
 TEMPLATE, STYLE, SCRIPT = "report.html.jinja", "report.css", "report.js"
 MAX_CHARACTERS = 4000  # longer texts are truncated
-FOLDED_WIDTH, FOLDED_LINES = 160, 4  # a wider text, in columns of a terminal, or a longer one shows only its beginning
-RELOAD_SECONDS = 5  # after which the page of a running training loads itself again
+FOLDED_WIDTH, FOLDED_LINES = 160, 4  # columns and lines; only the beginning of a wider or longer text is shown
+RELOAD_SECONDS = 5  # interval at which the page of a running training reloads itself
 
 
 def page(records: Sequence[RunRecord], broken: Sequence[str] = (), live: bool = False) -> str:
@@ -37,7 +37,7 @@ def page(records: Sequence[RunRecord], broken: Sequence[str] = (), live: bool = 
     Args:
         records: The runs to show.
         broken: An error message for each further run, which cannot be shown.
-        live: Whether the file will be rewritten, so that the page is to load itself again.
+        live: Whether the file will be rewritten; the page then reloads itself.
 
     Raises:
         ReportError: The report.json of a run does not have the content that this version writes.

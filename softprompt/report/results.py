@@ -1,4 +1,4 @@
-"""The metrics that a report shows as numbers, and how a run is doing in words."""
+"""The metrics that a report shows as numbers, and the status of a run in words."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,15 +6,15 @@ from typing import NamedTuple
 from softprompt.runs.run_reader import RunRecord
 
 HIGHER, LOWER = 1, -1
-DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # at which no line breaks
+DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # an en dash without a line break at it
 
 
 class Metric(NamedTuple):
     """A metric of all_results.json.
 
-    Args:
-        label: What the page calls it.
-        form: Its format.
+    Attributes:
+        label: Its name on the page.
+        form: A format string for `str.format`.
         better: HIGHER or LOWER; 0 if neither is better.
         of_tokens: Whether its value depends on how the base's tokenizer splits the text.
     """
@@ -65,7 +65,7 @@ def _results(record: RunRecord) -> Iterator[tuple[str, Result]]:
 
 
 def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
-    """Return the 95 % interval of a value, and how often always giving the commonest answer would be right."""
+    """Return the 95 % interval of a value, and the accuracy of always giving the most common label."""
     form = METRICS[name].form
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
     interval = () if low is None or high is None else (f"95 % interval {form.format(low)}{DASH}{form.format(high)}",)
@@ -74,7 +74,7 @@ def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
 
 
 def commonest_share(record: RunRecord) -> float | None:
-    """Return the share of held-out rows for which always giving the commonest label is right; None if unknown."""
+    """Return the share of held-out rows that have the most common label; None if unknown."""
     return {**record.facts.get("base_alone", {}), **record.results}.get("eval_majority")
 
 

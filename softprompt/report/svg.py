@@ -16,10 +16,10 @@ from softprompt.report.axes import Axis, number, share_axis, step_axis, value_ax
 from softprompt.utils.translation import translate
 
 WIDTH, HEIGHT = 360, 214  # one chart is as wide as a phone, three as a screen
-TOP, RIGHT, BOTTOM = 8, 14, 36  # margins of the area in which the curves are
-CHARACTER = 7.4  # width of a digit at the font size of charts, at most
+TOP, RIGHT, BOTTOM = 8, 14, 36  # margins of the plot area
+CHARACTER = 7.4  # maximum width of a digit at the font size of charts
 MAX_POINTS = 600  # per curve; longer curves are averaged
-MARKED_POINTS = 60  # the points of a longer curve are not marked
+MARKED_POINTS = 60  # only curves of at most this many points have markers
 COLORS = 8  # --c0 to --c7 of the page
 POSITIVE, NEGATIVE = (178, 24, 43), (33, 102, 172)  # red and blue of a heatmap
 
@@ -44,7 +44,7 @@ class Curve:
 def line_chart(
     curves: Sequence[Curve], label: str, logarithmic: bool = False, share: bool = False, from_zero: bool = False
 ) -> Markup:
-    """Return curves over the optimizer steps; empty if no curve has two points, since one point shows no course.
+    """Return curves over the optimizer steps; empty if no curve has two points, since a single point makes no curve.
 
     Args:
         curves: The curves.
@@ -110,7 +110,7 @@ def heatmap(values: Sequence[Sequence[float]], label: str) -> Markup:
 
 
 class _Frame:
-    """The area of a chart in which its curves are, and its two axes."""
+    """The plot area of a chart, and its two axes."""
 
     def __init__(self, x: Axis, y: Axis):
         self.horizontal, self.vertical = x, y
@@ -176,7 +176,7 @@ def _svg(parts: Sequence[str], label: str, width: float = WIDTH, height: float =
 
 
 def _png(values: Sequence[Sequence[float]]) -> bytes:
-    """Return an image with one pixel for each value, the stronger colored the further the value is from 0."""
+    """Return an image with one pixel for each value, whose color is the stronger, the further the value is from 0."""
     rows = b"".join(b"\0" + b"".join(map(_pixel, row)) for row in values)
     header = struct.pack(">IIBBBBB", len(values[0]), len(values), 8, 6, 0, 0, 0)  # 8 bits for each of R, G, B, A
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]

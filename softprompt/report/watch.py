@@ -1,4 +1,4 @@
-"""Rewrite the report of runs while they go on: `python -m softprompt report --watch RUN`."""
+"""Rewrite the report of runs while they train: `python -m softprompt report --watch RUN`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ def watch(
 
 
 def _rewrite(path: Path, runs: Sequence[str]) -> bool:
-    """Write the page of runs that go on. Return whether there is something to show: a run that has just begun has
-    written nothing. If an error stays, `write_report` raises it after the end of the run."""
+    """Write the page of runs that are still training. Return False if there is nothing to show yet, as for a run that
+    has just begun. If an error persists, `write_report` raises it when the runs have ended."""
     try:
         write_page(path, report_page(runs, live=True)[0])
     except ReportError:
@@ -59,7 +59,8 @@ def _rewrite(path: Path, runs: Sequence[str]) -> bool:
 
 
 def _state(folder: Path) -> list[tuple[int, int] | None]:
-    """Return what changes whenever a run has written what its report shows."""
+    """Return the modification time in ns and the size of each file that the report is made from (None: no file). They
+    change whenever the run writes."""
     return [_stamp(folder / name) for name in (METRICS_FILE, FACTS_FILE, RESULTS_FILE)]
 
 

@@ -1,6 +1,7 @@
 """Write the report of one or several runs: `python -m softprompt report RUN [RUN …]`.
 
-train.py writes the report of its own run (see `after_training`); `watch` rewrites the report of a run that goes on.
+train.py writes the report of its own run (see `after_training`); `watch` rewrites the report of a run that is still
+training.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.utils.atomic_io import write_files
 from softprompt.utils.errors import OutputError, PartialFailureError, ReportError
 
-LONGEST_NAME = 120  # bytes of the name of a page about several runs
+LONGEST_NAME = 120  # maximum bytes of the file name of a page about several runs
 
 
 def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None) -> Path:

@@ -1,4 +1,5 @@
-"""Find the adapter that a user names by a folder, which may be that of a run that has not ended, or does not name."""
+"""Find the adapter to use: that of a folder that the user names, which may be a run that has not ended, or the newest
+one."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +76,8 @@ def newest_adapter(runs: Path, say: Say = progress.say) -> Path | None:
 def adapters_under(runs: Path) -> list[Path]:
     """Return the adapter folders in a folder of runs, those of runs and of their checkpoints, the newest first."""
     found = {path: written for run in _folders(runs) for path in _adapters(run) if (written := _written(path))}
-    return [path.parent for path in sorted(found, key=lambda path: found[path], reverse=True)]  # a run's own are newest
+    # The final prompt of a run comes before its checkpoints, because it was written last.
+    return [path.parent for path in sorted(found, key=lambda path: found[path], reverse=True)]
 
 
 def no_adapter(runs: Path) -> AdapterError:
@@ -84,8 +86,8 @@ def no_adapter(runs: Path) -> AdapterError:
 
 
 def _fault(adapter: Path) -> str | None:
-    """Return what is wrong with an adapter folder; None if it is as it was written, as far as that is known: a run's
-    own folder, or a folder that PEFT wrote, has no checksums."""
+    """Return what is wrong with an adapter folder; None if no fault is found. Only checkpoints have checksums to
+    compare; in the folder of a run, or one that PEFT wrote, only missing files are found."""
     if (adapter / CHECKSUMS_FILE).exists():
         return fault_of(adapter)
     return next((f"{name} is missing" for name in (CONFIG_FILE, WEIGHTS_FILE) if not (adapter / name).exists()), None)

@@ -1,6 +1,7 @@
-"""Serve a base and its adapters over HTTP, through the API of OpenAI: `softprompt serve`.
+"""Serve a base and its adapters over HTTP, with an OpenAI-compatible API: `softprompt serve`.
 
-A request passes through `gate` (limits, key, log), `app` (routes), `bodies` (checks), `encode` (messages → token ids),
-`model_thread` (the running batch) and `answer` (tokens → text, stop strings), and is written by `formats`. `registry`
-knows the adapter folders. FastAPI and uvicorn are needed only here (the extra `serve`).
+A request passes through `gate` (API key, shutdown, log), `app` (routes, size of the body), `bodies` (checks of the
+fields), `encode` (messages → token ids), `model_thread` (the running batch) and `answer` (tokens → text, stop strings).
+`formats` makes the response. `registry` finds and reads the adapter folders. FastAPI and uvicorn are needed only here
+(the extra `serve`).
 """

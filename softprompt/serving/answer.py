@@ -1,8 +1,8 @@
-"""The answers of a request while they are being generated, on the side of the event loop.
+"""The answers of a request while they are being generated, as the event loop sees them.
 
-The model thread passes tokens on; they become text here, whether or not the client reads it. So a client that reads
-slowly holds nobody up, and a stop string ends its answer in time. What a client has not read yet is at most an answer
-of `max_tokens`.
+The model thread passes tokens to the event loop, which turns them into text at once, whether or not the client reads
+it. So a client that reads slowly delays no other request, and a stop string ends its answer immediately. At most one
+answer of `max_tokens` tokens is buffered for each choice.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from softprompt.generation.requests import Request
 from softprompt.generation.sampling import RequestState
 from softprompt.serving.answer_text import Detokenizer, StopStrings, Strip
 
-CONTEXT = 5  # tokens of a prompt that decide how the first token of its continuation is written
+CONTEXT = 5  # prompt tokens decoded before a continuation: its first token's text may depend on them
 
 
 class Piece(NamedTuple):
@@ -26,23 +26,24 @@ class Piece(NamedTuple):
 
 
 class Answer:
-    """One answer of a reply. The event loop alone uses it, except for `canceled` and `state`.
+    """One answer of a reply. Only the event loop may use it, but the model thread reads `request` and `canceled`, and
+    sets `state`.
 
     Args:
         stops: Texts that end the answer and are not part of it.
-        continues: Whether the answer continues the text of the request; else it is a text of its own, and white space
-            at both ends is omitted.
+        continues: Whether the answer is a continuation of the request's text. If not, it is a text of its own, and
+            white space at both ends is stripped.
 
     Attributes:
-        request: What the model thread answers.
+        request: The request that the model thread answers.
         state: The request's state in the running batch; None before it has joined.
-        canceled: Whether the answer is not wanted any more.
+        canceled: Whether the answer is no longer needed.
         text: The text so far.
         tokens: Number of tokens so far.
         logprobs: Log-probabilities of the tokens so far, if they are recorded.
         finish_reason: "stop" or "length" at the end, else None.
-        error: What went wrong, else None.
-        on_change: Called after each change.
+        error: The exception that ended the answer, else None.
+        on_change: Called in the event loop after each change.
     """
 
     def __init__(self, request: Request, tokenizer: Any, stops: Sequence[str], continues: bool):
@@ -79,7 +80,7 @@ class Answer:
         self.on_change()
 
     def end(self, reason: str) -> None:
-        """End the answer, for the reason of `RequestState.finish_reason`."""
+        """End the answer. `reason` is a value of `RequestState.finish_reason`."""
         if self.done:
             return
         self._show(self._stops.add(self._detokenizer.finish()))
@@ -94,7 +95,7 @@ class Answer:
             self.on_change()
 
     def take(self) -> Piece:
-        """Return what has come since the last call."""
+        """Return the text and the log-probabilities that were added since the last call."""
         text, logprobs = self._taken
         self._taken = len(self.text), len(self.logprobs)
         return Piece(self.text[text:], self.logprobs[logprobs:])
@@ -109,9 +110,9 @@ class Reply:
     Attributes:
         answers: The answers, in the order of their choices.
         prompt_tokens: Number of tokens of the prompts.
-        seconds: Time after which it is given up.
-        started: When it was submitted, by the clock of `time.monotonic`.
-        first_token: When the first token came, by the same clock; None before that.
+        seconds: The timeout in seconds, counted from `started`.
+        started: The time of submission in seconds, by `time.monotonic`.
+        first_token: The time of the first token, by the same clock; None before it.
     """
 
     def __init__(self, answers: Sequence[Answer], prompt_tokens: int, seconds: float):
@@ -163,7 +164,7 @@ class Reply:
             await event.wait()
 
     def cancel(self) -> None:
-        """Free the places of all answers that are not done."""
+        """Cancel all answers that are not done, which frees their places in the running batch."""
         for answer in self.answers:
             if not answer.done:
                 answer.cancel()

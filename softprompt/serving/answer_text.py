@@ -7,13 +7,14 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Turn tokens into text, one by one, without cutting a character in two.
+    """Detokenize incrementally: a character is returned only when all of its tokens have arrived.
 
-    Only the last tokens are decoded each time: those behind the last border at which all text was complete, with a few
-    before it, because some tokenizers write a token differently at the beginning of a text.
+    Each call decodes only the tokens after the last point at which the text was complete, and a few tokens before it,
+    because some tokenizers decode a token differently at the beginning of a text.
 
     Args:
-        context: The last tokens of the text that the answer continues, if its beginning is not to be that of a text.
+        context: The last tokens of the text that the answer continues; empty if the answer is decoded as the beginning
+            of a text.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()):
@@ -21,13 +22,13 @@ class Detokenizer:
         self._passed = self._decode()
         if self._passed.endswith(REPLACEMENT):  # the context ends within a character
             self._ids, self._passed = [], ""
-        self._context = len(self._ids)  # tokens at the beginning of `_ids` whose text has been passed on
+        self._context = len(self._ids)  # tokens at the beginning of `_ids` whose text has been returned
 
     def add(self, token: int) -> str:
         """Add a token; return the text that is complete with it, which may be empty."""
         self._ids.append(token)
         text = self._decode()
-        # A character has at most four bytes, so that only the last three replacement characters can still change.
+        # In UTF-8, a character has at most four bytes, so only the last three replacement characters can still change.
         whole = len(text.rstrip(REPLACEMENT))
         piece = text[len(self._passed) : max(whole, len(text) - 3)]
         self._passed += piece
@@ -48,7 +49,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Find the first of several texts in a text that arrives in pieces."""
+    """Find the first occurrence of any stop string in a text that arrives in pieces."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held = stops, ""
@@ -72,19 +73,19 @@ class StopStrings:
 
     @staticmethod
     def _beginning(text: str, stop: str) -> int:
-        """Return how many characters at the end of `text` are the beginning of `stop`."""
+        """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
         longest = min(len(stop) - 1, len(text))
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Strip:
-    """Omit white space at both ends of a text that arrives in pieces, as infer.py does."""
+    """Strip white space at both ends of a text that arrives in pieces, as infer.py does for whole texts."""
 
     def __init__(self, active: bool):
         self._active, self._started, self._held = active, False, ""
 
     def add(self, piece: str) -> str:
-        """Add a piece; return what is certainly not at an end."""
+        """Add a piece; return the text that is certainly not white space at an end."""
         if not self._active:
             return piece
         text = self._held + piece if self._started else piece.lstrip()

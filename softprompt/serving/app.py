@@ -31,14 +31,14 @@ from softprompt.serving.page import add_page
 from softprompt.serving.respond import respond, service_of
 from softprompt.serving.service import Service
 
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which must be one of a pair
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a UTF-16 surrogate, which is valid only in a pair
 ROUTES = {
     *("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/classify", "/v1/adapters", "/health", "/metrics"),
 }
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return the application that answers requests by `service`."""
+    """Return the ASGI application, which answers requests with `service`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.add_exception_handler(ApiError, _told)
@@ -58,12 +58,12 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def health(request: Request) -> Response:
-    """Say that the server answers. While it shuts down, `gate` refuses this like any other request."""
+    """Report that the server is up. While it shuts down, `gate` refuses this request like any other, with 503."""
     return JSONResponse({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
-    """Return the metrics."""
+    """Return the metrics in Prometheus' text format."""
     service = service_of(request)
     return PlainTextResponse(service.metrics.text(service.gauges()), media_type=CONTENT_TYPE)
 
@@ -101,7 +101,7 @@ async def completions(request: Request) -> Response:
 
 
 async def classify(request: Request) -> Response:
-    """Return the probabilities of choices."""
+    """Return, for each question, the likeliest choice and the probability of each choice."""
     service, body = service_of(request), await _body(request, ClassifyBody)
     served = await service.find(body.model)
     service.check_queue(len(body.conversations) * len(body.choices))
@@ -117,7 +117,7 @@ async def classify(request: Request) -> Response:
 
 
 async def load_adapter(request: Request) -> Response:
-    """Offer a folder inside those of --adapters under a name of its own."""
+    """Serve the adapter in a folder inside those of --adapters under the name that the request gives it."""
     service = service_of(request)
     if not service.arguments.allow_adapter_loading:
         raise ApiError(403, "This server was started without --allow_adapter_loading.", code="not_allowed")
@@ -133,11 +133,11 @@ async def _body(request: Request, kind: type[BodyType]) -> BodyType:
     """Read, parse and check the body of a request.
 
     Raises:
-        ApiError: It is too large or too slow, not JSON, or not as `kind` wants it.
+        ApiError: The body is too large, arrives too slowly, is not JSON, or does not match `kind`.
     """
     limit = service_of(request).arguments.max_body_bytes
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # A browser lets any page send other types to this machine, but asks before it sends this one.
+        # Against cross-site requests: a browser lets any web page send other types without a CORS preflight request.
         raise ApiError(415, "Send the header `Content-Type: application/json`.", code="unsupported_media_type")
     content = bytearray()
     try:
@@ -151,7 +151,7 @@ async def _body(request: Request, kind: type[BodyType]) -> BodyType:
     try:
         values = json.loads(content.decode())
         if HALF_CHARACTER.search(content):
-            json.dumps(values, ensure_ascii=False).encode()  # raises for half a character, which is no text
+            json.dumps(values, ensure_ascii=False).encode()  # raises a ValueError for an unpaired surrogate
     except (ValueError, RecursionError):
         raise ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json") from None
     if not isinstance(values, dict):
@@ -168,18 +168,18 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 async def _of_routing(request: Request, error: Exception) -> Response:
-    """Tell that there is no such route or method in the shape of all errors."""
+    """Return the error for an unknown route or method, in the format of all errors."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}."
     return error_response(ApiError(error.status_code, message, code="unknown_url", headers=error.headers))
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
-    """Answer a client that has gone away, for the log."""
+    """Return the response that is logged for a client that has disconnected."""
     notes(request.scope)["error"] = "client_disconnected"
     return Response(status_code=CLOSED_BY_CLIENT)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Answer where a route failed; `gate` says on stderr why."""
+    """Return the response for a route that failed; `gate` prints the traceback on stderr."""
     return error_response(internal())

@@ -86,8 +86,8 @@ class ServeConfig:
 
 
 def serve_config(**given: object) -> ServeConfig:
-    """Return validated settings from keyword arguments with the names of the flags. The key may also come from the
-    environment.
+    """Return validated settings from keyword arguments with the names of the flags. The API key may also come from the
+    environment variable SOFTPROMPT_API_KEY.
 
     Raises:
         ConfigError: A setting is unknown, has a wrong type or is out of range; the message names all of them.

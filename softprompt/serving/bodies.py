@@ -1,8 +1,8 @@
-"""The bodies of requests: their fields, types and ranges, as OpenAI's API has them.
+"""The bodies of requests: their fields, types and ranges, as in OpenAI's API.
 
-A field that OpenAI's servers do not know is refused, as there. A field that they know and that has no effect on an
+A field that OpenAI's API does not have is refused, as it is there. A field that it has, but that has no effect on an
 answer (`user`, `metadata`, …) is ignored. A field that asks for something that this server cannot do (`tools`,
-`logit_bias`, …) is refused, unless its value asks for nothing.
+`logit_bias`, …) is refused, unless its value has no effect.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -15,7 +15,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-MAX_CHOICES = 128  # of one prompt, as OpenAI's n
+MAX_CHOICES = 128  # the largest n, as at OpenAI, and the largest number of choices of /v1/classify
 
 
 class _Body(BaseModel):
@@ -23,7 +23,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream holds beside the answer."""
+    """The options of a stream. `include_obfuscation` is accepted and ignored."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -35,7 +35,7 @@ class GenerationBody(_Body):
     `top_k`, `min_p` and `repetition_penalty` are not OpenAI's; they mean what they mean in infer.py.
     """
 
-    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {  # values that ask for nothing, by field
+    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {  # values that have no effect, by field
         "presence_penalty": (0, None),
         "frequency_penalty": (0, None),
         "logit_bias": ({}, None),
@@ -64,11 +64,11 @@ class GenerationBody(_Body):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """Whether a stream ends with a chunk that reports the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check(self) -> None:
-        """Check what the types do not say.
+        """Check what the types of the fields do not express.
 
         Raises:
             ApiError: Fields contradict each other, or ask for something that the server cannot do.
@@ -232,7 +232,7 @@ class AdapterBody(_Body):
     folder: Annotated[str, Field(min_length=1, max_length=1000)]
 
     def check(self) -> None:
-        """All is said by the types."""
+        """Do nothing: the types of the fields check everything."""
 
 
 BodyType = TypeVar("BodyType", ChatBody, CompletionBody, ClassifyBody, AdapterBody)
@@ -242,7 +242,7 @@ def parse_body(kind: type[BodyType], values: Any) -> BodyType:
     """Check a parsed JSON body.
 
     Raises:
-        ApiError: A field is missing, unknown, of a wrong type or out of range.
+        ApiError: A field is missing, unknown, of a wrong type or out of range, or `kind.check` refuses the values.
     """
     try:
         body = kind.model_validate(values)
@@ -253,7 +253,7 @@ def parse_body(kind: type[BodyType], values: Any) -> BodyType:
 
 
 def _described(error: ValidationError) -> ApiError:
-    """Return the first fault as an error; values are not quoted."""
+    """Return the first validation error as an ApiError, whose message does not quote the value."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where, *inner = fault["loc"] or ("body",)
     shown = str(where)[:100].encode(errors="replace").decode()

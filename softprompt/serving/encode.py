@@ -21,7 +21,7 @@ from softprompt.utils.errors import ConfigError, DataError
 
 
 class Encoder:
-    """Encodes bodies for one base. It is used by one thread, because tokenizers are not made for several.
+    """Encodes bodies for one base. It is used by one thread, because tokenizers are not thread-safe.
 
     Args:
         limits: The limits of prompts and answers.
@@ -30,10 +30,10 @@ class Encoder:
     def __init__(self, base: PreTrainedModel, tokenizer: Any, limits: ServeArguments):
         self.base, self.tokenizer, self.limits = base, tokenizer, limits
         self.max_positions = max_positions(base)
-        text_ids(tokenizer, ["a"])  # resets what its files say of padding; later calls then change nothing
+        text_ids(tokenizer, ["a"])  # turns off padding that its files may turn on; later calls change nothing
 
     def chat(self, body: ChatBody, adapter: LoadedAdapter, seed: int) -> list[Request]:
-        """Return the requests of a conversation, one for each choice.
+        """Return the requests for a conversation: one for each of its `n` choices.
 
         Raises:
             ApiError: The adapter's template has no place for the messages, or they are too long.
@@ -42,8 +42,8 @@ class Encoder:
         return self._requests(body, asked.input_ids, adapter, seed, 0)
 
     def completion(self, body: CompletionBody, adapter: LoadedAdapter, seed: int) -> list[list[Request]]:
-        """Return the requests of texts that are continued as they are, without a template: for each prompt one for each
-        choice.
+        """Return the requests for texts that are continued without a template: for each prompt, one for each of its `n`
+        choices.
 
         Raises:
             ApiError: A prompt is empty, too long, or has a token that the base lacks.
@@ -58,7 +58,7 @@ class Encoder:
         return [self._requests(body, ids, adapter, seed, number) for number, ids in enumerate(encoded)]
 
     def classification(self, body: ClassifyBody, adapter: LoadedAdapter) -> tuple[list[list[Example]], int]:
-        """Return for each question its examples, one for each choice, and the number of tokens of the questions.
+        """Return for each question its examples, one for each choice, and the total number of tokens of all questions.
 
         Raises:
             ApiError: See `chat`.
@@ -177,8 +177,8 @@ class Encoder:
 
 
 def base_adapter(tokenizer: Any) -> LoadedAdapter:
-    """Return what answers for the base itself: no prompt, and the tokenizer's chat template, if it has one that can be
-    used, else the default template."""
+    """Return the adapter that stands for the base alone: no prompt, and the tokenizer's chat template. If that is
+    missing or cannot be used, it is the default template."""
     template, said = Template(CHAT), [{"role": role, "content": "a"} for role in ("user", "assistant")]
     if not tokenizer.chat_template:
         return LoadedAdapter()

@@ -1,4 +1,4 @@
-"""Errors of a request, in the shape of OpenAI's: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors of a request, in the format of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ INVALID, NOT_FOUND, OVERLOADED, SERVER = "invalid_request_error", "not_found_err
 
 
 class ApiError(Exception):
-    """An error that a client is told.
+    """An error that is reported to the client.
 
     Attributes:
-        status: Status code of HTTP.
+        status: The HTTP status code.
         kind: The field `type`.
-        param: The field of the body that is wrong; None if it is none.
+        param: The field of the body that is wrong; None if no single field is.
         code: A word that identifies the error.
         headers: Headers of the response.
     """
@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 def invalid(param: str, why: str) -> ApiError:
-    """Return the error of a field with a wrong value."""
+    """Return the error for a field with a wrong value."""
     return ApiError(400, f"Invalid value for '{param}': {why}.", param=param, code="invalid_value")
 
 
@@ -50,12 +50,12 @@ def unavailable(message: str) -> ApiError:
 
 
 def timed_out(seconds: float) -> ApiError:
-    """Return the error of a request that took too long."""
+    """Return the error for a request that took longer than `seconds`."""
     message = f"The answer took longer than {seconds:g} seconds. Ask for fewer tokens."
     return ApiError(504, message, SERVER, code="timeout")
 
 
 def internal() -> ApiError:
-    """Return the error of a fault in the server, whose details are only in the server's own output."""
+    """Return the error for a fault in the server; the details are only on the server's stderr."""
     message = "The server failed to answer this request; its output says why."
     return ApiError(500, message, SERVER, code="internal_error")

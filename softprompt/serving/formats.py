@@ -12,7 +12,7 @@ from softprompt.serving.answer import Answer, Piece, Reply
 from softprompt.serving.registry import Served
 
 Json = dict[str, Any]
-LEAST = -9999.0  # stands for the logarithm of 0, which JSON cannot represent
+LEAST = -9999.0  # the lowest log-probability that is sent, since JSON cannot represent -inf
 
 
 class Format(Protocol):
@@ -27,11 +27,11 @@ class Format(Protocol):
         ...
 
     def first(self, index: int) -> Json | None:
-        """Return what a stream says of a choice before its text; None if it says nothing."""
+        """Return the chunk of a choice that precedes its text in a stream; None if the format has none."""
         ...
 
     def delta(self, index: int, piece: Piece, finish_reason: str | None) -> Json:
-        """Return a part of a choice, or its end."""
+        """Return the chunk of a choice that holds a piece of its text or, with `finish_reason`, ends it."""
         ...
 
 
@@ -129,7 +129,7 @@ def whole(reply: Reply, form: Format) -> Json:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """Return how many tokens were read and written; virtual tokens do not count."""
+    """Return the numbers of tokens of prompt and completion, without virtual tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -164,8 +164,8 @@ def classification(model: str, results: list[ChoiceResult], prompt_tokens: int) 
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """Return the UTF-8 bytes that a token stands for. Tokens of less than a character are written in two ways: by the
-    characters of GPT-2's table of bytes, and as <0xE4> in vocabularies of SentencePiece."""
+    """Return the UTF-8 bytes that a token stands for. The bytes of a token that is only part of a character are read
+    from its name: symbols of GPT-2's byte table, or <0xE4> as in vocabularies of SentencePiece."""
     text = tokenizer.decode([token])
     name = tokenizer.convert_ids_to_tokens(token) or ""
     if "\N{REPLACEMENT CHARACTER}" not in text:
@@ -178,15 +178,16 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """Return the byte that each character of GPT-2's table stands for: printable ones for themselves, the others for
-    the characters from 256 on, in order."""
+    """Return the byte that each character of GPT-2's table stands for: a printable byte is its own character, and the
+    other bytes are the characters from 256 on, in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
 
 
 def _shown(raw: bytes) -> str:
-    """Return bytes as text; bytes that are no whole characters as OpenAI writes them."""
+    """Return bytes as text; bytes that are not valid UTF-8 are escaped in OpenAI's notation, which begins with
+    `bytes:`."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

@@ -1,6 +1,7 @@
-"""What every HTTP request passes: the key, the shutdown, the log, and the metrics. An ASGI application around another.
+"""ASGI middleware for every HTTP request: it checks the API key, refuses requests during shutdown, limits their
+duration, and writes log and metrics.
 
-One line of JSON is logged for each request, without texts and keys.
+One line of JSON is logged for each request; it contains no texts and no keys.
 """
 
 import asyncio
@@ -21,15 +22,15 @@ from softprompt.serving.service import Service
 from softprompt.utils.redact import redacted
 from softprompt.utils.std_streams import tell
 
-NOTES = "softprompt.notes"  # key of a scope: what the log says of the request
+NOTES = "softprompt.notes"  # key in the ASGI scope; its value is what the log says about the request
 OPEN = ("/health",)  # routes that need no key
-BODY_SECONDS = 30  # in which a body must arrive
-SENDING_SECONDS = 30  # in which a client must read what is left of an answer when it is complete
+BODY_SECONDS = 30  # within which a body must arrive
+SENDING_SECONDS = 30  # within which a client must read the rest of an answer after its end
 CLOSED_BY_CLIENT = 499  # nginx's status of a request whose client went away before the response began
 
 
 def notes(scope: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Return what the log will say of a request."""
+    """Return a dict with what the log will say about a request, which may be extended."""
     return scope.setdefault(NOTES, {})
 
 
@@ -37,7 +38,7 @@ class Gate:
     """Checks and logs requests.
 
     Args:
-        app: Answers the requests that are let through, by `service`.
+        app: The application that answers the requests that are let through, with `service`.
         routes: The paths that metrics name; other paths are counted as "other".
         log: Called with the line of each request.
 
@@ -78,7 +79,7 @@ class Gate:
             if refused := self._refusal(scope):
                 await error_response(refused)(scope, receive, noting)
             else:
-                async with asyncio.timeout(self.seconds):  # also while the client does not read
+                async with asyncio.timeout(self.seconds):  # also limits a client that does not read
                     await self.app(scope, receive, noting)
         except (ClientDisconnect, TimeoutError) as error:
             notes(scope)["error"] = "timeout" if isinstance(error, TimeoutError) else "client_disconnected"
@@ -111,7 +112,7 @@ class Gate:
         )
 
     def _is_static(self, scope: Scope) -> bool:
-        """Whether the path can only be that of a file of the page, which is the same for everybody."""
+        """Whether the path is outside of the API: it is unknown, or a file of the page, which needs no key."""
         return scope["path"] not in self.routes and not scope["path"].startswith("/v1")
 
     def _note(self, scope: Scope, request_id: str, status: int, started: float) -> None:
@@ -134,5 +135,5 @@ class Gate:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Return the response that tells an error."""
+    """Return the response that reports an error."""
     return JSONResponse(error.body(), error.status, error.headers)

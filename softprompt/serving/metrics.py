@@ -1,10 +1,10 @@
-"""What the server has done so far, in the text format of Prometheus."""
+"""The metrics of the server, in Prometheus' text format."""
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # borders of histograms
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # bounds of the buckets
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -20,7 +20,7 @@ class Histogram:
         self._sum += seconds
 
     def lines(self, name: str) -> list[str]:
-        """Return the samples of the metric `name`."""
+        """Return the lines of the metric `name`."""
         lines, below = [], 0
         for border, count in zip([*map(str, SECONDS), "+Inf"], self._counts, strict=True):
             below += count
@@ -37,7 +37,7 @@ class Metrics:
         self.seconds, self.first_token_seconds = Histogram(), Histogram()
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """Return all metrics; `gauges` are the present values of further ones, each with its help text."""
+        """Return all metrics as text. `gauges` adds current values by name, each as (help text, value)."""
         counted = sorted(self.requests.items())
         requests = [f'{{route="{route}",status="{status}"}} {n}' for (route, status), n in counted]
         blocks = [

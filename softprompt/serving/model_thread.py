@@ -25,7 +25,7 @@ class ModelThread(threading.Thread):
     Args:
         generator: Answers the requests.
         batch_size: Maximum number of answers that are generated at a time.
-        loop: The event loop whose thread calls all methods but `run`, and gets the tokens.
+        loop: The event loop. Its thread calls all methods except `run`, and receives the tokens.
     """
 
     def __init__(self, generator: BatchGenerator, batch_size: int, loop: asyncio.AbstractEventLoop):
@@ -37,7 +37,7 @@ class ModelThread(threading.Thread):
         self._calls = deque[Call]()
         self._answers: dict[RequestState, Answer] = {}
         self._leader: RequestState | None = None
-        self._events = deque[Call]()  # for the event loop
+        self._events = deque[Call]()  # callbacks that the event loop is to run
         self._scheduled = False
 
     def submit(self, reply: Reply) -> None:
@@ -45,7 +45,8 @@ class ModelThread(threading.Thread):
         self._inbox.put(reply)
 
     def call(self, function: Callable[[], Any]) -> "asyncio.Future[Any]":
-        """Call a function of the model between two steps; return its future result."""
+        """Call a function that uses the model between two decoding steps; return a future of its result or
+        exception."""
         future = self.loop.create_future()
 
         def run() -> None:
@@ -115,7 +116,8 @@ class ModelThread(threading.Thread):
         self._post(answer.add, token, state.logprobs[-1] if state.logprobs else None)
         if state.finish_reason:
             self._finish(state)
-        # A step of transformers' generate writes whole answers. When one gets its next token, others may have ended.
+        # With transformers' `generate`, one step generates whole answers. When an answer gets its next token, the
+        # decoding step before it is over; report the answers that ended in it.
         if state is self._leader:
             self._report_finished()
         elif self._leader is None or self._leader.finished:
@@ -132,7 +134,8 @@ class ModelThread(threading.Thread):
             self._post(answer.end, state.finish_reason)
 
     def _fail_all(self, error: Exception) -> None:
-        """Give up all requests, and go on with an empty batch: what failed may be one of them, or the device."""
+        """Fail all requests and continue with an empty batch, since any of the requests, or the device, may be the
+        cause."""
         traceback.print_exception(error, file=sys.stderr)
         traceback.clear_frames(error.__traceback__)  # the frames hold tensors, and memory may have run out
         for answer in self._answers.values():
@@ -141,7 +144,7 @@ class ModelThread(threading.Thread):
         self.batch = self.generator.new_batch(self.batch_size)
 
     def _post(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Let the event loop call a function. Many calls cost it one wake-up."""
+        """Let the event loop call a function. Functions are collected, so that one wake-up serves many of them."""
         self._events.append(lambda: function(*arguments))
         if not self._scheduled:
             self._scheduled = True

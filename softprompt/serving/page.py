@@ -1,4 +1,4 @@
-"""The page at /: its files, and the headers that forbid it everything but to speak with this server."""
+"""The page at /: its files, and security headers that let it load from and connect to this server only."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # a newer server's page is seen at once
+    "Cache-Control": "no-cache",  # a browser shows the page of a newer server at once
 }
 
 

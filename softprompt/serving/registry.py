@@ -1,8 +1,8 @@
-"""The adapters that a server offers: which folders hold them, and their newest files.
+"""The adapters that a server serves: the folders that hold them, and their newest files.
 
-Each value of --adapters names an adapter folder, a run, or a folder of these. Of a run, the adapter that was written
-last is offered: its newest checkpoint while it trains, its own files once it is done. A folder that is reached by a
-link is offered only if it lies inside the folder of --adapters.
+Each value of --adapters names an adapter folder, a run, or a folder of these. For a run, the adapter that was written
+last is served: its newest checkpoint while it trains, its final prompt once it has ended. A folder that a link leads to
+is served only if it is inside the folder of --adapters.
 """
 
 import os
@@ -18,13 +18,13 @@ from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FIL
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.utils.errors import AdapterError, SoftpromptError
 
-INTERVAL = 1.0  # seconds for which the folders are taken to be as they were
-Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a folder, and the versions of its files
+INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
+Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a name with a folder, and the versions of its files
 
 
 class Source(NamedTuple):
-    """A folder of an adapter or a run, and the folder of --adapters in which it must lie. `named` says whether the
-    command line or a request names it, rather than the folder that holds it."""
+    """An adapter folder or the folder of a run. It must be inside of `root`, a folder of --adapters. `named` says
+    whether the command line or a request names the folder itself, and not only one that contains it."""
 
     name: str
     folder: Path
@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 
 class Served(NamedTuple):
-    """An adapter that is offered: its name, and when it was written (seconds since 1970)."""
+    """An adapter that is served, with its name and the time at which it was written (seconds since 1970)."""
 
     name: str
     adapter: LoadedAdapter
@@ -41,7 +41,7 @@ class Served(NamedTuple):
 
 
 class Root(NamedTuple):
-    """A value of --adapters; `name` is empty if it gives none."""
+    """A value of --adapters; `name` is empty if the value is only a folder."""
 
     name: str
     folder: Path
@@ -66,7 +66,7 @@ def parse_roots(values: Sequence[str]) -> list[Root]:
 
 
 def base_of(roots: Sequence[Root]) -> str:
-    """Return the base that the newest of the adapters names.
+    """Return the name or path of the base that the newest of the adapters names.
 
     Raises:
         AdapterError: There is no adapter, or it names no base.
@@ -89,8 +89,8 @@ class Registry:
         base: Name or path of the base.
         hidden_size: H of the base.
         bits: The number of bits to which a flag quantized it; see `check_adapter`.
-        reserved: Name that no adapter may have: the base's own.
-        tell: Called with a line about each folder that cannot be offered.
+        reserved: The name of the base in requests, which no adapter may have.
+        tell: Called with a line about each folder that cannot be served.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Registry:
         self._reserved, self._tell = reserved, tell
         self._added: dict[str, Source] = {}
         self._served: dict[str, Served] = {}
-        self._loaded: dict[Files, Served | None] = {}  # None: cannot be offered
+        self._loaded: dict[Files, Served | None] = {}  # None: cannot be served
         self._lock, self._read = threading.Lock(), -INTERVAL
 
     def get(self, name: str) -> Served | None:
-        """Return the adapter of this name, read again if its files have changed; None if there is none."""
+        """Return the adapter of this name; None if there is none. It is read again if its files have changed."""
         self._refresh()
         return self._served.get(name)
 
@@ -120,7 +120,7 @@ class Registry:
         return list(self._served.values())
 
     def add(self, name: str, folder: str) -> Served:
-        """Offer a folder inside one of --adapters under a name of its own.
+        """Serve the adapter in a folder, given relative to one of --adapters, under the name `name`.
 
         Raises:
             ValueError: The name is taken, there is no such folder there, or it holds no adapter that fits the base.
@@ -162,7 +162,7 @@ class Registry:
             self._read = time.monotonic()
 
     def _load(self, source: Source, folder: Path) -> Served | None:
-        """Load an adapter; return None, and tell why, if it cannot be offered."""
+        """Load an adapter. If it cannot be served, call `tell` with the reason and return None."""
         try:
             adapter = LoadedAdapter.from_folder(folder)
             if not source.named and adapter.base and base_identity(adapter.base) != base_identity(self._base):
@@ -204,7 +204,7 @@ def _newest(source: Source) -> Iterator[Path]:
 
 
 def _files(name: str, folder: Path) -> Files:
-    """Return what changes when the adapter in a folder is replaced."""
+    """Return a key that changes when the adapter in a folder is replaced."""
     versions = tuple(_version(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE))
     return f"{name}\0{folder}", versions
 

@@ -38,6 +38,10 @@ async def respond(
     """Answer the requests of each prompt, in one piece or as a stream.
 
     Args:
+        request: The HTTP request.
+        body: Its checked body.
+        form: The format of the response.
+        requests: For each prompt, the requests of its choices.
         continues: See `Answer`.
 
     Raises:
@@ -65,7 +69,7 @@ class ReplyStream(StreamingResponse):
     """A response of events, which ends when the client goes away.
 
     Args:
-        on_end: Called at the end, however it comes, also while the client does not read.
+        on_end: Called when the response ends for any reason, even if the client has not read it.
     """
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], object]):
@@ -146,8 +150,8 @@ async def _choices(reply: Reply, form: Format) -> AsyncIterator[dict[str, Any]]:
 
 
 def _raise_error(reply: Reply) -> None:
-    """Raise what went wrong with an answer as an ApiError. What the model says of a request is told; other faults are
-    not, because they may name files."""
+    """Raise what went wrong with an answer as an ApiError. A ConfigError is about the request, so its message is sent
+    to the client. Other messages are not, because they may contain paths."""
     if reply.error is None:
         return
     if isinstance(reply.error, ConfigError):
@@ -156,7 +160,7 @@ def _raise_error(reply: Reply) -> None:
 
 
 def _close(request: Request, reply: Reply) -> None:
-    """Free a reply, and note for the log what it held."""
+    """Close a reply, and add to the log how many tokens it had and why it ended."""
     service, told = service_of(request), notes(request.scope)
     service.close(reply)
     reasons = sorted({answer.finish_reason or "canceled" for answer in reply.answers})

@@ -33,7 +33,8 @@ def serve(config: ServeConfig) -> None:
         SoftpromptError: The adapters' folders or the base cannot be used, or the address is taken.
     """
     server, settings = config.server, config.model
-    # The threads of the model and of the connections take turns often, so that neither waits 5 ms for each token.
+    # The model thread and the event loop share Python's global interpreter lock. With its default switch interval,
+    # either may wait 5 ms for each token.
     sys.setswitchinterval(5e-4)
     roots = parse_roots(server.adapters)
     base = settings.model_name_or_path or base_of(roots)
@@ -74,8 +75,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that goes on listening until the running answers are finished, so that new requests get an
-    answer, too: 503."""
+    """A uvicorn server that keeps listening until the running answers are finished, so that new requests are answered
+    with 503 until then."""
 
     def __init__(self, service: Service, log: Callable[[str], object] = lambda line: print(line, flush=True)):
         self.service, self.gate = service, Gate(make_app(service), service, ROUTES, log)

@@ -40,11 +40,11 @@ class Service:
 
     Attributes:
         base_id: The name of the base in requests: its hub id, or the name of its folder.
-        replies: Those that are not closed yet.
+        replies: The replies that are not closed yet.
         scoring: Number of questions that wait for the probabilities of choices.
 
     Raises:
-        ModelError: The base cannot generate behind a prompt.
+        ModelError: The base cannot generate with a prompt.
     """
 
     def __init__(self, model: SoftPromptModel, roots: Sequence[Root], arguments: ServeArguments):
@@ -78,7 +78,7 @@ class Service:
         """Return the base or adapter of this name.
 
         Raises:
-            ApiError: There is none.
+            ApiError: No base or adapter has this name.
         """
         found = self.base if name == self.base_id else await self.in_worker(self.registry.get, name)
         if found is None:
@@ -87,11 +87,11 @@ class Service:
         return found
 
     async def in_worker(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function that may take some time in the worker's thread."""
+        """Call a function that may take long in the worker thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
     def check_queue(self, more: int = 1) -> None:
-        """Raise ApiError if there is no place for so many answers more."""
+        """Raise ApiError if the running batch and the queue have no room for `more` further answers."""
         places = self.arguments.batch_size + self.arguments.max_queue
         if more > places:
             raise ApiError(400, f"{more} answers at once are more than the {places} places of this server.", param="n")
@@ -117,7 +117,7 @@ class Service:
         return reply
 
     def close(self, reply: Reply) -> None:
-        """Free what a reply holds."""
+        """Cancel the unfinished answers of a reply, and count its tokens in the metrics."""
         reply.cancel()
         self.replies.discard(reply)
         self.metrics.prompt_tokens += reply.prompt_tokens
@@ -140,7 +140,7 @@ class Service:
             self.scoring -= len(examples)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
-        """Return the present values of further metrics, each with its help text."""
+        """Return the current values of further metrics by name, each as (help text, value)."""
         answers = [answer for reply in self.replies for answer in reply.answers if not answer.done]
         running = sum(answer.tokens > 0 for answer in answers)
         return {

@@ -36,7 +36,8 @@ def base_evaluation_state(setup: Setup, before: Evaluation | None) -> dict[str, 
 
 
 def _identity(setup: Setup, evaluator: Evaluator) -> dict[str, Any]:
-    """Return everything that the evaluation depends on, in JSON types: another value makes it another evaluation."""
+    """Return everything that the evaluation depends on, in JSON types. A saved evaluation is used only if this is
+    equal."""
     config = setup.config
     return {
         "fingerprints": {name: value for name, value in setup.start.fingerprints.items() if name != "dataset"},

@@ -32,7 +32,7 @@ class Engines(NamedTuple):
     Attributes:
         engine: Computes losses and the prompt's gradient.
         generator: Generates answers with the same weights. None with `--stream_base`, because each generated token
-            would read the whole base, and None if the base cannot generate behind a prompt.
+            would read the whole base, and None if the base cannot generate with a prompt.
         how: One line for the user that says how the engine was chosen; None if there was no check.
     """
 

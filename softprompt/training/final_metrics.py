@@ -1,4 +1,4 @@
-"""What a finished run says about its prompt: the metrics of all_results.json, and whether the prompt is of use."""
+"""The results of a finished run: the metrics of all_results.json, and whether the prompt is of use."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from softprompt.training.metrics_log import Totals
 def final_metrics(
     totals: Totals, seconds: float, after: Evaluation | None, before: Evaluation | None, best: BestMetric | None
 ) -> Metrics:
-    """Return the metrics of a run that took `seconds`, from the evaluations of its prompt and of the bare base. `best`
-    is given if the run ends with its best prompt."""
+    """Return the metrics of a run whose training loop took `seconds`. `after` and `before` are the evaluations of its
+    prompt and of the bare base, None without held-out rows. `best` is given if the run ends with its best prompt."""
     return {
         "epoch": round(totals.epoch, 4),
         **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
@@ -36,5 +36,5 @@ def verdict_of_run(config: TrainConfig, after: Evaluation | None, before: Evalua
 
 
 def verdict_facts(judged: Verdict | None) -> dict[str, Any]:
-    """Return a verdict as all_results.json and report.json hold it."""
+    """Return the fields of a verdict in all_results.json and report.json; an empty dict without a verdict."""
     return {"verdict": judged.sentence, "verdict_better": judged.better} if judged else {}

@@ -15,7 +15,7 @@ from softprompt.utils.errors import ConfigError
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
-    """Return the initial prompt [P, H], drawn with --seed; it is fp32, as are the word embeddings of a frozen base.
+    """Return the initial prompt [P, H] fp32. Random values are drawn with --seed.
 
     Args:
         config: The settings of the run.

@@ -10,6 +10,7 @@ def draw_loss_curves(axes: Any, history: Sequence[Metrics], eval_loss_base: floa
     """Draw the curves into matplotlib's `axes`.
 
     Args:
+        axes: A matplotlib Axes, whose labels and legend are set, too.
         history: The records of metrics.jsonl.
         eval_loss_base: Held-out loss of the base without a prompt, in nats per target token; None if unknown. It is
             drawn as a dashed line.

@@ -1,7 +1,7 @@
 """Learning rate schedules: those of `transformers.get_scheduler`, under the same names.
 
-They are written out here because the import of transformers' own also loads PEFT and bitsandbytes where they are
-installed, which takes seconds and warns about kernels that the run does not use.
+They are implemented here because importing those of transformers also loads PEFT and bitsandbytes if they are
+installed. That takes seconds, and prints warnings about kernels that the run does not use.
 """
 
 import math
@@ -43,7 +43,7 @@ def learning_rates(args: TrainingArguments, peak: float, total: int) -> Callable
 
 
 def farthest_move(lr_at: Callable[[int], float], total: int) -> float:
-    """Return about how far AdamW can move one value in `total` steps: each step moves it by at most about the learning
-    rate."""
+    """Return the approximate maximum distance by which AdamW can move one value in `total` steps: the sum of the
+    learning rates, because a step moves a value by at most about the learning rate."""
     stride = max(1, total // 10_000)
     return stride * sum(map(lr_at, range(0, total, stride)))

@@ -33,7 +33,7 @@ class Setup(NamedTuple):
     prompt: PromptEmbedding
     engine: Engine
     evaluator: Evaluator | None
-    no_answers: str | None  # why the base cannot generate behind a prompt; None if it can
+    no_answers: str | None  # why the base cannot generate with a prompt; None if it can
 
     @property
     def config(self) -> TrainConfig:
@@ -46,12 +46,12 @@ class Run:
 
     Attributes:
         metrics: The content of all_results.json; empty until the run has ended.
-        adapter_bytes: The size of the saved prompt's file.
+        adapter_bytes: The size of the saved prompt's file in bytes.
         question: A training row to try the prompt with.
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
         verdict: Whether the prompt is of use; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
-        no_answers: Why the base cannot generate behind a prompt; None if it can.
+        no_answers: Why the base cannot generate with a prompt; None if it can.
         history: The records of metrics.jsonl, one dict each; `pandas.DataFrame(run.history)` is a table of them.
         stopped: If the run was stopped before its last step, what was saved and how to continue; else None.
     """

@@ -14,8 +14,8 @@ from softprompt.utils.std_streams import is_interactive
 
 
 class StopRequest:
-    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once,
-    with KeyboardInterrupt in an interactive session, which goes on, else with SystemExit.
+    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once:
+    it raises KeyboardInterrupt in an interactive session, which continues, else SystemExit.
 
     `exit_code` is None until a signal has arrived or `max_time` seconds have passed since this object was created.
     """

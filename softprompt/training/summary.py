@@ -71,7 +71,7 @@ def infer_command(run: Run, question: FirstQuestion) -> str:
 
 def _figures(run: Run) -> Rows:
     """Return the table of metrics, whose columns are: always giving the most common answer, the base alone, with the
-    prompt, and the 95 % interval of the latter. Columns without a value are left out."""
+    prompt, and the 95 % interval of the metric with the prompt. Columns without a value are left out."""
     metrics = run.metrics
     rows = [("", _always(run), "base alone", "with prompt", "95 % interval"), *_held_out_rows(run)]
     if run.after is None and "train_loss" in metrics:

@@ -1,7 +1,7 @@
 """Progress bars and lines above them, on a terminal and in a notebook.
 
 A terminal gets both on stderr. A notebook gets bars of its own kind (tqdm.auto) and the lines on stdout, because it
-shows stderr on red. Elsewhere, such as in a file or a pipe, there are no bars.
+shows stderr on a red background. Elsewhere, such as in a file or a pipe, there are no bars.
 """
 
 import sys
@@ -15,7 +15,7 @@ from tqdm.utils import disp_len
 from softprompt.utils.torchrun_env import is_main
 from softprompt.utils.translation import translate
 
-DELAY = 1.0  # seconds; what takes less gets no bar
+DELAY = 1.0  # seconds; shorter work gets no bar
 
 
 def in_notebook() -> bool:
@@ -25,7 +25,7 @@ def in_notebook() -> bool:
 
 
 def log_stream() -> TextIO:
-    """Return the stream for lines about what is going on."""
+    """Return the stream for progress messages."""
     return sys.stdout if in_notebook() else sys.stderr
 
 
@@ -64,8 +64,8 @@ def rows_bar(rows: int, desc: str) -> Iterator[Callable[[int], object]]:
 
 
 def show_fields(bar: "tqdm[Any]", fields: Mapping[str, str]) -> None:
-    """Show `fields` behind a bar. On a terminal that is too narrow for all of them and ten cells of the bar itself, the
-    last ones are left out."""
+    """Show `fields` behind a bar. If a terminal is too narrow for all of them and a bar of ten cells, the last fields
+    are left out."""
     width = bar.format_dict.get("ncols")
     shown = dict(fields)
     while True:

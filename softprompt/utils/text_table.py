@@ -8,11 +8,11 @@ from html import escape
 
 Rows = Sequence[Sequence[str]]
 OPENING, CLOSING = "（《“‘", "，。；：！？、）》”’…"  # Chinese punctuation that does not end, or begin, a line
-UNBROKEN = 12  # columns of a word that is not broken between Chinese characters
+UNBROKEN = 12  # a word of at most this many columns is not broken between Chinese characters
 WIDE = "\u2e80-\u9fff"  # Chinese characters, between which a line may be broken
 PIECE = re.compile(rf"[{OPENING}]*(?:[{WIDE}][,.;:!?)]*|[^{WIDE}{OPENING}{CLOSING}]+|(?=[{CLOSING}])|$)[{CLOSING}]*")
 GAP = 2  # columns of the terminal between two cells
-NARROWEST = 8  # cells are not shortened to less than this
+NARROWEST = 8  # minimum width to which cells are shortened
 
 
 def html_table(rows: Rows) -> str:

@@ -1,14 +1,15 @@
-"""What people read, in their language: English, or Chinese from the catalogue locale/zh.json.
+"""Translation of the texts that users read: English, or Chinese from the catalogue locale/zh.json.
 
-Messages are written in English where they arise, and in English exceptions carry them and files store them. Only where
-a text is shown (terminal, --help, report page) is it passed through `translate`. A key of the catalogue is an English
-text in which {name} stands for any text, as in f-strings:
+Messages are written in English; exceptions and data files always contain the English text. It is passed through
+`translate` only where it is shown (terminal, --help, report page). A key of the catalogue is an English text in which
+{name} stands for any text, as in f-strings:
 
     "{path}: no such file": "{path}：没有这个文件"
 
-What a text of the section "joints" joins is translated part by part. A text without a translation stays English as a
-whole. {name!t} in a translation inserts the translation of what {name} stands for; if that has none, the whole text
-stays English. A translation may leave out a name that begins with an underscore, such as a plural's ending.
+The section "joints" has separators, such as "; "; the parts of a text between them are translated one by one. A text
+without a translation stays English as a whole. {name!t} in a translation inserts the translation of what {name} stands
+for; if that has none, the whole text stays English. A translation may leave out a name that begins with an underscore,
+such as a plural's ending.
 """
 
 import json
@@ -102,7 +103,8 @@ def _translation(text: str, chosen: str) -> str | None:
 
 
 def _in_parts(text: str, chosen: str, *joints: str) -> str | None:
-    """Return the translations of what a joint joins; None if there are no parts, or one has no translation."""
+    """Translate the parts of a text that a separator (`joints`) joins, and join the translations. Return None if no
+    separator occurs, or a part has no translation."""
     for joint in joints:
         if joint in text and None not in (parts := [_translation(part, chosen) for part in text.split(joint)]):
             return _joints(chosen)[joint].join(map(str, parts))
@@ -116,7 +118,7 @@ def _filled(template: Template, values: Mapping[str, Any], chosen: str) -> str |
         value = values[place[1]]
         if place[2] and value:
             value = _translation(value, chosen)
-        elif CLAUSES in value:  # a clause of the message, of which the template knows nothing
+        elif CLAUSES in value:  # the value spans several clauses, so the template does not match the message
             value = None
         if value is None:
             return None

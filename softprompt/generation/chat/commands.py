@@ -31,11 +31,12 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        run: Runs the command with the text behind it, and returns the text to display, without a line break at its end.
+        run: Runs the command with the text after its name, and returns the text to display, without a line break at its
+            end.
         usage: The command with its arguments, as /help shows it.
         help: What it does.
         aliases: Other names.
-        complete: Yields what the text behind the command may be completed to.
+        complete: Yields possible completions of the text after the command's name.
     """
 
     run: Callable[[ChatSession, str], str]
@@ -58,7 +59,7 @@ def run_command(session: ChatSession, message: Message) -> str:
 
 
 def completions(session: ChatSession, line: str) -> list[str]:
-    """Return what a line that has been typed up to the cursor may be completed to: other lines that begin with it."""
+    """Return possible completions of the line up to the cursor, as whole lines."""
     name, space, text = line.partition(" ")
     if not space:
         return [each for each in (*COMMANDS, *LEAVING) if each.startswith(line)] if line else []
@@ -120,7 +121,7 @@ def _adapter_row(session: ChatSession, name: str, adapter: LoadedAdapter) -> tup
 
 
 def _runs() -> list[str]:
-    """Return the adapters under runs/, the newest first, but only the newest one of a run."""
+    """Return the folders of the adapters under runs/, one for each run (its newest), the newest first."""
     newest: dict[str, str] = {}
     for folder in adapters_under(RUNS):
         newest.setdefault(folder.relative_to(RUNS).parts[0], str(folder))

@@ -9,9 +9,9 @@ from pathlib import Path
 from softprompt.utils.atomic_io import state_dir
 from softprompt.utils.redact import redacted
 
-OFF = "SOFTPROMPT_NO_HISTORY"  # environment variable: any value but an empty one keeps chats from reading and writing
+OFF = "SOFTPROMPT_NO_HISTORY"  # environment variable; if it is not empty, no history is read or written
 MAX_ENTRIES = 1_000
-MAX_BYTES = 1 << 20  # a larger file is cut to its last entries when it is read
+MAX_BYTES = 1 << 20  # when a larger file is read, it is cut to its last entries
 ONLY_OWNER = 0o600
 
 

@@ -61,7 +61,8 @@ def hold_chat(
 
 
 class _Display:
-    """Displays texts without control characters (see `visible`), and begins lines."""
+    """Displays texts without control characters (see `visible`), and knows whether the cursor is at the beginning of a
+    line."""
 
     def __init__(self, write: Callable[[str], None]):
         self._write, self._at_start = write, True
@@ -77,7 +78,8 @@ class _Display:
 
 
 def prompt_of(session: ChatSession) -> str:
-    """Return what stands before the cursor: the last part of the adapter's name."""
+    """Return what is displayed before the cursor: the last part of the adapter's name, shortened to MAX_PROMPT
+    characters."""
     name = visible(short_name(session.adapter, session.model.adapters))
     return name if len(name) <= MAX_PROMPT else f"{name[: MAX_PROMPT - 3]}..."
 

@@ -15,7 +15,7 @@ class Message(NamedTuple):
 
     Attributes:
         command: The command in lower case with its slash; empty for a question.
-        text: The question, or the text behind the command.
+        text: The question, or the text after the command.
         typed: The whole message as it was typed, for the history.
     """
 
@@ -27,8 +27,8 @@ class Message(NamedTuple):
 def read_message(read: Callable[[str], str], prompt: str) -> Message:
     """Read one message.
 
-    A line that begins a question, or the text behind a command, with three quotation marks begins a message of several
-    lines, which the next three quotation marks at the end of a line end. What they enclose is taken as it is: it is a
+    If a question, or the text after a command, begins with three quotation marks, the message ends with the first line
+    that ends with three further ones. The text between them is not interpreted: without a command before it, it is a
     question even if it looks like a command.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a chat knows, and how it asks the model."""
+"""The state of a chat, and how it asks the model."""
 
 import os
 import re
@@ -37,10 +37,10 @@ class ChatSession:
         given: Generation settings of this chat by name; they override those of the adapter.
         adapter: Name of the adapter that answers.
         input: Text for the second column of the template; None leaves it to the template.
-        choices: Texts of which the likeliest is the answer; if there are none, answers are generated.
+        choices: Texts from which the likeliest is chosen as the answer; if empty, answers are generated.
         history: Number of earlier turns that precede a question; None is the number that fits the template (`earlier`).
         turns: All turns so far.
-        left_out: Number of turns that the last question should have had before it, but that did not fit.
+        left_out: Number of turns that were left out before the last question because they did not fit.
     """
 
     model: SoftPromptModel
@@ -125,9 +125,9 @@ class ChatSession:
         return name if name in self.model.adapters else self.model.load_adapter(folder, name)
 
     def _row(self, question: str, write: Callable[[str], None]) -> dict[str, Any]:
-        """Return the question as a row of the template. If there are earlier turns, it is a conversation of those that
-        leave the answer at least half of the room that it would have without them; the first time that some do not,
-        say so."""
+        """Return the question as a row of the template, a conversation if earlier turns precede it. The earliest turns
+        are left out as long as the others leave the answer less than half of the room that it has without any turn. The
+        first time that this happens, a note is displayed."""
         if not is_text(question):
             raise DataError("the text is not in the encoding of this terminal; check the terminal's settings")
         alone, earlier, before = self.template.row(question, self.input), self.earlier, self.left_out

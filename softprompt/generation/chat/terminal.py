@@ -10,12 +10,12 @@ from softprompt.generation.chat.history import HistoryFile
 from softprompt.generation.chat.messages import CONTINUED
 from softprompt.utils.errors import DataError
 
-Complete = Callable[[str], list[str]]  # returns what a line that has been typed up to the cursor may be completed to
+Complete = Callable[[str], list[str]]  # returns possible completions of the line up to the cursor, as whole lines
 KEYS = '''""" before and after a text of several lines; Ctrl-C stops an answer or discards what is typed.'''
 
 
 class Terminal(Protocol):
-    """Where the lines of a chat come from.
+    """The source of the lines of a chat.
 
     Attributes:
         keys: The keys that work here, for /help.
@@ -81,7 +81,7 @@ class PlainTerminal:
         try:
             return input(prompt)
         except (EOFError, KeyboardInterrupt):
-            print()  # the cursor still stands behind the prompt
+            print()  # the cursor is still behind the prompt
             raise
         except UnicodeDecodeError as error:
             raise _not_text(error.encoding) from None
