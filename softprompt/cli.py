@@ -123,7 +123,7 @@ def study(argv: Sequence[str]) -> None:
 
 
 def serve(argv: Sequence[str]) -> None:
-    """Serve a base and its adapters over HTTP, through the API of OpenAI.
+    """Serve a base and its adapters over HTTP, with an OpenAI-compatible API.
 
     Raises:
         ConfigError: FastAPI or uvicorn is not installed.
@@ -140,8 +140,8 @@ def serve(argv: Sequence[str]) -> None:
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """Say what this machine has, which of it a run would use, and what is missing."""
-    description = "Say what this machine has, which of it a run would use, and what is missing."
+    """Say what this machine has, what a run would use, and what is missing."""
+    description = "Say what this machine has, what a run would use, and what is missing."
     FlagParser([], "doctor", description, usage="[--help]", examples=[("Examine this machine", "")]).parse(argv)
 
     from softprompt.doctor import examine, report
@@ -169,7 +169,7 @@ COMMANDS = {
     "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
     "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
     "serve": Command(serve, "answer the requests of OpenAI's clients, with every adapter of a base in one batch"),
-    "doctor": Command(doctor, "say what this machine has, which of it a run would use, and what is missing"),
+    "doctor": Command(doctor, "say what this machine has, what a run would use, and what is missing"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`softprompt doctor`: say what this machine has, which of it a run would use, and what is missing.
+"""`softprompt doctor`: say what this machine has, what a run would use, and what is missing.
 
 Nothing is downloaded or written. torch is imported only inside functions, so that a missing or broken torch is reported
 like anything else.

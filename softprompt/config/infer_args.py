@@ -105,8 +105,8 @@ class AdapterArguments:
     adapter: list[str] | None = option(
         None,
         "Use the prompt in this adapter folder, written by softprompt or by PEFT; of a run that has not ended, the "
-        "newest whole checkpoint. name=FOLDER gives it a name, and `none` is the base without a prompt. If several are "
-        "given, the first answers questions that name no adapter. "
+        "newest complete checkpoint. name=FOLDER gives it a name, and `none` is the base without a prompt. If several "
+        "are given, the first answers questions that name no adapter. "
         "(default: the newest adapter under runs/)",
         "DIR",
     )
@@ -143,7 +143,9 @@ class GenerationArguments:
         "--eval_dataset as the adapter was trained)",
     )
     max_new_tokens: int | None = option(
-        None, "Limit the answer to this many tokens, instead of by --max_length. (default: only --max_length limits it)"
+        None,
+        "Limit the answer to this many tokens; --max_length then does not apply. (default: only --max_length limits "
+        "it)",
     )
     do_sample: bool | None = option(
         None, "Sample the answer; `--do_sample false` decodes greedily. (default: true; for the mini base false)"

@@ -175,8 +175,8 @@ class TrainingArguments:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "Continue from this checkpoint-N folder, or from the newest intact checkpoint in this run's folder; without a "
-        "value, in --output_dir. Settings that are not given are taken from the checkpoint; every difference is "
+        "Continue from this checkpoint-N folder, or from the newest complete checkpoint in this run's folder; without "
+        "a value, in --output_dir. Settings that are not given are taken from the checkpoint; every difference is "
         "reported. (default: start a new run)",
         "DIR",
     )

@@ -25,7 +25,7 @@ class ExportArguments:
     engine: Literal["transformers", "vllm"] = option(
         "transformers",
         "Write what this engine needs: a whole model; or, for vllm, the prompt alone, a chat template and a client, "
-        "for a server of the unchanged base that takes prompt embeddings.",
+        "for a server that runs the unchanged base and accepts prompt embeddings.",
     )
     model_name_or_path: str | None = option(
         None, "Use this base model. (default: the one that the adapter names)", "BASE"

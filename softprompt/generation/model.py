@@ -98,7 +98,7 @@ class SoftPromptModel(BaseWithAdapters):
         Args:
             base: Folder or hub id of the base, by default the base that the adapters name.
             adapter: Adapter folder written by softprompt or by PEFT, by default the newest one under runs/; of a run
-                that has not ended, the newest whole checkpoint. Several are given as {"name": folder} or
+                that has not ended, the newest complete checkpoint. Several are given as {"name": folder} or
                 ["name=FOLDER"]; the first becomes the active adapter. "none" is the base without a prompt; if `base`
                 is not given either, it is the base of the newest adapter, or mini if there is none.
             device, bf16, fp16, load_in_8bit, load_in_4bit, engine: Values of the flags of infer.py.

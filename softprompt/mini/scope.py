@@ -37,7 +37,7 @@ def foreign_note(texts_of_rows: Iterable[Sequence[str]], given: Mapping[str, Any
     call = train_call({"model_name_or_path": base, **(given or {"dataset": "rows.jsonl"})})
     return (
         f"note: the base mini has 1.2 M parameters and knows only short Chinese reviews such as those of its own tasks "
-        f"({tasks}); expect little of it elsewhere. To train for a real base: {call}"
+        f"({tasks}); do not expect good results on other data. To train for a real base: {call}"
     )
 
 

@@ -23,7 +23,7 @@ class Metric(NamedTuple):
 METRICS = {
     "eval_samples": Metric("held-out rows", "{:,}"),
     "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", "accuracy"),
-    "eval_majority": Metric("share of the commonest label", "{:.1%}"),
+    "eval_majority": Metric("share of the most common label", "{:.1%}"),
     "eval_macro_f1": Metric("macro F1", "{:.3f}", "f1"),
     "eval_exact_match": Metric("exact match", "{:.1%}", "exact_match"),
     "eval_exact_match_rows": Metric("rows compared for exact match", "{:,}"),

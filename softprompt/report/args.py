@@ -80,7 +80,7 @@ def parse_report(argv: Sequence[str]) -> ReportRequest:
         action="store_true",
         help=translate(
             "Write the page again whenever a run has logged something, until the runs end or Ctrl-C is pressed. A "
-            "browser that shows the page loads it again by itself."
+            "browser that shows the page reloads it automatically."
         ),
     )
     parser.add_argument(

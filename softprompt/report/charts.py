@@ -46,7 +46,7 @@ def run_charts(record: RunRecord) -> list[Chart]:
     charts = list(_chart("loss", "Loss, nats per target token", *_losses(record)))
     for name, title in QUALITY.items():
         commonest = commonest_share(record) if name == "eval_accuracy" else None
-        levels = [(BASE, "base alone", record.of_base(name)), (COMMONEST, "commonest label", commonest)]
+        levels = [(BASE, "base alone", record.of_base(name)), (COMMONEST, "most common label", commonest)]
         known = [(color, text, level) for color, text, level in levels if level is not None]
         curves = [Curve(0, record.series(name), markers=True), *(Curve(color, level=y) for color, _, y in known)]
         legend = [(0, False, translate("with the prompt"))]

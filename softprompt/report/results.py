@@ -70,7 +70,7 @@ def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
     interval = () if low is None or high is None else (f"95 % interval {form.format(low)}{DASH}{form.format(high)}",)
     commonest = commonest_share(record) if name == "eval_accuracy" else None
-    return interval if commonest is None else (*interval, f"commonest label {form.format(commonest)}")
+    return interval if commonest is None else (*interval, f"most common label {form.format(commonest)}")
 
 
 def commonest_share(record: RunRecord) -> float | None:

@@ -10,7 +10,10 @@ from softprompt.utils.errors import ReportError
 from softprompt.utils.file_lock import FolderLock
 
 POLL_SECONDS = 2.0
-WAITING, GOES_ON = "{}: nothing is logged yet; waiting", "{}: rewritten until the run ends; Ctrl-C ends only this"
+WAITING, GOES_ON = (
+    "{}: nothing is logged yet; waiting",
+    "{}: rewritten until the run ends; Ctrl-C stops watching, not the run",
+)
 
 
 def watch(

@@ -19,7 +19,7 @@ Say = Callable[[str], object]
 
 def resolve_adapter(folder: str | Path, say: Say = progress.say) -> Path:
     """Return the adapter folder that a user means by `folder`: `folder` itself or, if it is a run's folder without a
-    final prompt, the run's newest whole checkpoint.
+    final prompt, the run's newest complete checkpoint.
 
     Args:
         folder: The folder; a leading ~ is expanded.
@@ -37,7 +37,7 @@ def resolve_adapter(folder: str | Path, say: Say = progress.say) -> Path:
             faults[checkpoint.name] = fault
             continue
         passed = "".join(f"; {name} is not whole ({fault})" for name, fault in faults.items())
-        say(f"adapter {folder}: the run has not ended; using its newest whole checkpoint, {checkpoint.name}{passed}")
+        say(f"adapter {folder}: the run has not ended; using its newest complete checkpoint, {checkpoint.name}{passed}")
         return checkpoint
     if faults:
         told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())

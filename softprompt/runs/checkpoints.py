@@ -109,7 +109,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_whole(output_dir: Path, tell: Callable[[str], object] = lambda fault: None) -> Path | None:
-    """Return the newest whole checkpoint of a run; `tell` is called for each newer one that is not whole."""
+    """Return the newest complete checkpoint of a run; `tell` is called for each newer one that is not whole."""
     for checkpoint in reversed(checkpoints(output_dir)):
         if not (fault := fault_of(checkpoint)):
             return checkpoint

@@ -52,7 +52,7 @@ def crash_line(error: BaseException) -> str:
     files.
 
     Returns:
-        One line with the error, that file, and the run's newest whole checkpoint.
+        One line with the error, that file, and the run's newest complete checkpoint.
     """
     folder: Path | None = getattr(error, "output_dir", None)
     what = " ".join(str(error).split())[:MAX_CHARACTERS]

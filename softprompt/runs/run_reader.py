@@ -29,7 +29,7 @@ class RunRecord:
             run goes on and has not logged a step.
         results: The content of all_results.json; empty if the run has not ended.
         runs_now: Whether a process is writing into the folder.
-        checkpoint: The newest whole checkpoint of a run that has not ended; None if there is none.
+        checkpoint: The newest complete checkpoint of a run that has not ended; None if there is none.
     """
 
     folder: Path

@@ -34,8 +34,8 @@ OF_THIS_CALL = (
 
 
 def way_on(output_dir: Path, **settings: Any) -> str:
-    """Return a clause for the error message of a failed run. It names the newest whole checkpoint and the command that
-    continues the run; `settings` are added to the command."""
+    """Return a clause for the error message of a failed run. It names the newest complete checkpoint and the command
+    that continues the run; `settings` are added to the command."""
     found = newest_whole(output_dir)
     if found is None:
         return "there is no checkpoint yet"
@@ -58,8 +58,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint` selects. Return None if the flag is not given; or if it is
     given without a value, and the run has no checkpoint yet.
 
-    The value is a checkpoint-N folder, or a run's folder, whose newest whole checkpoint is selected. Without a value,
-    the run's folder is --output_dir.
+    The value is a checkpoint-N folder, or a run's folder, whose newest complete checkpoint is selected. Without a
+    value, the run's folder is --output_dir.
 
     Raises:
         ConfigError: There is neither a value nor --output_dir.

@@ -30,12 +30,12 @@ class ServeArguments:
 
     adapters: list[str] = option(
         None,
-        "Serve the adapters in these folders, each an adapter folder or a run, which name=FOLDER renames, or a folder "
-        f"that holds such folders. They may change while the server runs. (default: {RUNS})",
+        "Serve the adapters in these folders: an adapter folder or a run (name=FOLDER sets its name), or a folder of "
+        f"such folders. They may change while the server runs. (default: {RUNS})",
         "FOLDER",
     )
     host: str = option(
-        "127.0.0.1", "Listen at this address. Others than this machine reach it only if you change it.", "ADDRESS"
+        "127.0.0.1", "Listen at this address. With the default, only this machine can connect.", "ADDRESS"
     )
     port: int = option(8000, "Listen at this port; 0 takes a free one.", "N")
     api_key: str | None = option(
@@ -54,7 +54,9 @@ class ServeArguments:
     )
     max_tokens: int = option(1024, "Limit an answer to this many tokens, whatever a request asks for.", "N")
     max_body_bytes: int = option(1 << 20, "Refuse requests whose body is larger than this.", "N")
-    request_timeout: float = option(300.0, "Give an answer up after this many seconds, waiting included.", "SECONDS")
+    request_timeout: float = option(
+        300.0, "Cancel an answer after this many seconds, including its time in the queue.", "SECONDS"
+    )
 
 
 @dataclass(frozen=True)
@@ -121,5 +123,5 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
     Raises:
         ConfigError: A flag is wrong.
     """
-    description = "Serve a base and its adapters in one batch, through the API of OpenAI."
+    description = "Serve a base and its adapters in one batch, with an OpenAI-compatible API."
     return serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))

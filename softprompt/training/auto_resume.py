@@ -1,9 +1,9 @@
 """Resume automatically when torchrun restarts a run.
 
-torchrun repeats its command after a rank has died. The newest whole checkpoint in the run's folder decides whether to
-start or to resume, because it names the launch and the processes that saved it. torchrun's restart count cannot decide:
-each node counts only the restarts that it requested, torchrun also restarts a run that refused to start, and the folder
-may hold checkpoints of an older run.
+torchrun repeats its command after a rank has died. The newest complete checkpoint in the run's folder decides whether
+to start or to resume, because it names the launch and the processes that saved it. torchrun's restart count cannot
+decide: each node counts only the restarts that it requested, torchrun also restarts a run that refused to start, and
+the folder may hold checkpoints of an older run.
 """
 
 import json
@@ -21,8 +21,8 @@ from softprompt.utils.torchrun_env import may_restart
 
 
 def has_saved(config: TrainConfig, starts: Sequence[Sequence[str]]) -> bool:
-    """Whether an earlier attempt of the same launch saved the newest whole checkpoint in the run's folder. `starts` are
-    the results of `torchrun_env.launch_ids` on all ranks; empty without torchrun."""
+    """Whether an earlier attempt of the same launch saved the newest complete checkpoint in the run's folder. `starts`
+    are the results of `torchrun_env.launch_ids` on all ranks; empty without torchrun."""
     folder = run_folder(config)
     newest = newest_whole(folder) if starts and folder else None
     if newest is None:

@@ -107,7 +107,7 @@ def _check_metric(args: TrainingArguments, evaluator: Evaluator) -> None:
         raise ConfigError(
             f"{flag}: answers are compared only where all held-out "
             f"ones have at most {SHORT_ANSWER} tokens and --max_length does not truncate all of them, and neither with "
-            "--stream_base nor with a base that cannot generate behind a prompt; take eval_loss"
+            "--stream_base nor with a base that cannot generate with a prompt; take eval_loss"
         )
     if name in ("eval_accuracy", "eval_macro_f1") and evaluator.classifier is None:
         raise ConfigError(

@@ -38,7 +38,7 @@ def test_accuracy_is_shown_with_its_interval_and_the_commonest_label():
     run.results.update(eval_accuracy=0.61, eval_accuracy_base=0.55, eval_accuracy_low=0.51, eval_accuracy_high=0.7)
     run.results.update(eval_majority=0.63, eval_macro_f1=0.512, eval_loss_low=0.7, eval_loss_high=0.8)
     told = Seen(page([run])).text.replace("\N{WORD JOINER}", "")
-    for text in ("61.0%", "base alone 55.0%", "interval 51.0%–70.0%", "commonest label 63.0%", "0.512"):
+    for text in ("61.0%", "base alone 55.0%", "interval 51.0%–70.0%", "most common label 63.0%", "0.512"):
         assert text in told
     assert "interval 0.7000–0.8000" in told
 

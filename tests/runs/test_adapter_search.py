@@ -74,7 +74,7 @@ def test_every_entrance_takes_the_newest_checkpoint_of_a_run_that_has_not_ended(
 
     def says() -> bool:
         printed = capsys.readouterr()
-        return (printed.out + printed.err).count("using its newest whole checkpoint, checkpoint-4") == 1
+        return (printed.out + printed.err).count("using its newest complete checkpoint, checkpoint-4") == 1
 
     model = softprompt.SoftPromptModel.from_pretrained(adapter="run")
     assert torch.equal(model.prompt, whole) and says()
@@ -82,7 +82,7 @@ def test_every_entrance_takes_the_newest_checkpoint_of_a_run_that_has_not_ended(
     assert torch.equal(model.adapters["again"].prompt, whole) and says()
     for asked in (["--adapter", "run", "--prompt", "你"], ["--prompts_file", "p.jsonl"]):
         told = run_program(infer, [*asked, *GREEDY], capsys, monkeypatch)[1]
-        assert told.count("using its newest whole checkpoint, checkpoint-4") == 1
+        assert told.count("using its newest complete checkpoint, checkpoint-4") == 1
     assert "10 new tokens" in export("run", "plain") and says()
     again = {**run_settings, "output_dir": "again", "init_adapter": "run", "max_steps": 1, "learning_rate": 1e-9}
     learned = softprompt.train(**again).setup.prompt.weight
