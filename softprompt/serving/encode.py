@@ -144,7 +144,7 @@ class Encoder:
         try:
             requests[0].new_token_budget(self.max_positions)
         except ConfigError as error:
-            raise _too_long(str(error)) from None
+            raise _too_long("messages" if isinstance(body, ChatBody) else "prompt", str(error)) from None
         return requests
 
     def _settings(self, body: ChatBody | CompletionBody, adapter: LoadedAdapter) -> GenerationSettings:
@@ -171,8 +171,9 @@ class Encoder:
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.limits.max_prompt_tokens:
             raise _too_long(
+                param,
                 f"This server's maximum length of a prompt is {self.limits.max_prompt_tokens} tokens, and {param} has "
-                f"{tokens}; shorten it."
+                f"{tokens}; shorten it.",
             )
 
 
@@ -190,8 +191,8 @@ def base_adapter(tokenizer: Any) -> LoadedAdapter:
     return LoadedAdapter(None, template, {"eos_token_id": ends} if len(ends) > 1 else {})
 
 
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+def _too_long(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _P(adapter: LoadedAdapter) -> int:

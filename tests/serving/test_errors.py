@@ -122,7 +122,9 @@ def test_limits(mini, mini_adapters):
         for content in (large, iter([large])):  # with its length, and in chunks
             error_of(server.post_content(chat, content), 413)
         long = error_of(server.post(chat, {**CHAT, "messages": [{"role": "user", "content": "我爱这部电影" * 9}]}), 400)
-        assert long["code"] == "context_length_exceeded"
+        assert (long["code"], long["param"]) == ("context_length_exceeded", "messages")
+        long = error_of(server.post("/v1/completions", {"model": "a0", "prompt": "我爱这部电影" * 9}), 400)
+        assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
         error_of(server.post(chat, {**CHAT, "max_tokens": 6}), 400)
         error_of(server.post(chat, {**CHAT, "n": 4}), 400)
         got = server.post(chat, {"model": "a0", "messages": USER}).json()
@@ -163,6 +165,7 @@ def test_the_log_has_one_line_for_each_request_and_no_text(mini, mini_adapters):
         server.post("/v1/chat/completions", {**CHAT, "model": "nobody"})
         server.post("/v1/classify", CLASSIFY)
         server.get("/elsewhere")
+        until(lambda: len(server.log) == 5)  # a line is written after the answer has been sent
         first, stream, missing, choice, elsewhere = server.log
     assert (first["status"], first["model"], first["completion_tokens"]) == (200, "a0", 3)
     assert first["prompt_tokens"] > 0 and first["finish_reason"] == "length" and 0 < first["first_token_seconds"] < 60
