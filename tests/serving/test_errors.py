@@ -180,6 +180,7 @@ def test_metrics_count_what_was_done(mini, mini_adapters):
         server.ask("a0", "你好", max_tokens=3)
         server.get("/elsewhere/1")
         server.get("/elsewhere/2")
+        until(lambda: 'route="other",status="404"} 2' in server.get("/metrics").text)  # counted after the answers
         text = server.get("/metrics").text
     assert 'softprompt_requests_total{route="/v1/chat/completions",status="200"} 1' in text
     assert 'softprompt_requests_total{route="other",status="404"} 2' in text
