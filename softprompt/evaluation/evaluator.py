@@ -42,6 +42,7 @@ class Evaluation:
         correct: For each row, whether its answer equals the expected one; None for a row whose expected answer was
             truncated. Empty if answers are not compared.
         classification: None if the rows' answers are not labels.
+        expected: The expected answers; empty if answers are not compared.
     """
 
     row_losses: Sequence[float]
@@ -49,6 +50,7 @@ class Evaluation:
     answers: Sequence[str] | None = None
     correct: Sequence[bool | None] = ()
     classification: Classification | None = None
+    expected: Sequence[str] = ()
 
     @property
     def loss(self) -> float:
@@ -191,8 +193,12 @@ class Evaluator:
     def _evaluation(
         self, losses: Sequence[float], answers: Sequence[str] | None, classification: Classification | None
     ) -> Evaluation:
-        correct = [] if answers is None else compare_answers(answers, self.examples, self.missing, self.tokenizer)
-        return Evaluation(losses, list(map(count_targets, self.examples)), answers, correct, classification)
+        targets = list(map(count_targets, self.examples))
+        if answers is None:
+            return Evaluation(losses, targets, classification=classification)
+        correct = compare_answers(answers, self.examples, self.missing, self.tokenizer)
+        expected = [decode_text(self.tokenizer, answer_ids(example)) for example in self.examples]
+        return Evaluation(losses, targets, answers, correct, classification, expected)
 
 
 def compare_answers(

@@ -3,17 +3,19 @@
 Labels         The prompt must classify more rows correctly than the base alone, and than always giving the most common
                answer. Each comparison is McNemar's exact test on the same rows, at 5 %.
 Other answers  The prompt must have a lower loss than the base alone: the 95 % interval of the mean difference per
-               target token must lie below 0.
+               target token must lie below 0. If the answers are compared and repeat themselves, more of the prompt's
+               must be right than always giving the most common one would be (the same test).
 
 With fewer than FEWEST_ROWS rows, nothing is called better.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from softprompt.evaluation.classifier import Classification
+from softprompt.evaluation.classifier import ROWS_PER_LABEL, Classification
 from softprompt.evaluation.evaluator import Evaluation
 from softprompt.evaluation.intervals import ratio_interval, sign_test
 
@@ -60,7 +62,7 @@ def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -
     if after.classification and before.classification:
         compared = _compared_labels(after.classification, before.classification)
     else:
-        compared = _compared_losses(after, before)
+        compared = _compared_other_answers(after, before)
     rows = len(after.row_losses)
     if compared and rows < FEWEST_ROWS:
         rivals = " and than ".join(one.rival for one in compared)
@@ -73,16 +75,35 @@ def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -
 
 
 def _compared_labels(after: Classification, before: Classification) -> list[Comparison]:
-    label, _ = after.majority
+    base = _compared_answers("the base alone", after.correct, before.correct)
+    return [base, _compared_with_constant(after.correct, after.expected)]
+
+
+def _compared_with_constant(correct: Sequence[bool], expected: Sequence[str]) -> Comparison:
+    """Compare a prompt's answers with always giving the most common expected answer."""
+    ((label, _),) = Counter(expected).most_common(1)
     always = f"always answering {label}" if len(label) <= LONGEST_LABEL else "always giving the most common answer"
-    rivals = {"the base alone": before.correct, always: [expected == label for expected in after.expected]}
-    compared = []
-    for rival, theirs in rivals.items():
-        wins, losses = (
-            sum(ours is right and other is not right for ours, other in zip(after.correct, theirs, strict=True))
-            for right in (True, False)
-        )
-        compared.append(Comparison(rival, wins - losses, sign_test(wins, losses) < SIGNIFICANCE))
+    always = always if label else "always giving an empty answer"
+    return _compared_answers(always, correct, [answer == label for answer in expected])
+
+
+def _compared_answers(rival: str, correct: Sequence[bool], theirs: Sequence[bool]) -> Comparison:
+    """Compare two sequences that say of the same rows whether they are answered correctly."""
+    wins, losses = (
+        sum(ours is right and other is not right for ours, other in zip(correct, theirs, strict=True))
+        for right in (True, False)
+    )
+    return Comparison(rival, wins - losses, sign_test(wins, losses) < SIGNIFICANCE)
+
+
+def _compared_other_answers(after: Evaluation, before: Evaluation) -> list[Comparison]:
+    compared = _compared_losses(after, before)
+    answers = zip(after.correct, after.expected, strict=True)
+    whole = [(right, expected) for right, expected in answers if right is not None]
+    distinct = {expected for _, expected in whole}
+    if compared and whole and len(distinct) * ROWS_PER_LABEL <= len(whole):
+        correct, expected = zip(*whole, strict=True)
+        compared.append(_compared_with_constant(correct, expected))
     return compared
 
 

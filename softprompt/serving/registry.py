@@ -130,8 +130,8 @@ class Registry:
         if os.path.isabs(folder) or ".." in Path(folder).parts:
             raise ValueError("the folder must be relative to one of --adapters and must not leave it")
         for root in self._roots:
-            source = Source(name, root.folder / folder, root.folder, True)
-            if next(_newest(source), None) is not None:
+            source = Source(name, root.folder / folder, root.folder, False)
+            if _holds_adapter(source):
                 self._added[name] = source
                 self._refresh(at_once=True)
                 if name in self._served:
@@ -201,6 +201,14 @@ def _newest(source: Source) -> Iterator[Path]:
     for _, folder in sorted(found, key=lambda each: each[0], reverse=True):
         if folder.resolve().is_relative_to(home):
             yield folder
+
+
+def _holds_adapter(source: Source) -> bool:
+    """Whether there is an adapter in the folder of a source; False for a path that cannot be looked up."""
+    try:
+        return next(_newest(source), None) is not None
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _files(name: str, folder: Path) -> Files:

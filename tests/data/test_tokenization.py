@@ -220,7 +220,7 @@ def test_what_was_found_is_said(tokenizer):
         {"instruction": "a", "input": "", "output": ""},
     ]
     said = str(tokenize(rows, tokenizer, Template(), 64))
-    assert said.startswith("2 rows, ")
+    assert said.startswith("2 of 3 rows, ")
     for part in (
         "2 rows cut at max_length",
         "1 rows left out because their whole answer was cut",

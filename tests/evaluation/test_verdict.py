@@ -86,5 +86,27 @@ def test_free_text_is_compared_row_by_row():
     assert not same.better and "not better than the base alone: train longer" in same.sentence.lower()
 
 
+def answered(losses: list[float], expected: list[str], right: int) -> Evaluation:
+    """An evaluation of short answers that are no labels, of which the first `right` ones are right."""
+    correct = [row < right for row in range(len(expected))]
+    return Evaluation([1.0 * loss for loss in losses], [2] * len(losses), expected, correct, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("expected", "right", "better"),
+    [
+        (["正面"] * 40, 30, False),  # one label alone: always giving it is right for all rows
+        ([""] * 20 + ["正面", "负面"] * 10, 21, False),
+        ([""] * 20 + ["正面", "负面"] * 10, 40, True),
+        ([f"label {row % 20}" for row in range(80)], 0, False),
+        ([f"answer {row}" for row in range(40)], 0, True),  # answers of their own have no most common one
+    ],
+)
+def test_a_lower_loss_alone_is_no_success_where_answers_repeat(expected, right, better):
+    losses = [3.0 + row % 5 for row in range(len(expected))]
+    before, after = answered(losses, expected, 0), answered([loss / 2 for loss in losses], expected, right)
+    assert verdict(after, before).better == better
+
+
 def test_nothing_is_said_of_losses_that_are_not_finite():
     assert verdict(texts([float("nan")] * 30), texts([1.0] * 30)) is None

@@ -167,7 +167,9 @@ def use_every_key(tmp_path, hidden, more):
         user.type("/cho\t")
         user.wait_for("ices")
         send(user, " 正,负\r", r"got '/choices' '\u6b63,\u8d1f'")
-        send(user, "discarded\x03", "interrupted")
+        user.type("discarded")
+        user.wait_for("discarded")  # the terminal reads keys now, so Ctrl-C reaches the reader
+        send(user, "\x03", "interrupted")
         for keys, expected in more:
             send(user, keys, expected)
         send(user, "\x1b[200~pasted\rlines\x1b[201~\r", r"got '' 'pasted\nlines'")

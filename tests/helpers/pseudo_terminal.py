@@ -22,6 +22,7 @@ class PseudoTerminal:
         self._child, self._terminal = pty.fork()
         if self._child == 0:
             os.environ.update(variables)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if the tests run in the background
             os.execv(argv[0], argv)
         self.shown, self._seen, self._decoder = "", 0, codecs.getincrementaldecoder("utf-8")("replace")
 
