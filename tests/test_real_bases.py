@@ -18,8 +18,7 @@ from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
 from softprompt.engines.factory import packed_engine
 from softprompt.models.loading import load_base, load_tokenizer
-from softprompt.prompt.initial import InputEmbeddings
-from softprompt.prompt.soft_prompt import PromptEmbedding, sample_vocab_init
+from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding, sample_vocab_init
 from softprompt.training.loop import train
 
 pytestmark = pytest.mark.slow
