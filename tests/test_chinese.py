@@ -94,7 +94,7 @@ def test_the_overview_is_chinese_wherever_the_flag_stands(monkeypatch, capsys):
         (train, ["--lr", "1"], "未知的参数 --lr；是不是指 --learning_rate？"),
         (train, ["--max_steps", "many"], "--max_steps：'many' 不是有效的 int 值"),
         (train, ["--dataset", "nope.jsonl"], "nope.jsonl：没有这个文件"),
-        (train, ["--dataset", "reviews.csv"], "reviews.csv, line 2：列 'instruction' 必须是文本，但没有这一列"),
+        (train, ["--dataset", "reviews.csv"], "reviews.csv，第 2 行：列 'instruction' 必须是文本，但没有这一列"),
         (train, ["--model_name_or_path", "./nope", "--dataset", "reviews.csv"], "基座模型 './nope'：没有这个文件夹"),
         (infer, ["--prompt", "好"], "runs/ 下没有训练好的适配器；请先运行"),
     ],
