@@ -68,7 +68,7 @@ def sections(device: str, toy: bool) -> dict[str, Section]:
         "llama": Section(_script("train.py", "--size", llama, *training), 100),
         "generate": Section(_script("generate.py", *named, *answers), 90),
         "stream": Section(_script("stream.py", *streamed), 60),
-        "4bit": Section(_script("quantized.py", "--model_name_or_path", bloom, "--device", device), 60),
+        "4bit": Section(_script("quantized.py", "--model_name_or_path", bloom, "--device", device), 120),
     }
 
 
