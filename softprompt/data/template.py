@@ -9,6 +9,7 @@ from softprompt.data.chat_template import _apply_chat, _split_at_end, answer_mes
 from softprompt.utils.errors import ConfigError, DataError
 
 DEFAULT = "default"
+HUMAN, ASSISTANT = "Human: ", "\n\nAssistant: "  # what the default template puts around a question
 CHAT = "chat"
 PROBE = "softprompt's probe"  # a text that no template contains, put in the place of an answer
 
@@ -112,7 +113,7 @@ class Template:
                 for message in row["messages"]
             )
         if self.spec == DEFAULT:
-            return "\n".join(["Human: " + row["instruction"], row.get("input") or ""]).strip() + "\n\nAssistant: "
+            return "\n".join([HUMAN + row["instruction"], row.get("input") or ""]).strip() + ASSISTANT
         if self.spec == CHAT:
             return _apply_chat(tokenizer, prompt_messages(row), row.get("tools"), add_generation_prompt=True)
         text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
@@ -184,3 +185,9 @@ def saved_template(settings: Mapping[str, Any]) -> Template:
     if not (isinstance(optional, list) and all(isinstance(n, str) and n in template.fields for n in optional)):
         raise ConfigError(f"optional_columns {optional!r:.200} is not a list of the template's columns")
     return replace(template, optional=frozenset(optional))
+
+
+def without_default_template(text: str) -> str:
+    """Return a rendered question without what the default template puts around it, and without white space at its
+    ends."""
+    return text.removeprefix(HUMAN).rstrip().removesuffix(ASSISTANT.strip()).strip()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from softprompt.prompt.card_tables import METRICS
+from softprompt.utils.metrics import METRICS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

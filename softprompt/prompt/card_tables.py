@@ -5,35 +5,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+from softprompt.data.template import without_default_template
+from softprompt.utils.metrics import METRICS, Metric
 
 MAX_CHARACTERS = 160  # maximum length of a text in a table
 MAX_POINTS = 10  # maximum number of rows of the curve's table
 BAR = 20  # length of the longest bar in characters
 
 
-class Metric(NamedTuple):
-    """How a metric is shown: its name, its format, and its type in the hub's index of results, if it has one."""
-
-    label: str
-    form: str
-    hub_type: str | None = None
-
-
-METRICS = {
-    "eval_samples": Metric("held-out rows", "{:,}"),
-    "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", "accuracy"),
-    "eval_majority": Metric("share of the most common label", "{:.1%}"),
-    "eval_macro_f1": Metric("macro F1", "{:.3f}", "f1"),
-    "eval_exact_match": Metric("exact match", "{:.1%}", "exact_match"),
-    "eval_exact_match_rows": Metric("rows compared for exact match", "{:,}"),
-    "eval_loss": Metric("held-out loss, nats per target token", "{:.4f}", "loss"),
-    "eval_perplexity": Metric("perplexity", "{:,.4g}", "perplexity"),
-    "best_global_step": Metric("step of the saved prompt, the best one", "{:,}"),
-    "train_loss": Metric("mean training loss", "{:.4f}"),
-    "train_runtime": Metric("seconds of training", "{:,.1f}"),
-    "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
-}
 CURVES = {  # the columns of the curve and how they are shown; None: as in METRICS
     "loss": Metric("training loss", "{:.4f}"),
     "eval_loss": None,
@@ -57,16 +38,22 @@ def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
     return table(("", "base alone", f"with the prompt{intervals}"), rows)
 
 
-def examples_table(examples: Sequence[Mapping[str, str]], compared: bool) -> list[str]:
+def examples_table(examples: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
     """Return a table of rows with their answers before and after training. `compared` says whether an answer is right
     only if it equals the expected one, so that it can be marked."""
 
     def answer(row: Mapping[str, str], key: str) -> str:
-        mark = ("✓ " if row[key].strip() == row["expected"].strip() else "✗ ") if compared else ""
+        right = row.get(f"correct_{key}", row[key].strip() == row["expected"].strip())  # None: it is not known
+        mark = "" if not compared or right is None else "✓ " if right else "✗ "
         return mark + text_cell(row[key])
 
     rows = [
-        (text_cell(_question(row["question"])), text_cell(row["expected"]), answer(row, "before"), answer(row, "after"))
+        (
+            text_cell(without_default_template(row["question"])),
+            text_cell(row["expected"]),
+            answer(row, "before"),
+            answer(row, "after"),
+        )
         for row in examples
     ]
     return table(("input", "expected", "base alone", "with the prompt"), rows)
@@ -119,11 +106,6 @@ def settings_table(settings: Mapping[str, Any]) -> list[str]:
     """Return a table of settings; those that are None are left out."""
     rows = [(name, value_cell(value)) for name, value in settings.items() if value is not None]
     return table(("setting", "value"), rows)
-
-
-def _question(text: str) -> str:
-    """Return a question without the default template's "Human:" and "Assistant:"."""
-    return text.removeprefix("Human: ").removesuffix("Assistant:")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -47,7 +47,7 @@ class CardFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
-    examples: Sequence[Mapping[str, str]] = ()
+    examples: Sequence[Mapping[str, Any]] = ()
     compared: bool = False
     hub: Mapping[str, str | None] | None = None
     language: str | None = None

@@ -6,9 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from softprompt.report.results import METRICS, commonest_share
+from softprompt.report.results import commonest_share
 from softprompt.report.svg import Curve, heatmap, histogram, line_chart
 from softprompt.runs.run_reader import RunRecord
+from softprompt.utils.metrics import METRICS
 from softprompt.utils.translation import translate
 
 LOSSES = {"loss": "training", "eval_loss": "held out"}

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from softprompt.report.charts import compared_charts
-from softprompt.report.results import METRICS, Metric, results, status
+from softprompt.report.results import SHOWN, results, status
 from softprompt.runs.run_reader import RunRecord
+from softprompt.utils.metrics import Metric
 from softprompt.utils.translation import translate
 
 OF_THE_TASK = ("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length")
@@ -70,7 +71,7 @@ def _result_rows(records: Sequence[RunRecord], tasks: bool, bases: bool) -> list
     """Return (label, cells) for each metric that any run has."""
     found = [results(record) for record in records]
     rows = []
-    for name, metric in METRICS.items():
+    for name, metric in SHOWN.items():
         if not any(name in of_run for of_run in found):
             continue
         comparable = metric.better and not tasks and not (bases and metric.of_tokens)

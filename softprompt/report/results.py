@@ -4,38 +4,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from softprompt.runs.run_reader import RunRecord
+from softprompt.utils.metrics import METRICS, Metric
 
-HIGHER, LOWER = 1, -1
 DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # an en dash without a line break at it
 
 
-class Metric(NamedTuple):
-    """A metric of all_results.json.
-
-    Attributes:
-        label: Its name on the page.
-        form: A format string for `str.format`.
-        better: HIGHER or LOWER; 0 if neither is better.
-        of_tokens: Whether its value depends on how the base's tokenizer splits the text.
-    """
-
-    label: str
-    form: str
-    better: int = 0
-    of_tokens: bool = False
-
-
-METRICS = {
-    "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", HIGHER),
-    "eval_macro_f1": Metric("macro F1", "{:.3f}", HIGHER),
-    "eval_exact_match": Metric("exact match", "{:.1%}", HIGHER),
-    "eval_exact_match_rows": Metric("rows compared for exact match (complete answers)", "{:,}"),
-    "eval_loss": Metric("held-out loss", "{:.4f}", LOWER, of_tokens=True),
-    "eval_perplexity": Metric("perplexity", "{:,.4g}", LOWER, of_tokens=True),
-    "train_loss": Metric("mean training loss", "{:.4f}"),
-    "train_runtime": Metric("seconds of training", "{:,.1f}"),
-    "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
-}
+# What the status and the notes of other metrics say already.
+LEFT_OUT = {"eval_samples", "eval_majority", "best_global_step"}
+SHOWN = {name: metric for name, metric in METRICS.items() if name not in LEFT_OUT}
 WHY_EARLY = {  # values of ended_early in report.json
     "early_stopping": "because the metric no longer improved (--early_stopping_patience)",
     "no_more_rows": "because the stream had fewer rows than expected",
@@ -57,7 +33,7 @@ def results(record: RunRecord) -> dict[str, Result]:
 
 
 def _results(record: RunRecord) -> Iterator[tuple[str, Result]]:
-    for name, metric in METRICS.items():
+    for name, metric in SHOWN.items():
         value, base = record.final(name), record.of_base(name)
         if value is not None or base is not None:
             shown = "–" if value is None else metric.form.format(value)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from softprompt.config.loader import default_settings
-from softprompt.data.template import DEFAULT
+from softprompt.data.template import DEFAULT, without_default_template
 from softprompt.report.charts import cosines_chart, course_charts, lengths_chart, run_charts
 from softprompt.report.results import results, status
 from softprompt.runs.run_reader import RunRecord
@@ -91,7 +91,7 @@ def _question(row: Mapping[str, Any], record: RunRecord) -> str:
     text = str(row["question"])
     if record.arguments.get("template") not in (None, DEFAULT):
         return text
-    return text.removeprefix("Human: ").removesuffix("Assistant:").strip()
+    return without_default_template(text)
 
 
 def _examples(examples: Mapping[str, Any] | None, record: RunRecord) -> Mapping[str, Any] | None:

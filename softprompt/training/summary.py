@@ -7,6 +7,7 @@ from html import escape
 
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
+from softprompt.data.template import without_default_template
 from softprompt.data.tokenization import describe_losses
 from softprompt.evaluation.answer_comparison import AnswerComparison
 from softprompt.generation.adapters import NONE
@@ -148,5 +149,4 @@ def _marked(answer: str, correct: bool | None) -> str:
 
 def _plain(text: str) -> str:
     """Return the text on one line, without the default template's "Human:" and "Assistant:"."""
-    text = text.removeprefix("Human: ").removesuffix("Assistant:").strip()
-    return " ".join(text.split())
+    return " ".join(without_default_template(text).split())

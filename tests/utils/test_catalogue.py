@@ -39,7 +39,7 @@ TABLES = {  # texts that are passed to `translate` by a variable
     "presets": list(PRESET_SUMMARIES.values()),
     "commands": [command.help for command in cli.COMMANDS.values()],
     "commands of a chat": [re.sub("runs/", "{}/", command.help) for command in COMMANDS.values()],
-    "metrics": [metric.label for metric in results.METRICS.values()],
+    "metrics": [metric.label for metric in results.SHOWN.values()],
     "parts of a report": [*views.SECTIONS.values(), *results.WHY_EARLY.values()],
     "charts": [*charts.LOSSES.values(), *charts.QUALITY.values(), *charts.COURSE.values()],
 }
