@@ -17,7 +17,8 @@ class Source(NamedTuple):
 
     Attributes:
         folder: The adapter's folder.
-        tuned: The adapter; its settings have been checked.
+        adapter: The content of its files.
+        tuned: The same adapter for generation; its settings have been checked.
         base: Name or path of the base.
         output: The folder to write, which does not exist.
         dtype: The value of --dtype.

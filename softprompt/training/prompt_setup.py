@@ -13,13 +13,13 @@ from softprompt.config.loader import TrainConfig
 from softprompt.models.capabilities import RowMaxima, check_init_text, check_rows_fit, check_vocabulary
 from softprompt.models.loading import base_path
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import encoder_width, words_to_mix
+from softprompt.prompt.initial import check_fits, encoder_width, initializer, words_to_mix
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
 from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding
-from softprompt.training.initial_prompt import initial_prompt
+from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.training.resume import StartingPoint
 from softprompt.training.setup import RunData
-from softprompt.utils.errors import CheckpointError
+from softprompt.utils.errors import CheckpointError, ConfigError
 
 
 def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
@@ -69,6 +69,37 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
         ids = torch.tensor(words_to_mix(config, tokenizer, len(embeddings)))
         words = embeddings[ids[torch.randperm(len(ids))[:width]].to(embeddings.device)].float().cpu()
     return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width, words))
+
+
+def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:
+    """Return the initial prompt [P, H] fp32. Random values are drawn with --seed.
+
+    Args:
+        config: The settings of the run.
+        tokenizer: The base's tokenizer.
+        base: The base.
+
+    Raises:
+        ConfigError: See `initializer`; or --num_virtual_tokens differs from the P of --init_adapter.
+        AdapterError: --init_adapter has no prompt or cannot be read, or its hidden size differs from the base's.
+    """
+    embeddings = InputEmbeddings(base)  # [V, H]
+    torch.manual_seed(config.training.seed)
+    if config.prompt.init_adapter:
+        return _from_adapter(config, embeddings.shape[1])
+    return initializer(config, tokenizer, len(embeddings))(embeddings)
+
+
+def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:
+    folder, wanted = str(config.prompt.init_adapter), config.prompt.num_virtual_tokens
+    prompt = load_adapter(resolve_adapter(folder, print)).prompt
+    check_fits(folder, prompt, hidden_size, str(config.model.model_name_or_path))
+    if wanted not in (None, prompt.shape[0]):
+        raise ConfigError(
+            f"--num_virtual_tokens {wanted}: the prompt of --init_adapter {folder} has {prompt.shape[0]}; leave "
+            "--num_virtual_tokens out"
+        )
+    return prompt
 
 
 def restored_prompt(

@@ -18,7 +18,7 @@ from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import frequent_tokens, label_tokens
 from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens
-from softprompt.training.initial_prompt import initial_prompt
+from softprompt.training.prompt_setup import initial_prompt
 from softprompt.utils.errors import ConfigError
 
 

@@ -17,10 +17,9 @@ from softprompt.engines.factory import padded_engine
 from softprompt.models.loading import freeze
 from softprompt.prompt.initial import frequent_tokens
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
-from softprompt.training.initial_prompt import initial_prompt
 from softprompt.training.loop import train
 from softprompt.training.lr_schedules import learning_rates
-from softprompt.training.prompt_setup import trainable_prompt
+from softprompt.training.prompt_setup import initial_prompt, trainable_prompt
 from softprompt.utils.errors import ConfigError
 
 KINDS = ("mlp", "residual_mlp", "superpos")

@@ -20,7 +20,7 @@ from softprompt.models.loading import freeze
 from softprompt.prompt.adapter_folder import adapter_files, peft_config
 from softprompt.prompt.adapter_io import Adapter, load_adapter
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
-from softprompt.training.initial_prompt import initial_prompt
+from softprompt.training.prompt_setup import initial_prompt
 from softprompt.utils.atomic_io import write_folder
 
 SHAPES = [(1, 1), (3, 7), (5, 13), (9, 2)]  # rows, longest row
