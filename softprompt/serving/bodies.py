@@ -35,7 +35,7 @@ class GenerationBody(_Body):
     `top_k`, `min_p` and `repetition_penalty` are not OpenAI's; they mean what they mean in infer.py.
     """
 
-    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {  # values that have no effect, by field
+    no_effect: ClassVar[dict[str, tuple[Any, ...]]] = {  # values that have no effect, by field
         "presence_penalty": (0, None),
         "frequency_penalty": (0, None),
         "logit_bias": ({}, None),
@@ -73,7 +73,7 @@ class GenerationBody(_Body):
         Raises:
             ApiError: Fields contradict each other, or ask for something that the server cannot do.
         """
-        for name, allowed in self.nothing.items():
+        for name, allowed in self.no_effect.items():
             if getattr(self, name) not in allowed:
                 message = f"Unsupported parameter: '{name}' is not supported by this server."
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
@@ -107,8 +107,8 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=2048)]
 class ChatBody(GenerationBody):
     """The body of POST /v1/chat/completions."""
 
-    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **GenerationBody.nothing,
+    no_effect: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationBody.no_effect,
         **dict.fromkeys(("tools", "functions"), (None, [])),
         "tool_choice": (None, "none", "auto"),
         "function_call": (None, "none", "auto"),
@@ -161,8 +161,8 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of POST /v1/completions."""
 
-    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **GenerationBody.nothing,
+    no_effect: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationBody.no_effect,
         "suffix": (None, ""),
         "echo": (None, False),
     }
