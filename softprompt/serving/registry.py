@@ -19,6 +19,7 @@ from softprompt.runs.checkpoints import checkpoints
 from softprompt.utils.errors import AdapterError, SoftpromptError
 
 INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
+GRACE = 1.0  # seconds for which an adapter stays that is no longer found, because a writer may be replacing it
 Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a name with a folder, and the versions of its files
 
 
@@ -107,6 +108,7 @@ class Registry:
         self._added: dict[str, Source] = {}
         self._served: dict[str, Served] = {}
         self._loaded: dict[Files, Served | None] = {}  # None: cannot be served
+        self._found: dict[str, float] = {}  # when each served adapter was found last
         self._lock, self._read = threading.Lock(), -INTERVAL
 
     def get(self, name: str) -> Served | None:
@@ -144,25 +146,35 @@ class Registry:
         with self._lock:
             if not at_once and time.monotonic() - self._read < INTERVAL:
                 return
-            sources = [*(source for root in self._roots for source in _sources(root)), *self._added.values()]
-            served: dict[str, Served] = {}
-            seen: set[Files] = set()
-            for source in sources:
-                if source.name in (*served, self._reserved) or not is_text(source.name):
-                    continue
-                for folder in _newest(source):
-                    files = _files(source.name, folder)
-                    seen.add(files)
-                    if files not in self._loaded:
-                        self._loaded[files] = self._load(source, folder)
-                    if found := self._loaded[files]:
-                        served[source.name] = found
-                        break
-            self._served, self._loaded = served, {files: self._loaded[files] for files in seen}
+            served = self._look()
             self._read = time.monotonic()
+            self._found.update(dict.fromkeys(served, self._read))
+            missing = {name: kept for name, kept in self._served.items() if name not in served}
+            served |= {name: kept for name, kept in missing.items() if self._read - self._found[name] < GRACE}
+            self._served = served
 
-    def _load(self, source: Source, folder: Path) -> Served | None:
-        """Load an adapter. If it cannot be served, call `tell` with the reason and return None."""
+    def _look(self) -> dict[str, Served]:
+        """Return the adapters that the folders hold now; read those that are new or have changed."""
+        served: dict[str, Served] = {}
+        loaded: dict[Files, Served | None] = {}
+        for source in [*(source for root in self._roots for source in _sources(root)), *self._added.values()]:
+            if source.name in (*served, self._reserved) or not is_text(source.name):
+                continue
+            for folder in _newest(source):
+                files = _files(source.name, folder)
+                found = self._loaded[files] if files in self._loaded else self._load(source, folder, files)
+                if _files(source.name, folder) != files:  # replaced meanwhile; what was read may not belong together
+                    continue
+                loaded[files] = found
+                if found:
+                    served[source.name] = found
+                    break
+        self._loaded = loaded
+        return served
+
+    def _load(self, source: Source, folder: Path, files: Files) -> Served | None:
+        """Load an adapter. If it cannot be served, return None, and call `tell` with the reason unless the files have
+        been replaced meanwhile."""
         try:
             adapter = LoadedAdapter.from_folder(folder)
             if not source.named and adapter.base and base_identity(adapter.base) != base_identity(self._base):
@@ -170,7 +182,8 @@ class Registry:
             check_adapter(source.name, adapter, self._hidden_size, self._base, self._bits)
             return Served(source.name, adapter, (_version(folder / WEIGHTS_FILE) or (0,))[0] // 10**9)
         except (SoftpromptError, OSError) as error:
-            self._tell(f"adapter {folder} is not served: {error}")
+            if _files(source.name, folder) == files:
+                self._tell(f"adapter {folder} is not served: {error}")
             return None
 
 

@@ -5,9 +5,11 @@ import threading
 
 import httpx
 import pytest
+import torch
 from helpers.adapters import write_adapter_for
 from helpers.serving import Running, running_server, slow_steps, until
 
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.serving import registry
 from softprompt.serving.registry import Registry, base_of, parse_roots
 from softprompt.utils.errors import AdapterError
@@ -18,6 +20,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6}
 @pytest.fixture(autouse=True)
 def look_at_once(monkeypatch):
     monkeypatch.setattr(registry, "INTERVAL", 0.0)
+    monkeypatch.setattr(registry, "GRACE", 0.0)
 
 
 @pytest.fixture
@@ -161,8 +164,46 @@ def test_folders_are_looked_at_only_once_in_a_while(mini, runs, write, monkeypat
     assert adapters.all() == [] and adapters.get("late") is None
 
 
-def test_adapters_change_while_many_ask(mini, runs, write):
+def test_an_adapter_that_is_being_replaced_is_served_meanwhile(mini, runs, write, monkeypatch):
+    """A writer moves the old folder away before it moves the new one to its place, or copies one file at a time."""
+    monkeypatch.setattr(registry, "GRACE", 1.5)
+    one = write("one")
+    weights = one / "adapter_model.safetensors"
+    with running_server(mini, runs) as server:
+        before = server.ask("one", "你好")
+        one.rename(runs.parent / "aside")
+        assert names(server) == ["mini", "one"] and server.ask("one", "你好") == before
+        (runs.parent / "aside").rename(one)
+        content = weights.read_bytes()
+        weights.write_bytes(content[:100])
+        assert server.ask("one", "你好") == before
+        weights.write_bytes(content)
+        assert server.ask("one", "你好") == before
+        shutil.rmtree(one)
+        until(lambda: names(server) == ["mini"])
+        assert status(server, "one") == 404
+
+
+def test_files_that_are_replaced_while_they_are_read_are_read_again(mini, runs, write, monkeypatch):
+    """Otherwise a prompt could be served with the settings of another one."""
+    monkeypatch.setattr(registry, "GRACE", 60.0)
+    one, load, said = write("one", seed=1), LoadedAdapter.from_folder, list[str]()
+
+    def replaced(folder):
+        monkeypatch.setattr(LoadedAdapter, "from_folder", load)
+        adapter = load(folder)
+        write("one", seed=2)
+        return adapter
+
+    adapters = Registry(parse_roots([str(runs)]), "mini", mini.base.config.hidden_size, None, "mini", said.append)
+    monkeypatch.setattr(LoadedAdapter, "from_folder", replaced)
+    assert adapters.get("one") is None and said == []
+    assert torch.equal(adapters.get("one").adapter.prompt, load(one).prompt)
+
+
+def test_adapters_change_while_many_ask(mini, runs, write, monkeypatch):
     """Each answer is that of one of the versions, never a mixture and never an error."""
+    monkeypatch.setattr(registry, "GRACE", 60.0)
     versions = {}
     for seed in (1, 2):
         versions[seed] = expected(mini, write("one", seed=seed))
