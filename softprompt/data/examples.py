@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, cast, overload
 
 import numpy as np
 
@@ -97,6 +97,29 @@ class Examples(Sequence[Example]):
 
     def __repr__(self) -> str:
         return f"Examples({len(self):,} rows, {len(self.input_ids):,} tokens)"
+
+
+class IndexedExamples(Examples):
+    """Examples in which the label of a target is its number among all targets of all rows, counted from 0, instead of
+    its token id. An entry in a table can thus be found for each target; see `engines.distillation`."""
+
+    def __init__(self, examples: Examples):
+        super().__init__(examples.input_ids, examples.offsets, examples.first_targets)
+        counts = self.lengths - self.first_targets
+        self._first_labels = np.cumsum(counts) - counts  # of each row, int64 [rows]
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at: int | slice) -> Example | list[Example]:
+        found = super().__getitem__(at)
+        if isinstance(found, list):
+            return found
+        at = range(len(self))[cast(int, at)]
+        first, label = int(self.first_targets[at]), int(self._first_labels[at])
+        targets = len(found.input_ids) - first
+        return Example(found.input_ids, [IGNORE] * first + list(range(label, label + targets)))
 
 
 def as_numpy(values: array) -> np.ndarray:

@@ -20,11 +20,11 @@ from softprompt.engines.decoder_attention import (
     uses_packed_attention,
 )
 from softprompt.engines.flex_attention import FlexRows
-from softprompt.engines.head import split_base
 from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.prefix_schedule import PrefixKV, PrefixSchedule
 from softprompt.engines.recompute import layers_to_recompute, recomputed
+from softprompt.engines.split_base import split_base
 from softprompt.engines.varlen_attention import VarlenRows
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast

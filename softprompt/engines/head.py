@@ -1,10 +1,11 @@
-"""The end of a forward pass: compute the loss from final hidden states, for any base.
+"""The end of a forward pass: compute the loss from final hidden states, for any base (`split_base` finds its head).
 
 If the base's logits are hidden · headᵀ, the head is fused with the loss (`linear_cross_entropy`). Otherwise, for
 example if logits are soft-capped, scaled or have a bias, the base's own code computes the logits of one chunk of
 positions at a time.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,19 +14,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from softprompt.engines.linear_cross_entropy import BLOCK_ELEMENTS, projected_cross_entropy, projected_losses
+from softprompt.engines.linear_cross_entropy import (
+    BLOCK_ELEMENTS,
+    projected_argmax,
+    projected_cross_entropy,
+    projected_divergence,
+    projected_divergences,
+    projected_losses,
+    projected_teacher,
+)
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
-from softprompt.models.quantization import holds_quantized
-from softprompt.utils.errors import ModelError
-from softprompt.utils.model_config import text_config
-from softprompt.utils.out_of_memory import is_out_of_memory
 
-PROBE_SIZE = 1000.0  # largest logit in the test with which `split_base` detects soft caps
+
+class Teacher(NamedTuple):
+    """The predictions of a teacher at n positions, from `Head.teacher`.
+
+    Attributes:
+        vectors: What the same head's `divergence` needs, [n, H] in the wide dtype: for a `LinearHead`, the mean of the
+            head's rows under the teacher's probabilities; for a `ModelHead`, the teacher's final hidden states.
+        entropies: The entropy of the teacher's probabilities in nats, [n] in the wide dtype.
+        top: The token that is most likely, [n] int64.
+    """
+
+    vectors: Tensor
+    entropies: Tensor
+    top: Tensor
 
 
 class Head(Protocol):
-    """Computes the loss of final hidden states. The head is frozen; only the hidden states get a gradient.
+    """Computes losses of final hidden states: the cross-entropy of targets, and the divergence from a teacher. The head
+    is frozen; only the hidden states get a gradient.
 
     Attributes:
         nbytes: Bytes that the head takes in addition to the base's own tensors.
@@ -44,6 +63,23 @@ class Head(Protocol):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the n terms of `loss`, without a gradient: [n]."""
+        ...
+
+    def teacher(self, hidden: Tensor) -> Teacher:
+        """Return the predictions of a teacher with the final hidden states [n, H]."""
+        ...
+
+    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        """Return the sum of KL(teacher ‖ student) over n positions in nats, a scalar; `hidden` [n, H] are the student's
+        final hidden states."""
+        ...
+
+    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        """Return the n terms of `divergence`, without a gradient: [n]."""
+        ...
+
+    def top(self, hidden: Tensor) -> Tensor:
+        """Return the most likely token at n positions, [n] int64."""
         ...
 
     def working_bytes(self, n: int) -> int:
@@ -67,6 +103,18 @@ class LinearHead:
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return projected_losses(hidden.to(self.weight.dtype), self.weight, targets)
+
+    def teacher(self, hidden: Tensor) -> Teacher:
+        return Teacher(*projected_teacher(hidden.to(self.weight.dtype), self.weight))
+
+    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        return projected_divergence(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
+
+    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        return projected_divergences(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
+
+    def top(self, hidden: Tensor) -> Tensor:
+        return projected_argmax(hidden.to(self.weight.dtype), self.weight)
 
     def working_bytes(self, n: int) -> int:
         return 3 * 4 * min(BLOCK_ELEMENTS[self.weight.device.type], n * len(self.weight))
@@ -99,12 +147,44 @@ class ModelHead:
             self.parent._modules[self.name] = self.body
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return _ChunkedLoss.apply(hidden, targets, self)
+        return _ChunkedLoss.apply(hidden, targets, self, self._cross_entropies)
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        chunks = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
-        return torch.cat([F.cross_entropy(self.logits(x), t, reduction="none") for x, t in chunks])
+        return self._in_chunks(self._cross_entropies, hidden, targets)
+
+    @torch.no_grad()
+    def teacher(self, hidden: Tensor) -> Teacher:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return Teacher(wide, self._in_chunks(self._entropies, wide), self.top(wide))
+
+    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        return _ChunkedLoss.apply(hidden, teacher.vectors, self, self._divergences)
+
+    @torch.no_grad()
+    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+        return self._in_chunks(self._divergences, hidden, teacher.vectors)
+
+    @torch.no_grad()
+    def top(self, hidden: Tensor) -> Tensor:
+        return self._in_chunks(lambda x: self.logits(x).argmax(-1), hidden)
+
+    def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+    def _divergences(self, hidden: Tensor, teacher: Tensor) -> Tensor:
+        """Return KL(teacher ‖ student) at each position, given the final hidden states of both [n, H]."""
+        with torch.no_grad():
+            expected = self.logits(teacher.to(hidden.dtype)).log_softmax(-1)
+        return F.kl_div(self.logits(hidden).log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
+
+    def _entropies(self, hidden: Tensor) -> Tensor:
+        logs = self.logits(hidden).log_softmax(-1)
+        return -(logs.exp() * logs).sum(-1)
+
+    def _in_chunks(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Apply a function to chunks of `chunk` positions of tensors [n, …], and concatenate the results [n]."""
+        return torch.cat([compute(*parts) for parts in zip(*(t.split(self.chunk) for t in tensors), strict=True)])
 
     @property
     def chunk(self) -> int:
@@ -116,18 +196,23 @@ class ModelHead:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The autograd function of `ModelHead.loss`. Its forward pass also computes the gradient of each chunk, so that
-    only one chunk's logits are in memory at a time."""
+    """The sum of a loss over n positions. The forward pass also computes the gradient of each chunk of positions, so
+    that only one chunk's logits are in memory at a time.
+
+    `losses` computes the loss of each position from a chunk of `hidden` [n, H] and of `targets` [n, …].
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: ModelHead) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: ModelHead, losses: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.zeros_like(hidden)
         for start in range(0, len(hidden), head.chunk):
             at = slice(start, start + head.chunk)
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 x = hidden[at].detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = F.cross_entropy(head.logits(x), targets[at], reduction="sum")
+                loss = losses(x, targets[at]).sum()
             if x.requires_grad:
                 (gradient[at],) = torch.autograd.grad(loss, x)
             total += loss.detach()
@@ -135,69 +220,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None
-
-
-class SplitBase(NamedTuple):
-    """A base in two parts.
-
-    Attributes:
-        body: The module that computes the final hidden states (`last_hidden_state`) from `inputs_embeds`.
-        head: Computes losses from the final hidden states.
-    """
-
-    body: nn.Module
-    head: Head
-
-
-@torch.no_grad()
-def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
-    """Split a base into its body and its head: a `LinearHead` if the base's logits are hidden · headᵀ, else a
-    `ModelHead`.
-
-    The body is the outermost `PreTrainedModel` within `base` for which `ModelHead` computes logits without an error.
-    The head is tested on two random hidden states whose logits are so large that a soft cap or a scale changes them.
-
-    Raises:
-        ModelError: The base has no such body.
-    """
-    linear, device = base.get_output_embeddings(), word_embeddings(base).weight.device
-    is_linear = isinstance(linear, nn.Linear) and not holds_quantized(linear)
-    H = linear.in_features if is_linear else text_config(base.config).hidden_size
-    hidden = torch.randn(2, H, generator=torch.Generator().manual_seed(0)).to(device)
-    if is_linear:
-        hidden *= PROBE_SIZE / (hidden @ linear.weight.float().T).abs().max().clamp(min=1e-30)
-    general, logits = _first_that_works(base, compute_dtype, hidden)
-    if not is_linear or linear.bias is not None:
-        return SplitBase(general.body, general)
-    expected = hidden.to(compute_dtype) @ linear.weight.to(compute_dtype).T
-    tolerance = 1e-4 if compute_dtype.itemsize >= 4 else 8e-3  # two roundings of bf16
-    if (logits - expected.to(logits.dtype)).abs().max() > tolerance * PROBE_SIZE:
-        return SplitBase(general.body, general)
-    weight = linear.weight.detach().to(compute_dtype)
-    return SplitBase(general.body, LinearHead(weight, 0 if weight.dtype is linear.weight.dtype else weight.nbytes))
-
-
-def _first_that_works(base: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> tuple[ModelHead, Tensor]:
-    """Return the `ModelHead` of the outermost body that can be replaced, and its logits [n, V] for `hidden` [n, H].
-
-    Raises:
-        ModelError: No body can be replaced.
-    """
-    reason = "it has no body"
-    for name, module in base.named_modules():
-        if name and isinstance(module, PreTrainedModel):
-            parent, _, attribute = name.rpartition(".")
-            head = ModelHead(base, base.get_submodule(parent), attribute, dtype)
-            try:
-                return head, head.logits(hidden)
-            except Exception as error:  # the forward uses the body in another way
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-    raise ModelError(f"{base.name_or_path}: {type(base).__name__} cannot be split into a body and a head: {reason}")
+        return gradient * grads[0], None, None, None
 
 
 class _Body(nn.Module):

@@ -1,11 +1,11 @@
-"""The cross-entropy of a linear language model head, fused with the head.
+"""Losses of a linear language model head, fused with the head: the cross-entropy, and the divergence from a teacher.
 
-`projected_cross_entropy` takes hidden states and the head, and computes the logits of one block of the vocabulary at a
-time. It returns a sum over targets, so that the caller can divide it by the number of targets of a whole optimizer step
-or evaluation.
+`projected_cross_entropy` and `projected_divergence` take hidden states and the head, and compute the logits of one
+block of the vocabulary at a time. They return a sum over positions, so that the caller can divide it by the number of
+targets of a whole optimizer step or evaluation.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def projected_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Return the n terms of the sum that `projected_cross_entropy` computes, without a gradient: [n] in the wide
     dtype."""
     target_rows = head[targets].to(_wide(hidden))  # [n, H]
-    others, _ = _attend_to_others(hidden, head, targets, target_rows, False)
+    others = _reduce_logits(hidden, head, targets, target_rows).log_sums
     return F.softplus(others - (hidden.to(target_rows.dtype) * target_rows).sum(1))
 
 
@@ -52,7 +52,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         target_rows = head[targets].to(_wide(hidden))  # [n, H]
-        others, mean = _attend_to_others(hidden, head, targets, target_rows, ctx.needs_input_grad[0])  # [n], [n, H]
+        others, mean, _ = _reduce_logits(hidden, head, targets, target_rows, ctx.needs_input_grad[0])  # [n], [n, H]
         margin = others - (hidden.to(target_rows.dtype) * target_rows).sum(1)  # [n]
         if mean is not None:
             # Saved in the wide dtype, because the backward pass scales it.
@@ -66,48 +66,152 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return (gradient * grads[0]).to(ctx.dtype), None, None
 
 
-def _attend_to_others(
-    hidden: Tensor, head: Tensor, targets: Tensor, target_rows: Tensor, with_mean: bool
-) -> tuple[Tensor, Tensor | None]:
-    """For each hidden state, reduce the logits and the rows of all words except its target, block by block.
+class ProjectedTeacher(NamedTuple):
+    """The predictions of a teacher at n positions, in the form that `projected_divergence` needs.
+
+    Attributes:
+        mean_rows: The mean of the head's rows under the teacher's probabilities, [n, H] in the wide dtype.
+        entropies: The entropy of these probabilities in nats, [n] in the wide dtype.
+        top: The token that is most likely, [n] int64.
+    """
+
+    mean_rows: Tensor
+    entropies: Tensor
+    top: Tensor
+
+
+@torch.no_grad()
+def projected_teacher(hidden: Tensor, head: Tensor) -> ProjectedTeacher:
+    """Return the predictions softmax(hidden · headᵀ) of a teacher at n positions. Products are in the wide dtype.
 
     Args:
-        hidden: [n, H]; head: [V, H]; targets: [n] int64.
-        target_rows: The head's rows of the targets [n, H] in the wide dtype.
-    Returns:
-        The log-sum-exp of the other words' logits [n], and the mean of their rows of the head under the softmax of
-        these logits [n, H] (None unless `with_mean`), both in the wide dtype.
+        hidden: The teacher's final hidden states [n, H].
+        head: The language model head [V, H].
     """
-    n, V, wide = len(hidden), len(head), target_rows.dtype
+    wide = hidden.to(_wide(hidden))
+    log_sums, mean_rows, top = _reduce_logits(wide, head, None, torch.zeros_like(wide), with_mean=True, with_top=True)
+    assert mean_rows is not None and top is not None
+    return ProjectedTeacher(mean_rows, log_sums - (wide * mean_rows).sum(1), top)
+
+
+def projected_divergence(hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> Tensor:
+    """Return the sum over n positions of KL(teacher ‖ softmax(hidden · headᵀ)), a scalar in the wide dtype.
+
+    Let z = hidden · headᵀ. With the teacher's probabilities p, KL = log-sum-exp(z) − E_p[z] − entropy(p), and E_p[z] is
+    hidden · (mean row under p). So a teacher costs nothing here: its mean rows and entropies are computed once. The
+    gradient with respect to a hidden state is (mean row under softmax(z)) − (mean row under p).
+
+    Args:
+        hidden: The student's final hidden states [n, H], in the compute dtype.
+        head: The language model head [V, H] in the compute dtype, frozen: it gets no gradient.
+        mean_rows, entropies: See `ProjectedTeacher`.
+    """
+    return _ProjectedDivergence.apply(hidden, head, mean_rows, entropies)
+
+
+@torch.no_grad()
+def projected_divergences(hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> Tensor:
+    """Return the n terms of the sum that `projected_divergence` computes, without a gradient: [n] in the wide dtype."""
+    log_sums = _reduce_logits(hidden, head, None, mean_rows).log_sums
+    return log_sums - (hidden.to(mean_rows.dtype) * mean_rows).sum(1) - entropies
+
+
+@torch.no_grad()
+def projected_argmax(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return the most likely token at n positions, [n] int64; of equal logits, the token with the lowest id."""
+    near_rows = hidden.new_zeros(hidden.shape, dtype=_wide(hidden))
+    top = _reduce_logits(hidden, head, None, near_rows, with_top=True).top
+    assert top is not None
+    return top
+
+
+class _ProjectedDivergence(torch.autograd.Function):
+    """The autograd function of `projected_divergence`. It computes the gradient in the forward pass, while a block's
+    logits are available."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> Tensor:
+        log_sums, mean, _ = _reduce_logits(hidden, head, None, mean_rows, ctx.needs_input_grad[0])
+        if mean is not None:
+            ctx.save_for_backward(mean.sub_(mean_rows))
+            ctx.dtype = hidden.dtype
+        return (log_sums - (hidden.to(mean_rows.dtype) * mean_rows).sum(1) - entropies).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors  # [n, H]
+        return (gradient * grads[0]).to(ctx.dtype), None, None, None
+
+
+class _Reduced(NamedTuple):
+    """The result of `_reduce_logits` for n hidden states.
+
+    Attributes:
+        log_sums: The log-sum-exp of the logits, [n] in the wide dtype.
+        mean: The mean of the head's rows under the softmax of the logits, [n, H] in the wide dtype; or None.
+        top: The word with the largest logit, [n] int64; or None.
+    """
+
+    log_sums: Tensor
+    mean: Tensor | None
+    top: Tensor | None
+
+
+def _reduce_logits(
+    hidden: Tensor,
+    head: Tensor,
+    left_out: Tensor | None,
+    near_rows: Tensor,
+    with_mean: bool = False,
+    with_top: bool = False,
+) -> _Reduced:
+    """For each hidden state, reduce the logits and the head's rows of all words, or of all but one, block by block.
+
+    Args:
+        hidden: [n, H]; head: [V, H].
+        left_out: The word of each hidden state that is left out, [n] int64; None leaves out none.
+        near_rows: A vector near the mean rows, [n, H] in the wide dtype; see `_add_weighted_rows`.
+        with_mean, with_top: Whether to compute `mean` and `top`.
+    """
+    n, V, wide = len(hidden), len(head), near_rows.dtype
     width = max(1, min(V, BLOCK_ELEMENTS[hidden.device.type] // max(1, n)))
-    maximum = target_rows.new_full((n, 1), torch.finfo(wide).min)
-    total, mean_total = target_rows.new_zeros((n, 1)), target_rows.new_zeros((n, 1))
-    mean = torch.zeros_like(target_rows) if with_mean else None
+    maximum = near_rows.new_full((n, 1), torch.finfo(wide).min)
+    total, mean_total = near_rows.new_zeros((n, 1)), near_rows.new_zeros((n, 1))
+    mean = torch.zeros_like(near_rows) if with_mean else None
+    top = torch.zeros((n, 1), dtype=torch.int64, device=hidden.device) if with_top else None
     for start in range(0, V, width):
-        block = head[start : start + width]  # [b, H]
+        block = head[start : start + width].to(hidden.dtype)  # [b, H]
         logits = (hidden @ block.T).to(wide)  # [n, b]
-        at = (targets - start).clamp(0, len(block) - 1)[:, None]  # [n, 1]: the target's index in this block, clamped
-        here = (at[:, 0] + start == targets)[:, None]
-        logits.scatter_(1, at, logits.gather(1, at).masked_fill(here, -torch.inf))
-        higher = torch.maximum(maximum, logits.amax(1, keepdim=True))
+        if left_out is not None:
+            at = (left_out - start).clamp(0, len(block) - 1)[:, None]  # [n, 1]: the word's index in this block, clamped
+            here = (at[:, 0] + start == left_out)[:, None]
+            logits.scatter_(1, at, logits.gather(1, at).masked_fill(here, -torch.inf))
+        largest = logits.amax(1, keepdim=True)
+        if top is not None:
+            top = torch.where(largest > maximum, logits.argmax(1, keepdim=True) + start, top)
+        higher = torch.maximum(maximum, largest)
         shrink = (maximum - higher).exp_()  # [n, 1]
         weights = logits.sub_(higher).exp_()  # [n, b]
         weight_sum = weights.sum(1, keepdim=True)  # [n, 1]
         total = total * shrink + weight_sum
         if mean is not None:
-            added = _add_weighted_rows(mean.mul_(shrink), weights, weight_sum, block, target_rows)
+            added = _add_weighted_rows(mean.mul_(shrink), weights, weight_sum, block, near_rows)
             mean_total = mean_total * shrink + added
         maximum = higher
-    return (maximum + total.log())[:, 0], mean.div_(mean_total) if mean is not None else None
+    return _Reduced(
+        (maximum + total.log())[:, 0],
+        None if mean is None else mean.div_(mean_total),
+        None if top is None else top[:, 0],
+    )
 
 
-def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block: Tensor, target_rows: Tensor) -> Tensor:
+def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block: Tensor, near_rows: Tensor) -> Tensor:
     """Add the weighted sum of a block's rows to `into`.
 
-    The caller finally subtracts the target's row from the mean of all blocks. If the head's dtype is narrower than the
-    wide dtype, the product here starts from −(Σ weights) · target row: so the small difference is rounded to the narrow
-    dtype, and not the sum, which may be far larger. In fp16 the sum could also overflow, so the weights are scaled
-    until their sum is at most `FP16_MAX_WEIGHT`.
+    The caller finally subtracts `near_rows` (the target's row, or the teacher's mean row) from the mean of all blocks.
+    If the head's dtype is narrower than the wide dtype, the product here starts from −(Σ weights) · near row: so the
+    small difference is rounded to the narrow dtype, and not the sum, which may be far larger. In fp16 the sum could
+    also overflow, so the weights are scaled until their sum is at most `FP16_MAX_WEIGHT`.
 
     Args:
         into: [n, H] in the wide dtype, changed in place.
@@ -123,7 +227,7 @@ def _add_weighted_rows(into: Tensor, weights: Tensor, weight_sum: Tensor, block:
     factor = (FP16_MAX_WEIGHT / weight_sum).clamp_(max=1) if block.dtype is torch.float16 else None  # [n, 1]
     weights = (weights if factor is None else weights * factor).to(block.dtype)
     weight_sum = weights.sum(1, keepdim=True, dtype=into.dtype)
-    start = (target_rows * -weight_sum).to(block.dtype)  # [n, H]
+    start = (near_rows * -weight_sum).to(block.dtype)  # [n, H]
     difference = torch.addmm(start, weights, block)
     if factor is None:
         into.add_(difference).sub_(start)

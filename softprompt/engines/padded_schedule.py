@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from softprompt.data.collate import Batch, collate_padded, cut_by_tokens
 from softprompt.data.tokenization import IGNORE, Example
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
-from softprompt.engines.head import split_base
 from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
 from softprompt.engines.padded import check_forward, prepend
 from softprompt.engines.recompute import layers_to_recompute, recomputed
+from softprompt.engines.split_base import split_base
 from softprompt.models.capabilities import check_positions, max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast

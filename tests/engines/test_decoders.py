@@ -12,8 +12,9 @@ from helpers.small_bases import WINDOW, small_base
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import decoder_attention
 from softprompt.engines.factory import packed_engine
-from softprompt.engines.head import LinearHead, ModelHead, split_base
+from softprompt.engines.head import LinearHead, ModelHead
 from softprompt.engines.self_check import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from softprompt.engines.split_base import split_base
 from softprompt.models.loading import freeze
 from softprompt.utils.errors import ModelError
 
