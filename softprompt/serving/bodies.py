@@ -1,7 +1,7 @@
 """The bodies of requests: their fields, types and ranges, as in OpenAI's API.
 
-A field that OpenAI's API does not have is refused, as it is there. A field that it has, but that has no effect on an
-answer (`user`, `metadata`, …) is ignored. A field that asks for something that this server cannot do (`tools`,
+OpenAI refuses fields that its API does not have, and so does this server. A field of OpenAI's API that has no effect on
+an answer (`user`, `metadata`, …) is ignored. A field that asks for something that this server cannot do (`tools`,
 `logit_bias`, …) is refused, unless its value has no effect.
 """
 
