@@ -168,5 +168,6 @@ class Classifier:
 
 
 def _report(on_rows: OnRows, before: int, share: float, done: int) -> None:
-    """Report `before` rows and the `share` of the `done` candidates of the rows after them."""
+    """Report progress in rows: the `before` rows of earlier passes, and what `done` candidates of this pass amount to.
+    `share` is the number of rows per candidate."""
     on_rows(before + round(share * done))
