@@ -42,6 +42,7 @@ class Totals:
     without_loss: int = 0
 
     def plus(self, step: Step) -> "Totals":
+        """Return the sums with one more step."""
         return replace(
             self,
             steps=step.number,
