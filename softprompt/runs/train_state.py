@@ -26,8 +26,9 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 from softprompt.utils.shell_commands import command, flags, train_call
 from softprompt.utils.torchrun_env import launched_by_torchrun
 
+# Values of trainer_state.json that the run adds to the state of the loop.
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
-OF_THIS_CALL = (
+OF_THIS_CALL = (  # settings that concern only one call, so a resumed run does not take them from its checkpoint
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
     "hub_token",
 )
