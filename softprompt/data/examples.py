@@ -6,7 +6,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-IGNORE = -100  # the label of a token that is no target: the default ignore_index of PyTorch's cross entropy
+IGNORE = -100  # the label of a token that is not a target: the default ignore_index of PyTorch's cross entropy
 
 
 class Example(NamedTuple):

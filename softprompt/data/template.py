@@ -102,8 +102,9 @@ class Template:
         """Render the prompt text of a row.
 
         The tokenizer is used only for its chat template, and for its eos_token after earlier answers. If the template
-        is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer, as an
-        exported model does it. A message of the user may have an `input`, the text for the column `second`.
+        is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer; the chat
+        template of an exported model does the same. A message of the user may have an `input`, the text for the column
+        `second`.
         """
         if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
             return "".join(
@@ -122,9 +123,9 @@ class Template:
     def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
         """Return the text that the model learns to produce: the row's answer, or `text` in its place, and an end token.
 
-        For a chat template, the end token is the first special token that it writes after an answer; what follows that
-        token, often a line break, is left out. The end token is eos_token if the template writes no special token, or
-        one that bases are not trained to write, and for all other templates.
+        If the template is not "chat", the end token is eos_token. A chat template's end token is the first special
+        token that it writes after an answer; what follows that token, often a line break, is left out. If it writes no
+        special token, or one that bases are not trained to write, the end token is eos_token.
 
         Raises:
             DataError: The chat template refuses the messages, or does not continue its own generation prompt.
