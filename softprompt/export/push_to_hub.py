@@ -54,7 +54,7 @@ def check_hub(sharing: SharingArguments, output_dir: Path, asked: str = "--push_
     except HFValidationError as error:
         raise ConfigError(f"{asked}: {_line(error)}; name a repository with --hub_model_id") from None
     if not name.isascii():
-        raise ConfigError(f"{asked}: the hub takes no {name!r}; name a repository with --hub_model_id")
+        raise ConfigError(f"{asked}: the hub does not accept {name!r}; name a repository with --hub_model_id")
     hub.check_reachable()
     try:
         api = HfApi(token=sharing.hub_token)
