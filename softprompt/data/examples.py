@@ -53,6 +53,7 @@ class Examples(Sequence[Example]):
 
     @property
     def nbytes(self) -> int:
+        """The size of the arrays in bytes."""
         return self.input_ids.nbytes + self.offsets.nbytes + self.first_targets.nbytes
 
     @property

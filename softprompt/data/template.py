@@ -65,6 +65,7 @@ class Template:
 
     @property
     def optional_fields(self) -> frozenset[str]:
+        """The columns that a question may leave out."""
         return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else self.optional
 
     @property

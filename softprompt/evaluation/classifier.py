@@ -58,6 +58,7 @@ class Classification:
 
     @property
     def confusion_matrix(self) -> ConfusionMatrix:
+        """The confusion matrix of the expected and the predicted labels."""
         return ConfusionMatrix.of_pairs(self.labels, self.expected, self.predicted)
 
 

@@ -104,7 +104,8 @@ def write_for_vllm(source: Source) -> str:
         raise OutputError(f"--output {source.output}: cannot be written: {error}; nothing was left behind") from None
     left_out = [name for name in NOT_SENT if getattr(settings, name) != getattr(GenerationSettings, name)]
     note = f"; {', '.join(left_out)} cannot be sent to vLLM and was left out" if left_out else ""
-    return f"{source.output}: {len(prompt)} virtual tokens for {source.base}; README.md says how to serve it with vLLM{note}"
+    made = f"{len(prompt)} virtual tokens for {source.base}; README.md says how to serve it with vLLM"
+    return f"{source.output}: {made}{note}"
 
 
 def encode_prompt(prompt: Tensor) -> str:

@@ -27,6 +27,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int | None:
+        """The exit code to stop with; None to continue."""
         if self.signal is not None:
             return SIGNAL_EXIT_CODES[signal.Signals(self.signal)]
         return TIMEOUT_EXIT_CODE if self.ends is not None and time.monotonic() >= self.ends else None

@@ -54,7 +54,8 @@ def run_command(session: ChatSession, message: Message) -> str:
     """
     if (command := _find(message.command)) is None:
         near = closest_name(message.command, COMMANDS)
-        raise ConfigError(f'no command {message.command}{near}; /? lists them; put """ around a question to send it')
+        advice = '/? lists them; put """ around a text to send it as a question'
+        raise ConfigError(f"no command {message.command}{near}; {advice}")
     return command.run(session, message.text)
 
 
