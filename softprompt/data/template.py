@@ -92,8 +92,8 @@ class Template:
         if unfilled:
             raise ConfigError(
                 f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "give --input (in a chat, /input) if it is the only one that is missing ('' if it is meant to be "
-                "empty), else a --prompts_file (.jsonl) with these columns"
+                "if only one column is missing, give it with --input (in a chat, /input; '' leaves it empty), else "
+                "give a --prompts_file (.jsonl) with these columns"
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}; leave it out")
