@@ -41,7 +41,7 @@ def train(preset: str | None = None, **settings: Any) -> Run:
         `model()`, which answers with its prompt.
 
     Raises:
-        Stopped: The run was stopped before its last step, and this is no interactive session.
+        Stopped: The run was stopped before its last step, and the session is not interactive.
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     with tolerant_streams():

@@ -168,7 +168,7 @@ COMMANDS = {
     "push": Command(push, "upload a finished run to the Hugging Face hub"),
     "report": Command(report, "write one HTML page about one run, or about several runs side by side"),
     "study": Command(study, "train every cell of a grid of settings, and report what the results show"),
-    "serve": Command(serve, "answer the requests of OpenAI's clients, with every adapter of a base in one batch"),
+    "serve": Command(serve, "serve a base and its adapters over HTTP, with an OpenAI-compatible API"),
     "doctor": Command(doctor, "say what this machine has, what a run would use, and what is missing"),
 }
 

@@ -102,7 +102,7 @@ def packages() -> Iterator[Finding]:
 
 
 def hardware() -> Iterator[Finding]:
-    """Describe the processor, the GPUs and the memory, and what `--device auto` makes of them."""
+    """Describe the processor, the GPUs and the memory, and what `--device auto` chooses."""
     import torch
 
     from softprompt.engines.memory_estimate import GIB, total_memory

@@ -40,8 +40,8 @@ class DataArguments:
     )
     columns: str | None = option(
         None,
-        "Read columns that have other names, as OURS=THEIRS pairs such as instruction=question,output=answer, or as a "
-        "JSON object if a name contains a comma. (default: the dataset's own names)",
+        "Map the template's columns to the dataset's, as OURS=THEIRS pairs such as instruction=question,output=answer, "
+        "or as a JSON object if a name contains a comma. (default: the names are the same)",
         "A=B",
     )
     template: str | None = option(
@@ -79,8 +79,8 @@ class DataArguments:
     )
     eval_split: str | None = option(
         None,
-        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several splits, "
-        "validation, else test)",
+        "Use this split of --eval_dataset, written as for --dataset_split. (default: if there are several "
+        "splits, validation, or test if there is no validation)",
         "SPLIT",
     )
     eval_rows: int = option(

@@ -58,7 +58,10 @@ class QuestionArguments:
         "DATA",
     )
     eval_split: str | None = option(
-        None, "Use this split of --eval_dataset. (default: if there are several splits, validation, else test)", "SPLIT"
+        None,
+        "Use this split of --eval_dataset. (default: if there are several splits, validation, or test if there is no "
+        "validation)",
+        "SPLIT",
     )
     truncation_side: Literal["output", "input"] | None = option(
         None,
@@ -67,7 +70,7 @@ class QuestionArguments:
     )
     columns: str | None = option(
         None,
-        "Read columns of --eval_dataset that have other names, as OURS=THEIRS pairs such as "
+        "Map the template's columns to those of --eval_dataset, as OURS=THEIRS pairs such as "
         "instruction=question,output=answer. (default: as the adapter was trained, if the dataset has those columns)",
         "A=B",
     )

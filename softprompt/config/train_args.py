@@ -51,10 +51,10 @@ class ModelArguments:
     )
     engine: Literal["auto", "packed", "padded"] = option(
         "auto",
-        "Choose the forward and backward pass. packed: rows without padding, and the prompt once per step; padded: the "
-        "base model's own forward over padded rows, for any causal language model; auto: packed if it gives padded's "
-        "losses and gradient on a few training rows and is not clearly slower, else padded. packed is refused if it "
-        "fails this check.",
+        "Choose the forward and backward pass. packed: rows without padding, with the prompt computed once per step; "
+        "padded: the base model's own forward over padded rows, for any causal language model; auto: packed if its "
+        "losses and gradient on a few training rows agree with those of padded and it is not clearly slower, else "
+        "padded. If packed is given and its losses or gradient do not agree, the run is refused.",
     )
     attn_implementation: Literal["auto", "sdpa", "varlen", "flex_attention"] = option(
         "auto",

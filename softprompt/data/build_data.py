@@ -50,6 +50,7 @@ class Rows(NamedTuple):
 
     @property
     def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of the training rows and of the held-out rows, under the names that messages use."""
         of_training = self.source.fingerprint if self.source else self.train.fingerprint
         return {"dataset": of_training, "held-out rows": self.held_out.fingerprint}
 

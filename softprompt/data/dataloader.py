@@ -9,7 +9,7 @@ from softprompt.config.train_args import TrainingArguments
 from softprompt.data.sampler import steps_per_epoch, windows
 from softprompt.data.tokenization import Example
 
-Position = Mapping[str, Any]  # JSON-able
+Position = Mapping[str, Any]  # of JSON types
 BEGINNING: Position = {}
 
 

@@ -98,7 +98,7 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
 
     Raises:
         DataError: The file does not exist, cannot be read or holds no question; a .txt has an empty line before its
-            last question (the line numbers of questions and answers would differ); a line of a .jsonl is no object.
+            last question (the line numbers of questions and answers would differ); a line of a .jsonl is not an object.
     """
     path = Path(source)
     if path.is_dir():

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast, overload
 
 import numpy as np
 
-IGNORE = -100  # the label of a token that is no target: the default ignore_index of PyTorch's cross entropy
+IGNORE = -100  # the label of a token that is not a target: the default ignore_index of PyTorch's cross entropy
 
 
 class Example(NamedTuple):
@@ -53,6 +53,7 @@ class Examples(Sequence[Example]):
 
     @property
     def nbytes(self) -> int:
+        """The size of the arrays in bytes."""
         return self.input_ids.nbytes + self.offsets.nbytes + self.first_targets.nbytes
 
     @property

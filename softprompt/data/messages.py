@@ -12,7 +12,7 @@ from typing import Any
 from softprompt.config.schema import is_text
 from softprompt.utils.errors import DataError
 
-Message = dict[str, Any]  # role and content are texts; other keys are for the chat template and are JSON-able
+Message = dict[str, Any]  # role and content are texts; other keys are for the chat template and have JSON types
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -133,7 +133,7 @@ def _parsed(text: str) -> Any:
 
 
 def _json_able(value: Any) -> Any:
-    """Return the value if it is JSON-able, else its text, for example of a date in a parquet file."""
+    """Return the value if JSON can represent it, else its text, for example of a date in a parquet file."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

@@ -22,6 +22,7 @@ class RowStore(Sequence[Row]):
 
     def append(self, row: Mapping[str, Any]) -> None:
         # Keys keep their order: a chat template renders the keys of tools in it, and columns are listed in it.
+        """Append a row, whose values must be serializable as JSON."""
         self._text += _ENCODER.encode(row).encode("utf-8", "surrogatepass")
         self._ends.append(len(self._text))
 
@@ -34,6 +35,7 @@ class RowStore(Sequence[Row]):
 
     @property
     def nbytes(self) -> int:
+        """The size of the stored rows in bytes."""
         return len(self._text) + self._ends.itemsize * len(self._ends)
 
     @property

@@ -75,6 +75,7 @@ class StreamPosition:
     empty_answers: int = 0
 
     def after(self, row: Encoded) -> "StreamPosition":
+        """Return the position after one more row has left the shuffle buffer."""
         return StreamPosition(
             self.epoch,
             self.taken + 1,

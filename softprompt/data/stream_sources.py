@@ -119,6 +119,8 @@ def _hashed(path: Path) -> tuple[str, int]:
 
 
 def _remembered(path: Path, make: Callable[[], str], pattern: str, keep: bool) -> str:
+    """Return `make()`. For a large file, the result is cached under a key that depends on the file's identity and on
+    samples of its content. `pattern` matches a valid result; `keep` says whether to write to the cache."""
     size = path.stat().st_size
     if size < CACHED_FROM:
         return make()

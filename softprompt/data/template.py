@@ -65,6 +65,7 @@ class Template:
 
     @property
     def optional_fields(self) -> frozenset[str]:
+        """The columns that a question may leave out."""
         return frozenset({"input"}) if self.spec in (DEFAULT, CHAT) else self.optional
 
     @property
@@ -91,8 +92,8 @@ class Template:
         if unfilled:
             raise ConfigError(
                 f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "give --input (in a chat, /input) if it is the only one that is missing ('' if it is meant to be "
-                "empty), else a --prompts_file (.jsonl) with these columns"
+                "if only one column is missing, give it with --input (in a chat, /input; '' leaves it empty), else "
+                "give a --prompts_file (.jsonl) with these columns"
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}; leave it out")
@@ -102,8 +103,9 @@ class Template:
         """Render the prompt text of a row.
 
         The tokenizer is used only for its chat template, and for its eos_token after earlier answers. If the template
-        is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer, as an
-        exported model does it. A message of the user may have an `input`, the text for the column `second`.
+        is not "chat", a conversation (`messages`) is rendered as a sequence of rows, each with its answer; the chat
+        template of an exported model does the same. A message of the user may have an `input`, the text for the column
+        `second`.
         """
         if self.spec != CHAT and "messages" in row and "messages" not in self.fields:
             return "".join(
@@ -122,9 +124,9 @@ class Template:
     def answer(self, row: Mapping[str, Any], tokenizer: Any, text: str | None = None) -> str:
         """Return the text that the model learns to produce: the row's answer, or `text` in its place, and an end token.
 
-        For a chat template, the end token is the first special token that it writes after an answer; what follows that
-        token, often a line break, is left out. The end token is eos_token if the template writes no special token, or
-        one that bases are not trained to write, and for all other templates.
+        If the template is not "chat", the end token is eos_token. A chat template's end token is the first special
+        token that it writes after an answer; what follows that token, often a line break, is left out. If it writes no
+        special token, or one that bases are not trained to write, the end token is eos_token.
 
         Raises:
             DataError: The chat template refuses the messages, or does not continue its own generation prompt.

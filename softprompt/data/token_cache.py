@@ -51,7 +51,7 @@ def cached(
 
     Args:
         make: Tokenizes the rows.
-        settings: Everything else that the result depends on; must be JSON-able.
+        settings: Everything else that the result depends on; must be serializable as JSON.
         read: Whether to use a cached result.
         write: Whether to cache the result of `make`.
     """

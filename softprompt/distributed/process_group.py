@@ -120,9 +120,9 @@ class World:
         """Call `do` on every rank, and return this rank's result once all ranks have succeeded.
 
         Raises:
-            SoftpromptError: On rank 0, the error that `do` raised there.
-            OtherRankError: `do` failed on some rank, and this is not rank 0 with an error of its own; the message is
-                that of the lowest failed rank.
+            SoftpromptError: On rank 0, if `do` failed there: its error.
+            OtherRankError: In all other cases in which `do` failed on some rank; the message is that of the lowest
+                rank on which it failed.
         """
         fault: SoftpromptError | None = None
         try:

@@ -1,4 +1,4 @@
-"""Engines compute the losses of rows behind a soft prompt, and the prompt's gradient.
+"""Engines compute the losses of rows that follow a soft prompt ("rows behind a prompt"), and the prompt's gradient.
 
 In: a window of examples. Out: the summed loss and the number of targets; the prompt's gradient has been accumulated.
 

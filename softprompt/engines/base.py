@@ -1,4 +1,4 @@
-"""The engine interface, the only access of the training loop and of the evaluation of losses to a model."""
+"""The engine interface. The training loop and the evaluation of losses use a model only through it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from torch import Tensor
 from softprompt.data.tokenization import Example
 from softprompt.prompt.soft_prompt import PromptEmbedding
 
-OnRows = Callable[[int], object]  # called with the number of rows that are done, which begins anew after a retry
+OnRows = Callable[[int], object]  # called with the number of rows that are done; a retry starts at 0 again
 
 
 def nothing(rows: int) -> None:

@@ -99,18 +99,19 @@ def choose_engine(
 def attn_implementations(
     config: TrainConfig, base: PreTrainedModel, dtype: torch.dtype, blocks: Blocks | None = None
 ) -> list[str]:
-    """Return what may compute the attention of the packed engine, as values of `--attn_implementation`.
+    """Return the functions that may compute the attention of the packed engine, as values of `--attn_implementation`.
 
-    `auto` on CUDA in bf16 and fp16: the variable-length kernel, or FlexAttention for a base with ALiBi or soft caps;
-    and scaled_dot_product_attention. In all other cases it is scaled_dot_product_attention alone. A BLOOM that is run
-    layer by layer (streamed, sharded or quantized) has no other one.
+    With `auto`, there are two on CUDA in bf16 and fp16: the variable-length kernel (for a base with ALiBi or soft caps
+    FlexAttention), and scaled_dot_product_attention. Elsewhere, and for a BLOOM that is run layer by layer (streamed,
+    sharded or quantized), there is only scaled_dot_product_attention.
 
     Args:
         blocks: See `factory.make_engine`.
 
     Raises:
-        ConfigError: The value was given, and needs CUDA or does not support the base. If it is the checkpoint's, since
-            the run began on another device, scaled_dot_product_attention is taken instead, and a line says so.
+        ConfigError: The flag names a function that needs CUDA, or that does not support the base. If the name comes
+            from a checkpoint of a run that began on another device, scaled_dot_product_attention is used instead, and
+            a line says so.
     """
     named, device = config.model.attn_implementation, word_embeddings(base).weight.device
     bloom = is_bloom(base.config)

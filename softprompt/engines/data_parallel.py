@@ -38,12 +38,12 @@ class DataParallelEngine:
         loss, _ = self.engine.accumulate(prompt, self._mine(window), grad_scale)
         self.join()
         gradient = torch.zeros_like(prompt.weight) if prompt.weight.grad is None else prompt.weight.grad
-        wish = self.world.requested_exit_code()
-        wishes = torch.tensor([float(wish == code) for code in EXIT_CODES], dtype=torch.float64, device=self.device)
-        sums = self.world.all_reduce(torch.cat([gradient.flatten().double(), loss.double()[None], wishes]))
-        total, loss, wishes = sums.split([gradient.numel(), 1, len(EXIT_CODES)])
+        asked = self.world.requested_exit_code()
+        requests = torch.tensor([float(asked == code) for code in EXIT_CODES], dtype=torch.float64, device=self.device)
+        sums = self.world.all_reduce(torch.cat([gradient.flatten().double(), loss.double()[None], requests]))
+        total, loss, requests = sums.split([gradient.numel(), 1, len(EXIT_CODES)])
         prompt.weight.grad = total.view_as(gradient).to(gradient.dtype) + (0 if before is None else before)
-        self.world.agreed_exit_code = next((c for c, n in zip(EXIT_CODES, wishes.tolist(), strict=True) if n), None)
+        self.world.agreed_exit_code = next((c for c, n in zip(EXIT_CODES, requests.tolist(), strict=True) if n), None)
         return loss[0], sum(map(count_targets, window))
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:

@@ -142,7 +142,7 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     """Build the packed engine with the layer-major schedule.
 
     Args:
-        held: Estimate of the memory that this process takes for blocks, in blocks in the compute dtype.
+        held: Estimated memory of this process for blocks, as a number of blocks in the compute dtype.
         P: Number of virtual tokens.
     """
     device, dtype, shape = weights.head.device, weights.head.dtype, weights.shape._replace(L=held)

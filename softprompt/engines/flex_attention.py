@@ -145,8 +145,8 @@ def soft_cap(limit: float) -> ScoreFunction:
 
 @cache
 def _kernel(device_type: str) -> Any:
-    """Return FlexAttention, compiled for any size on CUDA. Elsewhere it runs uncompiled, forward only, as a test of the
-    functions that it gets."""
+    """Return FlexAttention, compiled for any size on CUDA. Elsewhere it is not compiled and has no backward pass; tests
+    use it there to check masks and score functions."""
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
@@ -157,8 +157,8 @@ def any_sizes() -> AbstractContextManager[None]:
 
 
 def _visible_blocks(lengths: Tensor, P: int) -> Tensor:
-    """Return which blocks of BLOCK keys the rows of each block of BLOCK queries may attend to, windows aside:
-    [queries / BLOCK, keys / BLOCK] bool."""
+    """Return which blocks of BLOCK keys the rows of each block of BLOCK queries may attend to, [queries / BLOCK,
+    keys / BLOCK] bool. Sliding windows are not considered here; the mask function applies them."""
     S = int(lengths.sum())
     start = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])[:-1].repeat_interleave(lengths)  # of each token's row
     first = torch.arange(0, S + _padding(S), BLOCK).clamp(max=S - 1)  # token of each block of queries
@@ -169,8 +169,8 @@ def _visible_blocks(lengths: Tensor, P: int) -> Tensor:
 
 
 def _padding(size: int) -> int:
-    """Return how many tokens fill up a stream of `size` tokens to whole blocks, two at least: torch compiles a function
-    again for a dimension of size 1."""
+    """Return how many tokens of padding a stream of `size` tokens needs to consist of whole blocks, at least two of
+    them: torch would compile a function again for a dimension of size 1."""
     return max(-size % BLOCK, 2 * BLOCK - size)
 
 

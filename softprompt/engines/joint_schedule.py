@@ -1,5 +1,5 @@
-"""Schedules whose micro-batches contain the prompt: a micro-batch is one forward pass through the base, and at once its
-backward pass.
+"""Schedules whose micro-batches contain the prompt: each micro-batch is one forward pass through the base, directly
+followed by its backward pass.
 
 The prompt is computed again for each micro-batch. `PrefixSchedule` computes it once per window instead, but its
 backward pass through the prompt follows those of all micro-batches.

@@ -28,8 +28,8 @@ def total_memory(device: torch.device) -> int:
 
 
 def base_bytes(shape: BloomShape, dtype: torch.dtype) -> int:
-    """Estimate the bytes of a frozen BLOOM: linear layers in the compute dtype, embeddings in fp32, and, if the compute
-    dtype is narrower than fp32, a copy of the head in it."""
+    """Estimate the bytes of a frozen BLOOM: linear layers in the compute dtype, embeddings in fp32, and a copy of the
+    head in the compute dtype if that is narrower than fp32."""
     linear = 12 * shape.L * shape.H**2
     embeddings = shape.V * shape.H
     return dtype.itemsize * (linear + (embeddings if dtype.itemsize < 4 else 0)) + 4 * embeddings

@@ -37,7 +37,7 @@ class RowGroup(NamedTuple):
 
 def alibi_slopes(n_heads: int) -> list[float]:
     """Return ALiBi's slope of each of n heads (Press et al. 2022, arXiv:2108.12409): 2^(-8i/n) for i = 1 … n. If n is
-    no power of two, these are the slopes of the next lower power of two, followed by every other slope of the next
+    not a power of two, these are the slopes of the next lower power of two, followed by every other slope of the next
     higher one."""
     below = 2 ** int(math.log2(n_heads))
     slopes = [2 ** (-8 * i / below) for i in range(1, below + 1)]

@@ -212,8 +212,8 @@ def _largest_error(losses: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """Return why the packed engine failed: models that are called in an unexpected way may raise any exception. Raise
-    the error itself if memory ran out."""
+    """Return the message of an error of the packed engine, which may be any exception, since a model may not expect to
+    be called in this way. If memory ran out, raise the error again."""
     if isinstance(error, TrainingError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
         raise error
     return " ".join(str(error).split())[:200] or type(error).__name__

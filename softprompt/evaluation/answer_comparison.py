@@ -1,4 +1,4 @@
-"""Held-out rows with the answers of the base alone and with the prompt: some of each kind, and the wrong ones."""
+"""Select held-out rows to show with two answers: that of the base alone, and that with the prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +49,9 @@ class AnswerComparison:
         return cls(evaluator, before, after, before.answers, after.answers)
 
     def selected(self, n: int) -> list[AnsweredRow]:
-        """Return `n` rows, or more if there are more labels: for each label its first row, a wrong answer if there is
-        one, and the first of the other rows."""
+        """Return `n` rows, in the order of the dataset: the wrongly answered row with the largest loss, the first row
+        of each other label, and then the first of the remaining rows. If there are more labels than `n`, there are
+        more rows."""
         kinds = self.after.classification.expected if self.after.classification else []
         chosen = self._wrong()[:1]
         covered = {kinds[row] for row in chosen} if kinds else set()
@@ -63,8 +64,7 @@ class AnswerComparison:
         return [self._row(row) for row in sorted(chosen)]
 
     def wrong(self, n: int) -> list[AnsweredRow]:
-        """Return the rows that are answered wrongly with the prompt, the one with the largest loss first, but at most
-        `n` of them."""
+        """Return up to `n` rows that are answered wrongly with the prompt, the one with the largest loss first."""
         return [self._row(row) for row in self._wrong()[:n]]
 
     def _wrong(self) -> list[int]:

@@ -58,6 +58,7 @@ class Classification:
 
     @property
     def confusion_matrix(self) -> ConfusionMatrix:
+        """The confusion matrix of the expected and the predicted labels."""
         return ConfusionMatrix.of_pairs(self.labels, self.expected, self.predicted)
 
 
@@ -168,5 +169,6 @@ class Classifier:
 
 
 def _report(on_rows: OnRows, before: int, share: float, done: int) -> None:
-    """Report `before` rows and the `share` of the `done` candidates of the rows after them."""
+    """Report progress in rows: the `before` rows of earlier passes, and what `done` candidates of this pass amount to.
+    `share` is the number of rows per candidate."""
     on_rows(before + round(share * done))

@@ -8,9 +8,9 @@ from softprompt.utils.text_table import table
 
 
 def comparison_report(results: Mapping[str, AdapterResult], notes: Sequence[str] = ()) -> str:
-    """Return a table with a column for each adapter and a row for each metric that any of them has. It is followed by
-    the results' notes on the rows, the given `notes`, whether each adapter is better than the bare base if that was
-    evaluated too, each adapter's confusion matrix, and a note on rows whose answer is none of the choices."""
+    """Return a table with a column for each adapter and a row for each metric that any of them has. Below it follow the
+    notes of the results and the given `notes`; if the bare base was evaluated too, a verdict on each adapter; each
+    adapter's confusion matrix; and a note on the rows whose answer is none of the choices."""
     metrics: dict[str, list[str]] = {}
     for result in results.values():
         for name, value in _metrics(result).items():
@@ -72,7 +72,7 @@ def _verdicts(results: Mapping[str, AdapterResult]) -> Iterator[str]:
 
 
 def _targets(result: AdapterResult) -> list[tuple[int, int]]:
-    """Return the number of each row, and of its targets."""
+    """Return for each evaluated row its index in the dataset and its number of targets."""
     return list(zip(result.data.kept, result.evaluation.row_targets, strict=True))
 
 

@@ -13,7 +13,7 @@ DEFAULT_SIDE = "output"
 @dataclass(frozen=True)
 class Truncation:
     """How rows are truncated, which is the same for all adapters. `notes` say what was chosen if an adapter was trained
-    with other settings, or if it is not known with which."""
+    with other or unknown settings."""
 
     max_length: int
     truncation_side: str
@@ -29,8 +29,8 @@ def common_truncation(
     """Choose how rows are truncated: as the arguments say, else as in the adapters' training.
 
     If the adapters differ, the largest max_length and the side "input" are used, so that as many answers as possible
-    are whole. train.py's defaults stand for settings that are not saved with an adapter. The bare base is ignored
-    unless there is no adapter with a prompt.
+    are whole. If a setting is not saved with an adapter, train.py's default is assumed. The bare base is ignored unless
+    there is no adapter with a prompt.
 
     Args:
         plain_text: The dataset is a plain text, whose passages have max_length tokens and are never truncated.
@@ -48,8 +48,8 @@ def common_truncation(
 
 
 def _notes(name: str, saved: Sequence[Any], given: Any, chosen: Any) -> list[str]:
-    """Return a note on a setting if the adapters were trained with other values than the chosen one, or if it is not
-    known with which.
+    """Return a note on a setting if an adapter was trained with another value than the chosen one, or with an unknown
+    one.
 
     Args:
         saved: The value of each adapter's training; None if it is not known.

@@ -1,12 +1,13 @@
-"""Say by a fixed rule whether a prompt is of use.
+"""Say by a fixed rule whether a prompt is useful.
 
 Labels         The prompt must classify more rows correctly than the base alone, and than always giving the most common
                answer. Each comparison is McNemar's exact test on the same rows, at 5 %.
 Other answers  The prompt must have a lower loss than the base alone: the 95 % interval of the mean difference per
-               target token must lie below 0. If the answers are compared and repeat themselves, more of the prompt's
-               must be right than always giving the most common one would be (the same test).
+               target token must lie below 0. If exact match is computed and each answer occurs at least twice on
+               average, the prompt must also be right for more rows than always giving the most common answer (McNemar's
+               test again).
 
-With fewer than FEWEST_ROWS rows, nothing is called better.
+With fewer than FEWEST_ROWS rows, no prompt is called better.
 """
 
 import math

@@ -54,7 +54,7 @@ def check_hub(sharing: SharingArguments, output_dir: Path, asked: str = "--push_
     except HFValidationError as error:
         raise ConfigError(f"{asked}: {_line(error)}; name a repository with --hub_model_id") from None
     if not name.isascii():
-        raise ConfigError(f"{asked}: the hub takes no {name!r}; name a repository with --hub_model_id")
+        raise ConfigError(f"{asked}: the hub does not accept {name!r}; name a repository with --hub_model_id")
     hub.check_reachable()
     try:
         api = HfApi(token=sharing.hub_token)
@@ -64,10 +64,10 @@ def check_hub(sharing: SharingArguments, output_dir: Path, asked: str = "--push_
     except HfHubHTTPError as error:
         if error.response.status_code in UNAUTHORIZED:
             raise ConfigError(f"{asked}: the hub refuses the token ({_line(error)}); give a valid one") from None
-        print(f"warning: {asked}: {_line(error)}; the upload is tried all the same")
+        print(f"warning: {asked}: {_line(error)}; the upload is tried anyway")
     except Exception as error:  # from httpx, name resolution or offline mode
         reason = _line(error)
-        print(f"warning: {asked}: the hub does not answer ({reason}); the upload is tried all the same")
+        print(f"warning: {asked}: the hub does not answer ({reason}); the upload is tried anyway")
     else:
         _refuse_foreign(api, name if "/" in name else f"{user}/{name}", asked)
 

@@ -32,7 +32,7 @@ EMBEDS_FILE, TEMPLATE_FILE, CLIENT_FILE, README_FILE = (
 # Settings that are not sent: a penalty ends vLLM's engine (vllm-project/vllm#57719), and it does not have the others.
 NOT_SENT = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 CLIENT = '''\
-"""Ask the base behind vLLM, with the prompt of this folder: python client.py "your question"."""
+"""Ask the base that vLLM serves, with the prompt of this folder: python client.py "your question"."""
 
 import sys
 from pathlib import Path
@@ -104,7 +104,8 @@ def write_for_vllm(source: Source) -> str:
         raise OutputError(f"--output {source.output}: cannot be written: {error}; nothing was left behind") from None
     left_out = [name for name in NOT_SENT if getattr(settings, name) != getattr(GenerationSettings, name)]
     note = f"; {', '.join(left_out)} cannot be sent to vLLM and was left out" if left_out else ""
-    return f"{source.output}: {len(prompt)} virtual tokens for {source.base} behind vLLM; README.md says how{note}"
+    made = f"{len(prompt)} virtual tokens for {source.base}; README.md says how to serve it with vLLM"
+    return f"{source.output}: {made}{note}"
 
 
 def encode_prompt(prompt: Tensor) -> str:

@@ -88,8 +88,8 @@ class LoadedAdapter:
 
 
 def _training_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Check and return the settings of training, for reading the rows and the base, that the file at `path`
-    contains."""
+    """Check the settings in the file at `path` that say how the rows were read and how the base was loaded in training,
+    and return them."""
     columns = settings.get("columns", {})
     all_texts = isinstance(columns, dict) and all(map(is_text, [*columns, *columns.values()]))
     length = settings.get("max_length", 1)

@@ -77,7 +77,7 @@ class BaseWithAdapters:
     @property
     def description(self) -> str:
         """One line that names the base and the adapters."""
-        names = [name for name, tuned in self.adapters.items() if tuned.prompt is not None]
+        names = [name for name, adapter in self.adapters.items() if adapter.prompt is not None]
         return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
 
     def note_foreign_rows(self, rows: Sequence[Row]) -> None:
@@ -103,15 +103,15 @@ class BaseWithAdapters:
         saved = self.adapters.get(adapter or self.active_adapter, LoadedAdapter()).generation
         return StreamSettings(**vars(merge_settings(saved, given)), seed=seed, batch_size=batch_size)
 
-    def add_adapter(self, name: str, tuned: LoadedAdapter) -> None:
+    def add_adapter(self, name: str, adapter: LoadedAdapter) -> None:
         """Add an adapter that has been read already.
 
         Raises:
             AdapterError: Its hidden size differs from the base's.
         """
         H = word_embeddings(self.base).embedding_dim
-        check_adapter(name, tuned, H, self.name, bits_when_loaded(self.base))
-        self.adapters[name] = tuned
+        check_adapter(name, adapter, H, self.name, bits_when_loaded(self.base))
+        self.adapters[name] = adapter
 
 
 def _size(adapter: LoadedAdapter) -> str:

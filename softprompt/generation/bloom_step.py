@@ -39,7 +39,7 @@ class BloomStepModel:
         """See `StepModel.forward`."""
         weights, epsilon = self.weights, self.weights.shape.epsilon
         x = layer_norm(weights.embed(step.input_ids), weights.embedding_layernorm, epsilon)  # [S, H]
-        last_index = step.last_index if step.prefills else None  # without a prefill, the stream is the last tokens
+        last_index = step.last_index if step.prefills else None  # without a prefill, all tokens are last tokens
         attention = BloomStepAttention(cache, step, self.slopes)
         x = run_blocks(weights, x, attention, last_index, linear=decode_linear)  # [n, H]
         return decode_linear(layer_norm(x, weights.final_layernorm, epsilon).to(weights.head.dtype), weights.head)

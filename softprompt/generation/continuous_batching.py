@@ -92,7 +92,7 @@ class ContinuousBatch:
 
     def __init__(self, generator: ContinuousBatchingGenerator, num_slots: int):
         self.generator, self.model, self.num_slots = generator, generator.model, num_slots
-        self.new: list[RequestState] = []  # whose soft prompts have not been prefilled yet
+        self.new: list[RequestState] = []  # requests whose soft prompts have not been prefilled yet
         self.queue, self.slots = deque[Slot](), list[Slot]()
         self.cache: KVCache | None = None
         self.forward: Forward = self.model.forward

@@ -60,8 +60,8 @@ def answer_examples(
 def answer_token_ids(
     rows: Sequence[Mapping[str, Any]], answers: Sequence[str], templates: Sequence[Template], tokenizer: Any
 ) -> list[list[list[int]]]:
-    """Tokenize each answer as the answer to each row, with its end token; see `answer_examples`. Equal answers are the
-    same list.
+    """Tokenize each answer as the answer to each row, with its end token; see `answer_examples`. Rows whose answers
+    have the same text share one list object.
 
     Returns:
         For each row the token ids of each answer.

@@ -108,9 +108,8 @@ def generation_settings(config: InferConfig) -> dict[str, Any]:
 
 
 def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) -> dict[str, Any]:
-    """Return, as JSON-able values, everything that the answers depend on except the prompts and the seed. An output
-    file is continued only if these values are unchanged; tokenizer and adapters are represented by hashes of their
-    content."""
+    """Return, as JSON types, everything that the answers depend on except the prompts and the seed. An output file is
+    continued only if these values are unchanged; tokenizer and adapters are represented by hashes of their content."""
     settings = {n: v for n, v in asdict(config.generation).items() if v is not None and n not in ("seed", "batch_size")}
     if config.question.ensemble:
         settings["ensemble"] = config.question.voting or "default"

@@ -47,8 +47,8 @@ class GenerationSettings:
     num_beams: int = 1
 
     def of_tokens(self) -> "GenerationSettings":
-        """Return these settings with the defaults of all settings that do not affect which token is chosen. Answers
-        with equal results are sampled together."""
+        """Return a copy in which all settings that do not affect the choice of a token have their defaults. Requests
+        with equal copies are sampled together."""
         ends = ("max_length", "max_new_tokens", "stop_strings", "eos_token_id", "num_return_sequences")
         return replace(self, **{f.name: f.default for f in fields(self) if f.name in ends})
 

@@ -1,10 +1,10 @@
 """Incremental generation: requests join a batch that is running, and leave it at any step.
 
-A `RunningBatch` holds the requests that are being answered and those that wait for a place. `Generator.generate`, which
-answers a list of requests, and the server, whose requests come at any time, run the same loop over it:
+A `RunningBatch` holds the requests that are being answered and those that wait in the queue. `Generator.generate`,
+which answers a list of requests, and the server, whose requests come at any time, run the same loop over it:
 
     add      requests enter the queue
-    step     one decoding step: requests from the queue take the free places, and every answer grows by a token
+    step     one decoding step: requests from the queue take the free slots, and every answer grows by a token
     cancel   `RequestState.cancel`, from any thread: the request leaves at the next step
 """
 

@@ -59,8 +59,8 @@ def rows(task: str, split: str = "train", n: int | None = None, seed: int = 0) -
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise DataError(f"unknown mini task {task!r}{hint}; there are {', '.join(TASKS)}")
+        raise DataError(f"unknown mini task {task!r}{hint}; the tasks are {', '.join(TASKS)}")
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r} of mini task {task}; there are {', '.join(SPLITS)}")
+        raise DataError(f"unknown split {split!r} of mini task {task}; the splits are {', '.join(SPLITS)}")
     made = sentences(random.Random(f"{split} {seed}"), SPLITS[split] if n is None else n, held=split == "eval")
     return [{"instruction": s.text, "input": "", "output": TASKS[task].answer(s)} for s in made]

@@ -130,7 +130,7 @@ class DequantizedWeights(NonBlockWeights):
 
     @property
     def held_blocks(self) -> int:
-        """The memory of the quantized linear layers, in blocks in the compute dtype, rounded up."""
+        """The memory of the quantized linear layers, as a number of blocks in the compute dtype, rounded up."""
         linear = [m for block in self._blocks for m in block.modules() if has_bitsandbytes_weight(m)]
         return math.ceil(sum(map(quantized_bytes, linear)) / self.block_bytes)
 

@@ -1,6 +1,6 @@
-"""What a base supports: how long its rows may be, which token ids it knows, and whether it can be trained and can
-generate behind a soft prompt. All of it is read from its configuration and modules; no forward pass runs, so a base on
-the meta device can be examined, too. (`engines.padded.check_forward` runs a few tokens.)
+"""What a base supports: how long its rows may be, which token ids it knows, and whether it can be trained with a soft
+prompt and can generate with one. All of it is read from its configuration and modules; no forward pass runs, so a base
+on the meta device can be examined, too. (`engines.padded.check_forward` runs a few tokens.)
 """
 
 import inspect
@@ -19,7 +19,7 @@ from softprompt.utils.model_config import text_config
 
 # transformers' names for tables of absolute positions: the last part of a module's or buffer's name.
 POSITION_TABLES = r"(wpe|pos_encoding|embed_positions|positions_embed|position_embeddings?)"
-LENGTHS = ("sliding_window", "attention_chunk_size")  # settings by which long rows differ from short ones
+LENGTHS = ("sliding_window", "attention_chunk_size")  # settings with which long rows are computed in another way
 OTHER_MODALITIES = r"(vision|visual|image|audio|speech)"
 
 
@@ -77,12 +77,12 @@ def check_supports_prompt(base: PreTrainedModel, name: str) -> None:
 
 
 def why_not_generate(base: PreTrainedModel) -> str | None:
-    """Return why transformers' `generate` cannot generate behind a prompt with this base; None if it can. The check is
-    the one in `GenerationMixin._prepare_model_inputs`."""
+    """Return why transformers' `generate` cannot generate with a soft prompt and this base; None if it can. The check
+    is the one in `GenerationMixin._prepare_model_inputs`."""
     prepare = getattr(base, "prepare_inputs_for_generation", None)
     if prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters:
         return None
-    return f"the generate method of {type(base).__name__} takes no inputs_embeds, so it cannot answer behind a prompt"
+    return f"the generate method of {type(base).__name__} takes no inputs_embeds, so it cannot answer with a prompt"
 
 
 def check_vocabulary(tokenizer: Any, base: PreTrainedModel, name: str) -> None:

@@ -118,7 +118,7 @@ class ShardedLayers:
                 pass
         elif missing:
             raise TrainingError(
-                f"rank {self.world.rank}: the backward pass through the sharded base broke off, probably for want of "
+                f"rank {self.world.rank}: the backward pass through the sharded base broke off, probably for lack of "
                 "memory; give a smaller --tokens_per_microbatch, or start more ranks"
             )
 

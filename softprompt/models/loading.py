@@ -84,7 +84,7 @@ def check_config(config: Any, name_or_path: str) -> None:
     """Check that prompts can be learned for a model of this configuration.
 
     Raises:
-        ModelError: The model is no causal language model of transformers, or its weights are stored quantized in a way
+        ModelError: It is not a causal language model of transformers, or its weights are stored quantized in a way
             that transformers cannot load here.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING

@@ -1,4 +1,5 @@
-"""Load a decoder without its layers, whose parameters stay on the meta device, and list where these are stored."""
+"""Load a decoder except for the parameters of its layers: these stay on the meta device (shapes and dtypes without
+values), and the result says where they are stored."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,12 @@ from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
 
 
 class MetaModel(NamedTuple):
-    """A base the parameters of whose layers are on the meta device (shapes and dtypes without values), and, by their
-    names in the base, where their values are stored."""
+    """A base whose layers are not loaded.
+
+    Attributes:
+        base: The base; the parameters of its layers are on the meta device.
+        blocks: Where these parameters are stored, by their names in `base`.
+    """
 
     base: PreTrainedModel
     blocks: dict[str, StoredTensor]

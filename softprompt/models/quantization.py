@@ -75,7 +75,7 @@ def check_quantization_settings(settings: Mapping[str, Any], name: str) -> None:
     the file nor the setting.
 
     Raises:
-        ModelError: They are no object.
+        ModelError: They are not an object.
     """
     for key in ("quantization_config", "compression_config"):
         given = settings.get(key)
@@ -146,8 +146,8 @@ def holds_quantized(module: nn.Module) -> bool:
 
 def check_gradient(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Check on a few word embeddings that a gradient passes through a quantized base to its input embeddings, and
-    through each of its quantized modules. (Around a module that loses the gradient, residual connections would carry
-    another one.)
+    through each of its quantized modules. Each module is checked because residual connections carry a gradient around a
+    module that loses it.
 
     Raises:
         ModelError: The forward or the backward pass fails, a module loses the gradient, or the gradient is zero or not

@@ -18,7 +18,7 @@ def load_streamed(name_or_path: str) -> MetaModel:
     """Load a BLOOM without its blocks.
 
     Raises:
-        ModelError: The base is no BLOOM, or see `load_meta_model`.
+        ModelError: The base is not a BLOOM, or see `load_meta_model`.
     """
     config = load_config(name_or_path)
     if not is_bloom(config):

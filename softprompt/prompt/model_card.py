@@ -116,8 +116,8 @@ def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(facts: CardFacts) -> str:
-    """Return a sentence that says from which rows, in how many steps and at which learning rate the prompt was
-    learned."""
+    """Return the end of a sentence, which says from which rows, in how many steps and at which learning rate the prompt
+    was learned."""
     steps = max((record["step"] for record in facts.history), default=0)
     rate = facts.settings.get("learning_rate")
     parts = [f" from {rows}" if (rows := _rows(facts, "dataset")) else ""]

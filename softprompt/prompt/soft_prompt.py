@@ -56,6 +56,7 @@ class PromptEmbedding(nn.Module):
         self.weight = nn.Parameter(values.detach().to(torch.float32).clone())
 
     def forward(self) -> Tensor:
+        """Return the prompt [P, H] fp32."""
         return self.weight
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

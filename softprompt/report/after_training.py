@@ -121,7 +121,7 @@ def upload(run: Run, say: Say) -> str | None:
 
 
 def _end_facts(run: Run, ranks: int) -> Facts:
-    """Return whether the prompt is of use, the confusion matrices, wrong and example answers, and the prompt's nearest
+    """Return whether the prompt is useful, the confusion matrices, wrong and example answers, and the prompt's nearest
     words, or why each is left out. What does not apply is left out without a reason."""
     setup = run.setup
     prompt, tokenizer = setup.prompt.weight, setup.data.tokenizer

@@ -13,7 +13,7 @@ from softprompt.utils.errors import ConfigError
 from softprompt.utils.translation import translate
 
 EXAMPLES = (
-    ("Write runs/one/report.html anew", "runs/one"),
+    ("Write runs/one/report.html again", "runs/one"),
     ("Follow a run that is still training", "--watch runs/one"),
     ("Compare two runs", "runs/one runs/two"),
 )

@@ -9,7 +9,7 @@ from softprompt.utils.metrics import METRICS, Metric
 DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # an en dash without a line break at it
 
 
-# What the status and the notes of other metrics say already.
+# Metrics that are not shown, because the status or the notes on other metrics contain them.
 LEFT_OUT = {"eval_samples", "eval_majority", "best_global_step"}
 SHOWN = {name: metric for name, metric in METRICS.items() if name not in LEFT_OUT}
 WHY_EARLY = {  # values of ended_early in report.json

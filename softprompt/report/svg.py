@@ -102,7 +102,7 @@ def heatmap(values: Sequence[Sequence[float]], label: str) -> Markup:
             middle = (tick - 0.5) * cell
             parts.append(f'<text class="end" x="{left - 5}" y="{top + middle + 4:.1f}">{text}</text>')
             parts.append(f'<text class="middle" x="{left + middle:.1f}" y="{top + size + 15}">{text}</text>')
-    pair = translate("tokens {i} and {j}")  # what the page's script names a cell
+    pair = translate("tokens {i} and {j}")  # how the page's script names a cell
     cells = ";".join(" ".join(f"{value:.2f}" for value in row) for row in values)
     data = f'data-cells="{cells}" data-pair="{pair}"'
     parts.append(f'<rect class="cells" x="{left}" y="{top}" width="{size}" height="{size}" {data}/>')
@@ -176,7 +176,7 @@ def _svg(parts: Sequence[str], label: str, width: float = WIDTH, height: float =
 
 
 def _png(values: Sequence[Sequence[float]]) -> bytes:
-    """Return an image with one pixel for each value, whose color is the stronger, the further the value is from 0."""
+    """Return an image with one pixel for each value, whose color is stronger the further the value is from 0."""
     rows = b"".join(b"\0" + b"".join(map(_pixel, row)) for row in values)
     header = struct.pack(">IIBBBBB", len(values[0]), len(values), 8, 6, 0, 0, 0)  # 8 bits for each of R, G, B, A
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]

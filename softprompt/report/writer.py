@@ -33,7 +33,8 @@ def report(*runs: str | os.PathLike[str], output_file: str | os.PathLike[str] | 
 
     Raises:
         ConfigError: No run is given, or a run is given twice.
-        ReportError: A folder does not exist, or no run can be shown: a folder holds no run, no metrics or broken files.
+        ReportError: A folder does not exist, or no run can be shown, because the folders hold no run, a run without
+            metrics, or broken files.
         PartialFailureError: Some of several runs cannot be shown; the page is written with the others.
         OutputError: `output_file` cannot be written, or exists and is not a report.
     """

@@ -1,5 +1,5 @@
-"""Find the adapter to use: that of a folder that the user names, which may be a run that has not ended, or the newest
-one."""
+"""Find the adapter to use: the newest one, or the one in a folder that the user names. That folder may be a run that
+has not ended."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

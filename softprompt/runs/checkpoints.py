@@ -55,7 +55,7 @@ def surplus(numbers: Sequence[int], newest: int, limit: int | None, best: int | 
 
 def state_files(state: TrainingState, more: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the content of STATE_FILES and, if there is an encoder, ENCODER_FILE, which hold the state of the loop;
-    `more` values, which must be JSON-able, are added to trainer_state.json."""
+    `more` values, which must be serializable as JSON, are added to trainer_state.json."""
     values = {
         "step": state.step,
         "taken": state.taken,

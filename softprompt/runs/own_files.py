@@ -48,8 +48,8 @@ def events_in(folder: Path) -> list[str]:
 
 
 def beside(folder: Path) -> set[str]:
-    """Return the name of the page that `softprompt report` wrote about the run, and those of empty checkpoint
-    folders."""
+    """Return the names of what belongs to a run although its manifest may not list it: the page that `softprompt
+    report` wrote about the run, and empty checkpoint folders."""
     return _empty(folder) | ({REPORT_FILE} if _looks_written(folder, REPORT_FILE) else set())
 
 

@@ -58,7 +58,7 @@ def own_checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     Manifest(folder).add([path.name])
     for name in foreign_in(path):
-        raise FileExistsError(errno.EEXIST, "is not of this run, and would be replaced", str(folder / name))
+        raise FileExistsError(errno.EEXIST, "does not belong to this run, and would be replaced", str(folder / name))
     return path
 
 
@@ -81,7 +81,7 @@ def remove_old_checkpoints(folder: Path, newest: int, limit: int | None, best: i
 
 def foreign_in(path: Path) -> list[str]:
     """Return the names, as checkpoint-N/NAME, of the files in a checkpoint-N folder that a run does not write. Return
-    an empty list if `path` is no folder."""
+    an empty list if `path` is not a folder."""
     if not path.is_dir():
         return []
     ours = (*OF_A_CHECKPOINT, ENCODER_FILE, CHECKSUMS_FILE)

@@ -41,18 +41,22 @@ class RunRecord:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return self.folder.name or self.folder.resolve().name
 
     @property
     def steps(self) -> int:
+        """The number of the last logged step; 0 if none is logged."""
         return max((record["step"] for record in self.history), default=0)
 
     @property
     def ended(self) -> bool:
+        """Whether the run has ended."""
         return "end" in self.facts if "prompt" in self.facts else bool(self.results)
 
     @property
     def arguments(self) -> Facts:
+        """The settings of the run, by the names of the flags; empty if they are unknown."""
         return self.facts.get("arguments", {})
 
     def series(self, name: str) -> list[tuple[int, float]]:

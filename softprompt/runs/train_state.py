@@ -26,8 +26,9 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 from softprompt.utils.shell_commands import command, flags, train_call
 from softprompt.utils.torchrun_env import launched_by_torchrun
 
+# Values of trainer_state.json that the run adds to the state of the loop.
 OF_THE_RUN = ("arguments", "fingerprints", "totals", "engine", "best", "rows_per_step")
-OF_THIS_CALL = (
+OF_THIS_CALL = (  # settings that concern only one call, so a resumed run does not take them from its checkpoint
     *("max_time", "resume_from_checkpoint", "ignore_data_skip", "overwrite_output_dir", "dry_run", "print_model"),
     "hub_token",
 )
@@ -81,7 +82,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if found := newest_whole(folder, print):
         return found
     if checkpoints(folder):
-        raise CheckpointError(f"no checkpoint in {folder} is whole; start anew with --overwrite_output_dir")
+        raise CheckpointError(f"no checkpoint in {folder} is whole; start a new run with --overwrite_output_dir")
     if named != NEWEST:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: no checkpoint there; name a run or a checkpoint-N")
     print(f"no checkpoint in {folder} yet: starting at step 0")
@@ -124,7 +125,7 @@ def load_state(checkpoint: Path) -> tuple[TrainingState, dict[str, Any]]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint / STATE_FILE}: not a training state of this version ({error}); continue with the version "
-            "that wrote it, or start anew with --overwrite_output_dir"
+            "that wrote it, or start a new run with --overwrite_output_dir"
         ) from None
     saved["base_evaluation"] = values.get("base_evaluation")
     metrics = (checkpoint / METRICS_FILE).read_bytes()

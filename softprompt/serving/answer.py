@@ -59,6 +59,7 @@ class Answer:
 
     @property
     def done(self) -> bool:
+        """Whether the answer has ended, with or without an error."""
         return self.finish_reason is not None or self.error is not None
 
     def cancel(self) -> None:
@@ -125,14 +126,17 @@ class Reply:
 
     @property
     def done(self) -> bool:
+        """Whether all answers have ended."""
         return all(answer.done for answer in self.answers)
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all answers so far."""
         return sum(answer.tokens for answer in self.answers)
 
     @property
     def error(self) -> Exception | None:
+        """The error of the first answer that failed; None if none did."""
         return next((answer.error for answer in self.answers if answer.error), None)
 
     def _on_change(self) -> None:

@@ -41,10 +41,10 @@ def make_app(service: Service) -> FastAPI:
     """Return the ASGI application, which answers requests with `service`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_exception_handler(ApiError, _told)
-    app.add_exception_handler(HTTPException, _of_routing)
-    app.add_exception_handler(ClientDisconnect, _nobody)
-    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _internal_error)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
     app.add_api_route("/v1/models", models, methods=["GET"])
@@ -117,7 +117,7 @@ async def classify(request: Request) -> Response:
 
 
 async def load_adapter(request: Request) -> Response:
-    """Serve the adapter in a folder inside those of --adapters under the name that the request gives it."""
+    """Serve one more adapter under a name that the request chooses. Its folder must be inside one of --adapters."""
     service = service_of(request)
     if not service.arguments.allow_adapter_loading:
         raise ApiError(403, "This server was started without --allow_adapter_loading.", code="not_allowed")
@@ -161,25 +161,26 @@ async def _body(request: Request, kind: type[BodyType]) -> BodyType:
     return body
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
+    """Return the error that a route raised, and add its code to the log."""
     assert isinstance(error, ApiError)
     notes(request.scope)["error"] = error.code or error.kind
     return error_response(error)
 
 
-async def _of_routing(request: Request, error: Exception) -> Response:
+async def _routing_error(request: Request, error: Exception) -> Response:
     """Return the error for an unknown route or method, in the format of all errors."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}."
     return error_response(ApiError(error.status_code, message, code="unknown_url", headers=error.headers))
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
+async def _disconnected(request: Request, error: Exception) -> Response:
     """Return the response that is logged for a client that has disconnected."""
     notes(request.scope)["error"] = "client_disconnected"
     return Response(status_code=CLOSED_BY_CLIENT)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _internal_error(request: Request, error: Exception) -> Response:
     """Return the response for a route that failed; `gate` prints the traceback on stderr."""
     return error_response(internal())

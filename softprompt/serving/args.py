@@ -17,7 +17,7 @@ API_KEY = "SOFTPROMPT_API_KEY"  # environment variable
 EXAMPLES = (
     ("Serve all runs under runs/ that have the base of the newest one", ""),
     ("Serve two adapters of one base under names of your choice", "--adapters mood=runs/one topic=runs/two"),
-    ("Listen at all addresses; the key stands in SOFTPROMPT_API_KEY", "--host 0.0.0.0 --port 8000"),
+    ("Listen on all addresses, with the API key in SOFTPROMPT_API_KEY", "--host 0.0.0.0 --port 8000"),
 )
 
 
@@ -35,9 +35,9 @@ class ServeArguments:
         "FOLDER",
     )
     host: str = option(
-        "127.0.0.1", "Listen at this address. With the default, only this machine can connect.", "ADDRESS"
+        "127.0.0.1", "Listen on this address. With the default, only this machine can connect.", "ADDRESS"
     )
-    port: int = option(8000, "Listen at this port; 0 takes a free one.", "N")
+    port: int = option(8000, "Listen on this port; 0 takes a free one.", "N")
     api_key: str | None = option(
         None,
         "Refuse requests without the header `Authorization: Bearer KEY`. Prefer the environment variable "
@@ -45,10 +45,12 @@ class ServeArguments:
         "KEY",
     )
     allow_adapter_loading: bool = option(
-        False, "Accept POST /v1/adapters, which gives a folder inside those of --adapters a name of its own."
+        False,
+        "Accept POST /v1/adapters, which serves one more adapter under a name that the request chooses; its folder "
+        "must be inside a folder of --adapters.",
     )
     batch_size: int = option(32, "Generate at most this many answers at a time.", "N")
-    max_queue: int = option(256, "Let at most this many answers wait for a place; refuse further ones with 429.", "N")
+    max_queue: int = option(256, "Let at most this many answers wait in the queue; refuse further ones with 429.", "N")
     max_prompt_tokens: int = option(
         2048, "Refuse prompts of more tokens than this; virtual tokens are not counted.", "N"
     )
@@ -123,5 +125,7 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
     Raises:
         ConfigError: A flag is wrong.
     """
-    description = "Serve a base and its adapters in one batch, with an OpenAI-compatible API."
+    description = (
+        "Serve a base and its adapters with an OpenAI-compatible API. Requests for different adapters share one batch."
+    )
     return serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))

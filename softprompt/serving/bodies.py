@@ -1,7 +1,7 @@
 """The bodies of requests: their fields, types and ranges, as in OpenAI's API.
 
-A field that OpenAI's API does not have is refused, as it is there. A field that it has, but that has no effect on an
-answer (`user`, `metadata`, …) is ignored. A field that asks for something that this server cannot do (`tools`,
+OpenAI refuses fields that its API does not have, and so does this server. A field of OpenAI's API that has no effect on
+an answer (`user`, `metadata`, …) is ignored. A field that asks for something that this server cannot do (`tools`,
 `logit_bias`, …) is refused, unless its value has no effect.
 """
 
@@ -60,6 +60,7 @@ class GenerationBody(_Body):
 
     @property
     def stop_strings(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
@@ -98,6 +99,7 @@ class Message(_Body):
 
     @property
     def text(self) -> str:
+        """The message's text; the parts of its content are concatenated."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -142,6 +144,7 @@ class ChatBody(GenerationBody):
 
     @property
     def max_new_tokens(self) -> int | None:
+        """The limit that the request sets for an answer, in tokens; None if it sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -175,6 +178,7 @@ class CompletionBody(GenerationBody):
 
     @property
     def max_new_tokens(self) -> int:
+        """The limit of an answer in tokens."""
         return self.max_tokens or 16  # OpenAI's default
 
     @property

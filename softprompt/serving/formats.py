@@ -23,7 +23,7 @@ class Format(Protocol):
         ...
 
     def choice(self, index: int, answer: Answer) -> Json:
-        """Return a whole choice."""
+        """Return the JSON of a finished choice."""
         ...
 
     def first(self, index: int) -> Json | None:

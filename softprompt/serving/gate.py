@@ -38,7 +38,8 @@ class Gate:
     """Checks and logs requests.
 
     Args:
-        app: The application that answers the requests that are let through, with `service`.
+        app: The application. It answers the requests that this class does not refuse.
+        service: Gives the API key, the timeout and the metrics.
         routes: The paths that metrics name; other paths are counted as "other".
         log: Called with the line of each request.
 
@@ -96,7 +97,7 @@ class Gate:
                 self.on_idle()
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        """Return why a request is not let through; None if it is."""
+        """Return the error with which a request is refused; None if it is not refused."""
         if self.draining:
             return unavailable("The server is shutting down.")
         if self.api_key is None or scope["path"] in OPEN or self._is_static(scope):

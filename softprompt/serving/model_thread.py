@@ -36,7 +36,7 @@ class ModelThread(threading.Thread):
         self._inbox: queue.SimpleQueue[Reply | Call | None] = queue.SimpleQueue()
         self._calls = deque[Call]()
         self._answers: dict[RequestState, Answer] = {}
-        self._leader: RequestState | None = None
+        self._leader: RequestState | None = None  # its next token shows that a decoding step is over; see `_on_token`
         self._events = deque[Call]()  # callbacks that the event loop is to run
         self._scheduled = False
 

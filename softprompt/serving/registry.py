@@ -19,7 +19,7 @@ from softprompt.runs.checkpoints import checkpoints
 from softprompt.utils.errors import AdapterError, SoftpromptError
 
 INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
-GRACE = 1.0  # seconds for which an adapter stays that is no longer found, because a writer may be replacing it
+GRACE = 1.0  # seconds for which an adapter is served after its files are gone, because a writer may be replacing them
 Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a name with a folder, and the versions of its files
 
 
@@ -89,7 +89,7 @@ class Registry:
         roots: The folders of --adapters.
         base: Name or path of the base.
         hidden_size: H of the base.
-        bits: The number of bits to which a flag quantized it; see `check_adapter`.
+        bits: The number of bits to which a flag quantized the base; see `check_adapter`.
         reserved: The name of the base in requests, which no adapter may have.
         tell: Called with a line about each folder that cannot be served.
     """

@@ -94,9 +94,9 @@ class Service:
         """Raise ApiError if the running batch and the queue have no room for `more` further answers."""
         places = self.arguments.batch_size + self.arguments.max_queue
         if more > places:
-            raise ApiError(400, f"{more} answers at once are more than the {places} places of this server.", param="n")
+            raise ApiError(400, f"{more} answers are more than this server accepts at a time ({places}).", param="n")
         if self.unfinished + more > places:
-            raise overloaded("Too many answers wait for a place. Try again later.")
+            raise overloaded("The queue of this server is full. Try again later.")
 
     @property
     def unfinished(self) -> int:
@@ -145,7 +145,7 @@ class Service:
         running = sum(answer.tokens > 0 for answer in answers)
         return {
             "answers_running": ("Answers that are being generated.", running),
-            "answers_waiting": ("Answers that wait for a place or for their first token.", len(answers) - running),
+            "answers_waiting": ("Answers that are queued or wait for their first token.", len(answers) - running),
             "places": ("Answers that can be generated at a time.", self.arguments.batch_size),
         }
 

@@ -80,7 +80,7 @@ def finding(
         change: What was changed between the compared cells.
         metric: The metric that changed.
         describe: Formats a gain as the change of the metric. By default, it is the change of the loss in percent.
-        sampled: The name of the unit that gives one averaged gain each; the sentence names it if there is only one.
+        sampled: What each of the averaged gains belongs to, such as a seed. The sentence names it if there is only one.
     """
     describe = describe or percent
     if not comparisons:

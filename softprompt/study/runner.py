@@ -3,7 +3,7 @@
 A finished cell is a folder, which is written atomically; the cell is never run again. A cell that fails leaves no
 folder: the other cells run, and the next call tries the failed one again. The folder of a finished cell contains:
 
-adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, as any run leaves it
+adapter_config.json, adapter_model.safetensors, softprompt.json, README.md   the learned prompt, in the files of any run
 cell.json                                                                    settings, fingerprints, metrics, answers
 checksums.json                                                               sha256 of each of these files
 

@@ -237,7 +237,7 @@ class RunCallbacks(Callbacks):
             return fault
         saved = json.loads((checkpoint / STATE_FILE).read_bytes()).get("best") or {}
         ours = (saved.get("step"), saved.get("metric")) == (self.best.step, self.best.metric)
-        return None if ours else "it is of another run"
+        return None if ours else "it belongs to another run"
 
     def _runtime(self) -> float:
         """Return the seconds that the loop has taken so far, including those before a resume."""

@@ -120,12 +120,12 @@ def warn_if_bf16_is_slow(seconds_of: Callable[[torch.dtype], float] = product_se
 
 
 def print_steps(
-    config: TrainConfig, feed: WindowLoader, devices: int, output_dir: Path, searches: bool = False
+    config: TrainConfig, loader: WindowLoader, devices: int, output_dir: Path, searches: bool = False
 ) -> None:
     """Print steps and learning rate, and warn if the rate is too low to move a RANDOM prompt. `searches` says whether
     the rate is still to be found."""
     args, peak = config.training, config.learning_rate
-    total, rows = feed.total_steps, feed.rows_per_step
+    total, rows = loader.total_steps, loader.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
     made = f"{made}, devices × batch × accumulation"
     made = made if rows == rows_of_a_step(args, devices) else "as in the checkpoint"

@@ -1,4 +1,4 @@
-"""Early stopping: keep the best evaluation so far, and decide when to stop. The state is JSON-able."""
+"""Early stopping: keep the best evaluation so far, and decide when to stop. The state consists of JSON types."""
 
 import math
 from collections.abc import Mapping

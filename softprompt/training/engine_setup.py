@@ -56,7 +56,7 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     agree = partial(_of_rank_0, world, join)
     engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, longest, base.blocks, agree)
     generator = None if config.model.stream_base else make_generator(engine, base.model, data.tokenizer)
-    join()  # a check that is in the cache of this rank may not be in those of others
+    join()  # other ranks may still run a check whose result this rank has in its cache
     if world.size == 1:
         return Engines(engine, generator, how)
     generator = generator and DataParallelGenerator(generator, world, join)
@@ -117,8 +117,8 @@ def _check_metric(args: TrainingArguments, evaluator: Evaluator) -> None:
 
 
 def _of_rank_0(world: World, join: Callable[[], None], mine: Any) -> Any:
-    """Return rank 0's value of `mine`; all ranks must call this. With a sharded base, `join` first takes part in the
-    passes of ranks that still compute theirs."""
+    """Return rank 0's value of `mine`. Every rank must call this. With a sharded base, `join` first takes part in the
+    passes of the ranks that still compute their value (see `ShardedLayers.join`)."""
     join()
     return world.all_gather(mine)[0]
 

@@ -1,4 +1,4 @@
-"""The results of a finished run: the metrics of all_results.json, and whether the prompt is of use."""
+"""The results of a finished run: the metrics of all_results.json, and whether the prompt is useful."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def final_metrics(
 
 
 def verdict_of_run(config: TrainConfig, after: Evaluation | None, before: Evaluation | None) -> Verdict | None:
-    """Return whether the run's prompt is of use, and if not, what to try; None without held-out rows."""
+    """Return whether the run's prompt is useful, and if not, what to try; None without held-out rows."""
     if after is None or before is None:
         return None
     from_text = config.prompt.prompt_tuning_init == "TEXT"

@@ -30,14 +30,18 @@ class Callbacks:
     """The methods that the loop calls; by default they do nothing. The loop itself does not know reports, files or
     terminals."""
 
-    def on_step(self, step: Step) -> None: ...
-    def on_log(self, metrics: Metrics) -> None: ...
+    def on_step(self, step: Step) -> None:
+        """Called after each optimizer step."""
+
+    def on_log(self, metrics: Metrics) -> None:
+        """Called with a record of metrics.jsonl every `--logging_steps` and after the last step."""
 
     def on_evaluate(self, step: Step) -> bool:
         """Evaluate the prompt; return whether it is to be saved."""
         return False
 
-    def on_save(self, step: Step, state: TrainingState) -> None: ...
+    def on_save(self, step: Step, state: TrainingState) -> None:
+        """Save the state of the loop after `step`."""
 
     def wants_to_stop(self) -> bool:
         """Whether to stop after this step. The loop calls this once per step, so that all ranks agree and stop after

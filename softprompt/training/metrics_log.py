@@ -42,6 +42,7 @@ class Totals:
     without_loss: int = 0
 
     def plus(self, step: Step) -> "Totals":
+        """Return the sums with one more step."""
         return replace(
             self,
             steps=step.number,
@@ -60,6 +61,7 @@ class Totals:
 
     @property
     def tokens_per_second(self) -> float:
+        """Real tokens per second of time spent in optimizer steps."""
         return self.tokens / self.seconds
 
 
@@ -91,6 +93,7 @@ class MetricsLog:
         self.bar = progress_bar(self.total, "training", "step", delay=0, leave=True, **shown)
 
     def on_step(self, step: Step) -> None:
+        """Add a step to the totals, and show it in the progress bar."""
         self.totals = self.totals.plus(step)
         self.recent.append(step)
         speed = sum(s.tokens for s in self.recent) / sum(s.seconds for s in self.recent)

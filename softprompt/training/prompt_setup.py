@@ -23,8 +23,8 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 
 
 def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
-    """Return the starting point with `--encoder_hidden_size`, if it is used, set to its default for this base, so that
-    files and messages name it."""
+    """Return `start` with the width of the prompt's encoder in its settings: `--encoder_hidden_size`, or its default
+    for this base. Files and messages then name the width. Without a reparameterization, `start` is unchanged."""
     prompt = start.config.prompt
     if prompt.prompt_reparameterization == "none":
         return start

@@ -49,7 +49,7 @@ class Run:
         adapter_bytes: The size of the saved prompt's file in bytes.
         question: A training row to try the prompt with.
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
-        verdict: Whether the prompt is of use; None without held-out rows.
+        verdict: Whether the prompt is useful; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
         no_answers: Why the base cannot generate with a prompt; None if it can.
         history: The records of metrics.jsonl, one dict each; `pandas.DataFrame(run.history)` is a table of them.
@@ -81,14 +81,14 @@ class Run:
         return self.setup.evaluator
 
     def model(self) -> SoftPromptModel:
-        """Return a model that answers with the prompt of this run; of a run that was stopped, with that of its newest
-        whole checkpoint. The base that the run has in memory is used, unless it is sharded or streamed.
+        """Return a model that answers with the prompt of this run or, if the run was stopped, with the prompt of its
+        newest whole checkpoint. It uses the base that the run has in memory, unless that is sharded or streamed.
 
         Raises:
             SoftpromptError: See `SoftPromptModel.from_pretrained`.
         """
         settings, name = self.config.model, str(self.output_dir)
-        folder = resolve_adapter(self.output_dir, lambda told: None)  # `stopped` has told it
+        folder = resolve_adapter(self.output_dir, lambda told: None)  # `stopped` names the checkpoint already
         if settings.stream_base or settings.shard_base:
             how = {"device": settings.device, "bf16": settings.bf16, "fp16": settings.fp16}
             return SoftPromptModel.from_pretrained(settings.model_name_or_path, {name: folder}, **how)

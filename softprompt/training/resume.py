@@ -172,8 +172,8 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
     if others and not ignored:
         differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"
         raise CheckpointError(
-            f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what it was trained with; "
-            "name the same, or add --ignore_data_skip to continue anyway"
+            f"{checkpoint}: the {' and the '.join(named)} named now {differ} in content from what was used in training"
+            "; name the same, or add --ignore_data_skip to continue anyway"
         )
     if others:
         names = " and another ".join(named)

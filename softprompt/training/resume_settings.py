@@ -21,7 +21,7 @@ EXCLUSIVE = (
     ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
 )
 # If the setting on the right is given now, the checkpoint's value of the setting on the left is dropped, so that its
-# default is derived anew.
+# default is derived again.
 DERIVED = {
     "attn_implementation": "device",
     "eval_strategy": "eval_steps",
@@ -39,7 +39,7 @@ ONLY_WITH = {
 
 
 def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
-    """Merge the settings given now over those of the checkpoint, derive defaults anew, and check the result. Settings
+    """Merge the settings given now over those of the checkpoint, derive defaults again, and check the result. Settings
     in FIXED_AT_START keep the checkpoint's values. Each difference is printed with the value that is used. `given` of
     the result holds what is given now.
 
@@ -54,7 +54,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
     if _same_engine(given, saved):
-        old |= state["engine"]  # the size of micro-batches, which may have been reduced for want of memory
+        old |= state["engine"]  # the size of micro-batches, which may have been reduced because memory ran out
     searched = bool(old.pop("find_learning_rate", False))  # the learning rate that was found is among the settings
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}

@@ -54,7 +54,7 @@ class RunData(NamedTuple):
         template: The run's template, in which the columns that are empty in some training rows are optional.
         train: The training rows; with `--streaming`, only the first ones.
         held_out: The held-out rows; None if there are none.
-        held_out_texts: The same rows as text, those included that are left out because they have no target.
+        held_out_texts: The held-out rows as text, including those without a target, which `held_out` leaves out.
         loader: Yields the training rows of each optimizer step, those of all ranks together.
         first_rows: The first training rows as text.
         end: The special token that the template writes after an answer; None if it writes none.
@@ -112,7 +112,7 @@ def check_places(start: StartingPoint, world: World, check: Callable[[TrainConfi
         check_writable(offload, "--offload_folder")
     if config.model.shard_base and not launched_by_torchrun():
         raise ConfigError(
-            "--shard_base shares a base out among processes, and this is one alone; start several with "
+            "--shard_base shards a base among several processes, and there is only one; start several with "
             f"{command('train', 'torchrun --nproc_per_node=N')} …, or give --shard_base false"
         )
     if config.model.shard_base and world.size == 1:

@@ -14,8 +14,8 @@ from softprompt.utils.std_streams import is_interactive
 
 
 class StopRequest:
-    """A context manager that turns the first SIGINT or SIGTERM into a request to stop; a second signal stops at once:
-    it raises KeyboardInterrupt in an interactive session, which continues, else SystemExit.
+    """A context manager that turns the first SIGINT or SIGTERM into a request to stop. A second signal stops at once:
+    it raises KeyboardInterrupt in an interactive session, so that the session continues, and SystemExit elsewhere.
 
     `exit_code` is None until a signal has arrived or `max_time` seconds have passed since this object was created.
     """
@@ -27,6 +27,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int | None:
+        """The exit code to stop with; None to continue."""
         if self.signal is not None:
             return SIGNAL_EXIT_CODES[signal.Signals(self.signal)]
         return TIMEOUT_EXIT_CODE if self.ends is not None and time.monotonic() >= self.ends else None
@@ -47,7 +48,7 @@ class StopRequest:
             raise SystemExit(SIGNAL_EXIT_CODES[signal.Signals(number)])
         self.signal = number
         told = "stopping after this step; a second signal stops at once"
-        if in_notebook():  # whose streams have no file descriptor of their own
+        if in_notebook():  # the streams of a notebook have no file descriptor of their own
             print(told, file=log_stream())
             return
         with contextlib.suppress(OSError, AttributeError):  # the signal may have interrupted print

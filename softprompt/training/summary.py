@@ -1,4 +1,4 @@
-"""The summary that a run prints at its end: metrics before and after training, whether the prompt is of use, examples,
+"""The summary that a run prints at its end: metrics before and after training, whether the prompt is useful, examples,
 and a command to try."""
 
 import os
@@ -23,7 +23,7 @@ WIDTH, LABEL_WIDTH = 44, 16  # columns of the terminal for a text, and for a lab
 
 
 def summary(run: Run) -> str:
-    """Return a table of metrics, whether the prompt is of use, the confusion matrix of labels, held-out rows with
+    """Return a table of metrics, whether the prompt is useful, the confusion matrix of labels, held-out rows with
     answers before and after training, and the infer.py command to try or the reason why there is none."""
     width = terminal_width()
     parts = [part if isinstance(part, str) else _fitting_table(part, width) for part in _parts(run)]
@@ -46,7 +46,7 @@ def html_summary(run: Run) -> str:
 
 
 def _parts(run: Run) -> list[Rows | str]:
-    """Return the tables that there are, each a list of rows with a header, and the sentences between them."""
+    """Return the parts that are not empty: tables, each a list of rows with a header, and sentences between them."""
     return [part for part in (_figures(run), _verdict(run), _confusion(run), _examples(run)) if len(part) > 1]
 
 
@@ -112,7 +112,7 @@ def _always(run: Run) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """Return whether the prompt is of use, and on how many rows this is based if some were left out."""
+    """Return whether the prompt is useful, and on how many rows this is based if some were left out."""
     held_out = run.setup.data.held_out
     lines = [translate(run.verdict.sentence)] if run.verdict else []
     if held_out and run.after and len(held_out.examples) < held_out.rows:

@@ -50,6 +50,8 @@ class TensorBoardLog:
         self._try(begin)
 
     def log(self, record: Metrics) -> None:
+        """Write the numbers of a metrics record at its step."""
+
         def write() -> None:
             self._add(record)
             self.writer.flush()
@@ -58,6 +60,7 @@ class TensorBoardLog:
             self._try(write)
 
     def close(self) -> None:
+        """Close the event file."""
         if self.writer:
             self._try(self.writer.close)
 

@@ -52,15 +52,15 @@ def cache_dir(kind: str) -> Path:
 
 
 def state_dir() -> Path:
-    """Return $XDG_STATE_HOME/softprompt, by default ~/.local/state/softprompt, where what a user would miss is kept;
-    see `_user_dir`."""
+    """Return $XDG_STATE_HOME/softprompt, by default ~/.local/state/softprompt; see `_user_dir`. Unlike a cache, it
+    holds files that cannot be made again, such as the history of chats."""
     return _user_dir("XDG_STATE_HOME", "~/.local/state")
 
 
 def _user_dir(variable: str, default: str) -> Path:
     """Return this package's folder in the folder that an environment variable names.
 
-    A relative path is ignored, as the XDG Base Directory Specification demands. For a user without a home folder, the
+    A relative path is ignored, as the XDG Base Directory Specification requires. For a user without a home folder, the
     result is a path below the null device, where nothing can be created.
     """
     named = os.environ.get(variable, "")

@@ -64,7 +64,7 @@ def rows_bar(rows: int, desc: str) -> Iterator[Callable[[int], object]]:
 
 
 def show_fields(bar: "tqdm[Any]", fields: Mapping[str, str]) -> None:
-    """Show `fields` behind a bar. If a terminal is too narrow for all of them and a bar of ten cells, the last fields
+    """Show `fields` after a bar. If a terminal is too narrow for all of them and a bar of ten cells, the last fields
     are left out."""
     width = bar.format_dict.get("ncols")
     shown = dict(fields)

@@ -95,7 +95,7 @@ def wrap(text: str, width: int, hanging: str = "") -> list[str]:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Yield what may begin a line, each with the space before it."""
+    """Yield the parts of a text before which a line may be broken, each with the space before it."""
     for word in text.split():
         pieces = [piece for piece in PIECE.findall(word) if piece] if display_width(word) > UNBROKEN else [word]
         yield from zip([" ", *[""] * (len(pieces) - 1)], pieces, strict=True)

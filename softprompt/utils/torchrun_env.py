@@ -30,8 +30,8 @@ def launch_ids() -> tuple[str, str]:
     """Return a name for this node's torchrun process, unique to it and the same after restarts, and a name for this
     process.
 
-    torchrun's run id is no such name: it is "none" by default. Therefore the name is the folder that torchrun creates
-    for its workers' error files or, without one, torchrun's process id and start time.
+    torchrun's run id does not identify its process, since it is "none" by default. Therefore the first name is the
+    folder that torchrun creates for its workers' error files or, without one, torchrun's process id and start time.
     """
     folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or "/").parents
     # The file is FOLDER/attempt_N/LOCAL_RANK/error.json.

@@ -285,7 +285,10 @@ def test_files_that_cannot_be_shared_out(case, first_of_two, tiny_base, tmp_path
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--shard_base"], "--shard_base shares a base out among processes, and this is one alone; start several with"),
+        (
+            ["--shard_base"],
+            "--shard_base shards a base among several processes, and there is only one",
+        ),
         (["--shard_base", "--stream_base"], "--stream_base and --shard_base exclude each other"),
     ],
 )

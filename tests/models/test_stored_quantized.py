@@ -101,7 +101,7 @@ def test_flags_that_need_other_weights_are_refused(base, bits, flag, tokenizer, 
     line = refused(train, [*FLAGS[:2], "--dataset", "none.jsonl", flag], capsys, monkeypatch, tmp_path)
     pattern = r"stored quantized \(bitsandbytes\), and {} needs weights that are not; leave it out, or give"
     if flag == "--shard_base":
-        pattern = "{} shares a base out among processes"  # of one process alone, that is refused first
+        pattern = "{} shards a base among several processes"  # of one process alone, that is refused first
     assert_line(line, pattern.format(flag))
     if "load" in flag:
         with pytest.raises(ModelError, match=f"{flag} needs weights that are not"):

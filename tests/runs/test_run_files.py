@@ -247,7 +247,7 @@ def test_best_prompt_of_another_run_is_not_taken(run_settings, capsys):
     shutil.rmtree(f"a/checkpoint-{step}")
     shutil.copytree(f"other/checkpoint-{step}", f"a/checkpoint-{step}")
     softprompt.train(resume_from_checkpoint="a/checkpoint-8", output_dir="c")
-    assert prompt_in("c") == prompt_in("c/checkpoint-13") and "it is of another run" in capsys.readouterr().err
+    assert prompt_in("c") == prompt_in("c/checkpoint-13") and "it belongs to another run" in capsys.readouterr().err
 
 
 def test_output_folder_and_checkpoints_may_be_links(run_settings, tmp_path):

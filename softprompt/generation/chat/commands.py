@@ -54,7 +54,8 @@ def run_command(session: ChatSession, message: Message) -> str:
     """
     if (command := _find(message.command)) is None:
         near = closest_name(message.command, COMMANDS)
-        raise ConfigError(f'no command {message.command}{near}; /? lists them; """ before and after a text send it')
+        advice = '/? lists them; put """ around a text to send it as a question'
+        raise ConfigError(f"no command {message.command}{near}; {advice}")
     return command.run(session, message.text)
 
 
@@ -72,7 +73,7 @@ def describe_turns(session: ChatSession) -> str:
     """Return one line that says which turns precede a question."""
     n = session.history
     if n is None and session.template.spec == CHAT:
-        return translate("Earlier turns precede each question, as the chat template has it; /clear forgets them.")
+        return translate("Earlier turns precede each question, as in the chat template; /clear forgets them.")
     if not n:
         alone = "Each question is answered by itself, as in training; /history N puts earlier turns before it."
         return translate(alone)

@@ -103,8 +103,8 @@ class ChatSession:
         """Answer with another adapter from now on.
 
         Args:
-            named: The name of a loaded adapter, also as `short_name` displays it, or `none`; or the folder of another
-                adapter, which is loaded, as FOLDER or name=FOLDER. A folder under runs/ may be given by its name alone.
+            named: One of: the name of a loaded adapter, or the short form of it that `short_name` returns; `none`; the
+                folder of another adapter to load, as FOLDER or name=FOLDER; the name of a folder under runs/.
 
         Raises:
             AdapterError: There is no such adapter, or it cannot be loaded or used with this base.
@@ -125,9 +125,9 @@ class ChatSession:
         return name if name in self.model.adapters else self.model.load_adapter(folder, name)
 
     def _row(self, question: str, write: Callable[[str], None]) -> dict[str, Any]:
-        """Return the question as a row of the template, a conversation if earlier turns precede it. The earliest turns
-        are left out as long as the others leave the answer less than half of the room that it has without any turn. The
-        first time that this happens, a note is displayed."""
+        """Return the question as a row of the template, or as a conversation if earlier turns precede it. The earliest
+        turns are left out until the answer may have at least half as many tokens as without any earlier turn. The first
+        time that turns are left out, a note is displayed."""
         if not is_text(question):
             raise DataError("the text is not in the encoding of this terminal; check the terminal's settings")
         alone, earlier, before = self.template.row(question, self.input), self.earlier, self.left_out
