@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt.config.data_args import DataArguments
+from softprompt.config.distill_args import DEFAULT_DISTILLED_TOKENS, DistillationArguments
 from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
     DEFAULT_LEARNING_RATES,
@@ -27,7 +28,10 @@ from softprompt.config.value_parsers import parse_columns
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.redact import add_secret
 
-GROUPS = (ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments, SharingArguments)
+GROUPS = (
+    *(ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments, SharingArguments),
+    DistillationArguments,
+)
 _BLOOM = {"model_name_or_path": "Langboat/bloom-1b4-zh", "dataset": "alpaca_data_zh"}
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {
@@ -58,12 +62,13 @@ class TrainConfig:
     prompt: PromptTuningArguments
     training: TrainingArguments
     sharing: SharingArguments = dataclasses.field(default_factory=SharingArguments)
+    distillation: DistillationArguments = dataclasses.field(default_factory=DistillationArguments)
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parts(self) -> tuple[Any, ...]:
         """The settings of each group."""
-        return self.model, self.data, self.prompt, self.training, self.sharing
+        return self.model, self.data, self.prompt, self.training, self.sharing, self.distillation
 
     @property
     def learning_rate(self) -> float:
@@ -139,6 +144,8 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
+    if values.get("distill_prompt") and not values.get("init_adapter"):
+        values = {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS, **values}
     return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
 
 

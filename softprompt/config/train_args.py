@@ -271,6 +271,10 @@ class TrainingArguments:
         "eval_accuracy",
         "macro_f1",
         "eval_macro_f1",
+        "kl",
+        "eval_kl",
+        "agreement",
+        "eval_agreement",
     ] = option("eval_loss", "Compare evaluations by this metric, for the best prompt and for early stopping.")
     greater_is_better: bool | None = option(
         None, "Treat a larger metric as better. (default: false for loss and perplexity, else true)"

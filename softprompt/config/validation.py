@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from softprompt.config.data_args import DEFAULT_BUFFER_SIZE, MAX_BUFFER_SIZE, DataArguments, is_mini_task
+from softprompt.config.distill_args import DistillationArguments
 from softprompt.config.train_args import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
     SECRETS,
@@ -27,6 +28,11 @@ POSITIVE = (
     *("per_device_eval_batch_size", "tokens_per_microbatch", "save_total_limit", "eval_steps", "num_train_epochs"),
     "early_stopping_patience",
 )
+NOT_WHILE_DISTILLING = {
+    "streaming": "all questions are answered before training",
+    "stream_base": "each token of an answer would read the whole base",
+    "shard_base": "one process answers the questions",
+}
 NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "early_stopping_threshold")
 
 
@@ -56,13 +62,15 @@ def seed_faults(seed: int) -> list[str]:
     return [] if 0 <= seed < 2**63 else [f"--seed {seed} must lie in [0, 2**63)"]
 
 
-def _prompt_faults(prompt: PromptTuningArguments) -> Iterator[str]:
+def _prompt_faults(prompt: PromptTuningArguments, distilled: str | None) -> Iterator[str]:
+    """Yield the faults of the prompt's settings. `distilled` is the file of --distill_prompt, whose text can be that of
+    a TEXT initialization."""
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
     if wanted is not None and wanted < 1:
         yield f"--num_virtual_tokens {wanted} is below 1; a soft prompt needs at least one token"
     if wanted is not None and wanted > MAX_VIRTUAL_TOKENS:
         yield f"--num_virtual_tokens {wanted} must be at most {MAX_VIRTUAL_TOKENS:,}"
-    if init == "TEXT" and not prompt.prompt_tuning_init_text and not prompt.init_adapter:
+    if init == "TEXT" and not (prompt.prompt_tuning_init_text or prompt.init_adapter or distilled):
         yield "--prompt_tuning_init TEXT needs --prompt_tuning_init_text 'some text'"
     if prompt.prompt_tuning_init_text and init != "TEXT":
         yield "--prompt_tuning_init_text is only used with --prompt_tuning_init TEXT; add that flag"
@@ -98,10 +106,11 @@ def faults(config: "TrainConfig") -> Iterator[str]:
     model, training = config.model, config.training
     yield from _model_faults(model)
     yield from _data_faults(config.data)
-    yield from _prompt_faults(config.prompt)
+    yield from _prompt_faults(config.prompt, config.distillation.distill_prompt)
     yield from _training_faults(training)
     yield from _evaluation_faults(config.data, training, config.given)
     yield from _sharing_faults(config.sharing)
+    yield from _distillation_faults(config.distillation, config)
     if training.find_learning_rate and "learning_rate" in config.given:
         yield "--find_learning_rate and --learning_rate exclude each other; give one of them"
 
@@ -202,6 +211,24 @@ def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: 
             yield f"--{name} needs evaluations during training; add --eval_strategy epoch or --eval_steps N"
     if training.early_stopping_threshold and training.early_stopping_patience is None:
         yield "--early_stopping_threshold is only used with --early_stopping_patience N; add that flag"
+
+
+def _distillation_faults(distillation: DistillationArguments, config: "TrainConfig") -> Iterator[str]:
+    for name in ("distill_samples", "distill_max_new_tokens"):
+        if getattr(distillation, name) < 1:
+            yield f"--{name} {getattr(distillation, name)} must be at least 1"
+        if name in config.given and not distillation.distill_prompt:
+            yield f"--{name} is only used with --distill_prompt FILE; add that flag"
+    metric = config.training.metric_for_best_model.removeprefix("eval_")
+    if not distillation.distill_prompt:
+        if metric in ("kl", "agreement"):
+            yield f"--metric_for_best_model {metric} is only computed with --distill_prompt FILE; give eval_loss"
+        return
+    for name, why in NOT_WHILE_DISTILLING.items():
+        if any(getattr(part, name, False) for part in config.parts):
+            yield f"--{name} and --distill_prompt exclude each other, because {why}; give one of them"
+    if metric not in ("loss", "kl", "agreement"):
+        yield f"--metric_for_best_model {metric} is not computed with --distill_prompt; give loss or agreement"
 
 
 def _sharing_faults(sharing: SharingArguments) -> Iterator[str]:

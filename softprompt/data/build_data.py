@@ -106,7 +106,7 @@ def _read(config: TrainConfig, template: Template, dataset: str) -> Rows:
         held_out = _Part(rows.split_off(data.eval_rows))
     else:
         held_out = _held_out(config, template, selection)
-    doubled = [] if is_mini_task(dataset) else _describe_duplicates(rows, held_out.rows)
+    doubled = [] if is_mini_task(dataset) else describe_duplicates(rows, held_out.rows)
     return Rows(rows, held_out.rows, notices=[*notices, *held_out.notices, *doubled])
 
 
@@ -128,7 +128,7 @@ def _open(config: TrainConfig, template: Template, dataset: str) -> Rows:
             f"--eval_rows {held} leaves none of the {len(first):,} rows of {dataset} to train on; give fewer"
         )
     held_out = _Part(first[:held]) if held else _held_out(config, template, source.selection)
-    notices = [*source.notices, *held_out.notices, *_describe_duplicates(first[held:], held_out.rows, "the first ")]
+    notices = [*source.notices, *held_out.notices, *describe_duplicates(first[held:], held_out.rows, "the first ")]
     return Rows(first[held:], held_out.rows, skip_first(source, held), notices)
 
 
@@ -171,7 +171,7 @@ def _refuse_training_rows(dataset: str, held_out: Selection, training: Selection
         )
 
 
-def _describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
+def describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
     """Count the training rows that repeat an earlier one, and the held-out rows that are also training rows."""
     different = np.unique(train.hashes)
     if again := len(train) - len(different):

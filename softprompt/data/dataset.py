@@ -90,8 +90,9 @@ def check_row(place: str, row: Any, template: Template, columns: Mapping[str, st
     return check_fields(place, _renamed(row, columns), template, columns)
 
 
-def load_prompts(source: str) -> list[tuple[str, Row]]:
-    """Read the questions of a --prompts_file: a .txt with one question per line, or a .jsonl with one object per line.
+def load_prompts(source: str, flag: str = "--prompts_file") -> list[tuple[str, Row]]:
+    """Read the questions of a --prompts_file, or of the file of another `flag`: a .txt with one question per line, or a
+    .jsonl with one object per line.
 
     Returns:
         Place and row of each question. The columns of the objects in a .jsonl are not checked yet.
@@ -102,9 +103,9 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
     """
     path = Path(source)
     if path.is_dir():
-        raise DataError(f"--prompts_file {source} is a folder; name a .txt or a .jsonl in it")
+        raise DataError(f"{flag} {source} is a folder; name a .txt or a .jsonl in it")
     if not path.is_file():
-        raise DataError(f"--prompts_file {source}: no such file")
+        raise DataError(f"{flag} {source}: no such file")
     if path.suffix.lower() == ".txt":
         # \r\n is read as \n; U+2028 and the like do not end a line
         lines = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]
@@ -114,7 +115,7 @@ def load_prompts(source: str) -> list[tuple[str, Row]]:
             raise DataError(f"{source}, line {blank}: prompt is empty; write a question, or take the line out")
         return [(f"{source}, line {number}", {"prompt": line}) for number, line in enumerate(lines, start=1)]
     if path.suffix.lower() != ".jsonl":
-        raise DataError(f"--prompts_file {source}: expected a .txt or a .jsonl")
+        raise DataError(f"{flag} {source}: expected a .txt or a .jsonl")
     rows = [(f"{source}, {where}", row) for where, row in read_jsonl(path)]
     for where, row in rows:
         if not isinstance(row, dict):
@@ -145,6 +146,29 @@ def question(where: str, row: Any, template: Template) -> Row:
         return template.row(given["prompt"], None if row.get("input") is None else given["input"])
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def question_of_row(where: str, row: Any, template: Template, columns: Mapping[str, str]) -> Row:
+    """Check the question of a row of a dataset, whose answer, if it has one, is left out.
+
+    Args:
+        columns: The dataset's column name for each of the template's columns.
+
+    Raises:
+        DataError: See `question`.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object of columns, found {describe_type(row)}")
+    row = _renamed(row, columns)
+    name = _conversation_in(row) if template.spec == CHAT and "instruction" not in columns else None
+    if name is None and isinstance(row.get("prompt"), list):
+        name = "prompt"
+    if name is None or name in template.fields:
+        return question(where, row, template)
+    said = messages(where, name, row[name], 1, False)
+    while said and said[-1]["role"] == "assistant":
+        said.pop()
+    return question(where, {"messages": said, **_tools(where, row)}, template)
 
 
 def _conversation_question(where: str, row: Row, template: Template) -> Row:

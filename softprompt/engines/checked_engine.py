@@ -53,11 +53,11 @@ class CheckedEngine:
         Raises:
             ConfigError: `only` was given, and the packed engine fails its check.
         """
-        return self._choose(prompt, rows).evaluate(prompt, rows, on_rows)
+        return self.choose(prompt, rows).evaluate(prompt, rows, on_rows)
 
     def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
         """See `Engine.row_losses` and `evaluate`."""
-        return self._choose(prompt, rows).row_losses(prompt, rows, on_rows)
+        return self.choose(prompt, rows).row_losses(prompt, rows, on_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine.state_dict`."""
@@ -67,8 +67,12 @@ class CheckedEngine:
         """See `Engine.activation_bytes`."""
         return self.padded.activation_bytes(P, window)
 
-    def _choose(self, prompt: Tensor | None, rows: Sequence[Example]) -> Engine:
-        """Return the engine for these rows; check the packed engine if needed."""
+    def choose(self, prompt: Tensor | None, rows: Sequence[Example]) -> Engine:
+        """Return the engine for these rows; check the packed engine if needed.
+
+        Raises:
+            ConfigError: See `evaluate`.
+        """
         longest = max((len(row.input_ids) for row in rows), default=0)
         P = 0 if prompt is None else len(prompt)
         result = self._results.get(P)

@@ -32,13 +32,13 @@ def with_head(engine: MicrobatchEngine[Any], head: Head) -> MicrobatchEngine[Any
 
 
 def record_teacher(
-    engine: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example], on_rows: OnRows = nothing
+    engine: MicrobatchEngine[Any], prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing
 ) -> TeacherTable:
     """Run the teacher over its rows, and return its predictions at all of their targets, in the order of the rows.
 
     Args:
         engine: Runs the teacher; the loss of its base's own head is not computed.
-        prompt: The embeddings of the teacher's text [P, H].
+        prompt: The embeddings of the teacher's text [P, H], or None if the rows begin with it.
         rows: Rows whose labels are indices into the table; see `examples.IndexedExamples`.
 
     Raises:

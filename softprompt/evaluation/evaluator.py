@@ -9,7 +9,7 @@ accuracy, macro F1    of rows whose expected answers are labels, each classified
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ class Evaluation:
             truncated. Empty if answers are not compared.
         classification: None if the rows' answers are not labels.
         expected: The expected answers; empty if answers are not compared.
+        disagreements: With distillation, for each row the number of targets at which the most likely token is not the
+            teacher's; the losses are then divergences from the teacher. Else None.
     """
 
     row_losses: Sequence[float]
@@ -51,6 +53,7 @@ class Evaluation:
     correct: Sequence[bool | None] = ()
     classification: Classification | None = None
     expected: Sequence[str] = ()
+    disagreements: Sequence[int] | None = None
 
     @property
     def loss(self) -> float:
@@ -59,8 +62,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss); None if it overflows."""
-        return math.exp(self.loss) if self.loss < 700 else None
+        """exp(loss); None if it overflows, and with distillation."""
+        return math.exp(self.loss) if self.loss < 700 and self.disagreements is None else None
+
+    @property
+    def agreement(self) -> float | None:
+        """With distillation, the share of targets at which the most likely token is the teacher's; else None."""
+        return None if self.disagreements is None else 1 - sum(self.disagreements) / sum(self.row_targets)
 
     @property
     def compared(self) -> int:
@@ -87,8 +95,11 @@ class Evaluation:
     def metrics(self, suffix: str = "") -> dict[str, float]:
         """Return the metrics named as by transformers' Trainer: eval_loss, eval_perplexity, eval_exact_match,
         eval_exact_match_rows if only some of the rows were compared, eval_accuracy, and eval_macro_f1. A metric that
-        does not apply, or that JSON cannot hold (infinity, NaN), is left out."""
+        does not apply, or that JSON cannot hold (infinity, NaN), is left out. With distillation: eval_loss and eval_kl,
+        which are the same, and eval_agreement."""
         metrics = {"loss": self.loss, "perplexity": self.perplexity, "exact_match": self.exact_match}
+        if self.agreement is not None:
+            metrics |= {"kl": self.loss, "agreement": self.agreement}
         if self.answers and self.compared < len(self.answers):
             metrics["exact_match_rows"] = self.compared
         if self.classification:
@@ -105,6 +116,19 @@ class Evaluation:
             if interval:
                 metrics |= {f"eval_{name}_low": interval.low, f"eval_{name}_high": interval.high}
         return {**metrics, **({"eval_majority": self.classification.majority[1]} if self.classification else {})}
+
+
+class Rival(NamedTuple):
+    """The evaluation of something that a prompt is compared with, besides the base alone.
+
+    Attributes:
+        name: What it is, for a reader.
+        suffix: The suffix of its metrics.
+    """
+
+    name: str
+    suffix: str
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -137,6 +161,10 @@ class Evaluator:
                 losses = self.engine.row_losses(prompt, self.examples, on_rows)
         answers = self._answers(self.generator, prompt) if self.generator and self.compares_answers else None
         return self._evaluation(losses, answers, classification)
+
+    def rivals(self, P: int) -> list[Rival]:
+        """Evaluate what else a prompt of P virtual tokens is compared with: nothing."""
+        return []
 
     def state_of(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the part of an evaluation that cannot be derived from the rows, as JSON types."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from softprompt.evaluation.classifier import ROWS_PER_LABEL, Classification
-from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.evaluation.intervals import ratio_interval, sign_test
 
 FEWEST_ROWS = 20
@@ -50,12 +50,15 @@ class Comparison(NamedTuple):
     detail: str = ""
 
 
-def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -> Verdict | None:
+def verdict(
+    after: Evaluation, before: Evaluation, advice: Sequence[str] = (), rivals: Sequence[Rival] = ()
+) -> Verdict | None:
     """Judge the prompt whose evaluation is `after`.
 
     Args:
         before: The evaluation of the base alone on the same rows.
         advice: What to try if the prompt is not better.
+        rivals: What else the prompt must be better than.
 
     Returns:
         The verdict; None if a loss is not finite, so that nothing can be compared.
@@ -64,6 +67,7 @@ def verdict(after: Evaluation, before: Evaluation, advice: Sequence[str] = ()) -
         compared = _compared_labels(after.classification, before.classification)
     else:
         compared = _compared_other_answers(after, before)
+    compared += [one for rival in rivals for one in _compared_losses(after, rival.evaluation, rival.name)]
     rows = len(after.row_losses)
     if compared and rows < FEWEST_ROWS:
         rivals = " and than ".join(one.rival for one in compared)
@@ -108,16 +112,16 @@ def _compared_other_answers(after: Evaluation, before: Evaluation) -> list[Compa
     return compared
 
 
-def _compared_losses(after: Evaluation, before: Evaluation) -> list[Comparison]:
+def _compared_losses(after: Evaluation, before: Evaluation, rival: str = "the base alone") -> list[Comparison]:
     gains = [theirs - ours for ours, theirs in zip(after.row_losses, before.row_losses, strict=True)]
     if not math.isfinite(sum(gains)):
         return []
     interval = ratio_interval(gains, after.row_targets)
     if interval is None:  # a single row has no interval
-        return [Comparison("the base alone", sum(gains), False)]
+        return [Comparison(rival, sum(gains), False)]
     low, high = interval
     detail = f"its loss is lower by {(low + high) / 2:.3g} (95 % interval {low:.3g} to {high:.3g})"
-    return [Comparison("the base alone", sum(gains), low > 0 or high < 0, detail)]
+    return [Comparison(rival, sum(gains), low > 0 or high < 0, detail)]
 
 
 def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdict:

@@ -7,12 +7,15 @@ from typing import Any
 from softprompt.config.validation import quantization_bits
 from softprompt.data.template import DEFAULT
 from softprompt.distributed.process_group import World
+from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.runs.state import Metrics
 from softprompt.training.result import Setup
 
 
-def evaluate_base(setup: Setup, evaluator: Evaluator, world: World, say: Callable[[str], object]) -> Evaluation:
+def evaluate_base(
+    setup: Setup, evaluator: Evaluator | DistillationEvaluator, world: World, say: Callable[[str], object]
+) -> Evaluation:
     """Evaluate the base, or restore its evaluation from the checkpoint if base, rows and settings are the same. Every
     rank must call this; `say` is called with each line to print."""
     saved = setup.start.base_evaluation
@@ -35,7 +38,7 @@ def base_evaluation_state(setup: Setup, before: Evaluation | None) -> dict[str, 
     return {"of": _identity(setup, setup.evaluator), **setup.evaluator.state_of(before)}
 
 
-def _identity(setup: Setup, evaluator: Evaluator) -> dict[str, Any]:
+def _identity(setup: Setup, evaluator: Evaluator | DistillationEvaluator) -> dict[str, Any]:
     """Return everything that the evaluation depends on, in JSON types. A saved evaluation is used only if this is
     equal."""
     config = setup.config

@@ -11,7 +11,8 @@ import torch
 
 from softprompt.data.tokenization import end_tokens
 from softprompt.distributed.process_group import StopSource, World
-from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.distillation import DistillationEvaluator
+from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
 from softprompt.prompt.model_card import CardFacts
@@ -51,6 +52,7 @@ class RunCallbacks(Callbacks):
         self.output_dir, self.loader, self.evaluator = setup.output_dir, setup.data.loader, setup.evaluator
         self.log = self._metrics_log()
         self.before: Evaluation | None = None
+        self.rivals: list[Rival] = []  # what else the prompt is compared with
         self.base_state: dict[str, Any] | None = None  # `before`, as checkpoints store it
         self.latest: Evaluation | None = None  # of the prompt after the last step, if it was evaluated there
         self.best = self.start.best
@@ -86,6 +88,7 @@ class RunCallbacks(Callbacks):
         if self.evaluator:
             self.before = evaluate_base(self.setup, self.evaluator, self.world, self.log.say)
             self.base_state = base_evaluation_state(self.setup, self.before)
+            self.rivals = self.evaluator.rivals(len(self.prompt.weight))
         self.began = time.perf_counter()
         return self._run()
 
@@ -146,8 +149,12 @@ class RunCallbacks(Callbacks):
         if self._kept_best() not in (None, self.log.totals.steps):
             after = self._take_best() or after
         best = self.best if self._kept_best() else None
-        metrics = final_metrics(self.log.totals, seconds, after, self.before, best)
-        judged = verdict_of_run(self.config, after, self.before)
+        metrics = final_metrics(self.log.totals, seconds, after, self.before, best, self.rivals)
+        answered = []
+        if after and isinstance(self.evaluator, DistillationEvaluator):
+            metrics |= self.evaluator.costs(self.prompt.weight.detach())
+            answered = self.evaluator.answered_rows(self.prompt.weight.detach(), after)
+        judged = verdict_of_run(self.config, after, self.before, self.rivals)
         self.log.on_end(metrics)
         files = self._adapter_files(metrics, judged.sentence if judged else None)
         metrics |= verdict_facts(judged)
@@ -159,11 +166,17 @@ class RunCallbacks(Callbacks):
             self.writer.write_results({**results, **self.state, **files})
         size = len(files["adapter_model.safetensors"])
         done = {"metrics": metrics, "adapter_bytes": size, "question": question, "after": after, "verdict": judged}
-        return replace(self._run(), **done)
+        return replace(self._run(), **done, answered_rows=answered)
 
     def _run(self) -> Run:
         """Return the run as it is now, without results."""
-        return Run(self.setup, before=self.before, no_answers=self.setup.no_answers, history=list(self.log.history))
+        return Run(
+            self.setup,
+            before=self.before,
+            rivals=self.rivals,
+            no_answers=self.setup.no_answers,
+            history=list(self.log.history),
+        )
 
     def _first_question(self) -> FirstQuestion | None:
         rows = list(self.data.first_rows)

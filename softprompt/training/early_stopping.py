@@ -26,7 +26,7 @@ def metric_name(args: TrainingArguments) -> str:
 def greater_is_better(args: TrainingArguments) -> bool:
     """Return `--greater_is_better` if it is given, else whether a larger value of the metric is better."""
     given = args.greater_is_better
-    return metric_name(args) not in ("eval_loss", "eval_perplexity") if given is None else given
+    return metric_name(args) not in ("eval_loss", "eval_perplexity", "eval_kl") if given is None else given
 
 
 def update_best(best: BestMetric, step: int, metrics: Mapping[str, Any], args: TrainingArguments) -> BestMetric:

@@ -1,9 +1,10 @@
 """The results of a finished run: the metrics of all_results.json, and whether the prompt is useful."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from softprompt.config.loader import TrainConfig
-from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.evaluation.verdict import Verdict, verdict
 from softprompt.runs.state import Metrics
 from softprompt.training.early_stopping import BestMetric
@@ -11,10 +12,20 @@ from softprompt.training.metrics_log import Totals
 
 
 def final_metrics(
-    totals: Totals, seconds: float, after: Evaluation | None, before: Evaluation | None, best: BestMetric | None
+    totals: Totals,
+    seconds: float,
+    after: Evaluation | None,
+    before: Evaluation | None,
+    best: BestMetric | None,
+    rivals: Sequence[Rival] = (),
 ) -> Metrics:
-    """Return the metrics of a run whose training loop took `seconds`. `after` and `before` are the evaluations of its
-    prompt and of the bare base, None without held-out rows. `best` is given if the run ends with its best prompt."""
+    """Return the metrics of a run whose training loop took `seconds`.
+
+    Args:
+        after, before: The evaluations of its prompt and of the bare base; None without held-out rows.
+        best: Given if the run ends with its best prompt.
+        rivals: What else the prompt is compared with.
+    """
     return {
         "epoch": round(totals.epoch, 4),
         **({} if totals.mean_loss is None else {"train_loss": totals.mean_loss}),
@@ -22,17 +33,22 @@ def final_metrics(
         "train_tokens_per_second": round(totals.tokens_per_second, 1),
         **({**after.metrics(), **after.sample_metrics()} if after else {}),
         **(before.metrics("_base") if before else {}),
+        **{name: value for rival in rivals for name, value in rival.evaluation.metrics(rival.suffix).items()},
         **({"best_global_step": best.step, "best_metric": best.metric} if best else {}),
     }
 
 
-def verdict_of_run(config: TrainConfig, after: Evaluation | None, before: Evaluation | None) -> Verdict | None:
+def verdict_of_run(
+    config: TrainConfig, after: Evaluation | None, before: Evaluation | None, rivals: Sequence[Rival] = ()
+) -> Verdict | None:
     """Return whether the run's prompt is useful, and if not, what to try; None without held-out rows."""
     if after is None or before is None:
         return None
     from_text = config.prompt.prompt_tuning_init == "TEXT"
     ways = ["train longer", *([] if from_text else ["start from TEXT"]), "take a larger base"]
-    return verdict(after, before, ways)
+    if config.distillation.distill_prompt:
+        ways = ["train longer", "give more questions", "give more virtual tokens"]
+    return verdict(after, before, ways, rivals)
 
 
 def verdict_facts(judged: Verdict | None) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
     steps = sweep_steps(total)
     print(f"looking for a learning rate: {steps:,} steps on the training rows …")
     with progress_bar(steps, "looking for a learning rate", "step") as bar:
-        examples, rows_per_step = data.train.examples, data.loader.rows_per_step
+        loader, rows_per_step = data.loader, data.loader.rows_per_step
+        examples = loader.examples if isinstance(loader, ListLoader) else data.train.examples
         found = find_learning_rate(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update)
     rate = found.learning_rate or start.config.learning_rate
     print_sweep(found, rate)

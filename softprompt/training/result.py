@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.engines.base import Engine
-from softprompt.evaluation.evaluator import Evaluation, Evaluator
+from softprompt.evaluation.answer_comparison import AnsweredRow
+from softprompt.evaluation.distillation import DistillationEvaluator
+from softprompt.evaluation.evaluator import Evaluation, Evaluator, Rival
 from softprompt.evaluation.verdict import Verdict
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
@@ -32,7 +34,7 @@ class Setup(NamedTuple):
     base: PreTrainedModel
     prompt: PromptEmbedding
     engine: Engine
-    evaluator: Evaluator | None
+    evaluator: Evaluator | DistillationEvaluator | None
     no_answers: str | None  # why the base cannot generate with a prompt; None if it can
 
     @property
@@ -49,6 +51,8 @@ class Run:
         adapter_bytes: The size of the saved prompt's file in bytes.
         question: A training row to try the prompt with.
         before, after: Evaluations of the bare base and of the final prompt; None without held-out rows.
+        rivals: What else the prompt is compared with, evaluated on the same rows.
+        answered_rows: With distillation, some held-out questions with answers.
         verdict: Whether the prompt is useful; None without held-out rows.
         not_pushed: Why `--push_to_hub` failed; None if it did not.
         no_answers: Why the base cannot generate with a prompt; None if it can.
@@ -62,6 +66,8 @@ class Run:
     question: FirstQuestion | None = None
     before: Evaluation | None = None
     after: Evaluation | None = None
+    rivals: Sequence[Rival] = ()
+    answered_rows: Sequence[AnsweredRow] = ()
     verdict: Verdict | None = None
     not_pushed: str | None = None
     no_answers: str | None = None
@@ -77,7 +83,7 @@ class Run:
         return self.setup.output_dir
 
     @property
-    def evaluator(self) -> Evaluator | None:
+    def evaluator(self) -> Evaluator | DistillationEvaluator | None:
         return self.setup.evaluator
 
     def model(self) -> SoftPromptModel:

@@ -13,6 +13,7 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
     *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
+    *("distill_samples", "distill_max_new_tokens"),
 )
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.capabilities import why_not_generate
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -21,6 +22,7 @@ from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
+from softprompt.training.distillation import Answered, answered, distilled, load_questions, with_text_of_start
 from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
@@ -96,6 +98,7 @@ class Loaded(NamedTuple):
     data: RunData
     base: Base
     prompt: PromptEmbedding
+    questions: Answered | None = None  # with distillation
 
 
 def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Loaded:
@@ -106,12 +109,27 @@ def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pa
     """
     start = starting_point(config, world.size)
     output_dir = check_places(start, world, check)
+    if start.config.distillation.distill_prompt:
+        return _load_distillation(start, output_dir, world)
     data = load_data(start.config, start.rows_per_step)
     base = load_run_base(start.config, world)
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
     start = with_encoder_width(start, base.model)
     base = shard_base(start.config, freeze_base(start.config, base), world)
     return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
+
+
+def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> Loaded:
+    """Load a run that distills a text: the base itself answers the questions before the first step."""
+    if world.size > 1:
+        raise ConfigError("--distill_prompt is for a single process; start one without torchrun")
+    questions = load_questions(start.config)
+    start = with_text_of_start(start, questions)
+    base = freeze_base(start.config, load_run_base(start.config, world))
+    known = answered(start.config, questions, base, start.rows_per_step)
+    start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
+    start = with_encoder_width(start, base.model)
+    return Loaded(start, output_dir, known.data, base, start_prompt(start, known.data, base.model), known)
 
 
 def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
@@ -121,11 +139,14 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     # Engines may communicate with those of other ranks, so all ranks must have loaded their parts before.
-    start, output_dir, data, base, prompt = world.run_on_all(lambda: load_run(config, world, check))
+    start, output_dir, data, base, prompt, questions = world.run_on_all(lambda: load_run(config, world, check))
     engine, generator, how = make_engines(start.config, base, data, prompt, world)
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
-    evaluator = make_evaluator(start.config, data, base.model, engine, generator)
+    if questions:
+        engine, evaluator = distilled(start.config, questions, base, cast(MicrobatchEngine[Any], engine))
+    else:
+        evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     no_answers = None if generator else why_not_generate(base.model)
     return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers)
 

@@ -130,7 +130,7 @@ def _check_quantization(config: TrainConfig) -> None:
         ConfigError: bitsandbytes or accelerate is missing; or see `_check_offload`.
         ModelError: No prompt can be trained for the base, or not with these flags.
     """
-    path = _path_of_base(config)
+    path = path_of_base(config)
     base_config = load_config(path)
     for flag in ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"):
         if getattr(config.model, flag):
@@ -174,7 +174,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     template = make_template(config)
     rows = read_rows(config, template)
     print_rows(config, rows.train[0], rows.source.rows if rows.source else len(rows.train), rows.notices)
-    tokenizer = load_tokenizer(_path_of_base(config))
+    tokenizer = load_tokenizer(path_of_base(config))
     train, held_out = tokenize_rows(config, template, tokenizer, rows)
     is_chat = template.spec == CHAT
     ignored = ignored_keys(chain(rows.train, rows.held_out), tokenizer) if is_chat else {}
@@ -202,7 +202,7 @@ def load_run_base(config: TrainConfig, world: World) -> Base:
     Raises:
         ModelError: The base cannot be loaded, or no prompt can be trained for it.
     """
-    path, sharded = _path_of_base(config), is_sharded(config, world)
+    path, sharded = path_of_base(config), is_sharded(config, world)
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     if sharded:
         model, stored = load_meta_model(path, "--shard_base")
@@ -245,7 +245,8 @@ def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     return device, resolve_dtype(device, config.model.bf16, config.model.fp16)
 
 
-def _path_of_base(config: TrainConfig) -> str:
+def path_of_base(config: TrainConfig) -> str:
+    """Return the path or hub id of the base."""
     return base_path(str(config.model.model_name_or_path))
 
 

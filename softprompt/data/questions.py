@@ -1,0 +1,162 @@
+"""The questions of a distillation: read them, and put the text that is distilled before them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softprompt.config.data_args import is_mini_task
+from softprompt.config.loader import TrainConfig
+from softprompt.data.build_data import Rows, describe_duplicates
+from softprompt.data.chat_template import prompt_messages
+from softprompt.data.dataset import load_prompts, question, question_of_row
+from softprompt.data.encoding import begin_ids, prompt_ids
+from softprompt.data.readers import read_text
+from softprompt.data.row_store import Row, RowStore
+from softprompt.data.splits import find_splits
+from softprompt.data.template import CHAT, Template
+from softprompt.mini import rows as mini_rows
+from softprompt.mini.texts import mini_text
+from softprompt.utils.errors import DataError
+
+
+def read_questions(config: TrainConfig, template: Template) -> Rows:
+    """Read the training questions of --dataset, and the held-out ones of --eval_dataset, --eval_rows or a mini task.
+
+    Raises:
+        DataError: A dataset cannot be read or has no questions, a row lacks a text that the template needs, or
+            --eval_rows leaves no question to train on.
+    """
+    data = config.data
+    train, notices = _questions(config, template, str(data.dataset), "train", data.dataset_split, "--dataset")
+    held_out = RowStore()
+    if data.eval_rows:
+        if data.eval_rows >= len(train):
+            raise DataError(
+                f"--eval_rows {data.eval_rows} leaves none of the {len(train):,} questions of {data.dataset} to train "
+                "on; give fewer"
+            )
+        held_out = train.split_off(data.eval_rows)
+    elif data.held_out:
+        held_out, more = _questions(config, template, data.held_out, "eval", data.eval_split, "--eval_dataset")
+        notices += more
+    return Rows(train, held_out, notices=[*notices, *describe_duplicates(train, held_out)])
+
+
+def _questions(
+    config: TrainConfig, template: Template, source: str, part: str, split: str | None, flag: str
+) -> tuple[RowStore, list[str]]:
+    """Return the questions of a dataset, and a notice if it has answers, which are not used."""
+    if is_mini_task(source):
+        located = [(f"{source}, row {n}", row) for n, row in enumerate(_of_mini(source, part), start=1)]
+    elif Path(source).suffix.lower() == ".txt":
+        rows = RowStore(question(place, row, template) for place, row in load_prompts(source, flag))
+        return rows, []
+    else:
+        splits = find_splits(source, config.data.dataset_config_name)
+        selected = splits.select(split, "--dataset_split" if part == "train" else "--eval_split")
+        located = [(f"{source}, {where}", row) for where, row in selected.rows]
+    rows = RowStore(question_of_row(place, row, template, config.columns) for place, row in located)
+    if not rows:
+        raise DataError(f"{source} holds no questions; expected at least one")
+    answered = sum(isinstance(row, Mapping) and not set(row).isdisjoint(ANSWERS) for _, row in located)
+    return rows, [f"{source}: the answers of its rows are not used; the base answers the questions"] * bool(answered)
+
+
+ANSWERS = ("output", "completion", "messages", "conversations")  # columns that hold answers
+
+
+def _of_mini(source: str, part: str) -> Sequence[Mapping[str, Any]]:
+    return mini_rows(source.removeprefix("mini:"), part, QUESTIONS_OF_MINI[part])
+
+
+QUESTIONS_OF_MINI = {"train": 64, "eval": 50}  # of the thousands that a mini task can generate
+
+
+class TextRows(NamedTuple):
+    """Questions as token ids, without and with a text before them.
+
+    Attributes:
+        plain: Each question as it is asked with the learned prompt, without virtual tokens.
+        with_text: Each question with the whole text before it.
+        text: The token ids of the text.
+    """
+
+    plain: list[list[int]]
+    with_text: list[list[int]]
+    text: list[int]
+
+
+def read_distilled_text(source: str) -> str:
+    """Return the text of --distill_prompt: that of a file, or of the mini base (mini:NAME).
+
+    Raises:
+        DataError: The file does not exist, cannot be read, is not UTF-8, or is empty.
+    """
+    if is_mini_task(source):
+        return mini_text(source)
+    if not Path(source).is_file():
+        raise DataError(f"--distill_prompt {source}: no such file; name a text file")
+    text = read_text(Path(source))
+    return text if text[-1].isspace() else f"{text}\n"
+
+
+def put_text_before(rows: Sequence[Row], text: str, tokenizer: Any, template: Template) -> TextRows:
+    """Tokenize questions without and with a text before them.
+
+    With the template "chat", the text is the system message, or stands at the beginning of a row's own one. With other
+    templates, it stands before the rendered question, behind the special tokens that the tokenizer adds before a text.
+
+    Raises:
+        DataError: The text has no tokens, or the chat template writes no system message.
+    """
+    plain = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in rows], template)
+    (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
+    if not ids:
+        raise DataError("--distill_prompt: the text has no tokens; name a file with a longer text")
+    return TextRows(plain, with_text_ids(rows, plain, ids, text.strip(), tokenizer, template), ids)
+
+
+def with_text_ids(
+    rows: Sequence[Row], plain: Sequence[list[int]], ids: list[int], text: str, tokenizer: Any, template: Template
+) -> list[list[int]]:
+    """Return the token ids of questions with a text before them; see `put_text_before`.
+
+    Args:
+        plain: The token ids of the questions without the text.
+        ids, text: The text as token ids, and as the system message of a chat.
+    """
+    if template.spec != CHAT:
+        front = begin_ids(tokenizer)
+        return [[*front, *ids, *row[len(front) :]] for row in plain]
+    try:
+        rendered = [template.render(_with_system(row, text), tokenizer) for row in rows]
+    except DataError as error:
+        raise DataError(f"--distill_prompt is the system message of --template chat, and {error}; {_OTHER}") from None
+    found = prompt_ids(tokenizer, rendered, template)
+    if found == list(plain):
+        raise DataError(f"--distill_prompt: the tokenizer's chat template writes no system message; {_OTHER}")
+    return found
+
+
+_OTHER = "give --template a format string"
+
+
+def _with_system(row: Row, text: str) -> Row:
+    messages = prompt_messages(row)
+    if messages[0]["role"] == "system":
+        first = {**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}
+        return {**row, "messages": [first, *messages[1:]]}
+    return {**row, "messages": [{"role": "system", "content": text}, *messages]}
+
+
+def with_answer(row: Row, text: str) -> Row:
+    """Return a question with an answer, as a row to train on."""
+    if "messages" in row:
+        return {**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
+    return {**row, "completion" if "prompt" in row else "output": text}
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Return the number of token ids with which all rows begin; at least one token of each row is not counted."""
+    most, first = min(map(len, rows)) - 1, rows[0]
+    return next((at for at in range(most) if any(row[at] != first[at] for row in rows)), most)
