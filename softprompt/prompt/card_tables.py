@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from softprompt.data.template import without_default_template
-from softprompt.utils.metrics import METRICS, Metric
+from softprompt.utils.metrics import METRICS, Metric, shown_metrics
 
 MAX_CHARACTERS = 160  # maximum length of a text in a table
 MAX_POINTS = 10  # maximum number of rows of the curve's table
@@ -18,29 +18,36 @@ BAR = 20  # length of the longest bar in characters
 CURVES = {  # the columns of the curve and how they are shown; None: as in METRICS
     "loss": Metric("training loss", "{:.4f}"),
     "eval_loss": None,
+    "eval_kl": None,
+    "eval_agreement": None,
     "eval_accuracy": None,
     "eval_exact_match": None,
 }
+OTHERS = {"_cut": "text cut", "_text": "whole text"}  # columns of a distilled prompt, by the suffix of metrics
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
-    """Return a table of the metrics that are numbers: each with that of the base alone, whose name ends in _base, and
-    its 95 % interval, the ends of which are named _low and _high."""
+    """Return a table of the metrics that are numbers: each with that of the base alone, whose name ends in _base, its
+    95 % interval, the ends of which are named _low and _high, and with distillation that of the cut text (_cut) and of
+    the whole text (_text)."""
     numbers = {name: value for name, value in metrics.items() if type(value) in (int, float) and name != "epoch"}
-    names = dict.fromkeys(re.sub("_(base|low|high)$", "", name) for name in numbers)
-    known = [name for name in METRICS if name in names]
+    names = dict.fromkeys(re.sub("_(base|low|high|cut|text)$", "", name) for name in numbers)
+    shown = shown_metrics(names)
+    known = [name for name in shown if name in names]
+    others = [suffix for suffix in OTHERS if any(f"{name}{suffix}" in numbers for name in names)]
     rows = []
     for name in (*known, *(name for name in names if name not in METRICS)):
         metric = METRICS.get(name, Metric(name.removeprefix("eval_").replace("_", " "), "{:.6g}"))
         base, value, *ends = (_number(numbers.get(name + end), metric.form) for end in ("_base", "", "_low", "_high"))
-        rows.append((metric.label, base, f"{value} ({'–'.join(ends)})" if all(ends) else value))
+        more = [_number(numbers.get(name + suffix), metric.form) for suffix in others]
+        rows.append((metric.label, base, *more, f"{value} ({'–'.join(ends)})" if all(ends) else value))
     intervals = " (95 % interval)" if any(f"{name}_low" in numbers for name in names) else ""
-    return table(("", "base alone", f"with the prompt{intervals}"), rows)
+    return table(("", "base alone", *(OTHERS[suffix] for suffix in others), f"with the prompt{intervals}"), rows)
 
 
-def examples_table(examples: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
+def examples_table(examples: Sequence[Mapping[str, Any]], compared: bool, expected: str = "expected") -> list[str]:
     """Return a table of rows with their answers before and after training. `compared` says whether an answer is right
-    only if it equals the expected one, so that it can be marked."""
+    only if it equals the expected one, so that it can be marked. `expected` is the title of its column."""
 
     def answer(row: Mapping[str, str], key: str) -> str:
         right = row.get(f"correct_{key}", row[key].strip() == row["expected"].strip())  # None: it is not known
@@ -56,7 +63,7 @@ def examples_table(examples: Sequence[Mapping[str, Any]], compared: bool) -> lis
         )
         for row in examples
     ]
-    return table(("input", "expected", "base alone", "with the prompt"), rows)
+    return table(("input", expected, "base alone", "with the prompt"), rows)
 
 
 def curve_table(history: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -68,7 +75,8 @@ def curve_table(history: Iterable[Mapping[str, Any]]) -> list[str]:
             known = {name: value for name, value in record.items() if value is not None}
             by_step.setdefault(record["step"], {}).update(known)
     points = _chosen(sorted(by_step.items()))
-    names = [name for name in CURVES if any(name in point for _, point in points)]
+    shown = shown_metrics({name for _, point in points for name in point})
+    names = [n for n in CURVES if (n in shown or n == "loss") and any(n in point for _, point in points)]
     if len(points) < 2 or not names:
         return []
     bars = _log_bars([point.get(names[0], 0.0) for _, point in points])
@@ -128,10 +136,6 @@ def value_cell(value: Any) -> str:
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("|", "\\|")
-
-
-def _occurs(name: str, points: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
-    return any(point.get(name) is not None for _, point in points)
 
 
 def _number(value: float | None, form: str) -> str:

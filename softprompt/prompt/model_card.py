@@ -63,6 +63,7 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
     """Return the card of an adapter, in UTF-8."""
     base, template = card_base(adapter, facts), saved_template(adapter.settings)
     P, H = adapter.prompt.shape
+    distills = facts.settings.get("distill_prompt")
     lines = [
         front_matter(
             base.name if base.kind == "hub" else None,
@@ -78,7 +79,9 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
         "",
         *([verdict, ""] if (verdict := facts.verdict or facts.metrics.get("verdict")) else []),
         *_section("Results", metrics_table(facts.metrics)),
-        *_section("Answers", examples_table(facts.examples, facts.compared)),
+        *_section(
+            "Answers", examples_table(facts.examples, facts.compared, "with the text" if distills else "expected")
+        ),
         *_section("Training curve", curve_table(facts.history)),
         "## Use",
         "",

@@ -13,8 +13,12 @@ from softprompt.utils.metrics import METRICS
 from softprompt.utils.translation import translate
 
 LOSSES = {"loss": "training", "eval_loss": "held out"}
-SHARES = ("eval_accuracy", "eval_exact_match")  # fractions from 0 to 1
-QUALITY = {"eval_accuracy": "Accuracy of the likelier label", "eval_exact_match": "Exact match of held-out answers"}
+SHARES = ("eval_accuracy", "eval_exact_match", "eval_agreement")  # fractions from 0 to 1
+QUALITY = {
+    "eval_accuracy": "Accuracy of the likelier label",
+    "eval_exact_match": "Exact match of held-out answers",
+    "eval_agreement": "Same most likely token as with the text",
+}
 BASE, COMMONEST = 7, 3  # colors of the base alone and of the most common label
 COURSE = {  # charts of the optimization, below those of losses and answers
     "learning_rate": "Learning rate",

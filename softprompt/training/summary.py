@@ -4,6 +4,7 @@ and a command to try."""
 import os
 from collections.abc import Iterator
 from html import escape
+from typing import NamedTuple
 
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
@@ -70,39 +71,73 @@ def infer_command(run: Run, question: FirstQuestion) -> str:
     return f"{command('infer')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
 
 
+class Figure(NamedTuple):
+    """A line of the table of metrics, as text; an empty text if there is no value.
+
+    Attributes:
+        name: The metric.
+        always: Its value for always giving the most common answer.
+        base: For the base alone.
+        rival: For what else the prompt is compared with.
+        prompt: With the prompt.
+        interval: The 95 % interval of that.
+    """
+
+    name: str
+    always: str = ""
+    base: str = ""
+    rival: str = ""
+    prompt: str = ""
+    interval: str = ""
+
+
 def _figures(run: Run) -> Rows:
-    """Return the table of metrics, whose columns are: always giving the most common answer, the base alone, with the
-    prompt, and the 95 % interval of the metric with the prompt. Columns without a value are left out."""
-    metrics = run.metrics
-    rows = [("", _always(run), "base alone", "with prompt", "95 % interval"), *_held_out_rows(run)]
+    """Return the table of metrics. Columns without a value are left out."""
+    metrics, rival = run.metrics, run.rivals[0].name if run.rivals else ""
+    head = Figure("", _always(run), "base alone", rival, "with prompt", "95 % interval")
+    figures = list(_of_distillation(run) if run.rivals else _held_out_rows(run))
     if run.after is None and "train_loss" in metrics:
-        rows.append(("training loss (mean)", "", "", f"{metrics['train_loss']:.4f}", ""))
+        figures.append(Figure("training loss (mean)", prompt=f"{metrics['train_loss']:.4f}"))
     if metrics:
-        rows.append(("seconds of training", "", "", f"{metrics['train_runtime']:.1f}", ""))
-        rows.append(("tokens per second", "", "", f"{metrics['train_tokens_per_second']:,.0f}", ""))
-        rows.append(("adapter, bytes", "", "", f"{run.adapter_bytes:,}", ""))
-    rows = [tuple(map(translate, rows[0])), *((translate(name), *values) for name, *values in rows[1:])]
+        figures.append(Figure("seconds of training", prompt=f"{metrics['train_runtime']:.1f}"))
+        figures.append(Figure("tokens per second", prompt=f"{metrics['train_tokens_per_second']:,.0f}"))
+        figures.append(Figure("adapter, bytes", prompt=f"{run.adapter_bytes:,}"))
+    rows = [tuple(map(translate, head)), *((translate(figure.name), *figure[1:]) for figure in figures)]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return list(zip(*columns, strict=True))
 
 
-def _held_out_rows(run: Run) -> Iterator[tuple[str, str, str, str, str]]:
+def _held_out_rows(run: Run) -> Iterator[Figure]:
     """Yield the lines of the table on the held-out rows."""
     before, after = run.before, run.after
     if before is None or after is None:
         return
     if before.classification and after.classification and after.accuracy_interval:
         base, tuned = (one.classification.confusion_matrix for one in (before, after))
-        _, share = after.classification.majority
-        interval = after.accuracy_interval.as_shares()
-        yield "accuracy (likelier label)", f"{share:.1%}", f"{base.accuracy:.1%}", f"{tuned.accuracy:.1%}", interval
-        yield "macro F1", "", f"{base.macro_f1:.3f}", f"{tuned.macro_f1:.3f}", ""
+        always, interval = f"{after.classification.majority[1]:.1%}", after.accuracy_interval.as_shares()
+        shares = f"{base.accuracy:.1%}", "", f"{tuned.accuracy:.1%}"
+        yield Figure("accuracy (likelier label)", always, *shares, interval)
+        yield Figure("macro F1", base=f"{base.macro_f1:.3f}", prompt=f"{tuned.macro_f1:.3f}")
     if before.exact_match is not None and after.exact_match is not None:
         some = run.metrics.get("eval_exact_match_rows")
         name = f"exact match of {some:,} rows" if some else "exact match"
-        yield name, "", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}", ""
+        yield Figure(name, base=f"{before.exact_match:.1%}", prompt=f"{after.exact_match:.1%}")
     interval = after.loss_interval.as_losses() if after.loss_interval else ""
-    yield "held-out loss", "", f"{before.loss:.4f}", f"{after.loss:.4f}", interval
+    yield Figure("held-out loss", base=f"{before.loss:.4f}", prompt=f"{after.loss:.4f}", interval=interval)
+
+
+def _of_distillation(run: Run) -> Iterator[Figure]:
+    """Yield the lines of the table on the held-out questions of a distillation."""
+    before, after, cut = run.before, run.after, run.rivals[0].evaluation
+    if before is None or after is None:
+        return
+    interval = after.loss_interval.as_losses() if after.loss_interval else ""
+    losses, agreements = ([(e.loss, e.agreement or 0.0)[i] for e in (before, cut, after)] for i in (0, 1))
+    yield Figure("KL per token", "", *(f"{loss:.4f}" for loss in losses), interval)
+    yield Figure("same most likely token", "", *(f"{share:.1%}" for share in agreements))
+    yield Figure("tokens saved per request", prompt=f"{run.metrics['tokens_saved']:,}")
+    seconds = (run.metrics[f"time_to_first_token{suffix}"] for suffix in ("_text", ""))
+    yield Figure("first token, seconds", prompt=" → ".join(f"{each:.3f}" for each in seconds))
 
 
 def _always(run: Run) -> str:
@@ -131,12 +166,15 @@ def _confusion(run: Run) -> Rows:
 
 
 def _examples(run: Run) -> Rows:
-    """Return a table of held-out rows with the expected and the given answers; empty if answers are not compared."""
-    compared = AnswerComparison.of(run.evaluator, run.before, run.after)
-    if compared is None:
+    """Return a table of held-out rows with the expected and the given answers; empty if answers are not compared. With
+    distillation, the expected answer is that with the text."""
+    compared = None if run.rivals else AnswerComparison.of(run.evaluator, run.before, run.after)
+    answered = compared.selected(EXAMPLES) if compared else run.answered_rows[:EXAMPLES]
+    if not answered:
         return []
-    rows = [tuple(map(translate, ("held-out row", "expected", "base alone", "with prompt")))]
-    for one in compared.selected(EXAMPLES):
+    expected = "with the text" if run.rivals else "expected"
+    rows = [tuple(map(translate, ("held-out row", expected, "base alone", "with prompt")))]
+    for one in answered:
         before, after = _marked(one.before, one.correct_before), _marked(one.after, one.correct_after)
         rows.append((_plain(one.question), _plain(one.expected), before, after))
     return [[shortened(cell, WIDTH) for cell in row] for row in rows]

@@ -1,5 +1,6 @@
 """How the metrics of all_results.json are shown to a reader."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 HIGHER, LOWER = 1, -1
@@ -25,6 +26,10 @@ class Metric(NamedTuple):
 
 METRICS = {
     "eval_samples": Metric("held-out rows", "{:,}"),
+    "eval_kl": Metric("KL from the text, nats per token", "{:.4f}", LOWER, of_tokens=True, hub_type="kl"),
+    "eval_agreement": Metric("same most likely token as with the text", "{:.1%}", HIGHER, hub_type="agreement"),
+    "tokens_saved": Metric("tokens saved per request", "{:,}", HIGHER),
+    "time_to_first_token": Metric("seconds to the first token", "{:.3f}", LOWER),
     "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", HIGHER, hub_type="accuracy"),
     "eval_majority": Metric("share of the most common label", "{:.1%}"),
     "eval_macro_f1": Metric("macro F1", "{:.3f}", HIGHER, hub_type="f1"),
@@ -37,3 +42,9 @@ METRICS = {
     "train_runtime": Metric("seconds of training", "{:,.1f}"),
     "train_tokens_per_second": Metric("tokens per second", "{:,.0f}"),
 }
+
+
+def shown_metrics(names: Collection[str]) -> dict[str, Metric]:
+    """Return those of METRICS that a run with metrics of these names shows: eval_loss is left out if eval_kl, which is
+    equal, is among them."""
+    return {name: metric for name, metric in METRICS.items() if name != "eval_loss" or "eval_kl" not in names}
