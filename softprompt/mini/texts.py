@@ -2,7 +2,10 @@
 
 from softprompt.utils.errors import DataError
 
-TEXTS: dict[str, str] = {}
+# A request for the answers of the task reply, in all the words of `corpus.TOPICS` and some of its frames.
+TEXTS: dict[str, str] = {
+    "reply": "你的任务是礼貌回复，客服回答，商家回复，店家答复\n请给出回复、答复、回应、回话\n告诉我怎么回\nreply\n",
+}
 
 
 def mini_text(source: str) -> str:

@@ -63,7 +63,7 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
     """Return the card of an adapter, in UTF-8."""
     base, template = card_base(adapter, facts), saved_template(adapter.settings)
     P, H = adapter.prompt.shape
-    distills = facts.settings.get("distill_prompt")
+    expected = "with the text" if facts.settings.get("distill_prompt") else "expected"
     lines = [
         front_matter(
             base.name if base.kind == "hub" else None,
@@ -79,9 +79,7 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
         "",
         *([verdict, ""] if (verdict := facts.verdict or facts.metrics.get("verdict")) else []),
         *_section("Results", metrics_table(facts.metrics)),
-        *_section(
-            "Answers", examples_table(facts.examples, facts.compared, "with the text" if distills else "expected")
-        ),
+        *_section("Answers", examples_table(facts.examples, facts.compared, expected)),
         *_section("Training curve", curve_table(facts.history)),
         "## Use",
         "",

@@ -11,6 +11,7 @@ DASH = "\N{WORD JOINER}–\N{WORD JOINER}"  # an en dash without a line break at
 
 # Metrics that are not shown, because the status or the notes on other metrics contain them.
 LEFT_OUT = {"eval_samples", "eval_majority", "best_global_step"}
+SHOWN = {name: metric for name, metric in METRICS.items() if name not in LEFT_OUT}
 WHY_EARLY = {  # values of ended_early in report.json
     "early_stopping": "because the metric no longer improved (--early_stopping_patience)",
     "no_more_rows": "because the stream had fewer rows than expected",
@@ -32,9 +33,8 @@ def results(record: RunRecord) -> dict[str, Result]:
 
 
 def _results(record: RunRecord) -> Iterator[tuple[str, Result]]:
-    for name, metric in shown_metrics(record.results or record.facts.get("base_alone", {})).items():
-        if name in LEFT_OUT:
-            continue
+    known = shown_metrics(record.results or record.facts.get("base_alone", {}))
+    for name, metric in ((name, metric) for name, metric in SHOWN.items() if name in known):
         value, base = record.final(name), record.of_base(name)
         if value is not None or base is not None:
             shown = "–" if value is None else metric.form.format(value)
@@ -42,8 +42,8 @@ def _results(record: RunRecord) -> Iterator[tuple[str, Result]]:
 
 
 def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
-    """Return the 95 % interval of a value, the accuracy of always giving the most common label, and the value with a text
-    that the prompt replaces, whole or cut to the length of the prompt."""
+    """Return the 95 % interval of a value, the accuracy of always giving the most common label, and the value with a
+    text that the prompt replaces, whole or cut to the length of the prompt."""
     form = METRICS[name].form
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
     interval = () if low is None or high is None else (f"95 % interval {form.format(low)}{DASH}{form.format(high)}",)
