@@ -41,11 +41,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "per_device_eval_batch_size": 50,
         "gradient_accumulation_steps": 1,
     },
+    "distill-mini": {
+        "model_name_or_path": "mini",
+        "dataset": "mini:reply",
+        "distill_prompt": "mini:reply",
+        "distill_samples": 2,
+        "num_virtual_tokens": 4,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 50,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 60,
+    },
     "bloom-1b4-zh": _BLOOM,
     "article": {**_BLOOM, "learning_rate": 5e-5},
 }
 PRESET_SUMMARIES = {
     "mini": "a first try without network, in less than a minute: the small base in this package and one of its tasks",
+    "distill-mini": "distillation without network, in less than a minute: a request of 52 tokens becomes 4 virtual tokens",
     "bloom-1b4-zh": "the article's training, with a learning rate that works",
     "article": "the article's training as it is, which hardly moves a RANDOM prompt",
 }

@@ -38,7 +38,7 @@ def read_questions(config: TrainConfig, template: Template) -> Rows:
         held_out = train.split_off(data.eval_rows)
     elif data.held_out:
         held_out, more = _questions(config, template, data.held_out, "eval", data.eval_split, "--eval_dataset")
-        notices += more
+        notices = list(dict.fromkeys([*notices, *more]))
     return Rows(train, held_out, notices=[*notices, *describe_duplicates(train, held_out)])
 
 

@@ -124,11 +124,13 @@ class Rival(NamedTuple):
     """The evaluation of something that a prompt is compared with, besides the base alone.
 
     Attributes:
-        name: What it is, for a reader.
+        name: What it is, in a sentence.
+        title: The same as the title of a column.
         suffix: The suffix of its metrics.
     """
 
     name: str
+    title: str
     suffix: str
     evaluation: Evaluation
 

@@ -93,7 +93,7 @@ class Figure(NamedTuple):
 
 def _figures(run: Run) -> Rows:
     """Return the table of metrics. Columns without a value are left out."""
-    metrics, rival = run.metrics, run.rivals[0].name if run.rivals else ""
+    metrics, rival = run.metrics, run.rivals[0].title if run.rivals else ""
     head = Figure("", _always(run), "base alone", rival, "with prompt", "95 % interval")
     figures = list(_of_distillation(run) if run.rivals else _held_out_rows(run))
     if run.after is None and "train_loss" in metrics:

@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def small_base(kind: str, seed: int = 0, **others: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
+    others |= {"max_position_embeddings": others["n_positions"]} if "n_positions" in others else {}  # the same of GPT-2
     config = CONFIG_MAPPING[kind.removesuffix("_full").removesuffix("_dynamic")](**{**SIZES, **KINDS[kind], **others})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

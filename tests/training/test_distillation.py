@@ -1,0 +1,245 @@
+"""Runs that distill a text: what they learn from, write and show, how they resume, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.programs import run_infer
+from helpers.short_runs import interrupted, outcome
+from helpers.small_bases import small_base
+
+import softprompt
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
+from softprompt.models.loading import load_tokenizer, read_base
+from softprompt.prompt.adapter_io import load_adapter
+from softprompt.report.writer import write_report
+from softprompt.training.dry_run import dry_run
+from softprompt.training.summary import summary
+from softprompt.utils.errors import CheckpointError, SoftpromptError
+
+QUESTIONS = [f"问题{i}：好吗" for i in range(9)]
+TEXT = "请用一句话回答客人的问题，并且总是说谢谢您。"
+
+
+@pytest.fixture
+def settings(tiny_base, tmp_path, monkeypatch):
+    """A run of 4 steps over 6 questions with 2 answers each; 3 questions are held out."""
+    monkeypatch.chdir(tmp_path)
+    Path("questions.txt").write_text("\n".join(QUESTIONS) + "\n", encoding="utf-8")
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    return {
+        **{"model_name_or_path": str(tiny_base), "dataset": "questions.txt", "eval_rows": 3, "output_dir": "run"},
+        **{"distill_prompt": "text.txt", "distill_samples": 2, "distill_max_new_tokens": 5, "num_virtual_tokens": 4},
+        **{"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 2},
+    }
+
+
+def log_probabilities(base, before, ids, answer):
+    """Those at the tokens of `answer` behind the embeddings `before` and the token ids `ids`: [n, V]."""
+    words = base.get_input_embeddings()(torch.tensor([*ids, *answer]))
+    logits = base(inputs_embeds=torch.cat([before, words])[None]).logits[0]
+    return logits[len(before) + len(ids) - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def naive_figures(base, tokenizer, rows, prompt):
+    """KL and agreement of a prompt [P, H], over rows (ids without the text, ids with it, answer)."""
+    total = agree = tokens = 0
+    for plain, with_text, answer in rows:
+        theirs = log_probabilities(base, prompt[:0], with_text, answer)
+        ours = log_probabilities(base, prompt, plain, answer)
+        total += (theirs.exp() * (theirs - ours)).sum().item()
+        agree += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        tokens += len(answer)
+    return total / tokens, agree / tokens
+
+
+def test_the_figures_are_those_of_questions_run_alone(settings):
+    run = softprompt.train(**settings)
+    tokenizer, base = load_tokenizer(settings["model_name_or_path"]), run.setup.base
+    text, rows = tokenizer(TEXT + "\n", add_special_tokens=False)["input_ids"], []
+    for question, row in zip(QUESTIONS[-3:], run.setup.data.held_out.examples, strict=True):
+        plain = tokenizer(f"Human: {question}\n\nAssistant: ", add_special_tokens=False)["input_ids"]
+        answer = row.input_ids[len(plain) :]
+        # The teacher's answer is the base's greedy one behind the text.
+        whole = torch.tensor([[*text, *plain]])
+        greedy = base.generate(whole, do_sample=False, max_new_tokens=5, pad_token_id=3)[0, whole.shape[1] :].tolist()
+        assert row.input_ids[: len(plain)] == plain and answer == greedy
+        rows.append((plain, [*text, *plain], answer))
+    prompt = load_adapter("run").prompt
+    for suffix, values in (("", prompt), ("_base", prompt[:0])):
+        kl, agreement = naive_figures(base, tokenizer, rows, values)
+        assert run.metrics[f"eval_kl{suffix}"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        assert run.metrics[f"eval_agreement{suffix}"] == pytest.approx(agreement)
+    cut = [(text[:4] + plain, whole, answer) for plain, whole, answer in rows]
+    assert run.metrics["eval_kl_cut"] == pytest.approx(naive_figures(base, tokenizer, cut, prompt[:0])[0], rel=1e-3)
+    assert run.metrics["tokens_saved"] == len(text) - 4
+    assert run.metrics["eval_kl_low"] < run.metrics["eval_kl"] == run.metrics["eval_loss"]
+    assert run.metrics["eval_kl"] < run.metrics["eval_kl_base"] and "eval_perplexity" not in run.metrics
+
+
+def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, capsys):
+    """The seed decides the samples; a run with the same settings takes those of the cache, an interrupted one its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generate, asked = ContinuousBatchingGenerator.generate, []
+
+    def counting(self, requests, *more):
+        asked.append(len(requests))
+        return generate(self, requests, *more)
+
+    def stopping(self, requests, *more):
+        answers = counting(self, requests, *more)
+        return (next(answers) if at < 5 else 1 / 0 for at in range(6))
+
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", stopping)
+    with pytest.raises(ZeroDivisionError):
+        softprompt.train(**settings, max_length=100)
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
+    first = softprompt.train(**settings, max_length=100)
+    assert asked[:2] == [12, 7]  # 5 of 12 were kept
+    asked.clear()
+    again = softprompt.train(**{**settings, "output_dir": "again"}, max_length=100)
+    assert asked[:2] == [0, 0] and outcome("run")[0] == outcome("again")[0]
+    other = softprompt.train(**{**settings, "output_dir": "other", "seed": 7})
+    rows = [[row.input_ids for row in run.setup.data.train.examples] for run in (first, again, other)]
+    assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 12
+    assert "12 answers with the text to 6 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt_reparameterization": "mlp", "encoder_hidden_size": 4}])
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more):
+    settings = {**settings, **more, "eval_steps": 2}
+    softprompt.train(**{**settings, "output_dir": "whole"})
+    interrupted(settings, 3)
+    softprompt.train(resume_from_checkpoint="run")
+    prompt, history, results = outcome("run")
+    expected, records, others = outcome("whole")
+    times = {"time_to_first_token", "time_to_first_token_text"}
+    assert prompt == expected and history == records
+    assert {k: v for k, v in results.items() if k not in times} == {k: v for k, v in others.items() if k not in times}
+    Path("text.txt").write_text("另一段很长的文字，别的要求，别的语气。", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="distilled text"):
+        softprompt.train(resume_from_checkpoint="run", max_steps=6)
+
+
+def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch):
+    run = softprompt.train(**settings)
+    monkeypatch.setenv("COLUMNS", "200")
+    text = summary(run)
+    for shown in ("KL per token", "text cut", "tokens saved per request", "with the text"):
+        assert shown in text
+    assert "too few" in run.verdict.sentence and "cut to 4 tokens" in run.verdict.sentence
+    assert [row.question for row in run.answered_rows] == [f"Human: {q}\n\nAssistant:" for q in QUESTIONS[-3:]]
+    page, card = Path("run/report.html").read_text(), Path("run/README.md").read_text()
+    for shown in (f"{run.metrics['eval_kl']:.4f}", f"{run.metrics['eval_kl_cut']:.4f}"):
+        assert shown in page and shown in card
+    assert "| with the text |" in card and "held-out loss" not in card
+    write_report(["run"])
+    out = run_infer(["--adapter", "run", "--prompt", QUESTIONS[0], "--max_new_tokens", "3"], capsys, monkeypatch)
+    assert out.strip()
+    saved = json.loads(Path("run/adapter_config.json").read_text())
+    assert saved["prompt_tuning_init"] == "TEXT" and TEXT.startswith(saved["prompt_tuning_init_text"])
+    assert "distill" not in Path("run/softprompt.json").read_text()
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "chat"])
+def test_answers_of_rows_are_not_used(form, settings, capsys):
+    rows = [{"instruction": q, "output": "不对"} for q in QUESTIONS]
+    more = {}
+    if form == "columns":
+        rows, more = [{"q": q, "a": "不对"} for q in QUESTIONS], {"columns": "instruction=q"}
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ours = softprompt.train(**{**settings, "dataset": "rows.jsonl", **more})
+    plain = softprompt.train(**{**settings, "output_dir": "plain"})
+    assert ours.setup.data.train.examples == plain.setup.data.train.examples
+    assert outcome("run")[0] == outcome("plain")[0]
+    if form == "rows":
+        assert "are not used" in capsys.readouterr().out
+
+
+def chat_base(folder, template):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained("chat")
+    read_base(str(folder), torch.device("cpu"), torch.float32, None).save_pretrained("chat")
+    return "chat"
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
+    base = chat_base(tiny_base, CHAT)
+    asked = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "x"}]} for q in QUESTIONS]
+    own = [{"role": "system", "content": "短"}, {"role": "user", "content": "嗯"}]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, [{"messages": own}, *asked])))
+    run = softprompt.train(**{**settings, "dataset": "chats.jsonl", "model_name_or_path": base, "template": "chat"})
+    tokenizer = load_tokenizer(base)
+    row, questions = run.setup.data.held_out.examples[-1], run.evaluator.text
+    assert tokenizer.decode(row.input_ids).startswith(f"<user>{QUESTIONS[-1]}</s><a>")
+    assert tokenizer.decode(questions.prefix).startswith(f"<system>{TEXT}")
+    cut = tokenizer.decode(run.evaluator.with_cut_text[-1].input_ids)
+    assert cut.startswith("<system>请") and f"</s><user>{QUESTIONS[-1]}</s><a>" in cut and TEXT not in cut
+
+
+def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):
+    from softprompt.config.loader import train_config
+
+    told = dry_run(train_config(**settings, dry_run=True))
+    assert "12 with" in told and not Path("run").exists()
+    many = "\n".join(f"{q}{i}" for q in QUESTIONS for i in range(5))
+    Path("questions.txt").write_text(many, encoding="utf-8")
+    run = softprompt.train(**settings, find_learning_rate=True)
+    assert "sweep" in run.history[0]
+
+
+def test_a_base_whose_head_is_not_plain(settings, tokenizer):
+    small_base("gemma2").save_pretrained("gemma2")
+    tokenizer.save_pretrained("gemma2")
+    run = softprompt.train(**{**settings, "model_name_or_path": "gemma2"})
+    assert run.metrics["eval_kl"] < run.metrics["eval_kl_base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"distill_prompt": "none.txt"}, "none.txt: no such file"),
+        ({"distill_prompt": "empty.txt"}, "empty.txt is empty"),
+        ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
+        ({"dataset": "empty.txt"}, "empty.txt is empty"),
+        ({"eval_rows": 9}, "leaves none"),
+        ({"dataset": None, "preset": None}, "--dataset is missing"),
+        ({"distill_samples": 0}, "--distill_samples 0"),
+        ({"distill_prompt": None}, "--distill_samples is only used with --distill_prompt"),
+        ({"streaming": True}, "--streaming and --distill_prompt exclude each other"),
+        ({"metric_for_best_model": "exact_match"}, "--metric_for_best_model exact_match"),
+        ({"max_length": 5}, "no row keeps a target"),
+        ({"template": "chat"}, "no chat template"),
+        ({"prompt_tuning_init": "CLASS_LABELS"}, "--class_labels"),
+        ({"model_name_or_path": "short"}, "shorten the text"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(change, named, settings, tokenizer):
+    Path("empty.txt").write_text(" \n")
+    if change.get("model_name_or_path") == "short":
+        small_base("gpt2", n_positions=16).save_pretrained("short")
+        tokenizer.save_pretrained("short")
+    settings = {name: value for name, value in {**settings, **change}.items() if value is not None}
+    with pytest.raises(SoftpromptError, match=named) as refused:
+        softprompt.train(**settings)
+    assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+def test_metrics_of_distillation_need_it(settings):
+    plain = {name: value for name, value in settings.items() if not name.startswith("distill")}
+    with pytest.raises(SoftpromptError, match="only computed with --distill_prompt"):
+        softprompt.train(**plain, metric_for_best_model="kl")
+
+
+def test_answers_that_do_not_end_are_counted(settings, capsys):
+    softprompt.train(**{**settings, "distill_max_new_tokens": 1})
+    said = capsys.readouterr().out
+    assert "do not end within --distill_max_new_tokens 1" in said
