@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESET_SUMMARIES = {
     "mini": "a first try without network, in less than a minute: the small base in this package and one of its tasks",
-    "distill-mini": "distillation without network, in less than a minute: a request of 52 tokens becomes 4 virtual tokens",
+    "distill-mini": "distillation without network, in less than a minute: 4 virtual tokens replace a request",
     "bloom-1b4-zh": "the article's training, with a learning rate that works",
     "article": "the article's training as it is, which hardly moves a RANDOM prompt",
 }

@@ -217,7 +217,7 @@ def _distillation_faults(distillation: DistillationArguments, config: "TrainConf
     for name in ("distill_samples", "distill_max_new_tokens"):
         if getattr(distillation, name) < 1:
             yield f"--{name} {getattr(distillation, name)} must be at least 1"
-        if name in config.given and not distillation.distill_prompt:
+        if not distillation.distill_prompt and getattr(distillation, name) != getattr(DistillationArguments, name):
             yield f"--{name} is only used with --distill_prompt FILE; add that flag"
     metric = config.training.metric_for_best_model.removeprefix("eval_")
     if not distillation.distill_prompt:

@@ -75,7 +75,7 @@ class DistillationEvaluator:
     def rivals(self, P: int) -> list[Rival]:
         """Evaluate what else could be put before the questions: the first P tokens of the text."""
         cut = self._evaluation(None, self.with_cut_text, "held-out KL of the cut text")
-        return [Rival(f"the text cut to {P} tokens", "text cut", "_cut", cut)]
+        return [Rival(f"the first {P} tokens of the text", "text cut", "_cut", cut)]
 
     def state_of(self, evaluation: Evaluation) -> dict[str, Any]:
         """See `Evaluator.state_of`."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from softprompt.utils.metrics import METRICS
+from softprompt.utils.metrics import shown_metrics
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -66,7 +66,7 @@ def results_index(
             metric_name=metric.label,
             metric_value=round(float(metrics[key]), 6),
         )
-        for key, metric in METRICS.items()
+        for key, metric in shown_metrics(metrics).items()
         if metric.hub_type and isinstance(metrics.get(key), int | float)
     ]
     return ((repository or "soft-prompt").rpartition("/")[2], results) if results else None

@@ -122,6 +122,7 @@ def _training(facts: CardFacts) -> str:
     steps = max((record["step"] for record in facts.history), default=0)
     rate = facts.settings.get("learning_rate")
     parts = [f" from {rows}" if (rows := _rows(facts, "dataset")) else ""]
+    parts += [", so that the base answers as with a long text" if facts.settings.get("distill_prompt") else ""]
     parts += [", starting from another prompt" if facts.settings.get("init_adapter") else ""]
     parts += [f", in {steps:,} optimizer steps" if steps else ""]
     parts += [f" at a peak learning rate of {rate:g}" if steps and rate else ""]

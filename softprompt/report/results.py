@@ -48,9 +48,11 @@ def _notes(record: RunRecord, name: str) -> tuple[str, ...]:
     low, high = (record.results.get(f"{name}_{end}") for end in ("low", "high"))
     interval = () if low is None or high is None else (f"95 % interval {form.format(low)}{DASH}{form.format(high)}",)
     commonest = commonest_share(record) if name == "eval_accuracy" else None
-    others = {"most common label": commonest}
-    others |= {"text cut": record.results.get(f"{name}_cut"), "with the text": record.results.get(f"{name}_text")}
-    return (*interval, *(f"{what} {form.format(value)}" for what, value in others.items() if value is not None))
+    most = () if commonest is None else (f"most common label {form.format(commonest)}",)
+    cut, whole = (record.results.get(f"{name}_{suffix}") for suffix in ("cut", "text"))
+    of_cut = () if cut is None else (f"with the text cut {form.format(cut)}",)
+    of_whole = () if whole is None else (f"with the whole text {form.format(whole)}",)
+    return (*interval, *most, *of_cut, *of_whole)
 
 
 def commonest_share(record: RunRecord) -> float | None:

@@ -48,6 +48,7 @@ from softprompt.training.teacher_answers import Answer, Teacher, answer_question
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.progress import rows_bar
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
+from softprompt.utils.translation import translate
 
 
 class QuestionIds(NamedTuple):
@@ -125,8 +126,17 @@ def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPo
     prompt = start.config.prompt
     if prompt.prompt_tuning_init != "TEXT" or prompt.prompt_tuning_init_text or prompt.init_adapter:
         return start
-    text = questions.tokenizer.decode(questions.text_ids[: prompt.num_virtual_tokens])
+    text = _beginning(questions.text_ids, prompt.num_virtual_tokens or len(questions.text_ids), questions.tokenizer)
     return replace(start, config=replace(start.config, prompt=replace(prompt, prompt_tuning_init_text=text)))
+
+
+def _beginning(ids: list[int], count: int, tokenizer: Any) -> str:
+    """Return the shortest text that begins with the first `count` token ids; it has more if a character has several."""
+    for end in range(count, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if tokenizer(text, add_special_tokens=False)["input_ids"][:count] == ids[:count]:
+            return text
+    return tokenizer.decode(ids)
 
 
 class AnsweredRows(NamedTuple):
@@ -222,7 +232,7 @@ def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, tit
     if endless:
         most = config.distillation.distill_max_new_tokens
         told += f"; {endless:,} of them do not end within --distill_max_new_tokens {most}"
-    print(told)
+    print(translate(told))
 
 
 def _rows_with_answers(

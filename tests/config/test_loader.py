@@ -159,7 +159,10 @@ FAULTS = [
     ({"template": "\udcc4"}, r"--template '\udcc4' is not a text in UTF-8"),
     ({"truncation_side": "left"}, "--truncation_side 'left' is not one of output, input"),
     ({"num_virtual_token": 3}, "unknown setting 'num_virtual_token'; did you mean num_virtual_tokens?"),
-    ({"preset": "articel"}, "unknown preset 'articel', expected one of mini, bloom-1b4-zh, article; did you mean art"),
+    (
+        {"preset": "articel"},
+        "unknown preset 'articel', expected one of mini, distill-mini, bloom-1b4-zh, article; did you",
+    ),
     ({"preset": 3}, "unknown preset 3"),
 ]
 

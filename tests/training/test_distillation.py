@@ -13,7 +13,6 @@ import softprompt
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.report.writer import write_report
 from softprompt.training.dry_run import dry_run
 from softprompt.training.summary import summary
 from softprompt.utils.errors import CheckpointError, SoftpromptError
@@ -80,7 +79,7 @@ def test_the_figures_are_those_of_questions_run_alone(settings):
 
 
 def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, capsys):
-    """The seed decides the samples; a run with the same settings takes those of the cache, an interrupted one its own."""
+    """The seed decides the samples. A run with the same settings takes those of the cache, also after an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generate, asked = ContinuousBatchingGenerator.generate, []
 
@@ -129,13 +128,12 @@ def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch
     text = summary(run)
     for shown in ("KL per token", "text cut", "tokens saved per request", "with the text"):
         assert shown in text
-    assert "too few" in run.verdict.sentence and "cut to 4 tokens" in run.verdict.sentence
+    assert "too few" in run.verdict.sentence and "first 4 tokens of the text" in run.verdict.sentence
     assert [row.question for row in run.answered_rows] == [f"Human: {q}\n\nAssistant:" for q in QUESTIONS[-3:]]
     page, card = Path("run/report.html").read_text(), Path("run/README.md").read_text()
     for shown in (f"{run.metrics['eval_kl']:.4f}", f"{run.metrics['eval_kl_cut']:.4f}"):
         assert shown in page and shown in card
     assert "| with the text |" in card and "held-out loss" not in card
-    write_report(["run"])
     out = run_infer(["--adapter", "run", "--prompt", QUESTIONS[0], "--max_new_tokens", "3"], capsys, monkeypatch)
     assert out.strip()
     saved = json.loads(Path("run/adapter_config.json").read_text())
