@@ -198,7 +198,7 @@ def answered(config: TrainConfig, questions: Questions, base: Base, rows_per_ste
     def of(ids: QuestionIds, samples: int, title: str) -> AnsweredRows:
         behind = [row[begins:] for row in ids.with_text]
         answers = answer_questions(teacher, behind, samples, config.distillation, config.training.seed, title)
-        _print_answers(answers, config, title)
+        _print_answers(answers, config, held_out=samples == 0)
         return _rows_with_answers(ids._replace(with_text=behind), answers, end, config.data.max_length)
 
     train = of(questions.train, config.distillation.distill_samples, "answers with the text")
@@ -225,10 +225,13 @@ def _end_id(questions: Questions) -> int:
     return tokenizer.convert_tokens_to_ids(learned)
 
 
-def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, title: str) -> None:
+def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, held_out: bool) -> None:
     every = [answer for each in answers for answer in each]
     tokens, endless = sum(len(answer.ids) for answer in every), sum(not answer.ended for answer in every)
-    told = f"{len(every):,} {title} to {len(answers):,} questions: {tokens:,} tokens"
+    n, asked = len(every), len(answers)
+    told = f"{n:,} answers with the text to {asked:,} questions: {tokens:,} tokens"
+    if held_out:
+        told = f"{n:,} held-out answers with the text to {asked:,} questions: {tokens:,} tokens"
     if endless:
         most = config.distillation.distill_max_new_tokens
         told += f"; {endless:,} of them do not end within --distill_max_new_tokens {most}"
