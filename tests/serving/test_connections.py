@@ -23,19 +23,19 @@ USER = [{"role": "user", "content": "你好"}]
 LONG = {"model": "a0", "messages": USER, "max_tokens": 900}
 
 
-def http_request(body: dict, *headers: str) -> bytes:
+def http_request(body: dict, *headers: str, path: str = "/v1/chat/completions") -> bytes:
     content = json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
 
 
-def raw_request(server: Running, body: dict) -> socket.socket:
+def raw_request(server: Running, body: dict, **more: str) -> socket.socket:
     """Send a request on a connection of its own, which takes little at a time, without reading the answer."""
     connection = socket.socket()
     connection.settimeout(SECONDS)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
     connection.connect(server.address)
-    connection.sendall(http_request(body))
+    connection.sendall(http_request(body, **more))
     return connection
 
 
@@ -58,6 +58,26 @@ def test_a_client_that_goes_away_frees_its_place(stream, mini, mini_adapters):
         assert time.monotonic() - start < 10
         assert until(lambda: [line["error"] for line in server.log if "error" in line][1:]) is not None
         assert {line.get("error") for line in server.log[:2]} == {"client_disconnected"}
+
+
+def test_choices_that_nobody_waits_for_are_not_scored(mini, mini_adapters, monkeypatch):
+    scored, score = [], service_module.log_likelihoods
+
+    def slowly(*arguments):
+        scored.append(1)
+        time.sleep(0.05)
+        return score(*arguments)
+
+    monkeypatch.setattr(service_module, "log_likelihoods", slowly)
+    with running_server(mini, mini_adapters) as server:
+        body = {"model": "a0", "input": ["好"] * 100, "choices": ["正面", "负面"]}
+        connection = raw_request(server, body, path="/v1/classify")
+        until(lambda: len(scored) > 1)
+        assert server.service.unfinished == 200
+        connection.close()
+        until(lambda: not server.service.unfinished)
+        assert until(lambda: [line.get("error") for line in server.log]) == ["client_disconnected"]
+    assert len(scored) < 100
 
 
 def test_a_slow_reader_holds_nobody_up(mini, mini_adapters):

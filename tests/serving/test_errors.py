@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from typing import Any
 
 import httpx
@@ -9,12 +10,15 @@ import openai
 import pytest
 from helpers.serving import Running, running_server, slow_steps, until
 
+from softprompt.serving.bodies import ChatBody, ClassifyBody, CompletionBody, parse_body
+from softprompt.serving.errors import ApiError
 from softprompt.utils import redact
 
 USER = [{"role": "user", "content": "你好"}]
 CHAT = {"model": "a0", "messages": USER, "max_tokens": 2}
 COMPLETION = {"model": "a1", "prompt": "你好", "max_tokens": 2}
 CLASSIFY = {"model": "a0", "input": "你好", "choices": ["正面", "负面"]}
+MISSING = "missing_required_parameter"
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/classify": CLASSIFY}
 
 
@@ -32,7 +36,14 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("/v1/chat/completions", {"frobnicate": 1}, "frobnicate", "unknown_parameter"),
         ("/v1/chat/completions", {"messages": None}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"messages": []}, "messages", "invalid_value"),
-        ("/v1/chat/completions", {"messages": [{"role": "wizard", "content": "a"}]}, "messages.[0]", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "wizard", "content": "a"}]},
+            "messages.[0].role",
+            "invalid_value",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.[0].content", MISSING),
+        ("/v1/chat/completions", {"messages": [{**USER[0], "x": 1}]}, "messages.[0].x", "unknown_parameter"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"messages": [*USER, *USER]}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"temperature": 2.1}, "temperature", "invalid_value"),
@@ -64,6 +75,45 @@ def test_a_wrong_field_is_named(path, change, param, code, server: Running):
     error = error_of(server.post(path, {**BODIES[path], **change}), 400)
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert param.split(".")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path, field, values, accepted",
+    [
+        ("/v1/chat/completions", "stop", [3, "", [""], ["a"] * 5, ["a", 1], {}], ("text", "list", "four")),
+        (
+            "/v1/chat/completions",
+            "messages.[0].content",
+            [None, 3, [3], [{"type": "image"}]],
+            ("text", "list of parts"),
+        ),
+        (
+            "/v1/completions",
+            "prompt",
+            [3, [None], [-1], [1, "a"], [[1, "a"]], [1.5]],
+            ("text", "of token ids", "lists"),
+        ),
+        ("/v1/classify", "input", [3, [], [3], {}], ("text", "list of 1 to")),
+    ],
+)
+def test_a_field_of_several_types_says_what_it_accepts(path, field, values, accepted, server: Running):
+    for value in values:
+        change = {field: value} if "." not in field else {"messages": [{"role": "user", "content": value}]}
+        error = error_of(server.post(path, {**BODIES[path], **change}), 400)
+        assert error["param"] == field and all(word in error["message"] for word in accepted), error
+
+
+def test_a_list_is_refused_at_its_first_wrong_item():
+    """A body may hold hundreds of thousands of items; listing a fault of each would keep all other requests waiting."""
+    for kind, path, field in (
+        (ChatBody, "/v1/chat/completions", "messages"),
+        (CompletionBody, "/v1/completions", "prompt"),
+        (ClassifyBody, "/v1/classify", "input"),
+    ):
+        start = time.thread_time()
+        with pytest.raises(ApiError):
+            parse_body(kind, {**BODIES[path], field: [{}] * 500_000})
+        assert time.thread_time() - start < 0.2, field
 
 
 def test_fields_that_change_nothing_are_accepted(server: Running):
@@ -126,7 +176,18 @@ def test_limits(mini, mini_adapters):
         long = error_of(server.post("/v1/completions", {"model": "a0", "prompt": "我爱这部电影" * 9}), 400)
         assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
         error_of(server.post(chat, {**CHAT, "max_tokens": 6}), 400)
-        error_of(server.post(chat, {**CHAT, "n": 4}), 400)
+        text, several = "/v1/completions", {**CLASSIFY, "choices": ["正", "负"], "input": ["a", "b", "c"]}
+        for path, body, param in (  # three places; the field with the largest factor is named
+            (chat, {**CHAT, "n": 4}, "n"),
+            (text, {**COMPLETION, "n": 4}, "n"),
+            (text, {**COMPLETION, "prompt": ["a"] * 4}, "prompt"),
+            (text, {**COMPLETION, "prompt": ["a", "b", "c"], "n": 2}, "prompt"),
+            ("/v1/classify", several, "input"),
+            ("/v1/classify", {**several, "input": "a", "choices": ["正", "负", "中", "无"]}, "choices"),
+        ):
+            error = error_of(server.post(path, body), 400)
+            assert error["param"] == param and f"'{param}'" in error["message"], body
+        assert server.post(text, {**COMPLETION, "prompt": ["a", "b", "c"]}).status_code == 200
         got = server.post(chat, {"model": "a0", "messages": USER}).json()
         asked = {**CHAT, "n": 3, "max_tokens": 5}
         assert got["usage"]["completion_tokens"] == 5  # the adapter's own 12 are limited, too
