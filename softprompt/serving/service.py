@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from softprompt.data.tokenization import Example
+from softprompt.engines.memory_estimate import MAX_TOKENS
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.likelihood import ChoiceResult, choice_result, log_likelihoods
 from softprompt.generation.model import SoftPromptModel
@@ -140,22 +141,25 @@ class Service:
     async def classify(
         self, adapter: LoadedAdapter, examples: list[list[Example]], choices: Sequence[str]
     ) -> list[ChoiceResult]:
-        """Return for each question the probability of each choice; see `SoftPromptModel.classify`. Between two
-        questions, the running answers go on.
+        """Return for each question the probability of each choice; see `SoftPromptModel.classify`. Between two parts of
+        a question, each of about as many tokens as a decoding step prefills, the running answers go on.
 
         Raises:
             ApiError: The queue is full.
         """
 
-        def score(of_question: list[Example]) -> ChoiceResult:
-            (scores,) = log_likelihoods(self.model.engine, [adapter.prompt], [of_question])
-            return choice_result(scores, choices)
+        def score(part: list[Example]) -> list[float]:
+            return log_likelihoods(self.model.engine, [adapter.prompt], [part])[0]
 
-        scoring = len(examples) * len(choices)
+        async def of_question(parts: list[list[Example]]) -> ChoiceResult:
+            scores = [await self._running_thread().call(partial(score, part)) for part in parts]
+            return choice_result([value for some in scores for value in some], choices)
+
+        scoring, tokens = len(examples) * len(choices), MAX_TOKENS[self.model.engine.device.type]
         self._check_free(scoring)
         self.scoring += scoring
         try:
-            return [await self._running_thread().call(partial(score, of_question)) for of_question in examples]
+            return [await of_question(_parts(question, tokens)) for question in examples]
         finally:
             self.scoring -= scoring
 
@@ -176,6 +180,19 @@ class Service:
     def _running_thread(self) -> ModelThread:
         assert self._thread is not None, "Service.start has not been called"
         return self._thread
+
+
+def _parts(examples: Sequence[Example], tokens: int) -> list[list[Example]]:
+    """Split examples into parts of at most `tokens` tokens, or of one example if it is longer."""
+    parts, total = list[list[Example]](), tokens
+    for example in examples:
+        length = len(example.input_ids)
+        if total + length > tokens:
+            parts.append([])
+            total = 0
+        parts[-1].append(example)
+        total += length
+    return parts
 
 
 def base_id(name: str) -> str:

@@ -80,6 +80,26 @@ def test_choices_that_nobody_waits_for_are_not_scored(mini, mini_adapters, monke
     assert len(scored) < 100
 
 
+def test_running_answers_go_on_while_a_large_question_is_scored(mini, mini_adapters, monkeypatch):
+    """The question has 128 choices of 500 tokens. Between two parts of it, a step of the running answer fits in."""
+    steps_before_parts = []
+    choices = [f"{number}" + "好" * 500 for number in range(128)]
+    with running_server(mini, mini_adapters, max_queue=300) as server:
+
+        def noted(engine, prompts, examples):
+            steps_before_parts.append(server.service._thread.steps)
+            assert sum(len(example.input_ids) for example in examples[0]) < 3000
+            return [[float(len(steps_before_parts) + n) for n in range(len(examples[0]))]]
+
+        monkeypatch.setattr(service_module, "log_likelihoods", noted)
+        stream = server.client().chat.completions.create(**LONG, stream=True)
+        next(stream)
+        got = server.post("/v1/classify", {"model": "a0", "input": "好", "choices": choices}).json()["data"][0]
+        stream.close()
+    assert len(steps_before_parts) > 10 and len(set(steps_before_parts)) == len(steps_before_parts)
+    assert [each["choice"] for each in got["choices"]] == choices and got["label"] == choices[-1]
+
+
 def test_a_slow_reader_holds_nobody_up(mini, mini_adapters):
     """A client asks for more than its connection can hold, and reads nothing. Its answer is generated nevertheless."""
     with running_server(mini, mini_adapters, batch_size=2) as server:
