@@ -17,6 +17,7 @@ import httpx
 import pytest
 from helpers.serving import SECONDS, Running, running_server, slow_steps, until
 
+from softprompt.serving import gate
 from softprompt.serving import service as service_module
 
 USER = [{"role": "user", "content": "你好"}]
@@ -192,6 +193,22 @@ def test_a_server_that_shuts_down_finishes_its_answers_and_refuses_new_ones(mini
         assert sum(chunk.choices[0].finish_reason == "length" for chunk in streamed) == 4
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
+
+
+def test_a_client_that_reads_nothing_does_not_prevent_a_shutdown(mini, mini_adapters, monkeypatch):
+    monkeypatch.setattr(gate, "SENDING_SECONDS", 0.3)
+    with running_server(mini, mini_adapters) as server:
+        server.server.config.timeout_graceful_shutdown = 1
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "n": 2, "max_tokens": 60}
+        stalled = raw_request(server, {**LONG, **much})
+        reply = until(lambda: next(iter(server.service.replies), None))
+        until(lambda: reply.tokens)
+        start = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(SECONDS)
+        assert not server.thread.is_alive() and reply.tokens == 120 and time.monotonic() - start < SECONDS / 2
+        stalled.close()
+        assert [line["error"] for line in server.log] == ["timeout"]
 
 
 @pytest.mark.slow

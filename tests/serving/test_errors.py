@@ -192,8 +192,9 @@ def test_limits(mini, mini_adapters):
         asked = {**CHAT, "n": 3, "max_tokens": 5}
         assert got["usage"]["completion_tokens"] == 5  # the adapter's own 12 are limited, too
         with slow_steps(mini, 0.05), server.client().chat.completions.create(**asked, stream=True):
-            full = server.post(chat, CHAT)
-        assert error_of(full, 429)["code"] == "rate_limit_exceeded" and int(full.headers["Retry-After"]) > 0
+            for path, body in BODIES.items():
+                full = server.post(path, body)
+                assert error_of(full, 429)["code"] == "rate_limit_exceeded" and int(full.headers["Retry-After"]) > 0
 
 
 def test_an_answer_that_takes_too_long_is_given_up(mini, mini_adapters):
