@@ -1,12 +1,13 @@
 """Speed of the server under load: `python benchmarks/serve.py`.
 
     python benchmarks/serve.py --model_name_or_path mini FOLDER
-    python benchmarks/serve.py --sides serve --clients 4 --adapters 1 --new_tokens 8 --requests 1 --rounds 1
+    python benchmarks/serve.py --sides serve --clients 4 --adapters 1 --new_tokens 8 --answers 4 --rounds 1
 
-Each server is a process of its own, and the clients are another one, so that they do not share Python's lock. A client
-sends --requests requests, one after the other, each a chat that is streamed: a text of its own of some --prompt_tokens
-tokens (random words of the vocabulary), always to the same adapter. Prompts of P virtual tokens are random, answers
-are greedy and have --new_tokens tokens, because no end token is taken. All weights are fp32.
+Each server is a process of its own, and the clients are another one, so that they do not share Python's lock. In each
+case there are --answers answers, or one for each client if there are more clients. A client sends its requests one
+after the other, each a chat that is streamed: a text of its own of some --prompt_tokens tokens (random words of the
+vocabulary), always to the same adapter. Prompts of P virtual tokens are random, answers are greedy and have
+--new_tokens tokens, because no end token is taken. All weights are fp32.
 
 Contestants:
 
@@ -19,21 +20,25 @@ A contestant that fails at its first answer is left out, and stderr says why; so
 `transformers[serving]` is not installed. `transformers serve` loads all folders into one process. Their models cannot
 answer in one batch, and they would slow each other down if they answered at the same time; so with several adapters,
 the folders are asked one after the other, each by those clients that ask for its adapter, and their times are added.
-Loading, and one request to each folder to warm up, are not counted.
+Loading, one request to each folder to warm up, and in the times of an answer the wait for the folders before it, are not
+counted.
 
 The servers of a base run all the time, and take turns for --rounds rounds. tokens/s counts the tokens of all answers
 over the time from the first request to the last answer; `first` is the median time from a request to its first text,
 `p99` its 99th percentile, and `answer p99` that of whole answers. Figures are medians over the rounds, and ratios
 compare tokens/s of the same round. `same` is the share of the answers whose text is that of `serve`. A table is printed
-(and the file of --json written) as soon as its case is done, and the speed of each round at once, on stderr.
+(and the file of --json written) as soon as its case is done, and the speed of each round at once, on stderr. After
+--minutes, no case begins a second round.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -75,20 +80,20 @@ class Contestant(NamedTuple):
 
     def load(self, questions: Sequence[Sequence[tuple[str, int]]], adapters: int) -> Load:
         """Ask the questions of each client, given as (text, tokens); client c asks adapter c modulo `adapters`."""
-        asked = [
-            [Question(self.models[client % adapters], *question) for question in of_client]
-            for client, of_client in enumerate(questions)
-        ]
-        groups = [slice(None)] if self.at_once else [slice(number, None, adapters) for number in range(adapters)]
-        answers: list[list[Answer]] = [[] for _ in asked]
-        seconds = 0.0
+        groups = (
+            [range(len(questions))] if self.at_once else [range(n, len(questions), adapters) for n in range(adapters)]
+        )
+        answers, seconds = dict[int, list[Answer]](), 0.0
         for clients in groups:
-            send(self.url, [[Question(model, "a", 1)] for model in sorted({some[0].model for some in asked[clients]})])
-            load = send(self.url, asked[clients])
+            models = [self.models[client % adapters] for client in clients]
+            asked = [
+                [Question(model, *each) for each in questions[n]] for model, n in zip(models, clients, strict=True)
+            ]
+            send(self.url, [[Question(model, "a", 1)] for model in sorted({*models})])  # to warm up
+            load = send(self.url, asked)
             seconds += load.seconds
-            for number, some in zip(range(len(asked))[clients], chunks(load.answers, len(asked[0])), strict=True):
-                answers[number] = some
-        return Load([answer for some in answers for answer in some], seconds)
+            answers.update(zip(clients, chunks(load.answers, len(asked[0])), strict=True))
+        return Load([answer for client in sorted(answers) for answer in answers[client]], seconds)
 
 
 def main() -> None:
@@ -98,9 +103,10 @@ def main() -> None:
         print('`transformers serve` is left out: pip install "transformers[serving]"', file=sys.stderr)
         args.sides = [side for side in args.sides if side == "serve"]
     results: list[dict[str, Any]] = []
+    end = time.monotonic() + 60 * args.minutes
     for name in args.model_name_or_path:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
-            bench = Bench(name, Path(folder), args)
+            bench = Bench(name, Path(folder), args, end)
             contestants = bench.start(servers)
             for adapters in args.adapters:
                 for clients in args.clients:
@@ -121,22 +127,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=[*SIDES], default=[*SIDES])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--requests", type=int, default=2, help="of each client, one after the other")
+    parser.add_argument("--answers", type=int, default=8, help="of each case, at least one for each client")
     parser.add_argument("--prompt_tokens", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--num_virtual_tokens", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=int, default=12, help="after which each case has one round only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write all measurements to this file")
     return parser.parse_args()
 
 
 class Bench:
-    """One base with random adapters: `folder` gets the adapters, and the models that are exported from them."""
+    """One base with random adapters: `folder` gets the adapters, and the models that are exported from them. After
+    `end`, by `time.monotonic`, no case begins a second round."""
 
-    def __init__(self, name: str, folder: Path, args: argparse.Namespace):
-        self.name, self.folder, self.args = name, folder, args
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace, end: float):
+        self.name, self.folder, self.args, self.end = name, folder, args, end
         base = load_base(base_path(name), torch.device("cpu"), torch.float32)
         self.tokenizer = load_tokenizer(base_path(name))
         draw = torch.Generator().manual_seed(SEED)
@@ -177,16 +185,16 @@ class Bench:
 
     def questions(self, clients: int) -> list[list[tuple[str, int]]]:
         """Return the questions of each client: texts of about --prompt_tokens random words, and numbers of tokens."""
-        draw, V = random.Random(SEED), len(self.tokenizer)
-        words = [
-            [draw.randrange(V) for _ in range(self.args.prompt_tokens)] for _ in range(clients * self.args.requests)
-        ]
-        return chunks([(self.tokenizer.decode(ids), self.args.new_tokens) for ids in words], self.args.requests)
+        draw, V, of_each = random.Random(SEED), len(self.tokenizer), math.ceil(self.args.answers / clients)
+        words = [[draw.randrange(V) for _ in range(self.args.prompt_tokens)] for _ in range(clients * of_each)]
+        return chunks([(self.tokenizer.decode(ids), self.args.new_tokens) for ids in words], of_each)
 
     def compete(self, contestants: dict[str, Contestant], clients: int, adapters: int) -> dict[str, list[Load]]:
         """Let the contestants take turns; return the load of each round by contestant."""
         found: dict[str, list[Load]] = {side: [] for side in contestants}
         for number in range(self.args.rounds):
+            if number and time.monotonic() > self.end:
+                break
             for side in list(contestants)[:: 1 if number % 2 == 0 else -1]:
                 load = contestants[side].load(self.questions(clients), adapters)
                 found[side].append(load)
