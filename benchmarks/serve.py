@@ -20,8 +20,8 @@ A contestant that fails at its first answer is left out, and stderr says why; so
 `transformers[serving]` is not installed. `transformers serve` loads all folders into one process. Their models cannot
 answer in one batch, and they would slow each other down if they answered at the same time; so with several adapters,
 the folders are asked one after the other, each by those clients that ask for its adapter, and their times are added.
-Loading, one request to each folder to warm up, and in the times of an answer the wait for the folders before it, are not
-counted.
+Loading, and one request to each folder to warm up, are not counted; nor, in the times of an answer, is the wait for the
+folders before its own.
 
 The servers of a base run all the time, and take turns for --rounds rounds. tokens/s counts the tokens of all answers
 over the time from the first request to the last answer; `first` is the median time from a request to its first text,
