@@ -16,7 +16,7 @@ Contestants:
   writes. Each of these folders is a whole model with one adapter;
 * `transformers-cb`: the same with `--continuous-batching`, which does not support every base (not BLOOM, for example).
 
-A contestant that fails at its first answer is left out, and stderr says why; so are both peers if
+A contestant that fails is left out from then on, and stderr says why; so are both peers if
 `transformers[serving]` is not installed. `transformers serve` loads all folders into one process. Their models cannot
 answer in one batch, and they would slow each other down if they answered at the same time; so with several adapters,
 the folders are asked one after the other, each by those clients that ask for its adapter, and their times are added.
@@ -133,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_virtual_tokens", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=int, default=12, help="after which each case has one round only")
+    parser.add_argument("--minutes", type=int, default=10, help="after which each case has one round only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write all measurements to this file")
     return parser.parse_args()
@@ -190,15 +190,20 @@ class Bench:
         return chunks([(self.tokenizer.decode(ids), self.args.new_tokens) for ids in words], of_each)
 
     def compete(self, contestants: dict[str, Contestant], clients: int, adapters: int) -> dict[str, list[Load]]:
-        """Let the contestants take turns; return the load of each round by contestant."""
+        """Let the contestants take turns; return the load of each round by contestant. One that fails is removed."""
         found: dict[str, list[Load]] = {side: [] for side in contestants}
         for number in range(self.args.rounds):
             if number and time.monotonic() > self.end:
                 break
             for side in list(contestants)[:: 1 if number % 2 == 0 else -1]:
-                load = contestants[side].load(self.questions(clients), adapters)
-                found[side].append(load)
                 case = f"{Path(self.name).name}, clients: {clients}, adapters: {adapters}, round {number + 1}, {side}"
+                try:
+                    load = contestants[side].load(self.questions(clients), adapters)
+                except (ValueError, httpx.HTTPError) as error:
+                    print(f"{case}: it fails and is left out from now on: {error}", file=sys.stderr, flush=True)
+                    del contestants[side], found[side]
+                    continue
+                found[side].append(load)
                 print(f"{case}: {load.speed:,.1f} tokens/s in {load.seconds:.1f} s", file=sys.stderr, flush=True)
         return found
 
