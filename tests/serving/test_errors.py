@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -255,7 +256,20 @@ def test_metrics_count_what_was_done(mini, mini_adapters):
 VALUES = [None, True, False, 0, 1, -1, 2, 3.5, 1e308, 10**30, "", "a", "正面", "\ud800", [], [1], ["a"], [[]], {}]
 NAMES = ["temperature", "top_p", "max_tokens", "stop", "n", "seed", "logprobs", "top_logprobs", "stream", "user"]
 NAMES += ["stream_options", "top_k", "min_p", "messages", "prompt", "choices", "input", "model", "role", "content"]
-OTHERS = {"stop": ["不", "q"], "seed": 3, "temperature": 1, "n": 2}
+LIKELY: dict[str, list[Any]] = {  # values that a field takes
+    "temperature": [0, 0.5, 2],
+    "top_p": [0.1, 1],
+    "max_tokens": [1, 4],
+    "stop": ["不", ["q", "的", "。"]],
+    "n": [1, 3],
+    "seed": [3, -1],
+    "top_k": [0, 5],
+    "min_p": [0.2],
+    "model": ["a1", "mini"],
+    "user": ["me"],
+    "prompt": [["你好", "我爱"], [5, 6], [[5], [6, 7]]],
+    "messages": [[*USER, {"role": "assistant", "content": "好"}, *USER]],
+}
 
 
 def mutated(draw: random.Random, value: Any) -> Any:
@@ -276,37 +290,64 @@ def mutated(draw: random.Random, value: Any) -> Any:
     return draw.choice(VALUES)
 
 
-def check_mutated(server: Running, numbers: range) -> None:
-    """Send mutated bodies: each is answered as it asks, or refused with 4xx; none fails, and none hangs."""
+def check_mutated(server: Running, numbers: range) -> Counter[str]:
+    """Send mutated bodies: each is answered as it asks, or refused with 4xx; none fails, and none hangs.
+
+    Returns:
+        How many were answered, by the type of the answer, and how many were refused.
+    """
+    counts = Counter[str]()
     for number in numbers:
         draw = random.Random(number)
         path = draw.choice(list(BODIES))
-        body: Any = BODIES[path] if path == "/v1/classify" else {**BODIES[path], **OTHERS}
-        for _ in range(draw.randint(1, 3)):
+        body: Any = BODIES[path]
+        for _ in range(draw.randint(0, 4) if path != "/v1/classify" else 0):
+            name = draw.choice([name for name in LIKELY if name in BODIES[path] or name not in ("messages", "prompt")])
+            body = {**body, "stream": draw.choice([None, True]), name: draw.choice(LIKELY[name])}
+            body["logprobs"] = draw.choice([None, True if "messages" in body else 2])
+        for _ in range(draw.choice([0, 0, 1, 1, 2])):
             body = mutated(draw, body)
         content = bytearray(json.dumps(body).encode())
         if draw.random() < 0.1:
             content[draw.randrange(len(content))] = draw.randrange(256)
         response = server.post_content(path, bytes(content))
+        kind = response.headers["content-type"].partition(";")[0]
+        counts[kind if response.status_code == 200 else "refused"] += 1
         if response.status_code != 200:
             assert 400 <= response.status_code < 500, (number, body, response.text)
             error_of(response, response.status_code)
-        elif response.headers["content-type"].startswith("text/event-stream"):
-            assert response.text.endswith("data: [DONE]\n\n"), (number, body)
         elif path != "/v1/classify":
-            check_choices(json.loads(content), response.json())
+            check_answer(json.loads(content), response)
+    return counts
 
 
-def check_choices(body: dict[str, Any], got: dict[str, Any]) -> None:
-    """Assert that there are as many choices as a body asks for, and that each is whole."""
-    prompts = body.get("prompt")
-    several = len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else 1
-    assert len(got["choices"]) == several * (body.get("n") or 1), body
-    assert all(each["finish_reason"] in ("stop", "length") for each in got["choices"]), body
+def check_answer(body: dict[str, Any], response: httpx.Response) -> None:
+    """Assert that there are as many choices as a body asks for, that each is whole, and that none is longer than asked
+    or holds a stop text."""
+    if response.headers["content-type"].startswith("text/event-stream"):
+        *events, done, rest = response.text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", ""), body
+        pieces = [one for event in events for one in json.loads(event.removeprefix("data: "))["choices"]]
+    else:
+        pieces = response.json()["choices"]
+    prompts, wanted = body.get("prompt"), body.get("n") or 1
+    wanted *= len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else 1
+    texts, tokens, reasons = [""] * wanted, [0] * wanted, [[] for _ in range(wanted)]
+    for piece in pieces:
+        message = piece.get("message") or piece.get("delta") or {"content": piece.get("text")}
+        logprobs = piece["logprobs"] or {}
+        texts[piece["index"]] += message.get("content") or ""
+        tokens[piece["index"]] += len(logprobs.get("content") or logprobs.get("tokens") or [])
+        reasons[piece["index"]] += [piece["finish_reason"]] if piece["finish_reason"] else []
+    assert all(len(some) == 1 and some[0] in ("stop", "length") for some in reasons), body
+    assert max(tokens) <= (body.get("max_tokens") or 16), body
+    stops = body.get("stop") or []
+    assert not any(stop in text for text in texts for stop in ([stops] if isinstance(stops, str) else stops)), body
 
 
 def test_mutated_bodies_are_answered_or_refused(server: Running):
-    check_mutated(server, range(60))
+    counts = check_mutated(server, range(60))
+    assert all(counts[kind] > 5 for kind in ("application/json", "text/event-stream", "refused")), counts
     assert server.ask("a0", "你好", max_tokens=1) is not None and not server.service.unfinished
 
 
