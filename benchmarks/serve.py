@@ -35,6 +35,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -98,6 +99,7 @@ class Contestant(NamedTuple):
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a limit of time ends the servers, too
     print(json.dumps(machine(resolve_device(args.device))), file=sys.stderr)
     if not transformers_can_serve():
         print('`transformers serve` is left out: pip install "transformers[serving]"', file=sys.stderr)
