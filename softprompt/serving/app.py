@@ -28,7 +28,7 @@ from softprompt.serving.formats import (
 from softprompt.serving.gate import BODY_SECONDS, CLOSED_BY_CLIENT, error_response, notes
 from softprompt.serving.metrics import CONTENT_TYPE
 from softprompt.serving.page import add_page
-from softprompt.serving.respond import respond, service_of
+from softprompt.serving.respond import respond, service_of, unless_gone
 from softprompt.serving.service import Service
 
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a UTF-16 surrogate, which is valid only in a pair
@@ -84,7 +84,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     service, body = service_of(request), await _body(request, ChatBody)
     served = await service.find(body.model)
-    service.check_queue()
+    service.check_queue(n=body.n or 1)
     requests = await service.in_worker(service.encoder.chat, body, served.adapter, service.seed(body.seed))
     form = ChatFormat(body.model, service.model.tokenizer, body.top is not None)
     return await respond(request, body, form, [requests], continues=False)
@@ -94,7 +94,7 @@ async def completions(request: Request) -> Response:
     """Continue texts."""
     service, body = service_of(request), await _body(request, CompletionBody)
     served = await service.find(body.model)
-    service.check_queue(len(body.prompts) * (body.n or 1))
+    service.check_queue(prompt=len(body.prompts), n=body.n or 1)
     requests = await service.in_worker(service.encoder.completion, body, served.adapter, service.seed(body.seed))
     form = CompletionFormat(body.model, service.model.tokenizer, body.top is not None)
     return await respond(request, body, form, requests, continues=True)
@@ -104,12 +104,12 @@ async def classify(request: Request) -> Response:
     """Return, for each question, the likeliest choice and the probability of each choice."""
     service, body = service_of(request), await _body(request, ClassifyBody)
     served = await service.find(body.model)
-    service.check_queue(len(body.conversations) * len(body.choices))
+    service.check_queue(input=len(body.conversations), choices=len(body.choices))
     examples, tokens = await service.in_worker(service.encoder.classification, body, served.adapter)
     notes(request.scope).update(prompt_tokens=tokens)
     try:
         async with asyncio.timeout(service.arguments.request_timeout):
-            results = await service.classify(served.adapter, examples, body.choices)
+            results = await unless_gone(service.classify(served.adapter, examples, body.choices), request.receive)
     except TimeoutError:
         raise timed_out(service.arguments.request_timeout) from None
     service.metrics.prompt_tokens += tokens

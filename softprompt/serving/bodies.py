@@ -7,15 +7,33 @@ an answer (`user`, `metadata`, …) is ignored. A field that asks for something 
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from softprompt.serving.errors import ApiError, invalid
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
+Texts = Annotated[
+    list[str], Field(fail_fast=True)
+]  # a body of a megabyte may have very many items: stop at the first wrong one
+MAX_ROWS = 2048  # the largest number of messages of a conversation, and of questions of /v1/classify
 MAX_CHOICES = 128  # the largest n, as at OpenAI, and the largest number of choices of /v1/classify
+
+
+def _union(accepted: str) -> WrapValidator:
+    """Report a value that no type of a union accepts with what they accept together. Pydantic reports each type's
+    faults alone, which the sender of another type of the union cannot use."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("union", "it must be {accepted}", {"accepted": accepted}) from None
+
+    return WrapValidator(validate)
 
 
 class _Body(BaseModel):
@@ -45,7 +63,10 @@ class GenerationBody(_Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=4)] | None,
+        _union("a text of 1 to 1,000 characters, or a list of up to four of them"),
+    ] = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stream: bool | None = None
@@ -93,7 +114,10 @@ class Message(_Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[
+        str | Annotated[list[Part], Field(fail_fast=True)],
+        _union('a text, or a list of parts of the form {"type": "text", "text": "…"}'),
+    ]
     name: str | None = None
     refusal: None = None
 
@@ -103,7 +127,7 @@ class Message(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=2048)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ROWS, fail_fast=True)]
 
 
 class ChatBody(GenerationBody):
@@ -170,7 +194,10 @@ class CompletionBody(GenerationBody):
         "echo": (None, False),
     }
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Annotated[
+        str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
+        _union("a text, a list of texts, a list of token ids, or a list of lists of token ids"),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: str | None = None
     echo: bool | None = None
@@ -210,7 +237,10 @@ class ClassifyBody(_Body):
     model: str
     choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=MAX_CHOICES)]
     messages: Messages | None = None
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)] | None = None
+    input: Annotated[
+        str | Annotated[Texts, Field(min_length=1, max_length=MAX_ROWS)] | None,
+        _union(f"a text, or a list of 1 to {MAX_ROWS:,} texts"),
+    ] = None
     user: str | None = None
 
     @property
@@ -259,12 +289,11 @@ def parse_body(kind: type[BodyType], values: Any) -> BodyType:
 def _described(error: ValidationError) -> ApiError:
     """Return the first validation error as an ApiError, whose message does not quote the value."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where, *inner = fault["loc"] or ("body",)
-    shown = str(where)[:100].encode(errors="replace").decode()
-    param = ".".join([shown, *(f"[{part}]" for part in inner[:1] if isinstance(part, int))])
-    if fault["type"] == "missing" and not inner:
+    shown = [str(part)[:100].encode(errors="replace").decode() for part in fault["loc"]]
+    of_list = [isinstance(part, int) for part in fault["loc"]]
+    param = ".".join(f"[{part}]" if index else part for part, index in zip(shown, of_list, strict=True)) or "body"
+    if fault["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    if fault["type"] == "extra_forbidden" and not inner:
+    if fault["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    detail = ".".join(map(str, inner))
-    return invalid(param, f"{detail}: {fault['msg']}" if detail else fault["msg"])
+    return invalid(param, fault["msg"])

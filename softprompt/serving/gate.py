@@ -10,7 +10,8 @@ import json
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import AsyncIterator, Callable, Collection, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -49,17 +50,33 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, service: Service, routes: Collection[str], log: Callable[[str], object]):
-        self.app, self.metrics, self.routes, self.log = app, service.metrics, routes, log
+        self.app, self.service, self.routes, self.log = app, service, routes, log
+        self.metrics = service.metrics
         self.api_key = service.arguments.api_key
         self.seconds = BODY_SECONDS + service.arguments.request_timeout + SENDING_SECONDS
         self.open, self.draining = 0, False
+        self._limits = set[asyncio.Timeout]()  # of the requests that are being answered
         self.on_idle: Callable[[], object] = lambda: None
+        self._closing: asyncio.Task[None] | None = None  # kept, because the event loop only refers to it weakly
 
     def drain(self, on_idle: Callable[[], object]) -> None:
-        """Refuse new requests; call `on_idle` when the last one has been answered."""
+        """Refuse new requests; call `on_idle` when the last one has been answered. When all answers are generated,
+        clients have `SENDING_SECONDS` to read them."""
         self.draining, self.on_idle = True, on_idle
-        if not self.open:
+        if self.open:
+            self._closing = asyncio.create_task(self._give_up_on_readers())
+        else:
             on_idle()
+
+    async def _give_up_on_readers(self) -> None:
+        """End the requests that are still open `SENDING_SECONDS` after the last answer has been generated."""
+        generated = time.monotonic()
+        while time.monotonic() < generated + SENDING_SECONDS:
+            await asyncio.sleep(0.1)
+            if self.service.unfinished:
+                generated = time.monotonic()
+        for limit in self._limits:
+            limit.reschedule(0.0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,7 +97,7 @@ class Gate:
             if refused := self._refusal(scope):
                 await error_response(refused)(scope, receive, noting)
             else:
-                async with asyncio.timeout(self.seconds):  # also limits a client that does not read
+                async with self._limited():  # also limits a client that does not read
                     await self.app(scope, receive, noting)
         except (ClientDisconnect, TimeoutError) as error:
             notes(scope)["error"] = "timeout" if isinstance(error, TimeoutError) else "client_disconnected"
@@ -95,6 +112,16 @@ class Gate:
             self._note(scope, request_id, status or CLOSED_BY_CLIENT, started)
             if self.draining and not self.open:
                 self.on_idle()
+
+    @asynccontextmanager
+    async def _limited(self) -> AsyncIterator[None]:
+        """Raise TimeoutError after the time of a request, or when a shutdown gives up on it."""
+        async with asyncio.timeout(self.seconds) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         """Return the error with which a request is refused; None if it is not refused."""

@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse
 from starlette.responses import Response
 
 STATIC = Path(__file__).parent / "static"
-FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "icon.svg")}}
+FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "zh.js", "icon.svg")}}
 POLICY = "default-src 'none'; " + "; ".join(
     [
         *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect")),

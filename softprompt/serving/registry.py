@@ -19,7 +19,9 @@ from softprompt.runs.checkpoints import checkpoints
 from softprompt.utils.errors import AdapterError, SoftpromptError
 
 INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
-GRACE = 1.0  # seconds for which an adapter is served after its files are gone, because a writer may be replacing them
+# For this many seconds after its files were found last, an adapter is served, because a writer may be replacing them.
+# This is longer than INTERVAL, so that the folders are read at least once more.
+GRACE = 2 * INTERVAL
 Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a name with a folder, and the versions of its files
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -20,6 +20,7 @@ from softprompt.serving.gate import notes
 from softprompt.serving.service import Service
 from softprompt.utils.errors import ConfigError
 
+Result = TypeVar("Result")
 EVENT_STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -85,22 +86,22 @@ class ReplyStream(StreamingResponse):
             self.on_end()
 
 
-async def unless_gone(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Wait for `work`, but give it up when the client goes away.
+async def unless_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+    """Wait for `work` and return its result, but give it up when the client goes away.
 
     Raises:
         ClientDisconnect: The client has gone away.
     """
-    tasks = [asyncio.ensure_future(each) for each in (work, _gone(receive))]
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientDisconnect
-        tasks[0].result()
+        return working.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:

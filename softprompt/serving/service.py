@@ -1,6 +1,7 @@
 """What the routes share: the model and its thread, the adapters, the limits, and the running requests."""
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from softprompt.data.tokenization import Example
+from softprompt.engines.memory_estimate import MAX_TOKENS
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.likelihood import ChoiceResult, choice_result, log_likelihoods
 from softprompt.generation.model import SoftPromptModel
@@ -41,7 +43,7 @@ class Service:
     Attributes:
         base_id: The name of the base in requests: its hub id, or the name of its folder.
         replies: The replies that are not closed yet.
-        scoring: Number of questions that wait for the probabilities of choices.
+        scoring: Number of choices whose probabilities are awaited, over all questions.
 
     Raises:
         ModelError: The base cannot generate with a prompt.
@@ -90,17 +92,30 @@ class Service:
         """Call a function that may take long in the worker thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
-    def check_queue(self, more: int = 1) -> None:
-        """Raise ApiError if the running batch and the queue have no room for `more` further answers."""
-        places = self.arguments.batch_size + self.arguments.max_queue
-        if more > places:
-            raise ApiError(400, f"{more} answers are more than this server accepts at a time ({places}).", param="n")
-        if self.unfinished + more > places:
+    def check_queue(self, **counts: int) -> None:
+        """Check that the answers of a request have room in the running batch and the queue.
+
+        Args:
+            counts: The factors of the number of answers, by the field of the body that sets each of them.
+
+        Raises:
+            ApiError: There are more answers than places (400; `param` is the field with the largest factor), or too few
+                places are free (429).
+        """
+        answers, places = math.prod(counts.values()), self.arguments.batch_size + self.arguments.max_queue
+        if answers > places:
+            factors = " × ".join(f"{count} of '{field}'" for field, count in counts.items() if count > 1)
+            message = f"{answers} answers ({factors}) are more than this server accepts at a time ({places})."
+            raise ApiError(400, message, param=max(counts, key=lambda field: counts[field]), code="invalid_value")
+        self._check_free(answers)
+
+    def _check_free(self, answers: int) -> None:
+        if self.unfinished + answers > self.arguments.batch_size + self.arguments.max_queue:
             raise overloaded("The queue of this server is full. Try again later.")
 
     @property
     def unfinished(self) -> int:
-        """Number of answers and classifications that wait or are being computed."""
+        """Number of answers and choices that wait or are being computed."""
         return self.scoring + sum(not answer.done for reply in self.replies for answer in reply.answers)
 
     def submit(self, requests: Sequence[Request], prompt_tokens: int, stops: Sequence[str], continues: bool) -> Reply:
@@ -109,7 +124,7 @@ class Service:
         Raises:
             ApiError: The queue is full.
         """
-        self.check_queue(len(requests))
+        self._check_free(len(requests))
         answers = [Answer(request, self.model.tokenizer, stops, continues) for request in requests]
         reply = Reply(answers, prompt_tokens, self.arguments.request_timeout)
         self.replies.add(reply)
@@ -126,18 +141,27 @@ class Service:
     async def classify(
         self, adapter: LoadedAdapter, examples: list[list[Example]], choices: Sequence[str]
     ) -> list[ChoiceResult]:
-        """Return for each question the probability of each choice; see `SoftPromptModel.classify`. Between two
-        questions, the running answers go on."""
+        """Return for each question the probability of each choice; see `SoftPromptModel.classify`. Between two parts of
+        a question, each of about as many tokens as a decoding step prefills, the running answers go on.
 
-        def score(of_question: list[Example]) -> ChoiceResult:
-            (scores,) = log_likelihoods(self.model.engine, [adapter.prompt], [of_question])
-            return choice_result(scores, choices)
+        Raises:
+            ApiError: The queue is full.
+        """
 
-        self.scoring += len(examples)
+        def score(part: list[Example]) -> list[float]:
+            return log_likelihoods(self.model.engine, [adapter.prompt], [part])[0]
+
+        async def of_question(parts: list[list[Example]]) -> ChoiceResult:
+            scores = [await self._running_thread().call(partial(score, part)) for part in parts]
+            return choice_result([value for some in scores for value in some], choices)
+
+        scoring, tokens = len(examples) * len(choices), MAX_TOKENS[self.model.engine.device.type]
+        self._check_free(scoring)
+        self.scoring += scoring
         try:
-            return [await self._running_thread().call(partial(score, of_question)) for of_question in examples]
+            return [await of_question(_parts(question, tokens)) for question in examples]
         finally:
-            self.scoring -= len(examples)
+            self.scoring -= scoring
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """Return the current values of further metrics by name, each as (help text, value)."""
@@ -156,6 +180,19 @@ class Service:
     def _running_thread(self) -> ModelThread:
         assert self._thread is not None, "Service.start has not been called"
         return self._thread
+
+
+def _parts(examples: Sequence[Example], tokens: int) -> list[list[Example]]:
+    """Split examples into parts of at most `tokens` tokens, or of one example if it is longer."""
+    parts, total = list[list[Example]](), tokens
+    for example in examples:
+        length = len(example.input_ids)
+        if total + length > tokens:
+            parts.append([])
+            total = 0
+        parts[-1].append(example)
+        total += length
+    return parts
 
 
 def base_id(name: str) -> str:

@@ -36,6 +36,7 @@ class Browser:
         self.session = self("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
+        self.speak("en-US")
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
         self.number += 1
@@ -56,6 +57,10 @@ class Browser:
         self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
+
+    def speak(self, language: str) -> None:
+        """The language that pages are told from now on."""
+        self("Emulation.setUserAgentOverride", userAgent="Mozilla/5.0", acceptLanguage=language)
 
     def ask(self, expression: str) -> Any:
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")

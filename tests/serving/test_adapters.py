@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,6 +16,9 @@ from softprompt.serving.registry import Registry, base_of, parse_roots
 from softprompt.utils.errors import AdapterError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+DEFAULTS = {"INTERVAL": registry.INTERVAL, "GRACE": registry.GRACE}
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +186,29 @@ def test_an_adapter_that_is_being_replaced_is_served_meanwhile(mini, runs, write
         shutil.rmtree(one)
         until(lambda: names(server) == ["mini"])
         assert status(server, "one") == 404
+
+
+def test_a_look_at_the_moment_of_a_replacement_loses_no_adapter(mini, runs, write, monkeypatch):
+    """With the intervals of the server: requests come all the time, and one of them finds the folder moved away."""
+    now = [1000.0]
+    monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for name, seconds in DEFAULTS.items():
+        monkeypatch.setattr(registry, name, seconds)
+    one = write("one")
+    adapters = Registry(parse_roots([str(runs)]), "mini", mini.base.config.hidden_size, None, "mini", print)
+    assert adapters.get("one")
+
+    def served_after(seconds: float) -> bool:
+        now[0] += seconds
+        return adapters.get("one") is not None
+
+    for _ in range(3):
+        one.rename(runs.parent / "aside")
+        assert served_after(1.1)
+        (runs.parent / "aside").rename(one)
+        assert served_after(0.4) and served_after(1.1)
+    shutil.rmtree(one)
+    assert served_after(1.1) and not served_after(1.1)
 
 
 def test_files_that_are_replaced_while_they_are_read_are_read_again(mini, runs, write, monkeypatch):

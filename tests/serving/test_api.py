@@ -5,10 +5,7 @@ import asyncio
 import openai
 import pytest
 import torch
-from helpers.adapters import write_adapter_for
-from helpers.bases import make_tokenizer
 from helpers.serving import Running, running_server
-from helpers.small_bases import small_base
 
 from softprompt.generation.model import SoftPromptModel
 
@@ -196,24 +193,7 @@ def test_a_conversation_is_rendered_as_in_training(server: Running):
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HELLO = {"role": "user", "content": "hello"}
-LLAMA = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
 WITHOUT_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] + '\n' }}{% endfor %}{{ '> ' }}"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A tiny Llama with a chat template, an adapter that was trained with it, and one that was not."""
-    folder, tokenizer = tmp_path_factory.mktemp("llama"), make_tokenizer()
-    tokenizer.chat_template = LLAMA
-    base = small_base("llama", seed=3)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    generation = {"do_sample": False, "max_new_tokens": 9}
-    for number, template in enumerate(("chat", "default")):
-        write_adapter_for(
-            folder / "runs" / template, base, str(folder / "base"), 3, number, template=template, generation=generation
-        )
-    return folder
 
 
 @pytest.mark.parametrize("engine", ["auto", "padded"])

@@ -17,25 +17,26 @@ import httpx
 import pytest
 from helpers.serving import SECONDS, Running, running_server, slow_steps, until
 
+from softprompt.serving import gate
 from softprompt.serving import service as service_module
 
 USER = [{"role": "user", "content": "你好"}]
 LONG = {"model": "a0", "messages": USER, "max_tokens": 900}
 
 
-def http_request(body: dict, *headers: str) -> bytes:
+def http_request(body: dict, *headers: str, path: str = "/v1/chat/completions") -> bytes:
     content = json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
 
 
-def raw_request(server: Running, body: dict) -> socket.socket:
+def raw_request(server: Running, body: dict, **more: str) -> socket.socket:
     """Send a request on a connection of its own, which takes little at a time, without reading the answer."""
     connection = socket.socket()
     connection.settimeout(SECONDS)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
     connection.connect(server.address)
-    connection.sendall(http_request(body))
+    connection.sendall(http_request(body, **more))
     return connection
 
 
@@ -58,6 +59,46 @@ def test_a_client_that_goes_away_frees_its_place(stream, mini, mini_adapters):
         assert time.monotonic() - start < 10
         assert until(lambda: [line["error"] for line in server.log if "error" in line][1:]) is not None
         assert {line.get("error") for line in server.log[:2]} == {"client_disconnected"}
+
+
+def test_choices_that_nobody_waits_for_are_not_scored(mini, mini_adapters, monkeypatch):
+    scored, score = [], service_module.log_likelihoods
+
+    def slowly(*arguments):
+        scored.append(1)
+        time.sleep(0.05)
+        return score(*arguments)
+
+    monkeypatch.setattr(service_module, "log_likelihoods", slowly)
+    with running_server(mini, mini_adapters) as server:
+        body = {"model": "a0", "input": ["好"] * 100, "choices": ["正面", "负面"]}
+        connection = raw_request(server, body, path="/v1/classify")
+        until(lambda: len(scored) > 1)
+        assert server.service.unfinished == 200
+        connection.close()
+        until(lambda: not server.service.unfinished)
+        assert until(lambda: [line.get("error") for line in server.log]) == ["client_disconnected"]
+    assert len(scored) < 100
+
+
+def test_running_answers_go_on_while_a_large_question_is_scored(mini, mini_adapters, monkeypatch):
+    """The question has 128 choices of 500 tokens. Between two parts of it, a step of the running answer fits in."""
+    steps_before_parts = []
+    choices = [f"{number}" + "好" * 500 for number in range(128)]
+    with running_server(mini, mini_adapters, max_queue=300) as server:
+
+        def noted(engine, prompts, examples):
+            steps_before_parts.append(server.service._thread.steps)
+            assert sum(len(example.input_ids) for example in examples[0]) < 3000
+            return [[float(len(steps_before_parts) + n) for n in range(len(examples[0]))]]
+
+        monkeypatch.setattr(service_module, "log_likelihoods", noted)
+        stream = server.client().chat.completions.create(**LONG, stream=True)
+        next(stream)
+        got = server.post("/v1/classify", {"model": "a0", "input": "好", "choices": choices}).json()["data"][0]
+        stream.close()
+    assert len(steps_before_parts) > 10 and len(set(steps_before_parts)) == len(steps_before_parts)
+    assert [each["choice"] for each in got["choices"]] == choices and got["label"] == choices[-1]
 
 
 def test_a_slow_reader_holds_nobody_up(mini, mini_adapters):
@@ -152,6 +193,22 @@ def test_a_server_that_shuts_down_finishes_its_answers_and_refuses_new_ones(mini
         assert sum(chunk.choices[0].finish_reason == "length" for chunk in streamed) == 4
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
+
+
+def test_a_client_that_reads_nothing_does_not_prevent_a_shutdown(mini, mini_adapters, monkeypatch):
+    monkeypatch.setattr(gate, "SENDING_SECONDS", 0.3)
+    with running_server(mini, mini_adapters) as server:
+        server.server.config.timeout_graceful_shutdown = 1
+        much = {"stream": True, "logprobs": True, "top_logprobs": 20, "n": 2, "max_tokens": 60}
+        stalled = raw_request(server, {**LONG, **much})
+        reply = until(lambda: next(iter(server.service.replies), None))
+        until(lambda: reply.tokens)
+        start = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(SECONDS)
+        assert not server.thread.is_alive() and reply.tokens == 120 and time.monotonic() - start < SECONDS / 2
+        stalled.close()
+        assert [line["error"] for line in server.log] == ["timeout"]
 
 
 @pytest.mark.slow

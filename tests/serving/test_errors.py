@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -9,12 +11,15 @@ import openai
 import pytest
 from helpers.serving import Running, running_server, slow_steps, until
 
+from softprompt.serving.bodies import ChatBody, ClassifyBody, CompletionBody, parse_body
+from softprompt.serving.errors import ApiError
 from softprompt.utils import redact
 
 USER = [{"role": "user", "content": "你好"}]
 CHAT = {"model": "a0", "messages": USER, "max_tokens": 2}
 COMPLETION = {"model": "a1", "prompt": "你好", "max_tokens": 2}
 CLASSIFY = {"model": "a0", "input": "你好", "choices": ["正面", "负面"]}
+MISSING = "missing_required_parameter"
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/v1/classify": CLASSIFY}
 
 
@@ -32,7 +37,14 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("/v1/chat/completions", {"frobnicate": 1}, "frobnicate", "unknown_parameter"),
         ("/v1/chat/completions", {"messages": None}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"messages": []}, "messages", "invalid_value"),
-        ("/v1/chat/completions", {"messages": [{"role": "wizard", "content": "a"}]}, "messages.[0]", "invalid_value"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "wizard", "content": "a"}]},
+            "messages.[0].role",
+            "invalid_value",
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.[0].content", MISSING),
+        ("/v1/chat/completions", {"messages": [{**USER[0], "x": 1}]}, "messages.[0].x", "unknown_parameter"),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"messages": [*USER, *USER]}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"temperature": 2.1}, "temperature", "invalid_value"),
@@ -64,6 +76,45 @@ def test_a_wrong_field_is_named(path, change, param, code, server: Running):
     error = error_of(server.post(path, {**BODIES[path], **change}), 400)
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert param.split(".")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path, field, values, accepted",
+    [
+        ("/v1/chat/completions", "stop", [3, "", [""], ["a"] * 5, ["a", 1], {}], ("text", "list", "four")),
+        (
+            "/v1/chat/completions",
+            "messages.[0].content",
+            [None, 3, [3], [{"type": "image"}]],
+            ("text", "list of parts"),
+        ),
+        (
+            "/v1/completions",
+            "prompt",
+            [3, [None], [-1], [1, "a"], [[1, "a"]], [1.5]],
+            ("text", "of token ids", "lists"),
+        ),
+        ("/v1/classify", "input", [3, [], [3], {}], ("text", "list of 1 to")),
+    ],
+)
+def test_a_field_of_several_types_says_what_it_accepts(path, field, values, accepted, server: Running):
+    for value in values:
+        change = {field: value} if "." not in field else {"messages": [{"role": "user", "content": value}]}
+        error = error_of(server.post(path, {**BODIES[path], **change}), 400)
+        assert error["param"] == field and all(word in error["message"] for word in accepted), error
+
+
+def test_a_list_is_refused_at_its_first_wrong_item():
+    """A body may hold hundreds of thousands of items; listing a fault of each would keep all other requests waiting."""
+    for kind, path, field in (
+        (ChatBody, "/v1/chat/completions", "messages"),
+        (CompletionBody, "/v1/completions", "prompt"),
+        (ClassifyBody, "/v1/classify", "input"),
+    ):
+        start = time.thread_time()
+        with pytest.raises(ApiError):
+            parse_body(kind, {**BODIES[path], field: [{}] * 500_000})
+        assert time.thread_time() - start < 0.2, field
 
 
 def test_fields_that_change_nothing_are_accepted(server: Running):
@@ -126,13 +177,25 @@ def test_limits(mini, mini_adapters):
         long = error_of(server.post("/v1/completions", {"model": "a0", "prompt": "我爱这部电影" * 9}), 400)
         assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
         error_of(server.post(chat, {**CHAT, "max_tokens": 6}), 400)
-        error_of(server.post(chat, {**CHAT, "n": 4}), 400)
+        text, several = "/v1/completions", {**CLASSIFY, "choices": ["正", "负"], "input": ["a", "b", "c"]}
+        for path, body, param in (  # three places; the field with the largest factor is named
+            (chat, {**CHAT, "n": 4}, "n"),
+            (text, {**COMPLETION, "n": 4}, "n"),
+            (text, {**COMPLETION, "prompt": ["a"] * 4}, "prompt"),
+            (text, {**COMPLETION, "prompt": ["a", "b", "c"], "n": 2}, "prompt"),
+            ("/v1/classify", several, "input"),
+            ("/v1/classify", {**several, "input": "a", "choices": ["正", "负", "中", "无"]}, "choices"),
+        ):
+            error = error_of(server.post(path, body), 400)
+            assert error["param"] == param and f"'{param}'" in error["message"], body
+        assert server.post(text, {**COMPLETION, "prompt": ["a", "b", "c"]}).status_code == 200
         got = server.post(chat, {"model": "a0", "messages": USER}).json()
         asked = {**CHAT, "n": 3, "max_tokens": 5}
         assert got["usage"]["completion_tokens"] == 5  # the adapter's own 12 are limited, too
         with slow_steps(mini, 0.05), server.client().chat.completions.create(**asked, stream=True):
-            full = server.post(chat, CHAT)
-        assert error_of(full, 429)["code"] == "rate_limit_exceeded" and int(full.headers["Retry-After"]) > 0
+            for path, body in BODIES.items():
+                full = server.post(path, body)
+                assert error_of(full, 429)["code"] == "rate_limit_exceeded" and int(full.headers["Retry-After"]) > 0
 
 
 def test_an_answer_that_takes_too_long_is_given_up(mini, mini_adapters):
@@ -193,7 +256,20 @@ def test_metrics_count_what_was_done(mini, mini_adapters):
 VALUES = [None, True, False, 0, 1, -1, 2, 3.5, 1e308, 10**30, "", "a", "正面", "\ud800", [], [1], ["a"], [[]], {}]
 NAMES = ["temperature", "top_p", "max_tokens", "stop", "n", "seed", "logprobs", "top_logprobs", "stream", "user"]
 NAMES += ["stream_options", "top_k", "min_p", "messages", "prompt", "choices", "input", "model", "role", "content"]
-OTHERS = {"stop": ["不", "q"], "seed": 3, "temperature": 1, "n": 2}
+LIKELY: dict[str, list[Any]] = {  # values that a field takes
+    "temperature": [0, 0.5, 2],
+    "top_p": [0.1, 1],
+    "max_tokens": [1, 4],
+    "stop": ["不", ["q", "的", "。"]],
+    "n": [1, 3],
+    "seed": [3, -1],
+    "top_k": [0, 5],
+    "min_p": [0.2],
+    "model": ["a1", "mini"],
+    "user": ["me"],
+    "prompt": [["你好", "我爱"], [5, 6], [[5], [6, 7]]],
+    "messages": [[*USER, {"role": "assistant", "content": "好"}, *USER]],
+}
 
 
 def mutated(draw: random.Random, value: Any) -> Any:
@@ -214,37 +290,64 @@ def mutated(draw: random.Random, value: Any) -> Any:
     return draw.choice(VALUES)
 
 
-def check_mutated(server: Running, numbers: range) -> None:
-    """Send mutated bodies: each is answered as it asks, or refused with 4xx; none fails, and none hangs."""
+def check_mutated(server: Running, numbers: range) -> Counter[str]:
+    """Send mutated bodies: each is answered as it asks, or refused with 4xx; none fails, and none hangs.
+
+    Returns:
+        How many were answered, by the type of the answer, and how many were refused.
+    """
+    counts = Counter[str]()
     for number in numbers:
         draw = random.Random(number)
         path = draw.choice(list(BODIES))
-        body: Any = BODIES[path] if path == "/v1/classify" else {**BODIES[path], **OTHERS}
-        for _ in range(draw.randint(1, 3)):
+        body: Any = BODIES[path]
+        for _ in range(draw.randint(0, 4) if path != "/v1/classify" else 0):
+            name = draw.choice([name for name in LIKELY if name in BODIES[path] or name not in ("messages", "prompt")])
+            body = {**body, "stream": draw.choice([None, True]), name: draw.choice(LIKELY[name])}
+            body["logprobs"] = draw.choice([None, True if "messages" in body else 2])
+        for _ in range(draw.choice([0, 0, 1, 1, 2])):
             body = mutated(draw, body)
         content = bytearray(json.dumps(body).encode())
         if draw.random() < 0.1:
             content[draw.randrange(len(content))] = draw.randrange(256)
         response = server.post_content(path, bytes(content))
+        kind = response.headers["content-type"].partition(";")[0]
+        counts[kind if response.status_code == 200 else "refused"] += 1
         if response.status_code != 200:
             assert 400 <= response.status_code < 500, (number, body, response.text)
             error_of(response, response.status_code)
-        elif response.headers["content-type"].startswith("text/event-stream"):
-            assert response.text.endswith("data: [DONE]\n\n"), (number, body)
         elif path != "/v1/classify":
-            check_choices(json.loads(content), response.json())
+            check_answer(json.loads(content), response)
+    return counts
 
 
-def check_choices(body: dict[str, Any], got: dict[str, Any]) -> None:
-    """Assert that there are as many choices as a body asks for, and that each is whole."""
-    prompts = body.get("prompt")
-    several = len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else 1
-    assert len(got["choices"]) == several * (body.get("n") or 1), body
-    assert all(each["finish_reason"] in ("stop", "length") for each in got["choices"]), body
+def check_answer(body: dict[str, Any], response: httpx.Response) -> None:
+    """Assert that there are as many choices as a body asks for, that each is whole, and that none is longer than asked
+    or holds a stop text."""
+    if response.headers["content-type"].startswith("text/event-stream"):
+        *events, done, rest = response.text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", ""), body
+        pieces = [one for event in events for one in json.loads(event.removeprefix("data: "))["choices"]]
+    else:
+        pieces = response.json()["choices"]
+    prompts, wanted = body.get("prompt"), body.get("n") or 1
+    wanted *= len(prompts) if isinstance(prompts, list) and not isinstance(prompts[0], int) else 1
+    texts, tokens, reasons = [""] * wanted, [0] * wanted, [[] for _ in range(wanted)]
+    for piece in pieces:
+        message = piece.get("message") or piece.get("delta") or {"content": piece.get("text")}
+        logprobs = piece["logprobs"] or {}
+        texts[piece["index"]] += message.get("content") or ""
+        tokens[piece["index"]] += len(logprobs.get("content") or logprobs.get("tokens") or [])
+        reasons[piece["index"]] += [piece["finish_reason"]] if piece["finish_reason"] else []
+    assert all(len(some) == 1 and some[0] in ("stop", "length") for some in reasons), body
+    assert max(tokens) <= (body.get("max_tokens") or 16), body
+    stops = body.get("stop") or []
+    assert not any(stop in text for text in texts for stop in ([stops] if isinstance(stops, str) else stops)), body
 
 
 def test_mutated_bodies_are_answered_or_refused(server: Running):
-    check_mutated(server, range(60))
+    counts = check_mutated(server, range(60))
+    assert all(counts[kind] > 5 for kind in ("application/json", "text/event-stream", "refused")), counts
     assert server.ask("a0", "你好", max_tokens=1) is not None and not server.service.unfinished
 
 

@@ -1,12 +1,14 @@
 """The page at / in a headless browser. Needs Chromium (apt install chromium)."""
 
 import json
+import re
 
 import pytest
 from helpers import browser
 from helpers.adapters import write_adapter_for
 from helpers.serving import running_server, slow_steps, until
 
+from softprompt.serving.page import STATIC
 from softprompt.utils import redact
 
 needs_browser = pytest.mark.skipif(browser.FOUND is None, reason=f"no browser here: none of {', '.join(browser.NAMES)}")
@@ -185,8 +187,33 @@ def test_the_page_fits_screens_and_follows_the_color_scheme(server, tab):
     assert len(inks) == 2
 
 
+@needs_browser
+def test_the_page_is_chinese_where_the_browser_is(server, tab):
+    tab.speak("zh-TW")
+    try:
+        tab.open(f"{server.url}/", 390, 800)
+        wait(tab, LOADED)
+        tab.ask("[...document.querySelectorAll('option')].forEach(option => option.remove())")  # names of adapters
+        shown = tab.ask("document.body.textContent + document.querySelector('#panel').innerHTML")
+        fields = tab.ask("[...document.querySelectorAll('*')].map(e => (e.placeholder ?? '') + (e.ariaLabel ?? ''))")
+        english = set(re.findall("[A-Za-z]{2,}", re.sub("<[^>]*>", "", shown) + "".join(fields)))
+        assert english == {"softprompt", "API"} and tab.ask("document.documentElement.lang") == "zh-CN"
+        press_enter(tab)
+        assert "消息" in tab.ask("document.querySelector('#text').validationMessage")
+        assert tab.ask(TOO_WIDE) == 0
+    finally:
+        tab.speak("en-US")
+
+
+@needs_browser
+def test_each_text_of_the_script_has_a_translation(page):
+    texts = re.findall(r'\bt\("(.*?)"\)', (STATIC / "page.js").read_text())
+    assert len(texts) > 5 and set(texts) <= set(page.ask("Object.keys(ZH)"))
+
+
 def test_the_files_of_the_page_may_only_speak_with_their_server(server):
-    for path, kind in {"/": "text/html", "/page.js": "javascript", "/page.css": "text/css", "/icon.svg": "svg"}.items():
+    scripts = dict.fromkeys(("/page.js", "/zh.js"), "javascript")
+    for path, kind in {"/": "text/html", **scripts, "/page.css": "text/css", "/icon.svg": "svg"}.items():
         got = server.get(path)
         assert got.status_code == 200 and kind in got.headers["content-type"], path
         policy = got.headers["content-security-policy"]

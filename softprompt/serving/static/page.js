@@ -1,5 +1,6 @@
 "use strict";
-// The page of `softprompt serve`. Names and answers are only ever inserted as text, never as HTML.
+// The page of `softprompt serve`. Names and answers are only ever inserted as text, never as HTML. The page's own texts
+// are translated by `t` of zh.js.
 
 const KEY = "softprompt.api_key"; // of sessionStorage: forgotten when the tab is closed
 const $ = (id) => document.getElementById(id);
@@ -22,12 +23,12 @@ async function call(path, body, signal) {
   }
   const method = body ? "POST" : "GET";
   const response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal }).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it still running?");
+    throw error.name === "AbortError" ? error : new Error(t("The server does not answer. Is it still running?"));
   });
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
-  const message = told?.error?.message ?? `The server answered with status ${response.status}.`;
-  if (response.status === 401) askForKey(key ? message : "This server wants an API key.");
+  const message = told?.error?.message ?? `${t("The server answered with this status:")} ${response.status}`;
+  if (response.status === 401) askForKey(key ? message : t("This server wants an API key."));
   throw new Error(message);
 }
 
@@ -37,9 +38,9 @@ async function* events(response) {
   let left = "";
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("The connection broke off.");
+      throw error.name === "AbortError" ? error : new Error(t("The connection broke off."));
     });
-    if (done) throw new Error("The answer ended too early.");
+    if (done) throw new Error(t("The answer ended too early."));
     const whole = (left + value).split("\n\n");
     left = whole.pop();
     for (const event of whole) {
@@ -101,7 +102,7 @@ class Panel {
       if (note) this.show(element("p", "note", note), said);
     } catch (error) {
       const stopped = error.name === "AbortError";
-      this.show(element("p", stopped ? "note" : "error", stopped ? "Stopped." : error.message), said);
+      this.show(element("p", stopped ? "note" : "error", stopped ? t("Stopped.") : error.message), said);
     } finally {
       words.classList.remove("waiting");
     }
@@ -122,8 +123,8 @@ class Panel {
       } finally {
         if (words.textContent) history.push(question, { role: "assistant", content: words.textContent });
       }
-      if (reason === "length") return "Cut off: the limit of tokens was reached.";
-      return words.textContent ? "" : "The answer is empty.";
+      if (reason === "length") return t("Cut off: the limit of tokens was reached.");
+      return words.textContent ? "" : t("The answer is empty.");
     });
   }
 
@@ -202,8 +203,8 @@ function askForKey(said) {
 /** Let the browser say what is missing: blank texts count as none. */
 function checkFields() {
   const few = mode() === "choices" && wantedChoices().length < 2;
-  $("choices").setCustomValidity(few ? "Write at least two choices, one per line." : "");
-  $("text").setCustomValidity($("text").value.trim() ? "" : "Write a message.");
+  $("choices").setCustomValidity(few ? t("Write at least two choices, one per line.") : "");
+  $("text").setCustomValidity($("text").value.trim() ? "" : t("Write a message."));
 }
 
 $("ask").addEventListener("submit", (event) => {
