@@ -1,0 +1,84 @@
+"""Distillation: how near a prompt comes to a text, by the number of virtual tokens and of questions.
+
+python benchmarks/distillation.py --model_name_or_path BASE --text system.txt --questions questions.txt
+    [--template '…'] [--num_virtual_tokens 4 8 16 32 64] [--num_questions 8 30] [--eval_rows 10] [--json FILE]
+
+One run for each number of virtual tokens, with all training questions, and one for each number of questions (the first
+ones), with the prompt of 16 tokens. The last --eval_rows questions are held out in each. A line of a Markdown table is
+printed after each run: KL per token and agreement of the prompt, of the text cut to its length, and of the bare base.
+--json FILE stores finished runs, and the same command continues.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from arguments import ArgumentParser
+
+import softprompt
+
+USUAL_TOKENS = 16
+FIGURES = ("eval_kl", "eval_agreement", "eval_kl_cut", "eval_agreement_cut", "eval_kl_base", "eval_agreement_base")
+MORE = ("tokens_saved", "time_to_first_token", "time_to_first_token_text", "train_runtime")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model_name_or_path", default="mini")
+    parser.add_argument("--text", required=True, help="the file of --distill_prompt")
+    parser.add_argument("--questions", required=True, help="a .txt with one question on each line")
+    parser.add_argument("--template")
+    parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    parser.add_argument("--num_questions", nargs="*", type=int, default=[])
+    parser.add_argument("--eval_rows", type=int, default=10)
+    parser.add_argument("--distill_samples", type=int, default=6)
+    parser.add_argument("--distill_max_new_tokens", type=int, default=40)
+    parser.add_argument("--max_steps", type=int, default=120)
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step")
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--json", type=Path, help="a file that stores finished runs")
+    args = parser.parse_args()
+    questions = Path(args.questions).read_text(encoding="utf-8").splitlines()
+    train, held_out = questions[: -args.eval_rows], questions[-args.eval_rows :]
+    cases = [(P, len(train)) for P in args.num_virtual_tokens] + [(USUAL_TOKENS, n) for n in args.num_questions]
+    stored: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    print(f"| virtual tokens | questions | {' | '.join((*FIGURES, *MORE))} |")
+    print("|" + " --- |" * (2 + len(FIGURES) + len(MORE)))
+    for P, n in dict.fromkeys(cases):
+        key = f"{P} {n} {args.max_steps} {args.learning_rate} {args.distill_samples}"
+        if key not in stored:
+            stored[key] = trained(args, [*train[:n], *held_out], P)
+            if args.json:
+                args.json.write_text(json.dumps(stored, indent=1))
+        figures = [f"{stored[key][name]:.4g}" for name in (*FIGURES, *MORE)]
+        print(f"| {P} | {n} | {' | '.join(figures)} |", flush=True)
+
+
+def trained(args: Any, questions: list[str], P: int) -> dict[str, Any]:
+    """Train a prompt of P virtual tokens, and return its metrics."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path = Path(folder) / "questions.txt"
+        path.write_text("\n".join(questions) + "\n", encoding="utf-8")
+        given = {name: getattr(args, name) for name in ("template", "learning_rate") if getattr(args, name)}
+        run = softprompt.train(
+            model_name_or_path=args.model_name_or_path,
+            dataset=str(path),
+            distill_prompt=args.text,
+            eval_rows=args.eval_rows,
+            distill_samples=args.distill_samples,
+            distill_max_new_tokens=args.distill_max_new_tokens,
+            num_virtual_tokens=P,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.rows,
+            gradient_accumulation_steps=1,
+            output_dir=str(Path(folder) / "run"),
+            **given,
+        )
+        return dict(run.metrics)
+
+
+if __name__ == "__main__":
+    main()
