@@ -13,7 +13,7 @@ class DistillationArguments:
     """Distillation: learn a prompt that replaces a long text, from questions without answers."""
 
     _argument_group_name: ClassVar[str] = "distillation"
-    _everyday: ClassVar[tuple[str, ...]] = ("distill_prompt",)
+    _everyday: ClassVar[tuple[str, ...]] = ("distill_prompt", "distill_context")
 
     distill_prompt: str | None = option(
         None,
@@ -23,11 +23,32 @@ class DistillationArguments:
         "of --dataset)",
         "FILE",
     )
+    distill_context: str | None = option(
+        None,
+        "Like --distill_prompt, for a document. Without --dataset, the base itself writes --distill_questions "
+        "questions about the document's passages. (default: none)",
+        "FILE",
+    )
+    distill_questions: int = option(
+        64, "With --distill_context and without --dataset, let the base write this many questions."
+    )
     distill_samples: int = option(
         4,
-        "With --distill_prompt, sample this many answers to each training question from the base with the text. A "
+        "With --distill_prompt or --distill_context, sample this many answers to each training question from the base "
+        "with the text. A "
         "held-out question is answered once, greedily.",
     )
     distill_max_new_tokens: int = option(
-        128, "With --distill_prompt, end an answer of the base with the text after this many tokens."
+        128,
+        "With --distill_prompt or --distill_context, end an answer of the base with the text after this many tokens.",
     )
+
+    @property
+    def text(self) -> str | None:
+        """The file of the text that is distilled; None without distillation."""
+        return self.distill_prompt or self.distill_context
+
+    @property
+    def flag(self) -> str:
+        """The flag that names the text, with its value, for messages."""
+        return f"--distill_{'prompt' if self.distill_prompt else 'context'} {self.text}"

@@ -156,7 +156,7 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     values = {**(PRESETS[preset] if preset else {}), **given}
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
-    if values.get("distill_prompt") and not values.get("init_adapter"):
+    if (values.get("distill_prompt") or values.get("distill_context")) and not values.get("init_adapter"):
         values = {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS, **values}
     return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
 

@@ -15,7 +15,7 @@ from softprompt.utils.errors import ConfigError
 AUTO = "auto"  # value of a setting that the program is to choose
 PATHS = {
     *("model_name_or_path", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir", "output"),
-    "distill_prompt",
+    *("distill_prompt", "distill_context"),
     *("adapters", "resume_from_checkpoint", "adapter", "prompts_file", "output_file"),
 }
 

@@ -63,7 +63,7 @@ def seed_faults(seed: int) -> list[str]:
 
 
 def _prompt_faults(prompt: PromptTuningArguments, distilled: str | None) -> Iterator[str]:
-    """Yield the faults of the prompt's settings. `distilled` is the file of --distill_prompt, whose text can be that of
+    """Yield the faults of the prompt's settings. `distilled` is the file that is distilled, whose text can be that of
     a TEXT initialization."""
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
     if wanted is not None and wanted < 1:
@@ -105,8 +105,8 @@ def faults(config: "TrainConfig") -> Iterator[str]:
         yield from _text_faults(dataclasses.asdict(part))
     model, training = config.model, config.training
     yield from _model_faults(model)
-    yield from _data_faults(config.data)
-    yield from _prompt_faults(config.prompt, config.distillation.distill_prompt)
+    yield from _data_faults(config.data, bool(config.distillation.distill_context))
+    yield from _prompt_faults(config.prompt, config.distillation.text)
     yield from _training_faults(training)
     yield from _evaluation_faults(config.data, training, config.given)
     yield from _sharing_faults(config.sharing)
@@ -150,8 +150,8 @@ def _model_faults(model: ModelArguments) -> Iterator[str]:
         yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
 
 
-def _data_faults(data: DataArguments) -> Iterator[str]:
-    if data.dataset is None:
+def _data_faults(data: DataArguments, writes_questions: bool) -> Iterator[str]:
+    if data.dataset is None and not writes_questions:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
@@ -214,21 +214,25 @@ def _evaluation_faults(data: DataArguments, training: TrainingArguments, given: 
 
 
 def _distillation_faults(distillation: DistillationArguments, config: "TrainConfig") -> Iterator[str]:
-    for name in ("distill_samples", "distill_max_new_tokens"):
+    if distillation.distill_prompt and distillation.distill_context:
+        yield "--distill_prompt and --distill_context exclude each other; give one of them"
+    for name in ("distill_samples", "distill_max_new_tokens", "distill_questions"):
         if getattr(distillation, name) < 1:
             yield f"--{name} {getattr(distillation, name)} must be at least 1"
-        if not distillation.distill_prompt and getattr(distillation, name) != getattr(DistillationArguments, name):
-            yield f"--{name} is only used with --distill_prompt FILE; add that flag"
+        used = distillation.distill_context if name == "distill_questions" else distillation.text
+        if not used and getattr(distillation, name) != getattr(DistillationArguments, name):
+            either = "" if name == "distill_questions" else "--distill_prompt FILE or "
+            yield f"--{name} is only used with {either}--distill_context FILE; add that flag"
     metric = config.training.metric_for_best_model.removeprefix("eval_")
-    if not distillation.distill_prompt:
+    if not distillation.text:
         if metric in ("kl", "agreement"):
             yield f"--metric_for_best_model {metric} is only computed with --distill_prompt FILE; give eval_loss"
         return
     for name, why in NOT_WHILE_DISTILLING.items():
         if any(getattr(part, name, False) for part in config.parts):
-            yield f"--{name} and --distill_prompt exclude each other, because {why}; give one of them"
+            yield f"--{name} excludes --distill_prompt and --distill_context, because {why}; give one of them"
     if metric not in ("loss", "kl", "agreement"):
-        yield f"--metric_for_best_model {metric} is not computed with --distill_prompt; give loss or agreement"
+        yield f"--metric_for_best_model {metric} is not computed in a distillation; give loss or agreement"
 
 
 def _sharing_faults(sharing: SharingArguments) -> Iterator[str]:

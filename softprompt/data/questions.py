@@ -1,6 +1,6 @@
 """The questions of a distillation: read them, and put the text that is distilled before them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,20 @@ def read_questions(config: TrainConfig, template: Template) -> Rows:
     """
     data = config.data
     train, notices = _questions(config, template, str(data.dataset), "train", data.dataset_split, "--dataset")
-    held_out = RowStore()
+    return with_held_out(config, template, train, notices)
+
+
+def with_held_out(config: TrainConfig, template: Template, train: RowStore, notices: Sequence[str]) -> Rows:
+    """Return questions with the held-out ones: the last ones with --eval_rows, or those of --eval_dataset.
+
+    Raises:
+        DataError: See `read_questions`.
+    """
+    data, held_out = config.data, RowStore()
     if data.eval_rows:
         if data.eval_rows >= len(train):
             raise DataError(
-                f"--eval_rows {data.eval_rows} leaves none of the {len(train):,} questions of {data.dataset} to train "
-                "on; give fewer"
+                f"--eval_rows {data.eval_rows} leaves none of the {len(train):,} questions to train on; give fewer"
             )
         held_out = train.split_off(data.eval_rows)
     elif data.held_out:
@@ -58,11 +66,11 @@ def _questions(
     rows = RowStore(question_of_row(place, row, template, config.columns) for place, row in located)
     if not rows:
         raise DataError(f"{source} holds no questions; expected at least one")
-    answered = sum(isinstance(row, Mapping) and not set(row).isdisjoint(ANSWERS) for _, row in located)
-    return rows, [f"{source}: the answers of its rows are not used; the base answers the questions"] * bool(answered)
+    answered = any(isinstance(row, Mapping) and not set(row).isdisjoint(ANSWERS) for _, row in located)
+    return rows, [f"{source}: the answers of its rows are not used; the base answers the questions"] * answered
 
 
-ANSWERS = ("output", "completion", "messages", "conversations")  # columns that hold answers
+ANSWERS = ("output", "completion")  # columns that hold answers
 
 
 def _of_mini(source: str, part: str) -> Sequence[Mapping[str, Any]]:
@@ -87,7 +95,7 @@ class TextRows(NamedTuple):
 
 
 def read_distilled_text(source: str) -> str:
-    """Return the text of --distill_prompt: that of a file, or of the mini base (mini:NAME).
+    """Return the text that is distilled: that of a file, or of the mini base (mini:NAME).
 
     Raises:
         DataError: The file does not exist, cannot be read, is not UTF-8, or is empty.
@@ -95,7 +103,7 @@ def read_distilled_text(source: str) -> str:
     if is_mini_task(source):
         return mini_text(source)
     if not Path(source).is_file():
-        raise DataError(f"--distill_prompt {source}: no such file; name a text file")
+        raise DataError(f"{source}: no such file; name a text file with --distill_prompt or --distill_context")
     text = read_text(Path(source))
     return text if text[-1].isspace() else f"{text}\n"
 
@@ -112,7 +120,7 @@ def put_text_before(rows: Sequence[Row], text: str, tokenizer: Any, template: Te
     plain = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in rows], template)
     (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
     if not ids:
-        raise DataError("--distill_prompt: the text has no tokens; name a file with a longer text")
+        raise DataError("the text to distill has no tokens; name a file with a longer text")
     return TextRows(plain, with_text_ids(rows, plain, ids, text.strip(), tokenizer, template), ids)
 
 
@@ -131,10 +139,10 @@ def with_text_ids(
     try:
         rendered = [template.render(_with_system(row, text), tokenizer) for row in rows]
     except DataError as error:
-        raise DataError(f"--distill_prompt is the system message of --template chat, and {error}; {_OTHER}") from None
+        raise DataError(f"the text to distill is the system message of a chat, and {error}; {_OTHER}") from None
     found = prompt_ids(tokenizer, rendered, template)
     if found == list(plain):
-        raise DataError(f"--distill_prompt: the tokenizer's chat template writes no system message; {_OTHER}")
+        raise DataError(f"the text to distill cannot be read: the chat template writes no system message; {_OTHER}")
     return found
 
 
@@ -160,3 +168,29 @@ def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Return the number of token ids with which all rows begin; at least one token of each row is not counted."""
     most, first = min(map(len, rows)) - 1, rows[0]
     return next((at for at in range(most) if any(row[at] != first[at] for row in rows)), most)
+
+
+ASKED = "Write one short question that the text above answers. Write only the question."
+PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and of a question about it
+
+
+def questions_about(text: str, tokenizer: Any, template: Template) -> list[list[int]]:
+    """Cut a text into passages, and return for each the token ids that make a base write a question about it.
+
+    With the template "chat", they are a request in the tokenizer's chat template, else the beginning of a text in which
+    a question follows the passage.
+    """
+    (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
+    passages = [tokenizer.decode(ids[at : at + PASSAGE_TOKENS]).strip() for at in range(0, len(ids), PASSAGE_TOKENS)]
+    if template.spec == CHAT:
+        texts = [template.render({"instruction": f"{passage}\n\n{ASKED}"}, tokenizer) for passage in passages]
+    else:
+        texts = [f"{passage}\n\nA question about this text: " for passage in passages]
+    return prompt_ids(tokenizer, texts, template)
+
+
+def written_questions(answers: Iterable[Sequence[int]], tokenizer: Any) -> list[str]:
+    """Return the questions in a base's answers, each once: the first line of each answer, without quotation marks."""
+    texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
+    lines = (text.splitlines()[0].strip(" \"'“”*").removeprefix("Question:").strip() for text in texts if text)
+    return list(dict.fromkeys(line for line in lines if line))

@@ -63,7 +63,7 @@ def model_card(adapter: Adapter, facts: CardFacts) -> bytes:
     """Return the card of an adapter, in UTF-8."""
     base, template = card_base(adapter, facts), saved_template(adapter.settings)
     P, H = adapter.prompt.shape
-    expected = "with the text" if facts.settings.get("distill_prompt") else "expected"
+    expected = "with the text" if _distills(facts) else "expected"
     lines = [
         front_matter(
             base.name if base.kind == "hub" else None,
@@ -116,13 +116,17 @@ def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if name not in defaults or value != defaults[name]}
 
 
+def _distills(facts: CardFacts) -> bool:
+    return bool(facts.settings.get("distill_prompt") or facts.settings.get("distill_context"))
+
+
 def _training(facts: CardFacts) -> str:
     """Return the end of a sentence, which says from which rows, in how many steps and at which learning rate the prompt
     was learned."""
     steps = max((record["step"] for record in facts.history), default=0)
     rate = facts.settings.get("learning_rate")
     parts = [f" from {rows}" if (rows := _rows(facts, "dataset")) else ""]
-    parts += [", so that the base answers as with a long text" if facts.settings.get("distill_prompt") else ""]
+    parts += [", so that the base answers as with a long text" if _distills(facts) else ""]
     parts += [", starting from another prompt" if facts.settings.get("init_adapter") else ""]
     parts += [f", in {steps:,} optimizer steps" if steps else ""]
     parts += [f" at a peak learning rate of {rate:g}" if steps and rate else ""]

@@ -10,7 +10,7 @@ from softprompt.utils.metrics import Metric
 from softprompt.utils.translation import translate
 
 OF_THE_TASK = ("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length")
-OF_THE_TASK += ("truncation_side", "eval_dataset", "eval_split", "eval_rows", "distill_prompt")
+OF_THE_TASK += ("truncation_side", "eval_dataset", "eval_split", "eval_rows", "distill_prompt", "distill_context")
 OF_THE_BASE = ("model_name_or_path",)
 
 

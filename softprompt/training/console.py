@@ -30,7 +30,7 @@ LEAST_SLOWER = 2
 def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequence[str]) -> None:
     """Print the number of rows, their columns, the first row, and `notes` on the rows."""
     rows = "rows" if count is None else f"{count:,} rows"
-    print(translate(f"Dataset {config.data.dataset}: {rows}, columns {', '.join(first)}"))
+    print(translate(f"Dataset {config.data.dataset or config.distillation.text}: {rows}, columns {', '.join(first)}"))
     for name, value in first.items():
         print(f"  {name}: {_shortened(str(value))}")
     for note in notes:

@@ -1,142 +1,40 @@
-"""Distillation in a training run: the questions, the base's answers with the whole text before them, and the engine
-that learns from them.
+"""Distillation in a training run: rows with the base's own answers, and the engine that learns from its predictions.
 
-1. `load_questions` reads and tokenizes the questions, without the text and with it.
+1. `question_setup` reads the questions, or lets the base write them, and tokenizes them without and with the text.
 2. `answered` lets the base answer them with the text, and returns rows like those of any run.
 3. `distilled` records what the base predicts with the text at each token of these answers, and returns the engine and
    the evaluator, for which the label of a target is the number of its prediction.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softprompt.config.loader import TrainConfig
-from softprompt.data.build_data import Rows, make_template
 from softprompt.data.chat_template import never_written
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.examples import IGNORE, Example, Examples, IndexedExamples
-from softprompt.data.questions import (
-    put_text_before,
-    read_distilled_text,
-    read_questions,
-    shared_prefix,
-    with_answer,
-    with_text_ids,
-)
-from softprompt.data.row_store import Row
-from softprompt.data.template import Template
+from softprompt.data.questions import shared_prefix, with_answer
 from softprompt.data.tokenization import Tokenized, no_targets_error
 from softprompt.engines.checked_engine import CheckedEngine
 from softprompt.engines.distillation import TeacherTable, distilling, record_teacher
 from softprompt.engines.factory import engine_for_inference
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.distillation import DistillationEvaluator, TextPrompt
-from softprompt.generation.generator import Generator, make_generator
-from softprompt.models.capabilities import check_positions, check_token_ids, max_positions, why_not_generate
-from softprompt.models.loading import load_tokenizer
-from softprompt.models.precision import resolve_device, resolve_dtype
+from softprompt.generation.generator import Generator
+from softprompt.models.capabilities import check_positions, check_token_ids, max_positions
+from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
-from softprompt.training.console import print_answer_end, print_data, print_rows
-from softprompt.training.resume import StartingPoint
-from softprompt.training.setup import FIRST_ROWS, Base, RunData, path_of_base
+from softprompt.training.console import print_data
+from softprompt.training.question_setup import QuestionIds, Questions, identity_of
+from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, Teacher, answer_questions
-from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.progress import rows_bar
-from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.translation import translate
-
-
-class QuestionIds(NamedTuple):
-    """Questions as token ids: without the text, with the whole text, and with the text cut to P tokens before them."""
-
-    plain: list[list[int]]
-    with_text: list[list[int]]
-    with_cut_text: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a run, tokenized.
-
-    Attributes:
-        rows: The questions as rows; the base answers them.
-        train, held_out: The same as token ids; `held_out` is None if there are none.
-        text_ids: The token ids of the text.
-        end: The token that the template writes after an answer; None if it writes none.
-        fingerprints: Hashes of the contents of the questions, the text and the tokenizer, by name.
-    """
-
-    tokenizer: Any
-    template: Template
-    rows: Rows
-    train: QuestionIds
-    held_out: QuestionIds | None
-    text_ids: list[int]
-    end: str | None
-    fingerprints: Mapping[str, str]
-
-
-def load_questions(config: TrainConfig) -> Questions:
-    """Read and tokenize the text and the questions.
-
-    Raises:
-        DataError: The text or the questions cannot be read or are empty, or the chat template has no place for the
-            text.
-        ConfigError: The text has fewer tokens than the prompt.
-        ModelError: The base has no usable tokenizer.
-    """
-    source, template = str(config.distillation.distill_prompt), make_template(config)
-    text, rows = read_distilled_text(source), read_questions(config, template)
-    print_rows(config, rows.train[0], len(rows.train), rows.notices)
-    tokenizer = load_tokenizer(path_of_base(config))
-    P = config.prompt.num_virtual_tokens
-    train, text_ids = _tokenized(rows.train, text, tokenizer, template, P)
-    held_out = _tokenized(rows.held_out, text, tokenizer, template, P)[0] if rows.held_out else None
-    if P is not None and len(text_ids) < P:
-        raise ConfigError(
-            f"--distill_prompt {source}: its text has {len(text_ids)} tokens, fewer than the {P} virtual tokens that "
-            "are to replace it; give a smaller --num_virtual_tokens"
-        )
-    end = template.end(with_answer(rows.train[0], "a"), tokenizer)
-    print_answer_end(end, tokenizer)
-    about = {"distilled text": hashlib.sha256(text.encode()).hexdigest(), **tokenizer_fingerprints(tokenizer)}
-    return Questions(
-        tokenizer, template.of_rows(rows.train), rows, train, held_out, text_ids, end, {**rows.fingerprints, **about}
-    )
-
-
-def _tokenized(
-    rows: Sequence[Row], text: str, tokenizer: Any, template: Template, P: int | None
-) -> tuple[QuestionIds, list[int]]:
-    """Return the questions as token ids, and the token ids of the text."""
-    plain, with_text, ids = put_text_before(rows, text, tokenizer, template)
-    cut = ids[:P]
-    with_cut = with_text_ids(rows, plain, cut, tokenizer.decode(cut).strip(), tokenizer, template)
-    return QuestionIds(plain, with_text, with_cut), ids
-
-
-def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPoint:
-    """Return the starting point with --prompt_tuning_init_text, if TEXT is chosen without a text, set to the beginning
-    of the text that is distilled, so that files and messages name it."""
-    prompt = start.config.prompt
-    if prompt.prompt_tuning_init != "TEXT" or prompt.prompt_tuning_init_text or prompt.init_adapter:
-        return start
-    text = _beginning(questions.text_ids, prompt.num_virtual_tokens or len(questions.text_ids), questions.tokenizer)
-    return replace(start, config=replace(start.config, prompt=replace(prompt, prompt_tuning_init_text=text)))
-
-
-def _beginning(ids: list[int], count: int, tokenizer: Any) -> str:
-    """Return the shortest text that begins with the first `count` token ids; it has more if a character has several."""
-    for end in range(count, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        if tokenizer(text, add_special_tokens=False)["input_ids"][:count] == ids[:count]:
-            return text
-    return tokenizer.decode(ids)
 
 
 class AnsweredRows(NamedTuple):
@@ -168,36 +66,36 @@ class Answered:
     generator: Generator
 
 
-def answered(config: TrainConfig, questions: Questions, base: Base, rows_per_step: int) -> Answered:
+def answered(
+    config: TrainConfig, questions: Questions, base: Base, generator: Generator, rows_per_step: int
+) -> Answered:
     """Let the base answer the questions with the text before them.
 
     Raises:
-        ModelError: The base cannot generate answers.
         ConfigError: The text and a question leave no room for an answer, or a token of the text has no embedding.
         DataError: No question fits into --max_length.
         TrainingError: A single question does not fit in memory.
     """
-    model, source = base.model, f"--distill_prompt {config.distillation.distill_prompt}"
+    model, source = base.model, config.distillation.flag
     check_token_ids(questions.text_ids, model, source)
     both = [*questions.train.with_text, *(questions.held_out.with_text if questions.held_out else [])]
     check_positions(max_positions(model), 0, max(map(len, both)) + 1, source, "shorten the text")
-    device = resolve_device(config.model.device)
-    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    engine = engine_for_inference(config.model.engine, model, questions.tokenizer, dtype)
-    generator = make_generator(engine, model, questions.tokenizer, config.model.engine)
-    if generator is None:
-        raise ModelError(f"{source}: the base has to answer the questions, and {why_not_generate(model)}")
     begins = shared_prefix(both)
     prefix = both[0][:begins]
-    text = InputEmbeddings(model)[torch.tensor(prefix, dtype=torch.int64, device=device)].float()
+    text = InputEmbeddings(model)[
+        torch.tensor(prefix, dtype=torch.int64, device=word_embeddings(model).weight.device)
+    ].float()
     end = _end_id(questions)
     ends = sorted({end, questions.tokenizer.eos_token_id})
-    identity = [dict(base.fingerprint), str(dtype), questions.fingerprints.get("distilled text")]
-    teacher = Teacher(generator, text if begins else None, prefix, ends, max_positions(model), identity)
+    teacher = Teacher(
+        generator, text if begins else None, prefix, ends, max_positions(model), identity_of(config, base)
+    )
+
+    most = config.distillation.distill_max_new_tokens
 
     def of(ids: QuestionIds, samples: int, title: str) -> AnsweredRows:
         behind = [row[begins:] for row in ids.with_text]
-        answers = answer_questions(teacher, behind, samples, config.distillation, config.training.seed, title)
+        answers = answer_questions(teacher, behind, samples, most, config.training.seed, title)
         _print_answers(answers, config, held_out=samples == 0)
         return _rows_with_answers(ids._replace(with_text=behind), answers, end, config.data.max_length)
 

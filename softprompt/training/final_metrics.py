@@ -46,7 +46,7 @@ def verdict_of_run(
         return None
     from_text = config.prompt.prompt_tuning_init == "TEXT"
     ways = ["train longer", *([] if from_text else ["start from TEXT"]), "take a larger base"]
-    if config.distillation.distill_prompt:
+    if config.distillation.text:
         ways = ["train longer", "give more questions", "give more virtual tokens"]
     return verdict(after, before, ways, rivals)
 

@@ -13,6 +13,7 @@ from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.capabilities import why_not_generate
+from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
@@ -22,11 +23,12 @@ from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
-from softprompt.training.distillation import Answered, answered, distilled, load_questions, with_text_of_start
+from softprompt.training.distillation import Answered, answered, distilled
 from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.prompt_setup import start_prompt, with_encoder_width
+from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
 from softprompt.training.result import Run, Setup
 from softprompt.training.resume import StartingPoint, compare_contents, starting_point
 from softprompt.training.setup import (
@@ -36,6 +38,7 @@ from softprompt.training.setup import (
     freeze_base,
     load_data,
     load_run_base,
+    path_of_base,
     shard_base,
 )
 from softprompt.training.stop_signals import StopRequest
@@ -109,7 +112,7 @@ def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pa
     """
     start = starting_point(config, world.size)
     output_dir = check_places(start, world, check)
-    if start.config.distillation.distill_prompt:
+    if start.config.distillation.text:
         return _load_distillation(start, output_dir, world)
     data = load_data(start.config, start.rows_per_step)
     base = load_run_base(start.config, world)
@@ -122,11 +125,15 @@ def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pa
 def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> Loaded:
     """Load a run that distills a text: the base itself answers the questions before the first step."""
     if world.size > 1:
-        raise ConfigError("--distill_prompt is for a single process; start one without torchrun")
-    questions = load_questions(start.config)
-    start = with_text_of_start(start, questions)
+        raise ConfigError(f"{start.config.distillation.flag} is for a single process; start one without torchrun")
+    questions = load_questions(start.config) if start.config.data.dataset else None
     base = freeze_base(start.config, load_run_base(start.config, world))
-    known = answered(start.config, questions, base, start.rows_per_step)
+    tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
+    generator = make_teacher(start.config, base, tokenizer)
+    if questions is None:
+        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator))
+    start = with_text_of_start(start, questions)
+    known = answered(start.config, questions, base, generator, start.rows_per_step)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
     start = with_encoder_width(start, base.model)
     return Loaded(start, output_dir, known.data, base, start_prompt(start, known.data, base.model), known)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from softprompt.config.distill_args import DistillationArguments
 from softprompt.generation.generator import Generator
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
 from softprompt.utils.atomic_io import cache_dir
@@ -48,7 +47,7 @@ class Answer(NamedTuple):
 
 
 def answer_questions(
-    teacher: Teacher, rows: Sequence[Sequence[int]], samples: int, settings: DistillationArguments, seed: int, say: str
+    teacher: Teacher, rows: Sequence[Sequence[int]], samples: int, max_new_tokens: int, seed: int, title: str
 ) -> list[list[Answer]]:
     """Answer each question, and return its answers.
 
@@ -56,14 +55,15 @@ def answer_questions(
         rows: For each question, the token ids behind `Teacher.prefix`.
         samples: The number of answers to each question, sampled at temperature 1; 0 is one greedy answer.
         seed: Seed of the samples.
-        say: Title of the progress bar.
+        max_new_tokens: The most tokens of an answer.
+        title: Title of the progress bar.
 
     Raises:
         ConfigError: A question leaves no room for an answer.
         TrainingError: A single question does not fit in memory.
     """
     how = GenerationSettings(
-        max_new_tokens=settings.distill_max_new_tokens,
+        max_new_tokens=max_new_tokens,
         do_sample=samples > 0,
         top_k=0,
         eos_token_id=tuple(teacher.ends),
@@ -78,7 +78,7 @@ def answer_questions(
         [VERSION, teacher.identity, list(teacher.prefix), list(map(list, rows)), samples, asdict(how), seed]
     )
     missing = [number for number in range(len(requests)) if number not in known.answers]
-    with progress_bar(len(requests), say, " answers", initial=len(requests) - len(missing)) as bar, known:
+    with progress_bar(len(requests), title, " answers", initial=len(requests) - len(missing)) as bar, known:
         answers = teacher.generator.generate([requests[number] for number in missing], TOGETHER)
         for at, ids in answers:
             known.write(missing[at], ids)

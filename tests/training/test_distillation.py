@@ -241,3 +241,35 @@ def test_answers_that_do_not_end_are_counted(settings, capsys):
     softprompt.train(**{**settings, "distill_max_new_tokens": 1})
     said = capsys.readouterr().out
     assert "do not end within --distill_max_new_tokens 1" in said
+
+
+def test_the_base_writes_the_questions_about_a_document(settings, capsys):
+    """The questions are kept as the answers are, and a resumed run has the same ones."""
+    del settings["dataset"], settings["distill_prompt"]
+    document = "这是一份很长的文件，讲酒店的房间、早餐和停车。" * 12
+    Path("text.txt").write_text(document, encoding="utf-8")
+    more = {"distill_context": "text.txt", "distill_questions": 7, "eval_rows": 2, "num_virtual_tokens": 3}
+    run = softprompt.train(**{**settings, **more, "output_dir": "whole"})
+    asked = [row["instruction"] for row in run.setup.data.first_rows]
+    assert len(asked) == 5 == len(set(asked)) and run.setup.data.held_out.rows == 2
+    interrupted({**settings, **more}, 3)
+    softprompt.train(resume_from_checkpoint="run")
+    assert outcome("run")[0] == outcome("whole")[0]
+    assert "so that the base answers as with a long text" in Path("run/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answers", "questions"),
+    [
+        (
+            ["What is it?\nAnd more", '"What is it?"', "  \n", "Question: Where?", "“在哪里？”"],
+            ["What is it?", "Where?", "在哪里？"],
+        ),
+        ([], []),
+    ],
+)
+def test_a_question_is_the_first_line_of_an_answer(answers, questions, tokenizer):
+    from softprompt.data.questions import written_questions
+
+    ids = [tokenizer(answer)["input_ids"] for answer in answers]
+    assert written_questions(ids, tokenizer) == questions

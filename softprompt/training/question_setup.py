@@ -1,0 +1,169 @@
+"""The questions of a distillation: read, or written by the base, and tokenized without and with the text."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from softprompt.config.loader import TrainConfig
+from softprompt.data.build_data import Rows, make_template
+from softprompt.data.dataset import question
+from softprompt.data.questions import (
+    QUESTION_TOKENS,
+    put_text_before,
+    questions_about,
+    read_distilled_text,
+    read_questions,
+    with_answer,
+    with_held_out,
+    with_text_ids,
+    written_questions,
+)
+from softprompt.data.row_store import Row, RowStore
+from softprompt.data.template import Template
+from softprompt.engines.factory import engine_for_inference
+from softprompt.generation.generator import Generator, make_generator
+from softprompt.models.capabilities import max_positions, why_not_generate
+from softprompt.models.loading import load_tokenizer
+from softprompt.models.precision import resolve_device, resolve_dtype
+from softprompt.training.console import print_answer_end, print_rows
+from softprompt.training.resume import StartingPoint
+from softprompt.training.setup import Base, path_of_base
+from softprompt.training.teacher_answers import Teacher, answer_questions
+from softprompt.utils.errors import ConfigError, DataError, ModelError
+from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
+
+
+class QuestionIds(NamedTuple):
+    """Questions as token ids: without the text, with the whole text, and with the text cut to P tokens before them."""
+
+    plain: list[list[int]]
+    with_text: list[list[int]]
+    with_cut_text: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a run, tokenized.
+
+    Attributes:
+        rows: The questions as rows; the base answers them.
+        train, held_out: The same as token ids; `held_out` is None if there are none.
+        text_ids: The token ids of the text.
+        end: The token that the template writes after an answer; None if it writes none.
+        fingerprints: Hashes of the contents of the questions, the text and the tokenizer, by name.
+    """
+
+    tokenizer: Any
+    template: Template
+    rows: Rows
+    train: QuestionIds
+    held_out: QuestionIds | None
+    text_ids: list[int]
+    end: str | None
+    fingerprints: Mapping[str, str]
+
+
+def load_questions(config: TrainConfig, written: Rows | None = None) -> Questions:
+    """Read and tokenize the text and the questions.
+
+    Args:
+        written: The questions that the base has written; None reads those of --dataset.
+
+    Raises:
+        DataError: The text or the questions cannot be read or are empty, or the chat template has no place for the
+            text.
+        ConfigError: The text has fewer tokens than the prompt.
+        ModelError: The base has no usable tokenizer.
+    """
+    template = make_template(config)
+    text, rows = read_distilled_text(str(config.distillation.text)), written or read_questions(config, template)
+    print_rows(config, rows.train[0], len(rows.train), rows.notices)
+    tokenizer = load_tokenizer(path_of_base(config))
+    P = config.prompt.num_virtual_tokens
+    train, text_ids = _tokenized(rows.train, text, tokenizer, template, P)
+    held_out = _tokenized(rows.held_out, text, tokenizer, template, P)[0] if rows.held_out else None
+    if P is not None and len(text_ids) < P:
+        raise ConfigError(
+            f"{config.distillation.flag}: its text has {len(text_ids)} tokens, fewer than the {P} virtual tokens that "
+            "are to replace it; give a smaller --num_virtual_tokens"
+        )
+    end = template.end(with_answer(rows.train[0], "a"), tokenizer)
+    print_answer_end(end, tokenizer)
+    about = {"distilled text": hashlib.sha256(text.encode()).hexdigest(), **tokenizer_fingerprints(tokenizer)}
+    return Questions(
+        tokenizer, template.of_rows(rows.train), rows, train, held_out, text_ids, end, {**rows.fingerprints, **about}
+    )
+
+
+def _tokenized(
+    rows: Sequence[Row], text: str, tokenizer: Any, template: Template, P: int | None
+) -> tuple[QuestionIds, list[int]]:
+    """Return the questions as token ids, and the token ids of the text."""
+    plain, with_text, ids = put_text_before(rows, text, tokenizer, template)
+    cut = ids[:P]
+    with_cut = with_text_ids(rows, plain, cut, tokenizer.decode(cut).strip(), tokenizer, template)
+    return QuestionIds(plain, with_text, with_cut), ids
+
+
+def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPoint:
+    """Return the starting point with --prompt_tuning_init_text, if TEXT is chosen without a text, set to the beginning
+    of the text that is distilled, so that files and messages name it."""
+    prompt = start.config.prompt
+    if prompt.prompt_tuning_init != "TEXT" or prompt.prompt_tuning_init_text or prompt.init_adapter:
+        return start
+    text = _beginning(questions.text_ids, prompt.num_virtual_tokens or len(questions.text_ids), questions.tokenizer)
+    return replace(start, config=replace(start.config, prompt=replace(prompt, prompt_tuning_init_text=text)))
+
+
+def _beginning(ids: list[int], count: int, tokenizer: Any) -> str:
+    """Return the shortest text that begins with the first `count` token ids; it has more if a character has several."""
+    for end in range(count, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if tokenizer(text, add_special_tokens=False)["input_ids"][:count] == ids[:count]:
+            return text
+    return tokenizer.decode(ids)
+
+
+def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
+    """Return the generator with which the base answers the questions.
+
+    Raises:
+        ModelError: The base cannot generate answers.
+    """
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
+    engine = engine_for_inference(config.model.engine, base.model, tokenizer, dtype)
+    generator = make_generator(engine, base.model, tokenizer, config.model.engine)
+    if generator is None:
+        raise ModelError(
+            f"{config.distillation.flag}: the base has to answer the questions, and {why_not_generate(base.model)}"
+        )
+    return generator
+
+
+def write_questions(config: TrainConfig, base: Base, tokenizer: Any, generator: Generator) -> Rows:
+    """Let the base write questions about the passages of the text that is distilled (self-study: Eyuboglu et al. 2025,
+    arXiv:2506.06266). Questions that it repeats are left out.
+
+    Raises:
+        DataError: The text cannot be read, or the base writes too few questions for --eval_rows.
+    """
+    template, settings = make_template(config), config.distillation
+    text = read_distilled_text(str(settings.text))
+    asked = questions_about(text, tokenizer, template)
+    samples = -(-settings.distill_questions // len(asked))
+    ends = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
+    teacher = Teacher(generator, None, [], sorted(set(ends)), max_positions(base.model), identity_of(config, base))
+    seed, title = config.training.seed, "questions about the text"
+    answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, title)
+    found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)
+    rows = RowStore(question(f"question {n}", {"prompt": each}, template) for n, each in enumerate(found, start=1))
+    if not rows:
+        raise DataError(f"{settings.flag}: the base writes no question about it; give questions with --dataset")
+    return with_held_out(config, template, rows[: settings.distill_questions], [])
+
+
+def identity_of(config: TrainConfig, base: Base) -> list[Any]:
+    device = resolve_device(config.model.device)
+    return [dict(base.fingerprint), str(resolve_dtype(device, config.model.bf16, config.model.fp16))]
