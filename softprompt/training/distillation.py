@@ -87,9 +87,8 @@ def answered(
     ].float()
     end = _end_id(questions)
     ends = sorted({end, questions.tokenizer.eos_token_id})
-    teacher = Teacher(
-        generator, text if begins else None, prefix, ends, max_positions(model), identity_of(config, base)
-    )
+    before = text if begins else None
+    teacher = Teacher(generator, before, prefix, ends, max_positions(model), identity_of(config, base))
 
     most = config.distillation.distill_max_new_tokens
 
