@@ -78,7 +78,7 @@ class BaseWithAdapters:
     def description(self) -> str:
         """One line that names the base and the adapters."""
         names = [name for name, adapter in self.adapters.items() if adapter.prompt is not None]
-        return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
+        return f"base {self.name}, adapter {', '.join(names)}" if names else f"base {self.name}, no prompt"
 
     def note_foreign_rows(self, rows: Sequence[Row]) -> None:
         """If the base is mini and most of the first `rows` are unlike its training data, print once what mini is made

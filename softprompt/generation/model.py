@@ -238,7 +238,7 @@ class SoftPromptModel(BaseWithAdapters):
         adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[ChoiceResult]:
-        """Return for each question the likeliest of `choices`, and the probability of each among them.
+        """Return for each question the most likely of `choices`, and the probability of each among them.
 
         Raises:
             ConfigError: There are fewer than two choices, or the same choice occurs twice.

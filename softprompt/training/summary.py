@@ -116,7 +116,7 @@ def _held_out_rows(run: Run) -> Iterator[Figure]:
         base, tuned = (one.classification.confusion_matrix for one in (before, after))
         always, interval = f"{after.classification.majority[1]:.1%}", after.accuracy_interval.as_shares()
         shares = f"{base.accuracy:.1%}", "", f"{tuned.accuracy:.1%}"
-        yield Figure("accuracy (likelier label)", always, *shares, interval)
+        yield Figure("accuracy (most likely label)", always, *shares, interval)
         yield Figure("macro F1", base=f"{base.macro_f1:.3f}", prompt=f"{tuned.macro_f1:.3f}")
     if before.exact_match is not None and after.exact_match is not None:
         some = run.metrics.get("eval_exact_match_rows")

@@ -208,7 +208,7 @@ def test_in_evaluation(voting, place, capsys, monkeypatch):
     assert right and lines["exact match"] == f"{right / len(rows):.1%}"
     taken = model.ensemble(order, voting).classify([row["instruction"] for row in rows], labels)
     right = sum(a.label == row["output"] for a, row in zip(taken, rows, strict=True))
-    assert lines["accuracy (likelier label)"] == f"{right / len(rows):.1%}"
+    assert lines["accuracy (most likely label)"] == f"{right / len(rows):.1%}"
     assert "1 of 5 rows have an answer that is none of the choices" in out
 
 

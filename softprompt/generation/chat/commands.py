@@ -222,7 +222,7 @@ COMMANDS = {
     "/adapters": Command(_adapters, "/adapters", f"list the loaded adapters and those under {RUNS}/"),
     "/base": Command(_base, "/base", "answer with the base alone, without a soft prompt"),
     "/input": Command(_input, "/input TEXT", "fill the second column of the template; alone, empty it again"),
-    "/choices": Command(_choices, "/choices A,B", "answer with the likeliest of these texts; alone, generate answers"),
+    "/choices": Command(_choices, "/choices A,B", "answer with the most likely one of these; alone, generate answers"),
     "/history": Command(_history, "/history N", "put the last N turns before each question"),
     "/clear": Command(_clear, "/clear", "forget the earlier turns"),
     "/set": Command(
