@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from softprompt.config.adapter_specs import check_adapter_specs
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.command_line import parse_chat, parse_inference, parse_training
 from softprompt.config.help_text import HelpFormatter, examples_text
@@ -62,6 +63,7 @@ def train(argv: Sequence[str]) -> None:
 def infer(argv: Sequence[str]) -> None:
     """Answer one question or a file of questions, evaluate adapters, or, without either, chat on the terminal."""
     config = parse_inference(argv)
+    check_adapter_specs(config.model.adapter)
 
     from softprompt.inference import infer
 
@@ -71,6 +73,7 @@ def infer(argv: Sequence[str]) -> None:
 def chat(argv: Sequence[str]) -> None:
     """Hold a conversation on the terminal."""
     config = parse_chat(argv)
+    check_adapter_specs(config.model.adapter)
 
     from softprompt.inference import chat
 

@@ -11,12 +11,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from softprompt.config.adapter_specs import NONE, parse_adapter_specs
 from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult
 from softprompt.evaluation.truncation import common_truncation
-from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
+from softprompt.generation.adapters import LoadedAdapter, base_identity, find_adapter
 from softprompt.generation.chat.commands import completions
 from softprompt.generation.chat.history import HistoryFile
 from softprompt.generation.chat.loop import hold_chat

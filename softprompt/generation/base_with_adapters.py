@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.infer_config import generation_faults
 from softprompt.data.dataset import Row
 from softprompt.data.messages import texts_of
 from softprompt.data.template import Template
-from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
+from softprompt.generation.adapters import LoadedAdapter, check_adapter, check_name, find_adapter
 from softprompt.generation.requests import StreamSettings, merge_settings
 from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.models.loading import word_embeddings

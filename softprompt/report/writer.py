@@ -57,12 +57,8 @@ def report_file(runs: Sequence[str], output_file: str | None) -> Path:
     """Return the file to write: `output_file`, or the default.
 
     Raises:
-        ReportError: A run's folder does not exist.
         OutputError: The file exists and is not a report.
     """
-    for run in runs:
-        if not Path(run).is_dir():
-            raise ReportError(f"{run}: no such folder; name the OUTPUT_DIR of a run")
     if output_file is None:
         path = Path(runs[0]) / REPORT_FILE if len(runs) == 1 else RUNS / _name_of_several(runs)
     else:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
 from softprompt.data.template import without_default_template
 from softprompt.data.tokenization import describe_losses
 from softprompt.evaluation.answer_comparison import AnswerComparison
-from softprompt.generation.adapters import NONE
 from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.arg_parser import parse_setting
 from softprompt.config.infer_args import GenerationArguments
 from softprompt.config.schema import AUTO, closest_name, setting_types, union_members
@@ -14,7 +15,7 @@ from softprompt.config.train_args import RUNS
 from softprompt.config.unknown_names import advice
 from softprompt.config.value_parsers import parse_labels
 from softprompt.data.template import CHAT
-from softprompt.generation.adapters import NONE, LoadedAdapter
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.chat.messages import LEAVE, Message, unquoted
 from softprompt.generation.chat.session import ChatSession, short_name
 from softprompt.generation.likelihood import check_choices

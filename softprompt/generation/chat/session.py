@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softprompt.config.adapter_specs import NONE, parse_adapter_specs
 from softprompt.config.schema import is_text
 from softprompt.config.train_args import RUNS
 from softprompt.data.chat_template import prompt_messages
 from softprompt.data.template import CHAT, Template
-from softprompt.generation.adapters import NONE, LoadedAdapter, parse_adapter_specs
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import StreamSettings
 from softprompt.prompt.adapter_io import CHECKPOINT
