@@ -89,7 +89,7 @@ def same_run(folder, alone, near=1e-5):
 def test_a_rank_dies_while_the_other_waits_for_its_blocks(alone, tmp_path, monkeypatch):
     """And what they had saved is one process's, which goes on with the whole base."""
     out, seconds = killed("packed", tmp_path / "run")
-    assert "packed engine, 1,024 tokens at a time, layer by layer, 2 processes" in out and seconds < 60
+    assert "packed engine, 1,024 tokens at a time, layer by layer, 2 processes" in out and seconds < 150
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     train.main(["--resume_from_checkpoint", str(tmp_path / "run"), "--shard_base", "false"])
@@ -130,7 +130,7 @@ def test_a_decoder_is_checked_on_all_ranks_and_goes_on_unsharded(llama, tmp_path
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 def test_a_rank_of_a_sharded_decoder_dies(engine, llama, tmp_path):
     out, seconds = killed(engine, tmp_path / "run", "--model_name_or_path", llama)
-    assert f"{engine} engine" in out and seconds < 60
+    assert f"{engine} engine" in out and seconds < 150
 
 
 @pytest.mark.slow
