@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, option
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.named_folders import check_adapter_folder
 
 EXAMPLES = (
     ("Write a model that transformers, servers and llama.cpp can load", "runs/my-run --output my-model"),
@@ -61,7 +60,6 @@ def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
 
     Raises:
         ConfigError: An argument is wrong.
-        AdapterError: The adapter's folder does not exist.
     """
     description = (
         "Write a base and its learned prompt as one plain transformers model, which needs no softprompt; or the prompt "
@@ -71,6 +69,4 @@ def parse_export(argv: Sequence[str]) -> tuple[str, ExportArguments]:
     parser = FlagParser([ExportArguments], "export", description, usage, examples=EXAMPLES)
     parser.add_argument("adapter", metavar="ADAPTER", help="Adapter folder, written by softprompt or by PEFT.")
     given = parser.parse(argv)
-    arguments = export_arguments(**given)
-    check_adapter_folder(given["adapter"])
-    return given["adapter"], arguments
+    return given["adapter"], export_arguments(**given)

@@ -8,7 +8,6 @@ from typing import ClassVar
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.schema import build, option, same_option
 from softprompt.config.train_args import SharingArguments
-from softprompt.utils.named_folders import check_run_folder
 from softprompt.utils.redact import add_secret
 
 EXAMPLES = (
@@ -38,7 +37,6 @@ def parse_push(argv: Sequence[str]) -> tuple[Path, SharingArguments]:
 
     Raises:
         ConfigError: An argument is wrong.
-        ReportError: The folder does not exist.
     """
     description = "Upload the adapter, the model card and the report of a finished run to the Hugging Face hub."
     parser = FlagParser([PushArguments], "push", description, "RUN [--flag value …]", examples=EXAMPLES)
@@ -48,7 +46,6 @@ def parse_push(argv: Sequence[str]) -> tuple[Path, SharingArguments]:
     if given.get("hub_token"):
         add_secret(given["hub_token"])
     (arguments,) = build([PushArguments], given)
-    check_run_folder(folder)
     return folder, SharingArguments(
         push_to_hub=True,
         hub_model_id=arguments.hub_model_id,

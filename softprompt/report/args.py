@@ -10,7 +10,6 @@ from softprompt.config.schema import build, is_text, option
 from softprompt.config.train_args import RUNS
 from softprompt.runs.file_names import REPORT_FILE
 from softprompt.utils.errors import ConfigError
-from softprompt.utils.named_folders import check_run_folder
 from softprompt.utils.translation import translate
 
 EXAMPLES = (
@@ -52,7 +51,6 @@ def report_arguments(runs: Sequence[str], watch: bool = False, **given: Any) -> 
 
     Raises:
         ConfigError: A setting is unknown or has a wrong value, no run is named, or a run is named twice.
-        ReportError: A folder does not exist.
     """
     (arguments,) = build([ReportArguments], given)
     if not runs or not all(runs):
@@ -65,8 +63,6 @@ def report_arguments(runs: Sequence[str], watch: bool = False, **given: Any) -> 
         raise ConfigError(f"{twice[-1]} is named twice; name each run once")
     if arguments.output_file == "":
         raise ConfigError("--output_file is empty; name the file to write, or leave it out")
-    for run in runs:
-        check_run_folder(run)
     return ReportRequest(runs, arguments.output_file, watch)
 
 
@@ -75,7 +71,6 @@ def parse_report(argv: Sequence[str]) -> ReportRequest:
 
     Raises:
         ConfigError: An argument is wrong.
-        ReportError: A folder does not exist.
     """
     description = "Write one HTML page about one run, or about several runs side by side."
     usage = "RUN [RUN …] [--flag value …]"

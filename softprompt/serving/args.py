@@ -125,14 +125,11 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
 
     Raises:
         ConfigError: A flag is wrong.
-        AdapterError: A folder of --adapters does not exist.
     """
     description = (
         "Serve a base and its adapters with an OpenAI-compatible API. Requests for different adapters share one batch."
     )
-    config = serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))
-    parse_roots(config.server.adapters)
-    return config
+    return serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))
 
 
 class Root(NamedTuple):
