@@ -113,21 +113,21 @@ def test_rows_that_were_trained_on_do_not_count():
     learned = {*range(20), *range(63, 93)}
     seen = [row in learned for row in range(100)]
     by_heart = wrong_at(EXPECTED, set(range(93, 100)))
-    assert verdict(by_heart, HALF, WAYS).better and verdict(by_heart, HALF, WAYS, [False] * 100).better
-    found = verdict(by_heart, HALF, WAYS, seen)
+    assert verdict(by_heart, HALF, WAYS).better and verdict(by_heart, HALF, WAYS, seen=[False] * 100).better
+    found = verdict(by_heart, HALF, WAYS, seen=seen)
     assert not found.better and "50 of 100" in found.sentence and "always answering 正面: train" in found.sentence
-    good = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen)
+    good = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=seen)
     assert good.better and "50 of 100" in good.sentence
-    few = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, [row > 10 for row in range(100)])
+    few = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=[row > 10 for row in range(100)])
     assert not few.better and "89 of 100" in few.sentence and f"hold out at least {FEWEST_ROWS}" in few.sentence
-    none = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, [True] * 100)
+    none = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=[True] * 100)
     assert not none.better and "hold out other rows" in none.sentence
 
 
 def test_losses_of_rows_that_were_trained_on_do_not_count():
     before, seen = texts([3.0 + row % 5 for row in range(60)]), [row < 30 for row in range(60)]
     after = texts([loss / 9 if known else loss + 0.1 for loss, known in zip(before.row_losses, seen, strict=True)])
-    assert verdict(after, before).better and not verdict(after, before, WAYS, seen).better
+    assert verdict(after, before).better and not verdict(after, before, WAYS, seen=seen).better
 
 
 def test_nothing_is_said_of_losses_that_are_not_finite():
