@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from softprompt.config.adapter_specs import check_adapter_specs
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.command_line import parse_chat, parse_inference, parse_training
 from softprompt.config.help_text import HelpFormatter, examples_text
@@ -19,9 +20,10 @@ from softprompt.config.unknown_names import advice
 from softprompt.export.args import parse_export
 from softprompt.export.push_args import parse_push
 from softprompt.report.args import parse_report
-from softprompt.serving.args import parse_serve
+from softprompt.serving.args import parse_roots, parse_serve
 from softprompt.study.grid import parse_study
 from softprompt.utils.errors import ConfigError, OtherRankError, PushError, SoftpromptError, Stopped
+from softprompt.utils.named_folders import check_adapter_folder, check_run_folder
 from softprompt.utils.redact import redacted
 from softprompt.utils.shell_commands import program_name
 from softprompt.utils.std_streams import answers_on_stdout, discard_buffer, reopen_closed_streams, tolerant_streams
@@ -62,6 +64,7 @@ def train(argv: Sequence[str]) -> None:
 def infer(argv: Sequence[str]) -> None:
     """Answer one question or a file of questions, evaluate adapters, or, without either, chat on the terminal."""
     config = parse_inference(argv)
+    check_adapter_specs(config.model.adapter)
 
     from softprompt.inference import infer
 
@@ -71,6 +74,7 @@ def infer(argv: Sequence[str]) -> None:
 def chat(argv: Sequence[str]) -> None:
     """Hold a conversation on the terminal."""
     config = parse_chat(argv)
+    check_adapter_specs(config.model.adapter)
 
     from softprompt.inference import chat
 
@@ -80,6 +84,7 @@ def chat(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """Write a base and its learned prompt as one plain transformers model, or a prompt for vLLM."""
     adapter, arguments = parse_export(argv)
+    check_adapter_folder(adapter)
 
     from softprompt.export.plain_model import write_export
 
@@ -93,6 +98,7 @@ def push(argv: Sequence[str]) -> None:
         PushError: The upload failed.
     """
     folder, sharing = parse_push(argv)
+    check_run_folder(folder)
 
     from softprompt.export.push_to_hub import push_finished_run
 
@@ -102,6 +108,8 @@ def push(argv: Sequence[str]) -> None:
 def report(argv: Sequence[str]) -> None:
     """Write one HTML page about one run, or about several runs side by side."""
     request = parse_report(argv)
+    for run in request.runs:
+        check_run_folder(run)
 
     from softprompt.report.watch import watch
     from softprompt.report.writer import write_report
@@ -129,6 +137,7 @@ def serve(argv: Sequence[str]) -> None:
         ConfigError: FastAPI or uvicorn is not installed.
     """
     config = parse_serve(argv)
+    parse_roots(config.server.adapters)
 
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         install = "pip install fastapi uvicorn (or pip install -e '.[serve]')"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softprompt.utils.text_table import table
+from softprompt.utils.translation import translate
 
 NVIDIA_WHEELS = "pip install 'torch<2.14' --force-reinstall --index-url https://download.pytorch.org/whl/cu130"
 USED_FOR = {
@@ -38,12 +39,14 @@ class Finding(NamedTuple):
         text: What was found.
         advice: What to do about it; None if nothing has to be done.
         required: Whether nothing works before that is done.
+        use: What a package is for; None if everything needs it.
     """
 
     name: str
     text: str
     advice: str | None = None
     required: bool = False
+    use: str | None = None
 
 
 def examine() -> list[Finding]:
@@ -67,10 +70,16 @@ def examine() -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """Format findings as a table, followed by what to do."""
-    lines = [table([("what", "here"), *((finding.name, finding.text) for finding in findings)])]
-    for heading, required in (("Needed:", True), ("Worth having:", False)):
-        advice = [f"- {one.name}: {one.advice}" for one in findings if one.advice and one.required is required]
+    """Format findings as a table, followed by what to do, in the language of the user."""
+    rows = [("what", "here"), *((finding.name, finding.text) for finding in findings)]
+    uses = ["", *(translate(f" (for {finding.use})") if finding.use else "" for finding in findings)]
+    lines = [table([(translate(name), translate(text) + use) for (name, text), use in zip(rows, uses, strict=True)])]
+    for heading, required in ((translate("Needed:"), True), (translate("Worth having:"), False)):
+        advice = [
+            f"- {translate(one.name)}{translate(': ')}{translate(one.advice)}{use}"
+            for one, use in zip(findings, uses[1:], strict=True)
+            if one.advice and one.required is required
+        ]
         lines += ["", heading, *advice] if advice else []
     return "\n".join(lines)
 
@@ -90,15 +99,15 @@ def packages() -> Iterator[Finding]:
         optional = needed.marker is not None and not needed.marker.evaluate({"extra": ""})
         if optional and (needed.name not in USED_FOR or "test" in str(needed.marker)):
             continue
-        use = f" (for {USED_FOR[needed.name]})" if optional else ""
-        install = f"pip install '{needed.name}{needed.specifier}'{use}"
+        use = USED_FOR[needed.name] if optional else None
+        install = f"pip install '{needed.name}{needed.specifier}'"
         try:
             found = version(needed.name)
         except PackageNotFoundError:
-            yield Finding(needed.name, f"not installed{use}", install, not optional)
+            yield Finding(needed.name, "not installed", install, not optional, use)
             continue
         fits = needed.specifier.contains(found, prereleases=True)
-        yield Finding(needed.name, f"{found}{use}", None if fits else install, not optional)
+        yield Finding(needed.name, found, None if fits else install, not optional, use)
 
 
 def hardware() -> Iterator[Finding]:
@@ -111,7 +120,8 @@ def hardware() -> Iterator[Finding]:
     cpu = torch.device("cpu")
     instructions = ", ".join([torch.backends.cpu.get_cpu_capability(), *_cpu_flags()])
     yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}")
-    yield Finding("memory", f"{total_memory(cpu) / GIB:.1f} GiB{_available(GIB)}")
+    total, free = total_memory(cpu) / GIB, _available(GIB)
+    yield Finding("memory", f"{total:.1f} GiB" if free is None else f"{total:.1f} GiB, {free:.1f} available")
     for index in range(torch.cuda.device_count()):
         yield _gpu(torch.cuda.get_device_properties(index), index, torch.cuda.mem_get_info(index), GIB)
     if not torch.cuda.is_available():
@@ -141,17 +151,17 @@ def folders() -> Iterator[Finding]:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         free = shutil.disk_usage(there).free / GIB if there.exists() else 0
         fault = _fault_of_folder(there, free)
-        advice = f"{there} {fault}; {way_out} a folder that can be written" if fault else None
+        advice = f"{fault}; {way_out} a folder that can be written" if fault else None
         yield Finding(name, f"{folder}, {free:,.1f} GiB free", advice)
 
 
 def _fault_of_folder(folder: Path, free: float) -> str | None:
     """Return why a folder cannot be written to, or why too little fits into it; None if there is no reason."""
     if not folder.is_dir():
-        return "is not a folder"
+        return f"{folder} is not a folder"
     if not os.access(folder, os.W_OK | os.X_OK):
-        return "cannot be written"
-    return f"is on a disk that is nearly full, with {free:.2f} GiB free" if free < LEAST_FREE_GIB else None
+        return f"{folder} cannot be written"
+    return f"{folder} is on a disk that is nearly full, with {free:.2f} GiB free" if free < LEAST_FREE_GIB else None
 
 
 def _gpu(card: Any, index: int, memory: tuple[int, int], gib: int) -> Finding:
@@ -182,7 +192,8 @@ def _no_gpu() -> Finding:
     import torch
 
     if shutil.which("nvidia-smi") is None:
-        return Finding("cuda", "no NVIDIA driver here" + (", and this torch has no CUDA" if not _built() else ""))
+        text = "no NVIDIA driver here" if _built() else "no NVIDIA driver here, and this torch has no CUDA"
+        return Finding("cuda", text)
     if not _built():
         return Finding("cuda", f"an NVIDIA driver, but torch {torch.__version__} is a CPU build", NVIDIA_WHEELS)
     try:
@@ -222,10 +233,10 @@ def _cpu_flags() -> list[str]:
     return [name for name in ("avx512_bf16", "amx_bf16") if name in words]
 
 
-def _available(gib: int) -> str:
-    """Return how much memory programs can still take, in words; nothing where the system does not say."""
+def _available(gib: int) -> float | None:
+    """Return how many GiB of memory programs can still take; None where the system does not say."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text_of(Path("/proc/meminfo")))
-    return f", {int(found[1]) * 1024 / gib:.1f} available" if found else ""
+    return int(found[1]) * 1024 / gib if found else None
 
 
 def _text_of(file: Path) -> str:

@@ -11,12 +11,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from softprompt.config.adapter_specs import NONE, parse_adapter_specs
 from softprompt.config.infer_config import InferConfig, has_splits
 from softprompt.data.splits import find_splits
 from softprompt.evaluation.comparison_report import comparison_report
 from softprompt.evaluation.side_by_side import AdapterEvaluator, AdapterResult
 from softprompt.evaluation.truncation import common_truncation
-from softprompt.generation.adapters import NONE, LoadedAdapter, base_identity, find_adapter, parse_adapter_specs
+from softprompt.generation.adapters import LoadedAdapter, base_identity, find_adapter
 from softprompt.generation.chat.commands import completions
 from softprompt.generation.chat.history import HistoryFile
 from softprompt.generation.chat.loop import hold_chat
@@ -36,6 +37,7 @@ from softprompt.utils.errors import AdapterError, ConfigError, DataError, Partia
 from softprompt.utils.out_of_memory import is_out_of_memory
 from softprompt.utils.shell_commands import command
 from softprompt.utils.std_streams import tell
+from softprompt.utils.translation import translate
 
 
 def infer(config: InferConfig) -> None:
@@ -115,7 +117,7 @@ def load_model(config: InferConfig, lines: Sequence[PromptLine] = ()) -> SoftPro
 
 
 def answer_prompt(config: InferConfig, model: SoftPromptModel) -> None:
-    """Print the answer to --prompt, or, with --choices, the likeliest choice and its probability."""
+    """Print the answer to --prompt, or, with --choices, the most likely choice and its probability."""
     question = config.question
     prompt, text = question.prompt or "", question.input
     row = {"prompt": prompt, "input": text} if question.ensemble else model.template.row(prompt, text)
@@ -166,7 +168,8 @@ def evaluate(config: InferConfig, model: SoftPromptModel) -> None:
     results, fault = _evaluated(evaluator, model.adapters)
     model.note_foreign_rows(next(iter(results.values())).rows)
     if question.ensemble and not fault:
-        results[f"ensemble of {len(results)}"] = evaluator.evaluate_ensemble(list(results.values()), question.voting)
+        name, members = translate(f"ensemble of {len(results)}"), list(results.values())
+        results[name] = evaluator.evaluate_ensemble(members, question.voting)
     in_passages = is_text and config.generation.max_length is None
     told = [*cut.notes, *([f"passages of --max_length {cut.max_length} tokens"] if in_passages else [])]
     tell(model.description)

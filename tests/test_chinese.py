@@ -5,9 +5,12 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers.reported_runs import Seen, described_run
 
 import softprompt
+from softprompt import doctor
+from softprompt.cli import doctor as run_doctor
 from softprompt.cli import infer, main, run_command, train
 from softprompt.generation.chat.loop import hold_chat
 from softprompt.generation.chat.session import ChatSession
@@ -133,6 +136,31 @@ def test_a_run_is_told_in_chinese_and_its_files_are_not(chinese, run_settings, c
 
 def _texts(lines, name):
     return lines if name.endswith(".jsonl") else [json.dumps(json.loads("\n".join(lines)), ensure_ascii=False)]
+
+
+def test_adapters_are_compared_in_chinese(chinese, place, capsys):
+    rows = [{"instruction": f"第{n}题", "output": "好坏无"[n % 3 and 1]} for n in range(24)]
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"instruction": "问", "output": "无"}])))
+    argv = ["--adapter", "a", "--adapter", "none", "--eval_dataset", "rows.jsonl", "--choices", "好,坏"]
+    infer([*argv, "--max_length", "60"])
+    told, noted = capsys.readouterr()
+    for text in ("损失的 95% 区间", "准确率（概率最大的标签）", "条样本", "准确率为", "标准答案", "不在可选标签中"):
+        assert text in told
+    assert "基座模型" in noted and re.search("a：.*(优于|比).*基座模型", told) and not ENGLISH.search(told + noted)
+    (place / "text.txt").write_text("好" * 99)
+    infer(["--adapter", "a", "--adapter", "none", "--ensemble", "--eval_dataset", "rows.jsonl", "--max_length", "9"])
+    infer(["--adapter", "a", "--eval_dataset", "text.txt"])
+    told, noted = capsys.readouterr()
+    assert "2 个适配器的集成" in told and "困惑度" in told and not ENGLISH.search(told + noted)
+
+
+def test_doctor_reports_in_chinese(chinese, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_failure_of_torch", lambda: None)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_doctor([])
+    told = capsys.readouterr().out
+    assert "本机" in told and "内存" in told and "建议处理：" in told and "HF_HOME" in told and not ENGLISH.search(told)
 
 
 def test_a_page_is_chinese(chinese):

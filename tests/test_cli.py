@@ -180,6 +180,33 @@ def test_a_wrong_flag_does_not_wait_for_torch(name):
     assert ended.stderr == "error: unknown flag --sed; did you mean --seed?\n"
 
 
+FOLDERS_THAT_ARE_MISSING = [
+    *(["report", "nope"], ["report", "--watch", "nope"], ["export", "nope", "--output", "x"], ["push", "nope"]),
+    *(
+        ["chat", "--adapter", "nope"],
+        ["infer", "--adapter", "a=nope", "--prompt", "?"],
+        ["serve", "--adapters", "nope"],
+    ),
+    ["study", "nope"],
+]
+
+
+def test_a_folder_that_does_not_exist_is_refused_without_torch():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["torch", "transformers"]))  # importing them fails
+from softprompt import cli
+for argv in {FOLDERS_THAT_ARE_MISSING}:
+    try:
+        cli.run_command(cli.COMMANDS[argv[0]].run, argv[1:])
+    except SystemExit as end:
+        print(argv[0], end.code, file=sys.stderr, flush=True)
+"""
+    told = in_a_process("-c", code).stderr.splitlines()
+    assert told[1::2] == [f"{argv[0]} 2" for argv in FOLDERS_THAT_ARE_MISSING]
+    assert all(line.startswith("error: ") and "nope" in line for line in told[::2]) and "no such" in told[0]
+
+
 TRAINING = {
     "--output_dir ": "--output_dir is empty",
     "--num_train_epochs inf": "--num_train_epochs inf is not a finite number",

@@ -338,8 +338,8 @@ def test_side_by_side(place, capsys, monkeypatch):
     out = run_infer(argv, capsys, monkeypatch)
     head, _, *figures = out.splitlines()
     assert head.split() == ["x", "b", "none"]
-    of_metric = {line[:25].strip(): line[25:].split() for line in figures[: figures.index("")]}
-    names = {"loss", "perplexity", "exact match", "accuracy (likelier label)", "macro F1"}
+    of_metric = {line[:28].strip(): line[28:].split() for line in figures[: figures.index("")]}
+    names = {"loss", "perplexity", "exact match", "accuracy (most likely label)", "macro F1"}
     assert names < of_metric.keys() and all(len(of_metric[name]) == 3 for name in of_metric if name in names)
     assert all(f"\n{name}:\n" in out for name in ("x", "b", "none")) and "expected \\ predicted" in out
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
@@ -347,7 +347,7 @@ def test_side_by_side(place, capsys, monkeypatch):
         v.label == r["output"]
         for v, r in zip(model.classify([r["instruction"] for r in rows], ["正面", "负面"]), rows, strict=True)
     )
-    assert of_metric["accuracy (likelier label)"][0] == f"{right / 6:.1%}"
+    assert of_metric["accuracy (most likely label)"][0] == f"{right / 6:.1%}"
     assert "always answering 正面 has an accuracy of 66.7%" in out and "too few to tell" in out
 
 
@@ -356,7 +356,7 @@ def test_figures_of_a_confusion():
     confusion = ConfusionMatrix(["a", "b", "c"], counts)
     assert confusion.accuracy == pytest.approx(3 / 7)
     assert confusion.macro_f1 == pytest.approx((2 * 3 / (4 + 5) + 0 + 0) / 3)
-    assert [line.split() for line in str(confusion).splitlines()[2:]] == [
+    assert confusion.text_rows[1:] == [
         ["a", "3", "1", "0"],
         ["b", "2", "0", "0"],
         ["c", "0", "1", "0"],

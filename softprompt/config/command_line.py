@@ -33,7 +33,7 @@ INFER_EXAMPLES = (
 )
 CHAT_EXAMPLES = (
     ("Talk to the newest run under runs/", ""),
-    ("Talk to a run that you name, with the likeliest answers", "--adapter runs/my-run --do_sample false"),
+    ("Talk to a run that you name, with the most likely answers", "--adapter runs/my-run --do_sample false"),
     ("Switch between a prompt and the base alone, by /adapter", "--adapter mine=runs/my-run --adapter none"),
 )
 

@@ -46,8 +46,8 @@ class QuestionArguments:
     overwrite_output_file: bool = option(False, "Replace an existing --output_file instead of continuing it.")
     choices: str | None = option(
         None,
-        "Choose among these comma-separated answers, such as 正面,负面, and print the likeliest with its probability. "
-        "(default: generate the answer)",
+        "Choose among these comma-separated answers, such as 正面,负面, and print the most likely one and its "
+        "probability. (default: generate the answer)",
         "A,B",
     )
     eval_dataset: str | None = option(
@@ -79,8 +79,8 @@ class QuestionArguments:
     )
     voting: Voting | None = option(
         None,
-        "Choose the ensemble's answer: the one that most adapters give, and in a tie the likeliest (majority_vote), or "
-        "the one with the highest mean likelihood (mean_likelihood). (default: mean_likelihood with --choices, else "
+        "Choose the ensemble's answer: the one that most adapters give, in a tie the most likely one (majority_vote), "
+        "or the one with the highest mean likelihood (mean_likelihood). (default: mean_likelihood with --choices, else "
         "majority_vote)",
     )
     stream: bool | None = option(
@@ -154,12 +154,12 @@ class GenerationArguments:
         None, "Sample the answer; `--do_sample false` decodes greedily. (default: true; for the mini base false)"
     )
     temperature: float | None = option(None, "Divide the logits by this before sampling. (default: 1.0)")
-    top_k: int | None = option(None, "Sample from the k likeliest tokens; 0 samples from all. (default: 50)")
+    top_k: int | None = option(None, "Sample from the k most likely tokens; 0 samples from all. (default: 50)")
     top_p: float | None = option(
-        None, "Sample from the likeliest tokens whose probabilities add up to this. (default: 1.0)"
+        None, "Sample from the most likely tokens whose probabilities add up to this. (default: 1.0)"
     )
     min_p: float | None = option(
-        None, "Exclude tokens whose probability is below this fraction of the likeliest token's. (default: none)"
+        None, "Exclude tokens whose probability is below this fraction of the most likely token's. (default: none)"
     )
     repetition_penalty: float | None = option(
         None, "Make tokens that have already occurred less likely, if this is above 1. (default: 1.0)"

@@ -99,7 +99,7 @@ def generation_faults(values: dict[str, Any]) -> list[str]:
         if not given.get(name, 1) > 0:
             faults.append(f"--{name} {given[name]} must be above 0")
         elif given.get(name, 1) < 1e-3:
-            faults.append(f"--{name} {given[name]} is below 0.001; `--do_sample false` takes the likeliest token")
+            faults.append(f"--{name} {given[name]} is below 0.001; `--do_sample false` takes the most likely token")
     if not 0 < given.get("top_p", 1) <= 1:
         faults.append(f"--top_p {given['top_p']} must lie above 0 and must not exceed 1")
     if not 0 <= given.get("min_p", 0) <= 1:

@@ -54,6 +54,11 @@ class Rows(NamedTuple):
         of_training = self.source.fingerprint if self.source else self.train.fingerprint
         return {"dataset": of_training, "held-out rows": self.held_out.fingerprint}
 
+    @property
+    def seen(self) -> list[bool]:
+        """For each held-out row, whether it is equal to a row of `train`."""
+        return np.isin(self.held_out.hashes, self.train.hashes).tolist()
+
 
 class _Part(NamedTuple):
     """Rows of a dataset, the `Selection` that describes them (None if they were generated in memory), and notices about
@@ -173,11 +178,13 @@ def _refuse_training_rows(dataset: str, held_out: Selection, training: Selection
 
 def describe_duplicates(train: RowStore, held_out: RowStore, which: str = "") -> Iterator[str]:
     """Count the training rows that repeat an earlier one, and the held-out rows that are also training rows."""
-    different = np.unique(train.hashes)
-    if again := len(train) - len(different):
+    if again := len(train) - len(np.unique(train.hashes)):
         yield f"{again:,} of {which}{len(train):,} training rows repeat an earlier row"
-    if both := int(np.isin(held_out.hashes, different).sum()):
-        yield f"warning: {both:,} of {len(held_out):,} held-out rows are among {which or 'the '}training rows, too"
+    if both := sum(Rows(train, held_out).seen):
+        yield (
+            f"warning: {both:,} of {len(held_out):,} held-out rows are among {which or 'the '}training rows, too; "
+            "whether the prompt is useful is judged without them"
+        )
 
 
 def _check_config_name(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Classify rows whose answers are a few labels: by the label that is the likeliest answer, not by the generated text.
+"""Classify rows whose answers are a few labels: by the label that is the most likely answer, not by the generated text.
 
 So an answer that the base would word differently can still count as right, and a base that cannot generate can be
 evaluated.
@@ -42,12 +42,12 @@ class Classification:
 
     @property
     def predicted(self) -> list[str]:
-        """The likeliest label of each row."""
+        """The most likely label of each row."""
         return [result.label for result in self.results]
 
     @property
     def correct(self) -> list[bool]:
-        """For each row, whether its likeliest label is the expected one."""
+        """For each row, whether its most likely label is the expected one."""
         return [label == expected for label, expected in zip(self.predicted, self.expected, strict=True)]
 
     @property

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.utils.text_table import table
-
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
@@ -51,6 +49,3 @@ class ConfusionMatrix:
         """The matrix as the rows of a table, with the labels in the first row and in the first column."""
         head = ["expected \\ predicted", *self.labels]
         return [head, *([label, *map(str, row)] for label, row in zip(self.labels, self.rows, strict=True))]
-
-    def __str__(self) -> str:
-        return table(self.text_rows)

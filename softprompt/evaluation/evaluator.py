@@ -3,12 +3,13 @@
 loss, perplexity      over all targets of all rows
 exact match           share of the rows whose greedy answer equals the expected one; computed only if all expected
                       answers are short, over the rows whose expected answer was not truncated by max_length
-accuracy, macro F1    of rows whose expected answers are labels, each classified by its likeliest label; over all rows
+accuracy, macro F1    of rows whose expected answers are labels, each classified by its most likely label; over all rows
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -54,6 +55,23 @@ class Evaluation:
     classification: Classification | None = None
     expected: Sequence[str] = ()
     disagreements: Sequence[int] | None = None
+
+    def only(self, chosen: Sequence[bool]) -> "Evaluation":
+        """Return the evaluation of some of the rows: those for which `chosen` is True."""
+
+        def of(values: Sequence[Any]) -> list[Any]:
+            return list(compress(values, chosen))
+
+        some = self.classification
+        return Evaluation(
+            of(self.row_losses),
+            of(self.row_targets),
+            None if self.answers is None else of(self.answers),
+            of(self.correct),
+            some and replace(some, expected=of(some.expected), results=of(some.results)),
+            of(self.expected),
+            None if self.disagreements is None else of(self.disagreements),
+        )
 
     @property
     def loss(self) -> float:

@@ -2,10 +2,10 @@
 
 The table has these metrics:
 
-loss, perplexity            over all targets of the rows; on a plain text, over all its tokens except the first
-exact match                 over the rows whose expected answer is not truncated; see `evaluator`
-accuracy (likelier label)   if the answers are labels: the share of all rows whose likeliest label is the expected one
-macro F1                    of the same classification; a confusion matrix of each adapter follows the table
+loss, perplexity              over all targets of the rows; on a plain text, over all its tokens except the first
+exact match                   over the rows whose expected answer is not truncated; see `evaluator`
+accuracy (most likely label)  if the answers are labels: the share of all rows whose most likely label is the expected
+macro F1                      of the same classification; a confusion matrix of each adapter follows the table
 
 All adapters are evaluated on the same rows, truncated in the same way. A training run evaluates its held-out rows with
 the same `Evaluator`, so it finds the same values.

@@ -7,7 +7,8 @@ Other answers  The prompt must have a lower loss than the base alone: the 95 % i
                average, the prompt must also be right for more rows than always giving the most common answer (McNemar's
                test again).
 
-With fewer than FEWEST_ROWS rows, no prompt is called better.
+Held-out rows that are equal to a training row are left out of all of this: a prompt may have learned them by heart.
+With fewer than FEWEST_ROWS other rows, no prompt is called better.
 """
 
 import math
@@ -51,7 +52,11 @@ class Comparison(NamedTuple):
 
 
 def verdict(
-    after: Evaluation, before: Evaluation, advice: Sequence[str] = (), rivals: Sequence[Rival] = ()
+    after: Evaluation,
+    before: Evaluation,
+    advice: Sequence[str] = (),
+    rivals: Sequence[Rival] = (),
+    seen: Sequence[bool] = (),
 ) -> Verdict | None:
     """Judge the prompt whose evaluation is `after`.
 
@@ -59,10 +64,28 @@ def verdict(
         before: The evaluation of the base alone on the same rows.
         advice: What to try if the prompt is not better.
         rivals: What else the prompt must be better than.
+        seen: For each row, whether it is among the training rows; empty if none is.
 
     Returns:
         The verdict; None if a loss is not finite, so that nothing can be compared.
     """
+    if not any(seen):
+        return _verdict_on_unseen(after, before, advice, rivals)
+    unseen = [not one for one in seen]
+    if not any(unseen):
+        return Verdict("Every held-out row is among the training rows, which says nothing: hold out other rows.", False)
+    others = [rival._replace(evaluation=rival.evaluation.only(unseen)) for rival in rivals]
+    found = _verdict_on_unseen(after.only(unseen), before.only(unseen), advice, others)
+    if found is None:
+        return None
+    count, rows = f"{sum(seen):,}", f"{len(seen):,}"
+    sentence = f"Without the {count} of {rows} held-out rows that are among the training rows: {found.sentence}"
+    return Verdict(sentence, found.better)
+
+
+def _verdict_on_unseen(
+    after: Evaluation, before: Evaluation, advice: Sequence[str], rivals: Sequence[Rival]
+) -> Verdict | None:
     if after.classification and before.classification:
         compared = _compared_labels(after.classification, before.classification)
     else:

@@ -24,7 +24,7 @@ def plain_model_card(base: str, adapter: Adapter, words: Sequence[str], constant
     guard = (
         f"their logit is {constant:g} after any text"
         if constant is not None
-        else "their logit is the mean of all others, so that none of them is ever the likeliest token"
+        else "their logit is the mean of all others, so that none of them is ever the most likely token"
     )
     lines = [
         front,

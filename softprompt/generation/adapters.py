@@ -1,6 +1,5 @@
 """Load adapters by name, check them, and find the base that they belong to."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.schema import AUTO, is_text
 from softprompt.config.train_args import RUNS
@@ -23,9 +23,6 @@ from softprompt.utils.errors import AdapterError, ConfigError
 from softprompt.utils.progress import say
 
 QUANTIZED = ("load_in_8bit", "load_in_4bit")
-NONE = "none"  # adapter name that stands for the base without a prompt
-AdapterPath = str | os.PathLike[str]
-AdapterSpecs = AdapterPath | Mapping[str, AdapterPath] | Sequence[AdapterPath] | None
 AdapterNames = str | Sequence[str] | None  # one for all questions, one for each, or None: the active adapter
 
 
@@ -115,29 +112,6 @@ def check_name(name: str, folder: str | Path) -> None:
             + (", which means the base without a prompt" if name else "")
             + "; give it another name"
         )
-
-
-def parse_adapter_specs(specs: AdapterSpecs) -> dict[str, str]:
-    """Parse values of --adapter, each `FOLDER`, `name=FOLDER` or `none`, into folders by name. The default name of a
-    folder is its path as given. Folders that are given by name are not parsed.
-
-    Raises:
-        AdapterError: A name has no folder, a name is given twice, or the name of a folder is `none`.
-    """
-    if isinstance(specs, Mapping):
-        return {name: os.fspath(folder) for name, folder in specs.items()}
-    folders: dict[str, str] = {}
-    for spec in map(os.fspath, [specs] if isinstance(specs, str | os.PathLike) else specs or ()):
-        name, equals, folder = spec.partition("=")
-        folder = os.path.expanduser(folder)
-        if not equals or Path(spec).exists():  # the path of a folder may contain "="
-            name = folder = spec
-        if not name or not folder or (name == NONE and folder != NONE):
-            raise AdapterError(f"--adapter {spec}: expected FOLDER, name=FOLDER or none (the base without a prompt)")
-        if name in folders:
-            raise AdapterError(f"--adapter {name} is given twice; give each adapter its own name, name=FOLDER")
-        folders[name] = folder
-    return folders
 
 
 def load_adapters(folders: Mapping[str, str] | None, base: str | None) -> tuple[dict[str, LoadedAdapter], str]:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.infer_config import generation_faults
 from softprompt.data.dataset import Row
 from softprompt.data.messages import texts_of
 from softprompt.data.template import Template
-from softprompt.generation.adapters import NONE, LoadedAdapter, check_adapter, check_name, find_adapter
+from softprompt.generation.adapters import LoadedAdapter, check_adapter, check_name, find_adapter
 from softprompt.generation.requests import StreamSettings, merge_settings
 from softprompt.mini.scope import ROWS_JUDGED, foreign_note, is_mini
 from softprompt.models.loading import word_embeddings
@@ -78,7 +79,7 @@ class BaseWithAdapters:
     def description(self) -> str:
         """One line that names the base and the adapters."""
         names = [name for name, adapter in self.adapters.items() if adapter.prompt is not None]
-        return f"base {self.name}, " + ("adapter " + ", ".join(names) if names else "no prompt")
+        return f"base {self.name}, adapter {', '.join(names)}" if names else f"base {self.name}, no prompt"
 
     def note_foreign_rows(self, rows: Sequence[Row]) -> None:
         """If the base is mini and most of the first `rows` are unlike its training data, print once what mini is made

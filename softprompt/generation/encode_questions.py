@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.schema import is_text
 from softprompt.data.dataset import Row, question
 from softprompt.data.encoding import prompt_ids
 from softprompt.data.template import Template
-from softprompt.generation.adapters import NONE, AdapterNames, LoadedAdapter, find_adapter
+from softprompt.generation.adapters import AdapterNames, LoadedAdapter, find_adapter
 from softprompt.utils.errors import ConfigError, DataError
 
 Question = str | Mapping[str, Any]  # a text, or a row with the template's columns

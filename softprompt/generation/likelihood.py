@@ -1,4 +1,4 @@
-"""Score given answers by their log-likelihood, and classify by the likeliest of several choices."""
+"""Score given answers by their log-likelihood, and classify by the most likely of several choices."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from softprompt.utils.progress import rows_bar
 
 
 class ChoiceResult(NamedTuple):
-    """The likeliest choice, and the probability of each choice; the probabilities sum to 1."""
+    """The most likely choice, and the probability of each choice; the probabilities sum to 1."""
 
     label: str
     probabilities: dict[str, float]
 
     @property
     def probability(self) -> float:
-        """Probability of the likeliest choice."""
+        """Probability of the most likely choice."""
         return self.probabilities[self.label]
 
 

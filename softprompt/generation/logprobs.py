@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of an answer, and of the likeliest alternatives at each position."""
+"""Log-probabilities of the tokens of an answer, and of the most likely alternatives at each position."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TokenLogprob(NamedTuple):
-    """A token, its log-probability in nats, and the likeliest tokens at its position with theirs, likeliest first."""
+    """A token, its log-probability in nats, and the most likely tokens at its position with theirs, in this order."""
 
     token: int
     logprob: float

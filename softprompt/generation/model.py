@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt.config.adapter_specs import AdapterSpecs, parse_adapter_specs
 from softprompt.config.infer_args import Voting
 from softprompt.config.infer_config import generation_faults
 from softprompt.config.schema import AUTO
 from softprompt.config.validation import precision_faults, quantization_bits, quantization_faults
 from softprompt.data.template import Template
 from softprompt.engines.factory import engine_for_inference
-from softprompt.generation.adapters import AdapterNames, AdapterSpecs, LoadedAdapter, load_adapters, parse_adapter_specs
+from softprompt.generation.adapters import AdapterNames, LoadedAdapter, load_adapters
 from softprompt.generation.base_with_adapters import BaseWithAdapters
 from softprompt.generation.encode_questions import EncodedQuestion, Question, encode_questions, naming_question
 from softprompt.generation.generator import make_generator
@@ -238,7 +239,7 @@ class SoftPromptModel(BaseWithAdapters):
         adapter: AdapterNames = None,
         where: Sequence[str] | None = None,
     ) -> list[ChoiceResult]:
-        """Return for each question the likeliest of `choices`, and the probability of each among them.
+        """Return for each question the most likely of `choices`, and the probability of each among them.
 
         Raises:
             ConfigError: There are fewer than two choices, or the same choice occurs twice.

@@ -44,7 +44,7 @@ def read_prompts(source: str) -> Iterator[PromptLine]:
 
 def answer_file(config: InferConfig, model: SoftPromptModel, lines: Sequence[PromptLine]) -> None:
     """Write one JSON line for each prompt, in the file's order: the prompt's columns, the adapter, and the answer as
-    `text`. Several answers to a prompt are a list `texts`. With --choices, `text` is the likeliest choice, and
+    `text`. Several answers to a prompt are a list `texts`. With --choices, `text` is the most likely choice, and
     `probability` is its probability."""
     question, given = config.question, generation_settings(config)
     names = [line.adapter or model.active_adapter for line in lines]

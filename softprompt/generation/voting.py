@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.infer_args import Voting
-from softprompt.generation.adapters import NONE, find_adapter
+from softprompt.generation.adapters import find_adapter
 from softprompt.generation.encode_questions import Question
 from softprompt.generation.likelihood import ChoiceResult, choice_probabilities
 from softprompt.utils.errors import ConfigError

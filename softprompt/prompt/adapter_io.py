@@ -24,6 +24,7 @@ from softprompt.prompt.adapter_kinds import check_kind
 from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.utils.atomic_io import open_inside, read_inside
 from softprompt.utils.errors import AdapterError
+from softprompt.utils.named_folders import check_adapter_folder
 
 PROMPT_KEY = "prompt_embeddings"
 CHECKPOINT = "checkpoint-(?:0|[1-9][0-9]*)"  # regular expression for the name of a checkpoint folder
@@ -83,8 +84,7 @@ def load_adapter(folder: str | Path) -> Adapter:
             differs from the configuration, or its values are not all finite.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise AdapterError(f"adapter {folder}: no such folder; give an OUTPUT_DIR or checkpoint-N of train.py")
+    check_adapter_folder(folder)
     config = _read_json(folder, CONFIG_FILE)
     check_kind(folder / CONFIG_FILE, config)
     base = config.get("base_model_name_or_path")

@@ -15,7 +15,7 @@ from softprompt.utils.translation import translate
 LOSSES = {"loss": "training", "eval_loss": "held out"}
 SHARES = ("eval_accuracy", "eval_exact_match", "eval_agreement")  # fractions from 0 to 1
 QUALITY = {
-    "eval_accuracy": "Accuracy of the likelier label",
+    "eval_accuracy": "Accuracy of the most likely label",
     "eval_exact_match": "Exact match of held-out answers",
     "eval_agreement": "Same most likely token as with the text",
 }

@@ -17,6 +17,7 @@ from softprompt.runs.file_names import MARK, REPORT_FILE
 from softprompt.runs.run_reader import RunRecord, read_run
 from softprompt.utils.atomic_io import write_files
 from softprompt.utils.errors import OutputError, PartialFailureError, ReportError
+from softprompt.utils.named_folders import check_run_folder
 
 LONGEST_NAME = 120  # maximum bytes of the file name of a page about several runs
 
@@ -61,8 +62,7 @@ def report_file(runs: Sequence[str], output_file: str | None) -> Path:
         OutputError: The file exists and is not a report.
     """
     for run in runs:
-        if not Path(run).is_dir():
-            raise ReportError(f"{run}: no such folder; name the OUTPUT_DIR of a run")
+        check_run_folder(run)
     if output_file is None:
         path = Path(runs[0]) / REPORT_FILE if len(runs) == 1 else RUNS / _name_of_several(runs)
     else:

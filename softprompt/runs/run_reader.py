@@ -14,6 +14,7 @@ from softprompt.runs.state import Metrics
 from softprompt.utils.atomic_io import read_inside
 from softprompt.utils.errors import ReportError
 from softprompt.utils.file_lock import FolderLock
+from softprompt.utils.named_folders import check_run_folder
 
 Facts = dict[str, Any]
 MAX_BYTES = 256 << 20  # the largest file that is read
@@ -80,8 +81,7 @@ def read_run(folder: str | Path) -> RunRecord:
         ReportError: The folder does not exist, holds no run or no metrics yet, or has a file that cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder; name the OUTPUT_DIR of a run")
+    check_run_folder(folder)
     if (folder / STATE_FILE).exists() and folder.name.startswith("checkpoint-") and not checkpoints(folder):
         raise ReportError(f"{folder}: is a checkpoint; name its run, {folder.parent}")
     known = (FACTS_FILE, RESULTS_FILE, METRICS_FILE)

@@ -101,7 +101,7 @@ async def completions(request: Request) -> Response:
 
 
 async def classify(request: Request) -> Response:
-    """Return, for each question, the likeliest choice and the probability of each choice."""
+    """Return, for each question, the most likely choice and the probability of each choice."""
     service, body = service_of(request), await _body(request, ClassifyBody)
     served = await service.find(body.model)
     service.check_queue(input=len(body.conversations), choices=len(body.choices))

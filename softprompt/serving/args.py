@@ -3,14 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 from softprompt.config.arg_parser import FlagParser
 from softprompt.config.infer_args import AdapterArguments
 from softprompt.config.schema import build, option, same_option
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import precision_faults, quantization_faults
-from softprompt.utils.errors import ConfigError
+from softprompt.utils.errors import AdapterError, ConfigError
 from softprompt.utils.redact import add_secret
 
 API_KEY = "SOFTPROMPT_API_KEY"  # environment variable
@@ -129,3 +130,28 @@ def parse_serve(argv: Sequence[str]) -> ServeConfig:
         "Serve a base and its adapters with an OpenAI-compatible API. Requests for different adapters share one batch."
     )
     return serve_config(**FlagParser(SERVE_GROUPS, "serve", description, examples=EXAMPLES).parse(argv))
+
+
+class Root(NamedTuple):
+    """A value of --adapters; `name` is empty if the value is only a folder."""
+
+    name: str
+    folder: Path
+
+
+def parse_roots(values: Sequence[str]) -> list[Root]:
+    """Parse values of --adapters, each FOLDER or name=FOLDER.
+
+    Raises:
+        AdapterError: A folder does not exist.
+    """
+    roots = []
+    for value in values:
+        name, equals, folder = value.partition("=")
+        if not equals or Path(value).expanduser().exists():  # the path of a folder may contain "="
+            name, folder = "", value
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise AdapterError(f"--adapters {value}: no such folder; name an adapter folder, a run or a folder of them")
+        roots.append(Root(name, path))
+    return roots

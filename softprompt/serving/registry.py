@@ -16,6 +16,7 @@ from softprompt.config.schema import is_text
 from softprompt.generation.adapters import LoadedAdapter, base_identity, check_adapter
 from softprompt.prompt.file_names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.checkpoints import checkpoints
+from softprompt.serving.args import Root
 from softprompt.utils.errors import AdapterError, SoftpromptError
 
 INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
@@ -41,31 +42,6 @@ class Served(NamedTuple):
     name: str
     adapter: LoadedAdapter
     created: int
-
-
-class Root(NamedTuple):
-    """A value of --adapters; `name` is empty if the value is only a folder."""
-
-    name: str
-    folder: Path
-
-
-def parse_roots(values: Sequence[str]) -> list[Root]:
-    """Parse values of --adapters, each FOLDER or name=FOLDER.
-
-    Raises:
-        AdapterError: A folder does not exist.
-    """
-    roots = []
-    for value in values:
-        name, equals, folder = value.partition("=")
-        if not equals or Path(value).expanduser().exists():  # the path of a folder may contain "="
-            name, folder = "", value
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise AdapterError(f"--adapters {value}: no such folder; name an adapter folder, a run or a folder of them")
-        roots.append(Root(name, path))
-    return roots
 
 
 def base_of(roots: Sequence[Root]) -> str:

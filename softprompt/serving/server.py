@@ -10,13 +10,13 @@ from types import FrameType
 
 import uvicorn
 
-from softprompt.generation.adapters import NONE
+from softprompt.config.adapter_specs import NONE
 from softprompt.generation.hf_generate import TransformersGenerator
 from softprompt.generation.model import SoftPromptModel
 from softprompt.serving.app import ROUTES, make_app
-from softprompt.serving.args import API_KEY, ServeArguments, ServeConfig
+from softprompt.serving.args import API_KEY, ServeArguments, ServeConfig, parse_roots
 from softprompt.serving.gate import Gate
-from softprompt.serving.registry import base_of, parse_roots
+from softprompt.serving.registry import base_of
 from softprompt.serving.service import Service
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.std_streams import tell

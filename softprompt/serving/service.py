@@ -21,12 +21,12 @@ from softprompt.models.capabilities import why_not_generate
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import bits_when_loaded
 from softprompt.serving.answer import Answer, Reply
-from softprompt.serving.args import ServeArguments
+from softprompt.serving.args import Root, ServeArguments
 from softprompt.serving.encode import Encoder, base_adapter
 from softprompt.serving.errors import NOT_FOUND, ApiError, overloaded
 from softprompt.serving.metrics import Metrics
 from softprompt.serving.model_thread import ModelThread
-from softprompt.serving.registry import Registry, Root, Served
+from softprompt.serving.registry import Registry, Served
 from softprompt.utils.errors import ModelError
 from softprompt.utils.std_streams import tell
 

@@ -154,7 +154,7 @@ class RunCallbacks(Callbacks):
         if after and isinstance(self.evaluator, DistillationEvaluator):
             metrics |= self.evaluator.costs(self.prompt.weight.detach())
             answered = self.evaluator.answered_rows(self.prompt.weight.detach(), after)
-        judged = verdict_of_run(self.config, after, self.before, self.rivals)
+        judged = verdict_of_run(self.config, after, self.before, self.rivals, self.data.seen)
         self.log.on_end(metrics)
         files = self._adapter_files(metrics, judged.sentence if judged else None)
         metrics |= verdict_facts(judged)

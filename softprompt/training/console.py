@@ -34,7 +34,7 @@ def print_rows(config: TrainConfig, first: Row, count: int | None, notes: Sequen
     for name, value in first.items():
         print(f"  {name}: {_shortened(str(value))}")
     for note in notes:
-        print(note)
+        print(translate(note))
 
 
 def print_data(

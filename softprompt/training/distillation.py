@@ -101,12 +101,14 @@ def answered(
     train = of(questions.train, config.distillation.distill_samples, "answers with the text")
     held_out = of(questions.held_out, 0, "held-out answers with the text") if questions.held_out else None
     print_data(train.plain, held_out.plain if held_out else None, None, {})
+    seen = questions.rows.seen
     data = RunData(
         questions.tokenizer,
         questions.template,
         train.plain,
         held_out.plain if held_out else None,
         questions.rows.held_out,
+        [seen[number] for number in held_out.plain.kept] if held_out else [],
         ListLoader(IndexedExamples(train.plain.examples), config.training, rows_per_step),
         [with_answer(row, "") for row in questions.rows.train[:FIRST_ROWS]],
         questions.end,

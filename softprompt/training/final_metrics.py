@@ -39,16 +39,21 @@ def final_metrics(
 
 
 def verdict_of_run(
-    config: TrainConfig, after: Evaluation | None, before: Evaluation | None, rivals: Sequence[Rival] = ()
+    config: TrainConfig,
+    after: Evaluation | None,
+    before: Evaluation | None,
+    rivals: Sequence[Rival] = (),
+    seen: Sequence[bool] = (),
 ) -> Verdict | None:
-    """Return whether the run's prompt is useful, and if not, what to try; None without held-out rows."""
+    """Return whether the run's prompt is useful, and if not, what to try; None without held-out rows. `seen` says of
+    each held-out row whether it is among the training rows."""
     if after is None or before is None:
         return None
     from_text = config.prompt.prompt_tuning_init == "TEXT"
     ways = ["train longer", *([] if from_text else ["start from TEXT"]), "take a larger base"]
     if config.distillation.text:
         ways = ["train longer", "give more questions", "give more virtual tokens"]
-    return verdict(after, before, ways, rivals)
+    return verdict(after, before, ways, rivals, seen)
 
 
 def verdict_facts(judged: Verdict | None) -> dict[str, Any]:

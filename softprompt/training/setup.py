@@ -55,6 +55,7 @@ class RunData(NamedTuple):
         train: The training rows; with `--streaming`, only the first ones.
         held_out: The held-out rows; None if there are none.
         held_out_texts: The held-out rows as text, including those without a target, which `held_out` leaves out.
+        seen: For each example of `held_out`, whether its row is among the rows of `train`; empty if there are none.
         loader: Yields the training rows of each optimizer step, those of all ranks together.
         first_rows: The first training rows as text.
         end: The special token that the template writes after an answer; None if it writes none.
@@ -67,6 +68,7 @@ class RunData(NamedTuple):
     train: Tokenized
     held_out: Tokenized | None
     held_out_texts: Sequence[Row]
+    seen: Sequence[bool]
     loader: WindowLoader
     first_rows: Sequence[Row]
     end: str | None
@@ -179,7 +181,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
     is_chat = template.spec == CHAT
     ignored = ignored_keys(chain(rows.train, rows.held_out), tokenizer) if is_chat else {}
     print_data(train, held_out, config.data.buffer_size if rows.source else None, ignored)
-    end = template.end(rows.train[0], tokenizer)
+    end, seen = template.end(rows.train[0], tokenizer), rows.seen
     print_answer_end(end, tokenizer)
     return RunData(
         tokenizer,
@@ -187,6 +189,7 @@ def load_data(config: TrainConfig, rows_per_step: int) -> RunData:
         train,
         held_out,
         rows.held_out,
+        [seen[number] for number in held_out.kept] if held_out else [],
         make_loader(config, rows, train, tokenizer, rows_per_step),
         rows.train[:FIRST_ROWS],
         end,

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
 from softprompt.data.template import without_default_template
 from softprompt.data.tokenization import describe_losses
 from softprompt.evaluation.answer_comparison import AnswerComparison
-from softprompt.generation.adapters import NONE
 from softprompt.runs.file_names import QUESTION_FILE
 from softprompt.training.first_question import FirstQuestion
 from softprompt.training.result import Run
@@ -116,7 +116,7 @@ def _held_out_rows(run: Run) -> Iterator[Figure]:
         base, tuned = (one.classification.confusion_matrix for one in (before, after))
         always, interval = f"{after.classification.majority[1]:.1%}", after.accuracy_interval.as_shares()
         shares = f"{base.accuracy:.1%}", "", f"{tuned.accuracy:.1%}"
-        yield Figure("accuracy (likelier label)", always, *shares, interval)
+        yield Figure("accuracy (most likely label)", always, *shares, interval)
         yield Figure("macro F1", base=f"{base.macro_f1:.3f}", prompt=f"{tuned.macro_f1:.3f}")
     if before.exact_match is not None and after.exact_match is not None:
         some = run.metrics.get("eval_exact_match_rows")

@@ -30,7 +30,7 @@ METRICS = {
     "eval_agreement": Metric("same most likely token as with the text", "{:.1%}", HIGHER, hub_type="agreement"),
     "tokens_saved": Metric("tokens saved per request", "{:,}", HIGHER),
     "time_to_first_token": Metric("seconds to the first token", "{:.3f}", LOWER),
-    "eval_accuracy": Metric("accuracy (likelier label)", "{:.1%}", HIGHER, hub_type="accuracy"),
+    "eval_accuracy": Metric("accuracy (most likely label)", "{:.1%}", HIGHER, hub_type="accuracy"),
     "eval_majority": Metric("share of the most common label", "{:.1%}"),
     "eval_macro_f1": Metric("macro F1", "{:.3f}", HIGHER, hub_type="f1"),
     "eval_exact_match": Metric("exact match", "{:.1%}", HIGHER, hub_type="exact_match"),

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ranks
-from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, torchrun, wait_for
+from helpers import ranks, watched
+from helpers.distributed import ROOT, RUN, finished, metrics_in, pid_of, ranks_of, torchrun, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def test_a_single_process_communicates_with_nobody():
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def of_ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    finished(torchrun(request.param, "--module", "helpers.ranks", folder))
+    ranks_of(request.param, ranks.main, folder)
     return folder
 
 
@@ -70,9 +70,9 @@ def test_ranks_train_as_a_single_process_does(of_ranks, name):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    out, err = finished(torchrun(2, "train.py", *RUN, "--per_device_train_batch_size", 4, "--output_dir", folder))
-    return folder, out, err
+    place = tmp_path_factory.mktemp("undisturbed")
+    flags = [*RUN, "--per_device_train_batch_size", 4, "--output_dir", place / "run"]
+    return place / "run", *ranks_of(2, watched.trains_here, place, *flags)
 
 
 def test_ranks_write_one_set_of_files(undisturbed):
@@ -117,8 +117,8 @@ def test_a_stop_request_of_one_rank_stops_all_and_one_process_resumes(undisturbe
 
 
 def test_bad_input_is_reported_once(tmp_path):
-    process = torchrun(2, "train.py", "--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run")
-    _, err = finished(process, 1)
+    flags = ["--dataset", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run"]
+    _, err = ranks_of(2, watched.trains_here, tmp_path / "told", *flags, code=2)
     assert err.count("error: ") == 1 and "none.jsonl" in err and not (tmp_path / "run").exists()
 
 

@@ -59,10 +59,10 @@ def test_a_rank_that_never_comes():
 @pytest.mark.parametrize("own_gpu", [[True] * 3, [True, False, True], [False] * 3])
 def test_ranks_agree_on_a_backend_though_their_nodes_differ(own_gpu):
     """A rank without its own GPU cannot use NCCL, so no rank may wait for it there."""
-    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=20))
+    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=200))
 
     def rank(number):
-        mine = dist.TCPStore("localhost", store.port, timeout=timedelta(seconds=20))
+        mine = dist.TCPStore("localhost", store.port, timeout=timedelta(seconds=200))
         return true_on_all_ranks(dist.PrefixStore("start", mine), number, 3, own_gpu[number])
 
     with ThreadPoolExecutor(3) as pool:

@@ -64,7 +64,7 @@ def ended(*processes):
     """Wait for processes; return their exit codes, and the seconds that it took."""
     began = time.monotonic()
     for process in processes:
-        process.join(30)
+        process.join(200)
     return [process.exitcode for process in processes], time.monotonic() - began
 
 

@@ -1,4 +1,4 @@
-"""Rows are classified by the likelier label: which answers are labels, and that the scores are those of each alone."""
+"""Rows are classified by the most likely label: which answers are labels, and that scores are those of each alone."""
 
 import pytest
 import torch

@@ -16,6 +16,7 @@ from softprompt.models.loading import load_tokenizer
 from softprompt.study.page import result_table
 from softprompt.training.summary import summary
 from softprompt.utils.errors import AdapterError, ConfigError
+from softprompt.utils.translation import VARIABLE
 
 
 def written(path: str, rows: list[dict]) -> str:
@@ -45,6 +46,21 @@ def kept_whole(rows: list[dict], base: str, max_length: int) -> tuple[int, int]:
         answer = len(tokenizer(one["output"] + tokenizer.eos_token)["input_ids"])
         kept, whole = kept + (asked < max_length), whole + (asked + answer <= max_length)
     return kept, whole
+
+
+def test_a_run_says_which_held_out_rows_were_trained_on(settings, capsys, monkeypatch):
+    """Of 4 such rows, one has no target and is not evaluated."""
+    written("train.jsonl", [*(row(n, 2) for n in (3, 4, 5)), row(60, 2)])
+    written("rows.jsonl", [row(60, 2), *(row(n, 2, "ab"[n % 2]) for n in range(3, 30)), row(5, 2), row(8, 2, "c")])
+    run = softprompt.train(**settings, max_length=50)
+    told = "Without the 3 of 29 held-out rows"
+    assert "4 of 30 held-out rows" in capsys.readouterr().out and run.metrics["eval_samples"] == 29
+    results = json.loads((run.output_dir / "all_results.json").read_text())
+    assert told in run.verdict.sentence and results["verdict"] == run.verdict.sentence
+    for shown in (summary(run), run._repr_html_(), *(Path("run", f).read_text() for f in ("report.html", "README.md"))):
+        assert told in shown
+    monkeypatch.setenv(VARIABLE, "zh")
+    assert "不计与训练样本相同的" in summary(run)
 
 
 def test_exact_match_covers_rows_with_whole_answers(settings, capsys, monkeypatch):
@@ -127,14 +143,14 @@ def test_train_and_infer_evaluate_a_prompt_alike(settings, capsys, monkeypatch):
     figures, out = evaluated("rows.jsonl")
     assert figures["loss"] == f"{run.metrics['eval_loss']:.4f}" and "2 rows cut" in out
     assert figures["exact match"] == f"{run.metrics['eval_exact_match']:.1%}"
-    assert figures["accuracy (likelier label)"] == f"{run.metrics['eval_accuracy']:.1%}"
+    assert figures["accuracy (most likely label)"] == f"{run.metrics['eval_accuracy']:.1%}"
     assert figures["macro F1"] == f"{run.metrics['eval_macro_f1']:.3f}"
     ends = [run.metrics[f"eval_accuracy_{end}"] for end in ("low", "high")]
     assert figures["accuracy, 95 % interval"] == f"{100 * ends[0]:.1f}–{ends[1]:.1%}"
     assert f"{run.metrics['eval_majority']:.1%}" == "60.0%" and "always answering cc has an accuracy of 60.0%" in out
     bare, _ = evaluated("rows.jsonl", "--adapter", "none")
     assert bare["loss " + figures["loss"]] == f"{run.metrics['eval_loss_base']:.4f}"
-    assert bare[f"accuracy (likelier label) {figures['accuracy (likelier label)']}"] == (
+    assert bare[f"accuracy (most likely label) {figures['accuracy (most likely label)']}"] == (
         f"{run.metrics['eval_accuracy_base']:.1%}"
     )
     written("ours.jsonl", rows)  # the run's columns do not apply to a dataset that has others
@@ -230,7 +246,7 @@ def test_labels_are_scored_with_the_white_space_of_the_rows(place, capsys, monke
     right = sum(v.label == one["output"] for v, one in zip(results, rows, strict=True))
     for choices in ([], ["--choices", "负面,正面"]):
         out = run_infer(["--adapter", "a", "--eval_dataset", "rows.jsonl", *choices], capsys, monkeypatch)
-        assert f"accuracy (likelier label)  {right / 4:.1%}" in out
+        assert f"accuracy (most likely label)  {right / 4:.1%}" in out
 
 
 def test_a_study_says_how_many_rows_exact_match_covers(tmp_path, tiny_base, monkeypatch, capsys):

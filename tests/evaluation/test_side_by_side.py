@@ -92,7 +92,7 @@ def test_an_answer_outside_the_choices_counts_as_wrong(place, capsys, monkeypatc
     assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["负面", "正面", "ok"]
     model = softprompt.SoftPromptModel.from_pretrained(adapter="a")
     right = model.classify(["今天"], ["负面", "正面"])[0].label == "正面"
-    assert f"accuracy (likelier label)  {right / 2:.1%}" in out
+    assert f"accuracy (most likely label)  {right / 2:.1%}" in out
 
 
 @pytest.mark.parametrize("ensemble", [[], ["--ensemble"]])

@@ -43,7 +43,7 @@ def test_a_prompt_is_better_if_it_beats_both():
     assert not any(way in found.sentence for way in WAYS)
 
 
-def test_a_prompt_must_beat_the_likelier_label_of_the_base():
+def test_a_prompt_must_beat_the_most_likely_label_of_the_base():
     good = {0, 1, 70, 71}
     same = verdict(wrong_at(EXPECTED, good), wrong_at(EXPECTED, good), WAYS)
     assert not same.better and "not better than the base alone" in same.sentence.lower()
@@ -106,6 +106,28 @@ def test_a_lower_loss_alone_is_no_success_where_answers_repeat(expected, right, 
     losses = [3.0 + row % 5 for row in range(len(expected))]
     before, after = answered(losses, expected, 0), answered([loss / 2 for loss in losses], expected, right)
     assert verdict(after, before).better == better
+
+
+def test_rows_that_were_trained_on_do_not_count():
+    """A prompt that knows half of the rows by heart, and gives always the same label elsewhere, is of no use."""
+    learned = {*range(20), *range(63, 93)}
+    seen = [row in learned for row in range(100)]
+    by_heart = wrong_at(EXPECTED, set(range(93, 100)))
+    assert verdict(by_heart, HALF, WAYS).better and verdict(by_heart, HALF, WAYS, seen=[False] * 100).better
+    found = verdict(by_heart, HALF, WAYS, seen=seen)
+    assert not found.better and "50 of 100" in found.sentence and "always answering 正面: train" in found.sentence
+    good = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=seen)
+    assert good.better and "50 of 100" in good.sentence
+    few = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=[row > 10 for row in range(100)])
+    assert not few.better and "89 of 100" in few.sentence and f"hold out at least {FEWEST_ROWS}" in few.sentence
+    none = verdict(wrong_at(EXPECTED, set()), HALF, WAYS, seen=[True] * 100)
+    assert not none.better and "hold out other rows" in none.sentence
+
+
+def test_losses_of_rows_that_were_trained_on_do_not_count():
+    before, seen = texts([3.0 + row % 5 for row in range(60)]), [row < 30 for row in range(60)]
+    after = texts([loss / 9 if known else loss + 0.1 for loss, known in zip(before.row_losses, seen, strict=True)])
+    assert verdict(after, before).better and not verdict(after, before, WAYS, seen=seen).better
 
 
 def test_nothing_is_said_of_losses_that_are_not_finite():

@@ -186,7 +186,7 @@ def test_new_tokens_are_special_and_have_negligible_probability(case):
     assert case.read["tied"] is False
 
 
-def test_with_a_tied_head_a_new_token_would_be_the_likeliest(cases):
+def test_with_a_tied_head_a_new_token_would_be_the_most_likely(cases):
     """The reason why the head is untied, on the mini base with a random prompt."""
     ours = cases["mini"].ours()
     with torch.no_grad():

@@ -232,7 +232,7 @@ def test_a_template_without_a_second_column_takes_no_input(place):
     assert "c would be empty" in shown and "/input" in shown
 
 
-def test_the_likeliest_of_given_choices(place):
+def test_the_most_likely_of_given_choices(place):
     model = load("a")
     shown, _ = talk(model, "/choices 正面，负面", "好", "/history 1", "坏", "/choices", "好", "/choices 正面")
     _, first, _, second, told, _, error, _ = shown.split("\n")

@@ -90,7 +90,7 @@ def test_labels_are_the_texts_of_the_rows(chat, capsys, monkeypatch):
     argv = ["--adapter", "a", "--eval_dataset", "rows.jsonl"]
     for choices in ([], ["--choices", "负面,正面"]):
         out = run_infer([*argv, *choices], capsys, monkeypatch)
-        assert f"accuracy (likelier label)  {right / len(ROWS):.1%}" in out
+        assert f"accuracy (most likely label)  {right / len(ROWS):.1%}" in out
         assert [line.split()[0] for line in out.splitlines()[-2:]] == ["负面", "正面"]
 
 

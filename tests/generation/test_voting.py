@@ -191,7 +191,7 @@ def test_in_evaluation(voting, place, capsys, monkeypatch):
     (place / "rows.jsonl").write_bytes(jsonl(*rows))
     how = [*ALL, "--ensemble", "--eval_dataset", "rows.jsonl", "--choices", "正面,负面"]
     out = run_infer([*how[2:4], *how[:2], *how[6:], *(["--voting", voting] if voting else [])], capsys, monkeypatch)
-    lines = {line[:26].strip(): line.split()[-1] for line in out.split("\n\n")[0].splitlines()}
+    lines = {line[:29].strip(): line.split()[-1] for line in out.split("\n\n")[0].splitlines()}
     assert out.split("\n")[0].split() == ["p1", "p0", "p3", "ensemble", "of", "3"]
     total, targets = 0.0, 0
     for row in rows:
@@ -208,7 +208,7 @@ def test_in_evaluation(voting, place, capsys, monkeypatch):
     assert right and lines["exact match"] == f"{right / len(rows):.1%}"
     taken = model.ensemble(order, voting).classify([row["instruction"] for row in rows], labels)
     right = sum(a.label == row["output"] for a, row in zip(taken, rows, strict=True))
-    assert lines["accuracy (likelier label)"] == f"{right / len(rows):.1%}"
+    assert lines["accuracy (most likely label)"] == f"{right / len(rows):.1%}"
     assert "1 of 5 rows have an answer that is none of the choices" in out
 
 

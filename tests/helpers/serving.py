@@ -15,8 +15,7 @@ import httpx
 import openai
 
 from softprompt.generation.model import SoftPromptModel
-from softprompt.serving.args import serve_config
-from softprompt.serving.registry import parse_roots
+from softprompt.serving.args import parse_roots, serve_config
 from softprompt.serving.server import Server, listen
 from softprompt.serving.service import Service
 

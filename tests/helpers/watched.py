@@ -4,8 +4,11 @@ import os
 import sys
 import time
 
+import torch
 import torch.distributed as dist
+from helpers.short_runs import WITHOUT_PICTURES
 
+import train
 from softprompt.cli import run_command
 from softprompt.distributed import watchdog
 from softprompt.distributed.process_group import process_group
@@ -27,9 +30,16 @@ def rank(number, size, port, folder, silence, main, *given):
     os.environ |= {name: str(value) for name, value in told.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{number}", os.O_WRONLY | os.O_CREAT), descriptor)
+    torch.set_num_threads(1)
     watchdog.BEAT_SECONDS, watchdog.SILENCE_SECONDS = silence / 10, silence
     sys.argv = ["train.py", *map(str, given)]
     run_command(lambda argv: main(folder, *given))
+
+
+def trains_here(folder, *flags):
+    """A run of train.py with these flags."""
+    sys.modules |= WITHOUT_PICTURES
+    train.main([str(flag) for flag in flags])
 
 
 def ready(world, folder):

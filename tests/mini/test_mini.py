@@ -6,15 +6,15 @@ from helpers.handwritten_reviews import REVIEWS
 import softprompt
 from softprompt import mini
 
-QUICK = ("sentiment", "english", "reply")  # the other tasks are learned in the same way
+QUICK = {"sentiment": {}, "reply": {"max_steps": 60}}  # the other tasks are learned in the same way
+SLOW = [pytest.param((task, {}), marks=pytest.mark.slow, id=task) for task in mini.TASKS if task != "sentiment"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in mini.TASKS],
-)
+@pytest.fixture(scope="module", params=[*(pytest.param(case, id=f"{case[0]}, quick") for case in QUICK.items()), *SLOW])
 def run(request, tmp_path_factory):
-    return softprompt.train(dataset=f"mini:{request.param}", output_dir=str(tmp_path_factory.mktemp("runs") / "run"))
+    task, settings = request.param
+    output_dir = str(tmp_path_factory.mktemp("runs") / "run")
+    return softprompt.train(dataset=f"mini:{task}", output_dir=output_dir, **settings)
 
 
 def test_a_prompt_teaches_what_the_base_alone_does_not_do(run):

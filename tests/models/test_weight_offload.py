@@ -245,7 +245,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tiny_base, tmp_path):
     flags = [f"--model_name_or_path={tiny_base}", "--dataset=rows.jsonl", "--output_dir=run", "--overwrite_cache"]
     ended = subprocess.run(
         [sys.executable, "-c", code, *flags, "--stream_base", "--max_activation_gib=0", "--offload_folder=borders"],
-        cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path), timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path), timeout=300,
     )  # fmt: skip
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error")]
     assert ended.returncode == 1 and "--offload_folder borders: activations cannot be stored (File too large)" in line

@@ -12,7 +12,8 @@ from helpers.serving import Running, running_server, slow_steps, until
 
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.serving import registry
-from softprompt.serving.registry import Registry, base_of, parse_roots
+from softprompt.serving.args import parse_roots
+from softprompt.serving.registry import Registry, base_of
 from softprompt.utils.errors import AdapterError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}

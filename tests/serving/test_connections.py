@@ -42,7 +42,7 @@ def raw_request(server: Running, body: dict, **more: str) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_place(stream, mini, mini_adapters):
-    """Its answer would take a minute; the place of the only slot is free long before."""
+    """And the place of the only slot is free, although its answer has not ended."""
     with running_server(mini, mini_adapters, batch_size=1) as server, slow_steps(mini, 0.05):
         connection = raw_request(server, {**LONG, "stream": stream})
         if stream:
@@ -54,9 +54,7 @@ def test_a_client_that_goes_away_frees_its_place(stream, mini, mini_adapters):
         until(lambda: server.service.unfinished == 1)
         connection.close()
         until(lambda: not server.service.unfinished)
-        start = time.monotonic()
         assert server.ask("a1", "你好", max_tokens=1) is not None
-        assert time.monotonic() - start < 10
         assert until(lambda: [line["error"] for line in server.log if "error" in line][1:]) is not None
         assert {line.get("error") for line in server.log[:2]} == {"client_disconnected"}
 

@@ -45,10 +45,10 @@ def tables(run) -> list[list[str]]:
 def test_the_table_of_metrics(run):
     figures = {line.split("  ")[0]: line.split() for line in tables(run)[0][2:]}
     metrics = run.metrics
-    accuracy = figures["accuracy (likelier label)"]
+    accuracy = figures["accuracy (most likely label)"]
     shown = [metrics[f"eval_{name}"] for name in ("majority", "accuracy_base", "accuracy")]
-    assert accuracy[3:6] == [f"{share:.1%}" for share in shown] and shown[0] == 0.75
-    assert accuracy[6] == f"{100 * metrics['eval_accuracy_low']:.1f}–{metrics['eval_accuracy_high']:.1%}"
+    assert accuracy[4:7] == [f"{share:.1%}" for share in shown] and shown[0] == 0.75
+    assert accuracy[7] == f"{100 * metrics['eval_accuracy_low']:.1f}–{metrics['eval_accuracy_high']:.1%}"
     assert figures["macro F1"][2:] == [f"{metrics[f'eval_macro_f1{base}']:.3f}" for base in ("_base", "")]
     assert figures["held-out loss"][2:4] == [f"{metrics[f'eval_loss{base}']:.4f}" for base in ("_base", "")]
     assert metrics["eval_loss_low"] < metrics["eval_loss"] < metrics["eval_loss_high"]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from softprompt import cli
+from softprompt import cli, doctor
 from softprompt.config import command_line as of
 from softprompt.config.help_text import in_groups
 from softprompt.config.loader import GROUPS, PRESET_SUMMARIES
+from softprompt.evaluation.comparison_report import METRICS
 from softprompt.export import args as export
 from softprompt.export import push_args as push
 from softprompt.generation.chat.commands import COMMANDS
@@ -40,6 +41,8 @@ TABLES = {  # texts that are passed to `translate` by a variable
     "commands": [command.help for command in cli.COMMANDS.values()],
     "commands of a chat": [re.sub("runs/", "{}/", command.help) for command in COMMANDS.values()],
     "metrics": [metric.label for metric in results.SHOWN.values()],
+    "metrics of adapters side by side": METRICS,
+    "what packages are for": list(doctor.USED_FOR.values()),
     "parts of a report": [*views.SECTIONS.values(), *results.WHY_EARLY.values()],
     "charts": [*charts.LOSSES.values(), *charts.QUALITY.values(), *charts.COURSE.values()],
 }

@@ -78,7 +78,7 @@ def test_looking_writes_nothing(tmp_path):
 def test_train_refuses_in_one_line(start_holder, tmp_path):
     holder = start_holder()
     argv = [sys.executable, str(ROOT / "train.py"), "--output_dir", str(tmp_path)]
-    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: --output_dir {tmp_path}: process {holder.pid} ")
     assert len(ended.stderr.splitlines()) == 1

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from softprompt.config.adapter_specs import NONE
 from softprompt.config.arg_parser import parse_setting
 from softprompt.config.infer_args import GenerationArguments
 from softprompt.config.schema import AUTO, closest_name, setting_types, union_members
@@ -14,7 +15,7 @@ from softprompt.config.train_args import RUNS
 from softprompt.config.unknown_names import advice
 from softprompt.config.value_parsers import parse_labels
 from softprompt.data.template import CHAT
-from softprompt.generation.adapters import NONE, LoadedAdapter
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.chat.messages import LEAVE, Message, unquoted
 from softprompt.generation.chat.session import ChatSession, short_name
 from softprompt.generation.likelihood import check_choices
@@ -222,7 +223,7 @@ COMMANDS = {
     "/adapters": Command(_adapters, "/adapters", f"list the loaded adapters and those under {RUNS}/"),
     "/base": Command(_base, "/base", "answer with the base alone, without a soft prompt"),
     "/input": Command(_input, "/input TEXT", "fill the second column of the template; alone, empty it again"),
-    "/choices": Command(_choices, "/choices A,B", "answer with the likeliest of these texts; alone, generate answers"),
+    "/choices": Command(_choices, "/choices A,B", "answer with the most likely one of these; alone, generate answers"),
     "/history": Command(_history, "/history N", "put the last N turns before each question"),
     "/clear": Command(_clear, "/clear", "forget the earlier turns"),
     "/set": Command(

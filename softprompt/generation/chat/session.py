@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from softprompt.config.adapter_specs import NONE, parse_adapter_specs
 from softprompt.config.schema import is_text
 from softprompt.config.train_args import RUNS
 from softprompt.data.chat_template import prompt_messages
 from softprompt.data.template import CHAT, Template
-from softprompt.generation.adapters import NONE, LoadedAdapter, parse_adapter_specs
+from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
 from softprompt.generation.requests import StreamSettings
 from softprompt.prompt.adapter_io import CHECKPOINT
@@ -37,7 +38,7 @@ class ChatSession:
         given: Generation settings of this chat by name; they override those of the adapter.
         adapter: Name of the adapter that answers.
         input: Text for the second column of the template; None leaves it to the template.
-        choices: Texts from which the likeliest is chosen as the answer; if empty, answers are generated.
+        choices: Texts from which the most likely is chosen as the answer; if empty, answers are generated.
         history: Number of earlier turns that precede a question; None is the number that fits the template (`earlier`).
         turns: All turns so far.
         left_out: Number of turns that were left out before the last question because they did not fit.
@@ -87,8 +88,8 @@ class ChatSession:
         row = self._row(question, write)
         if self.choices:
             (found,) = self.model.classify([row], self.choices, adapter=self.adapter, where=[WHERE])
-            likeliest_first = sorted(found.probabilities.items(), key=lambda each: -each[1])
-            write("   ".join(f"{label} {probability:.1%}" for label, probability in likeliest_first) + "\n")
+            most_likely_first = sorted(found.probabilities.items(), key=lambda each: -each[1])
+            write("   ".join(f"{label} {probability:.1%}" for label, probability in most_likely_first) + "\n")
             kept = found.label
         else:
             on_text = write if stream and self.settings.num_return_sequences == 1 else None
