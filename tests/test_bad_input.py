@@ -103,7 +103,7 @@ FLAGS = {
     "--num_virtual_tokens ten": "--num_virtual_tokens: invalid int value: 'ten'",
     "--prompt_tuning_init TEXT": "TEXT needs --prompt_tuning_init_text",
     "--prompt_tuning_init ZERO": "invalid choice: 'ZERO'.*RANDOM",
-    "--preset tiny": "unknown preset 'tiny', expected one of mini, bloom-1b4-zh, article",
+    "--preset tiny": "unknown preset 'tiny', expected one of mini, distill-mini, bloom-1b4-zh, article",
     "--learning_rat 1": "unknown flag --learning_rat; did you mean --learning_rate",
     "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
     "--device cuda:01": "--device 'cuda:01' is not auto, cpu, cuda",
