@@ -13,8 +13,18 @@ PROJECT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_every_section_runs_at_toy_size(tmp_path):
     output = tmp_path / "gpu.md"
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--toy", "--output", str(output)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cpu",
+        "--toy",
+        "--minutes",
+        "30",
+        "--output",
+        str(output),
+    ]
+    done = subprocess.run([*command, "--minutes", "30"], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = output.read_text()
     assert text.count("\n## ") == 8 and text.count("\nDone after ") == 8, text
