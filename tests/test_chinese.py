@@ -12,9 +12,12 @@ import softprompt
 from softprompt import doctor
 from softprompt.cli import doctor as run_doctor
 from softprompt.cli import infer, main, run_command, train
+from softprompt.config.loader import train_config
+from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.generation.chat.loop import hold_chat
 from softprompt.generation.chat.session import ChatSession
 from softprompt.report.page import page
+from softprompt.training.final_metrics import verdict_of_run
 from softprompt.training.summary import summary
 from softprompt.utils.text_table import display_width
 from softprompt.utils.translation import LOCALE_VARIABLES, VARIABLE, language, translate, translate_error
@@ -53,6 +56,14 @@ def test_the_environment_chooses_the_language(environment, expected, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert language() == expected
+
+
+def test_the_verdict_on_a_distilled_prompt(chinese):
+    """Its advice is translated part by part, and not taken for a number of virtual tokens."""
+    same = Evaluation([1.0] * 20, [2] * 20, disagreements=[1] * 20)
+    cut = Rival("the first 4 tokens of the text", "text cut", "_cut", same)
+    told = verdict_of_run(train_config("distill-mini"), same, same, [cut])
+    assert "give more questions" in told.sentence and not ENGLISH.search(translate(told.sentence))
 
 
 def test_lang_overrides_the_environment(chinese, capsys):

@@ -34,9 +34,8 @@ class DistillationArguments:
     )
     distill_samples: int = option(
         4,
-        "With --distill_prompt or --distill_context, sample this many answers to each training question from the base "
-        "with the text. A "
-        "held-out question is answered once, greedily.",
+        "With --distill_prompt or --distill_context, sample this many answers of the base with the text to each "
+        "training question. A held-out question is answered once, greedily.",
     )
     distill_max_new_tokens: int = option(
         128,

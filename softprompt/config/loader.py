@@ -104,13 +104,21 @@ class TrainConfig:
 
 
 def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the default of every setting, given the preset and the prompt's initialization and reparameterization that
-    `settings` name."""
+    """Return the default of every setting, given the preset, the prompt's initialization and reparameterization, and
+    the text to distill that `settings` name."""
     defaults = {f.name: f.default for group in GROUPS for f in dataclasses.fields(group)}
     init, reparameterization = (settings.get(name) for name in ("prompt_tuning_init", "prompt_reparameterization"))
     rate = default_learning_rate(init, reparameterization or "none") if init in DEFAULT_LEARNING_RATES else None
     defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
-    return defaults | PRESETS.get(settings.get("preset") or "", {})
+    return defaults | _distillation_defaults(settings) | PRESETS.get(settings.get("preset") or "", {})
+
+
+def _distillation_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults that are others in a distillation; an empty dict if `settings` name no text."""
+    distills = settings.get("distill_prompt") or settings.get("distill_context")
+    if not distills or settings.get("init_adapter"):
+        return {}
+    return {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS}
 
 
 def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
@@ -153,11 +161,13 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     named = {} if preset is None else {"preset": preset}
     given = expand_paths(given)
     preset = preset_of(preset, given)
-    values = {**(PRESETS[preset] if preset else {}), **given}
+    of_preset = PRESETS[preset] if preset else {}
+    values = {**of_preset, **given}
+    if (given.get("distill_prompt") or given.get("distill_context")) and "distill_prompt" not in of_preset:
+        values["dataset"] = given.get("dataset")  # a preset's rows to train on are no questions about this text
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
-    if (values.get("distill_prompt") or values.get("distill_context")) and not values.get("init_adapter"):
-        values = {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS, **values}
+    values = {**_distillation_defaults(values), **values}
     return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
 
 

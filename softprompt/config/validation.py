@@ -105,7 +105,7 @@ def faults(config: "TrainConfig") -> Iterator[str]:
         yield from _text_faults(dataclasses.asdict(part))
     model, training = config.model, config.training
     yield from _model_faults(model)
-    yield from _data_faults(config.data, bool(config.distillation.distill_context))
+    yield from _data_faults(config.data, config.distillation)
     yield from _prompt_faults(config.prompt, config.distillation.text)
     yield from _training_faults(training)
     yield from _evaluation_faults(config.data, training, config.given)
@@ -150,8 +150,10 @@ def _model_faults(model: ModelArguments) -> Iterator[str]:
         yield f"--max_activation_gib {model.max_activation_gib} must not be negative"
 
 
-def _data_faults(data: DataArguments, writes_questions: bool) -> Iterator[str]:
-    if data.dataset is None and not writes_questions:
+def _data_faults(data: DataArguments, distillation: DistillationArguments) -> Iterator[str]:
+    if data.dataset is None and distillation.distill_prompt:
+        yield f"{distillation.flag} needs questions; name them with --dataset (a .txt with one on each line, or rows)"
+    elif data.dataset is None and not distillation.distill_context:
         yield "--dataset is missing; name the rows to train on (a file, a folder, a hub id or mini:TASK)"
     if data.eval_dataset and data.eval_rows:
         yield "--eval_dataset and --eval_rows exclude each other; give one of them"
@@ -231,6 +233,8 @@ def _distillation_faults(distillation: DistillationArguments, config: "TrainConf
     for name, why in NOT_WHILE_DISTILLING.items():
         if any(getattr(part, name, False) for part in config.parts):
             yield f"--{name} excludes --distill_prompt and --distill_context, because {why}; give one of them"
+    if config.data.truncation_side == "input":
+        yield "--truncation_side input: the questions of a distillation are not shortened; give a larger --max_length"
     if metric not in ("loss", "kl", "agreement"):
         yield f"--metric_for_best_model {metric} is not computed in a distillation; give loss or agreement"
 

@@ -1,6 +1,7 @@
 """The questions of a distillation: read them, and put the text that is distilled before them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from softprompt.data.build_data import Rows, describe_duplicates
 from softprompt.data.chat_template import prompt_messages
 from softprompt.data.dataset import load_prompts, question, question_of_row
 from softprompt.data.encoding import begin_ids, prompt_ids
+from softprompt.data.messages import CONVERSATIONS
 from softprompt.data.readers import read_text
 from softprompt.data.row_store import Row, RowStore
+from softprompt.data.split_files import TRAIN
 from softprompt.data.splits import find_splits
 from softprompt.data.template import CHAT, Template
 from softprompt.mini import rows as mini_rows
@@ -57,6 +60,8 @@ def _questions(
     if is_mini_task(source):
         located = [(f"{source}, row {n}", row) for n, row in enumerate(_of_mini(source, part), start=1)]
     elif Path(source).suffix.lower() == ".txt":
+        if split not in (None, TRAIN):
+            raise DataError(f"{source} has no splits; leave --{'dataset' if part == 'train' else 'eval'}_split out")
         rows = RowStore(question(place, row, template) for place, row in load_prompts(source, flag))
         return rows, []
     else:
@@ -66,11 +71,18 @@ def _questions(
     rows = RowStore(question_of_row(place, row, template, config.columns) for place, row in located)
     if not rows:
         raise DataError(f"{source} holds no questions; expected at least one")
-    answered = any(isinstance(row, Mapping) and not set(row).isdisjoint(ANSWERS) for _, row in located)
+    answered = any(_has_answer(row, config.columns) for _, row in located)
     return rows, [f"{source}: the answers of its rows are not used; the base answers the questions"] * answered
 
 
-ANSWERS = ("output", "completion")  # columns that hold answers
+def _has_answer(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether a row of a dataset holds an answer: in a column of its own, or as the last message of a conversation."""
+    last = [row[name][-1] for name in CONVERSATIONS if isinstance(row.get(name), list) and row[name]]
+    said = any(isinstance(one, Mapping) and one.get("role", one.get("from")) in ANSWERING for one in last)
+    return said or any(row.get(columns.get(name, name)) for name in ("output", "completion"))
+
+
+ANSWERING = ("assistant", "gpt")  # roles of the messages that are answers
 
 
 def _of_mini(source: str, part: str) -> Sequence[Mapping[str, Any]]:
@@ -85,11 +97,13 @@ class TextRows(NamedTuple):
 
     Attributes:
         plain: Each question as it is asked with the learned prompt, without virtual tokens.
-        with_text: Each question with the whole text before it.
+        prefix: The ids with which all questions with the text begin: the text, and what stands around it.
+        with_text: Each question with the text before it, without `prefix`; at least one id.
         text: The token ids of the text.
     """
 
     plain: list[list[int]]
+    prefix: list[int]
     with_text: list[list[int]]
     text: list[int]
 
@@ -108,20 +122,53 @@ def read_distilled_text(source: str) -> str:
     return text if text[-1].isspace() else f"{text}\n"
 
 
-def put_text_before(rows: Sequence[Row], text: str, tokenizer: Any, template: Template) -> TextRows:
+def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Template) -> TextRows:
     """Tokenize questions without and with a text before them.
 
     With the template "chat", the text is the system message, or stands at the beginning of a row's own one. With other
     templates, it stands before the rendered question, behind the special tokens that the tokenizer adds before a text.
 
     Raises:
-        DataError: The text has no tokens, or the chat template writes no system message.
+        DataError: The text or a question has no tokens, or the chat template writes no system message.
     """
-    plain = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in rows], template)
     (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
     if not ids:
         raise DataError("the text to distill has no tokens; name a file with a longer text")
-    return TextRows(plain, with_text_ids(rows, plain, ids, text.strip(), tokenizer, template), ids)
+    plain, behind, remaining = list[list[int]](), BehindPrefix(), iter(rows)
+    while some := list(islice(remaining, CHUNK)):  # the text is in memory with CHUNK questions at a time
+        asked = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in some], template)
+        if not all(asked):
+            raise DataError(f"question {len(plain) + asked.index([]) + 1} has no tokens; write a question")
+        for whole in with_text_ids(some, asked, ids, text.strip(), tokenizer, template):
+            behind.append(whole)
+        plain += asked
+    return TextRows(plain, behind.prefix, behind.rows, ids)
+
+
+CHUNK = 64  # questions that are tokenized together
+
+
+class BehindPrefix:
+    """Rows of token ids, stored without the ids with which all of them begin; at least one id of each row is kept.
+
+    Attributes:
+        prefix: The ids with which all rows begin.
+        rows: The other ids of each row.
+    """
+
+    def __init__(self) -> None:
+        self.prefix, self.rows = list[int](), list[list[int]]()
+
+    def append(self, row: Sequence[int]) -> None:
+        """Add a row of at least one id."""
+        if not self.rows:
+            self.prefix = list(row[:-1])
+        most = min(len(self.prefix), len(row) - 1)
+        same = next((at for at in range(most) if row[at] != self.prefix[at]), most)
+        if same < len(self.prefix):
+            self.rows = [[*self.prefix[same:], *other] for other in self.rows]
+            self.prefix = self.prefix[:same]
+        self.rows.append(list(row[same:]))
 
 
 def with_text_ids(
@@ -162,12 +209,6 @@ def with_answer(row: Row, text: str) -> Row:
     if "messages" in row:
         return {**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
     return {**row, "completion" if "prompt" in row else "output": text}
-
-
-def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Return the number of token ids with which all rows begin; at least one token of each row is not counted."""
-    most, first = min(map(len, rows)) - 1, rows[0]
-    return next((at for at in range(most) if any(row[at] != first[at] for row in rows)), most)
 
 
 ASKED = "Write one short question that the text above answers. Write only the question."

@@ -6,7 +6,7 @@ in the table instead of a token id. So an engine runs these rows as it runs any 
 
 record      `RecordingHead` stores the teacher's predictions in the table
 train       `DistillationHead` computes KL(teacher ‖ student)
-evaluate    the same, and `DisagreementHead` counts targets at which the most likely tokens differ
+evaluate    `EvaluationHead` does the same, and notes the targets at which the most likely tokens differ
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.data.tokenization import Example, count_targets
+from softprompt.data.tokenization import IGNORE, Example, count_targets
 from softprompt.engines.base import OnRows, nothing
 from softprompt.engines.head import Head, Teacher
 from softprompt.engines.microbatch_engine import MicrobatchEngine
@@ -32,19 +32,24 @@ def with_head(engine: MicrobatchEngine[Any], head: Head) -> MicrobatchEngine[Any
 
 
 def record_teacher(
-    engine: MicrobatchEngine[Any], prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing
+    engine: MicrobatchEngine[Any],
+    student: MicrobatchEngine[Any],
+    prompt: Tensor | None,
+    rows: Sequence[Example],
+    on_rows: OnRows = nothing,
 ) -> TeacherTable:
     """Run the teacher over its rows, and return its predictions at all of their targets, in the order of the rows.
 
     Args:
-        engine: Runs the teacher; the loss of its base's own head is not computed.
+        engine: Runs the teacher.
+        student: The engine of the same base that will run the student. Predictions are in the form that its head needs.
         prompt: The embeddings of the teacher's text [P, H], or None if the rows begin with it.
         rows: Rows whose labels are indices into the table; see `examples.IndexedExamples`.
 
     Raises:
         TrainingError: A single row does not fit in memory.
     """
-    head = RecordingHead(engine.schedule.head, sum(map(count_targets, rows)))
+    head = RecordingHead(student.schedule.head, sum(map(count_targets, rows)))
     with_head(engine, head).row_losses(prompt, rows, on_rows)
     return head.table
 
@@ -54,14 +59,15 @@ def distilling(engine: MicrobatchEngine[Any], table: TeacherTable) -> Microbatch
     return with_head(engine, DistillationHead(engine.schedule.head, table))
 
 
-def disagreements(
+def evaluate_student(
     engine: MicrobatchEngine[Any],
     table: TeacherTable,
     prompt: Tensor | None,
     rows: Sequence[Example],
     on_rows: OnRows = nothing,
-) -> list[int]:
-    """Return for each row the number of targets at which the most likely token differs from the teacher's.
+) -> tuple[list[float], list[int]]:
+    """Return for each row the summed divergence from the teacher in nats, and the number of targets at which the most
+    likely token differs from the teacher's.
 
     Args:
         engine: Runs the student with its base's own head.
@@ -71,8 +77,10 @@ def disagreements(
     Raises:
         TrainingError: A single row does not fit in memory.
     """
-    counted = with_head(engine, DisagreementHead(engine.schedule.head, table)).row_losses(prompt, rows, on_rows)
-    return [round(each) for each in counted]
+    head = EvaluationHead(engine.schedule.head, table)
+    losses = with_head(engine, head).row_losses(prompt, rows, on_rows)
+    differs = head.differs.tolist()
+    return losses, [sum(differs[label] for label in row.labels if label != IGNORE) for row in rows]
 
 
 class _WrappedHead:
@@ -149,16 +157,18 @@ class DistillationHead(_WrappedHead):
         return self.head.divergences(hidden, _entries(self.table, targets))
 
 
-class DisagreementHead(_WrappedHead):
-    """Its losses are 1 where the most likely token differs from the teacher's, else 0."""
+class EvaluationHead(DistillationHead):
+    """Computes KL(teacher ‖ student) in nats. `differs` says of each entry of the table whether the most likely token
+    of the student was another one, bool [entries]."""
 
     def __init__(self, head: Head, table: TeacherTable):
-        super().__init__(head)
-        self.table = table
+        super().__init__(head, table)
+        self.differs = torch.zeros_like(table.top, dtype=torch.bool)
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See `Head.losses`."""
-        return (self.head.top(hidden) != self.table.top[targets]).float()
+        self.differs[targets] = self.head.top(hidden) != self.table.top[targets]
+        return super().losses(hidden, targets)
 
 
 def _entries(table: TeacherTable, indices: Tensor) -> Teacher:

@@ -111,16 +111,21 @@ def projected_divergence(hidden: Tensor, head: Tensor, mean_rows: Tensor, entrop
 
 @torch.no_grad()
 def projected_divergences(hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> Tensor:
-    """Return the n terms of the sum that `projected_divergence` computes, without a gradient: [n] in the wide dtype."""
-    log_sums = _reduce_logits(hidden, head, None, mean_rows).log_sums
-    return log_sums - (hidden.to(mean_rows.dtype) * mean_rows).sum(1) - entropies
+    """Return the n terms of the sum that `projected_divergence` computes, without a gradient: [n] in the wide dtype.
+
+    Products are in the wide dtype, as those of `projected_teacher`: a term may be far smaller than the rounding of a
+    logit in bf16.
+    """
+    wide = hidden.to(_wide(hidden))
+    return _reduce_logits(wide, head, None, mean_rows).log_sums - (wide * mean_rows).sum(1) - entropies
 
 
 @torch.no_grad()
 def projected_argmax(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return the most likely token at n positions, [n] int64; of equal logits, the token with the lowest id."""
-    near_rows = hidden.new_zeros(hidden.shape, dtype=_wide(hidden))
-    top = _reduce_logits(hidden, head, None, near_rows, with_top=True).top
+    """Return the most likely token at n positions, [n] int64; of equal logits, the token with the lowest id. Products
+    are in the wide dtype, in which equal logits are rare."""
+    wide = hidden.to(_wide(hidden))
+    top = _reduce_logits(wide, head, None, torch.zeros_like(wide), with_top=True).top
     assert top is not None
     return top
 
@@ -174,7 +179,10 @@ def _reduce_logits(
         with_mean, with_top: Whether to compute `mean` and `top`.
     """
     n, V, wide = len(hidden), len(head), near_rows.dtype
-    width = max(1, min(V, BLOCK_ELEMENTS[hidden.device.type] // max(1, n)))
+    elements = BLOCK_ELEMENTS[hidden.device.type]
+    width = max(1, min(V, elements // max(1, n)))
+    if head.dtype is not hidden.dtype:  # each block is copied
+        width = max(1, min(width, elements // head.shape[1]))
     maximum = near_rows.new_full((n, 1), torch.finfo(wide).min)
     total, mean_total = near_rows.new_zeros((n, 1)), near_rows.new_zeros((n, 1))
     mean = torch.zeros_like(near_rows) if with_mean else None

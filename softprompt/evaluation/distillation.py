@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softprompt.data.examples import Example, Examples, count_targets
-from softprompt.data.tokenization import end_tokens
-from softprompt.engines.distillation import TeacherTable, disagreements, distilling
+from softprompt.engines.distillation import TeacherTable, evaluate_student
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.answer_comparison import AnsweredRow
 from softprompt.evaluation.evaluator import Evaluation, Rival
@@ -53,6 +52,7 @@ class DistillationEvaluator:
         with_cut_text: The same answers behind the questions with the beginning of the text, as long as the prompt.
         text: The whole text.
         max_new_tokens: The most tokens of an answer.
+        ends: The tokens that end an answer.
     """
 
     engine: MicrobatchEngine[Any]
@@ -64,6 +64,7 @@ class DistillationEvaluator:
     with_cut_text: Sequence[Example]
     text: TextPrompt
     max_new_tokens: int
+    ends: tuple[int, ...]
     classifier = None
     compares_answers = False
     exact_match_note = None
@@ -90,7 +91,7 @@ class DistillationEvaluator:
         """Answer the first SAMPLES questions greedily, without and with the prompt; the expected answer is the one with
         the text."""
         some = self.answers[:SAMPLES]
-        how = GenerationSettings(max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=self._ends)
+        how = GenerationSettings(max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=self.ends)
         asked = [Request(question_ids(row), how, each) for row in some for each in (None, prompt)]
         texts = [self._text(ids) for ids in in_request_order(self.generator.generate(asked, len(asked)))]
         return [
@@ -101,7 +102,7 @@ class DistillationEvaluator:
     def costs(self, prompt: Tensor) -> dict[str, float]:
         """Return what the prompt saves per request (`tokens_saved`), and the median time to the first token of an
         answer with the prompt and with the text, in seconds."""
-        how = GenerationSettings(max_new_tokens=1, do_sample=False, eos_token_id=self._ends)
+        how = GenerationSettings(max_new_tokens=1, do_sample=False, eos_token_id=self.ends)
         plain, whole = question_ids(self.answers[0]), [*self.text.prefix, *question_ids(self.text.rows[0])]
         seconds: dict[str, list[float]] = {"time_to_first_token": [], "time_to_first_token_text": []}
         for repeat in range(1 + REPEATS):
@@ -113,15 +114,10 @@ class DistillationEvaluator:
         saved = len(whole) - len(plain) - len(prompt)
         return {"tokens_saved": saved, **{name: statistics.median(times[1:]) for name, times in seconds.items()}}
 
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        return tuple(end_tokens(self.answers, self.tokenizer))
-
     def _text(self, ids: Sequence[int]) -> str:
         return decode_text(self.tokenizer, ids)
 
     def _evaluation(self, prompt: Tensor | None, rows: Sequence[Example], title: str) -> Evaluation:
         with rows_bar(len(rows), title) as on_rows:
-            losses = distilling(self.engine, self.table).row_losses(prompt, rows, on_rows)
-        others = disagreements(self.engine, self.table, prompt, rows)
-        return Evaluation(losses, list(map(count_targets, rows)), disagreements=others)
+            losses, disagreements = evaluate_student(self.engine, self.table, prompt, rows, on_rows)
+        return Evaluation(losses, list(map(count_targets, rows)), disagreements=disagreements)

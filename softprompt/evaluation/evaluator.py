@@ -128,8 +128,8 @@ class Evaluation:
     def sample_metrics(self) -> dict[str, float]:
         """Return what the number and the answers of the rows say about the other metrics: eval_samples, the number of
         rows; the ends of 95 % intervals, eval_loss_low, eval_loss_high (with distillation eval_kl_low, eval_kl_high),
-        eval_accuracy_low and eval_accuracy_high; and
-        eval_majority, the accuracy of always giving the most common answer. What does not apply is left out."""
+        eval_accuracy_low and eval_accuracy_high; and eval_majority, the accuracy of always giving the most common
+        answer. What does not apply is left out."""
         metrics: dict[str, float] = {"eval_samples": len(self.row_losses)}
         loss = "loss" if self.disagreements is None else "kl"
         for name, interval in ((loss, self.loss_interval), ("accuracy", self.accuracy_interval)):

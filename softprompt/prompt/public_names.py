@@ -8,7 +8,10 @@ from typing import Any
 from softprompt.config.data_args import is_mini_task
 from softprompt.data.readers import READERS
 
-PATH_SETTINGS = ("model_name_or_path", "dataset", "eval_dataset", "init_adapter", "output_dir", "offload_folder")
+PATH_SETTINGS = (
+    *("model_name_or_path", "dataset", "eval_dataset", "init_adapter", "output_dir", "offload_folder"),
+    *("distill_prompt", "distill_context"),
+)
 MINI = "mini"
 
 

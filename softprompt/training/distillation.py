@@ -9,41 +9,45 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.data.chat_template import never_written
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.examples import IGNORE, Example, Examples, IndexedExamples
-from softprompt.data.questions import shared_prefix, with_answer
-from softprompt.data.tokenization import Tokenized, no_targets_error
+from softprompt.data.questions import with_answer
+from softprompt.data.tokenization import Tokenized
 from softprompt.engines.checked_engine import CheckedEngine
 from softprompt.engines.distillation import TeacherTable, distilling, record_teacher
 from softprompt.engines.factory import engine_for_inference
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.distillation import DistillationEvaluator, TextPrompt
+from softprompt.evaluation.rows import answer_ids
 from softprompt.generation.generator import Generator
 from softprompt.models.capabilities import check_positions, check_token_ids, max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.training.console import print_data
 from softprompt.training.question_setup import QuestionIds, Questions, identity_of
+from softprompt.training.resume import HELD_OUT
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, Teacher, answer_questions
+from softprompt.utils.errors import DataError
+from softprompt.utils.model_config import text_config
 from softprompt.utils.progress import rows_bar
 from softprompt.utils.translation import translate
 
 
 class AnsweredRows(NamedTuple):
-    """Answered questions: the same answers behind three kinds of questions (see `QuestionIds`). `with_text` lacks the
-    tokens with which all questions with the text begin."""
+    """Answered questions: the same answers behind both kinds of questions; see `QuestionIds`."""
 
     plain: Tokenized
     with_text: Examples
-    with_cut_text: Examples
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,17 @@ class Answered:
     """The answered questions of a run.
 
     Attributes:
+        questions: The questions alone.
         data: The rows without the text, which are trained and evaluated on.
-        train, held_out: The rows with the text, whose predictions are learned.
-        text: The embeddings of the tokens with which all rows with the text begin, [P, H].
-        prefix: The ids of these tokens.
-        generator: Generates answers.
+        train, held_out: The same answers without and with the text; `held_out` is None without held-out questions.
+        teacher: What has answered the questions.
     """
 
+    questions: Questions
     data: RunData
     train: AnsweredRows
     held_out: AnsweredRows | None
-    text: Tensor
-    prefix: list[int]
-    generator: Generator
+    teacher: Teacher
 
 
 def answered(
@@ -72,31 +74,21 @@ def answered(
     """Let the base answer the questions with the text before them.
 
     Raises:
-        ConfigError: The text and a question leave no room for an answer, or a token of the text has no embedding.
+        ConfigError: The text and a question leave no room for an answer, or a token of them has no embedding.
         DataError: No question fits into --max_length.
         TrainingError: A single question does not fit in memory.
     """
-    model, source = base.model, config.distillation.flag
-    check_token_ids(questions.text_ids, model, source)
-    both = [*questions.train.with_text, *(questions.held_out.with_text if questions.held_out else [])]
-    check_positions(max_positions(model), 0, max(map(len, both)) + 1, source, "shorten the text")
-    begins = shared_prefix(both)
-    prefix = both[0][:begins]
-    text = InputEmbeddings(model)[
-        torch.tensor(prefix, dtype=torch.int64, device=word_embeddings(model).weight.device)
-    ].float()
-    end = _end_id(questions)
+    _check_text(config, questions, base.model)
+    end, most = _end_id(questions), config.distillation.distill_max_new_tokens
     ends = sorted({end, questions.tokenizer.eos_token_id})
-    before = text if begins else None
-    teacher = Teacher(generator, before, prefix, ends, max_positions(model), identity_of(config, base))
-
-    most = config.distillation.distill_max_new_tokens
+    text = _embeddings(base.model, questions.prefix) if questions.prefix else None
+    identity = identity_of(config, base)
+    teacher = Teacher(generator, text, questions.prefix, ends, max_positions(base.model), identity)
 
     def of(ids: QuestionIds, samples: int, title: str) -> AnsweredRows:
-        behind = [row[begins:] for row in ids.with_text]
-        answers = answer_questions(teacher, behind, samples, most, config.training.seed, title)
+        answers = answer_questions(teacher, ids.with_text, samples, most, config.training.seed, title)
         _print_answers(answers, config, held_out=samples == 0)
-        return _rows_with_answers(ids._replace(with_text=behind), answers, end, config.data.max_length)
+        return _rows_with_answers(ids, answers, end, config)
 
     train = of(questions.train, config.distillation.distill_samples, "answers with the text")
     held_out = of(questions.held_out, 0, "held-out answers with the text") if questions.held_out else None
@@ -113,9 +105,41 @@ def answered(
         [with_answer(row, "") for row in questions.rows.train[:FIRST_ROWS]],
         questions.end,
         False,
-        {**questions.fingerprints, "answers with the text": _fingerprint(train, held_out)},
+        {**questions.fingerprints, TRAIN_ANSWERS: _fingerprint(train), HELD_OUT_ANSWERS: _fingerprint(held_out)},
     )
-    return Answered(data, train, held_out, text, prefix, generator)
+    return Answered(questions, data, train, held_out, teacher)
+
+
+# Names of the answers' fingerprints; the second one belongs to the held-out rows, which a resumed run may add.
+TRAIN_ANSWERS, HELD_OUT_ANSWERS = "answers with the text", f"{HELD_OUT}.answers with the text"
+
+
+def _embeddings(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings of n tokens, [n, H] fp32 on the device of the base."""
+    return InputEmbeddings(model)[torch.tensor(ids, device=word_embeddings(model).weight.device)].float()
+
+
+def _check_text(config: TrainConfig, questions: Questions, model: PreTrainedModel) -> None:
+    """Check that the base can read the text and the questions, and warn if together they are longer than the rows that
+    the base was trained on: a base whose positions are not in a table computes them all the same.
+
+    Raises:
+        ConfigError: See `answered`.
+    """
+    source, positions = config.distillation.flag, max_positions(model)
+    check_token_ids(questions.text_ids, model, source)
+    parts = [questions.train, *([questions.held_out] if questions.held_out else [])]
+    rows = [row for part in parts for row in part.with_text]
+    check_token_ids(chain.from_iterable(rows), model, "a question")
+    longest = len(questions.prefix) + max(map(len, rows))
+    check_positions(positions, 0, longest + 1, source, "shorten the text")
+    longest += config.distillation.distill_max_new_tokens
+    known = getattr(text_config(model.config), "max_position_embeddings", None)
+    if known and positions is None and longest > known:
+        print(
+            f"warning: {source}: with the text, a question and an answer have up to {longest:,} tokens, more than the "
+            f"{known:,} positions that the base was trained on; the answers may be poor: shorten the text"
+        )
 
 
 def _end_id(questions: Questions) -> int:
@@ -138,11 +162,12 @@ def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, hel
 
 
 def _rows_with_answers(
-    ids: QuestionIds, answers: Sequence[Sequence[Answer]], end: int, max_length: int
+    ids: QuestionIds, answers: Sequence[Sequence[Answer]], end: int, config: TrainConfig
 ) -> AnsweredRows:
-    """Append the answers to all kinds of questions. An answer is truncated where its row without the text would have
-    more than `max_length` tokens; if nothing is left of it, the row is left out."""
-    made: tuple[list[Example], ...] = ([], [], [])
+    """Append the answers to both kinds of questions. An answer is truncated where its row without the text would have
+    more than --max_length tokens; if nothing is left of it, the row is left out."""
+    max_length = config.data.max_length
+    made: tuple[list[Example], ...] = ([], [])
     kept, missing, cut, number = [], [], 0, -1
     for asked, of_question in zip(zip(*ids, strict=True), answers, strict=True):
         for answer in of_question:
@@ -154,20 +179,27 @@ def _rows_with_answers(
                 kept.append(number)
                 missing.append(len(whole) - len(targets))
                 for examples, question in zip(made, asked, strict=True):
-                    examples.append(Example([*question, *targets], [IGNORE] * len(question) + targets))
+                    examples.append(_example(question, targets))
     if not kept:
-        raise no_targets_error(min(map(len, ids.plain)), max_length)
-    plain, with_text, with_cut = map(Examples.from_rows, made)
+        shortest = min(map(len, ids.plain))
+        raise DataError(
+            f"no question leaves room for an answer at --max_length {max_length}: the shortest one has {shortest} "
+            f"tokens; give --max_length {shortest + config.distillation.distill_max_new_tokens} or more"
+        )
+    plain, with_text = map(Examples.from_rows, made)
     rows = number + 1
-    return AnsweredRows(Tokenized(plain, kept, missing, rows, cut, rows - len(kept), 0), with_text, with_cut)
+    return AnsweredRows(Tokenized(plain, kept, missing, rows, cut, rows - len(kept), 0), with_text)
 
 
-def _fingerprint(train: AnsweredRows, held_out: AnsweredRows | None) -> str:
-    """Return a hash of the answers."""
+def _example(question: list[int], answer: list[int]) -> Example:
+    return Example([*question, *answer], [IGNORE] * len(question) + answer)
+
+
+def _fingerprint(rows: AnsweredRows | None) -> str:
+    """Return a hash of answered questions, or of none."""
     digest = hashlib.sha256()
-    for rows in (train, held_out):
-        if rows:
-            digest.update(rows.plain.examples.input_ids.tobytes() + rows.plain.examples.first_targets.tobytes())
+    if rows:
+        digest.update(rows.plain.examples.input_ids.tobytes() + rows.plain.examples.first_targets.tobytes())
     return digest.hexdigest()
 
 
@@ -179,39 +211,47 @@ class Distilled(NamedTuple):
     evaluator: DistillationEvaluator | None
 
 
-def distilled(config: TrainConfig, questions: Answered, base: Base, engine: MicrobatchEngine[Any]) -> Distilled:
+def distilled(config: TrainConfig, answers: Answered, base: Base, engine: MicrobatchEngine[Any], P: int) -> Distilled:
     """Record what the base predicts with the text at each token of the answers, and return what learns from it.
 
     Args:
         engine: The engine that was chosen for the rows without the text.
+        P: Number of virtual tokens.
 
     Raises:
         TrainingError: A single row does not fit in memory.
     """
-    model, data = base.model, questions.data
-    recorder = engine_for_inference(config.model.engine, model, data.tokenizer, engine.compute_dtype)
-    table = _recorded(recorder, questions.text, questions.train.with_text, "predictions with the text")
-    if questions.held_out is None:
-        return Distilled(distilling(engine, table), None)
-    title = "held-out predictions with the text"
+    recorder = engine_for_inference(config.model.engine, base.model, answers.data.tokenizer, engine.compute_dtype)
+
+    def recorded(rows: Examples, title: str) -> TeacherTable:
+        """Return the predictions of the base with the text at all targets of `rows`."""
+        text, chosen = answers.teacher.prompt, recorder
+        if isinstance(chosen, CheckedEngine):  # the text may be longer than any prompt that was checked
+            chosen = chosen.choose(text, rows)
+        with rows_bar(len(rows), title) as on_rows:
+            return record_teacher(cast(MicrobatchEngine[Any], chosen), engine, text, IndexedExamples(rows), on_rows)
+
+    learning = distilling(engine, recorded(answers.train.with_text, "predictions with the text"))
+    if answers.held_out is None:
+        return Distilled(learning, None)
+    examples = answers.held_out.plain.examples
     evaluator = DistillationEvaluator(
         engine,
-        _recorded(recorder, questions.text, questions.held_out.with_text, title),
-        questions.generator,
-        data.tokenizer,
-        IndexedExamples(questions.held_out.plain.examples),
-        questions.held_out.plain.examples,
-        IndexedExamples(questions.held_out.with_cut_text),
-        TextPrompt(questions.prefix, questions.held_out.with_text),
+        recorded(answers.held_out.with_text, "held-out predictions with the text"),
+        answers.teacher.generator,
+        answers.data.tokenizer,
+        IndexedExamples(examples),
+        examples,
+        IndexedExamples(_with_cut_text(answers.questions, answers.held_out.plain, P)),
+        TextPrompt(answers.questions.prefix, answers.held_out.with_text),
         config.distillation.distill_max_new_tokens,
+        tuple(answers.teacher.ends),
     )
-    return Distilled(distilling(engine, table), evaluator)
+    return Distilled(learning, evaluator)
 
 
-def _recorded(engine: Any, text: Tensor, rows: Examples, title: str) -> TeacherTable:
-    """Return the predictions of the base with the text at all targets of `rows`."""
-    prompt = text if len(text) else None
-    if isinstance(engine, CheckedEngine):  # the text may be longer than any prompt that was checked
-        engine = engine.choose(prompt, rows)
-    with rows_bar(len(rows), title) as on_rows:
-        return record_teacher(engine, prompt, IndexedExamples(rows), on_rows)
+def _with_cut_text(questions: Questions, held_out: Tokenized, P: int) -> Examples:
+    """Return the answered held-out questions with the text cut to P tokens before them."""
+    asked = questions.with_cut_text(P)  # each question has one answer, so `kept` holds the numbers of questions
+    rows = zip(held_out.kept, held_out.examples, strict=True)
+    return Examples.from_rows(_example(asked[number], answer_ids(example)) for number, example in rows)

@@ -20,11 +20,12 @@ from softprompt.training.result import Setup
 from softprompt.training.run import set_up
 
 MEASURED = 3  # timed steps; an untimed one precedes them
+KEPT = ", except the answers with the text, which are kept for the run"
 
 
 def dry_run(config: TrainConfig, world: World | None = None) -> str:
     """Load and check everything, take a few steps with a copy of the prompt, and return a description of the whole run.
-    Nothing is written.
+    Nothing is written, except with distillation: the base's answers, which take long, are kept for the run.
 
     Raises:
         SoftpromptError: See `run.set_up`.
@@ -47,7 +48,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     encoder = describe_encoder(setup.config, prompt)
     lines = [
         "",
-        "Dry run: nothing is written.",
+        f"Dry run: nothing is written{KEPT if setup.config.distillation.text else ''}.",
         f"rows        {_described_rows(setup, tokens)}, {each:.0f} a row",
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
         f"parameters  {learned:,} learned{f' ({encoder})' * bool(encoder)}, {base.num_parameters():,} frozen",

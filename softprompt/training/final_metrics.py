@@ -52,7 +52,7 @@ def verdict_of_run(
     from_text = config.prompt.prompt_tuning_init == "TEXT"
     ways = ["train longer", *([] if from_text else ["start from TEXT"]), "take a larger base"]
     if config.distillation.text:
-        ways = ["train longer", "give more questions", "give more virtual tokens"]
+        ways = ["train longer", "give more questions", "raise --num_virtual_tokens"]
     return verdict(after, before, ways, rivals, seen)
 
 

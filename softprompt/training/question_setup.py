@@ -1,11 +1,13 @@
 """The questions of a distillation: read, or written by the base, and tokenized without and with the text."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from softprompt.config.loader import TrainConfig
+from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import Rows, make_template
 from softprompt.data.dataset import question
 from softprompt.data.questions import (
@@ -19,11 +21,11 @@ from softprompt.data.questions import (
     with_text_ids,
     written_questions,
 )
-from softprompt.data.row_store import Row, RowStore
+from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
 from softprompt.engines.factory import engine_for_inference
 from softprompt.generation.generator import Generator, make_generator
-from softprompt.models.capabilities import max_positions, why_not_generate
+from softprompt.models.capabilities import check_token_ids, check_vocabulary, max_positions, why_not_generate
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.training.console import print_answer_end, print_rows
@@ -35,11 +37,10 @@ from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 
 
 class QuestionIds(NamedTuple):
-    """Questions as token ids: without the text, with the whole text, and with the text cut to P tokens before them."""
+    """Questions as token ids: without the text, and with it, but then without `Questions.prefix`."""
 
     plain: list[list[int]]
     with_text: list[list[int]]
-    with_cut_text: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Questions:
     Attributes:
         rows: The questions as rows; the base answers them.
         train, held_out: The same as token ids; `held_out` is None if there are none.
+        prefix: The token ids with which all questions with the text begin.
         text_ids: The token ids of the text.
         end: The token that the template writes after an answer; None if it writes none.
         fingerprints: Hashes of the contents of the questions, the text and the tokenizer, by name.
@@ -59,9 +61,25 @@ class Questions:
     rows: Rows
     train: QuestionIds
     held_out: QuestionIds | None
+    prefix: list[int]
     text_ids: list[int]
     end: str | None
     fingerprints: Mapping[str, str]
+
+    def check_length(self, P: int, config: TrainConfig) -> None:
+        """Raise ConfigError if the text has fewer tokens than the prompt that is to replace it."""
+        if len(self.text_ids) < P:
+            way = "start from a shorter prompt" if config.prompt.init_adapter else "give a smaller --num_virtual_tokens"
+            raise ConfigError(
+                f"{config.distillation.flag}: its text has {len(self.text_ids)} tokens, fewer than the {P} virtual "
+                f"tokens that are to replace it; {way}"
+            )
+
+    def with_cut_text(self, P: int) -> list[list[int]]:
+        """Return the held-out questions with the text cut to P tokens before them, as token ids."""
+        cut, plain = self.text_ids[:P], self.held_out.plain if self.held_out else []
+        text = self.tokenizer.decode(cut).strip()
+        return with_text_ids(self.rows.held_out, plain, cut, text, self.tokenizer, self.template)
 
 
 def load_questions(config: TrainConfig, written: Rows | None = None) -> Questions:
@@ -79,31 +97,24 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
     template = make_template(config)
     text, rows = read_distilled_text(str(config.distillation.text)), written or read_questions(config, template)
     print_rows(config, rows.train[0], len(rows.train), rows.notices)
-    tokenizer = load_tokenizer(path_of_base(config))
-    P = config.prompt.num_virtual_tokens
-    train, text_ids = _tokenized(rows.train, text, tokenizer, template, P)
-    held_out = _tokenized(rows.held_out, text, tokenizer, template, P)[0] if rows.held_out else None
-    if P is not None and len(text_ids) < P:
-        raise ConfigError(
-            f"{config.distillation.flag}: its text has {len(text_ids)} tokens, fewer than the {P} virtual tokens that "
-            "are to replace it; give a smaller --num_virtual_tokens"
-        )
+    tokenizer, n = load_tokenizer(path_of_base(config)), len(rows.train)
+    plain, prefix, with_text, text_ids = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
     end = template.end(with_answer(rows.train[0], "a"), tokenizer)
     print_answer_end(end, tokenizer)
     about = {"distilled text": hashlib.sha256(text.encode()).hexdigest(), **tokenizer_fingerprints(tokenizer)}
-    return Questions(
-        tokenizer, template.of_rows(rows.train), rows, train, held_out, text_ids, end, {**rows.fingerprints, **about}
+    questions = Questions(
+        tokenizer,
+        template.of_rows(rows.train),
+        rows,
+        QuestionIds(plain[:n], with_text[:n]),
+        QuestionIds(plain[n:], with_text[n:]) if rows.held_out else None,
+        prefix,
+        text_ids,
+        end,
+        {**rows.fingerprints, **about},
     )
-
-
-def _tokenized(
-    rows: Sequence[Row], text: str, tokenizer: Any, template: Template, P: int | None
-) -> tuple[QuestionIds, list[int]]:
-    """Return the questions as token ids, and the token ids of the text."""
-    plain, with_text, ids = put_text_before(rows, text, tokenizer, template)
-    cut = ids[:P]
-    with_cut = with_text_ids(rows, plain, cut, tokenizer.decode(cut).strip(), tokenizer, template)
-    return QuestionIds(plain, with_text, with_cut), ids
+    questions.check_length(config.prompt.num_virtual_tokens or 0, config)
+    return questions
 
 
 def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPoint:
@@ -129,8 +140,9 @@ def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
     """Return the generator with which the base answers the questions.
 
     Raises:
-        ModelError: The base cannot generate answers.
+        ModelError: The base cannot generate answers, or its tokenizer has words for which it has no embedding.
     """
+    check_vocabulary(tokenizer, base.model, path_of_base(config))
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
     engine = engine_for_inference(config.model.engine, base.model, tokenizer, dtype)
@@ -148,10 +160,12 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, generator: 
 
     Raises:
         DataError: The text cannot be read, or the base writes too few questions for --eval_rows.
+        ConfigError: A token of the text has no embedding, or a passage leaves no room for a question.
     """
     template, settings = make_template(config), config.distillation
     text = read_distilled_text(str(settings.text))
     asked = questions_about(text, tokenizer, template)
+    check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))
     ends = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
     teacher = Teacher(generator, None, [], sorted(set(ends)), max_positions(base.model), identity_of(config, base))
@@ -165,5 +179,7 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, generator: 
 
 
 def identity_of(config: TrainConfig, base: Base) -> list[Any]:
-    device = resolve_device(config.model.device)
-    return [dict(base.fingerprint), str(resolve_dtype(device, config.model.bf16, config.model.fp16))]
+    """Return what the answers of a base depend on besides the requests, in JSON types."""
+    model, device = config.model, resolve_device(config.model.device)
+    bits = quantization_bits(model.load_in_8bit, model.load_in_4bit)
+    return [dict(base.fingerprint), str(resolve_dtype(device, model.bf16, model.fp16)), bits]

@@ -167,7 +167,7 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
     """
     others = [what for what in now if saved.get(what, now[what]) != now[what]]
     if saved.get(HELD_OUT) == NO_ROWS:
-        others = [what for what in others if what != HELD_OUT]
+        others = [what for what in others if _family(what) != HELD_OUT]
     named = _named(others)
     if others and not ignored:
         differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"

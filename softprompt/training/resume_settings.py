@@ -13,12 +13,13 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
     *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
-    *("distill_samples", "distill_max_new_tokens"),
+    *("distill_samples", "distill_max_new_tokens", "distill_questions"),
 )
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
     ("bf16", "fp16"),
     ("eval_dataset", "eval_rows"),
+    ("distill_prompt", "distill_context"),
     ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
 )
 # If the setting on the right is given now, the checkpoint's value of the setting on the left is dropped, so that its

@@ -101,7 +101,7 @@ class Loaded(NamedTuple):
     data: RunData
     base: Base
     prompt: PromptEmbedding
-    questions: Answered | None = None  # with distillation
+    answers: Answered | None = None  # with distillation
 
 
 def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Loaded:
@@ -133,10 +133,14 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> 
     if questions is None:
         questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator))
     start = with_text_of_start(start, questions)
+    if not start.config.training.ignore_data_skip:  # refuse other questions before the base answers them
+        compare_contents(start, {**questions.fingerprints, **base.fingerprint})
     known = answered(start.config, questions, base, generator, start.rows_per_step)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
     start = with_encoder_width(start, base.model)
-    return Loaded(start, output_dir, known.data, base, start_prompt(start, known.data, base.model), known)
+    prompt = start_prompt(start, known.data, base.model)
+    questions.check_length(len(prompt.weight), start.config)
+    return Loaded(start, output_dir, known.data, base, prompt, known)
 
 
 def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
@@ -146,12 +150,13 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     # Engines may communicate with those of other ranks, so all ranks must have loaded their parts before.
-    start, output_dir, data, base, prompt, questions = world.run_on_all(lambda: load_run(config, world, check))
+    start, output_dir, data, base, prompt, answers = world.run_on_all(lambda: load_run(config, world, check))
     engine, generator, how = make_engines(start.config, base, data, prompt, world)
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
-    if questions:
-        engine, evaluator = distilled(start.config, questions, base, cast(MicrobatchEngine[Any], engine))
+    if answers:
+        P = len(prompt.weight)
+        engine, evaluator = distilled(start.config, answers, base, cast(MicrobatchEngine[Any], engine), P)
     else:
         evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     no_answers = None if generator else why_not_generate(base.model)

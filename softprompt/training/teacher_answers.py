@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from softprompt.utils.atomic_io import cache_dir
 from softprompt.utils.progress import progress_bar
 
 TOGETHER = 32  # answers that are generated at a time
+MOST_POSITIONS = 1 << 15  # of these answers with the text and the questions, whose keys and values are in memory
 VERSION = 1  # of the cache
 
 
@@ -74,15 +75,17 @@ def answer_questions(
         for sample in range(max(1, samples))
     ]
     budgets = [request.new_token_budget(teacher.positions) for request in requests]
+    longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
+    together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
     known = _Cache.of(
         [VERSION, teacher.identity, list(teacher.prefix), list(map(list, rows)), samples, asdict(how), seed]
     )
     missing = [number for number in range(len(requests)) if number not in known.answers]
     with progress_bar(len(requests), title, " answers", initial=len(requests) - len(missing)) as bar, known:
-        answers = teacher.generator.generate([requests[number] for number in missing], TOGETHER)
-        for at, ids in answers:
+        for at, ids in teacher.generator.generate([requests[number] for number in missing], together):
             known.write(missing[at], ids)
             bar.update()
+    known.read()
     each = [Answer(known.answers[n], len(known.answers[n]) < budget) for n, budget in enumerate(budgets)]
     width = max(1, samples)
     return [each[start : start + width] for start in range(0, len(each), width)]
@@ -90,21 +93,32 @@ def answer_questions(
 
 class _Cache:
     """A file with one JSON line [number of the request, token ids] for each answer. Lines that are not whole are
-    ignored; if the file cannot be written, the answers are only kept in memory."""
+    ignored; if the file cannot be written, the answers are only kept in memory.
+
+    Two runs may write the same file at once, and their answers may differ by rounding. Both then take the first line of
+    each request, which never changes, and so does a run that is resumed.
+    """
 
     def __init__(self, path: Path):
         self.path, self.answers = path, dict[int, list[int]]()
+        self._file: TextIO | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Read the file. Its answers replace those in memory."""
         try:
-            lines = path.read_text(encoding="ascii").splitlines()
-        except (OSError, ValueError):
-            lines = []
+            lines = self.path.read_bytes().splitlines()
+        except OSError:
+            return
+        found: dict[int, list[int]] = {}
         for line in lines:
             try:
                 number, ids = json.loads(line)
                 if type(number) is int and all(type(each) is int for each in ids):
-                    self.answers[number] = list(ids)
+                    found.setdefault(number, list(ids))
             except (ValueError, TypeError):
                 continue
+        self.answers |= found
 
     @classmethod
     def of(cls, depends_on: Any) -> "_Cache":

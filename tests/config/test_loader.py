@@ -9,7 +9,7 @@ import pytest
 from softprompt.config.command_line import parse_inference, parse_training
 from softprompt.config.infer_args import INFER_GROUPS
 from softprompt.config.infer_config import generation_faults, infer_config
-from softprompt.config.loader import GROUPS, PRESETS, train_config
+from softprompt.config.loader import GROUPS, PRESETS, default_settings, train_config
 from softprompt.config.value_parsers import parse_columns
 from softprompt.utils.errors import ConfigError
 
@@ -49,6 +49,23 @@ def test_which_preset_is_in_force(given, preset):
     config = train_config(**given)
     assert config.preset == preset
     assert {**(PRESETS[preset] if preset else {}), **given}.items() <= config.as_dict().items()
+
+
+@pytest.mark.parametrize("preset", ["mini", "article"])
+def test_rows_of_a_preset_are_no_questions_about_a_text(preset):
+    assert train_config(preset=preset, distill_context="document.txt").data.dataset is None
+    with pytest.raises(ConfigError, match="needs questions"):
+        train_config(preset=preset, distill_prompt="system.txt")
+    assert train_config(preset="distill-mini", distill_prompt="system.txt").data.dataset == "mini:reply"
+
+
+def test_a_distillation_has_defaults_of_its_own():
+    settings = train_config(**OWN, distill_prompt="system.txt").as_dict()
+    known = default_settings(settings)
+    assert all(known[name] == settings[name] for name in ("prompt_tuning_init", "num_virtual_tokens"))
+    assert settings["num_virtual_tokens"] == 16 and default_settings(OWN)["num_virtual_tokens"] == 10
+    started = train_config(**OWN, distill_prompt="system.txt", init_adapter="folder").as_dict()
+    assert started["num_virtual_tokens"] is None and started["prompt_tuning_init"] == "RANDOM"
 
 
 @pytest.mark.parametrize(

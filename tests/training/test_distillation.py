@@ -10,10 +10,13 @@ from helpers.short_runs import interrupted, outcome
 from helpers.small_bases import small_base
 
 import softprompt
+from softprompt.config.loader import train_config
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.training.dry_run import dry_run
+from softprompt.training.question_setup import identity_of
+from softprompt.training.setup import Base
 from softprompt.training.summary import summary
 from softprompt.utils.errors import CheckpointError, SoftpromptError
 
@@ -107,7 +110,7 @@ def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("more", [{}, {"prompt_reparameterization": "mlp", "encoder_hidden_size": 4}])
-def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more):
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more, monkeypatch):
     settings = {**settings, **more, "eval_steps": 2}
     softprompt.train(**{**settings, "output_dir": "whole"})
     interrupted(settings, 3)
@@ -118,12 +121,13 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more):
     assert prompt == expected and history == records
     assert {k: v for k, v in results.items() if k not in times} == {k: v for k, v in others.items() if k not in times}
     Path("text.txt").write_text("另一段很长的文字，别的要求，别的语气。", encoding="utf-8")
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)  # nothing is answered before
     with pytest.raises(CheckpointError, match="distilled text"):
         softprompt.train(resume_from_checkpoint="run", max_steps=6)
 
 
-def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch):
-    run = softprompt.train(**settings)
+def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch, tmp_path):
+    run = softprompt.train(**{**settings, "distill_prompt": str(tmp_path / "text.txt")})
     monkeypatch.setenv("COLUMNS", "200")
     text = summary(run)
     for shown in ("KL per token", "text cut", "tokens saved per request", "with the text"):
@@ -139,21 +143,26 @@ def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch
     saved = json.loads(Path("run/adapter_config.json").read_text())
     assert saved["prompt_tuning_init"] == "TEXT" and TEXT.startswith(saved["prompt_tuning_init_text"])
     assert "distill" not in Path("run/softprompt.json").read_text()
+    assert str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("form", ["rows", "columns", "chat"])
+@pytest.mark.parametrize("form", ["rows", "columns", "conversations"])
 def test_answers_of_rows_are_not_used(form, settings, capsys):
     rows = [{"instruction": q, "output": "不对"} for q in QUESTIONS]
     more = {}
     if form == "columns":
-        rows, more = [{"q": q, "a": "不对"} for q in QUESTIONS], {"columns": "instruction=q"}
+        rows, more = [{"q": q, "a": "不对"} for q in QUESTIONS], {"columns": "instruction=q,output=a"}
+    if form == "conversations":
+        asked = ({"role": "user", "content": q} for q in QUESTIONS)
+        rows = [{"messages": [each, {"role": "assistant", "content": "不对"}]} for each in asked]
+        more = {"template": "chat", "model_name_or_path": chat_base(settings["model_name_or_path"], CHAT)}
+        settings |= more
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ours = softprompt.train(**{**settings, "dataset": "rows.jsonl", **more})
     plain = softprompt.train(**{**settings, "output_dir": "plain"})
     assert ours.setup.data.train.examples == plain.setup.data.train.examples
     assert outcome("run")[0] == outcome("plain")[0]
-    if form == "rows":
-        assert "are not used" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("are not used") == 1
 
 
 def chat_base(folder, template):
@@ -184,21 +193,20 @@ def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
 
 
 def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):
-    from softprompt.config.loader import train_config
-
     told = dry_run(train_config(**settings, dry_run=True))
-    assert "12 with" in told and not Path("run").exists()
+    assert "12 with" in told and "are kept for the run" in told and not Path("run").exists()
     many = "\n".join(f"{q}{i}" for q in QUESTIONS for i in range(5))
     Path("questions.txt").write_text(many, encoding="utf-8")
     run = softprompt.train(**settings, find_learning_rate=True)
     assert "sweep" in run.history[0]
 
 
-def test_a_base_whose_head_is_not_plain(settings, tokenizer):
-    small_base("gemma2").save_pretrained("gemma2")
+def test_a_base_whose_head_is_not_plain(settings, tokenizer, capsys):
+    small_base("gemma2", max_position_embeddings=60).save_pretrained("gemma2")
     tokenizer.save_pretrained("gemma2")
     run = softprompt.train(**{**settings, "model_name_or_path": "gemma2"})
     assert run.metrics["eval_kl"] < run.metrics["eval_kl_base"]
+    assert "more than the 60 positions that the base was trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,13 +217,18 @@ def test_a_base_whose_head_is_not_plain(settings, tokenizer):
         ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
         ({"dataset": "empty.txt"}, "empty.txt is empty"),
         ({"eval_rows": 9}, "leaves none"),
-        ({"dataset": None, "preset": None}, "--dataset is missing"),
+        ({"dataset": None}, "--distill_prompt text.txt needs questions"),
+        ({"dataset": None, "model_name_or_path": None}, "--distill_prompt text.txt needs questions"),
+        ({"dataset": "some.jsonl", "template": "{instruction}"}, "question 2 has no tokens"),
+        ({"dataset_split": "test"}, "questions.txt has no splits; leave --dataset_split out"),
+        ({"eval_rows": None, "eval_split": "test"}, "questions.txt has no splits; leave --eval_split out"),
         ({"distill_samples": 0}, "--distill_samples 0"),
         ({"distill_context": "text.txt"}, "exclude each other"),
         ({"distill_prompt": None}, "--distill_samples is only used with --distill_prompt"),
         ({"streaming": True}, "--streaming excludes --distill_prompt"),
         ({"metric_for_best_model": "exact_match"}, "--metric_for_best_model exact_match"),
-        ({"max_length": 5}, "no row keeps a target"),
+        ({"max_length": 5}, "no question leaves room for an answer at --max_length 5"),
+        ({"truncation_side": "input"}, "--truncation_side input"),
         ({"template": "chat"}, "no chat template"),
         ({"prompt_tuning_init": "CLASS_LABELS"}, "--class_labels"),
         ({"model_name_or_path": "short"}, "shorten the text"),
@@ -223,6 +236,7 @@ def test_a_base_whose_head_is_not_plain(settings, tokenizer):
 )
 def test_what_cannot_be_is_refused_in_one_line(change, named, settings, tokenizer):
     Path("empty.txt").write_text(" \n")
+    Path("some.jsonl").write_text("\n".join(json.dumps({"instruction": each}) for each in ("a", "", "b", "c", "d")))
     if change.get("model_name_or_path") == "short":
         small_base("gpt2", n_positions=16).save_pretrained("short")
         tokenizer.save_pretrained("short")
@@ -230,6 +244,43 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, settings, tokenize
     with pytest.raises(SoftpromptError, match=named) as refused:
         softprompt.train(**settings)
     assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+def test_a_quantized_base_has_answers_of_its_own(settings):
+    base, each = Base(None, None, {"base": "a hash"}), [{}, {"load_in_8bit": True}, {"load_in_4bit": True}]
+    assert len({str(identity_of(train_config(**settings, **more), base)) for more in each}) == 3
+
+
+def test_a_question_with_a_token_that_the_base_does_not_know(settings, tiny_base):
+    base = chat_base(tiny_base, CHAT)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens("<picture>")
+    tokenizer.save_pretrained(base)
+    Path("questions.txt").write_text("\n".join([*QUESTIONS, "<picture>"]), encoding="utf-8")
+    with pytest.raises(SoftpromptError, match="a question: token id"):
+        softprompt.train(**{**settings, "model_name_or_path": base})
+
+
+def test_another_prompt_to_start_from(settings):
+    """It decides the number of virtual tokens, and so how far the text is cut."""
+    first = softprompt.train(**settings)
+    del settings["num_virtual_tokens"]
+    second = softprompt.train(**{**settings, "init_adapter": "run", "output_dir": "second"})
+    assert len(second.setup.prompt.weight) == 4
+    assert second.metrics["eval_kl_cut"] == first.metrics["eval_kl_cut"] > 1e-3
+    Path("text.txt").write_text("a")
+    with pytest.raises(SoftpromptError, match="fewer than the 4 virtual tokens"):
+        softprompt.train(**{**settings, "init_adapter": "run", "output_dir": "third"})
+
+
+def test_a_resumed_run_may_get_held_out_questions(settings):
+    """The questions that were trained on, and their answers, are the same."""
+    first = softprompt.train(**{**settings, "eval_rows": 0})
+    Path("others.txt").write_text("问别的\n再问别的\n", encoding="utf-8")
+    run = softprompt.train(resume_from_checkpoint="run", max_steps=6, eval_dataset="others.txt")
+    assert run.metrics["eval_samples"] == 2 and run.setup.data.train.examples == first.setup.data.train.examples
+    with pytest.raises(CheckpointError, match="held-out rows"):
+        softprompt.train(resume_from_checkpoint="run", max_steps=8, eval_dataset="questions.txt")
 
 
 def test_metrics_of_distillation_need_it(settings):
@@ -274,3 +325,11 @@ def test_a_question_is_the_first_line_of_an_answer(answers, questions, tokenizer
 
     ids = [tokenizer(answer)["input_ids"] for answer in answers]
     assert written_questions(ids, tokenizer) == questions
+
+
+@pytest.mark.slow
+def test_the_preset_distills_a_request(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = softprompt.train("distill-mini")
+    assert run.metrics["eval_kl"] < run.metrics["eval_kl_cut"] < run.metrics["eval_kl_base"]
+    assert run.verdict.better and run.metrics["tokens_saved"] == 48
