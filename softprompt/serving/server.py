@@ -5,8 +5,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
+from typing import TypeVar
 
 import uvicorn
 
@@ -22,6 +25,7 @@ from softprompt.utils.errors import ConfigError
 from softprompt.utils.std_streams import tell
 
 BACKLOG = 2048  # connections that wait to be accepted
+Result = TypeVar("Result")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -39,19 +43,40 @@ def serve(config: ServeConfig) -> None:
     roots = parse_roots(server.adapters)
     base = settings.model_name_or_path or base_of(roots)
     with listen(server.host, server.port) as listening:  # before the base is loaded, which takes long
-        model = SoftPromptModel.from_pretrained(
-            base,
-            NONE,
-            device=settings.device,
-            bf16=settings.bf16,
-            fp16=settings.fp16,
-            load_in_8bit=settings.load_in_8bit,
-            load_in_4bit=settings.load_in_4bit,
-            engine=settings.engine,
+        model = in_own_thread(
+            lambda: SoftPromptModel.from_pretrained(
+                base,
+                NONE,
+                device=settings.device,
+                bf16=settings.bf16,
+                fp16=settings.fp16,
+                load_in_8bit=settings.load_in_8bit,
+                load_in_4bit=settings.load_in_4bit,
+                engine=settings.engine,
+            )
         )
         service = Service(model, roots, server)
         _announce(service, server, listening)
         asyncio.run(Server(service).serve_on(listening))
+
+
+def in_own_thread(function: Callable[[], Result]) -> Result:
+    """Call a function in a thread that ends afterwards, and return its result or raise its exception.
+
+    Each thread that computes with torch on the CPU gets OpenMP threads of its own, which live as long as it does. If
+    those of the main thread were left after loading the base, there would be more of them than cores. GNU OpenMP then
+    lets waiting threads sleep at once, which makes the steps of the model's thread slower.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="loader", daemon=True).start()  # daemon, so that Ctrl-C need not wait for it
+    return future.result()
 
 
 def listen(host: str, port: int) -> socket.socket:

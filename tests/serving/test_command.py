@@ -2,12 +2,14 @@
 
 import socket
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 from helpers.programs import assert_line, refusal, run_program
 
 from softprompt import cli
+from softprompt.generation.model import SoftPromptModel
 from softprompt.serving.server import Server
 from softprompt.utils import redact
 
@@ -35,6 +37,22 @@ def test_the_command_says_what_it_serves_and_where(engine, mini_adapters, listen
     ((host, port),) = listening
     assert host == "127.0.0.1" and f"serving mini and 8 adapters at http://127.0.0.1:{port}/v1" in err
     assert ("slower" in err) == (engine == "padded") and "warning" not in err
+
+
+def test_the_base_is_loaded_by_a_thread_that_ends(mini_adapters, listening, capsys, monkeypatch):
+    """The main thread keeps no OpenMP threads, and errors of loading are told as ever."""
+    load, threads = SoftPromptModel.from_pretrained, []
+
+    def loading(*args, **settings):
+        threads.append(threading.current_thread())
+        return load(*args, **settings)
+
+    monkeypatch.setattr(SoftPromptModel, "from_pretrained", loading)
+    run_program(SERVE, ["--adapters", mini_adapters, *MINI], capsys, monkeypatch)
+    (thread,) = threads
+    assert thread is not threading.main_thread() and not thread.is_alive()
+    argv = ["--adapters", mini_adapters, "--model_name_or_path", "./nowhere"]
+    assert_line(refusal(SERVE, argv, capsys, monkeypatch), "nowhere")
 
 
 def test_a_server_that_others_reach_needs_a_key_or_warns(mini_adapters, listening, capsys, monkeypatch):
