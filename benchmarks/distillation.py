@@ -22,6 +22,10 @@ import softprompt
 
 USUAL_TOKENS = 16
 FIGURES = ("eval_kl", "eval_agreement", "eval_kl_cut", "eval_agreement_cut", "eval_kl_base", "eval_agreement_base")
+OF_A_RUN = {  # settings on which a run depends
+    *("model_name_or_path", "text", "questions", "template", "eval_rows", "distill_samples", "distill_max_new_tokens"),
+    *("max_steps", "rows", "learning_rate"),
+}
 MORE = ("tokens_saved", "time_to_first_token", "time_to_first_token_text", "train_runtime")
 
 
@@ -48,7 +52,7 @@ def main() -> None:
     print(f"| virtual tokens | questions | {' | '.join((*FIGURES, *MORE))} |")
     print("|" + " --- |" * (2 + len(FIGURES) + len(MORE)))
     for P, n in dict.fromkeys(cases):
-        key = f"{P} {n} {args.max_steps} {args.learning_rate} {args.distill_samples}"
+        key = json.dumps([P, n, *(value for name, value in sorted(vars(args).items()) if name in OF_A_RUN)])
         if key not in stored:
             stored[key] = trained(args, [*train[:n], *held_out], P)
             if args.json:

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.programs import run_infer
+from helpers.serving import running_server
 from helpers.short_runs import interrupted, outcome
 from helpers.small_bases import small_base
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softprompt
 from softprompt.config.loader import train_config
+from softprompt.export import export
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
@@ -144,6 +147,24 @@ def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch
     assert saved["prompt_tuning_init"] == "TEXT" and TEXT.startswith(saved["prompt_tuning_init_text"])
     assert "distill" not in Path("run/softprompt.json").read_text()
     assert str(tmp_path) not in card
+
+
+def test_it_is_exported_served_mixed_and_voted_with_like_any_other(settings):
+    softprompt.train(**settings)
+    softprompt.train(**{**settings, "output_dir": "other", "seed": 7})
+    model = softprompt.SoftPromptModel.from_pretrained(None, {"one": "run", "other": "other"})
+    how = {"do_sample": False, "max_new_tokens": 4}
+    alone = [model.generate(QUESTIONS[0], adapter=name, **how) for name in ("one", "other", "none")]
+    assert model.generate([QUESTIONS[0]] * 3, adapter=["one", "other", "none"], **how) == alone
+    assert set(model.ensemble().generate(QUESTIONS[:2], **how)) and model.classify(QUESTIONS[0], ["好", "坏"])
+    export("run", "plain")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained("plain"), AutoTokenizer.from_pretrained("plain")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], tokenize=False)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    answer = plain.generate(ids, do_sample=False, max_new_tokens=4)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == alone[0]
+    with running_server(model, "run") as server:
+        assert server.ask("run", QUESTIONS[0], temperature=0, max_tokens=4).strip() == alone[0]
 
 
 @pytest.mark.parametrize("form", ["rows", "columns", "conversations"])
