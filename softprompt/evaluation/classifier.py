@@ -123,6 +123,28 @@ class Classifier:
         ids = answer_token_ids(rows, list(labels.values()), [template] * len(rows), tokenizer)
         return cls(list(labels), [template.own_answer(row).strip() for row in rows], ids, max_positions)
 
+    @classmethod
+    def of_held_out(
+        cls,
+        rows: Sequence[Row],
+        data: Tokenized,
+        template: Template,
+        tokenizer: Any,
+        max_positions: int | None = None,
+    ) -> "Classifier | None":
+        """Prepare the classification of held-out rows into the labels that their answers are; None if these are not
+        labels (see `labels_of_rows`).
+
+        Args:
+            rows: The row of each held-out example.
+            data: The same rows tokenized.
+
+        Raises:
+            DataError: The chat template refuses a label.
+        """
+        labels = labels_of_rows(rows, data, template)
+        return cls.of_rows(rows, labels, template, tokenizer, max_positions) if labels else None
+
     def __call__(
         self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
     ) -> tuple[Classification, list[float]]:

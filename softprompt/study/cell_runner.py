@@ -15,9 +15,11 @@ from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, end_tokens
 from softprompt.engines.choice import choose_engine
+from softprompt.evaluation.classifier import Classifier
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
 from softprompt.generation.generator import make_generator
+from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import base_path, load_base, word_embeddings
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
@@ -87,7 +89,7 @@ class LoadedBase:
             "threads": torch.get_num_threads(),
             "date": time.strftime("%Y-%m-%d"),
             **outcome,
-            "metrics": {**outcome["metrics"], **self.without_prompt[data].metrics("_base")},
+            "metrics": {**outcome["metrics"], **base_metrics(self.without_prompt[data])},
             "seconds": round(time.perf_counter() - began, 2),
         }
         return FinishedCell(record, adapter)
@@ -99,9 +101,13 @@ class LoadedBase:
             config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples, inputs.extent.longest
         )
         generator = make_generator(engine, self.base, inputs.tokenizer)
-        batch_size = planned.cell.config.training.per_device_eval_batch_size
+        batch_size = config.training.per_device_eval_batch_size
+        held_out = inputs.held_out
+        classifier = Classifier.of_held_out(
+            inputs.held_out_rows, held_out, make_template(config), inputs.tokenizer, max_positions(self.base)
+        )
         return Evaluator(
-            engine, generator, inputs.tokenizer, inputs.held_out.examples, batch_size, inputs.held_out.missing
+            engine, generator, inputs.tokenizer, held_out.examples, batch_size, held_out.missing, classifier
         )
 
     def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
@@ -119,7 +125,8 @@ class LoadedBase:
                     train(evaluator.engine, prompt, loader, config.training, config.learning_rate, callbacks)
             if callbacks.code is None:
                 evaluation = evaluator(prompt.weight.detach())
-                metrics, answers = evaluation.metrics(), evaluation.answers
+                metrics = {**evaluation.metrics(), **evaluation.sample_metrics()}
+                answers = evaluation.answers
         except NonFiniteError as error:
             metrics = {"error": str(error)}
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
@@ -158,6 +165,15 @@ class LoadedBase:
         evaluation = evaluate_ensemble(engine, inputs.tokenizer, members, voting)
         found = {"virtual_tokens": P, "metrics": evaluation.metrics(), "answers": evaluation.answers}
         return FinishedCell(found, {})
+
+
+def base_metrics(evaluation: Evaluation) -> Metrics:
+    """Return the metrics of the base without a prompt. Their names end in "_base", except eval_samples and
+    eval_majority, which depend on the rows alone; a cell that diverged has no others."""
+    sample = evaluation.sample_metrics()
+    of_rows = {name: value for name, value in sample.items() if name in ("eval_samples", "eval_majority")}
+    ends = {f"{name}_base": value for name, value in sample.items() if name not in of_rows}
+    return {**evaluation.metrics("_base"), **ends, **of_rows}
 
 
 def subset(examples: Sequence[Example], rows: int | None, seed: int) -> Sequence[Example]:

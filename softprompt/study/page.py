@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, stdev
 from string import punctuation
 
+from softprompt.evaluation.intervals import Interval
 from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding
 from softprompt.study.results import CellResult, group_by, key_without, varied_context
 
@@ -18,6 +19,10 @@ RULE = (
     f"mean of these averages; with a single seed there is none. A hypothesis *{HOLDS}* if the interval lies above 0; "
     f"it *{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
     "exact match the gain is the difference, and the threshold is one percentage point."
+)
+ACCURACY = (
+    "The accuracy is the share of held-out rows whose most likely label is the expected one; in parentheses is its "
+    "95 % interval (Wilson) over these rows, where there is one seed. Ensembles have none."
 )
 COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "base": lambda r: r.base,
@@ -37,21 +42,27 @@ FAILED = "failed"
 def result_table(results: Sequence[CellResult]) -> list[list[str]]:
     """Return a header and one line for each setting, with the mean and standard deviation over its seeds.
 
-    The columns are the settings that vary among the cells, the number of seeds, the held-out loss and the exact match.
+    The columns are the settings that vary among the cells, the number of seeds, the held-out loss, the accuracy if the
+    answers of any dataset are labels, and the exact match. The accuracy of a single cell and of the base has its 95 %
+    interval, and the line of the base the share of the most common label.
+
     Lines are grouped by base and dataset and, if these vary, by template and choice of held-out rows. In each group,
     the first line is the base without a prompt; hard prompts come next.
     """
     context, base_losses = varied_context(results), _base_losses(results)
     columns = {**COLUMNS, "other settings": lambda r: _one_line(context(r))}
     shown = [name for name, cell in columns.items() if name in ALWAYS_SHOWN or len(set(map(cell, results))) > 1]
-    lines = [[*shown, "seeds", "held-out loss", "exact match"]]
+    with_accuracy = any(r.base_accuracy is not None for r in results)
+    accuracy_column = ["accuracy"] if with_accuracy else []
+    lines = [[*shown, "seeds", "held-out loss", *accuracy_column, "exact match"]]
     for group in group_by(results, lambda r: (*_evaluated_on(r), f"{base_losses[r]:.4f}")).values():
-        lines.append(_line_without_prompt(min(group, key=lambda r: bool(r.failed)), shown))
+        lines.append(_line_without_prompt(group, shown, with_accuracy))
         hard_first = sorted(group, key=lambda r: bool(r.trained or r.voting))
         for cells in group_by(hard_first, lambda r: (r.trained, r.voting, key_without("seed")(r))).values():
             seeds = max(len(cells), cells[0].members)
             values = [columns[name](cells[0]) for name in shown]
-            lines.append([*values, str(seeds), _loss(cells), _exact_match(cells)])
+            accuracy = [_accuracy(cells)] if with_accuracy else []
+            lines.append([*values, str(seeds), _loss(cells), *accuracy, _exact_match(cells)])
     return lines
 
 
@@ -100,6 +111,8 @@ def page(
         lines += [f"![held-out loss over {name.removesuffix('.svg').split('-')[-1]}]({name})" for name in names] + [""]
     header, *rest = table
     lines += ["## Table", "", "Mean ± standard deviation over the seeds.", ""]
+    if "accuracy" in header:
+        lines[-2] += f" {ACCURACY}"
     lines += [_table_line(header), "|" + "---|" * len(header), *map(_table_line, rest), ""]
     return "\n".join(lines).encode()
 
@@ -114,12 +127,38 @@ def _base_losses(results: Sequence[CellResult]) -> dict[CellResult, float]:
     return {r: known.get(_evaluated_on(r), r.base_loss) if r.failed else r.base_loss for r in results}
 
 
-def _line_without_prompt(r: CellResult, shown: Sequence[str]) -> list[str]:
-    """Return the line of a base and a dataset without a prompt."""
+def _line_without_prompt(group: Sequence[CellResult], shown: Sequence[str], with_accuracy: bool) -> list[str]:
+    """Return the line of a base and a dataset without a prompt. `group` are all cells that were evaluated on them; it
+    is taken from one that did not fail, and that was evaluated by a version that knew the accuracy, if there is one."""
+    r = min(group, key=lambda r: (bool(r.failed), r.base_accuracy is None))
     values = {"base": r.base, "dataset": r.dataset, "start": "no prompt"}
     exact_match = f"{r.base_exact_match:.1%}{_row_count(r)}" if r.base_exact_match is not None else ""
     loss = FAILED if r.failed else _mean_and_deviation([r.base_loss], "{:.4f}")
-    return [*(values.get(name, "") for name in shown), "", loss, exact_match]
+    accuracy = [_base_accuracy(r)] if with_accuracy else []
+    return [*(values.get(name, "") for name in shown), "", loss, *accuracy, exact_match]
+
+
+def _base_accuracy(r: CellResult) -> str:
+    """Return the base's accuracy with its interval, and the share of the most common label."""
+    if r.base_accuracy is None:
+        return ""
+    common = "" if r.majority is None else f"; most common label {r.majority:.1%}"
+    return f"{r.base_accuracy:.1%}{_interval(r.base_accuracy_low, r.base_accuracy_high)}{common}"
+
+
+def _accuracy(cells: Sequence[CellResult]) -> str:
+    """Return the mean and standard deviation of the accuracy, and of a single cell its interval; "" if a cell that did
+    not fail has none."""
+    succeeded = [r for r in cells if not r.failed]
+    values = [r.accuracy for r in succeeded if r.accuracy is not None]
+    if not values or len(values) < len(succeeded):
+        return ""
+    interval = _interval(succeeded[0].accuracy_low, succeeded[0].accuracy_high) if len(values) == 1 else ""
+    return _mean_and_deviation(values, "{:.1%}") + interval
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({Interval(low, high).as_shares()})"
 
 
 def _loss(cells: Sequence[CellResult]) -> str:

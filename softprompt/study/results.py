@@ -57,6 +57,11 @@ class CellResult:
         failed: Why the cell has no result; empty if it has one. A failed cell is shown, but not compared.
         exact_match_rows: Number of rows that the exact match covers; None if it covers all held-out rows.
         reparameterization: The setting prompt_reparameterization, followed by encoder_hidden_size if it is given.
+        accuracy: Share of held-out rows whose most likely label is the expected one. None if the answers are not
+            labels, in an ensemble, and in results of earlier versions, which lack the next six values as well.
+        accuracy_low, accuracy_high: The ends of the accuracy's 95 % interval.
+        base_accuracy, base_accuracy_low, base_accuracy_high: The same of the base without a prompt.
+        majority: Share of the most common label among the held-out rows.
     """
 
     base: str
@@ -81,6 +86,13 @@ class CellResult:
     failed: str = ""
     exact_match_rows: int | None = None
     reparameterization: str = "none"
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    base_accuracy: float | None = None
+    base_accuracy_low: float | None = None
+    base_accuracy_high: float | None = None
+    majority: float | None = None
 
 
 Key = Callable[[CellResult], Any]
@@ -124,6 +136,13 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
         failed=record.get("failed", ""),
         exact_match_rows=metrics.get("eval_exact_match_rows", metrics.get("eval_exact_match_rows_base")),
         reparameterization=_reparameterization(s),
+        accuracy=metrics.get("eval_accuracy"),
+        accuracy_low=metrics.get("eval_accuracy_low"),
+        accuracy_high=metrics.get("eval_accuracy_high"),
+        base_accuracy=metrics.get("eval_accuracy_base"),
+        base_accuracy_low=metrics.get("eval_accuracy_low_base"),
+        base_accuracy_high=metrics.get("eval_accuracy_high_base"),
+        majority=metrics.get("eval_majority"),
     )
 
 

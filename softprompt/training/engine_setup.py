@@ -8,12 +8,11 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import TrainingArguments
-from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.data_parallel import DataParallelEngine
-from softprompt.evaluation.classifier import MAX_LABELS, Classifier, labels_of_rows
+from softprompt.evaluation.classifier import MAX_LABELS, Classifier
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.evaluation.rows import SHORT_ANSWER
 from softprompt.generation.generator import DataParallelGenerator, Generator, make_generator
@@ -80,7 +79,8 @@ def make_evaluator(
         print(f"held-out rows: no exact match; {why_not_generate(base)}")
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
-    classifier = _classifier(data, held_out, base)
+    rows = [data.held_out_texts[number] for number in held_out.kept]
+    classifier = Classifier.of_held_out(rows, held_out, data.template, data.tokenizer, max_positions(base))
     evaluator = Evaluator(
         engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing, classifier
     )
@@ -88,14 +88,6 @@ def make_evaluator(
         print(f"Held out: {evaluator.exact_match_note}")
     _check_metric(config.training, evaluator)
     return evaluator
-
-
-def _classifier(data: RunData, held_out: Tokenized, base: PreTrainedModel) -> Classifier | None:
-    """Return the classifier of the held-out rows; None if their answers are not labels."""
-    rows = [data.held_out_texts[number] for number in held_out.kept]
-    if not (labels := labels_of_rows(rows, held_out, data.template)):
-        return None
-    return Classifier.of_rows(rows, labels, data.template, data.tokenizer, max_positions(base))
 
 
 def _check_metric(args: TrainingArguments, evaluator: Evaluator) -> None:

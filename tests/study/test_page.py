@@ -29,6 +29,23 @@ def test_each_held_out_set_has_a_line_without_prompt():
     assert lines == ["4.0000", "1.0000", "6.0000", "1.0000"]
 
 
+def test_accuracies_of_a_table():
+    classified = replace(ONE, base_accuracy=0.7, base_accuracy_low=0.6, base_accuracy_high=0.8, majority=0.52)
+    one = replace(classified, virtual_tokens=3, accuracy=0.9, accuracy_low=0.85, accuracy_high=0.95)
+    seeds = [replace(one, virtual_tokens=10, accuracy=share, seed=seed) for seed, share in enumerate((0.8, 0.9))]
+    ensemble = replace(classified, trained=False, voting="majority_vote")
+    earlier = replace(ONE, virtual_tokens=4)  # the cell of a version that did not know the accuracy
+    diverged = replace(classified, virtual_tokens=5, loss=float("inf"))
+    head, *lines = result_table([earlier, *seeds, one, ensemble, diverged])
+    assert [line[head.index("accuracy")] for line in lines] == [
+        "70.0% (60.0–80.0%); most common label 52.0%",
+        *("", "85.0% ± 7.1%", "90.0% (85.0–95.0%)", "", ""),
+    ]
+    assert all(len(line) == len(head) for line in lines)
+    lines = page((), [head, *lines], [], []).decode()
+    assert "most likely label" in lines and "most likely label" not in page((), result_table([ONE]), [], []).decode()
+
+
 def test_texts_in_a_table_are_escaped():
     text = "a|b\\|c <script>x</script> *d*\r\n`e`"
     results = [ONE, replace(ONE, init="TEXT", start=text)]

@@ -18,12 +18,14 @@ import softprompt
 from softprompt.cli import run_command
 from softprompt.cli import study as study_command
 from softprompt.data.template import Template
+from softprompt.evaluation.intervals import wilson_interval
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.study import cell_runner
 from softprompt.study import plan as study_plan
 from softprompt.study.cell_runner import subset
+from softprompt.study.page import result_table
 from softprompt.study.plan import plan_study
-from softprompt.study.results import read_finished
+from softprompt.study.results import cell_result, read_finished
 from softprompt.study.study import run_study
 from softprompt.utils.errors import ConfigError, DataError, ModelError, OutputError, Stopped
 from softprompt.utils.file_lock import FolderLock
@@ -106,13 +108,14 @@ def test_bases_that_differ_in_a_configuration_file_share_no_examples_and_no_cell
 
 
 def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
-    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 3\nengine = 'packed'"))  # auto depends on time
+    grid = "[[grid]]\nnum_virtual_tokens = 3\nengine = 'packed'\neval_rows = 6"  # auto depends on time
+    run_study(place(grid=grid))
     (folder,) = (place.folder / "out" / "cells").iterdir()
     run = softprompt.train(
         engine="packed",
         model_name_or_path=str(tiny_base),
         dataset=str(tmp_path / "rows.jsonl"),
-        eval_rows=5,
+        eval_rows=6,
         max_steps=2,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
@@ -121,8 +124,28 @@ def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
     )
     assert torch.equal(load_adapter(folder).prompt, load_adapter(run.output_dir).prompt)
     metrics = read_finished(folder)["metrics"]
-    for name in ("eval_loss", "eval_loss_base", "eval_exact_match"):
+    for name in ("eval_loss", "eval_loss_base", "eval_exact_match", "eval_accuracy", "eval_accuracy_base"):
         assert metrics[name] == run.metrics[name]
+    for name in ("eval_accuracy_low", "eval_accuracy_high", "eval_majority"):
+        assert metrics[name] == run.metrics[name]
+    ends = metrics["eval_accuracy_low_base"], metrics["eval_accuracy_high_base"]
+    assert ends == wilson_interval(round(6 * metrics["eval_accuracy_base"]), 6)
+    result, wanted = cell_result(read_finished(folder)), metrics["eval_accuracy"]
+    assert (result.accuracy, result.majority) == (wanted, 2 / 6)
+    (head, before, after) = result_table([result])
+    at = head.index("accuracy")
+    assert before[at].endswith("; most common label 33.3%") and after[at].startswith(f"{wanted:.1%} (")
+    with open(place.folder / "out" / "study.csv", encoding="utf-8", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert float(line["accuracy"]) == wanted and float(line["accuracy_high"]) == metrics["eval_accuracy_high"]
+
+
+def test_answers_that_are_no_labels_have_no_accuracy(place):
+    run_study(place(grid="[[grid]]\nnum_virtual_tokens = 1"))  # 5 held-out rows with 3 different answers
+    (folder,) = (place.folder / "out" / "cells").iterdir()
+    result = cell_result(read_finished(folder))
+    assert result.accuracy is result.base_accuracy is result.majority is None
+    assert "accuracy" not in result_table([result])[0]
 
 
 def test_a_hard_prompt_equals_its_text_before_the_input(place, tiny_base):
@@ -257,8 +280,11 @@ def test_without_matplotlib_there_are_no_charts(place, monkeypatch, capsys):
 
 
 def test_training_that_diverges_is_a_result(place, capsys):
-    run_study(place(grid="[[grid]]\nlearning_rate = [0.01, 1e38]", more=["max_grad_norm = 0.0"]))
+    run_study(place(grid="[[grid]]\nlearning_rate = [0.01, 1e38]\neval_rows = 6", more=["max_grad_norm = 0.0"]))
     assert "not finite" in capsys.readouterr().out
+    results = [cell_result(read_finished(f)) for f in (place.folder / "out" / "cells").iterdir()]
+    (diverged,) = [r for r in results if math.isinf(r.loss)]
+    assert diverged.accuracy is None and diverged.base_accuracy is not None and diverged.majority == 2 / 6
 
 
 @pytest.mark.parametrize(
