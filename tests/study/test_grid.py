@@ -7,6 +7,7 @@ import pytest
 
 from softprompt.config.train_args import DEFAULT_LEARNING_RATES, ENCODER_LEARNING_RATES
 from softprompt.study.grid import read_study, relocated
+from softprompt.study.results import group_by
 from softprompt.utils.errors import ConfigError
 
 HEAD = '[settings]\ndataset = "mini:sentiment"\nmax_steps = 2\n'
@@ -135,6 +136,21 @@ def test_the_shipped_study_covers_all_hypotheses_and_matches_its_page():
     assert len({c.training.seed for c in trained}) >= 3 and len(trained) < len(found.cells)
     page = (docs / "study.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {found.title}\n\n{found.about.strip()}\n")
+
+
+def test_the_study_of_real_bases_varies_one_task_like_the_other():
+    found = read_study(Path(__file__).parents[2] / "docs" / "real-study.toml")
+    trained = [c for c in found.cells if c.trained]
+    assert {c.training.seed for c in (cell.config for cell in trained)} == {42, 0, 1}
+    by_task = group_by(trained, lambda c: (c.config.model.model_name_or_path, c.config.data.dataset))
+    assert len(by_task) == 3 and len({base for base, _ in by_task}) == 2
+    for (_, dataset), cells in by_task.items():
+        prompts = [c.config.prompt for c in cells]
+        starts = {"RANDOM", "SAMPLE_VOCAB", "TEXT"} | ({"CLASS_LABELS"} if "reviews" in dataset else set())
+        assert {p.prompt_tuning_init for p in prompts} == starts
+        assert {p.num_virtual_tokens for p in prompts} == {1, 10, 50}
+        assert {c.rows for c in cells} == {32, 512, None}
+        assert {3e-2, 1e-1, 3e-1} <= {c.config.learning_rate for c in cells}
 
 
 def test_a_missing_study_file(tmp_path):
