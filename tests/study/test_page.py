@@ -55,7 +55,7 @@ def test_texts_in_a_table_are_escaped():
 
 
 @pytest.mark.pictures
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_every_line_of_a_chart_has_its_label():
     texts = ("判断", "costs $5 and $6^{$", "_")
     results = [
