@@ -18,10 +18,10 @@ from torch import Tensor
 
 from softprompt.data.tokenization import IGNORE, Example, count_targets
 from softprompt.engines.base import OnRows, nothing
-from softprompt.engines.head import Head, Teacher
+from softprompt.engines.head import Head, TeacherPredictions
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 
-TeacherTable = Teacher  # with one entry for each target of all rows
+TeacherTable = TeacherPredictions  # with one entry for each target of all rows
 
 
 def with_head(engine: MicrobatchEngine[Any], head: Head) -> MicrobatchEngine[Any]:
@@ -97,15 +97,15 @@ class _WrappedHead:
         """See `Head.losses`."""
         raise NotImplementedError
 
-    def teacher(self, hidden: Tensor) -> Teacher:
+    def teacher(self, hidden: Tensor) -> TeacherPredictions:
         """See `Head.teacher`."""
         return self.head.teacher(hidden)
 
-    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         """See `Head.divergence`."""
         return self.head.divergence(hidden, teacher)
 
-    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         """See `Head.divergences`."""
         return self.head.divergences(hidden, teacher)
 
@@ -171,6 +171,6 @@ class EvaluationHead(DistillationHead):
         return super().losses(hidden, targets)
 
 
-def _entries(table: TeacherTable, indices: Tensor) -> Teacher:
+def _entries(table: TeacherTable, indices: Tensor) -> TeacherPredictions:
     """Return the entries of a table with the indices [n] int64."""
-    return Teacher(*(column[indices] for column in table))
+    return TeacherPredictions(*(column[indices] for column in table))

@@ -27,7 +27,7 @@ from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 
 
-class Teacher(NamedTuple):
+class TeacherPredictions(NamedTuple):
     """The predictions of a teacher at n positions, from `Head.teacher`.
 
     Attributes:
@@ -65,16 +65,16 @@ class Head(Protocol):
         """Return the n terms of `loss`, without a gradient: [n]."""
         ...
 
-    def teacher(self, hidden: Tensor) -> Teacher:
+    def teacher(self, hidden: Tensor) -> TeacherPredictions:
         """Return the predictions of a teacher with the final hidden states [n, H]."""
         ...
 
-    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         """Return the sum of KL(teacher ‖ student) over n positions in nats, a scalar; `hidden` [n, H] are the student's
         final hidden states."""
         ...
 
-    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         """Return the n terms of `divergence`, without a gradient: [n]."""
         ...
 
@@ -104,13 +104,13 @@ class LinearHead:
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return projected_losses(hidden.to(self.weight.dtype), self.weight, targets)
 
-    def teacher(self, hidden: Tensor) -> Teacher:
-        return Teacher(*projected_teacher(hidden.to(self.weight.dtype), self.weight))
+    def teacher(self, hidden: Tensor) -> TeacherPredictions:
+        return TeacherPredictions(*projected_teacher(hidden.to(self.weight.dtype), self.weight))
 
-    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return projected_divergence(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
 
-    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return projected_divergences(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
 
     def top(self, hidden: Tensor) -> Tensor:
@@ -154,15 +154,15 @@ class ModelHead:
         return self._in_chunks(self._cross_entropies, hidden, targets)
 
     @torch.no_grad()
-    def teacher(self, hidden: Tensor) -> Teacher:
+    def teacher(self, hidden: Tensor) -> TeacherPredictions:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return Teacher(wide, self._in_chunks(self._entropies, wide), self.top(wide))
+        return TeacherPredictions(wide, self._in_chunks(self._entropies, wide), self.top(wide))
 
-    def divergence(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return _ChunkedLoss.apply(hidden, teacher.vectors, self, self._divergences)
 
     @torch.no_grad()
-    def divergences(self, hidden: Tensor, teacher: Teacher) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return self._in_chunks(self._divergences, hidden, teacher.vectors)
 
     @torch.no_grad()

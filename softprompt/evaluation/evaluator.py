@@ -188,6 +188,14 @@ class Evaluator:
         """Evaluate what else a prompt of P virtual tokens is compared with: nothing."""
         return []
 
+    def costs(self, prompt: Tensor) -> dict[str, float]:
+        """Return metrics of what the prompt saves per request: none."""
+        return {}
+
+    def answered_rows(self, prompt: Tensor, evaluation: Evaluation) -> list[Any]:
+        """Return rows that are answered only to be shown: none, because those that were compared are shown."""
+        return []
+
     def state_of(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the part of an evaluation that cannot be derived from the rows, as JSON types."""
         predicted = evaluation.classification and evaluation.classification.predicted

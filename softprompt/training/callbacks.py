@@ -11,7 +11,6 @@ import torch
 
 from softprompt.data.tokenization import end_tokens
 from softprompt.distributed.process_group import StopSource, World
-from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import json_bytes, load_adapter
@@ -151,7 +150,7 @@ class RunCallbacks(Callbacks):
         best = self.best if self._kept_best() else None
         metrics = final_metrics(self.log.totals, seconds, after, self.before, best, self.rivals)
         answered = []
-        if after and isinstance(self.evaluator, DistillationEvaluator):
+        if after and self.evaluator:
             metrics |= self.evaluator.costs(self.prompt.weight.detach())
             answered = self.evaluator.answered_rows(self.prompt.weight.detach(), after)
         judged = verdict_of_run(self.config, after, self.before, self.rivals, self.data.seen)
