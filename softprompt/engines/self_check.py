@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,6 +35,7 @@ LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05
 GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
+MAX_ROUNDS = 30  # of alternating measurements
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
 
 
@@ -150,17 +150,19 @@ def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequen
     """Return the time that the padded engine takes for the gradient of a window, divided by that of the packed engine.
 
     Both are first timed once on up to `FEW_ROWS` rows. If the whole window would take both engines more than a second
-    together, the ratio of these times is returned, else the median of three alternating measurements on the window.
+    together, the ratio of these times is returned. Otherwise both are timed alternately on the window, for about a
+    third of a second but at least three times, and the ratio of their shortest times is returned: other processes can
+    only make a measurement longer.
     """
     few = window[:: max(1, len(window) // FEW_ROWS)][:FEW_ROWS]
     once = [_seconds(engine, prompt, few) for engine in (padded, packed)]
-    if sum(once) * len(window) / len(few) > 1:
+    expected = sum(once) * len(window) / len(few)
+    if expected > 1:
         return once[0] / once[1]
-    ratios = []
-    for _ in range(3):
-        slow, fast = (_seconds(engine, prompt, window) for engine in (padded, packed))
-        ratios.append(slow / fast)
-    return statistics.median(ratios)
+    rounds = min(MAX_ROUNDS, max(3, round(1 / 3 / expected)))
+    times = [[_seconds(engine, prompt, window) for engine in (padded, packed)] for _ in range(rounds)]
+    slow, fast = map(min, zip(*times, strict=True))
+    return slow / fast
 
 
 def cached_result(key: str, longest: int) -> CheckResult | None:

@@ -1,5 +1,6 @@
 """The packed engine proves itself on the run's rows, and what fails the check is not taken."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import choice, varlen_attention
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.factory import packed_engine, padded_engine
-from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, rows_to_check
+from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, measure_speed, rows_to_check
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.resume_settings import merge_settings
@@ -248,3 +249,21 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_taken(tokenizer, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, *args, **others: q)  # FlexAttention has no backward here
     engine, how = choose(base, tokenizer, engine="packed")
     assert engine.schedule.attn_implementation == "sdpa" and how.startswith("packed engine")
+
+
+class TimedEngine:
+    """An engine whose gradient takes `seconds`, and `busy` seconds longer in two of three calls."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seconds, busy=0.0):
+        self.calls, self.seconds, self.busy = 0, seconds, busy
+
+    def accumulate(self, *args):
+        self.calls += 1
+        time.sleep(self.seconds + (self.busy if self.calls % 3 else 0))
+
+
+def test_a_busy_machine_does_not_decide_which_engine_is_faster():
+    packed, padded = TimedEngine(0.002, busy=0.02), TimedEngine(0.006)
+    assert measure_speed(packed, padded, torch.zeros(1, 4), ROWS) > 1.5
