@@ -19,6 +19,12 @@ from softprompt.study.results import CellResult, at_best_learning_rate, group_by
 
 PLAIN = "none"  # the reparameterization of a prompt that is trained itself
 ARTICLE_RATE = 5e-5  # learning rate of the `article` preset
+INITIAL = {
+    "RANDOM": "noise (RANDOM)",
+    "SAMPLE_VOCAB": "sampled words (SAMPLE_VOCAB)",
+    "TEXT": "a text (TEXT)",
+    "CLASS_LABELS": "the words of the labels (CLASS_LABELS)",
+}
 
 
 def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
@@ -27,10 +33,11 @@ def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
     return [
         _doubling(results, "Longer prompts train better", "virtual tokens", lambda r: r.virtual_tokens),
         _hard_prompts(results),
-        _text_initialization(results),
+        _initialization(results, "TEXT", "RANDOM"),
         _larger_bases(results),
         _doubling(results, "More rows train better", "rows", lambda r: r.rows),
         *_learning_rates(results),
+        *_other_initializations(results),
         *_reparameterizations(results),
         *_ensembles(results),
     ]
@@ -65,17 +72,25 @@ def _larger_bases(results: Sequence[CellResult]) -> Finding:
     return _doubling(results, hypothesis, "parameters", lambda r: r.parameters)
 
 
-def _text_initialization(results: Sequence[CellResult]) -> Finding:
+def _initialization(results: Sequence[CellResult], init: str, other: str) -> Finding:
+    """Compare two initializations, each at its best learning rate."""
     comparisons: list[Comparison] = []
-    results = at_best_learning_rate([r for r in results if r.init in ("TEXT", "RANDOM")], "init", "start")
+    results = at_best_learning_rate([r for r in results if r.init in (init, other)], "init", "start")
     for key, group in group_by(results, key_without("init", "start", "learning_rate", "seed")).items():
         by_init = group_by(group, lambda r: r.init)
-        for text, random in itertools.product(by_init.get("TEXT", []), by_init.get("RANDOM", [])):
-            if text.seed == random.seed:
-                gain = _log(random.loss) - _log(text.loss)
-                comparisons.append(Comparison((key, text.start, random.start), text.seed, gain))
-    hypothesis = "A prompt that starts from a text (TEXT) trains better than one that starts from noise (RANDOM)"
-    return finding(hypothesis, comparisons, "TEXT in place of RANDOM")
+        for one, compared in itertools.product(by_init.get(init, []), by_init.get(other, [])):
+            if one.seed == compared.seed:
+                gain = _log(compared.loss) - _log(one.loss)
+                comparisons.append(Comparison((key, one.start, compared.start), one.seed, gain))
+    hypothesis = f"A prompt that starts from {INITIAL[init]} trains better than one that starts from {INITIAL[other]}"
+    return finding(hypothesis, comparisons, f"{init} in place of {other}")
+
+
+def _other_initializations(results: Sequence[CellResult]) -> Iterator[Finding]:
+    """Compare initializations that the article does not have, where the study has them."""
+    present = {r.init for r in results if r.trained}
+    pairs = ("SAMPLE_VOCAB", "RANDOM"), ("CLASS_LABELS", "RANDOM"), ("TEXT", "SAMPLE_VOCAB")
+    return (_initialization(results, *pair) for pair in pairs if present.issuperset(pair))
 
 
 def _hard_prompts(results: Sequence[CellResult]) -> Finding:

@@ -113,6 +113,27 @@ def test_text_and_random_initialization():
     assert evaluate_hypotheses(seeds(1.0) + seeds(0.5, init="TEXT", virtual_tokens=4))[STARTS].gains == ()
 
 
+def test_starts_are_compared_in_pairs_where_the_study_has_both():
+    losses = {"RANDOM": 1.0, "SAMPLE_VOCAB": 0.5, "TEXT": 0.25, "CLASS_LABELS": 2.0}
+    cells = [cell for init, loss in losses.items() for cell in seeds(loss, init=init, start=init)]
+    found = {f.hypothesis: f for f in evaluate_hypotheses(cells) if "starts from" in f.hypothesis}
+    gains = {
+        (one, two): f.gains for one in losses for two in losses for h, f in found.items() if _compares(h, one, two)
+    }
+    expected = {("TEXT", "RANDOM"): 4, ("SAMPLE_VOCAB", "RANDOM"): 2, ("CLASS_LABELS", "RANDOM"): 0.5}
+    expected[("TEXT", "SAMPLE_VOCAB")] = 2
+    assert gains.keys() == expected.keys() and len(found) == 4
+    for pair, ratio in expected.items():
+        assert gains[pair] == pytest.approx([math.log(ratio)] * 3)
+    few = [cell for cell in cells if cell.init in ("RANDOM", "TEXT")]
+    assert sum("starts from" in f.hypothesis for f in evaluate_hypotheses(few)) == 1
+
+
+def _compares(hypothesis, one, two):
+    better, worse = hypothesis.split(" trains better than ")
+    return f"({one})" in better and f"({two})" in worse
+
+
 def test_a_reparameterization_is_compared_with_none_each_at_its_best_learning_rate():
     plain = [*seeds(2.0, learning_rate=1e-1), *seeds(3.0, learning_rate=1e-3)]
     mlp = {"reparameterization": "mlp"}
