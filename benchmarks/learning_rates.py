@@ -25,7 +25,6 @@ from arguments import ArgumentParser, seed
 
 import softprompt
 from softprompt.config.loader import train_config
-from softprompt.config.train_args import DEFAULT_LEARNING_RATES
 from softprompt.distributed.process_group import init_world
 from softprompt.mini import TASKS
 from softprompt.training.lr_finder import RATES as SWEPT
@@ -134,11 +133,11 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
     print("|" + "---|" * 9)
     exact, loss, default, found_ones, share = [], [], [], [], 0.0
     for case in cases:
-        full = full_sweep(cache, case)
-        best = min(full, key=lambda rate: full[rate].loss)
         swept = cache.find(case)
+        full = full_sweep(cache, case, swept["default"])
+        best = min(full, key=lambda rate: full[rate].loss)
         taken = cache.run(case, swept["rate"])  # a run with --find_learning_rate equals a run at the rate that it takes
-        usual = full[DEFAULT_LEARNING_RATES[case.start]]
+        usual = cache.run(case, swept["default"])
         exact.append(full[best].exact_match - taken.exact_match)
         loss.append(math.log(taken.loss / full[best].loss))
         default.append(math.log(usual.loss / full[best].loss))
@@ -158,10 +157,11 @@ def find(cache: ResultCache, cases: list[Case]) -> None:
     print(f"none found: {len(cases) - len(found_ones)}; steps of a sweep: {share:.2f} of the run's")
 
 
-def full_sweep(cache: ResultCache, case: Case) -> dict[float, Result]:
-    """Return the results by rate. The sweep ends when the best rate has a worse one on each side or is an end of
-    `SWEPT`."""
-    middle, results = SWEPT.index(DEFAULT_LEARNING_RATES[case.start]), {}
+def full_sweep(cache: ResultCache, case: Case, default: float) -> dict[float, Result]:
+    """Return the results by rate. The sweep begins near the default rate, and ends when the best rate has a worse one
+    on each side or is an end of `SWEPT`."""
+    middle = min(range(len(SWEPT)), key=lambda at: abs(math.log(SWEPT[at] / default)))
+    results: dict[float, Result] = {}
     low, high = middle - 1, middle + 1
     while True:
         results |= {rate: cache.run(case, rate) for rate in SWEPT[low : high + 1] if rate not in results}
@@ -179,14 +179,17 @@ def trained(case: Case, rate: float) -> Result:
 
 
 def found(case: Case) -> dict[str, Any]:
-    """Return the rate that a run with --find_learning_rate takes, whether the sweep found it, and the number of the
-    sweep's steps as a share of the run's."""
+    """Return the rate that a run with --find_learning_rate takes, the default rate, whether the sweep found the rate,
+    and the number of the sweep's steps as a share of the run's."""
     with tempfile.TemporaryDirectory() as folder, quiet() as told, StopRequest() as request:
         config = train_config(output_dir=str(Path(folder) / "run"), find_learning_rate=True, **case.settings)
-        setup = with_found_rate(set_up(config, init_world()), request, show_bar=False)
+        setup = set_up(config, init_world())
+        default = setup.config.training.learning_rate
+        setup = with_found_rate(setup, request)
     total = setup.data.loader.total_steps
     is_found = "found none" not in told.getvalue()
-    return {"rate": setup.config.learning_rate, "found": is_found, "share": sweep_steps(total) / total}
+    rate, share = setup.config.training.learning_rate, sweep_steps(total) / total
+    return {"rate": rate, "default": default, "found": is_found, "share": share}
 
 
 @contextlib.contextmanager

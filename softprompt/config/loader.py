@@ -14,7 +14,6 @@ from softprompt.config.data_args import DataArguments
 from softprompt.config.distill_args import DEFAULT_DISTILLED_TOKENS, DistillationArguments
 from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
-    DEFAULT_LEARNING_RATES,
     DEFAULT_NUM_VIRTUAL_TOKENS,
     SECRETS,
     ModelArguments,
@@ -82,12 +81,10 @@ class TrainConfig:
         """The settings of each group."""
         return self.model, self.data, self.prompt, self.training, self.sharing, self.distillation
 
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate: the one given, else the default of the prompt's initialization or
-        reparameterization."""
+    def learning_rate(self, word_rms: float | None = None) -> float | None:
+        """Return the peak learning rate: the one given, else the default (see `default_learning_rate`)."""
         given, prompt = self.training.learning_rate, self.prompt
-        default = default_learning_rate(prompt.prompt_tuning_init, prompt.prompt_reparameterization)
+        default = default_learning_rate(prompt.prompt_tuning_init, prompt.prompt_reparameterization, word_rms)
         return default if given is None else given
 
     @property
@@ -108,7 +105,7 @@ def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     the text to distill that `settings` name."""
     defaults = {f.name: f.default for group in GROUPS for f in dataclasses.fields(group)}
     init, reparameterization = (settings.get(name) for name in ("prompt_tuning_init", "prompt_reparameterization"))
-    rate = default_learning_rate(init, reparameterization or "none") if init in DEFAULT_LEARNING_RATES else None
+    rate = default_learning_rate(init, reparameterization or "none") if init else None
     defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
     return defaults | _distillation_defaults(settings) | PRESETS.get(settings.get("preset") or "", {})
 

@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 from softprompt.config.schema import option
 
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
-# The learning rates were chosen by the sweeps in docs/learning-rate.md. A RANDOM prompt has unit variance and needs
-# steps of a comparable size; the other initializations start on word embeddings, which are smaller.
-DEFAULT_LEARNING_RATES = {"RANDOM": 1e-1, "TEXT": 3e-2, "SAMPLE_VOCAB": 3e-2, "CLASS_LABELS": 3e-2}
+# The learning rates were chosen by the sweeps in docs/learning-rate.md. A prompt needs steps in proportion to its
+# values. Those of a RANDOM one have unit variance; the other initializations start on word embeddings, whose size
+# depends on the base.
+RANDOM_LEARNING_RATE = 1e-1
+RELATIVE_LEARNING_RATE = 0.22  # times the root mean square of the base's word embeddings
 ENCODER_LEARNING_RATES = {"mlp": 1e-3, "residual_mlp": 1e-2, "superpos": 3e-2}  # by --prompt_reparameterization
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
@@ -18,9 +20,18 @@ NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
 
 
-def default_learning_rate(init: str, reparameterization: str = "none") -> float:
-    """Return the default peak learning rate for values of --prompt_tuning_init and --prompt_reparameterization."""
-    return ENCODER_LEARNING_RATES.get(reparameterization) or DEFAULT_LEARNING_RATES[init]
+def default_learning_rate(init: str, reparameterization: str = "none", word_rms: float | None = None) -> float | None:
+    """Return the default peak learning rate.
+
+    Args:
+        init: The value of --prompt_tuning_init.
+        reparameterization: The value of --prompt_reparameterization.
+        word_rms: The root mean square of the base's word embeddings. Without it, the result is None where the default
+            depends on it.
+    """
+    if init == "RANDOM" or reparameterization != "none":
+        return ENCODER_LEARNING_RATES.get(reparameterization, RANDOM_LEARNING_RATE)
+    return None if word_rms is None else float(f"{RELATIVE_LEARNING_RATE * word_rms:.0e}")  # one significant digit
 
 
 @dataclass(frozen=True)
@@ -214,9 +225,9 @@ class TrainingArguments:
     )
     learning_rate: float | None = option(
         None,
-        "Use this peak learning rate. (default: "
-        + ", ".join(f"{rate:g} for {init}" for init, rate in DEFAULT_LEARNING_RATES.items())
-        + "; with --prompt_reparameterization, "
+        f"Use this peak learning rate. (default: {RANDOM_LEARNING_RATE:g} for RANDOM; for the other initial prompts "
+        f"{RELATIVE_LEARNING_RATE:g} times the root mean square of the base's word embeddings, rounded to one digit; "
+        "with --prompt_reparameterization, "
         + ", ".join(f"{rate:g} for {kind}" for kind, rate in ENCODER_LEARNING_RATES.items())
         + ")",
         "RATE",

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from softprompt.utils.errors import ConfigError
 
+RMS_ROWS = 4096  # of the word embeddings, whose size is measured
+
 
 class InputEmbeddings:
     """The outputs [V, H] of a base's embedding module, in the module's dtype.
@@ -32,6 +34,11 @@ class InputEmbeddings:
     @torch.no_grad()
     def __getitem__(self, ids: Tensor) -> Tensor:
         return cast(Tensor, self._embed(ids))
+
+    def rms(self) -> float:
+        """Return the root mean square of the values of up to RMS_ROWS evenly spaced rows."""
+        rows = self[torch.arange(0, len(self), -(-len(self) // RMS_ROWS), device=self.device)]
+        return rows.float().square().mean().sqrt().item()
 
 
 EmbeddingTable = Tensor | InputEmbeddings  # word embeddings [V, H], indexed by token ids [n] int64

@@ -59,7 +59,7 @@ class Cell:
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the result depends on, except the content of files, as JSON types."""
-        every = {**self.config.as_dict(), "learning_rate": self.config.learning_rate}
+        every = {**self.config.as_dict(), "learning_rate": self.config.learning_rate()}
         kept = {name: every[name] for name in (*SETTINGS, "seed") if every[name] != LEFT_OUT.get(name, ...)}
         ensemble = {"voting": self.voting, "seeds": list(self.seeds)} if self.voting else {}
         return {**kept, "rows": self.rows, "trained": self.trained, **ensemble}
@@ -74,11 +74,11 @@ class Cell:
         seeds = (
             f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
         )
-        kind = c.prompt.prompt_reparameterization
+        kind, rate = c.prompt.prompt_reparameterization, c.learning_rate()
         return (
             f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} "
             f"{'' if kind == 'none' else f'{kind} '}num_virtual_tokens {length} "
-            f"learning_rate {c.learning_rate:g} rows {self.rows or ALL} {seeds}"
+            f"learning_rate {'default' if rate is None else f'{rate:g}'} rows {self.rows or ALL} {seeds}"
         )
 
 

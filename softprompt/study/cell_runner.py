@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config.data_args import DataArguments
-from softprompt.config.train_args import ModelArguments
+from softprompt.config.train_args import ModelArguments, default_learning_rate
 from softprompt.data.build_data import make_template
 from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, end_tokens
@@ -25,6 +26,7 @@ from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.prompt.adapter_folder import adapter_folder
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.model_card import CardFacts
+from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.runs.state import Metrics
 from softprompt.study.plan import PlannedCell
 from softprompt.study.results import CellRecord, read_finished
@@ -55,6 +57,11 @@ class LoadedBase:
     dtype: torch.dtype
     without_prompt: dict[DataArguments, Evaluation] = field(default_factory=dict)
 
+    @cached_property
+    def word_rms(self) -> float:
+        """The root mean square of the word embeddings, on which default learning rates depend."""
+        return InputEmbeddings(self.base).rms()
+
     @classmethod
     def load(cls, model: ModelArguments) -> "LoadedBase":
         """Load the base that `model` names.
@@ -81,8 +88,13 @@ class LoadedBase:
             self.without_prompt[data] = evaluator(None)
         began = time.perf_counter()
         outcome, adapter = self._run_ensemble(planned) if planned.members else self._run_prompt(planned, callbacks)
+        prompt = planned.cell.config.prompt
         record = {
             **planned.description(),
+            "learning_rate": planned.cell.config.learning_rate(self.word_rms),
+            "default_learning_rate": default_learning_rate(
+                prompt.prompt_tuning_init, prompt.prompt_reparameterization, self.word_rms
+            ),
             "parameters": self.base.num_parameters(),
             "fingerprints": planned.inputs.fingerprints,
             "device": str(word_embeddings(self.base).weight.device),
@@ -113,7 +125,7 @@ class LoadedBase:
     def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
         """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text. Return the result without
         its description."""
-        config, inputs = planned.cell.config, planned.inputs
+        config, inputs, rate = planned.cell.config, planned.inputs, planned.cell.config.learning_rate(self.word_rms)
         prompt = trainable_prompt(config, inputs.tokenizer, self.base).to(word_embeddings(self.base).weight.device)
         evaluator, answers = self._evaluator(planned, prompt.weight.detach()), None
         metrics: Metrics = {}
@@ -122,7 +134,7 @@ class LoadedBase:
                 examples = subset(inputs.train.examples, planned.cell.rows, config.training.seed)
                 with deterministic(config.training.deterministic):
                     loader = ListLoader(examples, config.training)
-                    train(evaluator.engine, prompt, loader, config.training, config.learning_rate, callbacks)
+                    train(evaluator.engine, prompt, loader, config.training, rate, callbacks)
             if callbacks.code is None:
                 evaluation = evaluator(prompt.weight.detach())
                 metrics = {**evaluation.metrics(), **evaluation.sample_metrics()}
@@ -130,7 +142,7 @@ class LoadedBase:
         except NonFiniteError as error:
             metrics = {"error": str(error)}
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
-        learned, settings = prompt.weight.detach(), planned.cell.settings()
+        learned, settings = prompt.weight.detach(), {**planned.cell.settings(), "learning_rate": rate}
         files = adapter_folder(config, self.base.config, learned, ends, (), CardFacts(settings, metrics))
         return FinishedCell({"virtual_tokens": len(learned), "metrics": metrics, "answers": answers}, files)
 

@@ -123,7 +123,7 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
     for key, group in group_by(trained, key_without("learning_rate", "seed")).items():
         groups = group_by(group, lambda r: r.learning_rate)
         by_rate = {rate: {r.seed: r.loss for r in cells} for rate, cells in groups.items()}
-        default = by_rate.get(default_learning_rate(group[0].init, group[0].reparameterization.partition(" ")[0]), {})
+        default = by_rate.get(_default_rate(group[0]), {})
         article = by_rate.get(ARTICLE_RATE, {})
         candidates = {rate: losses for rate, losses in by_rate.items() if losses.keys() >= default.keys()}
         for seed, loss in default.items():
@@ -144,6 +144,10 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
             f"the default in place of {ARTICLE_RATE:g}",
         ),
     ]
+
+
+def _default_rate(r: CellResult) -> float | None:
+    return r.default_learning_rate or default_learning_rate(r.init, r.reparameterization.partition(" ")[0])
 
 
 def _reparameterizations(results: Sequence[CellResult]) -> Iterator[Finding]:

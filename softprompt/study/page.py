@@ -31,7 +31,7 @@ COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "text or labels": lambda r: _one_line(r.start),
     "reparameterization": lambda r: r.reparameterization,
     "virtual tokens": lambda r: str(r.virtual_tokens),
-    "learning rate": lambda r: f"{r.learning_rate:g}" if r.trained or r.voting else "",
+    "learning rate": lambda r: f"{r.learning_rate:g}" if r.learning_rate and (r.trained or r.voting) else "",
     "rows": lambda r: f"{r.rows:,}" if r.trained or r.voting else "",
 }
 ALWAYS_SHOWN = ("start", "virtual tokens")

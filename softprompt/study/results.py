@@ -40,7 +40,7 @@ class CellResult:
         dataset: The dataset's name or path.
         init: The setting prompt_tuning_init.
         virtual_tokens: Number of virtual tokens.
-        learning_rate: The peak learning rate.
+        learning_rate: The peak learning rate; None for a failed cell with the default of its base.
         rows: Number of training rows.
         seed: The seed.
         trained: Whether the prompt was trained: not a hard prompt, and not an ensemble.
@@ -62,6 +62,7 @@ class CellResult:
         accuracy_low, accuracy_high: The ends of the accuracy's 95 % interval.
         base_accuracy, base_accuracy_low, base_accuracy_high: The same of the base without a prompt.
         majority: Share of the most common label among the held-out rows.
+        default_learning_rate: The default of the base and the initial prompt; None if an earlier version ran the cell.
     """
 
     base: str
@@ -69,7 +70,7 @@ class CellResult:
     dataset: str
     init: str
     virtual_tokens: int
-    learning_rate: float
+    learning_rate: float | None
     rows: int
     seed: int
     trained: bool
@@ -93,6 +94,7 @@ class CellResult:
     base_accuracy_low: float | None = None
     base_accuracy_high: float | None = None
     majority: float | None = None
+    default_learning_rate: float | None = None
 
 
 Key = Callable[[CellResult], Any]
@@ -119,7 +121,7 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
         dataset=s["dataset"],
         init=s["prompt_tuning_init"],
         virtual_tokens=record["virtual_tokens"],
-        learning_rate=s["learning_rate"],
+        learning_rate=record.get("learning_rate", s["learning_rate"]),
         rows=record["rows"],
         seed=s["seed"],
         trained=s["trained"],
@@ -143,6 +145,7 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
         base_accuracy_low=metrics.get("eval_accuracy_low_base"),
         base_accuracy_high=metrics.get("eval_accuracy_high_base"),
         majority=metrics.get("eval_majority"),
+        default_learning_rate=record.get("default_learning_rate"),
     )
 
 

@@ -257,8 +257,7 @@ class RunCallbacks(Callbacks):
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings that the run uses, without those that concern only this call (OF_THIS_CALL)."""
-        used = {"learning_rate": self.config.learning_rate, "num_virtual_tokens": len(self.prompt.weight)}
-        every = {**self.config.as_dict(), **used}
+        every = {**self.config.as_dict(), "num_virtual_tokens": len(self.prompt.weight)}
         return {name: value for name, value in every.items() if name not in OF_THIS_CALL}
 
     def _adapter_files(self, metrics: Metrics, sentence: str | None = None) -> dict[str, bytes]:

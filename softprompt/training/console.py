@@ -124,7 +124,7 @@ def print_steps(
 ) -> None:
     """Print steps and learning rate, and warn if the rate is too low to move a RANDOM prompt. `searches` says whether
     the rate is still to be found."""
-    args, peak = config.training, config.learning_rate
+    args, peak = config.training, config.training.learning_rate
     total, rows = loader.total_steps, loader.rows_per_step
     made = f"{devices} × {args.per_device_train_batch_size} × {args.gradient_accumulation_steps}"
     made = f"{made}, devices × batch × accumulation"

@@ -81,7 +81,7 @@ def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
 def measured_speed(setup: Setup) -> float:
     """Measure real tokens per second over a few optimizer steps on the first rows, with a copy of the prompt."""
     args, prompt = setup.config.training, copy.deepcopy(setup.prompt)
-    optimizer = make_optimizer(prompt, args, setup.config.learning_rate)
+    optimizer = make_optimizer(prompt, args, args.learning_rate)
     scaler = torch.amp.GradScaler(setup.engine.device.type, enabled=setup.engine.compute_dtype is torch.float16)
     began, tokens = 0.0, 0
     with closing(setup.data.loader.windows()) as windows:

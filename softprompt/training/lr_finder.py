@@ -69,7 +69,7 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
         loader, rows_per_step = data.loader, data.loader.rows_per_step
         examples = loader.examples if isinstance(loader, ListLoader) else data.train.examples
         found = find_learning_rate(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update)
-    rate = found.learning_rate or start.config.learning_rate
+    rate = found.learning_rate or args.learning_rate
     print_sweep(found, rate)
     losses = {f"{r:g}": loss for r, loss in found.losses.items() if math.isfinite(loss)}
     record = {"step": 0, "epoch": 0.0, "learning_rate": rate, "sweep": losses}

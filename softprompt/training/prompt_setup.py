@@ -32,6 +32,13 @@ def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingP
     return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
 
 
+def with_learning_rate(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
+    """Return `start` with the peak learning rate in its settings: the one given, else the default for this base."""
+    config = start.config
+    rate = config.learning_rate(InputEmbeddings(base).rms())
+    return replace(start, config=replace(config, training=replace(config.training, learning_rate=rate)))
+
+
 def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
     """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
+from softprompt.config.train_args import default_learning_rate
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import CheckpointError, ConfigError
 
@@ -15,6 +16,7 @@ FIXED_AT_START = (
     *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
     *("distill_samples", "distill_max_new_tokens", "distill_questions"),
 )
+EARLIER_WORD_LEARNING_RATE = 3e-2  # for prompts that start on word embeddings
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
     ("bf16", "fp16"),
@@ -49,7 +51,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
         ConfigError: A value out of range, or settings that contradict each other.
         CheckpointError: Another reparameterization is given.
     """
-    saved = state["arguments"]
+    saved = _with_learning_rate(state["arguments"])
     _check_reparameterization(config, checkpoint, saved)
     given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
@@ -67,6 +69,15 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     except ConfigError as error:
         raise ConfigError(f"{error} (settings that are not given are taken from {checkpoint})") from None
     return replace(resumed, training=replace(resumed.training, find_learning_rate=searched), given=given)
+
+
+def _with_learning_rate(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint's settings with the learning rate that the run has used. Versions whose default did not
+    depend on the base did not save a default."""
+    if saved["learning_rate"] is not None:
+        return saved
+    rate = default_learning_rate(saved["prompt_tuning_init"], saved.get("prompt_reparameterization", "none"))
+    return {**saved, "learning_rate": rate or EARLIER_WORD_LEARNING_RATE}
 
 
 def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:

@@ -68,15 +68,14 @@ def test_a_distillation_has_defaults_of_its_own():
     assert started["num_virtual_tokens"] is None and started["prompt_tuning_init"] == "RANDOM"
 
 
-@pytest.mark.parametrize(
-    "init, rate", [("RANDOM", 1e-1), ("TEXT", 3e-2), ("SAMPLE_VOCAB", 3e-2), ("CLASS_LABELS", 3e-2)]
-)
-def test_the_learning_rate_suits_the_start(init, rate):
+@pytest.mark.parametrize("word_rms, of_words", [(0.1347, 0.03), (1.03, 0.2), (0.02, 0.004), (None, None)])
+@pytest.mark.parametrize("init", ["RANDOM", "TEXT", "SAMPLE_VOCAB", "CLASS_LABELS"])
+def test_the_learning_rate_suits_the_start_and_the_size_of_the_words(init, word_rms, of_words):
     texts = {"TEXT": "prompt_tuning_init_text", "CLASS_LABELS": "class_labels"}
     start = {"prompt_tuning_init": init, **({texts[init]: "a"} if init in texts else {})}
-    assert train_config(**start).learning_rate == rate
-    assert train_config(**start, learning_rate=1).learning_rate == 1.0
-    assert train_config("article", **start).learning_rate == 5e-5
+    assert train_config(**start).learning_rate(word_rms) == (0.1 if init == "RANDOM" else of_words)
+    assert train_config(**start, learning_rate=1).learning_rate(word_rms) == 1.0
+    assert train_config("article", **start).learning_rate(word_rms) == 5e-5
 
 
 @pytest.mark.parametrize("parse, groups", [(parse_training, GROUPS), (parse_inference, INFER_GROUPS)])

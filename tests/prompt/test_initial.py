@@ -18,6 +18,7 @@ from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import frequent_tokens, label_tokens
 from softprompt.prompt.nearest_tokens import embedding_space, nearest_tokens
+from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.training.prompt_setup import initial_prompt
 from softprompt.utils.errors import ConfigError
 
@@ -76,6 +77,14 @@ def test_sampled_tokens_are_frequent_and_distinct(length, tokenizer):
     assert found == rows_of(start(base, tokenizer, **settings), words)
     if length > 1:
         assert found != rows_of(start(base, tokenizer, **settings, seed=1), words)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_the_size_of_the_words_is_that_of_the_modules_outputs(kind):
+    base = small_base(kind)
+    embed = base.get_input_embeddings()
+    expected = embed(torch.arange(embed.num_embeddings)).double().square().mean().sqrt().item()
+    assert InputEmbeddings(base).rms() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_population_smaller_than_P_is_drawn_with_replacement(tokenizer):

@@ -135,7 +135,7 @@ def test_curves_without_points_or_values():
 
 def test_only_changed_settings_are_shown():
     config = train_config(output_dir="a/run", num_virtual_tokens=3, seed=7, device="cpu", report_to="tensorboard")
-    settings = {**config.as_dict(), "learning_rate": config.learning_rate}
+    settings = {**config.as_dict(), "learning_rate": config.learning_rate()}
     shown = dict(re.findall(r"^\| (\w+) \| (.*) \|$", card(settings=settings).partition("## Settings")[2], re.M))
     del shown["setting"]
     assert shown == {"preset": "mini", "num_virtual_tokens": "3", "seed": "7"}

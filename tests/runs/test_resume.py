@@ -15,6 +15,7 @@ import pytest
 from helpers.bases import make_bloom
 from helpers.fault_tools import Child, start_server
 from helpers.short_runs import ROWS, interrupted, outcome, rewrite_state
+from safetensors.torch import load_file
 
 import softprompt
 from softprompt.config.value_parsers import parse_duration
@@ -288,3 +289,33 @@ def test_durations(text, seconds):
 def test_invalid_durations_are_refused(text):
     with pytest.raises(ConfigError, match="is not a time such as 3h30m"):
         parse_duration(text)
+
+
+WORDS = {"prompt_tuning_init": "SAMPLE_VOCAB"}
+
+
+def test_the_default_learning_rate_follows_the_size_of_the_words_and_is_kept(run_settings, tiny_base):
+    words = load_file(tiny_base / "model.safetensors")["transformer.word_embeddings.weight"].double()
+    rate = float(f"{0.22 * words.square().mean().sqrt():.0e}")
+    whole = softprompt.train(**run_settings, **WORDS)
+    assert whole.config.training.learning_rate == rate and whole.history[0]["learning_rate"] < rate
+    expected = outcome()
+    shutil.rmtree("run")
+    interrupted({**run_settings, **WORDS}, 9)
+    saved = json.loads(Path("run/checkpoint-8/trainer_state.json").read_text())["arguments"]
+    assert saved["learning_rate"] == rate
+    softprompt.train(resume_from_checkpoint="run")
+    assert outcome() == expected
+
+
+def test_a_checkpoint_without_a_rate_continues_at_the_default_of_its_version(run_settings, capsys):
+    """Versions whose default did not depend on the base saved null."""
+    softprompt.train(**run_settings, **WORDS, learning_rate=3e-2)
+    expected = outcome()
+    shutil.rmtree("run")
+    interrupted({**run_settings, **WORDS, "learning_rate": 3e-2}, 9)
+    without = {"learning_rate": None}
+    rewrite_state(Path("run/checkpoint-8"), lambda state: {**state, "arguments": {**state["arguments"], **without}})
+    capsys.readouterr()
+    softprompt.train(resume_from_checkpoint="run")
+    assert outcome() == expected and "learning rate 0.03 (linear)" in capsys.readouterr().out

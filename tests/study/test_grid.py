@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.config.train_args import DEFAULT_LEARNING_RATES, ENCODER_LEARNING_RATES
+from softprompt.config.train_args import ENCODER_LEARNING_RATES, RANDOM_LEARNING_RATE
 from softprompt.study.grid import read_study, relocated
 from softprompt.study.results import group_by
 from softprompt.utils.errors import ConfigError
@@ -40,7 +40,7 @@ def test_a_cell_says_how_many_virtual_tokens_a_text_gives(tmp_path):
 
 def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.1\n[[grid]]\n")
-    assert [c.config.learning_rate for c in found.cells] == [0.1]
+    assert [c.config.learning_rate() for c in found.cells] == [0.1]
 
 
 def test_settings_of_an_initialization_apply_to_its_cells_only(tmp_path):
@@ -131,7 +131,7 @@ def test_the_shipped_study_covers_all_hypotheses_and_matches_its_page():
     assert len({c.model.model_name_or_path for c in trained}) == 3
     assert len({c.prompt.num_virtual_tokens for c in trained}) >= 3
     assert len({c.prompt.prompt_tuning_init for c in trained}) == 4
-    assert {5e-5, *DEFAULT_LEARNING_RATES.values()} < {c.learning_rate for c in trained}
+    assert {5e-5, RANDOM_LEARNING_RATE} < {c.learning_rate() for c in trained}
     assert {c.rows for c in found.cells} == {8, 32, 128, None}
     assert len({c.training.seed for c in trained}) >= 3 and len(trained) < len(found.cells)
     page = (docs / "study.md").read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def test_the_study_of_real_bases_varies_one_task_like_the_other():
         assert {p.prompt_tuning_init for p in prompts} == starts
         assert {p.num_virtual_tokens for p in prompts} == {1, 10, 50}
         assert {c.rows for c in cells} == {32, 512, None}
-        assert {3e-2, 1e-1, 3e-1} <= {c.config.learning_rate for c in cells}
+        assert {3e-2, 1e-1, 3e-1} <= {c.config.learning_rate() for c in cells}
 
 
 def test_a_missing_study_file(tmp_path):
@@ -173,6 +173,6 @@ def test_a_reparameterization_is_an_axis_and_plain_cells_keep_the_names_of_earli
     more = 'encoder_hidden_size = 16\n[[grid]]\nprompt_reparameterization = ["none", "superpos", "mlp"]\n'
     plain, *others = study(tmp_path, HEAD + more).cells
     assert [c.config.prompt.encoder_hidden_size for c in (plain, *others)] == [None, 16, 16]
-    assert [c.config.learning_rate for c in others] == [ENCODER_LEARNING_RATES[kind] for kind in ("superpos", "mlp")]
+    assert [c.config.learning_rate() for c in others] == [ENCODER_LEARNING_RATES[kind] for kind in ("superpos", "mlp")]
     assert plain.settings().keys() == others[0].settings().keys() - {"prompt_reparameterization", "encoder_hidden_size"}
     assert len({str(c) for c in (plain, *others)}) == 3

@@ -107,8 +107,10 @@ def test_bases_that_differ_in_a_configuration_file_share_no_examples_and_no_cell
     assert before != after
 
 
-def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
-    grid = "[[grid]]\nnum_virtual_tokens = 3\nengine = 'packed'\neval_rows = 6"  # auto depends on time
+@pytest.mark.parametrize("init", ["RANDOM", "SAMPLE_VOCAB"])
+def test_a_cell_equals_a_run_of_train_py(init, place, tmp_path, tiny_base):
+    grid = "[[grid]]\nnum_virtual_tokens = 3\nengine = 'packed'\neval_rows = 6\n"  # auto depends on time
+    grid += f"prompt_tuning_init = '{init}'"
     run_study(place(grid=grid))
     (folder,) = (place.folder / "out" / "cells").iterdir()
     run = softprompt.train(
@@ -120,6 +122,7 @@ def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
         num_virtual_tokens=3,
+        prompt_tuning_init=init,
         output_dir=str(tmp_path / "run"),
     )
     assert torch.equal(load_adapter(folder).prompt, load_adapter(run.output_dir).prompt)
@@ -131,6 +134,7 @@ def test_a_cell_equals_a_run_of_train_py(place, tmp_path, tiny_base):
     ends = metrics["eval_accuracy_low_base"], metrics["eval_accuracy_high_base"]
     assert ends == wilson_interval(round(6 * metrics["eval_accuracy_base"]), 6)
     result, wanted = cell_result(read_finished(folder)), metrics["eval_accuracy"]
+    assert result.learning_rate == result.default_learning_rate == run.config.training.learning_rate
     assert (result.accuracy, result.majority) == (wanted, 2 / 6)
     (head, before, after) = result_table([result])
     at = head.index("accuracy")

@@ -221,7 +221,7 @@ def test_resumed_run_does_not_sweep_again(again, settings, tmp_path, monkeypatch
     where = {"resume_from_checkpoint": str(whole.output_dir / "checkpoint-3"), "output_dir": str(tmp_path / "other")}
     resumed = softprompt.train(**where, **again)
     assert (resumed.output_dir / name).read_bytes() == ended
-    assert resumed.config.learning_rate == rate
+    assert resumed.config.training.learning_rate == rate
     assert f"learning rate {rate:g} (linear)" in capsys.readouterr().out
     assert "| find_learning_rate | true |" in (resumed.output_dir / "README.md").read_text(encoding="utf-8")
     assert "sweep" in (resumed.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
@@ -238,7 +238,7 @@ def test_resuming_does_not_start_a_sweep(settings, monkeypatch, capsys):
 def test_default_rate_is_used_if_none_is_found(settings, capsys):
     ended = softprompt.train(**{**settings, "eval_rows": 15}, find_learning_rate=True)
     told = "warning: --find_learning_rate found none: 60 rows are too few"
-    assert told in capsys.readouterr().out and ended.config.learning_rate == 1e-1
+    assert told in capsys.readouterr().out and ended.config.training.learning_rate == 1e-1
 
 
 def test_signal_during_a_sweep_stops_the_run(settings, monkeypatch, tmp_path):
