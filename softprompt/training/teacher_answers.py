@@ -17,6 +17,7 @@ from softprompt.utils.progress import progress_bar
 
 TOGETHER = 32  # answers that are generated at a time
 MOST_POSITIONS = 1 << 15  # of these answers with the text and the questions, whose keys and values are in memory
+TOP_K = 50  # the default of transformers' generate: the tail of a small base's distribution is noise
 VERSION = 1  # of the cache
 
 
@@ -54,7 +55,8 @@ def answer_questions(
 
     Args:
         rows: For each question, the token ids behind `Teacher.prefix`.
-        samples: The number of answers to each question, sampled at temperature 1; 0 is one greedy answer.
+        samples: The number of answers to each question, sampled at temperature 1 from the TOP_K most likely tokens; 0
+            is one greedy answer.
         seed: Seed of the samples.
         max_new_tokens: The most tokens of an answer.
         title: Title of the progress bar.
@@ -66,7 +68,7 @@ def answer_questions(
     how = GenerationSettings(
         max_new_tokens=max_new_tokens,
         do_sample=samples > 0,
-        top_k=0,
+        top_k=TOP_K,
         eos_token_id=tuple(teacher.ends),
     )
     requests = [
