@@ -31,11 +31,16 @@ GROUPS = (
     *(ModelArguments, DataArguments, PromptTuningArguments, TrainingArguments, SharingArguments),
     DistillationArguments,
 )
-_BLOOM = {"model_name_or_path": "Langboat/bloom-1b4-zh", "dataset": "alpaca_data_zh"}
+_BLOOM = {
+    "model_name_or_path": "Langboat/bloom-1b4-zh",
+    "dataset": "alpaca_data_zh",
+    "prompt_tuning_init": "RANDOM",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {
         "model_name_or_path": "mini",
         "dataset": "mini:sentiment",
+        "prompt_tuning_init": "RANDOM",
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 50,
         "gradient_accumulation_steps": 1,
@@ -107,7 +112,18 @@ def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     init, reparameterization = (settings.get(name) for name in ("prompt_tuning_init", "prompt_reparameterization"))
     rate = default_learning_rate(init, reparameterization or "none") if init else None
     defaults |= {"learning_rate": rate, "num_virtual_tokens": DEFAULT_NUM_VIRTUAL_TOKENS}
-    return defaults | _distillation_defaults(settings) | PRESETS.get(settings.get("preset") or "", {})
+    return defaults | _distillation_defaults(settings) | _preset_settings(settings.get("preset"), settings)
+
+
+def _preset_settings(preset: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a preset. If `settings` name a text to distill, the rows and the initial prompt of a
+    preset for training on answers are left out: the rows are no questions about the text, and the prompt starts from
+    it."""
+    values = PRESETS[preset] if preset else {}
+    distills = settings.get("distill_prompt") or settings.get("distill_context")
+    if not distills or "distill_prompt" in values:
+        return values
+    return {name: value for name, value in values.items() if name not in ("dataset", "prompt_tuning_init")}
 
 
 def _distillation_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,10 +174,7 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     named = {} if preset is None else {"preset": preset}
     given = expand_paths(given)
     preset = preset_of(preset, given)
-    of_preset = PRESETS[preset] if preset else {}
-    values = {**of_preset, **given}
-    if (given.get("distill_prompt") or given.get("distill_context")) and "distill_prompt" not in of_preset:
-        values["dataset"] = given.get("dataset")  # a preset's rows to train on are no questions about this text
+    values = {**_preset_settings(preset, given), **given}
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
     values = {**_distillation_defaults(values), **values}

@@ -121,7 +121,7 @@ class PromptTuningArguments:
         f"Learn this many virtual tokens. (default: {DEFAULT_NUM_VIRTUAL_TOKENS}; with TEXT the length of the text)",
     )
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB", "CLASS_LABELS"] = option(
-        "RANDOM",
+        "SAMPLE_VOCAB",
         "Initialize the prompt with unit-variance noise (RANDOM), or with the embeddings of a text (TEXT), of random "
         "words (SAMPLE_VOCAB), or of class labels followed by random words (CLASS_LABELS).",
     )

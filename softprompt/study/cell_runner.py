@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -74,8 +74,15 @@ class LoadedBase:
         dtype = resolve_dtype(device, model.bf16, model.fp16)
         return cls(load_base(base_path(str(model.model_name_or_path)), device, dtype), dtype)
 
+    def with_learning_rate(self, planned: PlannedCell) -> PlannedCell:
+        """Return a cell with its learning rate in its settings: the one given, else the default for this base."""
+        config = planned.cell.config
+        training = replace(config.training, learning_rate=config.learning_rate(self.word_rms))
+        return replace(planned, cell=replace(planned.cell, config=replace(config, training=training)))
+
     def run(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
-        """Run one cell. A loss, gradient or prompt that becomes infinite or NaN is recorded as the cell's result.
+        """Run one cell, whose learning rate is known. A loss, gradient or prompt that becomes infinite or NaN is
+        recorded as the cell's result.
 
         Raises:
             TrainingError: The cell is an ensemble, and one of its members failed.
@@ -91,7 +98,6 @@ class LoadedBase:
         prompt = planned.cell.config.prompt
         record = {
             **planned.description(),
-            "learning_rate": planned.cell.config.learning_rate(self.word_rms),
             "default_learning_rate": default_learning_rate(
                 prompt.prompt_tuning_init, prompt.prompt_reparameterization, self.word_rms
             ),
@@ -125,7 +131,7 @@ class LoadedBase:
     def _run_prompt(self, planned: PlannedCell, callbacks: QuietCallbacks) -> FinishedCell:
         """Train and evaluate a prompt, or evaluate the embeddings of a hard prompt's text. Return the result without
         its description."""
-        config, inputs, rate = planned.cell.config, planned.inputs, planned.cell.config.learning_rate(self.word_rms)
+        config, inputs = planned.cell.config, planned.inputs
         prompt = trainable_prompt(config, inputs.tokenizer, self.base).to(word_embeddings(self.base).weight.device)
         evaluator, answers = self._evaluator(planned, prompt.weight.detach()), None
         metrics: Metrics = {}
@@ -134,7 +140,7 @@ class LoadedBase:
                 examples = subset(inputs.train.examples, planned.cell.rows, config.training.seed)
                 with deterministic(config.training.deterministic):
                     loader = ListLoader(examples, config.training)
-                    train(evaluator.engine, prompt, loader, config.training, rate, callbacks)
+                    train(evaluator.engine, prompt, loader, config.training, config.training.learning_rate, callbacks)
             if callbacks.code is None:
                 evaluation = evaluator(prompt.weight.detach())
                 metrics = {**evaluation.metrics(), **evaluation.sample_metrics()}
@@ -142,7 +148,7 @@ class LoadedBase:
         except NonFiniteError as error:
             metrics = {"error": str(error)}
         ends = end_tokens(inputs.train.examples, inputs.tokenizer)
-        learned, settings = prompt.weight.detach(), {**planned.cell.settings(), "learning_rate": rate}
+        learned, settings = prompt.weight.detach(), planned.cell.settings()
         files = adapter_folder(config, self.base.config, learned, ends, (), CardFacts(settings, metrics))
         return FinishedCell({"virtual_tokens": len(learned), "metrics": metrics, "answers": answers}, files)
 

@@ -25,6 +25,7 @@ from softprompt.config.arg_parser import FlagParser
 from softprompt.config.infer_args import Voting
 from softprompt.config.loader import GROUPS, train_config
 from softprompt.config.schema import closest_name, is_text
+from softprompt.config.train_args import PromptTuningArguments
 from softprompt.config.unknown_names import advice
 from softprompt.config.validation import seed_faults
 from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
@@ -227,7 +228,9 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
 
 def _usable_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without those that the cell's initialization and reparameterization do not use."""
-    chosen = {given.get("prompt_tuning_init", "RANDOM"), given.get("prompt_reparameterization", "none")}
+    usual = PromptTuningArguments()
+    init = given.get("prompt_tuning_init", usual.prompt_tuning_init)
+    chosen = {init, given.get("prompt_reparameterization", usual.prompt_reparameterization)}
     return {name: value for name, value in given.items() if not chosen.isdisjoint(USED_WITH.get(name, chosen))}
 
 

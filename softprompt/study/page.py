@@ -31,7 +31,7 @@ COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "text or labels": lambda r: _one_line(r.start),
     "reparameterization": lambda r: r.reparameterization,
     "virtual tokens": lambda r: str(r.virtual_tokens),
-    "learning rate": lambda r: f"{r.learning_rate:g}" if r.learning_rate and (r.trained or r.voting) else "",
+    "learning rate": lambda r: _rate(r.learning_rate) if r.trained or r.voting else "",
     "rows": lambda r: f"{r.rows:,}" if r.trained or r.voting else "",
 }
 ALWAYS_SHOWN = ("start", "virtual tokens")
@@ -115,6 +115,10 @@ def page(
         lines[-2] += f" {ACCURACY}"
     lines += [_table_line(header), "|" + "---|" * len(header), *map(_table_line, rest), ""]
     return "\n".join(lines).encode()
+
+
+def _rate(learning_rate: float | None) -> str:
+    return "default" if learning_rate is None else f"{learning_rate:g}"
 
 
 def _evaluated_on(r: CellResult) -> tuple[str, str, str]:

@@ -40,7 +40,7 @@ class CellResult:
         dataset: The dataset's name or path.
         init: The setting prompt_tuning_init.
         virtual_tokens: Number of virtual tokens.
-        learning_rate: The peak learning rate; None for a failed cell with the default of its base.
+        learning_rate: The peak learning rate; None if it is the default of a base that cannot be loaded.
         rows: Number of training rows.
         seed: The seed.
         trained: Whether the prompt was trained: not a hard prompt, and not an ensemble.
@@ -121,7 +121,7 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
         dataset=s["dataset"],
         init=s["prompt_tuning_init"],
         virtual_tokens=record["virtual_tokens"],
-        learning_rate=record.get("learning_rate", s["learning_rate"]),
+        learning_rate=s["learning_rate"],
         rows=record["rows"],
         seed=s["seed"],
         trained=s["trained"],

@@ -81,6 +81,8 @@ def _run_over_base(
     base = _result_or_failure(lambda: LoadedBase.load(of_base[0].cell.config.model))
     for of_rows in group_by(of_base, lambda planned: planned.cell.config.data).values():
         for planned in of_rows:
+            if isinstance(base, LoadedBase):
+                planned = base.with_learning_rate(planned)
             callbacks = QuietCallbacks(request, on_step)
             finished = base if isinstance(base, Failure) else _result_or_failure(partial(base.run, planned, callbacks))
             if callbacks.code is None:

@@ -73,7 +73,8 @@ def _run(remaining: Sequence[PlannedCell], records: dict[Path, CellRecord]) -> N
 
 
 def _write_results(study: Study, records: Sequence[CellRecord]) -> list[Finding]:
-    results = [cell_result(record) for record in records]
+    # A grid may give the rate that is the default of another one, so two cells may be the same run.
+    results = list(dict.fromkeys(map(cell_result, records)))
     lines, findings, images = result_table(results), evaluate_hypotheses(results), charts(results)
     failures = failure_lines(results)
     print("\n" + table(lines) + "\n")

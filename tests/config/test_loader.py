@@ -28,7 +28,6 @@ ARTICLE = {
     "seed": 42,
     "max_length": 256,
     "truncation_side": "output",
-    "prompt_tuning_init": "RANDOM",
     "num_virtual_tokens": None,  # told from "not given" to TEXT; else DEFAULT_NUM_VIRTUAL_TOKENS
 }
 
@@ -36,6 +35,7 @@ ARTICLE = {
 @pytest.mark.parametrize("settings", [OWN, {"preset": "bloom-1b4-zh"}, {"preset": "article"}], ids=str)
 def test_all_but_the_mini_preset_train_as_the_article_does(settings):
     found = train_config(**settings).as_dict()
+    assert found.pop("prompt_tuning_init") == ("RANDOM" if "preset" in settings else "SAMPLE_VOCAB")
     assert {name: found[name] for name in ARTICLE} == ARTICLE
     assert found["learning_rate"] == (5e-5 if settings.get("preset") == "article" else None)
 
@@ -65,7 +65,18 @@ def test_a_distillation_has_defaults_of_its_own():
     assert all(known[name] == settings[name] for name in ("prompt_tuning_init", "num_virtual_tokens"))
     assert settings["num_virtual_tokens"] == 16 and default_settings(OWN)["num_virtual_tokens"] == 10
     started = train_config(**OWN, distill_prompt="system.txt", init_adapter="folder").as_dict()
-    assert started["num_virtual_tokens"] is None and started["prompt_tuning_init"] == "RANDOM"
+    assert started["num_virtual_tokens"] is None and started["prompt_tuning_init"] == "SAMPLE_VOCAB"
+
+
+@pytest.mark.parametrize("preset", ["mini", "bloom-1b4-zh"])
+def test_a_distillation_with_a_preset_starts_from_its_text_and_needs_questions_of_its_own(preset):
+    config = train_config(preset, distill_prompt="system.txt", dataset="questions.txt")
+    assert (config.prompt.prompt_tuning_init, config.prompt.num_virtual_tokens) == ("TEXT", 16)
+    assert default_settings(config.as_dict())["prompt_tuning_init"] == "TEXT"
+    with pytest.raises(ConfigError, match="questions"):
+        train_config(preset, distill_prompt="system.txt")
+    given = train_config(preset, distill_prompt="system.txt", dataset="q.txt", prompt_tuning_init="RANDOM")
+    assert given.prompt.prompt_tuning_init == "RANDOM"
 
 
 @pytest.mark.parametrize("word_rms, of_words", [(0.1347, 0.03), (1.03, 0.2), (0.02, 0.004), (None, None)])

@@ -272,7 +272,7 @@ def test_page_table_and_charts(place, capsys):
         float(r["loss"]) for r in lines if (r["virtual_tokens"], r["rows"], r["learning_rate"]) == ("3", "4", "0.1")
     ]
     mean, spread = sum(four) / 2, abs(four[0] - four[1]) / 2**0.5
-    assert f"| RANDOM |  | 3 | 0.1 | 4 | 2 | {mean:.4f} ± {spread:.4f} |" in page
+    assert f"| SAMPLE_VOCAB |  | 3 | 0.1 | 4 | 2 | {mean:.4f} ± {spread:.4f} |" in page
     assert "no prompt" in printed
 
 
