@@ -33,7 +33,7 @@ from softprompt.models.capabilities import check_positions, check_token_ids, max
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.training.console import print_data
-from softprompt.training.question_setup import QuestionIds, Questions, identity_of
+from softprompt.training.question_setup import TEACHER_ENGINE, QuestionIds, Questions, identity_of
 from softprompt.training.resume import HELD_OUT
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, Teacher, answer_questions
@@ -221,7 +221,7 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
     Raises:
         TrainingError: A single row does not fit in memory.
     """
-    recorder = engine_for_inference(config.model.engine, base.model, answers.data.tokenizer, engine.compute_dtype)
+    recorder = engine_for_inference(TEACHER_ENGINE, base.model, answers.data.tokenizer, engine.compute_dtype)
 
     def recorded(rows: Examples, title: str) -> TeacherTable:
         """Return the predictions of the base with the text at all targets of `rows`."""

@@ -35,6 +35,10 @@ from softprompt.training.teacher_answers import Teacher, answer_questions
 from softprompt.utils.errors import ConfigError, DataError, ModelError
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 
+# The engine of the base with the text, as a value of --engine. It is not the run's, because a resumed run has the one
+# that was chosen for its training: its predictions would then differ by rounding.
+TEACHER_ENGINE = "auto"
+
 
 class QuestionIds(NamedTuple):
     """Questions as token ids: without the text, and with it, but then without `Questions.prefix`."""
@@ -145,8 +149,8 @@ def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
     check_vocabulary(tokenizer, base.model, path_of_base(config))
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(device, config.model.bf16, config.model.fp16)
-    engine = engine_for_inference(config.model.engine, base.model, tokenizer, dtype)
-    generator = make_generator(engine, base.model, tokenizer, config.model.engine)
+    engine = engine_for_inference(TEACHER_ENGINE, base.model, tokenizer, dtype)
+    generator = make_generator(engine, base.model, tokenizer, TEACHER_ENGINE)
     if generator is None:
         raise ModelError(
             f"{config.distillation.flag}: the base has to answer the questions, and {why_not_generate(base.model)}"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softprompt
 from softprompt.config.loader import train_config
+from softprompt.engines import choice
 from softprompt.export import export
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
@@ -112,8 +113,11 @@ def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, caps
     assert "12 answers with the text to 6 questions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("speed", [2.0, 0.5], ids=["packed is faster", "padded is faster"])
 @pytest.mark.parametrize("more", [{}, {"prompt_reparameterization": "mlp", "encoder_hidden_size": 4}])
-def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more, monkeypatch):
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more, speed, monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "measure_speed", lambda *args: speed)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = {**settings, **more, "eval_steps": 2}
     softprompt.train(**{**settings, "output_dir": "whole"})
     interrupted(settings, 3)
