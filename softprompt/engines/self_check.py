@@ -151,7 +151,7 @@ def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequen
 
     Both are first timed once on up to `FEW_ROWS` rows. If the whole window would take both engines more than a second
     together, the ratio of these times is returned. Otherwise both are timed alternately on the window, for about a
-    third of a second but at least three times, and the ratio of their shortest times is returned: other processes can
+    tenth of a second but at least three times, and the ratio of their shortest times is returned: other processes can
     only make a measurement longer.
     """
     few = window[:: max(1, len(window) // FEW_ROWS)][:FEW_ROWS]
@@ -159,7 +159,7 @@ def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequen
     expected = sum(once) * len(window) / len(few)
     if expected > 1:
         return once[0] / once[1]
-    rounds = min(MAX_ROUNDS, max(3, round(1 / 3 / expected)))
+    rounds = min(MAX_ROUNDS, max(3, round(0.1 / expected)))
     times = [[_seconds(engine, prompt, window) for engine in (padded, packed)] for _ in range(rounds)]
     slow, fast = map(min, zip(*times, strict=True))
     return slow / fast
