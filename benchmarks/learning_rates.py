@@ -6,8 +6,8 @@ python benchmarks/learning_rates.py --model_name_or_path FOLDER --tasks FILE --m
 
 The base is `mini` by default. All other settings are the preset's defaults. --find compares the best rate of a full
 sweep (the one with the lowest held-out loss, which a run cannot use) with the rate that --find_learning_rate finds on
-the training rows alone, for every task, initial prompt and seed. The full sweep begins with the default rate and its
-two neighbors, and is extended until the loss rises on both sides of the best rate. --json FILE stores finished runs,
+the training rows alone, for every task, initial prompt and seed. The full sweep begins with three rates around the
+default one, and is extended until the loss rises on both sides of the best rate. --json FILE stores finished runs,
 and the same command continues.
 """
 

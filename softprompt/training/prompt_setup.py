@@ -22,7 +22,15 @@ from softprompt.training.setup import RunData
 from softprompt.utils.errors import CheckpointError, ConfigError
 
 
-def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
+def with_defaults_of_base(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
+    """Return `start` with the settings whose defaults depend on the base: the peak learning rate and the width of the
+    prompt's encoder. Files and messages then name the values that are used."""
+    start, config = _with_encoder_width(start, base), start.config
+    training = replace(config.training, learning_rate=config.learning_rate(InputEmbeddings(base).rms()))
+    return replace(start, config=replace(start.config, training=training))
+
+
+def _with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
     """Return `start` with the width of the prompt's encoder in its settings: `--encoder_hidden_size`, or its default
     for this base. Files and messages then name the width. Without a reparameterization, `start` is unchanged."""
     prompt = start.config.prompt
@@ -30,13 +38,6 @@ def with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingP
         return start
     width = encoder_width(prompt, InputEmbeddings(base).shape[1])
     return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
-
-
-def with_learning_rate(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
-    """Return `start` with the peak learning rate in its settings: the one given, else the default for this base."""
-    config = start.config
-    rate = config.learning_rate(InputEmbeddings(base).rms())
-    return replace(start, config=replace(config, training=replace(config.training, learning_rate=rate)))
 
 
 def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:

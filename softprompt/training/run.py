@@ -27,7 +27,7 @@ from softprompt.training.distillation import Answered, answered, distilled
 from softprompt.training.engine_setup import make_engines, make_evaluator
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
-from softprompt.training.prompt_setup import start_prompt, with_encoder_width, with_learning_rate
+from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
 from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
 from softprompt.training.result import Run, Setup
 from softprompt.training.resume import StartingPoint, compare_contents, starting_point
@@ -117,7 +117,7 @@ def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Pa
     data = load_data(start.config, start.rows_per_step)
     base = load_run_base(start.config, world)
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
-    start = with_learning_rate(with_encoder_width(start, base.model), base.model)
+    start = with_defaults_of_base(start, base.model)
     base = shard_base(start.config, freeze_base(start.config, base), world)
     return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
 
@@ -137,7 +137,7 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> 
         compare_contents(start, {**questions.fingerprints, **base.fingerprint})
     known = answered(start.config, questions, base, generator, start.rows_per_step)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
-    start = with_learning_rate(with_encoder_width(start, base.model), base.model)
+    start = with_defaults_of_base(start, base.model)
     prompt = start_prompt(start, known.data, base.model)
     questions.check_length(len(prompt.weight), start.config)
     return Loaded(start, output_dir, known.data, base, prompt, known)
