@@ -203,10 +203,13 @@ def packed_attention(
     if packed_rows is None:
         raise ModelError(f"{type(module).__name__} gets no keyword arguments of the model's forward")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
-    if q.device.type == "cpu":  # attention in narrower dtypes is slow there
-        q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    return packed_rows.attend(module, q, k, v, options)[None], None
+    if q.device.type != "cpu":
+        return packed_rows.attend(module, q, k, v, options)[None], None
+    # On the CPU, attention in narrower dtypes is slow. Autocast would convert the arguments back.
+    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        return packed_rows.attend(module, q, k, v, options)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

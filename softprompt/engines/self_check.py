@@ -48,8 +48,8 @@ class CheckResult(NamedTuple):
         loss_error: Largest difference between the two engines' loss per token of a row; relative to that loss if it is
             above 1.
         gradient_error: ‖difference of the gradients‖ / ‖gradient of the padded engine‖.
-        noise: The same ratio for two gradients of the padded engine that differ only by rounding: with all rows in
-            batches of the usual size, and with each row by itself.
+        noise: How much rounding changes the gradient: the same ratio for the padded engine's gradients of two prompts
+            that differ by about the rounding error of the compute dtype (see `_rounded`).
         speed: Time of the padded engine / time of the packed engine; None if they were not timed.
         failure: Why the packed engine cannot run this base; None if it can.
     """
@@ -116,15 +116,13 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
         TrainingError: One of the engines runs out of memory with a single row.
     """
     longest = max(len(row.input_ids) for row in rows)
-    tokens, padded.tokens_per_microbatch = padded.tokens_per_microbatch, 1
-    _, alone = _losses_and_gradient(padded, prompt, rows)
-    padded.tokens_per_microbatch = tokens
     expected_losses, expected = _losses_and_gradient(padded, prompt, rows)
     try:
         losses, gradient = _losses_and_gradient(packed, prompt, rows)
     except Exception as error:
         return CheckResult(len(rows), longest, failure=_reason(error))
-    noise = _relative(alone, expected)
+    _, other = _losses_and_gradient(padded, _rounded(prompt, padded.compute_dtype), rows)
+    noise = _relative(other, expected)
     noise = noise if math.isfinite(noise) else 0.0
     return CheckResult(
         len(rows), longest, _largest_error(losses, expected_losses), _relative(gradient, expected), noise
@@ -206,6 +204,13 @@ def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]
 def _losses_per_target(engine: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
     losses = engine.row_losses(prompt, rows)
     return [loss / count_targets(row) for loss, row in zip(losses, rows, strict=True)]
+
+
+def _rounded(prompt: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a prompt with random errors of the size of rounding: each number is changed by at most half of `dtype`'s
+    machine epsilon, relative to the number."""
+    error = torch.rand(prompt.shape, generator=torch.Generator().manual_seed(0)).to(prompt) - 0.5
+    return prompt * (1 + error * torch.finfo(dtype).eps)
 
 
 def _largest_error(losses: Sequence[float], expected: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from torch.nn.attention import varlen
 
 from softprompt.engines import flex_attention, varlen_attention
 from softprompt.engines.bloom_schedule import MicrobatchMajor
-from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows
+from softprompt.engines.decoder_attention import AttentionOptions, LayerKV, PackedRows, packed_attention
 from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
 from softprompt.engines.flex_attention import BLOCK, FlexRows, FlexStream
 from softprompt.engines.microbatch_engine import MicrobatchEngine
@@ -87,6 +87,19 @@ def test_attention_is_that_of_its_definition(kind, name, P, varlen_on_cpu):
     with torch.no_grad():
         out = rows.attend(MODULE, q, k, v, OPTIONS[name])
     torch.testing.assert_close(out, by_definition(q, k, v, prompt, lengths, OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_on_the_cpu_attention_is_computed_in_fp32_although_the_base_runs_under_autocast(name):
+    lengths, P = [9, 5, 1], 3
+    q, k, v, prompt = tensors(sum(lengths), P)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    inputs = (t.transpose(0, 1)[None] for t in (q, k, v))
+    rows = PackedRows(lengths, CPU, P, {MODULE: prompt})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out, _ = packed_attention(MODULE, *inputs, None, OPTIONS[name][0], 0.0, *OPTIONS[name][1:], packed_rows=rows)
+    wide = (t.float() for t in (q, k, v))
+    torch.testing.assert_close(out[0], by_definition(*wide, prompt, lengths, OPTIONS[name]))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
