@@ -6,6 +6,7 @@ from typing import ClassVar
 from softprompt.config.schema import option
 
 DEFAULT_DISTILLED_TOKENS = 16  # virtual tokens that replace a text
+DEFAULT_DISTILLED_STEPS = 120  # a few dozen questions are few rows, so an epoch would be a few steps
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class DistillationArguments:
         None,
         "Learn a prompt that makes the base answer as it does with the text of this file before the question. "
         "--dataset holds the questions: a .txt with one on each line, or rows, whose answers are not used. The prompt "
-        f"starts with the text's first tokens, {DEFAULT_DISTILLED_TOKENS} by default. (default: train on the answers "
-        "of --dataset)",
+        f"starts with the text's first tokens, {DEFAULT_DISTILLED_TOKENS} by default, and is trained for "
+        f"{DEFAULT_DISTILLED_STEPS} steps if neither --max_steps nor --num_train_epochs is given. (default: train on "
+        "the answers of --dataset)",
         "FILE",
     )
     distill_context: str | None = option(

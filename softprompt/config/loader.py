@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt.config.data_args import DataArguments
-from softprompt.config.distill_args import DEFAULT_DISTILLED_TOKENS, DistillationArguments
+from softprompt.config.distill_args import DEFAULT_DISTILLED_STEPS, DEFAULT_DISTILLED_TOKENS, DistillationArguments
 from softprompt.config.schema import AUTO, build, closest_name, expand_paths
 from softprompt.config.train_args import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
@@ -128,10 +128,10 @@ def _preset_settings(preset: str | None, settings: Mapping[str, Any]) -> dict[st
 
 def _distillation_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults that are others in a distillation; an empty dict if `settings` name no text."""
-    distills = settings.get("distill_prompt") or settings.get("distill_context")
-    if not distills or settings.get("init_adapter"):
+    if not (settings.get("distill_prompt") or settings.get("distill_context")):
         return {}
-    return {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS}
+    start = {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS}
+    return {"max_steps": DEFAULT_DISTILLED_STEPS, **({} if settings.get("init_adapter") else start)}
 
 
 def preset_of(preset: str | None, given: Mapping[str, Any]) -> str | None:
@@ -177,7 +177,10 @@ def unvalidated_config(preset: str | None, given: Mapping[str, Any]) -> TrainCon
     values = {**_preset_settings(preset, given), **given}
     if values.get("eval_steps") not in (None, AUTO):
         values.setdefault("eval_strategy", "steps")
-    values = {**_distillation_defaults(values), **values}
+    defaults = _distillation_defaults(values)
+    if values.get("num_train_epochs") is not None:
+        defaults.pop("max_steps", None)
+    values = {**defaults, **values}
     return TrainConfig(preset, *build(GROUPS, values), {**named, **given})
 
 

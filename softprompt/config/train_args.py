@@ -288,7 +288,7 @@ class TrainingArguments:
         "eval_agreement",
     ] = option("eval_loss", "Compare evaluations by this metric, for the best prompt and for early stopping.")
     greater_is_better: bool | None = option(
-        None, "Treat a larger metric as better. (default: false for loss and perplexity, else true)"
+        None, "Treat a larger metric as better. (default: false for loss, perplexity and kl, else true)"
     )
     early_stopping_patience: int | None = option(
         None, "Stop after N consecutive evaluations without improvement. (default: no early stopping)"

@@ -131,9 +131,7 @@ def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Te
     Raises:
         DataError: The text or a question has no tokens, or the chat template writes no system message.
     """
-    (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
-    if not ids:
-        raise DataError("the text to distill has no tokens; name a file with a longer text")
+    ids = _text_ids(text, tokenizer)
     plain, behind, remaining = list[list[int]](), BehindPrefix(), iter(rows)
     while some := list(islice(remaining, CHUNK)):  # the text is in memory with CHUNK questions at a time
         asked = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in some], template)
@@ -143,6 +141,14 @@ def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Te
             behind.append(whole)
         plain += asked
     return TextRows(plain, behind.prefix, behind.rows, ids)
+
+
+def _text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of the text to distill, without special tokens. Raises DataError if it has none."""
+    (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))
+    if not ids:
+        raise DataError("the text to distill has no tokens; name a file with a longer text")
+    return ids
 
 
 CHUNK = 64  # questions that are tokenized together
@@ -215,14 +221,21 @@ ASKED = "Write one short question that the text above answers. Write only the qu
 PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and of a question about it
 
 
-def questions_about(text: str, tokenizer: Any, template: Template) -> list[list[int]]:
-    """Cut a text into passages, and return for each the token ids that make a base write a question about it.
+def questions_about(text: str, tokenizer: Any, template: Template, most: int) -> list[list[int]]:
+    """Cut a text into passages, and return for each the token ids that make a base write a question about it. Of more
+    than `most` passages, that many are taken, evenly spaced.
 
-    With the template "chat", they are a request in the tokenizer's chat template, else the beginning of a text in which
-    a question follows the passage.
+    With the template "chat", the token ids are a request in the tokenizer's chat template, else the beginning of a text
+    in which a question follows the passage.
+
+    Raises:
+        DataError: The text has no tokens.
     """
-    (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))  # without special tokens
-    passages = [tokenizer.decode(ids[at : at + PASSAGE_TOKENS]).strip() for at in range(0, len(ids), PASSAGE_TOKENS)]
+    ids = _text_ids(text, tokenizer)
+    starts = range(0, len(ids), PASSAGE_TOKENS)
+    taken = min(most, len(starts))
+    starts = [starts[number * len(starts) // taken] for number in range(taken)]
+    passages = [tokenizer.decode(ids[at : at + PASSAGE_TOKENS]).strip() for at in starts]
     if template.spec == CHAT:
         texts = [template.render({"instruction": f"{passage}\n\n{ASKED}"}, tokenizer) for passage in passages]
     else:

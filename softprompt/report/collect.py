@@ -135,12 +135,14 @@ def example_answers(run: Run, generator: Generator | None) -> Facts:
     """
     rows = run.setup.data
     found: Facts = {"of": "held-out" if rows.held_out else "training", "compared": False, "rows": []}
+    if run.config.distillation.text:
+        found["distilled"] = True
     if compared := AnswerComparison.of(run.evaluator, run.before, run.after):
         chosen = [_row_facts(one, "correct_before", "correct_after") for one in compared.selected(EXAMPLES)]
         return {**found, "compared": True, "rows": chosen}
     if run.answered_rows:
         answered, most = [_row_facts(one) for one in run.answered_rows], run.config.distillation.distill_max_new_tokens
-        return {**found, "distilled": True, "new_tokens": most, "rows": answered}
+        return {**found, "new_tokens": most, "rows": answered}
     if generator is None:
         streamed = "the whole base would be read or gathered again for every generated token"
         return {**found, "left_out": why_not_generate(run.setup.base) or streamed}

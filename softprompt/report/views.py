@@ -62,9 +62,18 @@ def _headline(record: RunRecord) -> str:
         return "This run was made by a version that wrote no report.json, so its rows and settings are unknown."
     P, H = facts["prompt"]
     base = facts["base"]
+    model, text = (
+        arguments.get("model_name_or_path"),
+        arguments.get("distill_prompt") or arguments.get("distill_context"),
+    )
+    if text:
+        return (
+            f"{P:,} virtual tokens of size {H:,} for {model} ({base['type']}, {base['parameters']:,} parameters, all "
+            f"frozen), which replace {text}."
+        )
     return (
-        f"{P:,} virtual tokens of size {H:,} for {arguments.get('model_name_or_path')} ({base['type']}, "
-        f"{base['parameters']:,} parameters, all frozen), learned from {arguments.get('dataset')}."
+        f"{P:,} virtual tokens of size {H:,} for {model} ({base['type']}, {base['parameters']:,} parameters, all "
+        f"frozen), learned from {arguments.get('dataset')}."
     )
 
 

@@ -6,6 +6,7 @@ REPORT_FILE, PICTURE_FILE = "report.html", "loss.png"
 MARK = '<meta name="generator" content="softprompt.report">'  # identifies a page as a report
 RESULTS_FILE = "all_results.json"
 QUESTION_FILE = "question.jsonl"  # a question to try with the prompt, if flags cannot express it
+ANSWERS_FILE = "teacher_answers.jsonl"  # only with distillation: see training.teacher_answers
 FACTS_FILE, START_FILE = "report.json", "prompt_start.safetensors"  # see report.collect
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -39,7 +39,7 @@ def choose_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
 
 def _default_name(config: TrainConfig) -> str:
     """Return a name that says which base and which rows a run has, such as mini-sentiment or bloom-1b4-zh-alpaca-zh."""
-    dataset = str(config.data.dataset)
+    dataset = str(config.data.dataset or config.distillation.text)
     rows = Path(dataset.partition(":")[2] if is_mini_task(dataset) else dataset).resolve()
     rows_name = rows.stem if rows.suffix.lower() in READERS else rows.name
     base_name = config.preset or Path(str(config.model.model_name_or_path)).name

@@ -14,6 +14,7 @@ from softprompt.prompt.adapter_io import CHECKPOINT, PROMPT_KEY
 from softprompt.prompt.file_names import CARD_FILE, CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from softprompt.runs.checkpoints import checkpoints
 from softprompt.runs.file_names import (
+    ANSWERS_FILE,
     CHECKSUMS_FILE,
     ENCODER_FILE,
     FACTS_FILE,
@@ -33,7 +34,7 @@ from softprompt.utils.atomic_io import read_inside
 
 OF_A_RUN = (
     *(*sorted(OF_A_CHECKPOINT), ENCODER_FILE, QUESTION_FILE, RESULTS_FILE, PICTURE_FILE, FACTS_FILE, START_FILE),
-    REPORT_FILE,
+    *(REPORT_FILE, ANSWERS_FILE),
 )
 MANIFEST_FILE = "run_manifest.json"
 EVENTS_FOLDER, EVENTS = "runs", "events.out.tfevents.*"  # TensorBoard's files, in OUTPUT_DIR/runs as Trainer's

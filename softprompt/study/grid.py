@@ -214,6 +214,8 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
     """Yield one trained cell for each seed, one ensemble for each voting, and one cell for each hard prompt."""
     seeds = list(dict.fromkeys(content.get("seeds", DEFAULT_SEEDS)))
     cells = [Cell(train_config(**given, seed=seed), rows) for seed in seeds]
+    if text := cells[0].config.distillation.text:
+        raise ConfigError(f"a study trains on answers and cannot distill {text}; name another preset, or a dataset")
     yield from cells
     for voting in content.get("voting", []):
         yield replace(cells[0], trained=False, voting=voting, seeds=tuple(seeds))

@@ -24,7 +24,7 @@ from softprompt.runs.checkpoints import (
     step_of,
     with_checksums,
 )
-from softprompt.runs.file_names import METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE
+from softprompt.runs.file_names import ANSWERS_FILE, METRICS_FILE, QUESTION_FILE, RESULTS_FILE, STATE_FILE
 from softprompt.runs.state import Metrics, Step, TrainingState
 from softprompt.runs.train_state import OF_THIS_CALL, resume_command
 from softprompt.training.base_evaluation import base_evaluation_state, evaluate_base
@@ -80,9 +80,11 @@ class RunCallbacks(Callbacks):
             print(f"{', '.join(later)} in {self.output_dir} will be removed when the next checkpoint is written")
 
     def begin(self) -> Run:
-        """Start the log, and evaluate the bare base for comparison, unless a checkpoint holds its evaluation. Return
-        the run as it is before its first step."""
+        """Start the log, write the answers of a distillation, and evaluate the bare base for comparison, unless a
+        checkpoint holds its evaluation. Return the run as it is before its first step."""
         self._adapter_files({})  # if the adapter's files cannot be made, fail now rather than after the last step
+        if self.setup.answers:
+            self.writer.write_beside_checkpoints({ANSWERS_FILE: self.setup.answers.file}, "the answers of the base")
         self.log.start(self.start.totals, self.start.history)
         if self.evaluator:
             self.before = evaluate_base(self.setup, self.evaluator, self.world, self.log.say)
@@ -149,6 +151,7 @@ class RunCallbacks(Callbacks):
             after = self._take_best() or after
         best = self.best if self._kept_best() else None
         metrics = final_metrics(self.log.totals, seconds, after, self.before, best, self.rivals)
+        metrics |= self.setup.answers.metrics if self.setup.answers else {}
         answered = []
         if after and self.evaluator:
             metrics |= self.evaluator.costs(self.prompt.weight.detach())
@@ -162,7 +165,7 @@ class RunCallbacks(Callbacks):
         if question and question.flags is None:
             results[QUESTION_FILE] = json.dumps(question.row, ensure_ascii=False).encode() + b"\n"
         if self.world.is_main:
-            self.writer.write_results({**results, **self.state, **files})
+            self.writer.write_beside_checkpoints({**results, **self.state, **files}, "the run's results")
         size = len(files["adapter_model.safetensors"])
         done = {"metrics": metrics, "adapter_bytes": size, "question": question, "after": after, "verdict": judged}
         return replace(self._run(), **done, answered_rows=answered)

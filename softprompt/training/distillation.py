@@ -32,8 +32,9 @@ from softprompt.generation.generator import Generator
 from softprompt.models.capabilities import check_positions, check_token_ids, max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
+from softprompt.runs.state import Metrics
 from softprompt.training.console import print_data
-from softprompt.training.question_setup import TEACHER_ENGINE, QuestionIds, Questions, identity_of
+from softprompt.training.question_setup import DISTILLED_TEXT, TEACHER_ENGINE, QuestionIds, Questions, identity_of
 from softprompt.training.resume import HELD_OUT
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, Teacher, answer_questions
@@ -59,6 +60,7 @@ class Answered:
         data: The rows without the text, which are trained and evaluated on.
         train, held_out: The same answers without and with the text; `held_out` is None without held-out questions.
         teacher: What has answered the questions.
+        metrics: `answers`, the number of all answers, and `answers_not_ended`, of those that reached their most tokens.
     """
 
     questions: Questions
@@ -66,12 +68,18 @@ class Answered:
     train: AnsweredRows
     held_out: AnsweredRows | None
     teacher: Teacher
+    metrics: Metrics
 
 
 def answered(
-    config: TrainConfig, questions: Questions, base: Base, generator: Generator, rows_per_step: int
+    config: TrainConfig,
+    questions: Questions,
+    base: Base,
+    generator: Generator,
+    rows_per_step: int,
+    kept: dict[str, list[int]],
 ) -> Answered:
-    """Let the base answer the questions with the text before them.
+    """Let the base answer the questions with the text before them. `kept` is that of `Teacher`.
 
     Raises:
         ConfigError: The text and a question leave no room for an answer, or a token of them has no embedding.
@@ -82,12 +90,16 @@ def answered(
     end, most = _end_id(questions), config.distillation.distill_max_new_tokens
     ends = sorted({end, questions.tokenizer.eos_token_id})
     text = _embeddings(base.model, questions.prefix) if questions.prefix else None
-    identity = identity_of(config, base)
-    teacher = Teacher(generator, text, questions.prefix, ends, max_positions(base.model), identity)
+    identity = identity_of(config, base, questions.fingerprints[DISTILLED_TEXT])
+    teacher = Teacher(generator, text, questions.prefix, ends, max_positions(base.model), identity, kept)
+
+    counts: Metrics = {"answers": 0, "answers_not_ended": 0}
 
     def of(ids: QuestionIds, samples: int, title: str) -> AnsweredRows:
         answers = answer_questions(teacher, ids.with_text, samples, most, config.training.seed, title)
         _print_answers(answers, config, held_out=samples == 0)
+        counts["answers"] += sum(map(len, answers))
+        counts["answers_not_ended"] += sum(not answer.ended for each in answers for answer in each)
         return _rows_with_answers(ids, answers, end, config)
 
     train = of(questions.train, config.distillation.distill_samples, "answers with the text")
@@ -107,7 +119,7 @@ def answered(
         False,
         {**questions.fingerprints, TRAIN_ANSWERS: _fingerprint(train), HELD_OUT_ANSWERS: _fingerprint(held_out)},
     )
-    return Answered(questions, data, train, held_out, teacher)
+    return Answered(questions, data, train, held_out, teacher, counts)
 
 
 # Names of the answers' fingerprints; the second one belongs to the held-out rows, which a resumed run may add.
@@ -158,6 +170,8 @@ def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, hel
     if endless:
         most = config.distillation.distill_max_new_tokens
         told += f"; {endless:,} of them do not end within --distill_max_new_tokens {most}"
+        if any(not answer.ended and len(answer.ids) < most for answer in every):
+            told += " or the base's positions"
     print(translate(told))
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from softprompt.config.train_args import TrainingArguments
 from softprompt.data.dataloader import ListLoader
-from softprompt.data.tokenization import Example
+from softprompt.data.tokenization import Example, count_targets
 from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -27,10 +27,11 @@ from softprompt.training.result import Setup
 from softprompt.utils.errors import NonFiniteError, Stopped
 from softprompt.utils.progress import progress_bar
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # where the default rate is at least the second of them; see `rates_for`
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
 LEAST_STEPS = 10  # of each trial
 SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # share, most and fewest training rows that are set aside
+MOST_ROWS = 1 << 17  # that take part in a sweep
 LEAST_GAIN = 0.01  # share of the initial loss by which a rate must lower it; else no rate is found
 TIE = 0.03  # losses within this share of the lowest are a tie; the smallest rate wins, as short runs favor large ones
 APART = 5  # rates whose ratio reaches this are far apart; neighbors among RATES are closer
@@ -68,13 +69,25 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
     with progress_bar(steps, "looking for a learning rate", "step") as bar:
         loader, rows_per_step = data.loader, data.loader.rows_per_step
         examples = loader.examples if isinstance(loader, ListLoader) else data.train.examples
-        found = find_learning_rate(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update)
+        found = find_learning_rate(
+            *(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update),
+            rates=rates_for(args.learning_rate),
+        )
     rate = found.learning_rate or args.learning_rate
     print_sweep(found, rate)
     losses = {f"{r:g}": loss for r, loss in found.losses.items() if math.isfinite(loss)}
     record = {"step": 0, "epoch": 0.0, "learning_rate": rate, "sweep": losses}
     config = replace(start.config, training=replace(args, learning_rate=rate))
     return setup._replace(start=replace(start, config=config, history=[record]))
+
+
+def rates_for(default: float | None) -> tuple[float, ...]:
+    """Return the rates of a sweep: RATES, or a power of ten below them if the default rate is lower than the second of
+    them, as for a prompt that is trained through an MLP."""
+    scale = 1.0
+    while default and default < 0.99 * RATES[1] * scale:  # as 3e-3 * 0.1 is above 3e-4
+        scale /= 10
+    return tuple(float(f"{rate * scale:.6g}") for rate in RATES)
 
 
 def print_sweep(found: Sweep, rate: float) -> None:
@@ -194,10 +207,26 @@ def successive_halving(
 
 def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Sequence[Example]]:
     """Split the examples into those on which the rates are compared, drawn with the seed, and the rest, on which the
-    prompt is trained."""
+    prompt is trained. Examples with the same question, such as the answers of a distillation, stay together where
+    that leaves enough to set aside. Of very many examples, a sample is taken."""
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [examples[i] for i in order[:aside]], Subset(examples, order[aside:])
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS].tolist()
+    together: dict[tuple[int, ...], list[int]] = {}
+    for number in order:
+        together.setdefault(_question_of(examples[number]), []).append(number)
+    held: list[int] = []
+    for numbers in together.values():
+        if len(held) + len(numbers) <= aside:
+            held += numbers
+    if len(held) < min(aside, FEWEST_ASIDE):
+        held = order[:aside]
+    chosen = set(held)
+    return [examples[i] for i in held], Subset(examples, [i for i in order if i not in chosen])
+
+
+def _question_of(example: Example) -> tuple[int, ...]:
+    """Return the token ids before the first target."""
+    return tuple(example.input_ids[: len(example.input_ids) - count_targets(example)])
 
 
 def short_schedule(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:

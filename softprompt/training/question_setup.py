@@ -1,6 +1,7 @@
 """The questions of a distillation: read, or written by the base, and tokenized without and with the text."""
 
 import hashlib
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -34,10 +35,12 @@ from softprompt.training.setup import Base, path_of_base
 from softprompt.training.teacher_answers import Teacher, answer_questions
 from softprompt.utils.errors import ConfigError, DataError, ModelError
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
+from softprompt.utils.translation import translate
 
 # The engine of the base with the text, as a value of --engine. It is not the run's, because a resumed run has the one
 # that was chosen for its training: its predictions would then differ by rounding.
 TEACHER_ENGINE = "auto"
+DISTILLED_TEXT = "distilled text"  # name of the fingerprint
 
 
 class QuestionIds(NamedTuple):
@@ -105,7 +108,7 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
     plain, prefix, with_text, text_ids = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
     end = template.end(with_answer(rows.train[0], "a"), tokenizer)
     print_answer_end(end, tokenizer)
-    about = {"distilled text": hashlib.sha256(text.encode()).hexdigest(), **tokenizer_fingerprints(tokenizer)}
+    about = {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)}
     questions = Questions(
         tokenizer,
         template.of_rows(rows.train),
@@ -158,32 +161,46 @@ def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
     return generator
 
 
-def write_questions(config: TrainConfig, base: Base, tokenizer: Any, generator: Generator) -> Rows:
+def write_questions(
+    config: TrainConfig, base: Base, tokenizer: Any, generator: Generator, kept: dict[str, list[int]]
+) -> Rows:
     """Let the base write questions about the passages of the text that is distilled (self-study: Eyuboglu et al. 2025,
-    arXiv:2506.06266). Questions that it repeats are left out.
+    arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed. `kept` is that
+    of `Teacher`.
 
     Raises:
-        DataError: The text cannot be read, or the base writes too few questions for --eval_rows.
+        DataError: The text cannot be read or has no tokens, or the base writes too few questions for --eval_rows.
         ConfigError: A token of the text has no embedding, or a passage leaves no room for a question.
     """
-    template, settings = make_template(config), config.distillation
+    template, settings, seed = make_template(config), config.distillation, config.training.seed
     text = read_distilled_text(str(settings.text))
-    asked = questions_about(text, tokenizer, template)
+    asked = questions_about(text, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))
     ends = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
-    teacher = Teacher(generator, None, [], sorted(set(ends)), max_positions(base.model), identity_of(config, base))
-    seed, title = config.training.seed, "questions about the text"
-    answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, title)
+    ends = sorted(set(ends))
+    teacher = Teacher(
+        generator, None, [], ends, max_positions(base.model), identity_of(config, base, _hash(text)), kept
+    )
+    answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, "questions about the text")
     found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)
+    random.Random(seed).shuffle(found)  # so that training and held-out questions are about all parts of the text
+    found = found[: settings.distill_questions]
+    print(translate(f"{len(found):,} questions that the base has written, of {settings.distill_questions:,} asked for"))
     rows = RowStore(question(f"question {n}", {"prompt": each}, template) for n, each in enumerate(found, start=1))
     if not rows:
         raise DataError(f"{settings.flag}: the base writes no question about it; give questions with --dataset")
-    return with_held_out(config, template, rows[: settings.distill_questions], [])
+    return with_held_out(config, template, rows, [])
 
 
-def identity_of(config: TrainConfig, base: Base) -> list[Any]:
-    """Return what the answers of a base depend on besides the requests, in JSON types."""
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_of(config: TrainConfig, base: Base, text: str) -> list[Any]:
+    """Return what the answers of a base depend on besides the requests, in JSON types. The hash `text` of the text that
+    is distilled is part of it, so that each text has a cache of its own."""
     model, device = config.model, resolve_device(config.model.device)
     bits = quantization_bits(model.load_in_8bit, model.load_in_4bit)
-    return [dict(base.fingerprint), str(resolve_dtype(device, model.bf16, model.fp16)), bits]
+    dtype = str(resolve_dtype(device, model.bf16, model.fp16))
+    return [dict(base.fingerprint), dtype, bits, text]

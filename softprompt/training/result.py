@@ -25,6 +25,18 @@ from softprompt.training.setup import RunData
 from softprompt.utils.errors import ConfigError
 
 
+class RunAnswers(NamedTuple):
+    """The base's answers of a distillation.
+
+    Attributes:
+        file: The content of teacher_answers.jsonl.
+        metrics: What all_results.json says about them; see `distillation.Answered`.
+    """
+
+    file: bytes
+    metrics: Metrics
+
+
 class Setup(NamedTuple):
     """What a run trains with, loaded and checked; `training.setup` describes the parts."""
 
@@ -36,6 +48,7 @@ class Setup(NamedTuple):
     engine: Engine
     evaluator: Evaluator | DistillationEvaluator | None
     no_answers: str | None  # why the base cannot generate with a prompt; None if it can
+    answers: RunAnswers | None = None  # with distillation
 
     @property
     def config(self) -> TrainConfig:

@@ -17,11 +17,12 @@ FIXED_AT_START = (
     *("distill_samples", "distill_max_new_tokens", "distill_questions"),
 )
 EARLIER_WORD_LEARNING_RATE = 3e-2  # for prompts that start on word embeddings
+DISTILLS = ("distill_prompt", "distill_context")
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
     ("bf16", "fp16"),
     ("eval_dataset", "eval_rows"),
-    ("distill_prompt", "distill_context"),
+    DISTILLS,
     ("load_in_8bit", "load_in_4bit", "stream_base", "shard_base"),
 )
 # If the setting on the right is given now, the checkpoint's value of the setting on the left is dropped, so that its
@@ -49,10 +50,11 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
 
     Raises:
         ConfigError: A value out of range, or settings that contradict each other.
-        CheckpointError: Another reparameterization is given.
+        CheckpointError: Another reparameterization is given, or a distillation for a run that was none or was one.
     """
     saved = _with_learning_rate(state["arguments"])
     _check_reparameterization(config, checkpoint, saved)
+    _check_distillation(config, checkpoint, saved)
     given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
@@ -93,6 +95,19 @@ def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapp
                 f"{checkpoint}: was trained with {begun}, and cannot continue with --{name} {given}; leave it out, or "
                 f"start a new run from this prompt with --init_adapter {checkpoint}"
             )
+
+
+def _check_distillation(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a text to distill is given for a run that is no distillation, or taken from one that is:
+    another loss would continue with the optimizer's state."""
+    was = any(saved.get(name) for name in DISTILLS)
+    given = {name: config.given[name] for name in DISTILLS if name in config.given}
+    now = any(given.values()) if given else was
+    if now != was:
+        raise CheckpointError(
+            f"{checkpoint}: was trained {'with' if was else 'without'} a text to distill, and cannot continue "
+            f"{'without' if was else 'with'} one; start a new run from this prompt with --init_adapter {checkpoint}"
+        )
 
 
 def _same_engine(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:

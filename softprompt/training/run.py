@@ -29,7 +29,7 @@ from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
 from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
 from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
-from softprompt.training.result import Run, Setup
+from softprompt.training.result import Run, RunAnswers, Setup
 from softprompt.training.resume import StartingPoint, compare_contents, starting_point
 from softprompt.training.setup import (
     Base,
@@ -42,6 +42,7 @@ from softprompt.training.setup import (
     shard_base,
 )
 from softprompt.training.stop_signals import StopRequest
+from softprompt.training.teacher_answers import answers_file, kept_answers
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
@@ -130,12 +131,13 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> 
     base = freeze_base(start.config, load_run_base(start.config, world))
     tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
     generator = make_teacher(start.config, base, tokenizer)
+    kept = kept_answers(start.checkpoint.parent) if start.checkpoint else {}
     if questions is None:
-        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator))
+        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator, kept))
     start = with_text_of_start(start, questions)
     if not start.config.training.ignore_data_skip:  # refuse other questions before the base answers them
         compare_contents(start, {**questions.fingerprints, **base.fingerprint})
-    known = answered(start.config, questions, base, generator, start.rows_per_step)
+    known = answered(start.config, questions, base, generator, start.rows_per_step, kept)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
     start = with_defaults_of_base(start, base.model)
     prompt = start_prompt(start, known.data, base.model)
@@ -160,7 +162,8 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     else:
         evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     no_answers = None if generator else why_not_generate(base.model)
-    return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers)
+    known = RunAnswers(answers_file(answers.teacher.kept), answers.metrics) if answers else None
+    return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers, known)
 
 
 def _train(

@@ -35,9 +35,9 @@ class RunWriter:
             self._named.update(new)
             self.say(f"warning: {', '.join(new)}: this run did not write it, so the checkpoint that holds it is kept")
 
-    def write_results(self, files: Mapping[str, bytes]) -> None:
-        """Write the files of the finished run beside its checkpoints."""
-        with self._writing("the run's results"):
+    def write_beside_checkpoints(self, files: Mapping[str, bytes], what: str) -> None:
+        """Write files into the run's folder; errors call them `what`."""
+        with self._writing(what):
             Manifest(self.output_dir).write(dict(files))
 
     @contextmanager

@@ -1,9 +1,14 @@
 """The answers of the base with a whole text before the questions, which distillation trains on: generated once, and
-cached as they come, so that an interrupted command continues where it was."""
+cached as they come, so that an interrupted command continues where it was.
+
+Each answer is known by a key, a hash of its request. More questions, or more answers to each, leave the keys of the
+others as they are. A run also keeps its answers in its folder, in teacher_answers.jsonl, so that it can be resumed
+without the cache, on another machine and in another dtype.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -12,13 +17,14 @@ from torch import Tensor
 
 from softprompt.generation.generator import Generator
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
+from softprompt.runs.file_names import ANSWERS_FILE
 from softprompt.utils.atomic_io import cache_dir
 from softprompt.utils.progress import progress_bar
 
 TOGETHER = 32  # answers that are generated at a time
 MOST_POSITIONS = 1 << 15  # of these answers with the text and the questions, whose keys and values are in memory
 TOP_K = 50  # the default of transformers' generate: the tail of a small base's distribution is noise
-VERSION = 1  # of the cache
+VERSION = 2  # of the cache
 
 
 class Teacher(NamedTuple):
@@ -30,7 +36,9 @@ class Teacher(NamedTuple):
         prefix: The ids of these tokens.
         ends: The ids of the tokens that end an answer.
         positions: The number of positions of the base; None if it has no limit.
-        identity: What else the answers depend on, such as the fingerprint of the base, in JSON types.
+        identity: What the answers depend on besides the requests, such as the fingerprint of the base, in JSON types.
+        kept: The answers of the run's folder by their keys. They are used whatever they depend on, and all answers
+            that are used are added.
     """
 
     generator: Generator
@@ -39,6 +47,7 @@ class Teacher(NamedTuple):
     ends: Sequence[int]
     positions: int | None
     identity: Any
+    kept: dict[str, list[int]]
 
 
 class Answer(NamedTuple):
@@ -71,38 +80,60 @@ def answer_questions(
         top_k=TOP_K,
         eos_token_id=tuple(teacher.ends),
     )
-    requests = [
-        Request(row, how, teacher.prompt, sample_seed(seed, question, sample))
-        for question, row in enumerate(rows)
-        for sample in range(max(1, samples))
-    ]
+    requests, keys = list[Request](), list[str]()
+    for question, row in enumerate(rows):
+        for sample in range(max(1, samples)):
+            own = sample_seed(seed, question, sample)
+            requests.append(Request(row, how, teacher.prompt, own))
+            keys.append(_key([*teacher.prefix, *row], how, own if samples else None))
     budgets = [request.new_token_budget(teacher.positions) for request in requests]
     longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
     together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
-    known = _Cache.of(
-        [VERSION, teacher.identity, list(teacher.prefix), list(map(list, rows)), samples, asdict(how), seed]
-    )
-    missing = [number for number in range(len(requests)) if number not in known.answers]
-    with progress_bar(len(requests), title, " answers", initial=len(requests) - len(missing)) as bar, known:
-        for at, ids in teacher.generator.generate([requests[number] for number in missing], together):
-            known.write(missing[at], ids)
+    known = _Cache.of([VERSION, teacher.identity])
+    there = known.answers.keys() | teacher.kept.keys()
+    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in there}
+    names = list(missing)
+    with progress_bar(len(names), title, " answers") as bar, known:
+        for at, ids in teacher.generator.generate(list(missing.values()), together) if missing else ():
+            known.write(names[at], ids)
             bar.update()
     known.read()
-    each = [Answer(known.answers[n], len(known.answers[n]) < budget) for n, budget in enumerate(budgets)]
+    teacher.kept.update({key: known.answers[key] for key in keys if key not in teacher.kept})
+    found = [teacher.kept[key] for key in keys]
+    each = [Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True)]
     width = max(1, samples)
     return [each[start : start + width] for start in range(0, len(each), width)]
 
 
+def _key(ids: Sequence[int], how: GenerationSettings, seed: int | None) -> str:
+    """Return the key of a request with the token ids `ids`; `seed` is that of a sample, None of a greedy answer."""
+    return hashlib.blake2b(json.dumps([list(ids), asdict(how), seed]).encode(), digest_size=16).hexdigest()
+
+
+def kept_answers(folder: Path) -> dict[str, list[int]]:
+    """Return the answers in the folder of a run by their keys; none if it has no such file."""
+    return _Cache(folder / ANSWERS_FILE).answers
+
+
+def answers_file(kept: Mapping[str, list[int]]) -> bytes:
+    """Return the content of a run's teacher_answers.jsonl."""
+    return "".join(map(_line, kept.items())).encode("ascii")
+
+
+def _line(answer: tuple[str, list[int]]) -> str:
+    return json.dumps(answer) + "\n"
+
+
 class _Cache:
-    """A file with one JSON line [number of the request, token ids] for each answer. Lines that are not whole are
-    ignored; if the file cannot be written, the answers are only kept in memory.
+    """A file with one JSON line [key, token ids] for each answer. Lines that are not whole are ignored; if the file
+    cannot be written, the answers are only kept in memory.
 
     Two runs may write the same file at once, and their answers may differ by rounding. Both then take the first line of
-    each request, which never changes, and so does a run that is resumed.
+    each key, which never changes.
     """
 
     def __init__(self, path: Path):
-        self.path, self.answers = path, dict[int, list[int]]()
+        self.path, self.answers = path, dict[str, list[int]]()
         self._file: TextIO | None = None
         self.read()
 
@@ -112,12 +143,12 @@ class _Cache:
             lines = self.path.read_bytes().splitlines()
         except OSError:
             return
-        found: dict[int, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for line in lines:
             try:
-                number, ids = json.loads(line)
-                if type(number) is int and all(type(each) is int for each in ids):
-                    found.setdefault(number, list(ids))
+                key, ids = json.loads(line)
+                if type(key) is str and all(type(each) is int for each in ids):
+                    found.setdefault(key, list(ids))
             except (ValueError, TypeError):
                 continue
         self.answers |= found
@@ -141,12 +172,12 @@ class _Cache:
         if self._file:
             self._file.close()
 
-    def write(self, number: int, ids: list[int]) -> None:
+    def write(self, key: str, ids: list[int]) -> None:
         """Keep an answer, and append it to the file."""
-        self.answers[number] = ids
+        self.answers[key] = ids
         try:
             if self._file:
-                self._file.write(json.dumps([number, ids]) + "\n")
+                self._file.write(_line((key, ids)))
                 self._file.flush()
         except OSError:
             self._file = None

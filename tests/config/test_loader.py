@@ -64,6 +64,10 @@ def test_a_distillation_has_defaults_of_its_own():
     known = default_settings(settings)
     assert all(known[name] == settings[name] for name in ("prompt_tuning_init", "num_virtual_tokens"))
     assert settings["num_virtual_tokens"] == 16 and default_settings(OWN)["num_virtual_tokens"] == 10
+    assert settings["max_steps"] == known["max_steps"] == 120
+    for given in ({"max_steps": 5}, {"num_train_epochs": 2.0}):
+        chosen = train_config(**OWN, distill_prompt="system.txt", **given).training
+        assert {"max_steps": -1, "num_train_epochs": 1.0, **given}.items() <= vars(chosen).items()
     started = train_config(**OWN, distill_prompt="system.txt", init_adapter="folder").as_dict()
     assert started["num_virtual_tokens"] is None and started["prompt_tuning_init"] == "SAMPLE_VOCAB"
 

@@ -153,6 +153,11 @@ def test_the_study_of_real_bases_varies_one_task_like_the_other():
         assert {3e-2, 1e-1, 3e-1} <= {c.config.learning_rate() for c in cells}
 
 
+def test_a_study_does_not_distill(tmp_path):
+    with pytest.raises(ConfigError, match="cannot distill mini:reply"):
+        study(tmp_path, '[settings]\npreset = "distill-mini"\n')
+
+
 def test_a_missing_study_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: No such file.*; name a study file"):
         read_study(tmp_path / "none.toml")

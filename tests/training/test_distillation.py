@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softprompt
 from softprompt.config.loader import train_config
+from softprompt.data.questions import questions_about, written_questions
+from softprompt.data.template import Template
 from softprompt.engines import choice
+from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.export import export
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
@@ -106,7 +109,7 @@ def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, caps
     assert asked[:2] == [12, 7]  # 5 of 12 were kept
     asked.clear()
     again = softprompt.train(**{**settings, "output_dir": "again"}, max_length=100)
-    assert asked[:2] == [0, 0] and outcome("run")[0] == outcome("again")[0]
+    assert not {7, 12} & set(asked) and outcome("run")[0] == outcome("again")[0]
     other = softprompt.train(**{**settings, "output_dir": "other", "seed": 7})
     rows = [[row.input_ids for row in run.setup.data.train.examples] for run in (first, again, other)]
     assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 12
@@ -131,6 +134,30 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(settings, more, speed, 
     monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)  # nothing is answered before
     with pytest.raises(CheckpointError, match="distilled text"):
         softprompt.train(resume_from_checkpoint="run", max_steps=6)
+
+
+def test_a_run_is_resumed_without_the_cache_and_in_another_dtype(settings, monkeypatch, tmp_path):
+    """The answers are those in its folder, although the base would give others now."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = softprompt.train(**settings)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)
+    monkeypatch.setattr(DistillationEvaluator, "answered_rows", lambda *_: [])
+    monkeypatch.setattr(DistillationEvaluator, "costs", lambda *_: {})
+    again = softprompt.train(resume_from_checkpoint="run", max_steps=6, bf16=True, output_dir="elsewhere")
+    assert again.setup.data.train.examples == first.setup.data.train.examples
+    assert Path("elsewhere/teacher_answers.jsonl").read_bytes() == Path("run/teacher_answers.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_a_run_does_not_turn_into_a_distillation_or_out_of_one(was, settings):
+    plain = {name: value for name, value in settings.items() if not name.startswith("distill")}
+    plain |= {"dataset": "rows.jsonl", "prompt_tuning_init": "RANDOM"}
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"instruction": q, "output": "好"}) for q in QUESTIONS))
+    softprompt.train(**(settings if was else plain))
+    change = {"distill_prompt": None, "dataset": "rows.jsonl"} if was else {"distill_prompt": "text.txt"}
+    with pytest.raises(CheckpointError, match="--init_adapter"):
+        softprompt.train(resume_from_checkpoint="run", max_steps=6, ignore_data_skip=True, **change)
 
 
 def test_it_is_shown_and_it_is_an_ordinary_adapter(settings, capsys, monkeypatch, tmp_path):
@@ -273,7 +300,7 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, settings, tokenize
 
 def test_a_quantized_base_has_answers_of_its_own(settings):
     base, each = Base(None, None, {"base": "a hash"}), [{}, {"load_in_8bit": True}, {"load_in_4bit": True}]
-    assert len({str(identity_of(train_config(**settings, **more), base)) for more in each}) == 3
+    assert len({str(identity_of(train_config(**settings, **more), base, "a hash")) for more in each}) == 3
 
 
 def test_a_question_with_a_token_that_the_base_does_not_know(settings, tiny_base):
@@ -315,9 +342,16 @@ def test_metrics_of_distillation_need_it(settings):
 
 
 def test_answers_that_do_not_end_are_counted(settings, capsys):
-    softprompt.train(**{**settings, "distill_max_new_tokens": 1})
+    run = softprompt.train(**{**settings, "distill_max_new_tokens": 1})
     said = capsys.readouterr().out
     assert "do not end within --distill_max_new_tokens 1" in said
+    assert run.metrics["answers"] == 15 and 0 < run.metrics["answers_not_ended"] <= 15
+
+
+def test_the_report_says_what_is_compared_without_held_out_questions(settings):
+    softprompt.train(**{**settings, "eval_rows": 0})
+    page = Path("run/report.html").read_text()
+    assert "with the text" in page and "which replace text.txt" in page
 
 
 def test_the_base_writes_the_questions_about_a_document(settings, capsys):
@@ -329,6 +363,8 @@ def test_the_base_writes_the_questions_about_a_document(settings, capsys):
     run = softprompt.train(**{**settings, **more, "output_dir": "whole"})
     asked = [row["instruction"] for row in run.setup.data.first_rows]
     assert len(asked) == 5 == len(set(asked)) and run.setup.data.held_out.rows == 2
+    assert "7 questions that the base has written, of 7 asked for" in capsys.readouterr().out
+    assert "which replace text.txt" in Path("whole/report.html").read_text()
     interrupted({**settings, **more}, 3)
     softprompt.train(resume_from_checkpoint="run")
     assert outcome("run")[0] == outcome("whole")[0]
@@ -346,10 +382,27 @@ def test_the_base_writes_the_questions_about_a_document(settings, capsys):
     ],
 )
 def test_a_question_is_the_first_line_of_an_answer(answers, questions, tokenizer):
-    from softprompt.data.questions import written_questions
-
     ids = [tokenizer(answer)["input_ids"] for answer in answers]
     assert written_questions(ids, tokenizer) == questions
+
+
+def test_passages_are_taken_from_the_whole_text(tokenizer):
+    words = [f"第{number}段" for number in range(600)]
+    template = Template("{instruction}")
+    every = questions_about("。".join(words), tokenizer, template, 1000)
+    some = questions_about("。".join(words), tokenizer, template, 3)
+    assert len(every) > 6 and len(some) == 3 and some[0] == every[0]
+    assert every.index(some[1]) == len(every) // 3 and every.index(some[2]) == 2 * len(every) // 3
+
+
+@pytest.mark.parametrize("questions", ["questions.txt", None])
+def test_a_text_without_tokens(questions, settings, monkeypatch):
+    """As with a tokenizer that leaves out characters that it does not know."""
+    monkeypatch.setattr("softprompt.data.questions.prompt_ids", lambda tokenizer, texts, template: [[] for _ in texts])
+    change = {"distill_prompt": None, "distill_context": "text.txt", "dataset": questions}
+    settings = {name: value for name, value in {**settings, **change}.items() if value is not None}
+    with pytest.raises(SoftpromptError, match="has no tokens"):
+        softprompt.train(**settings)
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ from softprompt.training.lr_finder import (
     RATES,
     RUNGS,
     find_learning_rate,
+    rates_for,
+    set_aside,
     short_schedule,
     successive_halving,
     sweep_steps,
@@ -69,8 +71,7 @@ def test_sweep_is_successive_halving_over_separate_runs(base):
     """Compared with training at each rate from scratch on the rows not set aside, evaluated by a naive loss."""
     rows = random_examples(70, 9)
     found = sweep(base, rows, rates=RATES[::-1])  # the last rates are the better ones here
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(ARGS.seed)).tolist()
-    aside, rest = [rows[i] for i in order[:17]], [rows[i] for i in order[17:]]
+    aside, rest = set_aside(rows, ARGS.seed)
     engine = MicrobatchEngine(MicrobatchMajor(ResidentWeights(base, torch.float32)), 200)
     left, expected = list(RATES[::-1]), {}
     for share, most in RUNGS:
@@ -117,6 +118,21 @@ def test_sweep_steps_is_the_number_of_steps_taken(base):
 def test_sweep_needs_enough_rows(base):
     found = sweep(base, random_examples(63, 5))
     assert found.learning_rate is None and "63 rows are too few" in found.why and not found.losses
+
+
+def test_answers_to_one_question_are_on_one_side():
+    rows = [Example([5, number, 6], [-100, -100, 6]) for number in range(40) for _ in range(3)]
+    held, rest = set_aside(rows, seed=0)
+    assert 20 < len(held) <= 30 and len(held) + len(rest) == 120
+    assert {row.input_ids[1] for row in held}.isdisjoint(row.input_ids[1] for row in rest)
+    held, rest = set_aside(QUICKER, seed=0)  # all have the same question
+    assert len(held) == 17 and len(rest) == 53
+
+
+@pytest.mark.parametrize("default, lowest", [(None, 1e-3), (0.03, 1e-3), (0.2, 1e-3), (1e-3, 1e-4), (3e-4, 1e-4)])
+def test_the_rates_reach_below_the_default(default, lowest):
+    rates = rates_for(default)
+    assert rates[0] == lowest and len(rates) == len(RATES) and (default is None or default > rates[0])
 
 
 def test_no_rate_is_found_if_none_lowers_the_loss(base):

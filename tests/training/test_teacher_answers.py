@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softprompt.training import teacher_answers
-from softprompt.training.teacher_answers import Teacher, answer_questions
+from softprompt.training.teacher_answers import Teacher, answer_questions, answers_file, kept_answers
 
 
 class Model:
@@ -27,9 +27,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def answers(model, prefix=(7, 8), samples=2):
-    teacher = Teacher(model, torch.zeros(len(prefix), 4), prefix, (2,), None, "a base")
-    found = answer_questions(teacher, [[5], [6, 6]], samples, 3, 0, "answers")
+def answers(model, prefix=(7, 8), samples=2, rows=((5,), (6, 6)), kept=None):
+    teacher = Teacher(model, torch.zeros(len(prefix), 4), prefix, (2,), None, "a base", {} if kept is None else kept)
+    found = answer_questions(teacher, rows, samples, 3, 0, "answers")
     return [[answer.ids for answer in of_question] for of_question in found]
 
 
@@ -39,6 +39,27 @@ def test_two_runs_at_once_take_the_same_answers(cache):
     first = answers(Model(10, lambda: of_second.extend(answers(Model(20)))))
     assert first == of_second == [[[10], [10]], [[10], [20]]]
     assert answers(Model(30)) == first  # of a run that is resumed
+
+
+def test_more_questions_and_more_answers_leave_those_that_are_known(cache):
+    answers(Model(10))
+    assert answers(Model(20), rows=((5,), (6, 6), (9,))) == [[[10], [10]], [[10], [10]], [[20], [20]]]
+    assert answers(Model(30), samples=3) == [[[10], [10], [30]], [[10], [10], [30]]]
+    assert answers(Model(40), prefix=(7,), rows=((8, 5), (8, 6, 6))) == [[[10], [10]], [[10], [10]]]
+    assert answers(Model(50), samples=0) == answers(Model(60), samples=0, rows=((6, 6), (5,))) == [[[50]], [[50]]]
+
+
+def test_a_run_keeps_its_own_answers(cache, tmp_path):
+    """They are used before those of the cache, which another machine may have made."""
+    kept = {}
+    first = answers(Model(10), kept=kept)
+    (tmp_path / "teacher_answers.jsonl").write_bytes(answers_file(kept))
+    for file in cache.rglob("*.jsonl"):
+        file.unlink()
+    assert answers(Model(20)) != first
+    again = kept_answers(tmp_path)
+    assert answers(Model(30), kept=again, rows=((5,), (6, 6), (9,))) == [*first, [[30], [30]]] and len(again) == 6
+    assert kept_answers(tmp_path / "nowhere") == {}
 
 
 def test_answers_are_kept_in_memory_where_no_file_can_be_written(cache):
