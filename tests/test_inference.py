@@ -93,6 +93,10 @@ def other_adapter(place: Path) -> None:
     )
 
 
+def other_dtype(place: Path) -> None:
+    note(place, dtype="torch.bfloat16")
+
+
 def broken_line(place: Path) -> None:
     (place / "out.jsonl").write_bytes(b"{\n" + (place / "out.jsonl").read_bytes().split(b"\n", 1)[1])
 
@@ -107,7 +111,7 @@ def other_tokenizer(place: Path) -> None:
 
 def note(place: Path, **known: str) -> None:
     path = place / ".out.jsonl.run.json"
-    found = {name: value for name, value in json.loads(path.read_text()).items() if name != "tokenizer"}
+    found = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("tokenizer", "dtype")}
     path.write_text(json.dumps(found | known))
 
 
@@ -116,6 +120,7 @@ OTHER_RUNS = {
     fewer_prompts: "holds 5 answers, but there are 4 prompts",
     other_adapter: "is from another run, with adapters",
     other_tokenizer: "is from another run, with tokenizer",
+    other_dtype: "is from another run, with dtype",
     broken_line: "line 1: not JSON",
     no_note: "out.jsonl is not from a run of infer.py",
 }
@@ -142,7 +147,7 @@ def test_a_file_that_holds_no_answers_is_not_overwritten(name, place, capsys, mo
     assert_line(refused(infer, argv, capsys, monkeypatch, place), f"--output_file {name}")
 
 
-def test_answers_of_an_earlier_version_which_noted_no_tokenizer_go_on(place, capsys, monkeypatch):
+def test_answers_of_an_earlier_version_which_noted_less_go_on(place, capsys, monkeypatch):
     (place / "p.jsonl").write_bytes(jsonl(*PROMPTS))
     run_infer([*MIXED, *GREEDY], capsys, monkeypatch)
     whole = (place / "out.jsonl").read_bytes()

@@ -11,16 +11,18 @@ if each row ran alone.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from softprompt.engines.prefix_attention import RowGroup, as_rows, group_rows
+from softprompt.models.precision import autocast_dtype
 from softprompt.utils.errors import ModelError
 
 ATTENTION = "softprompt_packed"
@@ -163,7 +165,7 @@ def check_uses_interface(base: PreTrainedModel) -> None:
 @contextmanager
 def uses_packed_attention(base: PreTrainedModel) -> Iterator[None]:
     """Within this context, the attention layers of `base` call `packed_attention`."""
-    configs = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values()
+    configs = _configs(base)
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -172,6 +174,16 @@ def uses_packed_attention(base: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def _configs(base: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Return the configurations of a base and of its modules, each once."""
+    if base not in _known_configs:  # looking for them takes a millisecond, and a decoding step is one forward pass
+        _known_configs[base] = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
+    return _known_configs[base]
+
+
+_known_configs: WeakKeyDictionary[PreTrainedModel, list[PreTrainedConfig]] = WeakKeyDictionary()
 
 
 def packed_attention(
@@ -202,14 +214,12 @@ def packed_attention(
     """
     if packed_rows is None:
         raise ModelError(f"{type(module).__name__} gets no keyword arguments of the model's forward")
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
-    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    if q.device.type != "cpu":
-        return packed_rows.attend(module, q, k, v, options)[None], None
-    # On the CPU, attention in narrower dtypes is slow. Autocast would convert the arguments back.
-    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
-    with torch.autocast("cpu", enabled=False):
-        return packed_rows.attend(module, q, k, v, options)[None], None
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # [S, heads, size]
+    options, on_cpu = AttentionOptions(scaling, sliding_window, softcap, s_aux), q.device.type == "cpu"
+    # On the CPU, narrower dtypes are slow. Elsewhere, rotary embeddings in fp32 make q and k fp32, but not v.
+    dtype = torch.promote_types(q.dtype, torch.float32) if on_cpu else autocast_dtype(q.device) or q.dtype
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():  # it would convert the arguments back
+        return packed_rows.attend(module, *(t.to(dtype) for t in (q, k, v)), options)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

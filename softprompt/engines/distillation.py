@@ -105,13 +105,9 @@ class _WrappedHead:
         """See `Head.divergence`."""
         return self.head.divergence(hidden, teacher)
 
-    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> tuple[Tensor, Tensor]:
         """See `Head.divergences`."""
         return self.head.divergences(hidden, teacher)
-
-    def top(self, hidden: Tensor) -> Tensor:
-        """See `Head.top`."""
-        return self.head.top(hidden)
 
     def working_bytes(self, n: int) -> int:
         """See `Head.working_bytes`."""
@@ -154,7 +150,7 @@ class DistillationHead(_WrappedHead):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See `Head.losses`."""
-        return self.head.divergences(hidden, _entries(self.table, targets))
+        return self.head.divergences(hidden, _entries(self.table, targets))[0]
 
 
 class EvaluationHead(DistillationHead):
@@ -167,8 +163,9 @@ class EvaluationHead(DistillationHead):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """See `Head.losses`."""
-        self.differs[targets] = self.head.top(hidden) != self.table.top[targets]
-        return super().losses(hidden, targets)
+        terms, top = self.head.divergences(hidden, _entries(self.table, targets))
+        self.differs[targets] = top != self.table.top[targets]
+        return terms
 
 
 def _entries(table: TeacherTable, indices: Tensor) -> TeacherPredictions:

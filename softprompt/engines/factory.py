@@ -132,7 +132,8 @@ def _sized(schedule: DecoderSchedule | PaddedSchedule, tokens: int | None) -> Mi
     """Return the engine of `schedule` with micro-batches of at most `tokens` tokens; None means as many as fit into
     memory."""
     if tokens is None:
-        held = resident_bytes(schedule.base) + schedule.head.nbytes
+        head = schedule.head.nbytes + schedule.head.working_bytes(MAX_TOKENS[schedule.device.type])
+        held = resident_bytes(schedule.base) + head
         token = schedule.measured.bytes(1, MIN_TOKENS, schedule.gradient_checkpointing)
         tokens = tokens_that_fit(token, held, schedule.device, total_memory(schedule.device))
     return MicrobatchEngine(schedule, tokens)

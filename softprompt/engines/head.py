@@ -5,18 +5,18 @@ example if logits are soft-capped, scaled or have a bias, the base's own code co
 positions at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from softprompt.engines.linear_cross_entropy import (
     BLOCK_ELEMENTS,
-    projected_argmax,
     projected_cross_entropy,
     projected_divergence,
     projected_divergences,
@@ -24,7 +24,9 @@ from softprompt.engines.linear_cross_entropy import (
     projected_teacher,
 )
 from softprompt.models.loading import word_embeddings
-from softprompt.models.precision import autocast
+from softprompt.models.precision import autocast, is_half
+
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits that a `ModelHead` computes at a time
 
 
 class TeacherPredictions(NamedTuple):
@@ -74,12 +76,9 @@ class Head(Protocol):
         final hidden states."""
         ...
 
-    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
-        """Return the n terms of `divergence`, without a gradient: [n]."""
-        ...
-
-    def top(self, hidden: Tensor) -> Tensor:
-        """Return the most likely token at n positions, [n] int64."""
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> tuple[Tensor, Tensor]:
+        """Return the n terms of `divergence`, without a gradient, [n]; and the student's most likely tokens, [n]
+        int64."""
         ...
 
     def working_bytes(self, n: int) -> int:
@@ -110,14 +109,25 @@ class LinearHead:
     def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return projected_divergence(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
 
-    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> tuple[Tensor, Tensor]:
         return projected_divergences(hidden.to(self.weight.dtype), self.weight, teacher.vectors, teacher.entropies)
-
-    def top(self, hidden: Tensor) -> Tensor:
-        return projected_argmax(hidden.to(self.weight.dtype), self.weight)
 
     def working_bytes(self, n: int) -> int:
         return 3 * 4 * min(BLOCK_ELEMENTS[self.weight.device.type], n * len(self.weight))
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a frozen weight in `dtype`, detached: itself, or a copy that all heads of the base share."""
+    if weight.dtype is dtype:
+        return weight.detach()
+    version, copy = _copies.get(weight, (None, None))
+    if copy is None or copy.dtype is not dtype or version != weight._version:
+        copy = weight.detach().to(dtype)
+        _copies[weight] = weight._version, copy
+    return copy
+
+
+_copies = WeakTensorKeyDictionary()
 
 
 class ModelHead:
@@ -127,69 +137,85 @@ class ModelHead:
     Args:
         parent: The module that contains the body.
         name: The name of the attribute of `parent` that is the body.
-    """
 
-    nbytes = 0
+    Attributes:
+        weight: In half precision, the weight of the base's last linear layer in the compute dtype, if it is wider
+            because it is also that of the embeddings: autocast would convert it at each call. Else None.
+    """
 
     def __init__(self, base: PreTrainedModel, parent: nn.Module, name: str, compute_dtype: torch.dtype):
         self.base, self.parent, self.name, self.compute_dtype = base, parent, name, compute_dtype
         self.body: nn.Module = parent.get_submodule(name)
+        self.output, self.weight = base.get_output_embeddings(), None
+        if is_half(compute_dtype) and isinstance(self.output, nn.Linear) and self.output.weight.dtype is torch.float32:
+            self.weight = nn.Parameter(in_dtype(self.output.weight, compute_dtype), requires_grad=False)
+        self.nbytes = 0 if self.weight is None else self.weight.nbytes
         self.device, self.V = word_embeddings(base).weight.device, word_embeddings(base).num_embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of n positions: [n, H] → [n, V], at least fp32."""
         self.parent._modules[self.name] = _Body(hidden[None])
+        own = None if self.weight is None else self.output.weight
         try:
+            if own is not None:
+                self.output.weight = self.weight
             with autocast(self.device, self.compute_dtype):
                 logits = self.base(inputs_embeds=hidden[None], use_cache=False).logits[0]
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         finally:
             self.parent._modules[self.name] = self.body
+            if own is not None:
+                self.output.weight = own
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return _ChunkedLoss.apply(hidden, targets, self, self._cross_entropies)
 
     @torch.no_grad()
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return self._in_chunks(self._cross_entropies, hidden, targets)
+        (found,) = self._in_chunks(lambda *chunk: (self._cross_entropies(*chunk),), hidden, targets)
+        return found
 
     @torch.no_grad()
     def teacher(self, hidden: Tensor) -> TeacherPredictions:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return TeacherPredictions(wide, self._in_chunks(self._entropies, wide), self.top(wide))
+        return TeacherPredictions(wide, *self._in_chunks(self._entropies_and_top, wide))
 
     def divergence(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
         return _ChunkedLoss.apply(hidden, teacher.vectors, self, self._divergences)
 
     @torch.no_grad()
-    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> Tensor:
-        return self._in_chunks(self._divergences, hidden, teacher.vectors)
-
-    @torch.no_grad()
-    def top(self, hidden: Tensor) -> Tensor:
-        return self._in_chunks(lambda x: self.logits(x).argmax(-1), hidden)
+    def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> tuple[Tensor, Tensor]:
+        terms, top = self._in_chunks(self._divergences_and_top, hidden, teacher.vectors)
+        return terms, top
 
     def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), targets, reduction="none")
 
     def _divergences(self, hidden: Tensor, teacher: Tensor) -> Tensor:
-        """Return KL(teacher ‖ student) at each position, given the final hidden states of both [n, H]."""
+        return self._divergences_and_top(hidden, teacher)[0]
+
+    def _divergences_and_top(self, hidden: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return KL(teacher ‖ student) at each position, given the final hidden states of both [n, H], and the
+        student's most likely tokens."""
         with torch.no_grad():
             expected = self.logits(teacher.to(hidden.dtype)).log_softmax(-1)
-        return F.kl_div(self.logits(hidden).log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
-
-    def _entropies(self, hidden: Tensor) -> Tensor:
         logs = self.logits(hidden).log_softmax(-1)
-        return -(logs.exp() * logs).sum(-1)
+        return F.kl_div(logs, expected, reduction="none", log_target=True).sum(-1), logs.detach().argmax(-1)
 
-    def _in_chunks(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """Apply a function to chunks of `chunk` positions of tensors [n, …], and concatenate the results [n]."""
-        return torch.cat([compute(*parts) for parts in zip(*(t.split(self.chunk) for t in tensors), strict=True)])
+    def _entropies_and_top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logs = self.logits(hidden).log_softmax(-1)
+        return -(logs.exp() * logs).sum(-1), logs.argmax(-1)
+
+    def _in_chunks(self, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Iterator[Tensor]:
+        """Apply a function to chunks of `chunk` positions of tensors [n, …], and concatenate each of its results
+        [n]."""
+        found = [compute(*parts) for parts in zip(*(t.split(self.chunk) for t in tensors), strict=True)]
+        return map(torch.cat, zip(*found, strict=True))
 
     @property
     def chunk(self) -> int:
         """The number of positions whose logits are computed at a time."""
-        return max(1, 8 * BLOCK_ELEMENTS[self.device.type] // self.V)
+        return max(1, CHUNK_ELEMENTS[self.device.type] // self.V)
 
     def working_bytes(self, n: int) -> int:
         return 5 * 4 * min(self.chunk, n) * self.V

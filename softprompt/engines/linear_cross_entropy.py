@@ -110,24 +110,17 @@ def projected_divergence(hidden: Tensor, head: Tensor, mean_rows: Tensor, entrop
 
 
 @torch.no_grad()
-def projected_divergences(hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> Tensor:
-    """Return the n terms of the sum that `projected_divergence` computes, without a gradient: [n] in the wide dtype.
+def projected_divergences(hidden: Tensor, head: Tensor, mean_rows: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the n terms of the sum that `projected_divergence` computes, without a gradient, [n] in the wide dtype;
+    and the most likely token at these positions, [n] int64 (of equal logits, the token with the lowest id).
 
     Products are in the wide dtype, as those of `projected_teacher`: a term may be far smaller than the rounding of a
-    logit in bf16.
+    logit in bf16, and equal logits are rare.
     """
     wide = hidden.to(_wide(hidden))
-    return _reduce_logits(wide, head, None, mean_rows).log_sums - (wide * mean_rows).sum(1) - entropies
-
-
-@torch.no_grad()
-def projected_argmax(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return the most likely token at n positions, [n] int64; of equal logits, the token with the lowest id. Products
-    are in the wide dtype, in which equal logits are rare."""
-    wide = hidden.to(_wide(hidden))
-    top = _reduce_logits(wide, head, None, torch.zeros_like(wide), with_top=True).top
+    log_sums, _, top = _reduce_logits(wide, head, None, mean_rows, with_top=True)
     assert top is not None
-    return top
+    return log_sums - (wide * mean_rows).sum(1) - entropies, top
 
 
 class _ProjectedDivergence(torch.autograd.Function):

@@ -41,17 +41,20 @@ def prepend(
     )
 
 
-def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch, last: int = 0) -> tuple[Tensor, Tensor]:
     """Run the base's own forward over padded rows behind the prompt [P, H]; P = 0 is the bare base.
 
     Rows are padded on the right, so a token's position is its index, as transformers assumes by default.
 
+    Args:
+        last: Compute only the logits of this many last positions, if the base can do so; 0 means all.
     Returns:
-        Logits [B, P+T, V] in the dtype that the base returns, and labels [B, P+T] int64.
+        Logits [B, P+T, V] (or at least the last ones) in the dtype that the base returns, and labels [B, P+T] int64.
     """
     words = word_embeddings(base)(batch.input_ids)  # [B, T, H]
     embeddings, mask, labels = prepend(prompt, words, batch.attention_mask, batch.labels)
-    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits, labels
+    keep = {"logits_to_keep": last} if last and "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **keep).logits, labels
 
 
 @torch.no_grad()

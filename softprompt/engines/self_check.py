@@ -11,7 +11,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
+CHECKED_PACKAGES = ("engines", "generation", "models")
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
 MAX_ROUNDS = 30  # of alternating measurements
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
@@ -121,8 +123,7 @@ def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows:
         losses, gradient = _losses_and_gradient(packed, prompt, rows)
     except Exception as error:
         return CheckResult(len(rows), longest, failure=_reason(error))
-    _, other = _losses_and_gradient(padded, _rounded(prompt, padded.compute_dtype), rows)
-    noise = _relative(other, expected)
+    noise = _relative(_gradient(padded, _rounded(prompt, padded.compute_dtype), rows), expected)
     noise = noise if math.isfinite(noise) else 0.0
     return CheckResult(
         len(rows), longest, _largest_error(losses, expected_losses), _relative(gradient, expected), noise
@@ -186,19 +187,31 @@ def cache_result(key: str, result: CheckResult) -> None:
 
 def result_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
     """Return the key under which a result is cached: a hash of the base's configuration and class, the GPU or the
-    number of CPU threads, the dtype, P, the versions of torch, transformers and softprompt, and `settings`."""
+    number of CPU threads, the dtype, P, the versions of torch and transformers, this project's code, and `settings`."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
-    versions = torch.__version__, transformers.__version__, version("softprompt")
+    versions = torch.__version__, transformers.__version__, _code_hash()
     about = [base.config.to_json_string(), type(base).__name__, card, str(dtype), P, versions, settings]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
+@cache
+def _code_hash() -> str:
+    """Return a hash of the modules that compute what is checked. The version alone does not change with them."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for name in CHECKED_PACKAGES for path in (package / name).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> tuple[list[float], Tensor]:
     """Return each row's loss per target, and the gradient [P, H] of the mean loss over all targets."""
+    return _losses_per_target(engine, prompt.to(engine.device), rows), _gradient(engine, prompt, rows)
+
+
+def _gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
     trial = PromptEmbedding(prompt).to(engine.device)
     engine.accumulate(trial, rows, 1 / sum(map(count_targets, rows)))
     assert trial.weight.grad is not None
-    return _losses_per_target(engine, trial.weight.detach(), rows), trial.weight.grad
+    return trial.weight.grad
 
 
 def _losses_per_target(engine: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:

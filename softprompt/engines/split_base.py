@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt.engines.head import Head, LinearHead, ModelHead
+from softprompt.engines.head import Head, LinearHead, ModelHead, in_dtype
 from softprompt.models.loading import word_embeddings
 from softprompt.models.quantization import holds_quantized
 from softprompt.utils.errors import ModelError
@@ -44,15 +44,15 @@ def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
     H = linear.in_features if is_linear else text_config(base.config).hidden_size
     hidden = torch.randn(2, H, generator=torch.Generator().manual_seed(0)).to(device)
     if is_linear:
-        hidden *= PROBE_SIZE / (hidden @ linear.weight.float().T).abs().max().clamp(min=1e-30)
+        weight = in_dtype(linear.weight, compute_dtype)
+        hidden *= PROBE_SIZE / (hidden.to(compute_dtype) @ weight.T).abs().max().clamp(min=1e-30)
     general, logits = _first_that_works(base, compute_dtype, hidden)
     if not is_linear or linear.bias is not None:
         return SplitBase(general.body, general)
-    expected = hidden.to(compute_dtype) @ linear.weight.to(compute_dtype).T
+    expected = hidden.to(compute_dtype) @ weight.T
     tolerance = 1e-4 if compute_dtype.itemsize >= 4 else 8e-3  # two roundings of bf16
     if (logits - expected.to(logits.dtype)).abs().max() > tolerance * PROBE_SIZE:
         return SplitBase(general.body, general)
-    weight = linear.weight.detach().to(compute_dtype)
     return SplitBase(general.body, LinearHead(weight, 0 if weight.dtype is linear.weight.dtype else weight.nbytes))
 
 

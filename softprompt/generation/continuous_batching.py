@@ -109,8 +109,8 @@ class ContinuousBatch:
 
     def step(self, on_token: OnStateToken) -> list[RequestState]:
         """See `RunningBatch.step`. A step that runs out of memory finishes no request."""
-        self._enqueue_new()
         try:
+            self._enqueue_new()
             self._fit_cache()
             self._evict_and_refill()
             states = [slot.state for slot in self.slots]
@@ -139,6 +139,7 @@ class ContinuousBatch:
         self.num_slots = smaller_batch(error, self.num_slots)
         self.queue.extendleft(slot.restarted() for slot in reversed(self.slots) if not slot.state.finished)
         self.slots, self.cache, self.width = [], None, max((slot.most for slot in self.queue), default=0)
+        self.forward = self.model.forward  # frees the CUDA graphs
         torch.cuda.empty_cache()
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ class DecoderGenerator(BatchGenerator):
         self.base, self.tokenizer, self.compute_dtype, self.only = base, tokenizer, compute_dtype, only
         self.model = DecoderStepModel(DecoderSchedule(base, compute_dtype))
         self.continuous = ContinuousBatchingGenerator(self.model, tokenizer)
+        self._faults: dict[int, str | None] = {}  # the results of checks of long rows, by their positions
         check_decoding(self.model, base, compute_dtype)
 
     def __str__(self) -> str:
@@ -88,8 +89,18 @@ class DecoderGenerator(BatchGenerator):
         if limit is not None and longest > limit:
             raise ModelError(f"rows of more than {limit} positions change the rotary frequencies of their batch")
         if longest > FIRST_LENGTH and depends_on_length(self.base.config):
-            # Round up to a power of two, so that few different lengths are checked.
-            check_decoding(self.model, self.base, self.compute_dtype, 1 << (longest - 1).bit_length())
+            self._check_long(1 << (longest - 1).bit_length())  # a power of two, so that few lengths are checked
+
+    def _check_long(self, positions: int) -> None:
+        if positions not in self._faults:
+            fault = None
+            try:
+                check_decoding(self.model, self.base, self.compute_dtype, positions)
+            except ModelError as error:
+                fault = str(error)
+            self._faults[positions] = fault
+        if fault := self._faults[positions]:
+            raise ModelError(fault)
 
 
 class DecoderBatch:

@@ -98,8 +98,9 @@ class CachedAttention:
         if mask is None:
             mask = self._masks[options.window] = visible(self.positions, self.width, options.window)[:, None]
         whole = not self.step.prefills  # all slots decode, so they are 0 … d - 1, and the cache is read as a view
-        caches = (t[: len(q)] if whole else t.index_select(0, self.slots) for t in pair)
-        keys, values = (t[:, :, : self.width].transpose(1, 2) for t in caches)  # [d, width, K, size]
+        used = (t[:, :, : self.width] for t in pair)
+        caches = (t[: len(q)] if whole else t.index_select(0, self.slots) for t in used)
+        keys, values = (t.transpose(1, 2) for t in caches)  # [d, width, K, size]
         return attention(q[:, None].to(keys.dtype), keys, values, mask, options)[:, 0]
 
     def _store(self, pair: tuple[Tensor, Tensor], group: PrefillGroup, prompt: LayerKV | None, own: LayerKV) -> None:

@@ -87,7 +87,6 @@ def _own_logits(base: PreTrainedModel, dtype: torch.dtype, text: Sequence[int], 
     weight = word_embeddings(base).weight
     ids = torch.tensor([text[:-1]], device=weight.device)  # what the last token predicts is not compared
     with autocast(weight.device, dtype):
-        logits, _ = padded_forward(
-            base, weight[:0] if prompt is None else prompt, Batch(ids, *[torch.ones_like(ids)] * 2)
-        )
+        before, batch = weight[:0] if prompt is None else prompt, Batch(ids, *[torch.ones_like(ids)] * 2)
+        logits, _ = padded_forward(base, before, batch, last=STEPS)
     return logits[0, -STEPS:].float()

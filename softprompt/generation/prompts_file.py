@@ -14,7 +14,7 @@ from softprompt.config.validation import quantization_bits
 from softprompt.data.dataset import load_prompts
 from softprompt.generation.adapters import LoadedAdapter
 from softprompt.generation.model import SoftPromptModel
-from softprompt.generation.resumable_jsonl import TOKENIZER, ResumableJsonl, saved_seed
+from softprompt.generation.resumable_jsonl import DTYPE, TOKENIZER, ResumableJsonl, saved_seed
 from softprompt.utils.errors import DataError
 from softprompt.utils.progress import progress_bar, shows_bars
 from softprompt.utils.std_streams import can_show, tell
@@ -117,6 +117,7 @@ def _depends_on(config: InferConfig, model: SoftPromptModel, names: set[str]) ->
         settings["bits"] = bits
     adapters = {name: _fingerprint(model.adapters.get(name, LoadedAdapter())) for name in sorted(names)}
     known = {"base": model.name, TOKENIZER: fingerprint_of_tokenizer(model.tokenizer), "adapters": adapters}
+    known[DTYPE] = str(model.compute_dtype)
     return {**known, "choices": config.question.choices, **settings}
 
 

@@ -18,7 +18,7 @@ from softprompt.utils.file_lock import ProcessLock
 
 Line = Mapping[str, Any]
 MAX_LINE_BYTES = 1 << 20  # bytes of the first line that are read to recognize a file of infer.py
-TOKENIZER = "tokenizer"  # key of the note
+TOKENIZER, DTYPE = "tokenizer", "dtype"  # keys of the note that earlier versions did not write
 
 
 class ResumableJsonl:
@@ -104,7 +104,7 @@ class ResumableJsonl:
         if found is None:
             raise OutputError(f"--output_file {self.path} is not from a run of infer.py; {_WAY_OUT}")
         expected = json.loads(json.dumps(self.depends_on))
-        found.setdefault(TOKENIZER, expected.get(TOKENIZER))  # earlier versions did not write it
+        found = {**{name: expected.get(name) for name in (TOKENIZER, DTYPE)}, **found}
         if other := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
             values = ", ".join(f"{n} {json.dumps(found.get(n), ensure_ascii=False)}" for n in other)
             raise OutputError(f"--output_file {self.path} is from another run, with {values:.300}; {_WAY_OUT}")

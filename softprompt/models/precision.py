@@ -46,6 +46,12 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products in this context; None without autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
+
+
 def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Return a context in which matrix products run in `compute_dtype`; for fp32 it does nothing."""
     if compute_dtype.itemsize >= 4 or not torch.amp.is_autocast_available(device.type):

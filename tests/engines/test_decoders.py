@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.packed_cases import relative
 from helpers.peers import gradient_of, naive_gradient, naive_loss, peft_gradient, random_examples
 from helpers.small_bases import WINDOW, small_base
@@ -99,6 +100,26 @@ def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_plain_head_is_fused_with_the_loss(kind):
     assert isinstance(split_base(small_base(kind), FP32).head, LinearHead)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_a_head_that_is_also_the_embeddings_is_converted_to_bf16_once(kind, monkeypatch):
+    """The embeddings stay in fp32, and all engines of a base share one copy."""
+    base = freeze(small_base(kind, tie_word_embeddings=True), BF16)
+    words, seen = base.get_input_embeddings().weight, []
+    assert words.dtype is FP32 and base.get_output_embeddings().weight is words
+    engines = [packed_engine(base, BF16, 40), packed_engine(base, BF16, 40)]
+    heads = [engine.schedule.head for engine in engines]
+    assert heads[0].weight.data_ptr() == heads[1].weight.data_ptr() and heads[0].weight.dtype is BF16
+    assert heads[0].nbytes == 2 * words.numel()
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, *rest: seen.append(weight.dtype) or linear(x, weight, *rest))
+    rows = random_examples(3, 9, seed=1)
+    gradient_of(engines[0], torch.randn(3, 32), rows)
+    assert FP32 not in seen and base.get_output_embeddings().weight is words
+    with torch.no_grad():
+        words.mul_(2)
+    assert not torch.equal(packed_engine(base, BF16, 40).schedule.head.weight, heads[0].weight)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])

@@ -2,6 +2,7 @@
 kernel, which exists on CUDA alone, is replaced by its definition."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.packed_cases import relative
 from helpers.peers import gradient_of, naive_gradient, random_examples
 from helpers.small_bases import small_base
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
 from softprompt.engines import flex_attention, varlen_attention
@@ -206,3 +208,32 @@ def test_gradient_of_a_decoder_with_the_variable_length_kernel(kind, schedule, v
     engine = MicrobatchEngine(schedule(base, torch.float32, attn_implementation="varlen"), 70)
     loss, gradient = gradient_of(engine, start, rows)
     assert loss == pytest.approx(mean, rel=1e-5) and relative(gradient, truth) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+def test_on_cuda_queries_and_keys_have_autocasts_dtype(dtype):
+    """Rotary embeddings in fp32 make them fp32, and the variable-length kernel takes half precision alone."""
+    seen = []
+
+    class Spy:
+        def attend(self, module, q, k, v, options):
+            seen.extend(t.dtype for t in (q, k, v))
+            return torch.empty(3, N, D)
+
+    with FakeTensorMode(), pretended_autocast(dtype):
+        q, k, v = (torch.empty(1, heads, 3, D, device="cuda") for heads in (N, K, K))
+        packed_attention(MODULE, q, k, v.to(dtype or v.dtype), None, packed_rows=Spy())
+    assert seen == [dtype or torch.float32] * 3
+
+
+@contextmanager
+def pretended_autocast(dtype):
+    """Autocast for CUDA, on a machine without it."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)

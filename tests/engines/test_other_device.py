@@ -10,6 +10,7 @@ from transformers import AutoConfig, BloomForCausalLM
 
 from softprompt import mini
 from softprompt.data.tokenization import Example
+from softprompt.engines import head
 from softprompt.engines import linear_cross_entropy as loss
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.factory import packed_engine, padded_engine
@@ -52,8 +53,8 @@ def moved_to_meta(engine):
     schedule = engine.schedule
     schedule.base.to("meta")
     engine.device = schedule.device = schedule.head.device = torch.device("meta")
-    if hasattr(schedule.head, "weight"):
-        schedule.head.weight = schedule.head.weight.to("meta")
+    if getattr(schedule.head, "weight", None) is not None:
+        schedule.head.weight = torch.nn.Parameter(schedule.head.weight.to("meta"), requires_grad=False)
     return engine
 
 
@@ -64,10 +65,15 @@ def decoder_engine(kind, dtype, attn_implementation):
     return moved_to_meta(engine)
 
 
+def like_cuda(monkeypatch):
+    for sizes in (loss.BLOCK_ELEMENTS, head.CHUNK_ELEMENTS):
+        monkeypatch.setitem(sizes, "meta", sizes["cuda"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["packed", "recomputed", "layer by layer", "padded"])
 def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, monkeypatch):
-    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
+    like_cuda(monkeypatch)
     engine = engine_of(kind, dtype, tmp_path)
     prompt = PromptEmbedding(torch.zeros(10, 128)).to("meta")
     with Watching():
@@ -81,7 +87,7 @@ def test_a_window_stays_on_its_device_and_never_waits(kind, dtype, tmp_path, mon
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "varlen"])
 def test_so_does_a_window_of_any_decoder(kind, dtype, attn_implementation, monkeypatch):
-    monkeypatch.setitem(loss.BLOCK_ELEMENTS, "meta", loss.BLOCK_ELEMENTS["cuda"])
+    like_cuda(monkeypatch)
     engine, prompt = decoder_engine(kind, dtype, attn_implementation), PromptEmbedding(torch.zeros(10, 32)).to("meta")
     with Watching():
         total, targets = engine.accumulate(prompt, ROWS, torch.ones((), device="meta"))

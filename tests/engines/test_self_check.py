@@ -15,10 +15,17 @@ from torch.nn.attention import varlen
 from softprompt.config.loader import train_config
 from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines import choice, varlen_attention
+from softprompt.engines import choice, self_check, varlen_attention
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.factory import packed_engine, padded_engine
-from softprompt.engines.self_check import CHECKED_ROWS, CheckResult, compare, measure_speed, rows_to_check
+from softprompt.engines.self_check import (
+    CHECKED_ROWS,
+    CheckResult,
+    compare,
+    measure_speed,
+    result_key,
+    rows_to_check,
+)
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.resume_settings import merge_settings
@@ -172,6 +179,13 @@ def test_a_base_whose_gradient_depends_on_rounding_gets_a_larger_tolerance():
     assert not CheckResult(4, 9, 0.0, 2e-3, noise=1e-6).is_right(FP32)
     assert CheckResult(4, 9, 0.0, 2e-3, noise=6e-4).is_right(FP32)
     assert not CheckResult(4, 9, 0.0, float("inf"), noise=6e-4).is_right(FP32)
+
+
+def test_a_result_does_not_outlive_a_change_of_the_code(monkeypatch):
+    base = small_base("llama")
+    keys = [result_key(base, torch.device("cpu"), FP32, 3) for _ in range(2)]
+    monkeypatch.setattr(self_check, "_code_hash", lambda: "other code")
+    assert keys[0] == keys[1] != result_key(base, torch.device("cpu"), FP32, 3)
 
 
 @pytest.mark.parametrize("seed", range(3))

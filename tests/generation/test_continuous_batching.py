@@ -247,6 +247,31 @@ def test_a_kv_cache_that_cannot_be_allocated_is_halved(tokenizer, monkeypatch, c
     assert capsys.readouterr().err.count("out of memory") == 2
 
 
+def test_a_prompt_that_arrives_when_memory_is_full(tokenizer, monkeypatch, capsys):
+    """Its keys and values need memory, too; the answers that are being written go on."""
+    base = freeze(make_bloom(seed=2), FP32)
+    requests = [Request(text, GREEDY, torch.randn(3, 32)) for text, _ in random_questions(6, 9)]
+    model = BloomStepModel(ResidentWeights(base, FP32))
+    expected = [dict(ContinuousBatchingGenerator(model, tokenizer).generate(requests, 4))[i] for i in range(6)]
+    run_prompt, calls = model.run_prompt, []
+
+    def limited(prompt):
+        calls.append(prompt)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_prompt(prompt)
+
+    monkeypatch.setattr(model, "run_prompt", limited)
+    batch = ContinuousBatchingGenerator(model, tokenizer).new_batch(4)
+    states = batch.add(requests[:3])
+    batch.step(lambda state, token: None)
+    states += batch.add(requests[3:])
+    while batch:
+        batch.step(lambda state, token: None)
+    answers = [state.token_ids[state.text_tokens :] for state in states]
+    assert answers == expected and "out of memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_out_of_memory_halves_the_batch_of_transformers(settings, tokenizer, monkeypatch, capsys):
     base = freeze(make_bloom(seed=2), FP32)

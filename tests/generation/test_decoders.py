@@ -7,10 +7,11 @@ from helpers.small_bases import WINDOW, small_base
 
 from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.factory import engine_for_inference
-from softprompt.generation import decoder_step
+from softprompt.generation import decoder_generator, decoder_step
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.generation.decoder_generator import DecoderGenerator
 from softprompt.generation.decoder_step import DecoderStepModel
+from softprompt.generation.decoding_check import check_decoding
 from softprompt.generation.generator import in_request_order, make_generator
 from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.loading import freeze
@@ -109,6 +110,26 @@ def test_longer_rows_are_checked_before_they_are_answered(tokenizer, monkeypatch
         assert answer == greedy_alone(base, ids, prompt, 6) and len(answered) == continuous
     with pytest.raises(ConfigError, match="--engine packed"):
         DecoderGenerator(base, tokenizer, FP32, only=True).generate([Request([5] * 50, settings)])
+
+
+def test_a_length_is_checked_once(tokenizer, monkeypatch):
+    """Whether the check passes or fails, and where no file can be written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    base, calls = freeze(small_base("qwen2_moe", seed=2), FP32), []
+    generator = DecoderGenerator(base, tokenizer, FP32)
+    check = decoder_generator.check_decoding
+    monkeypatch.setattr(decoder_generator, "check_decoding", lambda *args: calls.append(args[-1]) or check(*args))
+    settings = GenerationSettings(max_new_tokens=3, do_sample=False)
+    chosen = [generator.choose([Request([5] * length, settings)]) for length in (50, 51, 24, 25, 50)]
+    assert calls == [64, 32] and chosen[0] is chosen[1] is chosen[4] is generator.transformers
+
+
+def test_the_check_computes_no_logits_that_it_does_not_compare(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base, positions = freeze(small_base("llama"), FP32), []
+    base.lm_head.register_forward_hook(lambda module, given, out: positions.append(out.shape[1]))
+    check_decoding(DecoderStepModel(DecoderSchedule(base, FP32)), base, FP32, longest=60)
+    assert max(positions) < 20
 
 
 def test_rows_that_change_the_frequencies_of_others_are_not_answered_together(tokenizer):
