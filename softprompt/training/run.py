@@ -1,5 +1,6 @@
 """A training run, from settings to a saved prompt."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -77,6 +78,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.training.dry_run.dry_run(config)")
+    began = time.monotonic()
     if world is None:
         with process_group() as world:
             return run_training(config, world, observer)
@@ -87,7 +89,7 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None))
+        stop = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None, began))
         output_dir = Path(world.all_gather(str(world.run_on_all(lambda: _claimed(setup, world, stack))))[0])
         stack.enter_context(crashes_in(output_dir))
         stack.enter_context(deterministic(args.deterministic))

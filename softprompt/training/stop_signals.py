@@ -17,11 +17,12 @@ class StopRequest:
     """A context manager that turns the first SIGINT or SIGTERM into a request to stop. A second signal stops at once:
     it raises KeyboardInterrupt in an interactive session, so that the session continues, and SystemExit elsewhere.
 
-    `exit_code` is None until a signal has arrived or `max_time` seconds have passed since this object was created.
+    `exit_code` is None until a signal has arrived or `max_time` seconds have passed since the time `began` of
+    `time.monotonic` (by default, since this object was created).
     """
 
-    def __init__(self, max_time: float | None = None):
-        self.ends = None if max_time is None else time.monotonic() + max_time
+    def __init__(self, max_time: float | None = None, began: float | None = None):
+        self.ends = None if max_time is None else (time.monotonic() if began is None else began) + max_time
         self.signal: int | None = None
         self.usual: dict[int, object] = {}
 

@@ -22,7 +22,8 @@ from softprompt.config.value_parsers import parse_duration
 from softprompt.evaluation.evaluator import Evaluator
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.train_state import resume_command
-from softprompt.utils.errors import CheckpointError, ConfigError, OutputError
+from softprompt.training import run as training_run
+from softprompt.utils.errors import CheckpointError, ConfigError, OutputError, Stopped
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,20 @@ def test_resume_command_under_torchrun(monkeypatch):
 def test_max_time_stops_the_run(tmp_path):
     code, told = started(tmp_path, "--max_time", "1s").ended()
     assert code == 124 and "stopped after step" in told[-1]
+
+
+def test_max_time_counts_from_the_start_of_the_command(run_settings, monkeypatch):
+    """Loading takes 100 s here, of a limit of 90 s."""
+    load = training_run.load_run
+
+    def slow(*args):
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 100)
+        return load(*args)
+
+    monkeypatch.setattr(training_run, "load_run", slow)
+    with pytest.raises(Stopped, match="stopped after step 1 of"):
+        softprompt.train(**run_settings, max_time="90s")
 
 
 @pytest.mark.parametrize("text, seconds", [("3h30m", 12600), ("45m", 2700), ("90s", 90), ("10", 600), ("1h1s", 3601)])
