@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from softprompt.data.tokenization import IGNORE, Example, count_targets
-from softprompt.engines.base import OnRows, nothing
+from softprompt.engines.base import Engine, OnRows, nothing
 from softprompt.engines.head import Head, TeacherPredictions
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 
 TeacherTable = TeacherPredictions  # with one entry for each target of all rows
+
+
+def table_bytes(engine: Engine) -> int:
+    """Return the bytes of the predictions that an engine learns from; 0 if it learns from labels."""
+    head = engine.schedule.head if isinstance(engine, MicrobatchEngine) else None
+    return sum(column.nbytes for column in head.table) if isinstance(head, DistillationHead) else 0
 
 
 def with_head(engine: MicrobatchEngine[Any], head: Head) -> MicrobatchEngine[Any]:

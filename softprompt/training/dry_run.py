@@ -11,6 +11,7 @@ import torch
 from softprompt.config.loader import TrainConfig
 from softprompt.data.sampler import steps_per_epoch
 from softprompt.distributed.process_group import World, process_group
+from softprompt.engines.distillation import table_bytes
 from softprompt.engines.memory_estimate import GIB, resident_bytes
 from softprompt.training.console import describe_encoder
 from softprompt.training.determinism import deterministic
@@ -45,14 +46,16 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     held = resident_bytes(base)
     heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = setup.engine.activation_bytes(len(prompt.weight), heaviest) + optimizer_bytes(prompt)
-    encoder = describe_encoder(setup.config, prompt)
+    encoder, predictions = describe_encoder(setup.config, prompt), table_bytes(setup.engine)
+    parts = f"the base {held / GIB:.2f}, a step {more / GIB:.2f}"
+    parts += f", the predictions with the text {predictions / GIB:.2f}" if predictions else ""
     lines = [
         "",
         f"Dry run: nothing is written{KEPT if setup.config.distillation.text else ''}.",
         f"rows        {_described_rows(setup, tokens)}, {each:.0f} a row",
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
         f"parameters  {learned:,} learned{f' ({encoder})' * bool(encoder)}, {base.num_parameters():,} frozen",
-        f"memory      about {(held + more) / GIB:.1f} GiB: the base {held / GIB:.2f}, a step {more / GIB:.2f}",
+        f"memory      about {(held + more + predictions) / GIB:.1f} GiB: {parts}",
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
         + ("; evaluation takes additional time" if setup.evaluator else ""),
     ]

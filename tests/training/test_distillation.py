@@ -246,7 +246,12 @@ def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
 
 def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):
     told = dry_run(train_config(**settings, dry_run=True))
-    assert "12 with" in told and "are kept for the run" in told and not Path("run").exists()
+    assert (
+        "the predictions with the text 0.00" in told
+        and "12 with" in told
+        and "are kept for the run" in told
+        and not Path("run").exists()
+    )
     many = "\n".join(f"{q}{i}" for q in QUESTIONS for i in range(5))
     Path("questions.txt").write_text(many, encoding="utf-8")
     run = softprompt.train(**settings, find_learning_rate=True)
