@@ -54,7 +54,7 @@ def causal_alibi(n_heads: int, width: int, P: int, like: Tensor) -> Tensor:
         [1, N, W, P + W]: -slope · distance for the P keys of the prompt and then for the row's own W keys; -inf for
         keys later than the query.
     """
-    slopes = torch.tensor(alibi_slopes(n_heads), dtype=like.dtype, device=like.device)  # [N]
+    slopes = to_device(torch.tensor(alibi_slopes(n_heads), dtype=like.dtype), like.device)  # [N]
     query = torch.arange(P, P + width, device=like.device)[:, None]  # [width, 1]
     distance = torch.arange(P + width, device=like.device) - query  # [width, P + width]
     bias = slopes[:, None, None] * distance  # [N, width, P + width]
