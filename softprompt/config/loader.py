@@ -127,7 +127,7 @@ def _preset_settings(preset: str | None, settings: Mapping[str, Any]) -> dict[st
 
 
 def _distillation_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults that are others in a distillation; an empty dict if `settings` name no text."""
+    """Return the defaults that differ in a distillation; an empty dict if `settings` name no text."""
     if not (settings.get("distill_prompt") or settings.get("distill_context")):
         return {}
     start = {"prompt_tuning_init": "TEXT", "num_virtual_tokens": DEFAULT_DISTILLED_TOKENS}

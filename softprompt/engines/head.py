@@ -25,6 +25,7 @@ from softprompt.engines.linear_cross_entropy import (
 )
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast, is_half
+from softprompt.models.quantization import holds_quantized
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits that a `ModelHead` computes at a time
 
@@ -120,10 +121,12 @@ def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a frozen weight in `dtype`, detached: itself, or a copy that all heads of the base share."""
     if weight.dtype is dtype:
         return weight.detach()
-    version, copy = _copies.get(weight, (None, None))
-    if copy is None or copy.dtype is not dtype or version != weight._version:
+    if weight.is_inference():  # it has no version
+        return weight.detach().to(dtype)
+    state, copy = _copies.get(weight, (None, None))
+    if copy is None or copy.dtype is not dtype or state != (weight._version, weight.data_ptr()):
         copy = weight.detach().to(dtype)
-        _copies[weight] = weight._version, copy
+        _copies[weight] = (weight._version, weight.data_ptr()), copy
     return copy
 
 
@@ -139,15 +142,16 @@ class ModelHead:
         name: The name of the attribute of `parent` that is the body.
 
     Attributes:
-        weight: In half precision, the weight of the base's last linear layer in the compute dtype, if it is wider
-            because it is also that of the embeddings: autocast would convert it at each call. Else None.
+        weight: In half precision, a copy of the output layer's weight in the compute dtype if that weight is fp32, as
+            when it is tied to the embeddings; else None. Without the copy, autocast would convert it at each call.
     """
 
     def __init__(self, base: PreTrainedModel, parent: nn.Module, name: str, compute_dtype: torch.dtype):
         self.base, self.parent, self.name, self.compute_dtype = base, parent, name, compute_dtype
         self.body: nn.Module = parent.get_submodule(name)
         self.output, self.weight = base.get_output_embeddings(), None
-        if is_half(compute_dtype) and isinstance(self.output, nn.Linear) and self.output.weight.dtype is torch.float32:
+        is_plain = isinstance(self.output, nn.Linear) and not holds_quantized(self.output)
+        if is_half(compute_dtype) and is_plain and self.output.weight.dtype is torch.float32:
             self.weight = nn.Parameter(in_dtype(self.output.weight, compute_dtype), requires_grad=False)
         self.nbytes = 0 if self.weight is None else self.weight.nbytes
         self.device, self.V = word_embeddings(base).weight.device, word_embeddings(base).num_embeddings

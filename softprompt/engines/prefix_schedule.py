@@ -76,13 +76,15 @@ class PrefixSchedule:
         """See `Schedule.accumulate`."""
         prefix = self.run_prompt(prompt)
         outputs = [*prefix.layers, prefix.last_hidden]
-        leaves = [t.detach().requires_grad_() for t in outputs]  # the rows' gradients accumulate here
+        # The rows' gradients accumulate here, in at least fp32: keys and values may be in half precision.
+        leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_() for t in outputs]
         total = torch.zeros((), device=prompt.device, dtype=torch.float64)
         for batch in filter(has_targets, batches):
             loss = self.head.loss(*self.rows_forward(PrefixKV(leaves[:-1], leaves[-1]), batch))
             (loss * grad_scale).backward()
             total += loss.detach()
-        torch.autograd.backward(outputs, [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+        gradients = (torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
+        torch.autograd.backward(outputs, [g.to(t.dtype) for g, t in zip(gradients, outputs, strict=True)])
         return total
 
     def iter_loss_inputs(self, prompt: Tensor | None, batches: Iterable[Packed]) -> Iterator[LossInputs]:

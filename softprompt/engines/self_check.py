@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 # in `CheckResult`.
 LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-CHECKED_ROWS, NOISE_FACTOR = 4, 4.0
-CHECKED_PACKAGES = ("engines", "generation", "models")
+CHECKED_ROWS, NOISE_FACTOR = 4, 2.0
+CHECKED_PACKAGES = ("data", "engines", "generation", "models", "prompt", "utils")
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
 MAX_ROUNDS = 30  # of alternating measurements
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
@@ -187,9 +188,9 @@ def cache_result(key: str, result: CheckResult) -> None:
 
 def result_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
     """Return the key under which a result is cached: a hash of the base's configuration and class, the GPU or the
-    number of CPU threads, the dtype, P, the versions of torch and transformers, this project's code, and `settings`."""
+    number of CPU threads, the dtype, P, the versions of torch, transformers and softprompt, the code and `settings`."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
-    versions = torch.__version__, transformers.__version__, _code_hash()
+    versions = torch.__version__, transformers.__version__, version("softprompt"), _code_hash()
     about = [base.config.to_json_string(), type(base).__name__, card, str(dtype), P, versions, settings]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
@@ -220,10 +221,11 @@ def _losses_per_target(engine: Engine, prompt: Tensor | None, rows: Sequence[Exa
 
 
 def _rounded(prompt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a prompt with random errors of the size of rounding: each number is changed by at most half of `dtype`'s
-    machine epsilon, relative to the number."""
-    error = torch.rand(prompt.shape, generator=torch.Generator().manual_seed(0)).to(prompt) - 0.5
-    return prompt * (1 + error * torch.finfo(dtype).eps)
+    """Return a prompt with random errors of the size of rounding: each number is changed by `dtype`'s machine epsilon
+    (or that of the prompt's own dtype, if it is larger) or less, relative to the number."""
+    epsilon = max(torch.finfo(dtype).eps, torch.finfo(prompt.dtype).eps)
+    error = 2 * torch.rand(prompt.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    return (prompt.cpu().double() * (1 + error * epsilon)).to(prompt)
 
 
 def _largest_error(losses: Sequence[float], expected: Sequence[float]) -> float:

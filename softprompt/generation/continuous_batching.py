@@ -139,7 +139,7 @@ class ContinuousBatch:
         self.num_slots = smaller_batch(error, self.num_slots)
         self.queue.extendleft(slot.restarted() for slot in reversed(self.slots) if not slot.state.finished)
         self.slots, self.cache, self.width = [], None, max((slot.most for slot in self.queue), default=0)
-        self.forward = self.model.forward  # frees the CUDA graphs
+        self.forward = self.model.forward  # drops the CUDA graphs; their memory is free once the error is handled
         torch.cuda.empty_cache()
 
     @torch.inference_mode()

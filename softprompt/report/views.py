@@ -68,8 +68,8 @@ def _headline(record: RunRecord) -> str:
     )
     if text:
         return (
-            f"{P:,} virtual tokens of size {H:,} for {model} ({base['type']}, {base['parameters']:,} parameters, all "
-            f"frozen), which replace {text}."
+            f"{P:,} virtual tokens of size {H:,} that replace the text of {text}, for {model} ({base['type']}, "
+            f"{base['parameters']:,} parameters, all frozen)."
         )
     return (
         f"{P:,} virtual tokens of size {H:,} for {model} ({base['type']}, {base['parameters']:,} parameters, all "

@@ -142,7 +142,7 @@ LOOKS: dict[str, Callable[[Path, str], bool]] = {
     STATE_FILE: _has(*OF_A_STATE),
     RESULTS_FILE: _has("epoch", "train_runtime", "train_tokens_per_second"),
     PICTURE_FILE: _contains("Matplotlib"),
-    **dict.fromkeys((ENCODER_FILE, QUESTION_FILE), _is_too_new),
+    **dict.fromkeys((ENCODER_FILE, QUESTION_FILE, ANSWERS_FILE), _is_too_new),
     FACTS_FILE: _has("arguments", "base", "prompt"),
     START_FILE: _tensors(PROMPT_KEY),
     REPORT_FILE: _contains(MARK),

@@ -215,7 +215,10 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
     seeds = list(dict.fromkeys(content.get("seeds", DEFAULT_SEEDS)))
     cells = [Cell(train_config(**given, seed=seed), rows) for seed in seeds]
     if text := cells[0].config.distillation.text:
-        raise ConfigError(f"a study trains on answers and cannot distill {text}; name another preset, or a dataset")
+        raise ConfigError(
+            f"a study does not support distillation ({text}); leave out distill_prompt and distill_context, and name a "
+            "preset or a dataset with answers"
+        )
     yield from cells
     for voting in content.get("voting", []):
         yield replace(cells[0], trained=False, voting=voting, seeds=tuple(seeds))

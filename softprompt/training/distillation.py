@@ -60,7 +60,8 @@ class Answered:
         data: The rows without the text, which are trained and evaluated on.
         train, held_out: The same answers without and with the text; `held_out` is None without held-out questions.
         teacher: What has answered the questions.
-        metrics: `answers`, the number of all answers, and `answers_not_ended`, of those that reached their most tokens.
+        metrics: `answers`, the number of answers; `answers_not_ended`, the number of those that reached the token limit
+            before an end token.
     """
 
     questions: Questions

@@ -13,6 +13,7 @@ from softprompt.data.sampler import steps_per_epoch
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.distillation import table_bytes
 from softprompt.engines.memory_estimate import GIB, resident_bytes
+from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.training.console import describe_encoder
 from softprompt.training.determinism import deterministic
 from softprompt.training.lr_finder import sweep_steps
@@ -46,7 +47,7 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     held = resident_bytes(base)
     heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = setup.engine.activation_bytes(len(prompt.weight), heaviest) + optimizer_bytes(prompt)
-    encoder, predictions = describe_encoder(setup.config, prompt), table_bytes(setup.engine)
+    encoder, predictions = describe_encoder(setup.config, prompt), _predictions_bytes(setup)
     parts = f"the base {held / GIB:.2f}, a step {more / GIB:.2f}"
     parts += f", the predictions with the text {predictions / GIB:.2f}" if predictions else ""
     lines = [
@@ -62,6 +63,12 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     if setup.start.searches_learning_rate:
         lines.append(f"sweep       {sweep_steps(total):,} more steps before training, to find a learning rate")
     return "\n".join(lines)
+
+
+def _predictions_bytes(setup: Setup) -> int:
+    """Return the bytes of the predictions that a distillation holds, for training and held-out rows."""
+    held_out = setup.evaluator.table if isinstance(setup.evaluator, DistillationEvaluator) else ()
+    return table_bytes(setup.engine) + sum(column.nbytes for column in held_out)
 
 
 def _described_rows(setup: Setup, tokens: int) -> str:

@@ -8,7 +8,9 @@ Given the same seed, the same run finds the same rate.
 """
 
 import copy
+import hashlib
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,8 +84,8 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
 
 
 def rates_for(default: float | None) -> tuple[float, ...]:
-    """Return the rates of a sweep: RATES, or a power of ten below them if the default rate is lower than the second of
-    them, as for a prompt that is trained through an MLP."""
+    """Return RATES, divided by the smallest power of ten for which the default rate is at least the second of them. It
+    is lower for a prompt that is trained through an MLP."""
     scale = 1.0
     while default and default < 0.99 * RATES[1] * scale:  # as 3e-3 * 0.1 is above 3e-4
         scale /= 10
@@ -211,7 +213,7 @@ def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Se
     that leaves enough to set aside. Of very many examples, a sample is taken."""
     aside = min(MOST_ASIDE, int(len(examples) * SET_ASIDE))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS].tolist()
-    together: dict[tuple[int, ...], list[int]] = {}
+    together: dict[bytes, list[int]] = {}
     for number in order:
         together.setdefault(_question_of(examples[number]), []).append(number)
     held: list[int] = []
@@ -224,9 +226,10 @@ def set_aside(examples: Sequence[Example], seed: int) -> tuple[list[Example], Se
     return [examples[i] for i in held], Subset(examples, [i for i in order if i not in chosen])
 
 
-def _question_of(example: Example) -> tuple[int, ...]:
-    """Return the token ids before the first target."""
-    return tuple(example.input_ids[: len(example.input_ids) - count_targets(example)])
+def _question_of(example: Example) -> bytes:
+    """Return a hash of the token ids before the targets at the row's end."""
+    ids = example.input_ids[: len(example.input_ids) - count_targets(example)]
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
 def short_schedule(args: TrainingArguments, steps: int, total: int) -> TrainingArguments:

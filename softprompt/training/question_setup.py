@@ -186,7 +186,7 @@ def write_questions(
     found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)
     random.Random(seed).shuffle(found)  # so that training and held-out questions are about all parts of the text
     found = found[: settings.distill_questions]
-    print(translate(f"{len(found):,} questions that the base has written, of {settings.distill_questions:,} asked for"))
+    print(translate(f"the base wrote {len(found):,} of the {settings.distill_questions:,} requested questions"))
     rows = RowStore(question(f"question {n}", {"prompt": each}, template) for n, each in enumerate(found, start=1))
     if not rows:
         raise DataError(f"{settings.flag}: the base writes no question about it; give questions with --dataset")

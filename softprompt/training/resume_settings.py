@@ -50,7 +50,8 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
 
     Raises:
         ConfigError: A value out of range, or settings that contradict each other.
-        CheckpointError: Another reparameterization is given, or a distillation for a run that was none or was one.
+        CheckpointError: Another reparameterization is given, or a text to distill is added to a run that has none or
+            removed from one that has one.
     """
     saved = _with_learning_rate(state["arguments"])
     _check_reparameterization(config, checkpoint, saved)
@@ -101,8 +102,7 @@ def _check_distillation(config: TrainConfig, checkpoint: Path, saved: Mapping[st
     """Raise CheckpointError if a text to distill is given for a run that is no distillation, or taken from one that is:
     another loss would continue with the optimizer's state."""
     was = any(saved.get(name) for name in DISTILLS)
-    given = {name: config.given[name] for name in DISTILLS if name in config.given}
-    now = any(given.values()) if given else was
+    now = any({**saved, **config.given}.get(name) for name in DISTILLS)
     if now != was:
         raise CheckpointError(
             f"{checkpoint}: was trained {'with' if was else 'without'} a text to distill, and cannot continue "

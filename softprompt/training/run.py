@@ -68,7 +68,9 @@ class Observer:
         return run
 
 
-def run_training(config: TrainConfig, world: World | None = None, observer: Observer | None = None) -> Run:
+def run_training(
+    config: TrainConfig, world: World | None = None, observer: Observer | None = None, began: float | None = None
+) -> Run:
     """Train as `config` says, and describe progress on stdout. Nothing is written before everything is loaded and
     checked on all ranks.
 
@@ -78,10 +80,10 @@ def run_training(config: TrainConfig, world: World | None = None, observer: Obse
     """
     if config.training.dry_run:
         raise ConfigError("dry_run=True trains nothing; from Python, print softprompt.training.dry_run.dry_run(config)")
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     if world is None:
         with process_group() as world:
-            return run_training(config, world, observer)
+            return run_training(config, world, observer, began)
     observer = observer or Observer()
     starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
     config = with_auto_resume(config, world.all_gather(has_saved(config, starts))[0])
@@ -133,7 +135,7 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> 
     base = freeze_base(start.config, load_run_base(start.config, world))
     tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
     generator = make_teacher(start.config, base, tokenizer)
-    kept = kept_answers(start.checkpoint.parent) if start.checkpoint else {}
+    kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint else {}
     if questions is None:
         questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator, kept))
     start = with_text_of_start(start, questions)

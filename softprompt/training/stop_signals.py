@@ -17,8 +17,8 @@ class StopRequest:
     """A context manager that turns the first SIGINT or SIGTERM into a request to stop. A second signal stops at once:
     it raises KeyboardInterrupt in an interactive session, so that the session continues, and SystemExit elsewhere.
 
-    `exit_code` is None until a signal has arrived or `max_time` seconds have passed since the time `began` of
-    `time.monotonic` (by default, since this object was created).
+    `exit_code` is None until a signal has arrived or `max_time` seconds have passed since `began`, a value of
+    `time.monotonic()` (default: the creation of this object).
     """
 
     def __init__(self, max_time: float | None = None, began: float | None = None):

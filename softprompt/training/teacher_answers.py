@@ -1,9 +1,9 @@
 """The answers of the base with a whole text before the questions, which distillation trains on: generated once, and
 cached as they come, so that an interrupted command continues where it was.
 
-Each answer is known by a key, a hash of its request. More questions, or more answers to each, leave the keys of the
-others as they are. A run also keeps its answers in its folder, in teacher_answers.jsonl, so that it can be resumed
-without the cache, on another machine and in another dtype.
+Each answer is known by a key, a hash of its request. Questions that are appended, and more answers to each question,
+leave the other keys unchanged. A run also keeps its answers in its folder, in teacher_answers.jsonl, so that it can be
+resumed without the cache, on another machine and in another dtype.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ class Teacher(NamedTuple):
         ends: The ids of the tokens that end an answer.
         positions: The number of positions of the base; None if it has no limit.
         identity: What the answers depend on besides the requests, such as the fingerprint of the base, in JSON types.
-        kept: The answers of the run's folder by their keys. They are used whatever they depend on, and all answers
-            that are used are added.
+        kept: The answers from the run's folder, by key. They are used without checking `identity`; answers that are
+            generated or read from the cache are added.
     """
 
     generator: Generator
@@ -92,11 +92,11 @@ def answer_questions(
     known = _Cache.of([VERSION, teacher.identity])
     there = known.answers.keys() | teacher.kept.keys()
     missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in there}
-    names = list(missing)
-    with progress_bar(len(names), title, " answers") as bar, known:
-        for at, ids in teacher.generator.generate(list(missing.values()), together) if missing else ():
-            known.write(names[at], ids)
-            bar.update()
+    if names := list(missing):
+        with progress_bar(len(names), title, " answers") as bar, known:
+            for at, ids in teacher.generator.generate(list(missing.values()), together):
+                known.write(names[at], ids)
+                bar.update()
     known.read()
     teacher.kept.update({key: known.answers[key] for key in keys if key not in teacher.kept})
     found = [teacher.kept[key] for key in keys]
@@ -110,9 +110,10 @@ def _key(ids: Sequence[int], how: GenerationSettings, seed: int | None) -> str:
     return hashlib.blake2b(json.dumps([list(ids), asdict(how), seed]).encode(), digest_size=16).hexdigest()
 
 
-def kept_answers(folder: Path) -> dict[str, list[int]]:
-    """Return the answers in the folder of a run by their keys; none if it has no such file."""
-    return _Cache(folder / ANSWERS_FILE).answers
+def kept_answers(*folders: Path) -> dict[str, list[int]]:
+    """Return the answers in the first of these folders that has some, by key; none if no folder has."""
+    found = (_Cache(folder / ANSWERS_FILE).answers for folder in folders)
+    return next(filter(None, found), {})
 
 
 def answers_file(kept: Mapping[str, list[int]]) -> bytes:

@@ -15,7 +15,7 @@ import train
 from softprompt.runs.checkpoints import checkpoints, fault_of, step_of
 from softprompt.runs.file_names import MARK
 from softprompt.runs.manifest import Manifest
-from softprompt.runs.own_files import MANIFEST_FILE, OF_A_RUN
+from softprompt.runs.own_files import LOOKS, MANIFEST_FILE, OF_A_RUN
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.utils.errors import OutputError, Stopped, TrainingError
 
@@ -75,6 +75,10 @@ def of_trainer(folder: Path) -> None:
 def of_peft(folder: Path) -> None:
     """Write a config as PEFT's save_pretrained does."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+
+
+def test_every_file_of_a_run_can_be_recognized():
+    assert set(LOOKS) == set(OF_A_RUN)
 
 
 FOREIGN = {name: a_file(name) for name in (*OF_A_RUN, MANIFEST_FILE)}

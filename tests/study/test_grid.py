@@ -154,7 +154,7 @@ def test_the_study_of_real_bases_varies_one_task_like_the_other():
 
 
 def test_a_study_does_not_distill(tmp_path):
-    with pytest.raises(ConfigError, match="cannot distill mini:reply"):
+    with pytest.raises(ConfigError, match="does not support distillation"):
         study(tmp_path, '[settings]\npreset = "distill-mini"\n')
 
 

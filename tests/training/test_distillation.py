@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softprompt
 from softprompt.config.loader import train_config
+from softprompt.data.examples import count_targets
 from softprompt.data.questions import questions_about, written_questions
 from softprompt.data.template import Template
 from softprompt.engines import choice
@@ -21,7 +22,7 @@ from softprompt.export import export
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.training.dry_run import dry_run
+from softprompt.training.dry_run import _predictions_bytes, dry_run
 from softprompt.training.question_setup import identity_of
 from softprompt.training.setup import Base
 from softprompt.training.summary import summary
@@ -107,9 +108,10 @@ def test_answers_are_sampled_once_and_kept(settings, tmp_path, monkeypatch, caps
     monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
     first = softprompt.train(**settings, max_length=100)
     assert asked[:2] == [12, 7]  # 5 of 12 were kept
-    asked.clear()
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("answers/*")}
     again = softprompt.train(**{**settings, "output_dir": "again"}, max_length=100)
-    assert not {7, 12} & set(asked) and outcome("run")[0] == outcome("again")[0]
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "cache").rglob("answers/*")}
+    assert len(kept) == 1 and outcome("run")[0] == outcome("again")[0]
     other = softprompt.train(**{**settings, "output_dir": "other", "seed": 7})
     rows = [[row.input_ids for row in run.setup.data.train.examples] for run in (first, again, other)]
     assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 12
@@ -246,16 +248,16 @@ def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
 
 def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):
     told = dry_run(train_config(**settings, dry_run=True))
-    assert (
-        "the predictions with the text 0.00" in told
-        and "12 with" in told
-        and "are kept for the run" in told
-        and not Path("run").exists()
-    )
+    assert not Path("run").exists()
+    for part in ("12 with", "are kept for the run", "the predictions with the text"):
+        assert part in told
     many = "\n".join(f"{q}{i}" for q in QUESTIONS for i in range(5))
     Path("questions.txt").write_text(many, encoding="utf-8")
     run = softprompt.train(**settings, find_learning_rate=True)
     assert "sweep" in run.history[0]
+    targets = sum(map(count_targets, [*run.setup.data.train.examples, *run.setup.data.held_out.examples]))
+    H = run.setup.prompt.weight.shape[1]
+    assert _predictions_bytes(run.setup) == targets * (4 * H + 4 + 8)  # a vector, an entropy and a token id
 
 
 def test_a_base_whose_head_is_not_plain(settings, tokenizer, capsys):
@@ -356,7 +358,7 @@ def test_answers_that_do_not_end_are_counted(settings, capsys):
 def test_the_report_says_what_is_compared_without_held_out_questions(settings):
     softprompt.train(**{**settings, "eval_rows": 0})
     page = Path("run/report.html").read_text()
-    assert "with the text" in page and "which replace text.txt" in page
+    assert "with the text" in page and "that replace the text of text.txt" in page
 
 
 def test_the_base_writes_the_questions_about_a_document(settings, capsys):
@@ -368,8 +370,8 @@ def test_the_base_writes_the_questions_about_a_document(settings, capsys):
     run = softprompt.train(**{**settings, **more, "output_dir": "whole"})
     asked = [row["instruction"] for row in run.setup.data.first_rows]
     assert len(asked) == 5 == len(set(asked)) and run.setup.data.held_out.rows == 2
-    assert "7 questions that the base has written, of 7 asked for" in capsys.readouterr().out
-    assert "which replace text.txt" in Path("whole/report.html").read_text()
+    assert "the base wrote 7 of the 7 requested questions" in capsys.readouterr().out
+    assert "that replace the text of text.txt" in Path("whole/report.html").read_text()
     interrupted({**settings, **more}, 3)
     softprompt.train(resume_from_checkpoint="run")
     assert outcome("run")[0] == outcome("whole")[0]
