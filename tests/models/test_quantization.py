@@ -62,17 +62,25 @@ def relative(a, b):
 @EACH_BITS
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_the_dequantized_weights(kind, bits, dtype, P, tmp_path, tokenizer):
+    """In bf16, the gradient is about as far from that in fp32 as autocast's is: each rounds in its own way."""
     base, reference = quantized_and_reference(kind, bits, tmp_path, dtype)
     values, rows = torch.randn(P, 64, generator=torch.Generator().manual_seed(1)), random_examples(9, 20)
     targets = sum(label != -100 for row in rows for label in row.labels)
-    prompt = values.clone().requires_grad_()
-    with autocast(CPU, dtype):
-        expected = naive_loss(reference, prompt, rows)
-    (expected * targets / 7).backward()
+
+    def naive(model, compute_dtype):
+        prompt = values.clone().requires_grad_()
+        with autocast(CPU, compute_dtype):
+            loss = naive_loss(model, prompt, rows)
+        (loss * targets / 7).backward()
+        return loss.item(), prompt.grad
+
+    _, truth = naive(copy.deepcopy(reference).float(), FP32)
+    expected, peer = naive(reference, dtype)
+    most = 1e-5 if dtype is FP32 else 1.5 * relative(peer, truth)
     for engine in ("packed", "padded"):
         loss, gradient = loss_and_gradient(engine_of(engine, base, tokenizer, dtype, P), values, rows)
-        assert loss == pytest.approx(expected.item(), abs=1e-5 if dtype is FP32 else 0.02)
-        assert relative(gradient, prompt.grad) < (1e-5 if dtype is FP32 else 0.05)
+        assert loss == pytest.approx(expected, abs=1e-5 if dtype is FP32 else 0.02)
+        assert relative(gradient, truth) < most
 
 
 @EACH_BITS
