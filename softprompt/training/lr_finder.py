@@ -29,11 +29,11 @@ from softprompt.training.result import Setup
 from softprompt.utils.errors import NonFiniteError, Stopped
 from softprompt.utils.progress import progress_bar
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # where the default rate is at least the second of them; see `rates_for`
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # lower ones for lower default rates: see `rates_for`
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
 LEAST_STEPS = 10  # of each trial
 SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # share, most and fewest training rows that are set aside
-MOST_ROWS = 1 << 17  # that take part in a sweep
+MOST_ROWS = 1 << 17  # most training rows that take part in a sweep
 LEAST_GAIN = 0.01  # share of the initial loss by which a rate must lower it; else no rate is found
 TIE = 0.03  # losses within this share of the lowest are a tie; the smallest rate wins, as short runs favor large ones
 APART = 5  # rates whose ratio reaches this are far apart; neighbors among RATES are closer

@@ -177,11 +177,9 @@ def write_questions(
     asked = questions_about(text, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))
-    ends = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
-    ends = sorted(set(ends))
-    teacher = Teacher(
-        generator, None, [], ends, max_positions(base.model), identity_of(config, base, _hash(text)), kept
-    )
+    ends = sorted({tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]})
+    identity = identity_of(config, base, _hash(text))
+    teacher = Teacher(generator, None, [], ends, max_positions(base.model), identity, kept)
     answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, "questions about the text")
     found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)
     random.Random(seed).shuffle(found)  # so that training and held-out questions are about all parts of the text
