@@ -31,6 +31,8 @@ class Finding:
         sentence: The hypothesis, the conclusion and the reason for it.
         gains: The gain of each comparison: the logarithm of a ratio of losses, or a difference of exact matches.
         by_seed: The mean gain of each seed.
+        effect: The mean change of the metric and, with several seeds, its 95 % interval in parentheses; empty if
+            nothing was compared or not everything is finite.
     """
 
     hypothesis: str
@@ -38,6 +40,7 @@ class Finding:
     sentence: str
     gains: tuple[float, ...] = ()
     by_seed: tuple[float, ...] = ()
+    effect: str = ""
 
 
 def conclusion(by_seed: Sequence[float]) -> str:
@@ -91,18 +94,20 @@ def finding(
     finite = all(math.isfinite(c.gain) for c in comparisons)
     found, (average, low, high) = conclusion(by_seed) if finite else UNDECIDED, t_interval(by_seed)
     count = f"{len(gains):,} comparison" + "s" * (len(gains) > 1)
+    effect = ""
     if not finite:
         why = "the loss of some runs became infinite or NaN"
     elif len(by_seed) < 2:
         better = f"a gain in {sum(gain > 0 for gain in gains):,} of {count}"
-        why = f"{change} changed the {metric} by {describe(average)} ({better}; one {sampled} gives no interval)"
+        effect = describe(average)
+        why = f"{change} changed the {metric} by {effect} ({better}; one {sampled} gives no interval)"
     else:
         ends = " to ".join(map(describe, (high, low) if describe is percent else (low, high)))
-        n = f"n = {len(by_seed)} seeds, {count}"
+        effect, n = f"{describe(average)} ({ends})", f"n = {len(by_seed)} seeds, {count}"
         why = f"{change} changed the {metric} by {describe(average)} (95 % interval {ends}; {n})"
     if left_out := len(comparisons) - len(kept):
         why += f"; {left_out:,} more were left out, because not every seed has them"
-    return Finding(hypothesis, found, f"{hypothesis}: {found}; {why}.", gains, by_seed)
+    return Finding(hypothesis, found, f"{hypothesis}: {found}; {why}.", gains, by_seed, effect)
 
 
 def percent(gain: float) -> str:

@@ -43,6 +43,12 @@ def evaluate_hypotheses(results: Sequence[CellResult]) -> list[Finding]:
     ]
 
 
+def evaluate_by_task(results: Sequence[CellResult]) -> dict[str, list[Finding]]:
+    """Return the findings of each base and dataset alone, by their names; none if the study has only one of them."""
+    groups = group_by(results, lambda r: f"{r.base}, {r.dataset}")
+    return {task: evaluate_hypotheses(group) for task, group in groups.items()} if len(groups) > 1 else {}
+
+
 def _doubling(results: Sequence[CellResult], hypothesis: str, name: str, value: Callable[[CellResult], int]) -> Finding:
     """Test whether a larger number is better. The gain of a doubling is the slope of the least-squares line through
     (log2(value), -log(loss))."""

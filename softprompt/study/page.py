@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from string import punctuation
 
@@ -20,6 +20,7 @@ RULE = (
     f"it *{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
     "exact match the gain is the difference, and the threshold is one percentage point."
 )
+EFFECT = "The change of the metric is followed by its 95 % interval over the seeds."
 ACCURACY = (
     "The accuracy is the share of held-out rows whose most likely label is the expected one; in parentheses is its "
     "95 % interval (Wilson) over these rows, where there is one seed. Ensembles have none."
@@ -91,6 +92,7 @@ def page(
     findings: Iterable[Finding],
     charts: Iterable[str],
     failures: Sequence[str] = (),
+    by_task: Mapping[str, Iterable[Finding]] | None = None,
 ) -> bytes:
     """Return the page in Markdown.
 
@@ -100,21 +102,37 @@ def page(
         findings: The result of `hypotheses.evaluate_hypotheses`.
         charts: Names of image files beside the page.
         failures: The result of `failure_lines`.
+        by_task: The result of `hypotheses.evaluate_by_task`.
     """
     lines = [line for text in head if text for line in (text.strip(), "")]
     if failures:
         lines += ["## Cells that failed", "", "They are left out of the findings and the charts.", ""]
         lines += [*(f"- {_escaped(text)}" for text in failures), ""]
     lines += ["## Findings", "", *(f"- {finding.sentence}" for finding in findings), "", RULE, ""]
+    lines += _task_lines(by_task or {})
     if names := list(charts):
         lines += ["## Charts", "", "Means over the seeds; the bars are one standard deviation to each side.", ""]
         lines += [f"![held-out loss over {name.removesuffix('.svg').split('-')[-1]}]({name})" for name in names] + [""]
-    header, *rest = table
     lines += ["## Table", "", "Mean ± standard deviation over the seeds.", ""]
-    if "accuracy" in header:
+    if "accuracy" in table[0]:
         lines[-2] += f" {ACCURACY}"
-    lines += [_table_line(header), "|" + "---|" * len(header), *map(_table_line, rest), ""]
+    lines += [*_table_lines(table), ""]
     return "\n".join(lines).encode()
+
+
+def _task_lines(by_task: Mapping[str, Iterable[Finding]]) -> list[str]:
+    """Return a section with a line for each hypothesis that any base and dataset tests, and a column for each task."""
+    told = {task: {f.hypothesis: f for f in findings if f.gains} for task, findings in by_task.items()}
+    hypotheses = dict.fromkeys(name for findings in told.values() for name in findings)
+    if not hypotheses:
+        return []
+    rows = [[name, *(_short(findings.get(name)) for findings in told.values())] for name in hypotheses]
+    table = _table_lines([["hypothesis", *told], *rows])
+    return ["## Findings for each base and dataset", "", f"The rule is the same. {EFFECT}", "", *table, ""]
+
+
+def _short(finding: Finding | None) -> str:
+    return ": ".join(filter(None, (finding.conclusion, finding.effect))) if finding else ""
 
 
 def _rate(learning_rate: float | None) -> str:
@@ -201,6 +219,12 @@ def _description(r: CellResult) -> str:
 def _one_line(text: str) -> str:
     """Return a text with escape sequences in place of line breaks and other control characters."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
+def _table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table whose first row is its header."""
+    header, *rest = map(_table_line, rows)
+    return [header, "|" + "---|" * len(rows[0]), *rest]
 
 
 def _table_line(cells: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from softprompt.study.charts import CHART_FILES, INSTALL, charts
 from softprompt.study.findings import Finding
 from softprompt.study.grid import Study
-from softprompt.study.hypotheses import evaluate_hypotheses
+from softprompt.study.hypotheses import evaluate_by_task, evaluate_hypotheses
 from softprompt.study.page import csv_bytes, failure_lines, page, result_table
 from softprompt.study.plan import PlannedCell, plan_study
 from softprompt.study.results import CellRecord, cell_result, read_finished
@@ -85,7 +85,7 @@ def _write_results(study: Study, records: Sequence[CellRecord]) -> list[Finding]
     if images is None:
         print(f"no charts: matplotlib is not installed; {INSTALL}")
     head = (f"# {study.title}", study.about, _origin(study, records))
-    content = page(head, lines, findings, images or (), failures)
+    content = page(head, lines, findings, images or (), failures, evaluate_by_task(results))
     write_files(study.output_dir, {CSV_FILE: csv_bytes(results), PAGE_FILE: content, **(images or {})})
     if images is not None:
         for name in CHART_FILES - set(images):

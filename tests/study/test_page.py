@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from softprompt.study.charts import charts
+from softprompt.study.hypotheses import evaluate_by_task
 from softprompt.study.page import failure_lines, page, result_table
 from softprompt.study.results import CellResult
 
@@ -52,6 +53,25 @@ def test_texts_in_a_table_are_escaped():
     lines = page((), result_table(results), [], []).decode().split("\n")
     (line,) = [line for line in lines if "TEXT" in line]
     assert r"| a\|b\\\|c \<script>x\</script> \*d\*\r\n\`e\` |" in line
+
+
+def test_findings_of_each_task_are_a_table():
+    """A longer prompt helps with one dataset and hurts with the other; only one of them has two starts."""
+    lengths = [
+        replace(ONE, dataset=task, virtual_tokens=P, seed=seed, loss=loss * (1 + seed / 1000))
+        for task, losses in (("easy", (1.0, 0.5)), ("hard", (1.0, 2.0)))
+        for P, loss in zip((1, 2), losses, strict=True)
+        for seed in range(3)
+    ]
+    starts = [replace(r, init="TEXT", loss=0.25) for r in lengths if r.dataset == "hard" and r.virtual_tokens == 1]
+    results = [*lengths, *starts]
+    lines = page((), result_table(results), [], [], by_task=evaluate_by_task(results)).decode().split("\n")
+    head, _, *table = lines[lines.index("## Findings for each base and dataset") + 4 :][:4]
+    assert head == "| hypothesis | b, easy | b, hard |"
+    assert table[0].startswith("| Longer prompts train better | holds: -50.0 % (-50.0 % to -50.0 %) | does not hold: +")
+    assert "noise (RANDOM) |  | holds: -75.0 % (" in table[1]
+    assert evaluate_by_task([r for r in results if r.dataset == "hard"]) == {}
+    assert b"for each base" not in page((), result_table(results), [], [])
 
 
 @pytest.mark.pictures
