@@ -28,7 +28,6 @@ from softprompt.engines.factory import engine_for_inference
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.distillation import DistillationEvaluator, TextPrompt
 from softprompt.evaluation.rows import answer_ids
-from softprompt.generation.generator import Generator
 from softprompt.models.capabilities import check_positions, check_token_ids, max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import InputEmbeddings
@@ -37,7 +36,7 @@ from softprompt.training.console import print_data
 from softprompt.training.question_setup import DISTILLED_TEXT, TEACHER_ENGINE, QuestionIds, Questions, identity_of
 from softprompt.training.resume import HELD_OUT
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
-from softprompt.training.teacher_answers import Answer, Teacher, answer_questions
+from softprompt.training.teacher_answers import Answer, AnswerSource, Teacher, answer_questions
 from softprompt.utils.errors import DataError
 from softprompt.utils.model_config import text_config
 from softprompt.utils.progress import rows_bar
@@ -76,15 +75,15 @@ def answered(
     config: TrainConfig,
     questions: Questions,
     base: Base,
-    generator: Generator,
+    source: AnswerSource,
     rows_per_step: int,
-    kept: dict[str, list[int]],
 ) -> Answered:
-    """Let the base answer the questions with the text before them. `kept` is that of `Teacher`.
+    """Let the base answer the questions with the text before them.
 
     Raises:
         ConfigError: The text and a question leave no room for an answer, or a token of them has no embedding.
         DataError: No question fits into --max_length.
+        Stopped: `AnswerSource.stop` asked to stop.
         TrainingError: A single question does not fit in memory.
     """
     _check_text(config, questions, base.model)
@@ -92,7 +91,7 @@ def answered(
     ends = sorted({end, questions.tokenizer.eos_token_id})
     text = _embeddings(base.model, questions.prefix) if questions.prefix else None
     identity = identity_of(config, base, questions.fingerprints[DISTILLED_TEXT])
-    teacher = Teacher(generator, text, questions.prefix, ends, max_positions(base.model), identity, kept)
+    teacher = Teacher(source, text, questions.prefix, ends, max_positions(base.model), identity)
 
     counts: Metrics = {"answers": 0, "answers_not_ended": 0}
 
@@ -253,7 +252,7 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
     evaluator = DistillationEvaluator(
         engine,
         recorded(answers.held_out.with_text, "held-out predictions with the text"),
-        answers.teacher.generator,
+        answers.teacher.source.generator,
         answers.data.tokenizer,
         IndexedExamples(examples),
         examples,

@@ -32,7 +32,7 @@ from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.training.console import print_answer_end, print_rows
 from softprompt.training.resume import StartingPoint
 from softprompt.training.setup import Base, path_of_base
-from softprompt.training.teacher_answers import Teacher, answer_questions
+from softprompt.training.teacher_answers import AnswerSource, Teacher, answer_questions
 from softprompt.utils.errors import ConfigError, DataError, ModelError
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.translation import translate
@@ -161,16 +161,14 @@ def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
     return generator
 
 
-def write_questions(
-    config: TrainConfig, base: Base, tokenizer: Any, generator: Generator, kept: dict[str, list[int]]
-) -> Rows:
+def write_questions(config: TrainConfig, base: Base, tokenizer: Any, source: AnswerSource) -> Rows:
     """Let the base write questions about the passages of the text that is distilled (self-study: Eyuboglu et al. 2025,
-    arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed. `kept` is that
-    of `Teacher`.
+    arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed.
 
     Raises:
         DataError: The text cannot be read or has no tokens, or the base writes too few questions for --eval_rows.
         ConfigError: A token of the text has no embedding, or a passage leaves no room for a question.
+        Stopped: `AnswerSource.stop` asked to stop.
     """
     template, settings, seed = make_template(config), config.distillation, config.training.seed
     text = read_distilled_text(str(settings.text))
@@ -179,7 +177,7 @@ def write_questions(
     samples = -(-settings.distill_questions // len(asked))
     ends = sorted({tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]})
     identity = identity_of(config, base, _hash(text))
-    teacher = Teacher(generator, None, [], ends, max_positions(base.model), identity, kept)
+    teacher = Teacher(source, None, [], ends, max_positions(base.model), identity)
     answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, "questions about the text")
     found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)
     random.Random(seed).shuffle(found)  # so that training and held-out questions are about all parts of the text

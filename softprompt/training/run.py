@@ -4,18 +4,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
 from softprompt.config.loader import TrainConfig
-from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World, process_group
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.padded import PromptTunedModel
 from softprompt.models.capabilities import why_not_generate
-from softprompt.models.loading import load_tokenizer
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.runs.crash_report import crashes_in
 from softprompt.runs.output_dir import claim_output_dir, continues_in
 from softprompt.runs.run_files import remove_run, tidy
@@ -24,26 +21,14 @@ from softprompt.training.auto_resume import has_saved, with_auto_resume
 from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
-from softprompt.training.distillation import Answered, answered, distilled
+from softprompt.training.distillation import distilled
 from softprompt.training.engine_setup import make_engines, make_evaluator
+from softprompt.training.load_run import load_run, time_limit
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
-from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
-from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
 from softprompt.training.result import Run, RunAnswers, Setup
-from softprompt.training.resume import StartingPoint, compare_contents, starting_point
-from softprompt.training.setup import (
-    Base,
-    RunData,
-    check_places,
-    freeze_base,
-    load_data,
-    load_run_base,
-    path_of_base,
-    shard_base,
-)
 from softprompt.training.stop_signals import StopRequest
-from softprompt.training.teacher_answers import answers_file, kept_answers
+from softprompt.training.teacher_answers import answers_file
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
@@ -87,76 +72,30 @@ def run_training(
     observer = observer or Observer()
     starts = world.all_gather(launch_ids()) if launched_by_torchrun() else []
     config = with_auto_resume(config, world.all_gather(has_saved(config, starts))[0])
-    setup = world.run_on_all(lambda: set_up(config, world, observer.check))
+    setup = world.run_on_all(lambda: set_up(config, world, observer.check, began))
     world.run_on_all(lambda: _refuse_unlike(world.all_gather(_known_by(setup))))
     args = setup.config.training
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(parse_duration(args.max_time) if args.max_time else None, began))
+        stop = stack.enter_context(StopRequest(time_limit(setup.config), began))
         output_dir = Path(world.all_gather(str(world.run_on_all(lambda: _claimed(setup, world, stack))))[0])
         stack.enter_context(crashes_in(output_dir))
         stack.enter_context(deterministic(args.deterministic))
         return _train(setup, output_dir, world, stop, starts, observer)
 
 
-class Loaded(NamedTuple):
-    """What a rank loads before it computes anything; `training.setup` describes the parts."""
-
-    start: StartingPoint
-    output_dir: Path
-    data: RunData
-    base: Base
-    prompt: PromptEmbedding
-    answers: Answered | None = None  # with distillation
-
-
-def load_run(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Loaded:
-    """Load and check the rows, the base and the prompt of a run. Every rank does this by itself; nothing is written.
-
-    Raises:
-        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
-    """
-    start = starting_point(config, world.size)
-    output_dir = check_places(start, world, check)
-    if start.config.distillation.text:
-        return _load_distillation(start, output_dir, world)
-    data = load_data(start.config, start.rows_per_step)
-    base = load_run_base(start.config, world)
-    start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
-    start = with_defaults_of_base(start, base.model)
-    base = shard_base(start.config, freeze_base(start.config, base), world)
-    return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
-
-
-def _load_distillation(start: StartingPoint, output_dir: Path, world: World) -> Loaded:
-    """Load a run that distills a text: the base itself answers the questions before the first step."""
-    if world.size > 1:
-        raise ConfigError(f"{start.config.distillation.flag} is for a single process; start one without torchrun")
-    questions = load_questions(start.config) if start.config.data.dataset else None
-    base = freeze_base(start.config, load_run_base(start.config, world))
-    tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
-    generator = make_teacher(start.config, base, tokenizer)
-    kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint else {}
-    if questions is None:
-        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, generator, kept))
-    start = with_text_of_start(start, questions)
-    if not start.config.training.ignore_data_skip:  # refuse other questions before the base answers them
-        compare_contents(start, {**questions.fingerprints, **base.fingerprint})
-    known = answered(start.config, questions, base, generator, start.rows_per_step, kept)
-    start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
-    start = with_defaults_of_base(start, base.model)
-    prompt = start_prompt(start, known.data, base.model)
-    questions.check_length(len(prompt.weight), start.config)
-    return Loaded(start, output_dir, known.data, base, prompt, known)
-
-
-def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path], None] | None = None) -> Setup:
+def set_up(
+    config: TrainConfig,
+    world: World,
+    check: Callable[[TrainConfig, Path], None] | None = None,
+    began: float | None = None,
+) -> Setup:
     """Load everything that a run needs, and choose its engine. Every rank must call this; nothing is written.
 
     Raises:
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.
     """
     # Engines may communicate with those of other ranks, so all ranks must have loaded their parts before.
-    start, output_dir, data, base, prompt, answers = world.run_on_all(lambda: load_run(config, world, check))
+    start, output_dir, data, base, prompt, answers = world.run_on_all(lambda: load_run(config, world, check, began))
     engine, generator, how = make_engines(start.config, base, data, prompt, world)
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
@@ -166,7 +105,7 @@ def set_up(config: TrainConfig, world: World, check: Callable[[TrainConfig, Path
     else:
         evaluator = make_evaluator(start.config, data, base.model, engine, generator)
     no_answers = None if generator else why_not_generate(base.model)
-    known = RunAnswers(answers_file(answers.teacher.kept), answers.metrics) if answers else None
+    known = RunAnswers(answers_file(answers.teacher.source.kept), answers.metrics) if answers else None
     return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers, known)
 
 

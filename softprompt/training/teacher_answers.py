@@ -1,24 +1,28 @@
 """The answers of the base with a whole text before the questions, which distillation trains on: generated once, and
 cached as they come, so that an interrupted command continues where it was.
 
-Each answer is known by a key, a hash of its request. Questions that are appended, and more answers to each question,
-leave the other keys unchanged. A run also keeps its answers in its folder, in teacher_answers.jsonl, so that it can be
-resumed without the cache, on another machine and in another dtype.
+Each answer is known by a key, a hash of its request. The seed of a sample depends on its question alone, so questions
+that are added, left out or reordered, and more answers to each question, leave the other keys unchanged. A run also
+keeps its answers in its folder, in teacher_answers.jsonl, so that it can be resumed without the cache, on another
+machine and in another dtype.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
+from softprompt.distributed.process_group import StopSource
 from softprompt.generation.generator import Generator
 from softprompt.generation.requests import GenerationSettings, Request, sample_seed
 from softprompt.runs.file_names import ANSWERS_FILE
 from softprompt.utils.atomic_io import cache_dir
+from softprompt.utils.errors import Stopped
 from softprompt.utils.progress import progress_bar
 
 TOGETHER = 32  # answers that are generated at a time
@@ -27,27 +31,39 @@ TOP_K = 50  # the default of transformers' generate: the tail of a small base's 
 VERSION = 2  # of the cache
 
 
+class AnswerSource(NamedTuple):
+    """Where the answers of a run come from.
+
+    Attributes:
+        generator: Generates those that are not known yet.
+        kept: The answers from the run's folder, by key. They are used whatever `Teacher.identity` is; answers that are
+            generated or read from the cache are added.
+        stop: May ask to stop between two answers; None if nothing does.
+    """
+
+    generator: Generator
+    kept: dict[str, list[int]]
+    stop: StopSource | None
+
+
 class Teacher(NamedTuple):
     """The base behind a text.
 
     Attributes:
-        generator: Generates the answers.
+        source: Where its answers come from.
         prompt: The embeddings of the tokens with which all rows begin [P, H]; None if they share none.
         prefix: The ids of these tokens.
         ends: The ids of the tokens that end an answer.
         positions: The number of positions of the base; None if it has no limit.
         identity: What the answers depend on besides the requests, such as the fingerprint of the base, in JSON types.
-        kept: The answers from the run's folder, by key. They are used without checking `identity`; answers that are
-            generated or read from the cache are added.
     """
 
-    generator: Generator
+    source: AnswerSource
     prompt: Tensor | None
     prefix: Sequence[int]
     ends: Sequence[int]
     positions: int | None
     identity: Any
-    kept: dict[str, list[int]]
 
 
 class Answer(NamedTuple):
@@ -72,6 +88,7 @@ def answer_questions(
 
     Raises:
         ConfigError: A question leaves no room for an answer.
+        Stopped: `AnswerSource.stop` asked to stop. The answers so far are in the cache.
         TrainingError: A single question does not fit in memory.
     """
     how = GenerationSettings(
@@ -81,28 +98,48 @@ def answer_questions(
         eos_token_id=tuple(teacher.ends),
     )
     requests, keys = list[Request](), list[str]()
-    for question, row in enumerate(rows):
+    whole = [(*teacher.prefix, *row) for row in rows]
+    for number, ids, row in zip(_numbers(whole), whole, rows, strict=True):
         for sample in range(max(1, samples)):
-            own = sample_seed(seed, question, sample)
+            own = sample_seed(seed, number, sample)
             requests.append(Request(row, how, teacher.prompt, own))
-            keys.append(_key([*teacher.prefix, *row], how, own if samples else None))
+            keys.append(_key(ids, how, own if samples else None))
     budgets = [request.new_token_budget(teacher.positions) for request in requests]
     longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
     together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
-    known = _Cache.of([VERSION, teacher.identity])
-    there = known.answers.keys() | teacher.kept.keys()
+    known, kept = _Cache.of([VERSION, teacher.identity]), teacher.source.kept
+    there = known.answers.keys() | kept.keys()
     missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in there}
-    if names := list(missing):
-        with progress_bar(len(names), title, " answers") as bar, known:
-            for at, ids in teacher.generator.generate(list(missing.values()), together):
-                known.write(names[at], ids)
-                bar.update()
+    if missing:
+        _generate(teacher.source, missing, together, known, title)
     known.read()
-    teacher.kept.update({key: known.answers[key] for key in keys if key not in teacher.kept})
-    found = [teacher.kept[key] for key in keys]
+    kept.update({key: known.answers[key] for key in keys if key not in kept})
+    found = [kept[key] for key in keys]
     each = [Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True)]
     width = max(1, samples)
     return [each[start : start + width] for start in range(0, len(each), width)]
+
+
+def _numbers(whole: Iterable[tuple[int, ...]]) -> Iterator[int]:
+    """Yield a number for each question that depends only on its token ids and on how often they came before."""
+    before = Counter[tuple[int, ...]]()
+    for ids in whole:
+        content = json.dumps([ids, before[ids]]).encode()
+        yield int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        before[ids] += 1
+
+
+def _generate(source: AnswerSource, missing: Mapping[str, Request], together: int, known: "_Cache", title: str) -> None:
+    """Generate the missing answers, `together` at a time, and add them to the cache. Raises Stopped."""
+    names, stop = list(missing), source.stop
+    with progress_bar(len(names), title, " answers") as bar, known:
+        answers = source.generator.generate(list(missing.values()), together)
+        for done, (at, ids) in enumerate(answers, start=1):
+            known.write(names[at], ids)
+            bar.update()
+            if stop and done < len(names) and (code := stop.exit_code) is not None:
+                left = len(names) - done
+                raise Stopped(f"stopped before {left:,} answers were generated; the same command continues", code)
 
 
 def _key(ids: Sequence[int], how: GenerationSettings, seed: int | None) -> str:

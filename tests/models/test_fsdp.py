@@ -26,7 +26,7 @@ import train
 from softprompt.config.loader import train_config
 from softprompt.distributed.process_group import World
 from softprompt.mini import BASE_DIR
-from softprompt.training.run import load_run
+from softprompt.training.load_run import load_run
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import list_stored_tensors
 

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from softprompt.training import teacher_answers
-from softprompt.training.teacher_answers import Teacher, answer_questions, answers_file, kept_answers
+from softprompt.training.teacher_answers import AnswerSource, Teacher, answer_questions, answers_file, kept_answers
+from softprompt.utils.errors import Stopped
 
 
 class Model:
-    """A generator whose answer to each request is one token. It calls `between` before the last answer."""
+    """A generator whose answer to each request is one token. It calls `between` before the last answer, and `at_first`
+    before the first one."""
 
-    def __init__(self, token, between=lambda: None):
-        self.token, self.between, self.batches = token, between, []
+    def __init__(self, token, between=lambda: None, at_first=lambda: None):
+        self.token, self.between, self.at_first, self.batches = token, between, at_first, []
 
     def generate(self, requests, batch_size=8, on_token=None):
         self.batches.append(batch_size)
+        self.at_first()
         for number in range(len(requests)):
             if number == len(requests) - 1:
                 self.between()
@@ -27,8 +30,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def answers(model, prefix=(7, 8), samples=2, rows=((5,), (6, 6)), kept=None):
-    teacher = Teacher(model, torch.zeros(len(prefix), 4), prefix, (2,), None, "a base", {} if kept is None else kept)
+def answers(model, prefix=(7, 8), samples=2, rows=((5,), (6, 6)), kept=None, stop=None):
+    source = AnswerSource(model, {} if kept is None else kept, stop)
+    teacher = Teacher(source, torch.zeros(len(prefix), 4), prefix, (2,), None, "a base")
     found = answer_questions(teacher, rows, samples, 3, 0, "answers")
     return [[answer.ids for answer in of_question] for of_question in found]
 
@@ -47,6 +51,28 @@ def test_more_questions_and_more_answers_leave_those_that_are_known(cache):
     assert answers(Model(30), samples=3) == [[[10], [10], [30]], [[10], [10], [30]]]
     assert answers(Model(40), prefix=(7,), rows=((8, 5), (8, 6, 6))) == [[[10], [10]], [[10], [10]]]
     assert answers(Model(50), samples=0) == answers(Model(60), samples=0, rows=((6, 6), (5,))) == [[[50]], [[50]]]
+
+
+def test_inserted_and_reordered_questions_leave_the_answers_of_the_others(cache):
+    answers(Model(10))
+    assert answers(Model(20), rows=((6, 6), (9,), (5,))) == [[[10], [10]], [[20], [20]], [[10], [10]]]
+
+
+def test_a_question_that_is_asked_twice_has_other_answers_each_time(cache):
+    assert answers(Model(10), rows=((5,),)) == [[[10], [10]]]
+    assert answers(Model(20), rows=((5,), (5,))) == [[[10], [10]], [[20], [20]]]
+
+
+def test_a_time_limit_ends_the_answering_and_keeps_what_there_is(cache):
+    class Limit:
+        exit_code = None
+
+    limit = Limit()
+    with pytest.raises(Stopped, match="3 answers"):
+        answers(Model(10, at_first=lambda: setattr(limit, "exit_code", 124)), stop=limit)
+    assert answers(Model(20), stop=Limit()) == [[[10], [20]], [[20], [20]]]
+    limit.exit_code = 124
+    assert answers(Model(30), stop=limit) == [[[10], [20]], [[20], [20]]]  # nothing is left to generate
 
 
 def test_a_run_keeps_its_own_answers(cache, tmp_path):

@@ -1,0 +1,91 @@
+"""Load what a run trains and trains on: rows, base and prompt. With distillation, the base answers its questions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from softprompt.config.loader import TrainConfig
+from softprompt.config.value_parsers import parse_duration
+from softprompt.distributed.process_group import World
+from softprompt.models.loading import load_tokenizer
+from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.training.distillation import Answered, answered
+from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
+from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
+from softprompt.training.resume import StartingPoint, compare_contents, starting_point
+from softprompt.training.setup import (
+    Base,
+    RunData,
+    check_places,
+    freeze_base,
+    load_data,
+    load_run_base,
+    path_of_base,
+    shard_base,
+)
+from softprompt.training.stop_signals import StopRequest
+from softprompt.training.teacher_answers import AnswerSource, kept_answers
+from softprompt.utils.errors import ConfigError
+
+
+class Loaded(NamedTuple):
+    """What a rank loads before an engine is chosen; `training.setup` describes the parts."""
+
+    start: StartingPoint
+    output_dir: Path
+    data: RunData
+    base: Base
+    prompt: PromptEmbedding
+    answers: Answered | None = None  # with distillation
+
+
+def load_run(
+    config: TrainConfig,
+    world: World,
+    check: Callable[[TrainConfig, Path], None] | None = None,
+    began: float | None = None,
+) -> Loaded:
+    """Load and check the rows, the base and the prompt of a run. Every rank does this by itself; nothing is written.
+    `began` is the time from which --max_time counts while the base answers questions; None: there is no limit.
+
+    Raises:
+        SoftpromptError: The settings, the data, the base or the output folder prevent the run.
+    """
+    start = starting_point(config, world.size)
+    output_dir = check_places(start, world, check)
+    if start.config.distillation.text:
+        return _load_distillation(start, output_dir, world, began)
+    data = load_data(start.config, start.rows_per_step)
+    base = load_run_base(start.config, world)
+    start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
+    start = with_defaults_of_base(start, base.model)
+    base = shard_base(start.config, freeze_base(start.config, base), world)
+    return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
+
+
+def _load_distillation(start: StartingPoint, output_dir: Path, world: World, began: float | None) -> Loaded:
+    """Load a run that distills a text: the base itself answers the questions before the first step."""
+    if world.size > 1:
+        raise ConfigError(f"{start.config.distillation.flag} is for a single process; start one without torchrun")
+    questions = load_questions(start.config) if start.config.data.dataset else None
+    base = freeze_base(start.config, load_run_base(start.config, world))
+    tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
+    kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint else {}
+    stop = None if began is None else StopRequest(time_limit(start.config), began)
+    source = AnswerSource(make_teacher(start.config, base, tokenizer), kept, stop)
+    if questions is None:
+        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, source))
+    start = with_text_of_start(start, questions)
+    if not start.config.training.ignore_data_skip:  # refuse other questions before the base answers them
+        compare_contents(start, {**questions.fingerprints, **base.fingerprint})
+    known = answered(start.config, questions, base, source, start.rows_per_step)
+    start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
+    start = with_defaults_of_base(start, base.model)
+    prompt = start_prompt(start, known.data, base.model)
+    questions.check_length(len(prompt.weight), start.config)
+    return Loaded(start, output_dir, known.data, base, prompt, known)
+
+
+def time_limit(config: TrainConfig) -> float | None:
+    """Return --max_time in seconds."""
+    return parse_duration(config.training.max_time) if config.training.max_time else None
