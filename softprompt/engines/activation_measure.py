@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from softprompt.models.capabilities import max_positions
 from softprompt.models.loading import word_embeddings
 from softprompt.utils.model_config import layers_and_heads
+from softprompt.utils.wrapped_tensors import stored_parts
 
 SHORT = 16  # tokens of the shorter row; the other one has twice as many
 
@@ -60,13 +61,13 @@ def _saved_bytes(base: PreTrainedModel, run: Callable[[Tensor], Tensor], T: int)
     not count: those of a sharded layer are gathered into memory that is released after the layer's forward."""
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> None:  # keep only the storage: a tensor would keep its graph alive
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    def keep(tensor: Tensor) -> None:  # keep only the storages: a tensor would keep its graph alive
+        kept.update((part.untyped_storage().data_ptr(), part.untyped_storage()) for part in stored_parts(tensor))
 
     weight = word_embeddings(base).weight
     embeddings = torch.zeros(T, weight.shape[1], device=weight.device, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         run(embeddings + weight[:1].detach().float())
     resident = (t for t in (*base.parameters(), *base.buffers()) if not hasattr(t, "to_local"))  # no slices
-    own = {t.untyped_storage().data_ptr() for t in resident}
+    own = {part.untyped_storage().data_ptr() for t in resident for part in stored_parts(t)}
     return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)

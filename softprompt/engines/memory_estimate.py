@@ -13,6 +13,7 @@ from torch import nn
 
 from softprompt.models.bitsandbytes_linear import has_bitsandbytes_weight, quantized_bytes
 from softprompt.models.bloom_weights import BloomShape
+from softprompt.utils.wrapped_tensors import stored_parts
 
 MEMORY_SHARE = 0.6  # share of the device's memory to use; the rest is for the allocator, CUDA and other programs
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # largest default micro-batch, in tokens; more was no faster on the CPU
@@ -40,7 +41,7 @@ def resident_bytes(base: nn.Module) -> int:
     weights in buffers. Tensors on the meta device do not count; of a sharded parameter, only this rank's slice counts.
     """
     tensors = chain(base.parameters(), base.buffers())
-    mine = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)  # a DTensor's slice
+    mine = (part for t in tensors for part in stored_parts(t))
     maxima = (quantized_bytes(m) - m.weight.nbytes for m in base.modules() if has_bitsandbytes_weight(m))  # type: ignore[operator, union-attr]
     return sum(t.nbytes for t in mine if not t.is_meta) + sum(maxima)
 

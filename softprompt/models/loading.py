@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +26,7 @@ from softprompt.models.quantization import (
     check_quantization_settings,
     holds_quantized,
     is_quantized,
+    settings_of_stored,
     stored_method,
 )
 from softprompt.models.stored_weights import check_complete, check_finite
@@ -135,7 +137,7 @@ def read_base(
     from transformers import AutoModelForCausalLM
 
     config = load_config(name_or_path)
-    settings: dict[str, Any] = {"dtype": "auto"}
+    settings: dict[str, Any] = {"dtype": "auto", **settings_of_stored(config)}
     if bits:
         check_not_stored_quantized(config, name_or_path, f"--load_in_{bits}bit")
         settings["quantization_config"] = bitsandbytes_config(bits, compute_dtype)
@@ -213,13 +215,15 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Inside the block, let transformers log errors alone."""
+    """Inside the block, let transformers log errors alone, and not warn of `settings_of_stored`."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -13,11 +13,12 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, CompressedTensorsConfig, PreTrainedModel
 
 from softprompt.models.bitsandbytes_linear import import_functional
 from softprompt.models.precision import autocast, resolve_device
@@ -123,9 +124,22 @@ def check_loadable(config: Any, name: str) -> None:
         raise _error(name, method, reason, WAY_OUT) from None
 
 
+def settings_of_stored(config: Any) -> dict[str, Any]:
+    """Return settings of transformers' `from_pretrained` for a checkpoint that is stored quantized.
+
+    Weights of compressed-tensors are dequantized while they are loaded. Otherwise the library would do that in the
+    first forward pass, and no gradient would pass through activations that it quantizes.
+    """
+    if stored_method(config) != "compressed-tensors":
+        return {}
+    named = signature(CompressedTensorsConfig.__init__).parameters
+    how = {"dequantize": True} if "dequantize" in named else {"run_compressed": False}  # older versions of transformers
+    return {"quantization_config": CompressedTensorsConfig(**how)}
+
+
 def is_quantized(base: PreTrainedModel) -> bool:
     """Whether transformers holds weights of `base` quantized. It does not if it dequantized them while it loaded them,
-    as it does with FP8 and MXFP4 without a GPU."""
+    as it does with compressed-tensors, and with FP8 and MXFP4 without a GPU."""
     return getattr(base, "hf_quantizer", None) is not None
 
 

@@ -15,7 +15,8 @@ from softprompt.data.dataset import Row
 from softprompt.data.tokenization import Tokenized
 from softprompt.engines.base import Engine
 from softprompt.engines.padded import PromptTunedModel
-from softprompt.models.quantization import stored_method
+from softprompt.models.loading import base_path, load_config
+from softprompt.models.quantization import is_quantized, stored_method
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.lr_schedules import farthest_move, learning_rates
 from softprompt.utils.translation import translate
@@ -77,8 +78,10 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     print(translate(model.trainable_parameters_line()))
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
-    method = stored_method(model.base.config)
-    held = f" in {bits} bit" if bits else f", stored quantized ({method})," if method else ""
+    held = f" in {bits} bit" if bits else ""
+    on_disk = load_config(base_path(str(config.model.model_name_or_path)))  # dequantizing changes the one in memory
+    if not bits and (method := stored_method(on_disk)):
+        held = f", stored quantized ({method}){'' if is_quantized(model.base) else ' and dequantized'},"
     prompt = config.prompt
     start = f"the one in {prompt.init_adapter}" if prompt.init_adapter else prompt.prompt_tuning_init
     start += f", {described}" if (described := describe_encoder(config, model.prompt)) else ""
