@@ -51,6 +51,12 @@ class DataArguments:
         "stripped before '\\n\\nAssistant: ')",
         "TEXT",
     )
+    chat_template_date: str | None = option(
+        None,
+        "Show this date, written as 2026-01-31, to a chat template that writes the current one. (default: the day on "
+        "which the run starts, also when it is resumed later)",
+        "DATE",
+    )
     max_length: int = option(
         DEFAULT_MAX_LENGTH,
         "Truncate a row to this many tokens, prompt and answer together, not counting virtual tokens.",

@@ -15,7 +15,7 @@ from softprompt.config.train_args import (
     SharingArguments,
     TrainingArguments,
 )
-from softprompt.config.value_parsers import parse_columns, parse_duration, parse_labels
+from softprompt.config.value_parsers import parse_columns, parse_date, parse_duration, parse_labels
 from softprompt.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -175,10 +175,11 @@ def _data_faults(data: DataArguments, distillation: DistillationArguments) -> It
         yield f"--streaming: {data.dataset} is generated in memory; name a file, a folder or a hub id, or leave it out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; give at least 2"
-    try:
-        parse_columns(data.columns)
-    except ConfigError as error:
-        yield str(error)
+    for parse, value in ((parse_columns, data.columns), (parse_date, data.chat_template_date)):
+        try:
+            parse(value)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _training_faults(training: TrainingArguments) -> Iterator[str]:

@@ -1,7 +1,9 @@
-"""Parsers of settings that are written as structured text: columns, class labels, durations."""
+"""Parsers of settings that are written as structured text: columns, class labels, durations, dates."""
 
+import contextlib
 import json
 import re
+from datetime import date
 
 from softprompt.config.schema import is_text
 from softprompt.utils.errors import ConfigError
@@ -43,6 +45,20 @@ def _json_pairs(text: str | None) -> list[tuple[str, str]] | None:
 def parse_labels(text: str) -> list[str]:
     """Split `正面,负面` into ["正面", "负面"]; the Chinese comma also separates labels."""
     return [label.strip() for label in re.split("[,，]", text)]
+
+
+def parse_date(text: str | None) -> date | None:
+    """Return the date in the text, written as 2026-01-31; None if there is no text.
+
+    Raises:
+        ConfigError: The text is not a date.
+    """
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if (found := date.fromisoformat(text)).isoformat() == text:
+            return found
+    raise ConfigError(f"--chat_template_date {text!r} is not a date such as 2026-01-31")
 
 
 def parse_duration(text: str) -> float:

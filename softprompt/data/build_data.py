@@ -33,7 +33,7 @@ def make_template(config: TrainConfig) -> Template:
     Raises:
         ConfigError: See `Template`.
     """
-    return Template(config.data.template or "default")
+    return Template(config.data.template or "default", date=config.data.chat_template_date)
 
 
 class Rows(NamedTuple):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -45,10 +46,18 @@ def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str | None]:
 
 
 def _apply_chat(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **kwargs: Any
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    today: str | None = None,
+    **kwargs: Any,
 ) -> str:
+    """Return what the tokenizer's chat template writes. `today` is the date (YYYY-MM-DD) that it sees; None is the
+    current one."""
     if not tokenizer.chat_template:
         raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
+    if today:
+        kwargs["chat_template"] = _with_date(tokenizer.get_chat_template(tools=tools), today)
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
     except Exception as error:  # a template may raise any error, such as TemplateError for a role
@@ -61,6 +70,16 @@ def _apply_chat(
             "tool_calls", text, lambda: tokenizer.apply_chat_template(bare, tools=tools, tokenize=False, **kwargs)
         )
     return text
+
+
+def _with_date(template: str, today: str) -> str:
+    """Return a chat template in which a date, as text, stands for each call of strftime_now. That is the function with
+    which templates write the current date; transformers passes no function of ours to a template."""
+
+    def written(call: re.Match[str]) -> str:
+        return repr(datetime.fromisoformat(today).strftime(call["format"]))
+
+    return re.sub(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""", written, template)
 
 
 def _check_written(what: str, text: str, without: Callable[[], str]) -> None:

@@ -23,6 +23,7 @@ class Template:
             over the columns. In a format string the two characters \\n, as typed in a shell, mean a line break, and \\t
             a tab.
         optional: Columns of a format string that a question may omit, because they were empty in some training rows.
+        date: The date (YYYY-MM-DD) for chat templates that write the current one; None is today's.
 
     Raises:
         ConfigError: A format string has no column, has something other than plain column names in braces, or includes
@@ -31,6 +32,7 @@ class Template:
 
     spec: str = DEFAULT
     optional: frozenset[str] = frozenset()
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.spec in (DEFAULT, CHAT):
@@ -117,7 +119,7 @@ class Template:
         if self.spec == DEFAULT:
             return "\n".join([HUMAN + row["instruction"], row.get("input") or ""]).strip() + ASSISTANT
         if self.spec == CHAT:
-            return _apply_chat(tokenizer, prompt_messages(row), row.get("tools"), add_generation_prompt=True)
+            return self._chat(row, prompt_messages(row), tokenizer, add_generation_prompt=True)
         text = self.spec.replace("\\n", "\n").replace("\\t", "\t")
         return text.format_map({name: row[name] for name in self.fields})
 
@@ -149,7 +151,7 @@ class Template:
     def _continued(self, row: Mapping[str, Any], answer: Mapping[str, Any], tokenizer: Any) -> str:
         """Return what the chat template writes for this answer after its generation prompt, up to the end token."""
         prompt = self.render(row, tokenizer)
-        whole = _apply_chat(tokenizer, [*prompt_messages(row), answer], row.get("tools"))
+        whole = self._chat(row, [*prompt_messages(row), answer], tokenizer)
         if not whole.startswith(prompt):
             raise DataError(
                 "the tokenizer's chat template does not continue its own generation prompt; give --template a format "
@@ -174,7 +176,19 @@ class Template:
         PROBE replaces the text, because the answer itself may be empty or may end with the text of a special token.
         """
         probe = {**answer, "content": PROBE}
-        return _apply_chat(tokenizer, [*prompt_messages(row), probe], row.get("tools")).rpartition(PROBE)[2]
+        return self._chat(row, [*prompt_messages(row), probe], tokenizer).rpartition(PROBE)[2]
+
+    def _chat(
+        self,
+        row: Mapping[str, Any],
+        messages: list[dict[str, Any]],
+        tokenizer: Any,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return what the chat template writes for `messages`, with the tools of the row."""
+        return _apply_chat(
+            tokenizer, messages, row.get("tools"), self.date, add_generation_prompt=add_generation_prompt
+        )
 
 
 def saved_template(settings: Mapping[str, Any]) -> Template:

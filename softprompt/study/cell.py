@@ -17,7 +17,7 @@ MAX_NAME_CHARACTERS, MAX_NAME_BYTES = 100, 150
 BASE_SETTINGS = ("model_name_or_path", "device", "bf16", "fp16", "engine")
 DATA_SETTINGS = (
     *("dataset", "dataset_config_name", "dataset_split", "columns", "template", "max_length", "truncation_side"),
-    *("eval_dataset", "eval_split", "eval_rows"),
+    *("eval_dataset", "eval_split", "eval_rows", "chat_template_date"),
 )
 PROMPT_SETTINGS = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
@@ -30,7 +30,7 @@ TRAINING_SETTINGS = (
 )
 SETTINGS = (*BASE_SETTINGS, *DATA_SETTINGS, *PROMPT_SETTINGS, *TRAINING_SETTINGS)
 # Settings that are left out at these values, so that cells which earlier versions finished keep their names.
-LEFT_OUT = {"prompt_reparameterization": "none", "encoder_hidden_size": None}
+LEFT_OUT = {"prompt_reparameterization": "none", "encoder_hidden_size": None, "chat_template_date": None}
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ evaluations are compared. `StartingPoint` holds the settings and the saved state
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from softprompt.config.loader import TrainConfig, validated
 from softprompt.data.dataloader import rows_of_a_step
-from softprompt.data.template import DEFAULT
+from softprompt.data.template import CHAT, DEFAULT
 from softprompt.runs.checkpoints import fault_of
 from softprompt.runs.state import Metrics, TrainingState
 from softprompt.runs.train_state import find_checkpoint, load_state
@@ -61,7 +62,7 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
     """
     checkpoint = find_checkpoint(config)
     if not checkpoint:
-        return StartingPoint(validated(config), rows_of_a_step(config.training, devices))
+        return StartingPoint(_with_date(validated(config)), rows_of_a_step(config.training, devices))
     state, saved = load_state(checkpoint)
     config = merge_settings(config, checkpoint, saved)
     rows_per_step = rows_of_steps(config, saved, devices)
@@ -77,6 +78,14 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
         base_evaluation=saved["base_evaluation"],
         fingerprints=saved["fingerprints"],
     )
+
+
+def _with_date(config: TrainConfig) -> TrainConfig:
+    """Return settings with the date that the chat template sees, which must be the same when the run is resumed."""
+    data = config.data
+    if data.template != CHAT or data.chat_template_date:
+        return config
+    return replace(config, data=replace(data, chat_template_date=date.today().isoformat()))
 
 
 def compare_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> StartingPoint:

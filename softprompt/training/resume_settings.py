@@ -14,7 +14,7 @@ from softprompt.utils.errors import CheckpointError, ConfigError
 FIXED_AT_START = (
     *("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "class_labels", "vocab_population"),
     *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
-    *("distill_samples", "distill_max_new_tokens", "distill_questions"),
+    *("distill_samples", "distill_max_new_tokens", "distill_questions", "chat_template_date"),
 )
 EARLIER_WORD_LEARNING_RATE = 3e-2  # for prompts that start on word embeddings
 DISTILLS = ("distill_prompt", "distill_context")

@@ -1,6 +1,7 @@
 """Runs that distill a text: what they learn from, write and show, how they resume, and what they refuse."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ import softprompt
 from softprompt.config.loader import train_config
 from softprompt.data.examples import count_targets
 from softprompt.data.questions import questions_about, written_questions
-from softprompt.data.template import Template
+from softprompt.data.template import Template, saved_template
 from softprompt.engines import choice
 from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.export import export
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
+from softprompt.training import resume
 from softprompt.training.dry_run import _predictions_bytes, dry_run
 from softprompt.training.question_setup import identity_of
 from softprompt.training.setup import Base
@@ -244,6 +246,42 @@ def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
     assert tokenizer.decode(questions.prefix).startswith(f"<system>{TEXT}")
     cut = tokenizer.decode(run.evaluator.with_cut_text[-1].input_ids)
     assert cut.startswith("<system>请") and f"</s><user>{QUESTIONS[-1]}</s><a>" in cut and TEXT not in cut
+
+
+class Calendar(date):
+    """A date whose today() the test sets."""
+
+    day = 26
+
+    @classmethod
+    def today(cls):
+        return cls(2026, 11, cls.day)
+
+
+@pytest.mark.parametrize("distills", [True, False])
+def test_a_chat_template_that_writes_the_date_sees_the_day_on_which_the_run_started(
+    distills, settings, tiny_base, monkeypatch
+):
+    """The run is resumed two days later, without a cache."""
+    base = chat_base(tiny_base, "{{ strftime_now('%d') }}" + CHAT.replace("<a>", "<assistant>"))
+    settings = {**settings, "model_name_or_path": base, "template": "chat", "max_length": 100}
+    if not distills:
+        settings = {name: value for name, value in settings.items() if not name.startswith("distill")}
+        rows = [{"instruction": question, "output": "好"} for question in QUESTIONS]
+        Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        settings["dataset"] = "rows.jsonl"
+    monkeypatch.setattr(resume, "date", Calendar)
+    first = softprompt.train(**settings)
+    monkeypatch.setattr(Calendar, "day", 28)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("other cache").absolute()))
+    again = softprompt.train(resume_from_checkpoint="run", max_steps=6)
+    tokenizer = load_tokenizer(base)
+    seen = [tokenizer.decode(run.setup.data.train.examples[0].input_ids)[:2] for run in (first, again)]
+    assert seen == ["26", "26"] and again.setup.data.train.examples == first.setup.data.train.examples
+    settings_of_questions = json.loads(Path("run/softprompt.json").read_text())
+    assert saved_template(settings_of_questions).date is None  # new questions are asked with the day's own date
+    later = softprompt.train(**{**settings, "output_dir": "later"})
+    assert tokenizer.decode(later.setup.data.train.examples[0].input_ids)[:2] == "28"
 
 
 def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):
