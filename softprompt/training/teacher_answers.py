@@ -10,7 +10,7 @@ machine and in another dtype.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -98,12 +98,16 @@ def answer_questions(
         eos_token_id=tuple(teacher.ends),
     )
     requests, keys = list[Request](), list[str]()
-    whole = [(*teacher.prefix, *row) for row in rows]
-    for number, ids, row in zip(_numbers(whole), whole, rows, strict=True):
+    before = Counter[str]()  # questions that are asked several times have other samples each time
+    for row in rows:
+        ids = [*teacher.prefix, *row]
+        question = _digest(ids)
+        number = int(_digest([question, before[question]]), 16)
+        before[question] += 1
         for sample in range(max(1, samples)):
             own = sample_seed(seed, number, sample)
             requests.append(Request(row, how, teacher.prompt, own))
-            keys.append(_key(ids, how, own if samples else None))
+            keys.append(_digest([ids, asdict(how), own if samples else None]))
     budgets = [request.new_token_budget(teacher.positions) for request in requests]
     longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
     together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
@@ -120,15 +124,6 @@ def answer_questions(
     return [each[start : start + width] for start in range(0, len(each), width)]
 
 
-def _numbers(whole: Iterable[tuple[int, ...]]) -> Iterator[int]:
-    """Yield a number for each question that depends only on its token ids and on how often they came before."""
-    before = Counter[tuple[int, ...]]()
-    for ids in whole:
-        content = json.dumps([ids, before[ids]]).encode()
-        yield int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-        before[ids] += 1
-
-
 def _generate(source: AnswerSource, missing: Mapping[str, Request], together: int, known: "_Cache", title: str) -> None:
     """Generate the missing answers, `together` at a time, and add them to the cache. Raises Stopped."""
     names, stop = list(missing), source.stop
@@ -142,9 +137,10 @@ def _generate(source: AnswerSource, missing: Mapping[str, Request], together: in
                 raise Stopped(f"stopped before {left:,} answers were generated; the same command continues", code)
 
 
-def _key(ids: Sequence[int], how: GenerationSettings, seed: int | None) -> str:
-    """Return the key of a request with the token ids `ids`; `seed` is that of a sample, None of a greedy answer."""
-    return hashlib.blake2b(json.dumps([list(ids), asdict(how), seed]).encode(), digest_size=16).hexdigest()
+def _digest(content: Any) -> str:
+    """Return a hash of JSON types, as hexadecimal digits: the key of a request if they are its token ids, its settings
+    and the seed of a sample (None for a greedy answer)."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def kept_answers(*folders: Path) -> dict[str, list[int]]:
