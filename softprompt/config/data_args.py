@@ -53,8 +53,8 @@ class DataArguments:
     )
     chat_template_date: str | None = option(
         None,
-        "Show this date, written as 2026-01-31, to a chat template that writes the current one. (default: the day on "
-        "which the run starts, also when it is resumed later)",
+        "The date that the chat template writes as the current one, such as 2026-01-31. (default: the day on which the "
+        "run starts, also when it is resumed later)",
         "DATE",
     )
     max_length: int = option(

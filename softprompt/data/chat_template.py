@@ -56,9 +56,9 @@ def _apply_chat(
     current one."""
     if not tokenizer.chat_template:
         raise ConfigError("--template chat: this base's tokenizer has no chat template; give a format string instead")
-    if today:
-        kwargs["chat_template"] = _with_date(tokenizer.get_chat_template(tools=tools), today)
     try:
+        if today:
+            kwargs["chat_template"] = _with_date(tokenizer.get_chat_template(tools=tools), today)
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
     except Exception as error:  # a template may raise any error, such as TemplateError for a role
         raise DataError(f"the tokenizer's chat template refuses a row: {error}") from None
@@ -72,14 +72,18 @@ def _apply_chat(
     return text
 
 
+# A call of transformers' function with which chat templates write the current date.
+STRFTIME_NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
 def _with_date(template: str, today: str) -> str:
-    """Return a chat template in which a date, as text, stands for each call of strftime_now. That is the function with
-    which templates write the current date; transformers passes no function of ours to a template."""
+    """Return a chat template in which each call strftime_now("FORMAT") is replaced by the formatted date `today`.
 
-    def written(call: re.Match[str]) -> str:
-        return repr(datetime.fromisoformat(today).strftime(call["format"]))
-
-    return re.sub(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""", written, template)
+    The function itself cannot be replaced: transformers passes only plain data to templates. A call whose format is not
+    a literal is left as it is.
+    """
+    day = datetime.fromisoformat(today)
+    return STRFTIME_NOW.sub(lambda call: call["quote"] + day.strftime(call["format"]) + call["quote"], template)
 
 
 def _check_written(what: str, text: str, without: Callable[[], str]) -> None:

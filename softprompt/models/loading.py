@@ -4,7 +4,6 @@
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -24,9 +23,9 @@ from softprompt.models.quantization import (
     check_loadable,
     check_not_stored_quantized,
     check_quantization_settings,
+    dequantize_compressed,
     holds_quantized,
     is_quantized,
-    settings_of_stored,
     stored_method,
 )
 from softprompt.models.stored_weights import check_complete, check_finite
@@ -137,7 +136,7 @@ def read_base(
     from transformers import AutoModelForCausalLM
 
     config = load_config(name_or_path)
-    settings: dict[str, Any] = {"dtype": "auto", **settings_of_stored(config)}
+    settings: dict[str, Any] = {"dtype": "auto"}
     if bits:
         check_not_stored_quantized(config, name_or_path, f"--load_in_{bits}bit")
         settings["quantization_config"] = bitsandbytes_config(bits, compute_dtype)
@@ -149,6 +148,7 @@ def read_base(
         base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", bars=shows_bars(), **settings)
     check_complete(found, name_or_path, weight_files(name_or_path))
     check_supports_prompt(base, name_or_path)
+    dequantize_compressed(base)
     return cast(PreTrainedModel, base)
 
 
@@ -215,15 +215,13 @@ def move_to_device(base: PreTrainedModel, device: torch.device) -> PreTrainedMod
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Inside the block, let transformers log errors alone, and not warn of `settings_of_stored`."""
+    """Inside the block, let transformers log errors alone."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

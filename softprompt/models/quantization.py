@@ -13,12 +13,11 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, CompressedTensorsConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from softprompt.models.bitsandbytes_linear import import_functional
 from softprompt.models.precision import autocast, resolve_device
@@ -26,6 +25,7 @@ from softprompt.utils.errors import ConfigError, ModelError, first_line
 from softprompt.utils.out_of_memory import is_out_of_memory
 
 PROBE_TOKENS = 3  # number of embeddings that `check_gradient` runs
+COMPRESSED = "compressed-tensors"  # the method whose weights are dequantized after they are loaded
 WAY_OUT = ", which --load_in_4bit quantizes while it loads"
 
 
@@ -124,22 +124,27 @@ def check_loadable(config: Any, name: str) -> None:
         raise _error(name, method, reason, WAY_OUT) from None
 
 
-def settings_of_stored(config: Any) -> dict[str, Any]:
-    """Return settings of transformers' `from_pretrained` for a checkpoint that is stored quantized.
+def dequantize_compressed(base: PreTrainedModel) -> None:
+    """Dequantize the weights of a base that is stored by compressed-tensors, in place. Then `is_quantized` is False.
 
-    Weights of compressed-tensors are dequantized while they are loaded. Otherwise the library would do that in the
-    first forward pass, and no gradient would pass through activations that it quantizes.
+    By default compressed-tensors dequantizes them in the first forward pass, and quantizes activations, through which
+    no gradient passes. Any other base is left unchanged.
     """
-    if stored_method(config) != "compressed-tensors":
-        return {}
-    named = signature(CompressedTensorsConfig.__init__).parameters
-    how = {"dequantize": True} if "dequantize" in named else {"run_compressed": False}  # older versions of transformers
-    return {"quantization_config": CompressedTensorsConfig(**how)}
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None or _method(quantizer.quantization_config) != COMPRESSED:
+        return
+    from compressed_tensors.quantization import QuantizationMetadata
+
+    if quantizer.quantization_config.is_quantization_compressed:
+        quantizer.compressor.decompress_model(base)
+    for module in base.modules():
+        QuantizationMetadata.clear_quantization(module)
+    quantizer.remove_quantization_config(base)
 
 
 def is_quantized(base: PreTrainedModel) -> bool:
-    """Whether transformers holds weights of `base` quantized. It does not if it dequantized them while it loaded them,
-    as it does with compressed-tensors, and with FP8 and MXFP4 without a GPU."""
+    """Whether weights of `base` are held quantized. They are not if they were dequantized when they were loaded: by
+    transformers, as FP8 and MXFP4 are without a GPU, or by `dequantize_compressed`."""
     return getattr(base, "hf_quantizer", None) is not None
 
 

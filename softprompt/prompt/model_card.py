@@ -22,7 +22,7 @@ from softprompt.utils.redact import redacted
 # Settings that say where a run was computed, what it printed and where it was written, not what was learned.
 NOT_SHOWN = {
     *PATH_SETTINGS,
-    *("device", "print_model", "overwrite_cache"),
+    *("device", "print_model", "overwrite_cache", "chat_template_date"),
     *("preprocessing_num_workers", "logging_steps", "save_steps", "save_total_limit", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
 }

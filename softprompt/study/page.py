@@ -20,7 +20,7 @@ RULE = (
     f"it *{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
     "exact match the gain is the difference, and the threshold is one percentage point."
 )
-EFFECT = "The change of the metric is followed by its 95 % interval over the seeds."
+EFFECT = "The change of the metric is followed by its 95 % interval, if there are several seeds."
 ACCURACY = (
     "The accuracy is the share of held-out rows whose most likely label is the expected one; in parentheses is its "
     "95 % interval (Wilson) over these rows, where there is one seed. Ensembles have none."

@@ -192,7 +192,8 @@ def varied_context(results: Iterable[CellResult]) -> Key:
     """Return a function that describes a result by those settings of its context that differ among `results`."""
     contexts = {r.context: json.loads(r.context) for r in results}
     every = list(contexts.values())
-    varied = [name for name in (every[0] if every else ()) if any(c.get(name) != every[0][name] for c in every)]
+    names = dict.fromkeys(name for c in every for name in c)  # some settings are left out at their defaults
+    varied = [name for name in names if any(c.get(name) != every[0].get(name) for c in every)]
     return lambda r: ", ".join(f"{name} {contexts[r.context].get(name)}" for name in varied)
 
 

@@ -79,7 +79,9 @@ def print_model(config: TrainConfig, model: PromptTunedModel, engine: Engine, ho
     name = str(engine.compute_dtype).removeprefix("torch.")
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     held = f" in {bits} bit" if bits else ""
-    on_disk = load_config(base_path(str(config.model.model_name_or_path)))  # dequantizing changes the one in memory
+    on_disk = load_config(
+        base_path(str(config.model.model_name_or_path))
+    )  # that in memory lacks the settings if it was dequantized
     if not bits and (method := stored_method(on_disk)):
         held = f", stored quantized ({method}){'' if is_quantized(model.base) else ' and dequantized'},"
     prompt = config.prompt

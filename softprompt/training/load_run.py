@@ -46,7 +46,8 @@ def load_run(
     began: float | None = None,
 ) -> Loaded:
     """Load and check the rows, the base and the prompt of a run. Every rank does this by itself; nothing is written.
-    `began` is the time from which --max_time counts while the base answers questions; None: there is no limit.
+    `began` is the `time.monotonic()` at which the run began. If it is None, --max_time does not end the answering of
+    questions (--dry_run).
 
     Raises:
         SoftpromptError: The settings, the data, the base or the output folder prevent the run.

@@ -64,7 +64,7 @@ def starting_point(config: TrainConfig, devices: int) -> StartingPoint:
     if not checkpoint:
         return StartingPoint(_with_date(validated(config)), rows_of_a_step(config.training, devices))
     state, saved = load_state(checkpoint)
-    config = merge_settings(config, checkpoint, saved)
+    config = _with_date(merge_settings(config, checkpoint, saved))  # earlier versions saved no date
     rows_per_step = rows_of_steps(config, saved, devices)
     check_rows(config, rows_per_step, saved, checkpoint)
     return StartingPoint(

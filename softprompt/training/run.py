@@ -32,7 +32,8 @@ from softprompt.training.teacher_answers import answers_file
 from softprompt.utils.errors import ConfigError, DataError, OutputError, TrainingError
 from softprompt.utils.torchrun_env import launch_ids, launched_by_torchrun
 
-MAY_DIFFER = {  # settings that may differ between ranks, such as paths, which depend on the machine
+MAY_DIFFER = {  # settings that may differ between ranks: paths, which depend on the machine, and the day
+    "chat_template_date",
     *("model_name_or_path", "device", "offload_folder", "dataset", "eval_dataset", "init_adapter", "output_dir"),
     *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "preprocessing_num_workers"),
 }

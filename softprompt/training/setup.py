@@ -30,7 +30,7 @@ from softprompt.models.loading import (
 )
 from softprompt.models.meta_loading import load_meta_model
 from softprompt.models.precision import resolve_device, resolve_dtype
-from softprompt.models.quantization import check_bitsandbytes, check_not_stored_quantized, stored_method
+from softprompt.models.quantization import COMPRESSED, check_bitsandbytes, check_not_stored_quantized, stored_method
 from softprompt.models.weight_offload import load_streamed
 from softprompt.runs.output_dir import choose_output_dir
 from softprompt.training.console import print_answer_end, print_data, print_rows
@@ -155,7 +155,7 @@ def _check_offload(config: TrainConfig, base_config: Any) -> None:
         why = f"only BLOOM is run block by block, and {model.model_name_or_path} is of type {base_config.model_type}"
     elif model.engine == "padded":
         why = "--engine padded does not run a base block by block"
-    elif not (by_blocks or stored_method(base_config)):
+    elif not (by_blocks or stored_method(base_config) not in (None, COMPRESSED)):
         why = "only used with --stream_base, --shard_base, --load_in_8bit or --load_in_4bit"
     else:
         return

@@ -36,8 +36,8 @@ class AnswerSource(NamedTuple):
 
     Attributes:
         generator: Generates those that are not known yet.
-        kept: The answers from the run's folder, by key. They are used whatever `Teacher.identity` is; answers that are
-            generated or read from the cache are added.
+        kept: The answers from the run's folder, by key. They are used even if `Teacher.identity` has changed; answers
+            that are generated or read from the cache are added.
         stop: May ask to stop between two answers; None if nothing does.
     """
 
@@ -97,31 +97,38 @@ def answer_questions(
         top_k=TOP_K,
         eos_token_id=tuple(teacher.ends),
     )
-    requests, keys = list[Request](), list[str]()
-    before = Counter[str]()  # questions that are asked several times have other samples each time
-    for row in rows:
+    asked, kept = _requests(teacher, rows, how, samples, seed), teacher.source.kept
+    budgets = [request.new_token_budget(teacher.positions) for _, request in asked]
+    longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
+    together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
+    known = _Cache.of([VERSION, teacher.identity])
+    there = known.answers.keys() | kept.keys()
+    if missing := {key: request for key, request in asked if key not in there}:
+        _generate(teacher.source, missing, together, known, title)
+    known.read()
+    kept.update({key: known.answers[key] for key, _ in asked if key not in kept})
+    found = [kept[key] for key, _ in asked]
+    each = [Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True)]
+    width = max(1, samples)
+    return [each[start : start + width] for start in range(0, len(each), width)]
+
+
+def _requests(
+    teacher: Teacher, rows: Sequence[Sequence[int]], how: GenerationSettings, samples: int, seed: int
+) -> list[tuple[str, Request]]:
+    """Return the requests of all answers, each with its key. A question that is asked again has other samples."""
+    asked, before = list[tuple[str, Request]](), Counter[str]()
+    for index, row in enumerate(rows):
         ids = [*teacher.prefix, *row]
         question = _digest(ids)
         number = int(_digest([question, before[question]]), 16)
         before[question] += 1
         for sample in range(max(1, samples)):
-            own = sample_seed(seed, number, sample)
-            requests.append(Request(row, how, teacher.prompt, own))
-            keys.append(_digest([ids, asdict(how), own if samples else None]))
-    budgets = [request.new_token_budget(teacher.positions) for request in requests]
-    longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
-    together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
-    known, kept = _Cache.of([VERSION, teacher.identity]), teacher.source.kept
-    there = known.answers.keys() | kept.keys()
-    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in there}
-    if missing:
-        _generate(teacher.source, missing, together, known, title)
-    known.read()
-    kept.update({key: known.answers[key] for key in keys if key not in kept})
-    found = [kept[key] for key in keys]
-    each = [Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True)]
-    width = max(1, samples)
-    return [each[start : start + width] for start in range(0, len(each), width)]
+            seeds = [sample_seed(seed, one, sample) for one in (number, index)]  # earlier versions took the index
+            keys = [_digest([ids, asdict(how), own if samples else None]) for own in seeds]
+            which = int(keys[1] in teacher.source.kept)
+            asked.append((keys[which], Request(row, how, teacher.prompt, seeds[which])))
+    return asked
 
 
 def _generate(source: AnswerSource, missing: Mapping[str, Request], together: int, known: "_Cache", title: str) -> None:
@@ -138,8 +145,8 @@ def _generate(source: AnswerSource, missing: Mapping[str, Request], together: in
 
 
 def _digest(content: Any) -> str:
-    """Return a hash of JSON types, as hexadecimal digits: the key of a request if they are its token ids, its settings
-    and the seed of a sample (None for a greedy answer)."""
+    """Return the BLAKE2b hash of JSON types, in hexadecimal digits. The key of a request is that of its token ids, its
+    settings, and the seed of a sample or None."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Runs that distill a text: what they learn from, write and show, how they resume, and what they refuse."""
 
 import json
+import time
 from datetime import date
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from softprompt.prompt.adapter_io import load_adapter
 from softprompt.training import resume
 from softprompt.training.dry_run import _predictions_bytes, dry_run
 from softprompt.training.question_setup import identity_of
+from softprompt.training.run import run_training
 from softprompt.training.setup import Base
 from softprompt.training.summary import summary
-from softprompt.utils.errors import CheckpointError, SoftpromptError
+from softprompt.utils.errors import CheckpointError, SoftpromptError, Stopped
 
 QUESTIONS = [f"问题{i}：好吗" for i in range(9)]
 TEXT = "请用一句话回答客人的问题，并且总是说谢谢您。"
@@ -251,20 +253,22 @@ def test_the_text_is_the_system_message_of_a_chat(settings, tiny_base):
 class Calendar(date):
     """A date whose today() the test sets."""
 
-    day = 26
+    now = date(2001, 2, 3)
 
     @classmethod
     def today(cls):
-        return cls(2026, 11, cls.day)
+        return cls.now
 
 
+@pytest.mark.parametrize("more", [{}, {"chat_template_date": "1999-12-31"}], ids=["today", "given"])
 @pytest.mark.parametrize("distills", [True, False])
 def test_a_chat_template_that_writes_the_date_sees_the_day_on_which_the_run_started(
-    distills, settings, tiny_base, monkeypatch
+    distills, more, settings, tiny_base, monkeypatch
 ):
     """The run is resumed two days later, without a cache."""
-    base = chat_base(tiny_base, "{{ strftime_now('%d') }}" + CHAT.replace("<a>", "<assistant>"))
-    settings = {**settings, "model_name_or_path": base, "template": "chat", "max_length": 100}
+    date_twice = """{{ strftime_now('%Y-%m-%d') }} {{ strftime_now (format = "%d") }}"""
+    base = chat_base(tiny_base, date_twice + CHAT.replace("<a>", "<assistant>"))
+    settings = {**settings, "model_name_or_path": base, "template": "chat", "max_length": 100, **more}
     if not distills:
         settings = {name: value for name, value in settings.items() if not name.startswith("distill")}
         rows = [{"instruction": question, "output": "好"} for question in QUESTIONS]
@@ -272,16 +276,32 @@ def test_a_chat_template_that_writes_the_date_sees_the_day_on_which_the_run_star
         settings["dataset"] = "rows.jsonl"
     monkeypatch.setattr(resume, "date", Calendar)
     first = softprompt.train(**settings)
-    monkeypatch.setattr(Calendar, "day", 28)
+    monkeypatch.setattr(Calendar, "now", date(2001, 2, 5))
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("other cache").absolute()))
     again = softprompt.train(resume_from_checkpoint="run", max_steps=6)
-    tokenizer = load_tokenizer(base)
-    seen = [tokenizer.decode(run.setup.data.train.examples[0].input_ids)[:2] for run in (first, again)]
-    assert seen == ["26", "26"] and again.setup.data.train.examples == first.setup.data.train.examples
+    tokenizer, day = load_tokenizer(base), more.get("chat_template_date", "2001-02-03")
+    for run in (first, again):
+        assert tokenizer.decode(run.setup.data.train.examples[0].input_ids).startswith(f"{day} {day[-2:]}<user>")
+    assert again.setup.data.train.examples == first.setup.data.train.examples
     settings_of_questions = json.loads(Path("run/softprompt.json").read_text())
     assert saved_template(settings_of_questions).date is None  # new questions are asked with the day's own date
-    later = softprompt.train(**{**settings, "output_dir": "later"})
-    assert tokenizer.decode(later.setup.data.train.examples[0].input_ids)[:2] == "28"
+    assert "chat_template_date" not in Path("run/README.md").read_text()
+
+
+def test_a_distillation_that_runs_out_of_time_continues_with_the_answers_that_it_has(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generate, asked = ContinuousBatchingGenerator.generate, []
+
+    def counting(self, requests, *more):
+        asked.append(len(requests))
+        return generate(self, requests, *more)
+
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
+    with pytest.raises(Stopped, match="11 answers") as stopped:
+        run_training(train_config(**settings, max_time="10s"), began=time.monotonic() - 60)
+    assert stopped.value.exit_code == 124 and not Path("run").exists()
+    softprompt.train(**settings)
+    assert asked[:2] == [12, 11]  # the first command generated one answer
 
 
 def test_dry_run_and_search_of_a_learning_rate(settings, tmp_path):

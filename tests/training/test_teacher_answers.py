@@ -1,8 +1,13 @@
 """The answers of the base with a text: how many are generated at a time, and what two runs at once keep."""
 
+import hashlib
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from softprompt.generation.requests import GenerationSettings, sample_seed
 from softprompt.training import teacher_answers
 from softprompt.training.teacher_answers import AnswerSource, Teacher, answer_questions, answers_file, kept_answers
 from softprompt.utils.errors import Stopped
@@ -30,7 +35,10 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def answers(model, prefix=(7, 8), samples=2, rows=((5,), (6, 6)), kept=None, stop=None):
+ROWS = (5,), (6, 6)
+
+
+def answers(model, prefix=(7, 8), samples=2, rows=ROWS, kept=None, stop=None):
     source = AnswerSource(model, {} if kept is None else kept, stop)
     teacher = Teacher(source, torch.zeros(len(prefix), 4), prefix, (2,), None, "a base")
     found = answer_questions(teacher, rows, samples, 3, 0, "answers")
@@ -86,6 +94,14 @@ def test_a_run_keeps_its_own_answers(cache, tmp_path):
     again = kept_answers(tmp_path)
     assert answers(Model(30), kept=again, rows=((5,), (6, 6), (9,))) == [*first, [[30], [30]]] and len(again) == 6
     assert kept_answers(tmp_path / "nowhere") == {}
+
+
+def test_a_run_of_an_earlier_version_is_resumed_with_its_answers(cache):
+    """Its keys had the seeds of the questions' indices."""
+    how = GenerationSettings(max_new_tokens=3, do_sample=True, top_k=teacher_answers.TOP_K, eos_token_id=(2,))
+    keys = [json.dumps([[7, 8, *row], asdict(how), sample_seed(0, n, s)]) for n, row in enumerate(ROWS) for s in (0, 1)]
+    kept = {hashlib.blake2b(key.encode(), digest_size=16).hexdigest(): [n] for n, key in enumerate(keys)}
+    assert answers(Model(9), kept=kept) == [[[0], [1]], [[2], [3]]]
 
 
 def test_answers_are_kept_in_memory_where_no_file_can_be_written(cache):
