@@ -23,6 +23,7 @@ INTERVAL = 1.0  # seconds; the folders are not read again sooner than this
 # For this many seconds after its files were found last, an adapter is served, because a writer may be replacing them.
 # This is longer than INTERVAL, so that the folders are read at least once more.
 GRACE = 2 * INTERVAL
+READINGS = 3  # of an adapter whose files are replaced while they are read
 Files = tuple[str, tuple[tuple[int, int, int] | None, ...]]  # a name with a folder, and the versions of its files
 
 
@@ -138,17 +139,27 @@ class Registry:
         for source in [*(source for root in self._roots for source in _sources(root)), *self._added.values()]:
             if source.name in (*served, self._reserved) or not is_text(source.name):
                 continue
+            found = self._find(source, loaded)
+            if found:
+                served[source.name] = found
+        self._loaded = loaded
+        return served
+
+    def _find(self, source: Source, loaded: dict[Files, Served | None]) -> Served | None:
+        """Return the newest adapter of a source that can be served, and add all that were read to `loaded`. Files that
+        are replaced while they are read may not belong together and are read again, up to `READINGS` times."""
+        for _ in range(READINGS):
             for folder in _newest(source):
                 files = _files(source.name, folder)
                 found = self._loaded[files] if files in self._loaded else self._load(source, folder, files)
-                if _files(source.name, folder) != files:  # replaced meanwhile; what was read may not belong together
-                    continue
+                if _files(source.name, folder) != files:
+                    break
                 loaded[files] = found
                 if found:
-                    served[source.name] = found
-                    break
-        self._loaded = loaded
-        return served
+                    return found
+            else:
+                return None
+        return None
 
     def _load(self, source: Source, folder: Path, files: Files) -> Served | None:
         """Load an adapter. If it cannot be served, return None, and call `tell` with the reason unless the files have
