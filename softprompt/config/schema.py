@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
+from datetime import date
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -105,12 +106,14 @@ def union_members(hint: Any) -> tuple[Any, ...]:
 
 
 def _coerced(value: Any, hint: Any) -> Any:
-    """Convert `value` as users expect: an int to a float, a single value to a list, and `auto` to None unless the
-    setting is a string."""
+    """Convert `value` as users expect: an int to a float, a single value to a list, a date (which TOML has) to a string
+    if the setting is one, and `auto` to None unless it is one."""
     if type(value) is str and value == AUTO and takes_auto(hint):
         return None
     if takes_list(hint) and value is not None:
         return list(value) if isinstance(value, list | tuple) else [value]
+    if type(value) is date and str in union_members(hint):
+        return value.isoformat()
     return float(value) if float in union_members(hint) and type(value) is int else value
 
 

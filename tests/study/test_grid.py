@@ -43,6 +43,11 @@ def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     assert [c.config.learning_rate() for c in found.cells] == [0.1]
 
 
+def test_a_date_needs_no_quotes(tmp_path):
+    (cell,) = study(tmp_path, HEAD + "chat_template_date = 2026-01-31\n").cells
+    assert cell.config.data.chat_template_date == "2026-01-31"
+
+
 def test_settings_of_an_initialization_apply_to_its_cells_only(tmp_path):
     more = 'prompt_tuning_init_text = "看"\nclass_labels = "正面,负面"\nvocab_population = 50\n[[grid]]\n'
     found = study(tmp_path, HEAD + more + 'prompt_tuning_init = ["RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS"]\n')
