@@ -153,10 +153,8 @@ def jobs_of(args: argparse.Namespace, base: Base, device: torch.device) -> list[
 def run_rounds(
     job: Job, chosen: list[Contestant], bases: dict[torch.dtype, PreTrainedModel], rounds: int
 ) -> dict[str, list[Case]]:
-    """Return the records of each contestant, one per round. A contestant that runs out of memory in the warm-up is left
-    out."""
+    """Return the records of each contestant, one per round. A contestant that runs out of memory is left out."""
     tokenizer, start = load_tokenizer(job.tokenizer), start_of(job)
-    records: dict[str, list[Case]] = {}
 
     def turn(c: Contestant, rows: list[Example]) -> Case:
         before = matmul_rate(c.dtype, job.device)
@@ -166,19 +164,23 @@ def run_rounds(
         print(f"{job.base.name}, P = {job.P}, {c.name}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
         return {"tokens_per_second": speed, "matmul_rate": rate, **vars(laps)}
 
-    for c in chosen:
+    def tried(c: Contestant, rows: list[Example]) -> Case | None:
         try:
-            turn(c, widest_window(c, job.rows))
+            return turn(c, rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        else:
-            records[c.name] = []
+            print(f"{job.base.name}, P = {job.P}, {c.name}: out of memory", file=sys.stderr, flush=True)
+            return None
+
+    running = [c for c in chosen if tried(c, widest_window(c, job.rows))]
+    records: dict[str, list[Case]] = {c.name: [] for c in running}
     for number in range(rounds):
-        running = [c for c in chosen if c.name in records]
         for c in running if number % 2 == 0 else reversed(running):
-            rows = job.rows.grouped if c.grouped else job.rows.plain
-            records[c.name].append(turn(c, rows))
+            if c.name in records and (record := tried(c, job.rows.grouped if c.grouped else job.rows.plain)):
+                records[c.name].append(record)
+            else:
+                records.pop(c.name, None)
     return records
 
 
