@@ -1,0 +1,146 @@
+"""The questions and the text of a distillation, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base
+from helpers.short_runs import interrupted, outcome
+from helpers.small_bases import small_base
+
+import softprompt
+from softprompt.data.questions import questions_about, written_questions
+from softprompt.data.template import Template
+from softprompt.models.loading import load_tokenizer
+from softprompt.utils.errors import SoftpromptError
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "conversations"])
+def test_answers_of_rows_are_not_used(form, distillation, capsys):
+    rows = [{"instruction": q, "output": "不对"} for q in QUESTIONS]
+    more = {}
+    if form == "columns":
+        rows, more = [{"q": q, "a": "不对"} for q in QUESTIONS], {"columns": "instruction=q,output=a"}
+    if form == "conversations":
+        asked = ({"role": "user", "content": q} for q in QUESTIONS)
+        rows = [{"messages": [each, {"role": "assistant", "content": "不对"}]} for each in asked]
+        more = {"template": "chat", "model_name_or_path": chat_base(distillation["model_name_or_path"], CHAT)}
+        distillation |= more
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ours = softprompt.train(**{**distillation, "dataset": "rows.jsonl", **more})
+    plain = softprompt.train(**{**distillation, "output_dir": "plain"})
+    assert ours.setup.data.train.examples == plain.setup.data.train.examples
+    assert outcome("run")[0] == outcome("plain")[0]
+    assert capsys.readouterr().out.count("are not used") == 1
+
+
+def test_the_text_is_the_system_message_of_a_chat(distillation, tiny_base):
+    base = chat_base(tiny_base, CHAT)
+    asked = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "x"}]} for q in QUESTIONS]
+    own = [{"role": "system", "content": "短"}, {"role": "user", "content": "嗯"}]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, [{"messages": own}, *asked])))
+    run = softprompt.train(**{**distillation, "dataset": "chats.jsonl", "model_name_or_path": base, "template": "chat"})
+    tokenizer = load_tokenizer(base)
+    row, questions = run.setup.data.held_out.examples[-1], run.evaluator.text
+    assert tokenizer.decode(row.input_ids).startswith(f"<user>{QUESTIONS[-1]}</s><a>")
+    assert tokenizer.decode(questions.prefix).startswith(f"<system>{TEXT}")
+    cut = tokenizer.decode(run.evaluator.with_cut_text[-1].input_ids)
+    assert cut.startswith("<system>请") and f"</s><user>{QUESTIONS[-1]}</s><a>" in cut and TEXT not in cut
+
+
+def test_the_base_writes_the_questions_about_a_document(distillation, capsys):
+    """The questions are kept as the answers are, and a resumed run has the same ones."""
+    del distillation["dataset"], distillation["distill_prompt"]
+    document = "这是一份很长的文件，讲酒店的房间、早餐和停车。" * 12
+    Path("text.txt").write_text(document, encoding="utf-8")
+    more = {"distill_context": "text.txt", "distill_questions": 7, "eval_rows": 2, "num_virtual_tokens": 3}
+    run = softprompt.train(**{**distillation, **more, "output_dir": "whole"})
+    asked = [row["instruction"] for row in run.setup.data.first_rows]
+    assert len(asked) == 5 == len(set(asked)) and run.setup.data.held_out.rows == 2
+    assert "the base wrote 7 of the 7 requested questions" in capsys.readouterr().out
+    assert "that replace the text of text.txt" in Path("whole/report.html").read_text()
+    interrupted({**distillation, **more}, 3)
+    softprompt.train(resume_from_checkpoint="run")
+    assert outcome("run")[0] == outcome("whole")[0]
+    assert "so that the base answers as with a long text" in Path("run/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answers", "questions"),
+    [
+        (
+            ["What is it?\nAnd more", '"What is it?"', "  \n", "Question: Where?", "“在哪里？”"],
+            ["What is it?", "Where?", "在哪里？"],
+        ),
+        ([], []),
+    ],
+)
+def test_a_question_is_the_first_line_of_an_answer(answers, questions, tokenizer):
+    ids = [tokenizer(answer)["input_ids"] for answer in answers]
+    assert written_questions(ids, tokenizer) == questions
+
+
+def test_passages_are_taken_from_the_whole_text(tokenizer):
+    words = [f"第{number}段" for number in range(600)]
+    template = Template("{instruction}")
+    every = questions_about("。".join(words), tokenizer, template, 1000)
+    some = questions_about("。".join(words), tokenizer, template, 3)
+    assert len(every) > 6 and len(some) == 3 and some[0] == every[0]
+    assert every.index(some[1]) == len(every) // 3 and every.index(some[2]) == 2 * len(every) // 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"distill_prompt": "none.txt"}, "none.txt: no such file"),
+        ({"distill_prompt": "empty.txt"}, "empty.txt is empty"),
+        ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
+        ({"dataset": "empty.txt"}, "empty.txt is empty"),
+        ({"eval_rows": 9}, "leaves none"),
+        ({"dataset": None}, "--distill_prompt text.txt needs questions"),
+        ({"dataset": None, "model_name_or_path": None}, "--distill_prompt text.txt needs questions"),
+        ({"dataset": "some.jsonl", "template": "{instruction}"}, "question 2 has no tokens"),
+        ({"dataset_split": "test"}, "questions.txt has no splits; leave --dataset_split out"),
+        ({"eval_rows": None, "eval_split": "test"}, "questions.txt has no splits; leave --eval_split out"),
+        ({"distill_samples": 0}, "--distill_samples 0"),
+        ({"distill_context": "text.txt"}, "exclude each other"),
+        ({"distill_prompt": None}, "--distill_samples is only used with --distill_prompt"),
+        ({"streaming": True}, "--streaming excludes --distill_prompt"),
+        ({"metric_for_best_model": "exact_match"}, "--metric_for_best_model exact_match"),
+        ({"max_length": 5}, "no question leaves room for an answer at --max_length 5"),
+        ({"truncation_side": "input"}, "--truncation_side input"),
+        ({"template": "chat"}, "no chat template"),
+        ({"prompt_tuning_init": "CLASS_LABELS"}, "--class_labels"),
+        ({"model_name_or_path": "short"}, "shorten the text"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, tokenizer):
+    Path("empty.txt").write_text(" \n")
+    Path("some.jsonl").write_text("\n".join(json.dumps({"instruction": each}) for each in ("a", "", "b", "c", "d")))
+    if change.get("model_name_or_path") == "short":
+        small_base("gpt2", n_positions=16).save_pretrained("short")
+        tokenizer.save_pretrained("short")
+    distillation = {name: value for name, value in {**distillation, **change}.items() if value is not None}
+    with pytest.raises(SoftpromptError, match=named) as refused:
+        softprompt.train(**distillation)
+    assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+def test_a_question_with_a_token_that_the_base_does_not_know(distillation, tiny_base):
+    base = chat_base(tiny_base, CHAT)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens("<picture>")
+    tokenizer.save_pretrained(base)
+    Path("questions.txt").write_text("\n".join([*QUESTIONS, "<picture>"]), encoding="utf-8")
+    with pytest.raises(SoftpromptError, match="a question: token id"):
+        softprompt.train(**{**distillation, "model_name_or_path": base})
+
+
+@pytest.mark.parametrize("questions", ["questions.txt", None])
+def test_a_text_without_tokens(questions, distillation, monkeypatch):
+    """As with a tokenizer that leaves out characters that it does not know."""
+    monkeypatch.setattr("softprompt.data.questions.prompt_ids", lambda tokenizer, texts, template: [[] for _ in texts])
+    change = {"distill_prompt": None, "distill_context": "text.txt", "dataset": questions}
+    distillation = {name: value for name, value in {**distillation, **change}.items() if value is not None}
+    with pytest.raises(SoftpromptError, match="has no tokens"):
+        softprompt.train(**distillation)
