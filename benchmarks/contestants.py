@@ -42,7 +42,8 @@ ROWS_PER_STEP = 32
 class Contestant:
     """A contestant. `kind` is "trainer", "padded" or "packed". `grouped` says whether its rows come in batches of
     similar length (see `cases.Rows`). `attn_implementation` has the values of the flag of that name; "auto" here means
-    the first one that a training run with "auto" would check, without the check."""
+    the first one that a training run with "auto" would check, without the check. `tokens_per_microbatch` is the flag of
+    that name; None means its default."""
 
     name: str
     kind: str
@@ -50,6 +51,7 @@ class Contestant:
     rows_per_microbatch: int = 4
     grouped: bool = False
     attn_implementation: str = "auto"
+    tokens_per_microbatch: int | None = None
 
     @property
     def is_peer(self) -> bool:
@@ -61,16 +63,17 @@ class Contestant:
         return torch.float32 if self.is_peer else self.dtype
 
 
-def contestants(rows_of_best: int = ROWS_PER_STEP) -> dict[str, Contestant]:
-    """Return all contestants by name. `rows_of_best` is the micro-batch size of `peft-best`."""
+def contestants(rows_of_best: int = ROWS_PER_STEP, tokens: int | None = None) -> dict[str, Contestant]:
+    """Return all contestants by name. `rows_of_best` is the micro-batch size of `peft-best` in rows, and `tokens` that
+    of this project's engines in tokens."""
     every = []
     for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16")):
         every += [
             Contestant("peft" + suffix, "trainer", dtype),
             Contestant("peft-best" + suffix, "trainer", dtype, rows_of_best, grouped=True),
-            Contestant("padded" + suffix, "padded", dtype),
-            Contestant("packed" + suffix, "packed", dtype),
-            Contestant("packed-sdpa" + suffix, "packed", dtype, attn_implementation="sdpa"),
+            Contestant("padded" + suffix, "padded", dtype, tokens_per_microbatch=tokens),
+            Contestant("packed" + suffix, "packed", dtype, tokens_per_microbatch=tokens),
+            Contestant("packed-sdpa" + suffix, "packed", dtype, 4, False, "sdpa", tokens),
         ]
     return {c.name: c for c in every}
 
@@ -164,7 +167,8 @@ def _run_loop(
 
 
 def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> Engine:
-    config = train_config(model_name_or_path="x", dataset="x", attn_implementation=c.attn_implementation)
+    how = {"attn_implementation": c.attn_implementation, "tokens_per_microbatch": c.tokens_per_microbatch}
+    config = train_config(model_name_or_path="x", dataset="x", **how)
     kernel = attn_implementations(config, base, c.dtype)[0]
     return make_engine(config, base, tokenizer, c.dtype, P, kind=c.kind, attn_implementation=kernel)
 

@@ -71,7 +71,7 @@ def main() -> None:
     where = machine(device)
     if where["load_average"] > 0.5:
         print(f"load average {where['load_average']:.1f}: other programs are running, and timings will suffer\n")
-    chosen = [contestants(args.rows_of_best)[name] for name in args.contestants]
+    chosen = [contestants(args.rows_of_best, args.tokens_per_microbatch)[name] for name in args.contestants]
     peers = [c.name for c in chosen if c.is_peer]
     names = [*args.size, *([args.model_name_or_path] if args.model_name_or_path else [])] or ["mini"]
     output = Path(args.output or f"benchmarks/results/train-{'-'.join(Path(n).name for n in names)}.json")
@@ -90,7 +90,8 @@ def main() -> None:
             results = summary(records, peers, case["operations_per_token"])
             case["contestants"] = {c.name: results.get(c.name, {}) for c in chosen}
             cases.append(case)
-            result = {"machine": where, "rows_of_best": args.rows_of_best, "cases": cases}
+            used = {name: vars(args)[name] for name in ("rows_of_best", "tokens_per_microbatch")}
+            result = {"machine": where, **used, "cases": cases}
             output.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             print(table(case, peers) + "\n", flush=True)
         del bases  # before the next one is loaded
@@ -112,6 +113,7 @@ def parse() -> argparse.Namespace:
     add("--tokenizer", metavar="FOLDER", help="tokenizer of the rows (default: the base's)")
     add("--contestants", nargs="+", choices=every, default=usual, metavar="NAME", help=", ".join(every))
     add("--rows_of_best", type=int, choices=[1, 2, 4, 8, 16, 32], default=32, help="micro-batch of peft-best")
+    add("--tokens_per_microbatch", type=int, metavar="N", help="of this project's engines (default: theirs)")
     add("--steps", type=int, default=3, help="optimizer steps of a round")
     add("--rounds", type=int, default=3)
     add("--device", default="cpu", help="cpu or cuda")
