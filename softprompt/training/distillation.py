@@ -37,7 +37,7 @@ from softprompt.training.question_setup import DISTILLED_TEXT, TEACHER_ENGINE, Q
 from softprompt.training.resume import HELD_OUT
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, AnswerSource, Teacher, answer_questions
-from softprompt.utils.errors import DataError
+from softprompt.utils.errors import DataError, Stopped
 from softprompt.utils.model_config import text_config
 from softprompt.utils.progress import rows_bar
 from softprompt.utils.translation import translate
@@ -233,8 +233,10 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
         P: Number of virtual tokens.
 
     Raises:
+        Stopped: `AnswerSource.stop` asked to stop.
         TrainingError: A single row does not fit in memory.
     """
+    stop = answers.teacher.source.stop
     recorder = engine_for_inference(TEACHER_ENGINE, base.model, answers.data.tokenizer, engine.compute_dtype)
 
     def recorded(rows: Examples, title: str) -> TeacherTable:
@@ -242,7 +244,17 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
         text, chosen = answers.teacher.prompt, recorder
         if isinstance(chosen, CheckedEngine):  # the text may be longer than any prompt that was checked
             chosen = chosen.choose(text, rows)
-        with rows_bar(len(rows), title) as on_rows:
+        with rows_bar(len(rows), title) as bar:
+
+            def on_rows(done: int) -> None:
+                bar(done)
+                if stop and done < len(rows) and (code := stop.exit_code) is not None:
+                    raise Stopped(
+                        "stopped before all predictions with the text were computed; the same command continues with "
+                        "the answers that it has",
+                        code,
+                    )
+
             return record_teacher(cast(MicrobatchEngine[Any], chosen), engine, text, IndexedExamples(rows), on_rows)
 
     learning = distilling(engine, recorded(answers.train.with_text, "predictions with the text"))

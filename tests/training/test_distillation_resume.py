@@ -158,3 +158,15 @@ def test_a_distillation_that_runs_out_of_time_continues_with_the_answers_that_it
     assert stopped.value.exit_code == 124 and not Path("run").exists()
     softprompt.train(**distillation)
     assert asked[:2] == [12, 11]  # the first command generated one answer
+
+
+def test_a_distillation_that_runs_out_of_time_during_the_predictions_keeps_its_answers(
+    distillation, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {**distillation, "distill_samples": 40}  # more than one micro-batch of rows
+    softprompt.train(**{**settings, "output_dir": "whole"})
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)
+    with pytest.raises(Stopped, match="predictions") as stopped:
+        run_training(train_config(**settings, max_time="10s"), began=time.monotonic() - 60)
+    assert stopped.value.exit_code == 124 and not Path("run").exists()
