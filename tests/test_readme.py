@@ -15,7 +15,7 @@ from softprompt.serving.args import SERVE_GROUPS
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
 GUIDES = ["bases-and-engines", "data", "development", "how-it-works", "inference", "larger-than-memory"]
-GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "serving", "training")]
+GUIDES = [f"docs/{name}.md" for name in (*GUIDES, "learning-rate", "never-lost", "serving", "training", "distillation")]
 PAGES = [*READMES, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))), "benchmarks/README.md"]
 OF_OTHERS = {"nproc_per_node", "max_restarts", "shutdown_timeout"}  # torchrun's
 # Flags that no dataclass below has: those of the programs themselves, and of the benchmarks that the guides name.
