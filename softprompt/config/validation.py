@@ -175,7 +175,9 @@ def _data_faults(data: DataArguments, distillation: DistillationArguments) -> It
         yield f"--streaming: {data.dataset} is generated in memory; name a file, a folder or a hub id, or leave it out"
     if data.max_length < 2:
         yield f"--max_length {data.max_length} is too small to hold any target; give at least 2"
-    for parse, value in ((parse_columns, data.columns), (parse_date, data.chat_template_date)):
+    if data.chat_template_date and data.template != "chat":
+        yield "--chat_template_date is only used with --template chat; add that flag"
+    for parse, value in ((parse_columns, data.columns), (parse_date, data.chat_template_date or None)):
         try:
             parse(value)
         except ConfigError as error:
@@ -234,6 +236,12 @@ def _distillation_faults(distillation: DistillationArguments, config: "TrainConf
     for name, why in NOT_WHILE_DISTILLING.items():
         if any(getattr(part, name, False) for part in config.parts):
             yield f"--{name} excludes --distill_prompt and --distill_context, because {why}; give one of them"
+    rows, written = config.data.eval_rows or 0, distillation.distill_questions
+    if distillation.distill_context and config.data.dataset is None and rows >= written > 0:
+        yield (
+            f"--eval_rows {rows} leaves none of the {written} questions of --distill_questions for training; give a "
+            "smaller --eval_rows or a larger --distill_questions"
+        )
     if config.data.truncation_side == "input":
         yield "--truncation_side input: the questions of a distillation are not shortened; give a larger --max_length"
     if metric not in ("loss", "kl", "agreement"):

@@ -116,6 +116,8 @@ def read_distilled_text(source: str) -> str:
     """
     if is_mini_task(source):
         return mini_text(source)
+    if Path(source).is_dir():
+        raise DataError(f"{source} is a folder; name a text file with --distill_prompt or --distill_context")
     if not Path(source).is_file():
         raise DataError(f"{source}: no such file; name a text file with --distill_prompt or --distill_context")
     text = read_text(Path(source))
@@ -131,7 +133,7 @@ def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Te
     Raises:
         DataError: The text or a question has no tokens, or the chat template writes no system message.
     """
-    ids = _text_ids(text, tokenizer)
+    ids = text_ids(text, tokenizer)
     plain, behind, remaining = list[list[int]](), BehindPrefix(), iter(rows)
     while some := list(islice(remaining, CHUNK)):  # the text is in memory with CHUNK questions at a time
         asked = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in some], template)
@@ -143,7 +145,7 @@ def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Te
     return TextRows(plain, behind.prefix, behind.rows, ids)
 
 
-def _text_ids(text: str, tokenizer: Any) -> list[int]:
+def text_ids(text: str, tokenizer: Any) -> list[int]:
     """Return the token ids of the text to distill, without special tokens. Raises DataError if it has none."""
     (ids,) = prompt_ids(tokenizer, [text], Template(CHAT))
     if not ids:
@@ -231,7 +233,7 @@ def questions_about(text: str, tokenizer: Any, template: Template, most: int) ->
     Raises:
         DataError: The text has no tokens.
     """
-    ids = _text_ids(text, tokenizer)
+    ids = text_ids(text, tokenizer)
     starts = range(0, len(ids), PASSAGE_TOKENS)
     taken = min(most, len(starts))
     starts = [starts[number * len(starts) // taken] for number in range(taken)]

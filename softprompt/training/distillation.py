@@ -34,7 +34,7 @@ from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.runs.state import Metrics
 from softprompt.training.console import print_data
 from softprompt.training.question_setup import DISTILLED_TEXT, TEACHER_ENGINE, QuestionIds, Questions, identity_of
-from softprompt.training.resume import HELD_OUT
+from softprompt.training.resume import HELD_OUT_ANSWERS, TRAIN_ANSWERS
 from softprompt.training.setup import FIRST_ROWS, Base, RunData
 from softprompt.training.teacher_answers import Answer, AnswerSource, Teacher, answer_questions
 from softprompt.utils.errors import DataError, Stopped
@@ -96,7 +96,8 @@ def answered(
     counts: Metrics = {"answers": 0, "answers_not_ended": 0}
 
     def of(ids: QuestionIds, samples: int, title: str) -> AnsweredRows:
-        answers = answer_questions(teacher, ids.with_text, samples, most, config.training.seed, title)
+        asked = _with_room(ids, config, held_out=samples == 0)
+        answers = answer_questions(teacher, asked, samples, most, config.training.seed, title)
         _print_answers(answers, config, held_out=samples == 0)
         counts["answers"] += sum(map(len, answers))
         counts["answers_not_ended"] += sum(not answer.ended for each in answers for answer in each)
@@ -122,8 +123,29 @@ def answered(
     return Answered(questions, data, train, held_out, teacher, counts)
 
 
-# Names of the answers' fingerprints; the second one belongs to the held-out rows, which a resumed run may add.
-TRAIN_ANSWERS, HELD_OUT_ANSWERS = "answers with the text", f"{HELD_OUT}.answers with the text"
+def _with_room(ids: QuestionIds, config: TrainConfig, held_out: bool) -> list[list[int] | None]:
+    """Return the questions with the text; None for one that leaves no room for an answer. Raises DataError if no
+    question leaves room."""
+    most, asked = config.data.max_length, list[list[int] | None](ids.with_text)
+    too_long = [number for number, row in enumerate(ids.plain) if len(row) >= most]
+    if len(too_long) == len(asked):
+        shortest = min(map(len, ids.plain))
+        raise DataError(
+            f"no question leaves room for an answer at --max_length {most}: the shortest one has {shortest} "
+            f"tokens; give --max_length {shortest + config.distillation.distill_max_new_tokens} or more"
+        )
+    for number in too_long:
+        asked[number] = None
+    if too_long:
+        n, first = len(too_long), too_long[0] + 1
+        told = f"warning: {n:,} questions leave no room for an answer at --max_length {most}; the first: {first:,}"
+        if held_out:
+            told = (
+                f"warning: {n:,} held-out questions leave no room for an answer at --max_length {most}; the first: "
+                f"{first:,}"
+            )
+        print(translate(told))
+    return asked
 
 
 def _embeddings(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -178,31 +200,21 @@ def _print_answers(answers: Sequence[Sequence[Answer]], config: TrainConfig, hel
 def _rows_with_answers(
     ids: QuestionIds, answers: Sequence[Sequence[Answer]], end: int, config: TrainConfig
 ) -> AnsweredRows:
-    """Append the answers to both kinds of questions. An answer is truncated where its row without the text would have
-    more than --max_length tokens; if nothing is left of it, the row is left out."""
-    max_length = config.data.max_length
+    """Append the answers to both kinds of questions; `Tokenized.kept` holds the numbers of the questions. An answer is
+    truncated where its row without the text would have more than --max_length tokens."""
     made: tuple[list[Example], ...] = ([], [])
-    kept, missing, cut, number = [], [], 0, -1
-    for asked, of_question in zip(zip(*ids, strict=True), answers, strict=True):
+    kept, missing, cut = [], [], 0
+    for number, (asked, of_question) in enumerate(zip(zip(*ids, strict=True), answers, strict=True)):
         for answer in of_question:
-            number += 1
             whole = [*answer.ids, *([end] if answer.ended else [])]
-            targets = whole[: max(0, max_length - len(asked[0]))]
+            targets = whole[: config.data.max_length - len(asked[0])]
             cut += len(targets) < len(whole)
-            if targets:
-                kept.append(number)
-                missing.append(len(whole) - len(targets))
-                for examples, question in zip(made, asked, strict=True):
-                    examples.append(_example(question, targets))
-    if not kept:
-        shortest = min(map(len, ids.plain))
-        raise DataError(
-            f"no question leaves room for an answer at --max_length {max_length}: the shortest one has {shortest} "
-            f"tokens; give --max_length {shortest + config.distillation.distill_max_new_tokens} or more"
-        )
+            kept.append(number)
+            missing.append(len(whole) - len(targets))
+            for examples, question in zip(made, asked, strict=True):
+                examples.append(_example(question, targets))
     plain, with_text = map(Examples.from_rows, made)
-    rows = number + 1
-    return AnsweredRows(Tokenized(plain, kept, missing, rows, cut, rows - len(kept), 0), with_text)
+    return AnsweredRows(Tokenized(plain, kept, missing, len(kept), cut, 0, 0), with_text)
 
 
 def _example(question: list[int], answer: list[int]) -> Example:

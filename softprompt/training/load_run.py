@@ -11,7 +11,13 @@ from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.distillation import Answered, answered
 from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
-from softprompt.training.question_setup import load_questions, make_teacher, with_text_of_start, write_questions
+from softprompt.training.question_setup import (
+    check_text_length,
+    load_questions,
+    make_teacher,
+    with_text_of_start,
+    write_questions,
+)
 from softprompt.training.resume import StartingPoint, compare_contents, starting_point
 from softprompt.training.setup import (
     Base,
@@ -83,7 +89,7 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World, beg
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
     start = with_defaults_of_base(start, base.model)
     prompt = start_prompt(start, known.data, base.model)
-    questions.check_length(len(prompt.weight), start.config)
+    check_text_length(questions.text_ids, len(prompt.weight), start.config)
     return Loaded(start, output_dir, known.data, base, prompt, known)
 
 

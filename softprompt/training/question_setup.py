@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from softprompt.data.questions import (
     questions_about,
     read_distilled_text,
     read_questions,
+    text_ids,
     with_answer,
     with_held_out,
     with_text_ids,
@@ -73,20 +74,21 @@ class Questions:
     end: str | None
     fingerprints: Mapping[str, str]
 
-    def check_length(self, P: int, config: TrainConfig) -> None:
-        """Raise ConfigError if the text has fewer tokens than the prompt that is to replace it."""
-        if len(self.text_ids) < P:
-            way = "start from a shorter prompt" if config.prompt.init_adapter else "give a smaller --num_virtual_tokens"
-            raise ConfigError(
-                f"{config.distillation.flag}: its text has {len(self.text_ids)} tokens, fewer than the {P} virtual "
-                f"tokens that are to replace it; {way}"
-            )
-
     def with_cut_text(self, P: int) -> list[list[int]]:
         """Return the held-out questions with the text cut to P tokens before them, as token ids."""
         cut, plain = self.text_ids[:P], self.held_out.plain if self.held_out else []
         text = self.tokenizer.decode(cut).strip()
         return with_text_ids(self.rows.held_out, plain, cut, text, self.tokenizer, self.template)
+
+
+def check_text_length(ids: Sequence[int], P: int, config: TrainConfig) -> None:
+    """Raise ConfigError if a text, as token ids, has fewer tokens than the prompt that is to replace it."""
+    if len(ids) < P:
+        way = "start from a shorter prompt" if config.prompt.init_adapter else "give a smaller --num_virtual_tokens"
+        raise ConfigError(
+            f"{config.distillation.flag}: its text has {len(ids)} tokens, fewer than the {P} virtual tokens that are "
+            f"to replace it; {way}"
+        )
 
 
 def load_questions(config: TrainConfig, written: Rows | None = None) -> Questions:
@@ -105,7 +107,7 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
     text, rows = read_distilled_text(str(config.distillation.text)), written or read_questions(config, template)
     print_rows(config, rows.train[0], len(rows.train), rows.notices)
     tokenizer, n = load_tokenizer(path_of_base(config)), len(rows.train)
-    plain, prefix, with_text, text_ids = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
+    plain, prefix, with_text, of_text = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
     end = template.end(with_answer(rows.train[0], "a"), tokenizer)
     print_answer_end(end, tokenizer)
     about = {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)}
@@ -116,11 +118,11 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
         QuestionIds(plain[:n], with_text[:n]),
         QuestionIds(plain[n:], with_text[n:]) if rows.held_out else None,
         prefix,
-        text_ids,
+        of_text,
         end,
         {**rows.fingerprints, **about},
     )
-    questions.check_length(config.prompt.num_virtual_tokens or 0, config)
+    check_text_length(of_text, config.prompt.num_virtual_tokens or 0, config)
     return questions
 
 
@@ -166,12 +168,16 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, source: Ans
     arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed.
 
     Raises:
-        DataError: The text cannot be read or has no tokens, or the base writes too few questions for --eval_rows.
-        ConfigError: A token of the text has no embedding, or a passage leaves no room for a question.
+        DataError: The text cannot be read or has no tokens, the template has columns that a question does not fill, or
+            the base writes too few questions for --eval_rows.
+        ConfigError: The text has fewer tokens than the prompt, a token of it has no embedding, or a passage leaves no
+            room for a question.
         Stopped: `AnswerSource.stop` asked to stop.
     """
     template, settings, seed = make_template(config), config.distillation, config.training.seed
     text = read_distilled_text(str(settings.text))
+    check_text_length(text_ids(text, tokenizer), config.prompt.num_virtual_tokens or 0, config)
+    question(f"{settings.flag}, question 1", {"prompt": "a"}, template)  # before the base writes any
     asked = questions_about(text, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))

@@ -14,6 +14,7 @@ from softprompt.config.loader import TrainConfig, validated
 from softprompt.data.dataloader import rows_of_a_step
 from softprompt.data.template import CHAT, DEFAULT
 from softprompt.runs.checkpoints import fault_of
+from softprompt.runs.file_names import ANSWERS_FILE
 from softprompt.runs.state import Metrics, TrainingState
 from softprompt.runs.train_state import find_checkpoint, load_state
 from softprompt.training.early_stopping import BestMetric, greater_is_better, metric_name
@@ -24,6 +25,8 @@ from softprompt.utils.fingerprints import fingerprint_of_rows
 
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HELD_OUT = "held-out rows"
+# Of a distillation; the second one belongs to the held-out rows, which a resumed run may add.
+TRAIN_ANSWERS, HELD_OUT_ANSWERS = "answers with the text", f"{HELD_OUT}.answers with the text"
 NO_ROWS = fingerprint_of_rows([])
 
 
@@ -177,6 +180,12 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
     others = [what for what in now if saved.get(what, now[what]) != now[what]]
     if saved.get(HELD_OUT) == NO_ROWS:
         others = [what for what in others if _family(what) != HELD_OUT]
+    if others and not ignored and {*others} <= {TRAIN_ANSWERS, HELD_OUT_ANSWERS}:
+        file = checkpoint.parent / ANSWERS_FILE
+        raise CheckpointError(
+            f"{checkpoint}: the base's answers with the text are other ones than in training; restore {file}, or add "
+            "--ignore_data_skip to continue with the new ones"
+        )
     named = _named(others)
     if others and not ignored:
         differ = "differs" if len(named) == 1 and named != [HELD_OUT] else "differ"

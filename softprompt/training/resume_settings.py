@@ -56,7 +56,7 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     saved = _with_learning_rate(state["arguments"])
     _check_reparameterization(config, checkpoint, saved)
     _check_distillation(config, checkpoint, saved)
-    given = {name: value for name, value in config.given.items() if name not in FIXED_AT_START}
+    given = {name: value for name, value in config.given.items() if not _is_fixed(name, saved)}
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
@@ -136,11 +136,16 @@ def _print_differences(
     """Print a line for each given or dropped setting that differs from the checkpoint's."""
     given, merged = asked.as_dict(), resumed.as_dict()
     for name in (*asked.given, *sorted(dropped)):
-        begins = name in FIXED_AT_START
+        begins = _is_fixed(name, saved)
         value, was = (given if begins else merged).get(name), saved.get(name)
         if name not in OF_THIS_CALL and value != was:
             wins = "the checkpoint's wins" if begins else "the new one wins"
             print(f"--{name}: {was} in {where}, {value} now: {wins}")
+
+
+def _is_fixed(name: str, saved: Mapping[str, Any]) -> bool:
+    """Whether a setting keeps the checkpoint's value. Earlier versions saved no date, so one may be given."""
+    return name in FIXED_AT_START and not (name == "chat_template_date" and saved.get(name) is None)
 
 
 def saved_config(saved: Mapping[str, Any]) -> TrainConfig:

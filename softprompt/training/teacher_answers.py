@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -74,12 +75,12 @@ class Answer(NamedTuple):
 
 
 def answer_questions(
-    teacher: Teacher, rows: Sequence[Sequence[int]], samples: int, max_new_tokens: int, seed: int, title: str
+    teacher: Teacher, rows: Sequence[Sequence[int] | None], samples: int, max_new_tokens: int, seed: int, title: str
 ) -> list[list[Answer]]:
     """Answer each question, and return its answers.
 
     Args:
-        rows: For each question, the token ids behind `Teacher.prefix`.
+        rows: For each question, the token ids behind `Teacher.prefix`; None for one that gets no answer.
         samples: The number of answers to each question, sampled at temperature 1 from the TOP_K most likely tokens; 0
             is one greedy answer.
         seed: Seed of the samples.
@@ -99,7 +100,7 @@ def answer_questions(
     )
     asked, kept = _requests(teacher, rows, how, samples, seed), teacher.source.kept
     budgets = [request.new_token_budget(teacher.positions) for _, request in asked]
-    longest = len(teacher.prefix) + max(map(len, rows)) + max(budgets)
+    longest = len(teacher.prefix) + max(len(request.input_ids) for _, request in asked) + max(budgets)
     together = max(1, min(TOGETHER, MOST_POSITIONS // longest))
     known = _Cache.of([VERSION, teacher.identity])
     there = known.answers.keys() | kept.keys()
@@ -108,17 +109,18 @@ def answer_questions(
     known.read()
     kept.update({key: known.answers[key] for key, _ in asked if key not in kept})
     found = [kept[key] for key, _ in asked]
-    each = [Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True)]
-    width = max(1, samples)
-    return [each[start : start + width] for start in range(0, len(each), width)]
+    each = (Answer(ids, len(ids) < budget) for ids, budget in zip(found, budgets, strict=True))
+    return [list(islice(each, 0 if row is None else max(1, samples))) for row in rows]
 
 
 def _requests(
-    teacher: Teacher, rows: Sequence[Sequence[int]], how: GenerationSettings, samples: int, seed: int
+    teacher: Teacher, rows: Sequence[Sequence[int] | None], how: GenerationSettings, samples: int, seed: int
 ) -> list[tuple[str, Request]]:
     """Return the requests of all answers, each with its key. A question that is asked again has other samples."""
     asked, before = list[tuple[str, Request]](), Counter[str]()
     for index, row in enumerate(rows):
+        if row is None:
+            continue
         ids = [*teacher.prefix, *row]
         question = _digest(ids)
         number = int(_digest([question, before[question]]), 16)
@@ -162,12 +164,22 @@ def answers_file(kept: Mapping[str, list[int]]) -> bytes:
 
 
 def _line(answer: tuple[str, list[int]]) -> str:
-    return json.dumps(answer) + "\n"
+    return json.dumps([*answer, _digest(answer)]) + "\n"
+
+
+def _read_line(line: bytes) -> tuple[str, list[int]] | None:
+    """Return the key and the token ids in a line; None if it is damaged. Earlier versions wrote no hash."""
+    try:
+        key, ids, *digest = json.loads(line)
+        whole = type(key) is str and all(type(each) is int and 0 <= each < 1 << 31 for each in ids)
+        return (key, list(ids)) if whole and digest in ([], [_digest([key, ids])]) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 class _Cache:
-    """A file with one JSON line [key, token ids] for each answer. Lines that are not whole are ignored; if the file
-    cannot be written, the answers are only kept in memory.
+    """A file with one JSON line [key, token ids, hash of both] for each answer. Damaged lines are ignored, so their
+    answers are generated again; if the file cannot be written, the answers are only kept in memory.
 
     Two runs may write the same file at once, and their answers may differ by rounding. Both then take the first line of
     each key, which never changes.
@@ -185,13 +197,8 @@ class _Cache:
         except OSError:
             return
         found: dict[str, list[int]] = {}
-        for line in lines:
-            try:
-                key, ids = json.loads(line)
-                if type(key) is str and all(type(each) is int for each in ids):
-                    found.setdefault(key, list(ids))
-            except (ValueError, TypeError):
-                continue
+        for key, ids in filter(None, map(_read_line, lines)):
+            found.setdefault(key, ids)
         self.answers |= found
 
     @classmethod
@@ -204,7 +211,7 @@ class _Cache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a", encoding="ascii")
-            self._file.write("\n" * bool(self.answers))  # the last line may not be whole
+            self._file.write("\n" * bool(self._file.tell()))  # the last line may not be whole
         except OSError:
             self._file = None
         return self

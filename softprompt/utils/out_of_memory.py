@@ -22,7 +22,7 @@ def smaller_batch(error: RuntimeError, batch_size: int) -> int:
         raise error
     if batch_size == 1:
         raise TrainingError(
-            "out of memory with one answer at a time; give a smaller --max_length or --max_new_tokens"
+            "out of memory with one answer at a time; give shorter texts, a smaller --max_length or fewer new tokens"
         ) from None
     say(f"out of memory: {batch_size // 2} answers at a time instead of {batch_size}; the answers stay the same")
     return batch_size // 2

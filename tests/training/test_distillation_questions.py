@@ -1,6 +1,7 @@
 """The questions and the text of a distillation, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.small_bases import small_base
 import softprompt
 from softprompt.data.questions import questions_about, written_questions
 from softprompt.data.template import Template
+from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer
 from softprompt.utils.errors import SoftpromptError
 
@@ -124,6 +126,42 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, toke
     with pytest.raises(SoftpromptError, match=named) as refused:
         softprompt.train(**distillation)
     assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+def test_a_question_that_leaves_no_room_is_not_answered(distillation, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generate, asked = ContinuousBatchingGenerator.generate, []
+
+    def counting(self, requests, *more):
+        asked.append(len(requests))
+        return generate(self, requests, *more)
+
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
+    long = "很" * 200
+    Path("questions.txt").write_text("\n".join([long, *QUESTIONS[:-2], long, *QUESTIONS[-2:]]) + "\n", encoding="utf-8")
+    run = softprompt.train(**distillation, max_length=60, seed=5)
+    said = capsys.readouterr().out
+    assert asked[:2] == [14, 2]  # 7 of 8 training questions, and 2 of 3 held-out ones
+    assert "1 questions leave no room" in said and "1 held-out questions leave no room" in said
+    assert run.metrics["answers"] == 16 and run.metrics["eval_samples"] == 2
+    assert [row.question for row in run.answered_rows] == [f"Human: {q}\n\nAssistant:" for q in QUESTIONS[-2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"eval_rows": 7}, "--eval_rows 7 leaves none of the 7 questions of --distill_questions"),
+        ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
+        ({"template": "{instruction} {x}"}, "x would be empty"),
+        ({"distill_context": "."}, ". is a folder; name a text file"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_base_writes_questions(change, named, distillation, monkeypatch):
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)
+    more = {"distill_context": "text.txt", "distill_questions": 7, "eval_rows": 2, **change}
+    settings = {name: value for name, value in distillation.items() if name not in ("dataset", "distill_prompt")}
+    with pytest.raises(SoftpromptError, match=re.escape(named)):
+        softprompt.train(**{**settings, **more})
 
 
 def test_a_question_with_a_token_that_the_base_does_not_know(distillation, tiny_base):

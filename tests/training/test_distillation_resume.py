@@ -83,6 +83,21 @@ def test_a_run_is_resumed_without_the_cache_and_in_another_dtype(distillation, m
     assert Path("elsewhere/teacher_answers.jsonl").read_bytes() == Path("run/teacher_answers.jsonl").read_bytes()
 
 
+def test_a_run_whose_answers_have_changed_is_resumed_with_those_of_the_cache(distillation, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = softprompt.train(**distillation)
+    kept = Path("run/teacher_answers.jsonl")
+    kept.write_bytes(kept.read_bytes().replace(b", [", b", [7, ", 1))
+    again = softprompt.train(resume_from_checkpoint="run", max_steps=6)
+    assert again.setup.data.train.examples == first.setup.data.train.examples
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+    kept.unlink()
+    others = lambda self, asked, *_: ((number, [7]) for number in range(len(asked)))  # noqa: E731
+    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", others)
+    with pytest.raises(CheckpointError, match="restore run/teacher_answers"):
+        softprompt.train(resume_from_checkpoint="run", max_steps=8)
+
+
 @pytest.mark.parametrize("was", [True, False])
 def test_a_run_does_not_turn_into_a_distillation_or_out_of_one(was, distillation):
     plain = {name: value for name, value in distillation.items() if not name.startswith("distill")}

@@ -21,6 +21,11 @@ OWN = {"model_name_or_path": "base", "dataset": "rows.jsonl", "output_dir": "run
 
 # Settings that the run began with, settings given now, and what they are merged to.
 MERGED = {
+    "a date where the checkpoint has none": (
+        {"template": "chat"},
+        {"chat_template_date": "2005-06-07"},
+        {"chat_template_date": "2005-06-07"},
+    ),
     "evaluations": ({"eval_rows": 4}, {"eval_steps": 5}, {"eval_steps": 5, "eval_strategy": "steps"}),
     "evaluations by steps": (
         {"eval_rows": 4, "eval_strategy": "epoch"},

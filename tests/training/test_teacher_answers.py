@@ -104,6 +104,36 @@ def test_a_run_of_an_earlier_version_is_resumed_with_its_answers(cache):
     assert answers(Model(9), kept=kept) == [[[0], [1]], [[2], [3]]]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[:30],
+        lambda line: line.replace(b"[10]", b"[11]"),
+        lambda line: line.replace(b"[10]", b"[-1]"),
+        lambda line: line.replace(b"[10]", b"[10, 10, 10, 10, 10]"),
+        lambda line: b"[" * 200_000 + b"\n",
+        lambda line: b"[1, [99999999999999999999999999]]\n",
+    ],
+)
+def test_a_damaged_line_is_generated_again_and_kept(damage, cache):
+    """Also if it is the only one, and not whole."""
+    answers(Model(10), samples=0, rows=((5,),))
+    (file,) = cache.rglob("*.jsonl")
+    file.write_bytes(damage(file.read_bytes()))
+    assert answers(Model(20), samples=0) == answers(Model(30), samples=0) == [[[20]], [[20]]]
+
+
+@pytest.mark.parametrize("ids", ["[-1]", "[99999999999999999999999999]", '"12"'])
+def test_a_line_of_an_earlier_version_has_no_hash(ids, tmp_path):
+    (tmp_path / "teacher_answers.jsonl").write_text(f'["a", [1, 2]]\n["b", {ids}]\n', encoding="utf-8")
+    assert kept_answers(tmp_path) == {"a": [1, 2]}
+
+
+def test_a_question_without_room_gets_no_answer(cache):
+    assert answers(Model(10), rows=(None, (5,), None)) == [[], [[10], [10]], []]
+    assert answers(Model(20), rows=((5,), (6,))) == [[[10], [10]], [[20], [20]]]
+
+
 def test_answers_are_kept_in_memory_where_no_file_can_be_written(cache):
     cache.write_text("not a folder")
     assert answers(Model(10)) == [[[10], [10]], [[10], [10]]] and answers(Model(20))[0] == [[20], [20]]
