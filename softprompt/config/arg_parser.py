@@ -140,10 +140,10 @@ def read_toml(name: str, groups: Sequence[type]) -> dict[str, Any]:
         ConfigError: The file cannot be read, is not TOML, or holds an unknown setting.
     """
     try:
-        values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(name).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--config {name}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
         raise ConfigError(f"--config {name}: not TOML: {error}") from None
     if twice := [key for key in values if "-" in key and key.replace("-", "_") in values]:
         raise ConfigError(f"--config {name}: {', '.join(twice)} is given twice, with - and with _; keep one")

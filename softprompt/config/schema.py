@@ -112,7 +112,7 @@ def _coerced(value: Any, hint: Any) -> Any:
         return None
     if takes_list(hint) and value is not None:
         return list(value) if isinstance(value, list | tuple) else [value]
-    if type(value) is date and str in union_members(hint):
+    if isinstance(value, date) and str in union_members(hint):
         return value.isoformat()
     return float(value) if float in union_members(hint) and type(value) is int else value
 

@@ -93,9 +93,9 @@ class Template:
         unfilled = [n for n in names if n not in given and n not in self.optional_fields]
         if unfilled:
             raise ConfigError(
-                f"the adapter's template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: "
-                "if only one column is missing, give it with --input (in a chat, /input; '' leaves it empty), else "
-                "give a --prompts_file (.jsonl) with these columns"
+                f"the template has the columns {', '.join(names)}; {', '.join(unfilled)} would be empty: give rows "
+                f"with these columns (.jsonl); in infer.py, --input (in a chat, /input; '' leaves it empty) fills "
+                f"{second}"
             )
         if input and not second:
             raise ConfigError(f"--input: the adapter's template has no column for it, only {names[0]}; leave it out")

@@ -32,12 +32,14 @@ from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
-# Settings that only some initializations or reparameterizations use. Under [settings], they apply only to such cells.
+# Settings that only some initializations, reparameterizations or templates use. Under [settings], they apply only to
+# such cells.
 USED_WITH = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
     "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS", "superpos"),
     "encoder_hidden_size": ("mlp", "residual_mlp", "superpos"),
+    "chat_template_date": ("chat",),
 }
 VOTINGS = set(get_args(Voting))
 DEFAULT_SEEDS = [42]
@@ -78,10 +80,10 @@ def read_study(path: Path) -> Study:
             valid.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a study file") from None
-    except ValueError as error:  # not UTF-8, not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML
         raise ConfigError(f"{path}: not TOML: {error}") from None
     if errors := [*_key_errors(content), *_table_errors(content)]:
         raise ConfigError(f"{path}: {'; '.join(errors)}")
@@ -232,10 +234,10 @@ def _cells_of_setting(given: Mapping[str, Any], rows: int | None, content: Mappi
 
 
 def _usable_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that the cell's initialization and reparameterization do not use."""
+    """Return the settings without those that the cell's initialization, reparameterization and template do not use."""
     usual = PromptTuningArguments()
     init = given.get("prompt_tuning_init", usual.prompt_tuning_init)
-    chosen = {init, given.get("prompt_reparameterization", usual.prompt_reparameterization)}
+    chosen = {init, given.get("prompt_reparameterization", usual.prompt_reparameterization), given.get("template")}
     return {name: value for name, value in given.items() if not chosen.isdisjoint(USED_WITH.get(name, chosen))}
 
 

@@ -232,6 +232,9 @@ def test_all_faults_are_in_the_one_message(given):
 TOML_FAULTS = [
     (None, "--config run.toml: No such file"),
     (b"a = = 1", "--config run.toml: not TOML: Invalid value (at line 1"),
+    (b"a = " + b"[" * 20_000, "--config run.toml: not TOML: "),
+    (b"template = 'chat'\nchat_template_date = 2026-01-31T10:00:00", "'2026-01-31T10:00:00' is not a date such as"),
+    (b"chat_template_date = 2026-01-31", "--chat_template_date is only used with --template chat"),
     ("seed = 1 # 种子".encode("gbk"), "--config run.toml: not TOML: 'utf-8' codec can't decode"),
     (b"sed = 1\nmax_lenght = 3", "unknown setting 'sed'; did you mean seed?; unknown setting 'max_lenght'; did you"),
     (b"[training]\nseed = 1", "--config run.toml: unknown setting 'training'"),
@@ -252,7 +255,7 @@ def test_faults_of_a_config_file(content, message, tmp_path, monkeypatch):
 
 
 def test_a_flag_mends_the_files_preset(tmp_path):
-    (tmp_path / "run.toml").write_text('preset = "article"\nseed = 1')
+    (tmp_path / "run.toml").write_text('preset = "article"\nseed = 1', encoding="utf-8-sig")  # as Windows editors do
     found = parse_training(["--config", str(tmp_path / "run.toml"), "--preset", "mini"])
     assert (found.preset, found.training.seed) == ("mini", 1)
 

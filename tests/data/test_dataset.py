@@ -271,8 +271,8 @@ QUESTIONS = {
     "prompt a number": ("q.jsonl", lines({"prompt": 3}), "default", "line 1: column 'prompt' must be a text, found a number$"),
     "input a list": ("q.jsonl", lines({"prompt": "a", "input": []}), "default", "line 1: column 'input' .* a list$"),
     "no place for input": ("q.jsonl", lines({"prompt": "a", "input": "b"}), "{x}", "line 1: --input: the adapter's template has no column for it, only x"),
-    "a column unfilled": ("q.jsonl", lines({"prompt": "a"}), "{x}{y}", "line 1: the adapter's template has the columns x, y; y would be empty"),
-    "columns unfilled": ("q.txt", b"a", "{x}{y}{z}", "the adapter's template has the columns x, y, z; y, z would be empty"),
+    "a column unfilled": ("q.jsonl", lines({"prompt": "a"}), "{x}{y}", "line 1: the template has the columns x, y; y would be empty"),
+    "columns unfilled": ("q.txt", b"a", "{x}{y}{z}", "the template has the columns x, y, z; y, z would be empty"),
 }  # fmt: skip
 
 

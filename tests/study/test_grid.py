@@ -15,7 +15,7 @@ HEAD = '[settings]\ndataset = "mini:sentiment"\nmax_steps = 2\n'
 
 def study(tmp_path, text):
     path = tmp_path / "s.toml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig")  # with a byte order mark, as Windows editors write
     return read_study(path)
 
 
@@ -44,7 +44,7 @@ def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
 
 
 def test_a_date_needs_no_quotes(tmp_path):
-    (cell,) = study(tmp_path, HEAD + "chat_template_date = 2026-01-31\n").cells
+    (cell,) = study(tmp_path, HEAD + 'template = "chat"\nchat_template_date = 2026-01-31\n').cells
     assert cell.config.data.chat_template_date == "2026-01-31"
 
 
@@ -105,6 +105,7 @@ def test_each_base_and_dataset_has_every_hard_prompt_once(tmp_path):
         ('output_dir = "a\\u0000b"\n' + HEAD, "output_dir 'a\\x00b' is not a text"),
         (HEAD + 'class_labels = ["a", "b"]\n', "write the labels of one run as one text, 'one,another'"),
         ("seeds = [1\n", "not TOML"),
+        ("seeds = " + "[" * 20_000, "not TOML"),
         (
             HEAD + "[[grid]]\nlearning_rate = [0.1, -1.0]\nrows = [8, 32]\n",
             "the cell learning_rate -1.0 rows 8 and 1 more: --learning_rate -1.0 must be above 0",
