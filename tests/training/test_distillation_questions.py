@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base
+from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base, counted_requests
 from helpers.short_runs import interrupted, outcome
 from helpers.small_bases import small_base
 
@@ -130,13 +130,7 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, toke
 
 def test_a_question_that_leaves_no_room_is_not_answered(distillation, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    generate, asked = ContinuousBatchingGenerator.generate, []
-
-    def counting(self, requests, *more):
-        asked.append(len(requests))
-        return generate(self, requests, *more)
-
-    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
+    asked = counted_requests(monkeypatch)
     long = "很" * 200
     Path("questions.txt").write_text("\n".join([long, *QUESTIONS[:-2], long, *QUESTIONS[-2:]]) + "\n", encoding="utf-8")
     run = softprompt.train(**distillation, max_length=60, seed=5)

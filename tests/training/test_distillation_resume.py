@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from helpers.distillation import CHAT, QUESTIONS, chat_base
+from helpers.distillation import CHAT, QUESTIONS, chat_base, counted_requests
 from helpers.short_runs import interrupted, outcome
 
 import softprompt
@@ -161,13 +161,7 @@ def test_a_distillation_that_runs_out_of_time_continues_with_the_answers_that_it
     distillation, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    generate, asked = ContinuousBatchingGenerator.generate, []
-
-    def counting(self, requests, *more):
-        asked.append(len(requests))
-        return generate(self, requests, *more)
-
-    monkeypatch.setattr(ContinuousBatchingGenerator, "generate", counting)
+    asked = counted_requests(monkeypatch)
     with pytest.raises(Stopped, match="11 answers") as stopped:
         run_training(train_config(**distillation, max_time="10s"), began=time.monotonic() - 60)
     assert stopped.value.exit_code == 124 and not Path("run").exists()
