@@ -12,7 +12,7 @@ from softprompt.data.chat_template import prompt_messages
 from softprompt.data.dataset import load_prompts, question, question_of_row
 from softprompt.data.encoding import begin_ids, prompt_ids
 from softprompt.data.messages import CONVERSATIONS
-from softprompt.data.readers import read_text
+from softprompt.data.readers import decode_text
 from softprompt.data.row_store import Row, RowStore
 from softprompt.data.split_files import TRAIN
 from softprompt.data.splits import find_splits
@@ -120,7 +120,9 @@ def read_distilled_text(source: str) -> str:
         raise DataError(f"{source} is a folder; name a text file with --distill_prompt or --distill_context")
     if not Path(source).is_file():
         raise DataError(f"{source}: no such file; name a text file with --distill_prompt or --distill_context")
-    text = read_text(Path(source))
+    text = decode_text(Path(source))
+    if not text.strip():
+        raise DataError(f"{source} is empty; write the text to distill into it")
     return text if text[-1].isspace() else f"{text}\n"
 
 

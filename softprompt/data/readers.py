@@ -46,21 +46,30 @@ def local_path(source: str) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
+    """Read a text file that holds rows.
 
     Raises:
-        DataError: The file cannot be read, is not UTF-8, or is empty.
+        DataError: See `decode_text`, or the file is empty.
+    """
+    text = decode_text(path)
+    if not text.strip():
+        raise DataError(f"{path} is empty; expected at least one row")
+    return text
+
+
+def decode_text(path: Path) -> str:
+    """Read a text file, which may be empty.
+
+    Raises:
+        DataError: The file cannot be read or is not UTF-8.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
+        return path.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise _not_utf8(f"{path}, line {line}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise DataError(f"{path} is empty; expected at least one row")
-    return text
 
 
 def jsonl_lines(path: Path, first: int = 0) -> Iterator[tuple[int, bytes]]:

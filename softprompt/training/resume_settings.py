@@ -8,6 +8,7 @@ from typing import Any
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
 from softprompt.config.train_args import default_learning_rate
+from softprompt.data.template import CHAT
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import CheckpointError, ConfigError
 
@@ -60,6 +61,8 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     given |= {name: getattr(config.training, name) for name in ("resume_from_checkpoint", "overwrite_output_dir")}
     given["output_dir"] = config.training.output_dir or str(checkpoint.parent)
     old = {name: value for name, value in saved.items() if name not in (*OF_THIS_CALL, "preset")}
+    if saved.get("template") != CHAT:
+        old.pop("chat_template_date", None)  # earlier versions took it with any template
     if _same_engine(given, saved):
         old |= state["engine"]  # the size of micro-batches, which may have been reduced because memory ran out
     searched = bool(old.pop("find_learning_rate", False))  # the learning rate that was found is among the settings

@@ -95,7 +95,7 @@ def test_passages_are_taken_from_the_whole_text(tokenizer):
     ("change", "named"),
     [
         ({"distill_prompt": "none.txt"}, "none.txt: no such file"),
-        ({"distill_prompt": "empty.txt"}, "empty.txt is empty"),
+        ({"distill_prompt": "empty.txt"}, "empty.txt is empty; write the text"),
         ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
         ({"dataset": "empty.txt"}, "empty.txt is empty"),
         ({"eval_rows": 9}, "leaves none"),

@@ -107,6 +107,13 @@ def test_given_settings_override_the_checkpoints(case, capsys):
     assert all(line.endswith("now: the new one wins") for line in told)
 
 
+def test_a_date_that_no_chat_template_reads_does_not_prevent_resuming():
+    """Earlier versions took it."""
+    state = {"arguments": {**saved_arguments({}), "chat_template_date": "2001-02-03"}, "engine": {}}
+    found = merge_settings(train_config(resume_from_checkpoint="run"), CHECKPOINT, state)
+    assert found.data.chat_template_date is None
+
+
 @pytest.mark.parametrize(
     "given",
     [
