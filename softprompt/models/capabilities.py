@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config.data_args import DEFAULT_MAX_LENGTH
 from softprompt.data.examples import Examples
-from softprompt.utils.errors import ConfigError, ModelError
+from softprompt.utils.errors import ConfigError, ModelError, loading_error
 from softprompt.utils.model_config import text_config
 
 # transformers' names for tables of absolute positions: the last part of a module's or buffer's name.
@@ -191,8 +191,7 @@ def build_on_meta_device(config: Any, name: str) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # ValueError, ImportError, or whatever the model class raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"base model {name!r} cannot be loaded: {reason}") from None
+        raise loading_error("base model", name, error) from None
 
 
 def _position_table_sizes(base: PreTrainedModel) -> Iterator[int]:

@@ -30,7 +30,7 @@ from softprompt.models.quantization import (
 )
 from softprompt.models.stored_weights import check_complete, check_finite
 from softprompt.utils import hub
-from softprompt.utils.errors import ModelError
+from softprompt.utils.errors import ModelError, first_line, loading_error
 from softprompt.utils.progress import bar_settings, shows_bars
 
 
@@ -250,10 +250,10 @@ def _from_pretrained(auto_class: Any, name_or_path: str, what: str, bars: bool =
         with _bars(bars):
             return auto_class.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
     except Exception as error:  # OSError, ValueError, and safetensors' and huggingface_hub's own errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         was_read = isinstance(error, ValueError | KeyError | ImportError) and not isinstance(error, OSError)
         if not searched or was_read:  # the hub would not help
-            raise ModelError(f"{what} {name_or_path!r} cannot be loaded: {reason}") from None
+            raise loading_error(what, name_or_path, error) from None
+        reason = first_line(error)
         raise ModelError(f"{what} {name_or_path!r} cannot be loaded{searched}: {reason} ({hub.advice()})") from None
 
 

@@ -15,7 +15,7 @@ from softprompt.models.loading import load_config
 from softprompt.models.quantization import check_not_stored_quantized
 from softprompt.models.stored_weights import locate_tensors
 from softprompt.utils import hub
-from softprompt.utils.errors import ModelError
+from softprompt.utils.errors import ModelError, first_line, loading_error
 from softprompt.utils.safetensors_io import StoredTensor, list_stored_tensors
 
 
@@ -77,8 +77,7 @@ def _without_values(config: Any, dtype: torch.dtype, name_or_path: str) -> PreTr
             base.get_submodule(path)._buffers[own_name] = torch.empty_like(buffer, device="cpu")
         base.initialize_weights()
     except Exception as error:  # ValueError, ImportError, or whatever the model class raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"base model {name_or_path!r} cannot be loaded: {reason}") from None
+        raise loading_error("base model", name_or_path, error) from None
     return base
 
 
@@ -109,7 +108,7 @@ def _folder(name_or_path: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # huggingface_hub, httpx and the disk raise different errors for the same cause
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise ModelError(f"base model {name_or_path!r} cannot be fetched: {reason} ({hub.advice()})") from None
 
 

@@ -118,7 +118,7 @@ def check_loadable(config: Any, name: str) -> None:
         if method == "bitsandbytes":
             import_functional()
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(given), pre_quantized=True)
-        quantizer.validate_environment(device_map={"": resolve_device("auto")})
+        quantizer.validate_environment(device_map={"": str(resolve_device("auto"))})  # some compare it with "cpu"
     except Exception as error:  # each quantizer raises other errors
         reason = f"transformers cannot load them here: {first_line(error).rstrip('.')}; give"
         raise _error(name, method, reason, WAY_OUT) from None
@@ -169,15 +169,19 @@ def check_gradient(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     module that loses it.
 
     Raises:
-        ModelError: The forward or the backward pass fails, a module loses the gradient, or the gradient is zero or not
-            finite.
+        ModelError: The base has no quantized module, the forward or the backward pass fails, a module loses the
+            gradient, or the gradient is zero or not finite.
     """
     embed, lost = base.get_input_embeddings(), list[str]()
-    hooks = [
-        module.register_forward_hook(partial(_note_lost_gradient, lost, name))
-        for name, module in base.named_modules()
-        if not any(module.children()) and _has_narrow_tensor(module)
-    ]
+    leaves = ((name, module) for name, module in base.named_modules() if not any(module.children()))
+    quantized = [(name, module) for name, module in leaves if _has_narrow_tensor(module)]
+    if not quantized:
+        method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
+        raise ModelError(
+            f"{base.name_or_path}: its config.json says that its weights are stored quantized ({method}), and none of "
+            "them is; remove quantization_config from it, or give --model_name_or_path another base"
+        )
+    hooks = [module.register_forward_hook(partial(_note_lost_gradient, lost, name)) for name, module in quantized]
     try:
         with torch.enable_grad(), autocast(embed.weight.device, compute_dtype):
             ids = torch.arange(PROBE_TOKENS, device=embed.weight.device)[None] % len(embed.weight)

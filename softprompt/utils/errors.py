@@ -99,6 +99,19 @@ TIMEOUT_EXIT_CODE = 124  # as timeout(1) returns
 EXIT_CODES = (*SIGNAL_EXIT_CODES.values(), TIMEOUT_EXIT_CODE)
 
 
+def loading_error(what: str, name_or_path: str, error: BaseException) -> ModelError:
+    """Return the ModelError for a file of a base that a library cannot load.
+
+    Args:
+        what: What is loaded: "base model" or "tokenizer".
+        error: The library's error.
+    """
+    reason = first_line(error).rstrip(".")
+    return ModelError(
+        f"{what} {name_or_path!r} cannot be loaded: {reason}; check its files, or give --model_name_or_path another one"
+    )
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """Return the first line of a library's error message, truncated to `limit` characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit].rstrip()

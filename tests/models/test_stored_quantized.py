@@ -112,7 +112,7 @@ def test_a_configuration_that_promises_quantized_weights(base, tmp_path, tokeniz
     store(4, tokenizer)
     shutil.copy("base/model.safetensors", "stored/model.safetensors")
     line = refused(train, FLAGS, capsys, monkeypatch, tmp_path)
-    assert_line(line, r"stored quantized \(bitsandbytes\), and transformers computes no gradient with them here")
+    assert_line(line, r"its weights are stored quantized \(bitsandbytes\), and none of them is; remove")
 
 
 @pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.down_proj"])

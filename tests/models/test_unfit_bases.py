@@ -22,6 +22,7 @@ import train
 from softprompt import cli
 from softprompt.config.loader import train_config
 from softprompt.models.loading import load_base, read_base
+from softprompt.models.quantization import check_gradient
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
@@ -127,6 +128,14 @@ def test_no_flag_hides_the_reason(unfit, flag, tmp_path, capsys, monkeypatch):
 def test_a_base_that_fits_is_not_refused(tiny_base, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         softprompt.train(model_name_or_path=str(tiny_base), dataset=str(tmp_path / "none.jsonl"))
+
+
+def test_a_base_without_any_quantized_weight_is_not_taken_for_a_quantized_one():
+    """transformers 5.24 loads unquantized weights under a configuration of HQQ without a word."""
+    base = small_base("llama")
+    base.hf_quantizer = SimpleNamespace(pre_quantized=True, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ModelError, match=r"its weights are stored quantized \(hqq\), and none of them is; remove"):
+        check_gradient(base, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
