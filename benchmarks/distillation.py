@@ -2,7 +2,7 @@
 
 python benchmarks/distillation.py --model_name_or_path BASE --text system.txt --questions questions.txt
     [--template '…'] [--num_virtual_tokens 4 8 16 32 64] [--num_questions 8 30] [--starts first spread]
-    [--eval_rows 40] [--bf16] [--json FILE]
+    [--prompt_reparameterization mlp] [--eval_rows 40] [--bf16] [--json FILE]
 
 One run for each number of virtual tokens, with all training questions, and one for each number of questions (the first
 ones), with the prompt of 16 tokens. The last --eval_rows questions are held out in each. The prompt starts from the
@@ -34,8 +34,9 @@ USUAL_TOKENS = 16
 FIGURES = ("eval_kl", "eval_agreement", "eval_kl_cut", "eval_agreement_cut", "eval_kl_base", "eval_agreement_base")
 OF_A_RUN = {  # settings on which a run depends
     *("model_name_or_path", "text", "questions", "template", "eval_rows", "distill_samples", "distill_max_new_tokens"),
-    *("max_steps", "rows", "learning_rate", "bf16"),
+    *("max_steps", "rows", "learning_rate", "bf16", "prompt_reparameterization"),
 }
+OPTIONAL = ("template", "learning_rate", "bf16", "prompt_reparameterization")  # settings whose default is the program's
 STARTS = ("first", "spread")  # which tokens of the text the prompt starts from
 MORE = ("tokens_saved", "time_to_first_token", "time_to_first_token_text", "train_runtime")
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=120)
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--prompt_reparameterization")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", type=Path, help="a file that stores finished runs")
     args = parser.parse_args()
@@ -80,7 +82,7 @@ def trained(args: Any, questions: list[str], P: int, start: str) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder) / "questions.txt"
         path.write_text("\n".join(questions) + "\n", encoding="utf-8")
-        given = {name: getattr(args, name) for name in ("template", "learning_rate", "bf16") if getattr(args, name)}
+        given = {name: value for name in OPTIONAL if (value := getattr(args, name))}
         if start == "spread":
             given["init_adapter"] = str(write_spread_start(args, P, Path(folder) / "start"))
         run = softprompt.train(

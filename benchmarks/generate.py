@@ -11,6 +11,7 @@ that all contestants do the same work. Cases:
 * `mixed`: 64 texts of 4 to 200 tokens with answers of 8 to --new_tokens, both drawn uniformly on a logarithmic scale,
   one adapter, 32 at a time;
 * `adapters`: 32 texts of 16 tokens, four for each of eight adapters; all 32 at a time if the contestant can mix them;
+* `mixed_adapters`: the same with texts and answers as in `mixed`;
 * `first`: one text of 16 tokens behind P = 100, one new token: the time to the first token. Contestants that cache the
   keys and values of prompts have them already.
 
@@ -49,7 +50,7 @@ from softprompt import mini
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device
 
-CASES = ["plain", "mixed", "adapters", "first"]
+CASES = ["plain", "mixed", "adapters", "mixed_adapters", "first"]
 BATCH_SIZE, ADAPTERS, LONG_PROMPT = 32, 8, 100
 
 
@@ -110,16 +111,22 @@ def cases(args: argparse.Namespace, V: int) -> list[tuple[str, int, list[Questio
     def between(low: int, high: int) -> int:
         return round(low * (high / low) ** torch.rand((), generator=draw).item())
 
+    def mixed(adapter: int) -> Question:
+        return Question(text(between(4, 200)), adapter, between(min(8, new), new))
+
     if "plain" in args.cases:
         for T in args.prompt_tokens:
             for B in args.batch_sizes:
                 made.append((f"{B} × {T} tokens → {new}", P, [Question(text(T), 0, new) for _ in range(B)], B))
     if "mixed" in args.cases:
-        some = [Question(text(between(4, 200)), 0, between(min(8, new), new)) for _ in range(2 * BATCH_SIZE)]
+        some = [mixed(0) for _ in range(2 * BATCH_SIZE)]
         made.append((f"{len(some)} texts of 4 … 200 tokens → 8 … {new}, {BATCH_SIZE} at a time", P, some, BATCH_SIZE))
     if "adapters" in args.cases:
         some = [Question(text(16), i % ADAPTERS, new) for i in range(BATCH_SIZE)]
         made.append((f"{BATCH_SIZE} × 16 tokens → {new}, {ADAPTERS} adapters", P, some, BATCH_SIZE))
+    if "mixed_adapters" in args.cases:
+        some = [mixed(i % ADAPTERS) for i in range(BATCH_SIZE)]
+        made.append((f"{BATCH_SIZE} texts of 4 … 200 tokens → 8 … {new}, {ADAPTERS} adapters", P, some, BATCH_SIZE))
     if "first" in args.cases:
         made.append(("1 × 16 tokens → 1 (first token)", LONG_PROMPT, [Question(text(16), 0, 1)], 1))
     return made
