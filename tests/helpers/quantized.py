@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bases import make_bloom
+from helpers.peers import naive_loss, random_examples
 from helpers.small_bases import small_base
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+
+from softprompt.config.loader import train_config
+from softprompt.engines.factory import make_engine
+from softprompt.prompt.soft_prompt import PromptEmbedding
 
 FP32, BF16, CPU = torch.float32, torch.bfloat16, torch.device("cpu")
 
@@ -31,6 +36,24 @@ def saved(base: PreTrainedModel, folder: Path, tokenizer: object = None) -> Path
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
+
+
+def assert_trains_as(
+    stored: PreTrainedModel, reference: PreTrainedModel, tokenizer: object, P: int, loss_error: float, error: float
+) -> None:
+    """Both engines give a base with hidden size 64 the loss and the gradient of a reference, up to an absolute error of
+    the loss and a relative one of the gradient."""
+    values, rows = torch.randn(P, 64, generator=torch.Generator().manual_seed(1)), random_examples(9, 20)
+    targets = sum(label != -100 for row in rows for label in row.labels)
+    leaf = values.clone().requires_grad_()
+    expected = naive_loss(reference, leaf, rows)
+    (expected * targets / 7).backward()
+    for kind in ("packed", "padded"):
+        prompt = PromptEmbedding(values.clone())
+        engine = make_engine(train_config("mini", engine=kind), stored, tokenizer, FP32, P)
+        loss, _ = engine.accumulate(prompt, rows, 1 / 7)
+        assert loss.item() / targets == pytest.approx(expected.item(), abs=loss_error)
+        assert (prompt.weight.grad - leaf.grad).norm() < error * leaf.grad.norm()
 
 
 def rounded_by_hand(base: PreTrainedModel, bits: int, quantized: PreTrainedModel) -> PreTrainedModel:

@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.peers import naive_loss, random_examples
 from helpers.programs import jsonl, run_program
-from helpers.quantized import CPU, FP32, base_to_quantize, saved
+from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
-from softprompt.config.loader import train_config
-from softprompt.engines.factory import make_engine
 from softprompt.models.loading import freeze, load_base
 from softprompt.models.quantization import is_quantized
-from softprompt.prompt.soft_prompt import PromptEmbedding
 
 pytest.importorskip("gptqmodel", reason="needs pip install gptqmodel optimum")
 
@@ -74,19 +70,9 @@ def test_it_trains_as_the_base_with_the_values_of_its_codes(method, tokenizer, t
     freeze(reference, FP32)
     stored = load_base("stored", CPU, FP32)
     assert is_quantized(stored)
-    values, rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), random_examples(9, 20)
     with torch.no_grad():
         stored(input_ids=torch.arange(5)[None])  # must not prevent a later gradient
-    targets = sum(label != -100 for row in rows for label in row.labels)
-    leaf = values.clone().requires_grad_()
-    expected = naive_loss(reference, leaf, rows)
-    (expected * targets / 7).backward()
-    for kind in ("packed", "padded"):
-        prompt = PromptEmbedding(values.clone())
-        engine = make_engine(train_config("mini", engine=kind), stored, tokenizer, FP32, 3)
-        loss, _ = engine.accumulate(prompt, rows, 1 / 7)
-        assert loss.item() / targets == pytest.approx(expected.item(), abs=1e-4)
-        assert (prompt.weight.grad - leaf.grad).norm() < 1e-3 * leaf.grad.norm()
+    assert_trains_as(stored, reference, tokenizer, 3, 1e-4, 1e-3)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(*[{"instruction": str(n), "output": "ok"} for n in range(9)]))
     flags = ["--model_name_or_path", "stored", "--dataset", "rows.jsonl", "--output_dir", "run", "--max_steps", "1"]
     out, _ = run_program(train, flags, capsys, monkeypatch)

@@ -8,17 +8,14 @@ import pytest
 import torch
 from helpers.peers import naive_loss, random_examples
 from helpers.programs import assert_line, jsonl, refused, run_infer, run_program
-from helpers.quantized import CPU, FP32, base_to_quantize, rounded_by_hand, saved
+from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, rounded_by_hand, saved
 from safetensors.torch import load_file, save_file
 
 import infer
 import train
-from softprompt.config.loader import train_config
-from softprompt.engines.factory import make_engine
 from softprompt.models.bitsandbytes_linear import dequantize, has_bitsandbytes_weight
 from softprompt.models.loading import freeze, load_base, read_base
 from softprompt.models.quantization import check_gradient, is_quantized
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
 
 pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
@@ -58,17 +55,7 @@ def test_loss_and_gradient_are_those_of_the_stored_weights(base, bits, P, tokeni
     reference = freeze(rounded_by_hand(base, bits, store(bits, tokenizer)), FP32)
     stored = load_base("stored", CPU, FP32)
     assert any(map(has_bitsandbytes_weight, stored.modules()))
-    values, rows = torch.randn(P, 64, generator=torch.Generator().manual_seed(1)), random_examples(9, 20)
-    targets = sum(label != -100 for row in rows for label in row.labels)
-    leaf = values.clone().requires_grad_()
-    expected = naive_loss(reference, leaf, rows)
-    (expected * targets / 7).backward()
-    for kind in ("packed", "padded"):
-        engine = make_engine(train_config("mini", engine=kind), stored, tokenizer, FP32, P)
-        prompt = PromptEmbedding(values.clone())
-        loss, _ = engine.accumulate(prompt, rows, 1 / 7)
-        assert loss.item() / targets == pytest.approx(expected.item(), abs=1e-5)
-        assert (prompt.weight.grad - leaf.grad).norm() < 1e-5 * leaf.grad.norm()
+    assert_trains_as(stored, reference, tokenizer, P, 1e-5, 1e-5)
 
 
 @EACH_BITS
