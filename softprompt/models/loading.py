@@ -27,8 +27,9 @@ from softprompt.models.quantization import (
     holds_quantized,
     is_quantized,
     stored_method,
+    without_bars_of,
 )
-from softprompt.models.stored_weights import check_complete, check_finite
+from softprompt.models.weight_checks import check_complete, check_finite, check_quantized_tensors
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError, first_line, loading_error
 from softprompt.utils.progress import bar_settings, shows_bars
@@ -77,6 +78,7 @@ def load_config(name_or_path: str) -> Any:
     except ModelError:
         check_quantization_settings(settings_on_disk(name_or_path), name_or_path)
         raise
+    check_quantization_settings(settings_on_disk(name_or_path), name_or_path)
     check_config(config, name_or_path)
     return config
 
@@ -129,7 +131,7 @@ def read_base(
         bits: See `load_base`.
 
     Raises:
-        ModelError: The base is unsuitable (see `load_config`, `stored_weights.check_complete` and
+        ModelError: The base is unsuitable (see `load_config`, the checks of `weight_checks`, and
             `capabilities.check_supports_prompt`), or `bits` is given for a base that is stored quantized.
         ConfigError: `bits` is given, but bitsandbytes or accelerate is not installed.
     """
@@ -144,9 +146,12 @@ def read_base(
         settings["device_map"] = {"": device or torch.device("cpu")}
     # `check_complete` reports in one line what does not fit; transformers would print a table.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _only_errors():
+    check_quantized_tensors(weight_files(name_or_path), stored_method(config), name_or_path)
+    with _only_errors(), without_bars_of(stored_method(config)):
         base, found = _from_pretrained(AutoModelForCausalLM, name_or_path, "base model", bars=shows_bars(), **settings)
-    check_complete(found, name_or_path, weight_files(name_or_path))
+    files = weight_files(name_or_path)  # those of a hub id may have been downloaded only now
+    check_quantized_tensors(files, stored_method(config), name_or_path)
+    check_complete(found, name_or_path, files)
     check_supports_prompt(base, name_or_path)
     dequantize_compressed(base)
     return cast(PreTrainedModel, base)

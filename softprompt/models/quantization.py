@@ -10,7 +10,9 @@ either source, are multiplied as in `bitsandbytes_linear`; those of all other me
 """
 
 import copy
+import io
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -66,7 +68,7 @@ def check_bitsandbytes() -> None:
 def stored_method(config: Any) -> str | None:
     """Return the method by which a checkpoint is stored quantized, as its configuration says; None if it is not."""
     for one in (config, config.get_text_config()):
-        if given := getattr(one, "quantization_config", None) or getattr(one, "compression_config", None):
+        if given := getattr(one, "quantization_config", None):
             return _method(given)
     return None
 
@@ -76,15 +78,27 @@ def check_quantization_settings(settings: Mapping[str, Any], name: str) -> None:
     the file nor the setting.
 
     Raises:
-        ModelError: They are not an object.
+        ModelError: They do not name a method, or have a name that transformers does not read.
     """
-    for key in ("quantization_config", "compression_config"):
-        given = settings.get(key)
-        if not (given is None or isinstance(given, dict)):
+    of_text = settings.get("text_config")
+    for part in (settings, of_text if isinstance(of_text, dict) else {}):
+        given = part.get("quantization_config")
+        if not (given is None or (isinstance(given, dict) and _names_method(given))):
             raise ModelError(
-                f"{name}: {key} in its config.json is {given!r:.80}, expected an object of settings with a "
-                "quant_method; correct it, remove it if the weights are not quantized, or fetch the base's files again"
+                f"{name}: quantization_config in its config.json is {given!r:.80}, expected an object of settings "
+                "with a quant_method; correct it, remove it if the weights are not quantized, or fetch the base's "
+                "files again"
             )
+        if part.get("compression_config") is not None:
+            raise ModelError(
+                f"{name}: its config.json has a compression_config, a former name that transformers does not read; "
+                "rename it quantization_config, or give --model_name_or_path the unquantized base"
+            )
+
+
+def _names_method(given: Mapping[str, Any]) -> bool:
+    method, bits = given.get("quant_method"), given.get("load_in_8bit") or given.get("load_in_4bit")
+    return bool(bits) if method in (None, "bitsandbytes") else isinstance(method, str) and bool(method)
 
 
 def check_not_stored_quantized(config: Any, name: str, what: str) -> None:
@@ -124,6 +138,12 @@ def check_loadable(config: Any, name: str) -> None:
         raise _error(name, method, reason, WAY_OUT) from None
 
 
+def without_bars_of(method: str | None) -> AbstractContextManager[Any]:
+    """Return a context in which a method's library prints no progress bars. compressed-tensors writes them to stderr
+    even if it is no terminal; those of the other methods are transformers'."""
+    return redirect_stderr(io.StringIO()) if method == COMPRESSED else nullcontext()
+
+
 def dequantize_compressed(base: PreTrainedModel) -> None:
     """Dequantize the weights of a base that is stored by compressed-tensors, in place. Then `is_quantized` is False.
 
@@ -136,7 +156,8 @@ def dequantize_compressed(base: PreTrainedModel) -> None:
     from compressed_tensors.quantization import QuantizationMetadata
 
     if quantizer.quantization_config.is_quantization_compressed:
-        quantizer.compressor.decompress_model(base)
+        with without_bars_of(COMPRESSED):
+            quantizer.compressor.decompress_model(base)
     for module in base.modules():
         QuantizationMetadata.clear_quantization(module)
     quantizer.remove_quantization_config(base)
@@ -169,19 +190,15 @@ def check_gradient(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     module that loses it.
 
     Raises:
-        ModelError: The base has no quantized module, the forward or the backward pass fails, a module loses the
-            gradient, or the gradient is zero or not finite.
+        ModelError: The forward or the backward pass fails, a module loses the gradient, or the gradient is zero or not
+            finite.
     """
     embed, lost = base.get_input_embeddings(), list[str]()
-    leaves = ((name, module) for name, module in base.named_modules() if not any(module.children()))
-    quantized = [(name, module) for name, module in leaves if _has_narrow_tensor(module)]
-    if not quantized:
-        method = _method(base.hf_quantizer.quantization_config)  # type: ignore[union-attr]
-        raise ModelError(
-            f"{base.name_or_path}: its config.json says that its weights are stored quantized ({method}), and none of "
-            "them is; remove quantization_config from it, or give --model_name_or_path another base"
-        )
-    hooks = [module.register_forward_hook(partial(_note_lost_gradient, lost, name)) for name, module in quantized]
+    hooks = [
+        module.register_forward_hook(partial(_note_lost_gradient, lost, name))
+        for name, module in base.named_modules()
+        if not any(module.children()) and _has_narrow_tensor(module)
+    ]
     try:
         with torch.enable_grad(), autocast(embed.weight.device, compute_dtype):
             ids = torch.arange(PROBE_TOKENS, device=embed.weight.device)[None] % len(embed.weight)

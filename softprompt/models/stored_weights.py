@@ -1,4 +1,4 @@
-"""Find out where a model's tensors are stored, without reading them; and whether files hold all that a model needs.
+"""Find out where a model's tensors are stored, without reading them.
 
 The names in the files may differ from those in the model, because transformers renames tensors while it loads them, and
 merges some, such as the matrices of experts. The rules are transformers' own (`get_model_conversion_mapping`). A merged
@@ -6,26 +6,18 @@ tensor can be read in parts if its flattened values are those of the stored tens
 conversion is refused.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from softprompt.utils.errors import ModelError
 from softprompt.utils.safetensors_io import ConcatenatedTensor, StoredTensor
 
 Shape = tuple[int, ...]
-
-# The last parts of the names under which bitsandbytes, GPTQ and AWQ store the scales of quantized weights.
-QUANTIZATION_SCALES = r"\.(SCB|weight_format|absmax|nested_absmax|quant_map|quant_state[^/]*|qzeros|g_idx|scales)$"
 
 
 def locate_tensors(
@@ -141,44 +133,6 @@ def _fit(shapes: Sequence[Shape]) -> bool:
     return all(shapes) and len({shape[1:] for shape in shapes}) == 1
 
 
-def check_finite(base: PreTrainedModel, files: Sequence[Path]) -> None:
-    """Check that no weight of a loaded base is NaN or infinite. This reads the weights once, on the device that holds
-    them, and takes no memory. Weights on the meta device are skipped, as are those in 8 bits or fewer.
-
-    Args:
-        files: See `check_complete`.
-
-    Raises:
-        ModelError: Some are.
-    """
-    weights = {
-        name: weight.detach()
-        for name, weight in base.named_parameters()
-        if type(weight) is Parameter and weight.itemsize > 1 and weight.is_floating_point()
-    }
-    weights = {name: weight for name, weight in weights.items() if weight.numel() and not weight.is_meta}
-    extremes = [torch.stack(torch.aminmax(weight)).float() for weight in weights.values()]  # NaN if one value is
-    finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
-    if not all(finite):
-        broken = list(weights)[finite.index(False)]
-        raise ModelError(
-            f"{_file_of(broken, files) or base.name_or_path}: tensor {broken} holds values that are NaN or infinite"
-            f"{' in float16' if weights[broken].dtype == torch.float16 else ''}; fetch the base's files again, or give "
-            "--model_name_or_path another base"
-        )
-
-
-def _file_of(tensor: str, files: Sequence[Path]) -> Path | None:
-    """Return the safetensors file that holds a tensor of the model, where its name may begin in another way; None if it
-    is not found."""
-    for path in files:
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if any(f".{tensor}".endswith(f".{name}") or f".{name}".endswith(f".{tensor}") for name in names):
-                return path
-    return None
-
-
 def _dtypes_when_loaded(base: PreTrainedModel, expected: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Return the dtype in which transformers loads each tensor: the model's, except that some parameters of some models
     are kept in fp32."""
@@ -193,34 +147,3 @@ def _dtypes_when_loaded(base: PreTrainedModel, expected: Mapping[str, Tensor]) -
         name: plan[by_group[match.lastgroup]] if (match := matches[name]) and match.lastgroup else tensor.dtype
         for name, tensor in expected.items()
     }
-
-
-def check_complete(found: Mapping[str, Any], name: str, files: Sequence[Path]) -> None:
-    """Check that the files hold every weight of the base in its shape, since transformers draws all others at random,
-    and that they hold no scales of quantized weights that it left unused.
-
-    Args:
-        found: What `from_pretrained` returns with `output_loading_info` and `ignore_mismatched_sizes`.
-        files: The files of the weights, one of which the message names.
-
-    Raises:
-        ModelError: Weights are missing or have other shapes, or scales are left over.
-    """
-    scales = sorted(key for key in found["unexpected_keys"] if re.search(QUANTIZATION_SCALES, key))
-    if scales:
-        raise ModelError(
-            f"{name}: its files hold {scales[0]}, which belongs to quantized weights, but its config.json has no "
-            "quantization_config that uses it; restore that, or give --model_name_or_path the unquantized base"
-        )
-    if mismatched := sorted(found["mismatched_keys"]):
-        tensor, stored, expected = mismatched[0]
-        raise ModelError(
-            f"{_file_of(tensor, files) or name}: tensor {tensor} has the shape {list(stored)}, but config.json "
-            f"requires {list(expected)}; fetch the base's files again, or restore its config.json"
-        )
-    if missing := sorted(found["missing_keys"]):
-        others = f" and {len(missing) - 1} other tensors" if missing[1:] else ""
-        raise ModelError(
-            f"{name}: its files lack {missing[0]}{others}, which its config.json requires; download the whole base "
-            "again, or give --model_name_or_path another one"
-        )

@@ -51,7 +51,7 @@ class MLPEncoder(nn.Module):
     PEFT initializes all layers at random, so its prompts begin as nearly equal small vectors. Here the last layer is
     changed as little as possible so that the prompt begins at the start, up to rounding. This needs at least P hidden
     units that are active (not zero) for some virtual token, as there are with a width well above P. With fewer, the
-    prompt begins at the least-squares approximation of the start.
+    prompt begins at the best approximation, by least squares, that the last layer allows.
     """
 
     def __init__(self, start: Tensor, width: int):
@@ -71,10 +71,17 @@ class MLPEncoder(nn.Module):
 
     @torch.no_grad()
     def _begin_at(self, start: Tensor) -> None:
-        """Change the weight of the last layer so that the output is `start`, by least squares in fp64."""
-        hidden = self.mlp_head[:-1](self.embedding).double()  # [P, width]
-        missing = start.double() - self.mlp_head[-1].double()(hidden)  # [P, H]
-        self.mlp_head[-1].weight += torch.linalg.lstsq(hidden, missing, driver="gelsd").solution.T
+        """Change the weight of the last layer so that the output is `start`, by least squares in fp64. If the weight
+        alone cannot, the bias is fitted, too."""
+        hidden, last = self.mlp_head[:-1](self.embedding).double(), self.mlp_head[-1].double()  # [P, width]
+        missing = start.double() - last(hidden)  # [P, H]
+        change = torch.linalg.lstsq(hidden, missing, driver="gelsd").solution  # [width, H]
+        if (hidden @ change - missing).norm() > 1e-6 * start.norm():
+            ones = torch.ones_like(hidden[:, :1])
+            *change, bias = torch.linalg.lstsq(torch.cat([hidden, ones], 1), missing, driver="gelsd").solution
+            change = torch.stack(change)
+            last.bias += bias
+        last.weight += change.T
         self.mlp_head.float()
 
 

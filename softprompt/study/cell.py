@@ -74,10 +74,11 @@ class Cell:
         seeds = (
             f"{self.voting} of seeds {', '.join(map(str, self.seeds))}" if self.voting else f"seed {c.training.seed}"
         )
-        kind, rate = c.prompt.prompt_reparameterization, c.learning_rate()
+        kind, width, rate = c.prompt.prompt_reparameterization, c.prompt.encoder_hidden_size, c.learning_rate()
+        encoder = "" if kind == "none" else f"{kind} {f'encoder_hidden_size {width} ' if width else ''}"
         return (
             f"{c.model.model_name_or_path} {c.data.dataset} {c.prompt.prompt_tuning_init} "
-            f"{'' if kind == 'none' else f'{kind} '}num_virtual_tokens {length} "
+            f"{encoder}num_virtual_tokens {length} "
             f"learning_rate {'default' if rate is None else f'{rate:g}'} rows {self.rows or ALL} {seeds}"
         )
 

@@ -32,8 +32,8 @@ from softprompt.study.cell import ALL, PROMPT_SETTINGS, SETTINGS, Cell
 from softprompt.utils.errors import ConfigError
 
 KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "settings", "grid")
-# Settings that only some initializations, reparameterizations or templates use. Under [settings], they apply only to
-# such cells.
+# Settings that only some initializations, reparameterizations or templates use. They apply only to such cells, of which
+# a study must have at least one.
 USED_WITH = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
@@ -128,10 +128,9 @@ def parse_study(argv: Sequence[str]) -> Study:
 def raise_cell_errors(path: Path, errors: Mapping[str, list[str]]) -> None:
     """Raise a ConfigError if there are any `errors`: error messages, each with the names of the cells that have it."""
     if errors:
-        messages = [
-            f"the cell {cells[0]}" + (f" and {len(cells) - 1:,} more" if len(cells) > 1 else "") + f": {message}"
-            for message, cells in errors.items()
-        ]
+        named = {m: f"the cell {cells[0]}" if cells else "" for m, cells in errors.items()}
+        more = {m: f" and {len(cells) - 1:,} more" if len(cells) > 1 else "" for m, cells in errors.items()}
+        messages = [f"{named[m]}{more[m]}{': ' * bool(named[m])}{m}" for m in errors]
         more = f"; and {len(messages) - MAX_ERRORS} more errors" if len(messages) > MAX_ERRORS else ""
         raise ConfigError(f"{path}: {'; '.join(messages[:MAX_ERRORS])}{more}")
 
@@ -146,7 +145,7 @@ def _key_errors(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} {content[key]!r} is not a text"
     seeds, texts = content.get("seeds", DEFAULT_SEEDS), content.get("hard_prompts", [])
     if not (isinstance(seeds, list) and seeds and all(type(s) is int and not seed_faults(s) for s in seeds)):
-        yield f"seeds {seeds!r} is not a list of integers of at least 0"
+        yield f"seeds {seeds!r} is not a list of integers from 0 to 2**63 - 1"
     if not (isinstance(texts, list) and all(is_text(text) and text.strip() for text in texts)):
         yield f"hard_prompts {texts!r} is not a list of texts"
     votings = content.get("voting", [])
@@ -182,8 +181,9 @@ def _table_errors(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _key_advice(key: str, known: Sequence[str]) -> str:
     """Return what to do about an unknown key, as the rest of the error message."""
-    if key in ("rows", *KEYS):
-        return f"; it belongs {'under [[grid]]' if key == 'rows' else 'above [settings]'}"
+    if key in ("rows", "preset", *KEYS):
+        places = {"rows": "under [[grid]]", "preset": "under [settings]"}
+        return f"; it belongs {places.get(key, 'above [settings]')}"
     if key == "seed":
         return "; give a list of seeds above [settings]"
     if key in {field.name for group in GROUPS for field in fields(group)}:
@@ -193,14 +193,15 @@ def _key_advice(key: str, known: Sequence[str]) -> str:
 
 def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
     """Yield the cells of all grids, each once. Raises ConfigError if any of them has settings that are not valid."""
-    seen: set[str] = set()
+    seen, used = set[str](), set[str]()
     errors: dict[str, list[str]] = {}
     for grid in content.get("grid", [{}]):
         for values in itertools.product(*map(_as_list, grid.values())):
             given = {**content.get("settings", {}), **dict(zip(grid, values, strict=True))}
-            rows = given.pop("rows", ALL)
+            rows, usable = given.pop("rows", ALL), _usable_settings(given)
+            used |= usable.keys()
             try:
-                cells = list(_cells_of_setting(_usable_settings(given), None if rows == ALL else rows, content))
+                cells = list(_cells_of_setting(usable, None if rows == ALL else rows, content))
             except ConfigError as error:
                 named = " ".join(f"{name} {value}" for name, value in zip(grid, values, strict=True))
                 errors.setdefault(str(error), []).append(named or "of [settings]")
@@ -209,6 +210,9 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
                 if (key := repr(cell.settings())) not in seen:
                     seen.add(key)
                     yield cell
+    for name in (name for table in (content.get("settings", {}), *content.get("grid", [])) for name in table):
+        if name in USED_WITH and name not in used:
+            errors[f"no cell uses {name}, which is for {', '.join(USED_WITH[name])}; leave it out"] = []
     raise_cell_errors(path, errors)
 
 
@@ -237,8 +241,8 @@ def _usable_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings without those that the cell's initialization, reparameterization and template do not use."""
     usual = PromptTuningArguments()
     init = given.get("prompt_tuning_init", usual.prompt_tuning_init)
-    chosen = {init, given.get("prompt_reparameterization", usual.prompt_reparameterization), given.get("template")}
-    return {name: value for name, value in given.items() if not chosen.isdisjoint(USED_WITH.get(name, chosen))}
+    chosen = [init, given.get("prompt_reparameterization", usual.prompt_reparameterization), given.get("template")]
+    return {name: value for name, value in given.items() if any(use in chosen for use in USED_WITH.get(name, chosen))}
 
 
 def _as_list(value: Any) -> list[Any]:

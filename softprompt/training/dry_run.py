@@ -16,7 +16,7 @@ from softprompt.engines.memory_estimate import GIB, resident_bytes
 from softprompt.evaluation.distillation import DistillationEvaluator
 from softprompt.training.console import describe_encoder
 from softprompt.training.determinism import deterministic
-from softprompt.training.lr_finder import sweep_steps
+from softprompt.training.lr_finder import planned_steps
 from softprompt.training.optimizer import make_optimizer, optimizer_bytes, optimizer_step
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
@@ -60,8 +60,8 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
         + ("; evaluation takes additional time" if setup.evaluator else ""),
     ]
-    if setup.start.searches_learning_rate:
-        lines.append(f"sweep       {sweep_steps(total):,} more steps before training, to find a learning rate")
+    if setup.start.searches_learning_rate and (steps := planned_steps(setup)):
+        lines.append(f"sweep       {steps:,} more steps before training, to find a learning rate")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.distributed.process_group import StopSource
 from softprompt.engines.base import Engine
-from softprompt.prompt.soft_prompt import PromptEmbedding
+from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding
 from softprompt.training.loop import QuietCallbacks, train
 from softprompt.training.result import Setup
 from softprompt.utils.errors import NonFiniteError, Stopped
@@ -64,23 +64,33 @@ def with_found_rate(setup: Setup, stop: StopSource) -> Setup:
     Raises:
         Stopped: `stop` asked to stop.
     """
-    start, data = setup.start, setup.data
-    args, total = start.config.training, data.loader.total_steps
-    steps = sweep_steps(total)
-    print(f"looking for a learning rate: {steps:,} steps on the training rows …")
+    start, data, examples = setup.start, setup.data, _examples(setup)
+    args, total, rows_per_step = start.config.training, data.loader.total_steps, data.loader.rows_per_step
+    if steps := planned_steps(setup):
+        print(f"looking for a learning rate: {steps:,} steps on the training rows …")
+    config, word_rms = start.config, InputEmbeddings(setup.base).rms()
+    rates = rates_for(replace(config, training=replace(args, learning_rate=None)).learning_rate(word_rms))
     with progress_bar(steps, "looking for a learning rate", "step") as bar:
-        loader, rows_per_step = data.loader, data.loader.rows_per_step
-        examples = loader.examples if isinstance(loader, ListLoader) else data.train.examples
         found = find_learning_rate(
-            *(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update),
-            rates=rates_for(args.learning_rate),
+            *(setup.engine, setup.prompt, examples, args, total, rows_per_step, stop, bar.update), rates=rates
         )
     rate = found.learning_rate or args.learning_rate
     print_sweep(found, rate)
     losses = {f"{r:g}": loss for r, loss in found.losses.items() if math.isfinite(loss)}
     record = {"step": 0, "epoch": 0.0, "learning_rate": rate, "sweep": losses}
-    config = replace(start.config, training=replace(args, learning_rate=rate))
+    config = replace(config, training=replace(args, learning_rate=rate))
     return setup._replace(start=replace(start, config=config, history=[record]))
+
+
+def planned_steps(setup: Setup) -> int:
+    """Return the number of optimizer steps of the sweep before a run; 0 if it has too few rows for one."""
+    enough = int(len(_examples(setup)) * SET_ASIDE) >= FEWEST_ASIDE
+    return sweep_steps(setup.data.loader.total_steps) if enough else 0
+
+
+def _examples(setup: Setup) -> Sequence[Example]:
+    loader = setup.data.loader
+    return loader.examples if isinstance(loader, ListLoader) else setup.data.train.examples
 
 
 def rates_for(default: float | None) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.training.resume import StartingPoint
 from softprompt.training.setup import RunData
 from softprompt.utils.errors import CheckpointError, ConfigError
+from softprompt.utils.out_of_memory import is_out_of_memory
 
 
 def with_defaults_of_base(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
@@ -66,7 +67,7 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
     drawn with --seed; the initial prompt does not depend on the reparameterization.
 
     Raises:
-        ConfigError, AdapterError: See `initial_prompt` and `words_to_mix`.
+        ConfigError, AdapterError: See `initial_prompt` and `words_to_mix`; or the encoder does not fit in memory.
     """
     start, kind = initial_prompt(config, tokenizer, base), config.prompt.prompt_reparameterization
     if kind == "none":
@@ -76,7 +77,14 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
     if kind == "superpos":
         ids = torch.tensor(words_to_mix(config, tokenizer, len(embeddings)))
         words = embeddings[ids[torch.randperm(len(ids))[:width]].to(embeddings.device)].float().cpu()
-    return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width, words))
+    try:
+        return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width, words))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"--encoder_hidden_size {width}: the {kind} does not fit in memory; give a smaller width"
+        ) from None
 
 
 def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> Tensor:

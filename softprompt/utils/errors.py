@@ -107,6 +107,10 @@ def loading_error(what: str, name_or_path: str, error: BaseException) -> ModelEr
         error: The library's error.
     """
     reason = first_line(error).rstrip(".")
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"{what} {name_or_path!r} cannot be loaded: {reason}; install it, or give --model_name_or_path another one"
+        )
     return ModelError(
         f"{what} {name_or_path!r} cannot be loaded: {reason}; check its files, or give --model_name_or_path another one"
     )

@@ -1,6 +1,7 @@
 """Quantized bases, and bases whose weights are rounded by the definitions of the formats, written down naively."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def saved(base: PreTrainedModel, folder: Path, tokenizer: object = None) -> Path
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
+
+
+def configure(folder: Path, **settings: object) -> None:
+    """Write settings into a base's config.json; those that are None are removed."""
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def assert_trains_as(

@@ -1,12 +1,11 @@
 """Checkpoints in the 4-bit formats of GPTQ and AWQ: they train as the base whose weights these codes stand for."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.programs import jsonl, run_program
-from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, saved
+from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, configure, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -57,9 +56,7 @@ def store(base, method, tokenizer):
             tensors |= {f"{name}.{kind}": tensor for kind, tensor in stored.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, **SETTINGS[method]}
-    (folder / "config.json").write_text(json.dumps(config))
+    configure(folder, quantization_config={"quant_method": method, **SETTINGS[method]})
 
 
 @pytest.mark.parametrize("method", SETTINGS)

@@ -1,14 +1,13 @@
 """Checkpoints that are stored quantized: loaded as they are and trained where transformers computes a gradient with
 them, refused in one line elsewhere. (`test_unfit_bases` has those whose libraries are missing.)"""
 
-import json
 import shutil
 
 import pytest
 import torch
 from helpers.peers import naive_loss, random_examples
 from helpers.programs import assert_line, jsonl, refused, run_infer, run_program
-from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, rounded_by_hand, saved
+from helpers.quantized import CPU, FP32, assert_trains_as, base_to_quantize, configure, rounded_by_hand, saved
 from safetensors.torch import load_file, save_file
 
 import infer
@@ -40,12 +39,6 @@ def store(bits, tokenizer):
     quantized = read_base("base", bits=bits)
     saved(quantized, "stored", tokenizer)
     return quantized
-
-
-def configure(folder, **settings):
-    """Write settings into a base's config.json; those that are None are removed."""
-    config = json.loads((folder / "config.json").read_text()) | settings
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 @pytest.mark.parametrize("P", [1, 10])

@@ -13,6 +13,7 @@ import torch
 from helpers.adapters import write_adapter
 from helpers.bases import make_bloom
 from helpers.programs import assert_line, refused
+from helpers.quantized import configure
 from helpers.small_bases import small_base
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
@@ -22,7 +23,6 @@ import train
 from softprompt import cli
 from softprompt.config.loader import train_config
 from softprompt.models.loading import load_base, read_base
-from softprompt.models.quantization import check_gradient
 from softprompt.training.dry_run import dry_run
 from softprompt.utils.errors import DataError, ModelError
 
@@ -130,12 +130,49 @@ def test_a_base_that_fits_is_not_refused(tiny_base, tmp_path):
         softprompt.train(model_name_or_path=str(tiny_base), dataset=str(tmp_path / "none.jsonl"))
 
 
-def test_a_base_without_any_quantized_weight_is_not_taken_for_a_quantized_one():
-    """transformers 5.24 loads unquantized weights under a configuration of HQQ without a word."""
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_a_base_without_any_quantized_weight_is_not_taken_for_a_quantized_one(method, tmp_path):
+    """transformers 5.24 loads it without a word."""
+    small_base("llama").save_pretrained(tmp_path)
+    configure(tmp_path, quantization_config={"quant_method": method})
+    with pytest.raises(
+        ModelError, match=rf"its weights are stored quantized \({method}\), and none of them is; remove"
+    ):
+        read_base(str(tmp_path))
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def in_fp8(folder, config, scales):
+    """Save a base whose linear layers are stored in FP8, with a scale for those of the names that `scales` accepts."""
     base = small_base("llama")
-    base.hf_quantizer = SimpleNamespace(pre_quantized=True, quantization_config={"quant_method": "hqq"})
-    with pytest.raises(ModelError, match=r"its weights are stored quantized \(hqq\), and none of them is; remove"):
-        check_gradient(base, torch.float32)
+    base.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        if scales(name):
+            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    configure(folder, quantization_config=config)
+    return base
+
+
+@pytest.mark.parametrize("missing", ["", "layers.1.mlp.up_proj"])
+def test_codes_without_scales_are_not_taken_for_weights(missing, tmp_path):
+    in_fp8(tmp_path, FP8, lambda name: missing and missing not in name)
+    with pytest.raises(ModelError, match=rf"quantized weight .*{missing}.*weight \(F8_E4M3\) without its scales"):
+        read_base(str(tmp_path))
+
+
+def test_codes_with_scales_need_the_configuration(tmp_path):
+    base = in_fp8(tmp_path, FP8, lambda name: True)
+    weight, loaded = (each.model.layers[0].mlp.up_proj.weight for each in (base, read_base(str(tmp_path))))
+    assert (loaded - weight).norm() < 0.05 * weight.norm()
+    configure(tmp_path, quantization_config=None)
+    with pytest.raises(ModelError, match=r"weight_scale_inv.*no quantization_config that uses it"):
+        read_base(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
@@ -191,14 +228,24 @@ def test_a_weight_beyond_the_range_of_fp16_is_named(tmp_path):
         load_base(str(tmp_path), torch.device("cpu"), torch.float16)
 
 
-@pytest.mark.parametrize("value", ["gptq", ["gptq"], [{"quant_method": "gptq"}], 4, True], ids=str)
-def test_a_quantization_config_that_is_no_object_is_named(value, tiny_base, tmp_path):
+NO_METHOD = ["gptq", ["gptq"], [{"quant_method": "gptq"}], 4, True, {}, {"bits": 4}, {"quant_method": ["gptq"]}]
+
+
+@pytest.mark.parametrize("value", [*NO_METHOD, {"quant_method": "bitsandbytes"}], ids=str)
+def test_a_quantization_config_without_a_method_is_named(value, tiny_base, tmp_path):
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": value}
-    (folder / "config.json").write_text(json.dumps(config))
+    configure(folder, quantization_config=value)
     with pytest.raises(ModelError, match=r"base.*quantization_config .* expected an object") as error:
         read_base(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["x", [1], 5, {"quant_method": "compressed-tensors"}], ids=str)
+def test_a_former_name_of_quantization_config_is_refused(value, tiny_base, tmp_path):
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    configure(folder, compression_config=value)
+    with pytest.raises(ModelError, match=r"base.*compression_config.*rename it quantization_config"):
+        read_base(str(folder))
 
 
 def test_scales_without_a_quantization_config_are_refused(tmp_path):

@@ -17,6 +17,7 @@ from softprompt.engines.factory import padded_engine
 from softprompt.models.loading import freeze
 from softprompt.prompt.initial import frequent_tokens
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.training import prompt_setup
 from softprompt.training.loop import train
 from softprompt.training.lr_schedules import learning_rates
 from softprompt.training.prompt_setup import initial_prompt, trainable_prompt
@@ -69,6 +70,25 @@ def test_an_mlp_with_fewer_units_than_virtual_tokens_begins_near_the_start():
     left = (make_encoder("mlp", start, 8)() - start).norm() / start.norm()
     assert 0.1 < left < 1
     assert (make_encoder("mlp", start, 120)() - start).norm() < 1e-5 * start.norm()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_narrow_mlp_begins_at_the_least_squares_approximation_of_a_small_start(seed):
+    torch.manual_seed(seed)
+    start = 0.1 * torch.randn(10, 32)
+    encoder = make_encoder("mlp", start, 1)
+    hidden = torch.cat([encoder.mlp_head[:-1](encoder.embedding), torch.ones(10, 1)], 1)
+    expected = hidden @ torch.linalg.pinv(hidden) @ start
+    assert (encoder() - expected).norm() < 1e-4 * start.norm()
+
+
+def test_an_encoder_that_does_not_fit_in_memory_is_refused(tokenizer, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
+
+    monkeypatch.setattr(prompt_setup, "make_encoder", fail)
+    with pytest.raises(ConfigError, match="--encoder_hidden_size 16: the mlp does not fit in memory; give a smaller"):
+        trainable_prompt(settings("mlp"), tokenizer, small_base("llama"))
 
 
 def test_superpos_mixes_the_outputs_of_the_embedding_module_for_different_frequent_words(tokenizer):

@@ -38,6 +38,12 @@ def test_a_cell_says_how_many_virtual_tokens_a_text_gives(tmp_path):
     assert "TEXT num_virtual_tokens auto (the length of the text)" in of_text and "num_virtual_tokens 10" in random
 
 
+def test_a_cell_says_how_wide_its_encoder_is(tmp_path):
+    grid = '[[grid]]\nprompt_reparameterization = "mlp"\nencoder_hidden_size = [8, 16]\n'
+    narrow, wide = map(str, study(tmp_path, HEAD + grid).cells)
+    assert "mlp encoder_hidden_size 8 " in narrow and "mlp encoder_hidden_size 16 " in wide
+
+
 def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
     found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.1\n[[grid]]\n")
     assert [c.config.learning_rate() for c in found.cells] == [0.1]
@@ -93,6 +99,14 @@ def test_each_base_and_dataset_has_every_hard_prompt_once(tmp_path):
         ("seeds = []\n" + HEAD, "seeds [] is not a list of integers"),
         ("seeds = [-1]\n" + HEAD, "seeds [-1] is not a list"),
         ("seeds = [true]\n" + HEAD, "seeds [True] is not a list"),
+        ("seeds = [9223372036854775808]\n" + HEAD, "is not a list of integers from 0 to 2**63 - 1"),
+        (HEAD + '[[grid]]\npreset = "mini"\n', "grid: unknown key 'preset'; it belongs under [settings]"),
+        (HEAD + "[settings.template]\na = 1\n", "--template {'a': 1} is not a text"),
+        (HEAD + '[[grid]]\nprompt_tuning_init = [["TEXT"]]\n', "--prompt_tuning_init ['TEXT']"),
+        (HEAD + "[[grid]]\nprompt_reparameterization = [{a = 1}]\n", "--prompt_reparameterization {'a': 1}"),
+        (HEAD + '[[grid]]\nencoder_hidden_size = [8, "x"]\n', "no cell uses encoder_hidden_size, which is for mlp"),
+        (HEAD + "encoder_hidden_size = -4\n", "no cell uses encoder_hidden_size, which is for mlp"),
+        (HEAD + '[[grid]]\nclass_labels = ["a", "b"]\n', "no cell uses class_labels, which is for CLASS_LABELS"),
         ('hard_prompts = [""]\n' + HEAD, "hard_prompts [''] is not a list of texts"),
         ("output_dir = 3\n" + HEAD, "output_dir 3 is not a text"),
         (

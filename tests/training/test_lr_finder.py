@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training import lr_finder
+from softprompt.training.dry_run import dry_run
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import (
     RATES,
@@ -221,6 +223,20 @@ def test_run_records_the_found_rate_and_equals_a_run_at_that_rate(settings, tmp_
     plain = softprompt.train(**{**settings, "output_dir": str(tmp_path / "plain")}, learning_rate=rate)
     name = "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (plain.output_dir / name).read_bytes()
+
+
+def test_the_rates_do_not_depend_on_the_rate_of_a_preset(settings, capsys):
+    softprompt.train(**settings, preset="article", find_learning_rate=True)
+    assert found_in(capsys.readouterr().out) in RATES
+
+
+def test_a_sweep_is_only_announced_if_it_takes_place(settings, tmp_path, capsys):
+    rows = Path(settings["dataset"]).read_text(encoding="utf-8").splitlines()[:66]
+    Path(settings["dataset"]).write_text("\n".join(rows), encoding="utf-8")
+    assert "sweep" not in dry_run(train_config(**settings, find_learning_rate=True))
+    softprompt.train(**settings, find_learning_rate=True)
+    out = capsys.readouterr().out
+    assert "63 rows are too few" in out and "looking for a learning rate" not in out
 
 
 @pytest.mark.parametrize("again", [{}, {"find_learning_rate": True}])
