@@ -75,12 +75,13 @@ def check_quantized_tensors(files: Sequence[Path], method: str | None, name: str
         ModelError: No tensor is quantized although the configuration says so, or a quantized weight has no scales.
     """
     dtypes = dict(_stored_dtypes(files))
-    if method and method not in IN_FORWARD and dtypes and {*dtypes.values()} <= {*FLOATS, *OF_INDICES}:
+    scaled = {_owner(tensor) for tensor in dtypes if re.search(r"(scale|absmax|SCB)[^.]*$", tensor)}
+    plain = dtypes and not scaled and {*dtypes.values()} <= {*FLOATS, *OF_INDICES}
+    if method and method not in IN_FORWARD and plain:
         raise ModelError(
             f"{name}: its config.json says that its weights are stored quantized ({method}), and none of them is; "
             "remove quantization_config from it, or give --model_name_or_path another base"
         )
-    scaled = {_owner(tensor) for tensor in dtypes if re.search(r"(scale|absmax|SCB)[^.]*$", tensor)}
     for tensor, dtype in dtypes.items():
         if tensor.endswith(".weight") and dtype not in FLOATS and _owner(tensor) not in scaled:
             raise ModelError(
