@@ -126,13 +126,17 @@ def parse_study(argv: Sequence[str]) -> Study:
 
 
 def raise_cell_errors(path: Path, errors: Mapping[str, list[str]]) -> None:
-    """Raise a ConfigError if there are any `errors`: error messages, each with the names of the cells that have it."""
+    """Raise a ConfigError if there are any `errors`: error messages, each with the names of the cells that have it; no
+    names if it is not about a cell."""
     if errors:
-        named = {m: f"the cell {cells[0]}" if cells else "" for m, cells in errors.items()}
-        more = {m: f" and {len(cells) - 1:,} more" if len(cells) > 1 else "" for m, cells in errors.items()}
-        messages = [f"{named[m]}{more[m]}{': ' * bool(named[m])}{m}" for m in errors]
+        messages = [f"{_named(cells)}{message}" for message, cells in errors.items()]
         more = f"; and {len(messages) - MAX_ERRORS} more errors" if len(messages) > MAX_ERRORS else ""
         raise ConfigError(f"{path}: {'; '.join(messages[:MAX_ERRORS])}{more}")
+
+
+def _named(cells: Sequence[str]) -> str:
+    more = f" and {len(cells) - 1:,} more" if len(cells) > 1 else ""
+    return f"the cell {cells[0]}{more}: " if cells else ""
 
 
 def _key_errors(content: Mapping[str, Any]) -> Iterator[str]:
