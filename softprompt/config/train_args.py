@@ -12,10 +12,9 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # depends on the base.
 RANDOM_LEARNING_RATE = 1e-1
 RELATIVE_LEARNING_RATE = 0.22  # times the root mean square of the base's word embeddings
-ENCODER_LEARNING_RATES = {"mlp": 1e-3, "residual_mlp": 1e-2, "superpos": 3e-2}  # by --prompt_reparameterization
+ENCODER_LEARNING_RATES = {"mlp": 3e-3, "residual_mlp": 1e-2}  # by --prompt_reparameterization
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
-DEFAULT_SUPERPOS_WORDS = 128  # the paper finds no gain from more
 NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
 
@@ -140,24 +139,21 @@ class PromptTuningArguments:
     vocab_population: int | None = option(
         None,
         "Draw the random words from this many of the most frequent ones, each at most once. (default: the whole "
-        f"vocabulary, as in PEFT; with CLASS_LABELS and --prompt_reparameterization superpos "
-        f"{DEFAULT_VOCAB_POPULATION:,})",
+        f"vocabulary, as in PEFT; with CLASS_LABELS {DEFAULT_VOCAB_POPULATION:,})",
     )
     init_adapter: str | None = option(
         None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)", "DIR"
     )
-    prompt_reparameterization: Literal["none", "mlp", "residual_mlp", "superpos"] = option(
+    prompt_reparameterization: Literal["none", "mlp", "residual_mlp"] = option(
         "none",
         "While training, compute the prompt from other parameters, which are trained instead of it: those of an MLP "
-        "(mlp, as in P-tuning), of a bottleneck MLP that is added to the prompt (residual_mlp, as in Residual Prompt "
-        "Tuning), or the weights of sampled words that are added to each virtual token (superpos, as in "
-        "SuperPos-Prompt). The saved adapter is a plain prompt.",
+        "(mlp, as in P-tuning), or of a bottleneck MLP that is added to the prompt (residual_mlp, as in Residual "
+        "Prompt Tuning). The saved adapter is a plain prompt.",
     )
     encoder_hidden_size: int | None = option(
         None,
-        "With --prompt_reparameterization, use this width: the size of the hidden layers (mlp), of the bottleneck "
-        "(residual_mlp), or the number of sampled words (superpos). (default: the base's hidden size; with superpos "
-        f"{DEFAULT_SUPERPOS_WORDS})",
+        "With --prompt_reparameterization, use this width: the size of the hidden layers (mlp) or of the bottleneck "
+        "(residual_mlp). (default: the base's hidden size)",
     )
 
 

@@ -87,11 +87,8 @@ def _prompt_faults(prompt: PromptTuningArguments, distilled: str | None) -> Iter
     if prompt.vocab_population is not None:
         if prompt.vocab_population < 1:
             yield f"--vocab_population {prompt.vocab_population} must be above 0"
-        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS") and prompt.prompt_reparameterization != "superpos":
-            yield (
-                "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS, or with "
-                "--prompt_reparameterization superpos; add one of them"
-            )
+        if init not in ("SAMPLE_VOCAB", "CLASS_LABELS"):
+            yield "--vocab_population is only used with --prompt_tuning_init SAMPLE_VOCAB or CLASS_LABELS; add one"
     if (width := prompt.encoder_hidden_size) is not None:
         if not 0 < width <= MAX_ENCODER_HIDDEN_SIZE:
             yield f"--encoder_hidden_size {width} must lie in [1, {MAX_ENCODER_HIDDEN_SIZE:,}]"

@@ -11,9 +11,7 @@ from torch import Tensor
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
-    DEFAULT_SUPERPOS_WORDS,
     DEFAULT_VOCAB_POPULATION,
-    PromptTuningArguments,
 )
 from softprompt.config.value_parsers import parse_labels
 from softprompt.prompt.soft_prompt import (
@@ -104,31 +102,4 @@ def label_tokens(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
     if bad:
         named = ", ".join(map(repr, bad))
         raise ConfigError(f"--class_labels {named}: the tokenizer cannot express this; choose words in its vocabulary")
-    return found
-
-
-def encoder_width(prompt: PromptTuningArguments, hidden_size: int) -> int:
-    """Return `--encoder_hidden_size`, or its default for a base of this hidden size."""
-    default = DEFAULT_SUPERPOS_WORDS if prompt.prompt_reparameterization == "superpos" else hidden_size
-    return prompt.encoder_hidden_size or default
-
-
-def words_to_mix(config: TrainConfig, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Return the ids of the words from which `--prompt_reparameterization superpos` samples.
-
-    Args:
-        config: The settings of the run.
-        tokenizer: The base's tokenizer.
-        vocab_size: V, the number of rows of the word embeddings.
-
-    Raises:
-        ConfigError: The vocabulary has fewer words than are to be sampled.
-    """
-    limit = config.prompt.vocab_population or DEFAULT_VOCAB_POPULATION
-    found, wanted = frequent_tokens(tokenizer, limit, vocab_size), encoder_width(config.prompt, 0)
-    if len(found) < wanted:
-        raise ConfigError(
-            f"--prompt_reparameterization superpos mixes {wanted:,} different words, and there are {len(found):,} to "
-            "sample from; give a smaller --encoder_hidden_size"
-        )
     return found

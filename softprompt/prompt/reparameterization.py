@@ -110,42 +110,12 @@ class ResidualMLPEncoder(nn.Module):
         return self.embedding + self.mlp(self.embedding)
 
 
-class SuperposEncoder(nn.Module):
-    """The encoder of SuperPos-Prompt (Sadraei Javaheri et al. 2024, PMLR 262:34-46, arXiv:2406.05279): each virtual
-    token is a learned mix of the embeddings of m sampled words, which are the same for all virtual tokens. The weights
-    of a mix may be negative and need not add up to 1.
-
-    Here the mix is added to the start of its virtual token, and all weights begin at 0, so that the prompt begins
-    exactly at the start. The start has no weight of its own: BLOOM's layer norm of the embeddings makes the loss
-    independent of a virtual token's scale, so the gradient of such a weight would be rounding errors, which AdamW
-    scales up. In the paper, the embeddings in a mix may be trained, too; here they are frozen, and P · m weights are
-    trained. The paper also finds that dropout in the frozen base is harmful. Our bases have none, because they are
-    always in evaluation mode.
-    """
-
-    def __init__(self, start: Tensor, words: Tensor):
-        """Args:
-        start: The initial prompt [P, H] fp32.
-        words: The embeddings [m, H] fp32 of the sampled words.
-        """
-        super().__init__()
-        self.register_buffer("start", start.clone())
-        self.register_buffer("words", words.clone())
-        self.weights = nn.Parameter(torch.zeros(len(start), len(words)))
-
-    def forward(self) -> Tensor:
-        return self.start + self.weights @ self.words
-
-
-def make_encoder(kind: str, start: Tensor, width: int, words: Tensor | None = None) -> nn.Module:
+def make_encoder(kind: str, start: Tensor, width: int) -> nn.Module:
     """Return an encoder that begins at `start`. Its other values are drawn from torch's global random generator.
 
     Args:
         kind: A value of `--prompt_reparameterization`, except none.
         start: The initial prompt [P, H] fp32 on the CPU.
-        width: `--encoder_hidden_size`; for superpos the number of words m.
-        words: For superpos, the embeddings [m, H] fp32 of the sampled words.
+        width: `--encoder_hidden_size`.
     """
-    if kind == "superpos":
-        return SuperposEncoder(start, torch.zeros(width, start.shape[1]) if words is None else words)
     return {"mlp": MLPEncoder, "residual_mlp": ResidualMLPEncoder}[kind](start, width)

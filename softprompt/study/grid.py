@@ -37,8 +37,8 @@ KEYS = ("title", "about", "output_dir", "seeds", "hard_prompts", "voting", "sett
 USED_WITH = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
-    "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS", "superpos"),
-    "encoder_hidden_size": ("mlp", "residual_mlp", "superpos"),
+    "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS"),
+    "encoder_hidden_size": ("mlp", "residual_mlp"),
     "chat_template_date": ("chat",),
 }
 VOTINGS = set(get_args(Voting))

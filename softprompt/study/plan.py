@@ -26,7 +26,7 @@ from softprompt.models.capabilities import (
 )
 from softprompt.models.loading import base_path, load_config, load_tokenizer
 from softprompt.models.precision import resolve_device
-from softprompt.prompt.initial import initializer, words_to_mix
+from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure
 from softprompt.study.cell import Cell, folder_name
 from softprompt.study.grid import Study, raise_cell_errors
@@ -230,8 +230,6 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
     if not inputs.held_out.examples:
         raise ConfigError("there are no held-out rows to compare on; give eval_dataset or eval_rows")
     initializer(cell.config, inputs.tokenizer, len(inputs.tokenizer))
-    if cell.config.prompt.prompt_reparameterization == "superpos":
-        words_to_mix(cell.config, inputs.tokenizer, len(inputs.tokenizer))
     check_init_text(cell.config.prompt.prompt_tuning_init_text, inputs.tokenizer, inputs.base)
     check_rows_fit(inputs.base, virtual_tokens(cell, inputs), cell.config.data.max_length, inputs.extent)
     if cell.rows and cell.rows > len(inputs.train.examples):

@@ -13,7 +13,7 @@ from softprompt.config.loader import TrainConfig
 from softprompt.models.capabilities import RowMaxima, check_init_text, check_rows_fit, check_vocabulary
 from softprompt.models.loading import base_path
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.prompt.initial import check_fits, encoder_width, initializer, words_to_mix
+from softprompt.prompt.initial import check_fits, initializer
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
 from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding
 from softprompt.runs.adapter_search import resolve_adapter
@@ -37,7 +37,7 @@ def _with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> Starting
     prompt = start.config.prompt
     if prompt.prompt_reparameterization == "none":
         return start
-    width = encoder_width(prompt, InputEmbeddings(base).shape[1])
+    width = prompt.encoder_hidden_size or InputEmbeddings(base).shape[1]
     return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
 
 
@@ -67,18 +67,14 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
     drawn with --seed; the initial prompt does not depend on the reparameterization.
 
     Raises:
-        ConfigError, AdapterError: See `initial_prompt` and `words_to_mix`; or the encoder does not fit in memory.
+        ConfigError, AdapterError: See `initial_prompt`; or the encoder does not fit in memory.
     """
     start, kind = initial_prompt(config, tokenizer, base), config.prompt.prompt_reparameterization
     if kind == "none":
         return PromptEmbedding(start)
-    embeddings, words = InputEmbeddings(base), None
-    width = encoder_width(config.prompt, embeddings.shape[1])
-    if kind == "superpos":
-        ids = torch.tensor(words_to_mix(config, tokenizer, len(embeddings)))
-        words = embeddings[ids[torch.randperm(len(ids))[:width]].to(embeddings.device)].float().cpu()
+    width = config.prompt.encoder_hidden_size or start.shape[1]
     try:
-        return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width, words))
+        return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -135,7 +131,7 @@ def restored_prompt(
     kind = config.prompt.prompt_reparameterization
     if kind == "none":
         return PromptEmbedding(prompt)
-    module = make_encoder(kind, torch.zeros_like(prompt), encoder_width(config.prompt, prompt.shape[1]))
+    module = make_encoder(kind, torch.zeros_like(prompt), config.prompt.encoder_hidden_size or prompt.shape[1])
     try:
         module.load_state_dict(dict(encoder))
     except RuntimeError:

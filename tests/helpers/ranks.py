@@ -42,7 +42,6 @@ CASES = {
     "bf16": ("packed", BF16, 3, 21, 8),
     "mlp": ("packed", FP32, 3, 21, 8),
     "residual_mlp": ("padded", FP32, 3, 21, 8),
-    "superpos": ("packed", FP32, 2, 13, 6),
     "sharded": ("packed", FP32, 3, 21, 8),
     "sharded, padded": ("padded", FP32, 3, 21, 8),
     "sharded, one row at the end": ("packed", FP32, 1, 13, 6),
@@ -62,7 +61,7 @@ CASES = {
     "sharded mixtral": ("packed", FP32, 3, 9, 9),
     "sharded mixtral, one row at the end, padded": ("padded", FP32, 2, 13, 6),
 }
-REPARAMETERIZED = ("mlp", "residual_mlp", "superpos")
+REPARAMETERIZED = ("mlp", "residual_mlp")
 ODD = {
     "gpt2": {"n_layer": 3},
     "llama": {"num_hidden_layers": 3, "intermediate_size": 63},

@@ -15,7 +15,6 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import count_targets
 from softprompt.engines.factory import padded_engine
 from softprompt.models.loading import freeze
-from softprompt.prompt.initial import frequent_tokens
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
 from softprompt.training import prompt_setup
 from softprompt.training.loop import train
@@ -23,7 +22,7 @@ from softprompt.training.lr_schedules import learning_rates
 from softprompt.training.prompt_setup import initial_prompt, trainable_prompt
 from softprompt.utils.errors import ConfigError
 
-KINDS = ("mlp", "residual_mlp", "superpos")
+KINDS = ("mlp", "residual_mlp")
 of_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -35,7 +34,7 @@ def settings(kind, **given):
 def moved(kind, P, H=32, width=16):
     """A prompt whose trained parameters are all away from their initial values, where many gradients are 0."""
     torch.manual_seed(P)
-    prompt = ReparameterizedPrompt(make_encoder(kind, torch.randn(P, H), width, torch.randn(width, H)))
+    prompt = ReparameterizedPrompt(make_encoder(kind, torch.randn(P, H), width))
     with torch.no_grad():
         for parameter in prompt.trained_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -89,23 +88,6 @@ def test_an_encoder_that_does_not_fit_in_memory_is_refused(tokenizer, monkeypatc
     monkeypatch.setattr(prompt_setup, "make_encoder", fail)
     with pytest.raises(ConfigError, match="--encoder_hidden_size 16: the mlp does not fit in memory; give a smaller"):
         trainable_prompt(settings("mlp"), tokenizer, small_base("llama"))
-
-
-def test_superpos_mixes_the_outputs_of_the_embedding_module_for_different_frequent_words(tokenizer):
-    base = small_base("gemma")
-    frequent = base.get_input_embeddings()(torch.tensor(frequent_tokens(tokenizer, 5000, 300)))
-    words = trainable_prompt(settings("superpos"), tokenizer, base).encoder.words
-    rows = [next(i for i, row in enumerate(frequent) if torch.equal(row, word)) for word in words]
-    assert len(set(rows)) == len(rows) == 16
-    again, other = (trainable_prompt(settings("superpos", seed=s), tokenizer, base).encoder.words for s in (42, 7))
-    assert torch.equal(words, again) and not torch.equal(words, other)
-    few = trainable_prompt(settings("superpos", vocab_population=16), tokenizer, base).encoder.words
-    assert {tuple(word.tolist()) for word in few} == {tuple(word.tolist()) for word in frequent[:16]}
-
-
-def test_superpos_needs_as_many_words_as_it_mixes(tokenizer):
-    with pytest.raises(ConfigError, match=r"superpos mixes 128 different words, and there are 40 to sample from"):
-        trainable_prompt(settings("superpos", encoder_hidden_size=None), tokenizer, make_bloom())
 
 
 def test_the_mlp_is_that_of_peft():

@@ -198,9 +198,11 @@ def test_the_command_of_a_relocated_study_has_its_output_dir(tmp_path):
 
 
 def test_a_reparameterization_is_an_axis_and_plain_cells_keep_the_names_of_earlier_versions(tmp_path):
-    more = 'encoder_hidden_size = 16\n[[grid]]\nprompt_reparameterization = ["none", "superpos", "mlp"]\n'
+    more = 'encoder_hidden_size = 16\n[[grid]]\nprompt_reparameterization = ["none", "residual_mlp", "mlp"]\n'
     plain, *others = study(tmp_path, HEAD + more).cells
     assert [c.config.prompt.encoder_hidden_size for c in (plain, *others)] == [None, 16, 16]
-    assert [c.config.learning_rate() for c in others] == [ENCODER_LEARNING_RATES[kind] for kind in ("superpos", "mlp")]
+    assert [c.config.learning_rate() for c in others] == [
+        ENCODER_LEARNING_RATES[kind] for kind in ("residual_mlp", "mlp")
+    ]
     assert plain.settings().keys() == others[0].settings().keys() - {"prompt_reparameterization", "encoder_hidden_size"}
     assert len({str(c) for c in (plain, *others)}) == 3
