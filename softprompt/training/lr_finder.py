@@ -95,7 +95,7 @@ def _examples(setup: Setup) -> Sequence[Example]:
 
 def rates_for(default: float | None) -> tuple[float, ...]:
     """Return RATES, divided by the smallest power of ten for which the default rate is at least the second of them. It
-    is lower for a prompt that is trained through an MLP."""
+    is lower for a base whose word embeddings are small."""
     scale = 1.0
     while default and default < 0.99 * RATES[1] * scale:  # as 3e-3 * 0.1 is above 3e-4
         scale /= 10
