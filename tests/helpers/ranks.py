@@ -133,7 +133,7 @@ def short_of_memory_within(layer):
 def prompt_of(name, start):
     """The prompt that begins at `start` [P, H]; in the cases with such a name, reparameterized."""
     if name in REPARAMETERIZED:
-        return ReparameterizedPrompt(make_encoder(name, start, 16, torch.randn(16, start.shape[1])))
+        return ReparameterizedPrompt(make_encoder(name, start, 16))
     return PromptEmbedding(start)
 
 
