@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
-from softprompt.config.train_args import default_learning_rate
+from softprompt.config.train_args import ENCODER_LEARNING_RATES, default_learning_rate
 from softprompt.data.template import CHAT
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import CheckpointError, ConfigError
@@ -88,9 +88,14 @@ def _with_learning_rate(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError if another reparameterization or width is given than the checkpoint's, whose trained
-    parameters it could not use."""
+    parameters it could not use, or if this version does not have the checkpoint's."""
     was = {"prompt_reparameterization": saved.get("prompt_reparameterization", "none")}  # absent in earlier versions
     was["encoder_hidden_size"] = saved.get("encoder_hidden_size")
+    if (kind := was["prompt_reparameterization"]) not in ("none", *ENCODER_LEARNING_RATES):
+        raise CheckpointError(
+            f"{checkpoint}: was trained with --prompt_reparameterization {kind}, which this version does not have; "
+            f"start a new run from its prompt with --init_adapter {checkpoint}"
+        )
     for name, value in was.items():
         given = config.given.get(name)
         if given not in (None, value):

@@ -25,6 +25,7 @@ from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
 from softprompt.training.dry_run import dry_run
 from softprompt.training.lr_finder import find_learning_rate
+from softprompt.training.resume_settings import merge_settings
 from softprompt.training.run import Observer, run_training
 from softprompt.utils.errors import CheckpointError
 
@@ -99,6 +100,15 @@ def test_a_resume_with_another_reparameterization_is_refused(settings):
     start = load_file("other/prompt_start.safetensors")["prompt_embeddings"]
     assert torch.equal(start, load_adapter("run/checkpoint-4").prompt)
     softprompt.train(resume_from_checkpoint="run", prompt_reparameterization="residual_mlp", encoder_hidden_size=32)
+
+
+def test_a_kind_that_this_version_does_not_have_is_named(tmp_path):
+    config = train_config(resume_from_checkpoint="run")
+    state = {"arguments": {"prompt_reparameterization": "superpos", "learning_rate": 0.03}}
+    with pytest.raises(
+        CheckpointError, match=r"--prompt_reparameterization superpos, .* --init_adapter run/check"
+    ):
+        merge_settings(config, Path("run/checkpoint-2"), state)
 
 
 def test_a_plain_run_does_not_resume_with_a_reparameterization(run_settings):
