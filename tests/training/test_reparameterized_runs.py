@@ -105,9 +105,7 @@ def test_a_resume_with_another_reparameterization_is_refused(settings):
 def test_a_kind_that_this_version_does_not_have_is_named(tmp_path):
     config = train_config(resume_from_checkpoint="run")
     state = {"arguments": {"prompt_reparameterization": "superpos", "learning_rate": 0.03}}
-    with pytest.raises(
-        CheckpointError, match=r"--prompt_reparameterization superpos, .* --init_adapter run/check"
-    ):
+    with pytest.raises(CheckpointError, match=r"--prompt_reparameterization superpos, .* --init_adapter run/check"):
         merge_settings(config, Path("run/checkpoint-2"), state)
 
 
