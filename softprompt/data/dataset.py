@@ -105,7 +105,7 @@ def load_prompts(source: str, flag: str = "--prompts_file") -> list[tuple[str, R
     if path.is_dir():
         raise DataError(f"{flag} {source} is a folder; name a .txt or a .jsonl in it")
     if not path.is_file():
-        raise DataError(f"{flag} {source}: no such file")
+        raise DataError(f"{flag} {source}: no such file; name an existing file")
     if path.suffix.lower() == ".txt":
         # \r\n is read as \n; U+2028 and the like do not end a line
         lines = [line.rstrip("\n") for line in io.StringIO(read_text(path), newline=None)]

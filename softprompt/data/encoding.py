@@ -147,7 +147,7 @@ def passages(source: str, tokenizer: Any, max_length: int) -> Examples:
     if max_length < 2:
         raise ConfigError(f"--max_length {max_length} leaves a passage of {source} nothing to predict; give 2 or more")
     if not Path(source).is_file():
-        raise DataError(f"--eval_dataset {source}: no such file")
+        raise DataError(f"--eval_dataset {source}: no such file; name an existing file")
     (ids,) = text_ids(tokenizer, [read_text(Path(source))])
     if len(ids) < 2:
         raise DataError(f"--eval_dataset {source}: its text has {len(ids)} tokens; expected at least 2")

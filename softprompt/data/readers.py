@@ -33,7 +33,7 @@ def local_path(source: str) -> Path | None:
         return path
     if path.suffix.lower() in READERS:
         if not path.is_file():
-            raise DataError(f"{source}: no such file")
+            raise DataError(f"{source}: no such file; name an existing file, folder or hub dataset")
         return path
     if path.exists():
         raise DataError(
@@ -41,7 +41,7 @@ def local_path(source: str) -> Path | None:
             "Dataset.save_to_disk"
         )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or folder; name an existing one, or a hub dataset")
     return None
 
 

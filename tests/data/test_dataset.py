@@ -173,7 +173,7 @@ def test_folders_that_are_no_dataset(files, tmp_path):
 
 @pytest.mark.parametrize("source", ["./nothing", "/nothing", "~/rows", "a/b/c"])
 def test_what_looks_like_a_path_is_not_sought_on_the_hub(source):
-    assert fault(load_rows, source, DEFAULT, {}) == f"{source}: no such file or folder"
+    assert fault(load_rows, source, DEFAULT, {}).startswith(f"{source}: no such file or folder; ")
 
 
 @pytest.mark.parametrize("source", ["some/rows", "alpaca_data_zh"])
