@@ -15,7 +15,7 @@ from typing import Any
 
 from softprompt.config.train_args import default_learning_rate
 from softprompt.study.findings import UNDECIDED, Comparison, Finding, finding, points
-from softprompt.study.results import CellResult, at_best_learning_rate, group_by, key_without, lowest_mean_loss
+from softprompt.study.results import CellResult, at_best_learning_rate, best_on_other_seeds, group_by, key_without
 
 PLAIN = "none"  # the reparameterization of a prompt that is trained itself
 ARTICLE_RATE = 5e-5  # learning rate of the `article` preset
@@ -109,10 +109,7 @@ def _hard_prompts(results: Sequence[CellResult]) -> Finding:
     for (evaluated_on, rows), soft in group_by(trained, lambda r: (_evaluated_on(r), r.rows)).items():
         if evaluated_on in hard:
             best_hard = min(r.loss for r in hard[evaluated_on])
-            settings = list(group_by(soft, key_without("seed")).values())
-            for seed in dict.fromkeys(r.seed for r in soft):
-                candidates = [cells for cells in settings if any(r.seed == seed for r in cells)]
-                (best_soft,) = (r for r in lowest_mean_loss(candidates, left_out=seed) if r.seed == seed)
+            for seed, best_soft in best_on_other_seeds(group_by(soft, key_without("seed")).values()).items():
                 comparisons.append(Comparison((evaluated_on, rows), seed, _log(best_soft.loss) - _log(best_hard)))
     return finding(hypothesis, comparisons, "the best text in place of the best trained prompt")
 
@@ -157,15 +154,21 @@ def _default_rate(r: CellResult) -> float | None:
 
 
 def _reparameterizations(results: Sequence[CellResult]) -> Iterator[Finding]:
-    """Compare each reparameterization with a prompt that is trained without one, each at its own best learning rate,
-    because rates of different parameters are not comparable."""
-    results = at_best_learning_rate(results)
-    pairs: dict[str, list[Comparison]] = {r.reparameterization: [] for r in results if r.reparameterization != PLAIN}
-    setting = key_without("reparameterization", "learning_rate", "seed")
-    for (key, seed), group in group_by(results, lambda r: (setting(r), r.seed)).items():
-        losses = {r.reparameterization: r.loss for r in group}
-        for kind in losses.keys() & pairs.keys() if PLAIN in losses else ():
-            pairs[kind].append(Comparison(key, seed, _log(losses[PLAIN]) - _log(losses[kind])))
+    """Compare each reparameterization with a prompt that is trained without one. Each has its own learning rate,
+    because rates of different parameters are not comparable: the one that is best on the other seeds, so that more
+    rates are no advantage by chance."""
+    trained = [r for r in results if r.trained]
+    pairs: dict[str, list[Comparison]] = {r.reparameterization: [] for r in trained if r.reparameterization != PLAIN}
+    for key, group in group_by(trained, key_without("reparameterization", "learning_rate", "seed")).items():
+        kinds = {
+            kind: best_on_other_seeds(group_by(cells, lambda r: r.learning_rate).values())
+            for kind, cells in group_by(group, lambda r: r.reparameterization).items()
+        }
+        plain = kinds.pop(PLAIN, {})
+        for kind, of_kind in kinds.items():
+            for seed in plain.keys() & of_kind.keys():
+                gain = _log(plain[seed].loss) - _log(of_kind[seed].loss)
+                pairs[kind].append(Comparison(key, seed, gain))
     for kind, comparisons in pairs.items():
         hypothesis = f"A prompt trains better with --prompt_reparameterization {kind}"
         yield finding(hypothesis, comparisons, f"{kind} in place of {PLAIN}")

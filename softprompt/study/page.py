@@ -8,12 +8,13 @@ from statistics import mean, stdev
 from string import punctuation
 
 from softprompt.evaluation.intervals import Interval
-from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding
+from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding, t_interval
 from softprompt.study.results import CellResult, group_by, key_without, varied_context
 
 RULE = (
     "Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting "
-    "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any. The "
+    "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any; a "
+    "reparameterization, whose rates are not comparable with others, at the rate that is best on the other seeds. The "
     "gain of a comparison is the logarithm of the ratio of the two held-out losses. Comparisons with the same seed are "
     "not independent, so their gains are averaged first. The 95 % confidence interval (Student's t) is that of the "
     f"mean of these averages; with a single seed there is none. A hypothesis *{HOLDS}* if the interval lies above 0; "
@@ -23,7 +24,8 @@ RULE = (
 EFFECT = "The change of the metric is followed by its 95 % interval, if there are several seeds."
 ACCURACY = (
     "The accuracy is the share of held-out rows whose most likely label is the expected one; in parentheses is its "
-    "95 % interval (Wilson) over these rows, where there is one seed. Ensembles have none."
+    "95 % interval: over the seeds (Student's t), or over the rows (Wilson) where there is one seed. Ensembles have "
+    "none."
 )
 COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "base": lambda r: r.base,
@@ -169,18 +171,20 @@ def _base_accuracy(r: CellResult) -> str:
 
 
 def _accuracy(cells: Sequence[CellResult]) -> str:
-    """Return the mean and standard deviation of the accuracy, and of a single cell its interval; "" if a cell that did
-    not fail has none."""
+    """Return the mean and standard deviation of the accuracy, and its interval: that of the mean over the seeds, or of
+    a single cell's rows; "" if a cell that did not fail has none."""
     succeeded = [r for r in cells if not r.failed]
     values = [r.accuracy for r in succeeded if r.accuracy is not None]
     if not values or len(values) < len(succeeded):
         return ""
-    interval = _interval(succeeded[0].accuracy_low, succeeded[0].accuracy_high) if len(values) == 1 else ""
-    return _mean_and_deviation(values, "{:.1%}") + interval
+    _, low, high = t_interval(values)
+    if len(values) == 1:
+        low, high = succeeded[0].accuracy_low, succeeded[0].accuracy_high
+    return _mean_and_deviation(values, "{:.1%}") + _interval(low, high)
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f" ({Interval(low, high).as_shares()})"
+    return "" if low is None or high is None else f" ({Interval(max(0.0, low), min(1.0, high)).as_shares()})"
 
 
 def _loss(cells: Sequence[CellResult]) -> str:

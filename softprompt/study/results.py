@@ -172,6 +172,19 @@ def at_best_learning_rate(results: Iterable[CellResult], *varied: str) -> list[C
     return kept
 
 
+def best_on_other_seeds(settings: Iterable[Sequence[CellResult]]) -> dict[int, CellResult]:
+    """Return for each seed its cell of the setting that has the lowest mean loss over the other seeds.
+
+    Each setting is a list of cells, one for each seed. A setting that was chosen by the compared cells themselves would
+    seem better than it is, the more so the more settings there are.
+    """
+    every, found = list(settings), dict[int, CellResult]()
+    for seed in dict.fromkeys(r.seed for cells in every for r in cells):
+        candidates = [cells for cells in every if any(r.seed == seed for r in cells)]
+        (found[seed],) = (r for r in lowest_mean_loss(candidates, left_out=seed) if r.seed == seed)
+    return found
+
+
 def lowest_mean_loss(settings: Iterable[Sequence[CellResult]], left_out: int | None = None) -> Sequence[CellResult]:
     """Return the setting with the lowest mean loss over the seeds that all settings have, except the seed `left_out`.
 

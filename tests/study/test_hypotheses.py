@@ -145,6 +145,18 @@ def test_a_reparameterization_is_compared_with_none_each_at_its_best_learning_ra
     assert evaluate_hypotheses(plain + alone)[-1].conclusion == UNDECIDED
 
 
+def test_a_reparameterization_does_not_win_by_rates_that_are_lucky_on_one_seed_each():
+    """The best of three rates on each seed would be half as bad as the plain prompt."""
+    rates = (1e-1, 1e-2, 1e-3)
+    lucky = [
+        replace(ONE, reparameterization="mlp", learning_rate=rate, seed=seed, loss=0.5 if at == seed else 1.0)
+        for at, rate in enumerate(rates)
+        for seed in range(3)
+    ]
+    (found,) = [f for f in evaluate_hypotheses([*seeds(1.0, wobble=0), *lucky]) if "mlp" in f.hypothesis]
+    assert found.gains == pytest.approx([0.0] * 3)
+
+
 def test_bases_with_different_target_tokens_are_not_compared():
     small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
     assert evaluate_hypotheses(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)

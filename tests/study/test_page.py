@@ -40,7 +40,7 @@ def test_accuracies_of_a_table():
     head, *lines = result_table([earlier, *seeds, one, ensemble, diverged])
     assert [line[head.index("accuracy")] for line in lines] == [
         "70.0% (60.0–80.0%); most common label 52.0%",
-        *("", "85.0% ± 7.1%", "90.0% (85.0–95.0%)", "", ""),
+        *("", "85.0% ± 7.1% (21.5–100.0%)", "90.0% (85.0–95.0%)", "", ""),
     ]
     assert all(len(line) == len(head) for line in lines)
     lines = page((), [head, *lines], [], []).decode()
