@@ -30,6 +30,7 @@ from softprompt.prompt.initial import initializer
 from softprompt.runs.crash_report import Failure, failure
 from softprompt.study.cell import Cell, folder_name
 from softprompt.study.grid import Study, raise_cell_errors
+from softprompt.training.prompt_setup import encoder_width
 from softprompt.utils.errors import ConfigError, ModelError, SoftpromptError
 from softprompt.utils.fingerprints import fingerprint_of_rows, fingerprint_of_stored_base
 from softprompt.utils.tokenizer_fingerprint import fingerprint_of_tokenizer
@@ -96,7 +97,8 @@ def plan_study(study: Study) -> list[PlannedCell]:
     """Read and tokenize all rows, read the configuration and tokenizer of each base, and check every cell.
 
     Cells that describe the same run are planned once, such as one with the default of 10 virtual tokens and one that
-    sets 10. If a base or a dataset exists but cannot be used, its cells are planned as failed, and the others can run.
+    sets 10, or one with an encoder of the default width and one that sets this width. If a base or a dataset exists but
+    cannot be used, its cells are planned as failed, and the others can run.
 
     Raises:
         SoftpromptError: A base or dataset does not exist, a cell has settings that cannot work, or no cell can run.
@@ -106,7 +108,10 @@ def plan_study(study: Study) -> list[PlannedCell]:
     plan: dict[str, PlannedCell] = {}
     errors: dict[str, list[str]] = {}
     for cell in study.cells:
-        inputs = cache.inputs(cell)
+        try:
+            inputs = cache.inputs(cell)
+        except SoftpromptError as error:
+            raise type(error)(f"{study.path}: the cell {cell}: {error}") from None
         try:
             planned = _planned_cell(cell, inputs, cells_folder)
         except ConfigError as error:
@@ -115,7 +120,7 @@ def plan_study(study: Study) -> list[PlannedCell]:
             plan.setdefault(_identity(cell, planned.inputs), planned)
     raise_cell_errors(study.path, errors)
     if cache.refused and all(planned.failed for planned in plan.values()):
-        raise cache.refused[0]
+        raise type(cache.refused[0])(f"{study.path}: no cell can run: {cache.refused[0]}")
     return list(plan.values())
 
 
@@ -239,5 +244,8 @@ def _check(cell: Cell, inputs: CellInputs) -> None:
 
 def _identity(cell: Cell, inputs: CellInputs) -> str:
     """Return a key that is equal for cells that describe the same run."""
-    rows = None if cell.rows == len(inputs.train.examples) else cell.rows
-    return repr({**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs), "rows": rows})
+    settings = {**cell.settings(), "num_virtual_tokens": virtual_tokens(cell, inputs)}
+    settings["rows"] = None if cell.rows == len(inputs.train.examples) else cell.rows
+    if cell.config.prompt.prompt_reparameterization != "none" and inputs.base:
+        settings["encoder_hidden_size"] = encoder_width(cell.config.prompt, inputs.base)
+    return repr(sorted(settings.items()))

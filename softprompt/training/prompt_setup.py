@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
+from softprompt.config.train_args import PromptTuningArguments
 from softprompt.models.capabilities import RowMaxima, check_init_text, check_rows_fit, check_vocabulary
 from softprompt.models.loading import base_path
 from softprompt.prompt.adapter_io import load_adapter
@@ -31,13 +32,18 @@ def with_defaults_of_base(start: StartingPoint, base: PreTrainedModel) -> Starti
     return replace(start, config=replace(start.config, training=training))
 
 
+def encoder_width(prompt: PromptTuningArguments, base: PreTrainedModel) -> int:
+    """Return the width of the prompt's encoder: `--encoder_hidden_size`, or the base's H."""
+    return prompt.encoder_hidden_size or InputEmbeddings(base).shape[1]
+
+
 def _with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
     """Return `start` with the width of the prompt's encoder in its settings: `--encoder_hidden_size`, or its default
     for this base. Files and messages then name the width. Without a reparameterization, `start` is unchanged."""
     prompt = start.config.prompt
     if prompt.prompt_reparameterization == "none":
         return start
-    width = prompt.encoder_hidden_size or InputEmbeddings(base).shape[1]
+    width = encoder_width(prompt, base)
     return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
 
 
@@ -72,7 +78,7 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
     start, kind = initial_prompt(config, tokenizer, base), config.prompt.prompt_reparameterization
     if kind == "none":
         return PromptEmbedding(start)
-    width = config.prompt.encoder_hidden_size or start.shape[1]
+    width = encoder_width(config.prompt, base)
     try:
         return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width))
     except (MemoryError, RuntimeError) as error:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.study_files import ROWS, Counted
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BloomForCausalLM
+from transformers import AutoConfig, AutoTokenizer, BloomForCausalLM
 
 import softprompt
 from softprompt.cli import run_command
@@ -206,6 +206,14 @@ def test_cells_that_mean_the_same_run_are_planned_once(place, tiny_base):
     assert [one.folder for one in every] == [one.folder for one in some] and len(some) == 9
 
 
+def test_an_encoder_of_the_default_width_is_planned_once(place, tiny_base):
+    width = AutoConfig.from_pretrained(tiny_base).hidden_size
+    grid = "[[grid]]\nprompt_reparameterization = ['mlp', 'residual_mlp']"
+    plan = plan_study(place(grid=f"{grid}\n{grid}\nencoder_hidden_size = [{width}, {width + 1}]"))
+    widths = [one.cell.config.prompt.encoder_hidden_size for one in plan]
+    assert widths == [None, None, width + 1, width + 1]
+
+
 def test_an_ensemble_with_a_member_that_is_not_finite(place, capsys):
     head = "seeds = [0, 1]\nvoting = ['majority_vote']"
     run_study(place(head, "[[grid]]\nlearning_rate = 1e38", more=["max_grad_norm = 0.0"]))
@@ -297,8 +305,8 @@ def test_training_that_diverges_is_a_result(place, capsys):
         ("[[grid]]\nrows = [4, 99]", ConfigError, "rows 99 seed 42: rows 99 is more than the 13 rows of"),
         ("[[grid]]\ndevice = ['cpu', 'cuda:97']", ConfigError, "the cell .*--device cuda:97"),
         ("[[grid]]\neval_rows = 0", ConfigError, "no held-out rows .*eval_rows"),
-        ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, "no such folder"),
-        ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, "nothing.jsonl"),
+        ("[[grid]]\nmodel_name_or_path = ['./nowhere']", ModelError, r"s\.toml: the cell .*: no such folder .*; give"),
+        ("[[grid]]\ndataset = 'nothing.jsonl'", DataError, r"s\.toml: the cell .* nothing\.jsonl: no such file; name"),
     ],
 )
 def test_impossible_cells_are_refused_before_the_first_one_runs(grid, error, message, place, monkeypatch):
