@@ -29,7 +29,7 @@ from softprompt.training.result import Setup
 from softprompt.utils.errors import NonFiniteError, Stopped
 from softprompt.utils.progress import progress_bar
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # lower ones for lower default rates: see `rates_for`
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # others for other default rates: see `rates_for`
 RUNGS = ((1 / 20, len(RATES)), (1 / 10, 3))  # share of the run's steps, and how many rates take part
 LEAST_STEPS = 10  # of each trial
 SET_ASIDE, MOST_ASIDE, FEWEST_ASIDE = 1 / 4, 256, 16  # share, most and fewest training rows that are set aside
@@ -94,11 +94,13 @@ def _examples(setup: Setup) -> Sequence[Example]:
 
 
 def rates_for(default: float | None) -> tuple[float, ...]:
-    """Return RATES, divided by the smallest power of ten for which the default rate is at least the second of them. It
-    is lower for a base whose word embeddings are small."""
+    """Return RATES, scaled by the power of ten nearest to 1 for which the default rate is at least the second of them
+    and at most the last. The default is small or large for a base whose word embeddings are."""
     scale = 1.0
     while default and default < 0.99 * RATES[1] * scale:  # as 3e-3 * 0.1 is above 3e-4
         scale /= 10
+    while default and math.isfinite(default) and default > 1.01 * RATES[-1] * scale:
+        scale *= 10
     return tuple(float(f"{rate * scale:.6g}") for rate in RATES)
 
 

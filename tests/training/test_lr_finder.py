@@ -131,10 +131,13 @@ def test_answers_to_one_question_are_on_one_side():
     assert len(held) == 17 and len(rest) == 53
 
 
-@pytest.mark.parametrize("default, lowest", [(None, 1e-3), (0.03, 1e-3), (0.2, 1e-3), (1e-3, 1e-4), (3e-4, 1e-4)])
-def test_the_rates_reach_below_the_default(default, lowest):
+@pytest.mark.parametrize(
+    "default, lowest",
+    [(None, 1e-3), (0.03, 1e-3), (0.2, 1e-3), (0.3, 1e-3), (1e-3, 1e-4), (3e-4, 1e-4), (0.4, 1e-2), (5.0, 1e-1)],
+)
+def test_the_rates_reach_below_the_default_and_up_to_it(default, lowest):
     rates = rates_for(default)
-    assert rates[0] == lowest and len(rates) == len(RATES) and (default is None or default > rates[0])
+    assert rates[0] == lowest and len(rates) == len(RATES) and (default is None or rates[0] < default <= rates[-1])
 
 
 def test_no_rate_is_found_if_none_lowers_the_loss(base):
