@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -30,6 +29,12 @@ TOGETHER = 32  # answers that are generated at a time
 MOST_POSITIONS = 1 << 15  # of these answers with the text and the questions, whose keys and values are in memory
 TOP_K = 50  # the default of transformers' generate: the tail of a small base's distribution is noise
 VERSION = 2  # of the cache
+# The settings in an answer's key. A new setting of answers does not belong here: all keys would change, so that no run
+# would find its answers again.
+SETTINGS_OF_KEY = (
+    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "suppress_tokens", "stop_strings", "eos_token_id", "num_return_sequences", "num_beams"),
+)
 
 
 class AnswerSource(NamedTuple):
@@ -118,6 +123,7 @@ def _requests(
 ) -> list[tuple[str, Request]]:
     """Return the requests of all answers, each with its key. A question that is asked again has other samples."""
     asked, before = list[tuple[str, Request]](), Counter[str]()
+    settings = {name: getattr(how, name) for name in SETTINGS_OF_KEY}
     for index, row in enumerate(rows):
         if row is None:
             continue
@@ -127,7 +133,7 @@ def _requests(
         before[question] += 1
         for sample in range(max(1, samples)):
             seeds = [sample_seed(seed, one, sample) for one in (number, index)]  # earlier versions took the index
-            keys = [_digest([ids, asdict(how), own if samples else None]) for own in seeds]
+            keys = [_digest([ids, settings, own if samples else None]) for own in seeds]
             which = int(keys[1] in teacher.source.kept)
             asked.append((keys[which], Request(row, how, teacher.prompt, seeds[which])))
     return asked

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from softprompt.generation.requests import GenerationSettings, sample_seed
+from softprompt.generation.requests import sample_seed
 from softprompt.training import teacher_answers
 from softprompt.training.teacher_answers import AnswerSource, Teacher, answer_questions, answers_file, kept_answers
 from softprompt.utils.errors import Stopped
@@ -97,9 +96,13 @@ def test_a_run_keeps_its_own_answers(cache, tmp_path):
 
 
 def test_a_run_of_an_earlier_version_is_resumed_with_its_answers(cache):
-    """Its keys had the seeds of the questions' indices."""
-    how = GenerationSettings(max_new_tokens=3, do_sample=True, top_k=teacher_answers.TOP_K, eos_token_id=(2,))
-    keys = [json.dumps([[7, 8, *row], asdict(how), sample_seed(0, n, s)]) for n, row in enumerate(ROWS) for s in (0, 1)]
+    """Its keys had the seeds of the questions' indices, and these settings."""
+    how = {
+        **{"max_length": 256, "max_new_tokens": 3, "do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0},
+        **{"min_p": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": []},
+        **{"stop_strings": [], "eos_token_id": [2], "num_return_sequences": 1, "num_beams": 1},
+    }
+    keys = [json.dumps([[7, 8, *row], how, sample_seed(0, n, s)]) for n, row in enumerate(ROWS) for s in (0, 1)]
     kept = {hashlib.blake2b(key.encode(), digest_size=16).hexdigest(): [n] for n, key in enumerate(keys)}
     assert answers(Model(9), kept=kept) == [[[0], [1]], [[2], [3]]]
 
