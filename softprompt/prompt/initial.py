@@ -40,7 +40,10 @@ def initializer(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initial
     prompt = config.prompt
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
     if init == "TEXT":
-        return token_init(tokenizer(prompt.prompt_tuning_init_text)["input_ids"], wanted)
+        # As in PEFT, with the tokenizer's begin token. In a distillation, the base reads that token before the text.
+        begins = config.distillation.text is None
+        ids = tokenizer(prompt.prompt_tuning_init_text, add_special_tokens=begins)["input_ids"]
+        return token_init(ids, wanted)
     length = wanted or DEFAULT_NUM_VIRTUAL_TOKENS
     if init == "RANDOM":
         return random_init(length)

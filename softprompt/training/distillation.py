@@ -163,10 +163,11 @@ def _check_text(config: TrainConfig, questions: Questions, model: PreTrainedMode
     source, positions = config.distillation.flag, max_positions(model)
     check_token_ids(questions.text_ids, model, source)
     parts = [questions.train, *([questions.held_out] if questions.held_out else [])]
-    rows = [row for part in parts for row in part.with_text]
-    check_token_ids(chain.from_iterable(rows), model, "a question")
-    longest = len(questions.prefix) + max(map(len, rows))
-    check_positions(positions, 0, longest + 1, source, "shorten the text")
+    check_token_ids(chain.from_iterable(row for part in parts for row in part.with_text), model, "a question")
+    most = config.data.max_length  # a longer question gets no answer
+    rows = [whole for part in parts for row, whole in zip(*part, strict=True) if len(row) < most]
+    longest = len(questions.prefix) + max(map(len, rows), default=0)
+    check_positions(positions, 0, longest + 1, source, "shorten the text, or the longest question")
     longest += config.distillation.distill_max_new_tokens
     known = getattr(text_config(model.config), "max_position_embeddings", None)
     if known and positions is None and longest > known:

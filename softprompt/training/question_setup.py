@@ -42,6 +42,7 @@ from softprompt.utils.translation import translate
 # that was chosen for its training: its predictions would then differ by rounding.
 TEACHER_ENGINE = "auto"
 DISTILLED_TEXT = "distilled text"  # name of the fingerprint
+TOKENS_OF_A_CHARACTER = 32  # more than any character has, also one that is composed of several code points
 
 
 class QuestionIds(NamedTuple):
@@ -137,12 +138,13 @@ def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPo
 
 
 def _beginning(ids: list[int], count: int, tokenizer: Any) -> str:
-    """Return the shortest text that begins with the first `count` token ids; it has more if a character has several."""
-    for end in range(count, len(ids) + 1):
+    """Return the shortest text that begins with the first `count` token ids; it has more if a character has several.
+    If no such text is found, as with a tokenizer that changes texts, the text of these token ids is returned."""
+    for end in range(count, min(count + TOKENS_OF_A_CHARACTER, len(ids) + 1)):
         text = tokenizer.decode(ids[:end])
         if tokenizer(text, add_special_tokens=False)["input_ids"][:count] == ids[:count]:
             return text
-    return tokenizer.decode(ids)
+    return tokenizer.decode(ids[:count])
 
 
 def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:

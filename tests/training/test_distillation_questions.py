@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base, counted_requests
 from helpers.short_runs import interrupted, outcome
 from helpers.small_bases import small_base
+from tokenizers.processors import TemplateProcessing
 
 import softprompt
 from softprompt.data.questions import questions_about, written_questions
 from softprompt.data.template import Template
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
-from softprompt.models.loading import load_tokenizer
+from softprompt.models.loading import load_tokenizer, read_base
+from softprompt.prompt.adapter_io import load_adapter
 from softprompt.utils.errors import SoftpromptError
 
 
@@ -176,3 +179,30 @@ def test_a_text_without_tokens(questions, distillation, monkeypatch):
     distillation = {name: value for name, value in {**distillation, **change}.items() if value is not None}
     with pytest.raises(SoftpromptError, match="has no tokens"):
         softprompt.train(**distillation)
+
+
+def test_a_question_without_room_does_not_count_for_the_positions_of_the_base(distillation, tokenizer):
+    small_base("gpt2", n_positions=120).save_pretrained("short")
+    tokenizer.save_pretrained("short")
+    Path("questions.txt").write_text("\n".join(["很" * 200, *QUESTIONS]) + "\n", encoding="utf-8")
+    run = softprompt.train(**{**distillation, "model_name_or_path": "short"}, max_length=60)
+    assert run.metrics["answers"] == 2 * 6 + 3
+    with pytest.raises(SoftpromptError, match="shorten the text, or the longest question"):
+        softprompt.train(**{**distillation, "model_name_or_path": "short", "output_dir": "other"}, max_length=1000)
+
+
+def test_a_begin_token_stands_before_the_text_and_is_not_part_of_the_start(distillation, tiny_base):
+    """As with Gemma and Llama 3, whose tokenizers begin every text with such a token."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained("begins")
+    base = read_base(str(tiny_base), torch.device("cpu"), torch.float32, None)
+    base.save_pretrained("begins")
+    run = softprompt.train(**{**distillation, "model_name_or_path": "begins", "learning_rate": 1e-30})
+    text, prompt = tokenizer(TEXT, add_special_tokens=False)["input_ids"], load_adapter("run").prompt
+    P = len(prompt)
+    assert torch.allclose(prompt, base.get_input_embeddings().weight[text[:P]], atol=1e-6)
+    row, questions, cut = run.setup.data.held_out.examples[0], run.evaluator.text, run.evaluator.with_cut_text[0]
+    for ids in (row.input_ids, [*questions.prefix, *questions.rows[0].input_ids], cut.input_ids):
+        assert ids[0] == 1 and ids.count(1) == 1
+    assert cut.input_ids[1 : 1 + P] == text[:P] == questions.prefix[1 : 1 + P]
