@@ -26,7 +26,7 @@ from softprompt.data.sampler import windows
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.choice import attn_implementations
-from softprompt.engines.factory import make_engine
+from softprompt.engines.factory import make_engine, packed_engine
 from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.loading import word_embeddings
 from softprompt.prompt.soft_prompt import PromptEmbedding
@@ -40,10 +40,11 @@ ROWS_PER_STEP = 32
 
 @dataclass(frozen=True)
 class Contestant:
-    """A contestant. `kind` is "trainer", "padded" or "packed". `grouped` says whether its rows come in batches of
-    similar length (see `cases.Rows`). `attn_implementation` has the values of the flag of that name; "auto" here means
-    the first one that a training run with "auto" would check, without the check. `tokens_per_microbatch` is the flag of
-    that name; None means its default."""
+    """A contestant. `kind` is "trainer", "padded", "packed", or "joint", the packed engine of a sharded base, which
+    runs the prompt again with each micro-batch (`decoder_schedule.JointDecoderSchedule`). `grouped` says whether its
+    rows come in batches of similar length (see `cases.Rows`). `attn_implementation` has the values of the flag of that
+    name; "auto" here means the first one that a training run with "auto" would check, without the check.
+    `tokens_per_microbatch` is the flag of that name; None means its default."""
 
     name: str
     kind: str
@@ -74,6 +75,7 @@ def contestants(rows_of_best: int = ROWS_PER_STEP, tokens: int | None = None) ->
             Contestant("padded" + suffix, "padded", dtype, tokens_per_microbatch=tokens),
             Contestant("packed" + suffix, "packed", dtype, tokens_per_microbatch=tokens),
             Contestant("packed-sdpa" + suffix, "packed", dtype, 4, False, "sdpa", tokens),
+            Contestant("packed-joint" + suffix, "joint", dtype, tokens_per_microbatch=tokens),
         ]
     return {c.name: c for c in every}
 
@@ -170,6 +172,8 @@ def engine_of(c: Contestant, base: PreTrainedModel, tokenizer: Any, P: int) -> E
     how = {"attn_implementation": c.attn_implementation, "tokens_per_microbatch": c.tokens_per_microbatch}
     config = train_config(model_name_or_path="x", dataset="x", **how)
     kernel = attn_implementations(config, base, c.dtype)[0]
+    if c.kind == "joint":
+        return packed_engine(base, c.dtype, c.tokens_per_microbatch, sharded=True, attn_implementation=kernel)
     return make_engine(config, base, tokenizer, c.dtype, P, kind=c.kind, attn_implementation=kernel)
 
 

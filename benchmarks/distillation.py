@@ -2,13 +2,14 @@
 
 python benchmarks/distillation.py --model_name_or_path BASE --text system.txt --questions questions.txt
     [--template '…'] [--num_virtual_tokens 4 8 16 32 64] [--num_questions 8 30] [--starts first spread]
-    [--prompt_reparameterization mlp] [--eval_rows 40] [--bf16] [--json FILE]
+    [--prompt_reparameterization mlp] [--self_study] [--eval_rows 40] [--bf16] [--json FILE]
 
 One run for each number of virtual tokens, with all training questions, and one for each number of questions (the first
 ones), with the prompt of 16 tokens. The last --eval_rows questions are held out in each. The prompt starts from the
-first tokens of the text, or, with --starts spread, from tokens that are evenly spaced over it. A line of a Markdown
-table is printed after each run: KL per token and agreement of the prompt, of the text cut to its length, and of the
-bare base. --json FILE stores finished runs, and the same command continues.
+first tokens of the text, or, with --starts spread, from tokens that are evenly spaced over it. With --self_study, the
+base writes as many training questions itself, as with --distill_context. A line of a Markdown table is printed after
+each run: KL per token and agreement of the prompt, of the text cut to its length, and of the bare base. --json FILE
+stores finished runs, and the same command continues.
 """
 
 import contextlib
@@ -31,14 +32,20 @@ from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.atomic_io import write_folder
 
 USUAL_TOKENS = 16
-FIGURES = ("eval_kl", "eval_agreement", "eval_kl_cut", "eval_agreement_cut", "eval_kl_base", "eval_agreement_base")
+FIGURES = (
+    *("eval_kl", "eval_kl_low", "eval_kl_high", "eval_agreement", "eval_kl_cut", "eval_agreement_cut"),
+    *("eval_kl_base", "eval_agreement_base"),
+)
 OF_A_RUN = {  # settings on which a run depends
     *("model_name_or_path", "text", "questions", "template", "eval_rows", "distill_samples", "distill_max_new_tokens"),
-    *("max_steps", "rows", "learning_rate", "bf16", "prompt_reparameterization"),
+    *("max_steps", "rows", "learning_rate", "bf16", "prompt_reparameterization", "self_study"),
 }
 OPTIONAL = ("template", "learning_rate", "bf16", "prompt_reparameterization")  # settings whose default is the program's
 STARTS = ("first", "spread")  # which tokens of the text the prompt starts from
-MORE = ("tokens_saved", "time_to_first_token", "time_to_first_token_text", "train_runtime")
+MORE = (
+    *("answers", "answers_not_ended", "tokens_saved", "time_to_first_token", "time_to_first_token_text"),
+    "train_runtime",
+)
 
 
 def main() -> None:
@@ -57,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--prompt_reparameterization")
+    parser.add_argument("--self_study", action="store_true", help="the base writes the training questions")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", type=Path, help="a file that stores finished runs")
     args = parser.parse_args()
@@ -70,26 +78,26 @@ def main() -> None:
     for (P, n), start in cases:
         key = json.dumps([P, n, start, *(value for name, value in sorted(vars(args).items()) if name in OF_A_RUN)])
         if key not in stored:
-            stored[key] = trained(args, [*train[:n], *held_out], P, start)
+            stored[key] = trained(args, train[:n], held_out, P, start)
             if args.json:
                 args.json.write_text(json.dumps(stored, indent=1))
         figures = [f"{stored[key][name]:.4g}" for name in (*FIGURES, *MORE)]
         print(f"| {P} | {n} | {start} | {' | '.join(figures)} |", flush=True)
 
 
-def trained(args: Any, questions: list[str], P: int, start: str) -> dict[str, Any]:
+def trained(args: Any, train: list[str], held_out: list[str], P: int, start: str) -> dict[str, Any]:
     """Train a prompt of P virtual tokens, and return its metrics."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path = Path(folder) / "questions.txt"
-        path.write_text("\n".join(questions) + "\n", encoding="utf-8")
         given = {name: value for name in OPTIONAL if (value := getattr(args, name))}
+        if args.self_study:
+            given |= {"distill_context": args.text, "distill_questions": len(train)}
+        else:
+            given |= {"distill_prompt": args.text, "dataset": write_questions(Path(folder) / "train.txt", train)}
         if start == "spread":
             given["init_adapter"] = str(write_spread_start(args, P, Path(folder) / "start"))
         run = softprompt.train(
             model_name_or_path=args.model_name_or_path,
-            dataset=str(path),
-            distill_prompt=args.text,
-            eval_rows=args.eval_rows,
+            eval_dataset=write_questions(Path(folder) / "held_out.txt", held_out),
             distill_samples=args.distill_samples,
             distill_max_new_tokens=args.distill_max_new_tokens,
             num_virtual_tokens=P,
@@ -100,6 +108,12 @@ def trained(args: Any, questions: list[str], P: int, start: str) -> dict[str, An
             **given,
         )
         return dict(run.metrics)
+
+
+def write_questions(path: Path, questions: list[str]) -> str:
+    """Write a file with one question on each line, and return its path."""
+    path.write_text("\n".join(questions) + "\n", encoding="utf-8")
+    return str(path)
 
 
 def write_spread_start(args: Any, P: int, folder: Path) -> Path:

@@ -11,7 +11,8 @@ Every contestant trains the same prompt on the same frozen base with the same Ad
 * `peft`: Trainer on a model of get_peft_model, 4 rows × 8 micro-batches;
 * `peft-best`: the same with its best settings: rows grouped by length, 32 × 1;
 * `padded`, `packed`: this project's loop with its two engines; `packed-sdpa`: the packed engine with the attention
-  function that it has on every device (on the CPU, this is `packed`).
+  function that it has on every device (on the CPU, this is `packed`);
+* `packed-joint`: the packed engine as it runs a sharded base other than BLOOM, with the prompt in each micro-batch.
 
 Each of these also exists with `-bf16`. All contestants have the same rows in the same windows, except `peft-best`,
 which has batches that group_by_length makes of the same dataset (see `cases.Rows`). After one step each that is not
@@ -102,7 +103,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     every = list(contestants())
-    usual = [name for name in every if "sdpa" not in name]
+    usual = [name for name in every if "sdpa" not in name and "joint" not in name]
     add = parser.add_argument
     add("--size", nargs="+", choices=["mini", *NAMES], default=[], help="bases; all but mini have random weights")
     add("--model_name_or_path", metavar="FOLDER", help="a real base (default: --size mini)")
