@@ -8,7 +8,6 @@ generation_config  the adapter's settings; suppress_tokens lists the new tokens
 
 import os
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from softprompt.export.chat_template import add_prompt_tokens, prompt_token_ids
 from softprompt.export.model_card import plain_model_card
 from softprompt.export.source import Source, open_source
 from softprompt.export.vllm import write_for_vllm
+from softprompt.generation.adapters import warning_of_other_base
 from softprompt.generation.requests import GenerationSettings, merge_settings
 from softprompt.models.capabilities import check_vocabulary
 from softprompt.models.loading import base_path, load_config, load_tokenizer, read_base, word_embeddings
@@ -34,6 +34,7 @@ from softprompt.prompt.initial import check_fits
 from softprompt.utils.atomic_io import new_folder
 from softprompt.utils.errors import AdapterError, ModelError, OutputError
 from softprompt.utils.model_config import peft_sizes, text_config
+from softprompt.utils.progress import say
 
 # GenerationConfig refuses to save settings without effect: sampling settings without do_sample, beam settings with one
 # beam.
@@ -123,7 +124,7 @@ def generation_config(tokenizer: Any, of_adapter: GenerationSettings, ids: list[
 
 
 def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str) -> None:
-    """Raise AdapterError if the base has other sizes than the adapter's configuration; warn if it has another name."""
+    """Raise AdapterError if the base has other sizes than the adapter's configuration; warn if it is another base."""
     check_fits(folder, adapter.prompt, word_embeddings(base).embedding_dim, name)
     for key, found in peft_sizes(base.config).items():
         wanted = adapter.config.get(key)
@@ -132,8 +133,8 @@ def _check_sizes(folder: str, adapter: Adapter, base: PreTrainedModel, name: str
                 f"adapter {folder}: was trained for a base with {key} {wanted}, but {name} has {found}; "
                 "use the base that it was trained on"
             )
-    if adapter.base_model_name_or_path not in (None, name):
-        print(f"warning: the adapter was trained on {adapter.base_model_name_or_path}, not on {name}", file=sys.stderr)
+    if warning := warning_of_other_base(folder, adapter.base_model_name_or_path, name):
+        say(warning)
 
 
 def _check_room(output: Path, base: PreTrainedModel, P: int, dtype: torch.dtype) -> None:

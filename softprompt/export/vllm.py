@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softprompt.export.chat_template import embeddings_template
 from softprompt.export.source import Source
+from softprompt.generation.adapters import warning_of_other_base
 from softprompt.generation.requests import GenerationSettings, merge_settings
 from softprompt.models.loading import base_path, load_config, load_tokenizer
 from softprompt.prompt.initial import check_fits
@@ -22,6 +23,7 @@ from softprompt.prompt.public_names import public_name
 from softprompt.utils.atomic_io import write_folder
 from softprompt.utils.errors import OutputError
 from softprompt.utils.model_config import text_config
+from softprompt.utils.progress import say
 
 EMBEDS_FILE, TEMPLATE_FILE, CLIENT_FILE, README_FILE = (
     "prompt_embeds.txt",
@@ -102,6 +104,8 @@ def write_for_vllm(source: Source) -> str:
         write_folder(source.output, {name: text.encode() for name, text in texts.items()})
     except OSError as error:
         raise OutputError(f"--output {source.output}: cannot be written: {error}; nothing was left behind") from None
+    if warning := warning_of_other_base(source.folder, source.tuned.base, source.base):
+        say(warning)
     left_out = [name for name in NOT_SENT if getattr(settings, name) != getattr(GenerationSettings, name)]
     note = f"; {', '.join(left_out)} cannot be sent to vLLM and was left out" if left_out else ""
     made = f"{len(prompt)} virtual tokens for {source.base}; README.md says how to serve it with vLLM"

@@ -169,6 +169,19 @@ def base_identity(base: str) -> str:
     return str(path.resolve()) if path.is_dir() else base
 
 
+def warning_of_other_base(name: str, trained_on: str | None, base: str) -> str | None:
+    """Return a warning if an adapter was trained on another base than the loaded one, else None.
+
+    Args:
+        name: Name or folder of the adapter.
+        trained_on: Name or path of the base that its files name; None if they name none.
+        base: Name or path of the loaded base.
+    """
+    if not trained_on or base_identity(trained_on) == base_identity(base):
+        return None
+    return f"warning: adapter {name} was trained on {trained_on}, not on {base}"
+
+
 def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str, bits: int | None) -> None:
     """Check that an adapter fits the loaded base; print a warning if it was trained on another one, or on one with
     another quantization.
@@ -183,8 +196,8 @@ def check_adapter(name: str, adapter: LoadedAdapter, hidden_size: int, base: str
     """
     if adapter.prompt is not None:
         check_fits(name, adapter.prompt, hidden_size, base)
-        if adapter.base and base_identity(adapter.base) != base_identity(base):
-            say(f"warning: adapter {name} was trained on {adapter.base}, not on {base}")
+        if warning := warning_of_other_base(name, adapter.base, base):
+            say(warning)
         if adapter.load_in_8bit is not None and adapter.load_in_4bit is not None:
             trained = quantization_bits(adapter.load_in_8bit, adapter.load_in_4bit)
             if trained != bits:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import PromptTuningArguments
+from softprompt.generation.adapters import warning_of_other_base
 from softprompt.models.capabilities import RowMaxima, check_init_text, check_rows_fit, check_vocabulary
 from softprompt.models.loading import base_path
 from softprompt.prompt.adapter_io import load_adapter
@@ -22,6 +23,7 @@ from softprompt.training.resume import StartingPoint
 from softprompt.training.setup import RunData
 from softprompt.utils.errors import CheckpointError, ConfigError
 from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.translation import translate
 
 
 def with_defaults_of_base(start: StartingPoint, base: PreTrainedModel) -> StartingPoint:
@@ -109,9 +111,14 @@ def initial_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -
 
 
 def _from_adapter(config: TrainConfig, hidden_size: int) -> Tensor:
+    """Return the prompt of --init_adapter, and print a warning if it was trained on another base. For the errors see
+    `initial_prompt`."""
     folder, wanted = str(config.prompt.init_adapter), config.prompt.num_virtual_tokens
-    prompt = load_adapter(resolve_adapter(folder, print)).prompt
-    check_fits(folder, prompt, hidden_size, str(config.model.model_name_or_path))
+    adapter, base = load_adapter(resolve_adapter(folder, print)), str(config.model.model_name_or_path)
+    prompt = adapter.prompt
+    check_fits(folder, prompt, hidden_size, base)
+    if warning := warning_of_other_base(folder, adapter.base_model_name_or_path, base):
+        print(translate(warning))
     if wanted not in (None, prompt.shape[0]):
         raise ConfigError(
             f"--num_virtual_tokens {wanted}: the prompt of --init_adapter {folder} has {prompt.shape[0]}; leave "

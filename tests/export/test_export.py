@@ -396,10 +396,16 @@ def test_a_full_disk_is_reported_before_and_while_writing(tmp_path, tiny_base, c
         assert "deep/out: cannot be written" in line and "No space left on device" in line
 
 
-def test_an_adapter_for_a_base_of_another_name_is_exported_with_a_warning(tmp_path, tiny_base, capsys):
-    adapter = write_adapter_for(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_base), "hub/name", 2)
-    export(adapter, tmp_path / "out", model_name_or_path=str(tiny_base))
-    assert "warning: the adapter was trained on hub/name" in capsys.readouterr().err
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_an_adapter_of_another_base_is_exported_with_a_warning(engine, tmp_path, tiny_base, capsys):
+    """A base that is merely named in another way is the same one."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    same = write_adapter_for(tmp_path / "same", base, os.path.relpath(tiny_base), 2)
+    export(same, tmp_path / "of-same", model_name_or_path=str(tiny_base), engine=engine)
+    assert "warning" not in capsys.readouterr().err
+    adapter = write_adapter_for(tmp_path / "a", base, "hub/name", 2)
+    export(adapter, tmp_path / "out", model_name_or_path=str(tiny_base), engine=engine)
+    assert f"warning: adapter {adapter} was trained on hub/name, not on {tiny_base}\n" in capsys.readouterr().err
     with pytest.raises(SoftpromptError, match="exists already"):
         export(adapter, tmp_path / "out", model_name_or_path=str(tiny_base))
     with pytest.raises(AdapterError):

@@ -39,10 +39,11 @@ def refused(program: ModuleType, argv: list, capsys, monkeypatch, folder: Path) 
     neither add nor remove any file below `folder`. Return that line."""
     monkeypatch.chdir(folder)
     before = listing(folder)
+    capsys.readouterr()  # what the test itself has written, such as bars of save_pretrained
     code, _, err = _run(program, argv, capsys, monkeypatch)
     lines = err.strip().splitlines()
     assert code == 2, lines
-    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert listing(folder) == before
     return lines[0]
 

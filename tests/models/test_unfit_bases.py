@@ -10,14 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.adapters import write_adapter
+from helpers.adapters import write_adapter, write_adapter_for
 from helpers.bases import make_bloom
-from helpers.programs import assert_line, refused
+from helpers.programs import GOOD, assert_line, jsonl, refused
 from helpers.quantized import configure
 from helpers.small_bases import small_base
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BertConfig, CLIPConfig, DistilBertConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    CpmAntConfig,
+    DistilBertConfig,
+    T5Config,
+)
 
+import infer
 import softprompt
 import train
 from softprompt import cli
@@ -139,6 +148,45 @@ def test_a_base_without_any_quantized_weight_is_not_taken_for_a_quantized_one(me
         ModelError, match=rf"its weights are stored quantized \({method}\), and none of them is; remove"
     ):
         read_base(str(tmp_path))
+
+
+def test_a_base_that_takes_no_embeddings_is_refused(tokenizer, tmp_path, capsys, monkeypatch):
+    """Only its forward shows it, so its weights are loaded first."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 1}
+    base = AutoModelForCausalLM.from_config(CpmAntConfig(vocab_size=300, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(GOOD, GOOD, GOOD))
+    write_adapter(tmp_path / "adapter", tmp_path / "base", 2)
+    told = "base: CpmAntForCausalLM takes no inputs_embeds, so no soft prompt can precede its words; take another base"
+    argv = ["--model_name_or_path", "base", "--dataset", "rows.jsonl"]
+    for more in ([], ["--dry_run"], ["--engine", "packed"]):
+        assert_line(refused(train, [*argv, *more], capsys, monkeypatch, tmp_path), told)
+    argv = ["--adapter", "adapter", "--prompt", "a"]
+    assert_line(refused(infer, argv, capsys, monkeypatch, tmp_path), told)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "mpt", "llama4_text"])
+def test_the_packed_engine_is_refused_where_it_cannot_be(kind, tokenizer, tmp_path, capsys, monkeypatch):
+    """The line says what differed, or why the base cannot be run in this way."""
+    base = small_base(kind)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(*[{**GOOD, "instruction": "long enough" * n} for n in (1, 3, 2)]))
+    write_adapter_for(tmp_path / "adapter", base, str(tmp_path / "base"), 2)
+    told = {  # by train.py, and by infer.py
+        "stablelm": ["it cannot run this base .StableLm.* no keyword arguments", "StableLm.* no keyword arguments"],
+        "mpt": ["MptForCausalLM computes attention without transformers' attention interface"] * 2,
+        "llama4_text": ["gradient off by .*loss by", "Llama4ForCausalLM: logits of decoding steps differ by"],
+    }
+    argv = ["--model_name_or_path", "base", "--dataset", "rows.jsonl", "--engine", "packed"]
+    for more in ([], ["--dry_run"]):
+        line = refused(train, [*argv, *more], capsys, monkeypatch, tmp_path)
+        assert_line(line, f"--engine packed: .*{told[kind][0]}.*give --engine auto")
+    argv = ["--adapter", "adapter", "--prompt", "a" * 30, "--engine", "packed"]
+    line = refused(infer, argv, capsys, monkeypatch, tmp_path)
+    assert_line(line, f"--engine packed: .*{told[kind][1]}.*give --engine auto")
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
+from helpers.adapters import write_adapter
 from helpers.programs import run_program
 from helpers.short_runs import interrupted
 from safetensors.torch import load_file
@@ -129,6 +131,18 @@ def test_training_starts_from_a_saved_adapter(flags, capsys, monkeypatch):
         load_file(f"{name}/adapter_model.safetensors")["prompt_embeddings"] for name in ("first", "second")
     )
     assert torch.allclose(first, second, atol=1e-6) and "initial prompt: the one in first" in out
+    assert "was trained on" not in out
+
+
+def test_a_start_from_an_adapter_of_another_base_is_a_warning(flags, tiny_base, tmp_path, capsys, monkeypatch):
+    """It may be meant; a base that is merely named in another way is the same one."""
+    write_adapter(tmp_path / "same", os.path.relpath(tiny_base, tmp_path), 3)
+    write_adapter(tmp_path / "other", "some/base", 3)
+    for name, warned in (("same", 0), ("other", 1)):
+        argv = [*flags, "--output_dir", f"of-{name}", "--init_adapter", name]
+        out, _ = run_program(train, argv, capsys, monkeypatch)
+        lines = [line for line in out.splitlines() if f"adapter {name} was trained on" in line]
+        assert len(lines) == warned and all(f"some/base, not on {tiny_base}" in line for line in lines)
 
 
 def test_python_api(tiny_base, tmp_path):
