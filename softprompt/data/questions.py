@@ -1,5 +1,6 @@
 """The questions of a distillation: read them, and put the text that is distilled before them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -248,7 +249,21 @@ def questions_about(text: str, tokenizer: Any, template: Template, most: int) ->
 
 
 def written_questions(answers: Iterable[Sequence[int]], tokenizer: Any) -> list[str]:
-    """Return the questions in a base's answers, each once: the first line of each answer, without quotation marks."""
+    """Return the questions in a base's answers, each once: the first line of each answer, without "Question:" before it
+    and without quotation marks and asterisks around it."""
     texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
-    lines = (text.splitlines()[0].strip(" \"'“”*").removeprefix("Question:").strip() for text in texts if text)
+    lines = (_without_marks(text.splitlines()[0]) for text in texts if text)
     return list(dict.fromkeys(line for line in lines if line))
+
+
+OPENING = re.compile(r"""([\s"'“”*]*)(?:Question:)?([\s"'“”*]*)""")
+
+
+def _without_marks(line: str) -> str:
+    """Return a question without what stands around it. A mark at its end stays if the question itself opens it."""
+    before = OPENING.match(line)
+    assert before is not None  # it matches any text
+    closing = "".join(before.groups()).replace("“", "”")
+    question = line[before.end() :].rstrip(f"{closing} *")
+    opening = question[-1:].replace("”", "“")
+    return question[:-1] if opening in ('"', "“") and opening not in question[:-1] else question

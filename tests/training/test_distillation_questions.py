@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import watched
 from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base, counted_requests
+from helpers.distributed import ranks_of
+from helpers.programs import assert_line, listing, refused
 from helpers.short_runs import interrupted, outcome
 from helpers.small_bases import small_base
 from tokenizers.processors import TemplateProcessing
 
 import softprompt
+import train
 from softprompt.data.questions import questions_about, written_questions
 from softprompt.data.template import Template
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
@@ -77,6 +81,11 @@ def test_the_base_writes_the_questions_about_a_document(distillation, capsys):
             ["What is it?\nAnd more", '"What is it?"', "  \n", "Question: Where?", "“在哪里？”"],
             ["What is it?", "Where?", "在哪里？"],
         ),
+        (['Question: "What?"', '"Question: When?"', "**Question:** *How?*  "], ["What?", "When?", "How?"]),
+        (
+            ['What is "it"', '"Where is “it”"', 'Who?"', "谁？”*", "'"],
+            ['What is "it"', "Where is “it”", "Who?", "谁？"],
+        ),
         ([], []),
     ],
 )
@@ -129,6 +138,31 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, toke
     with pytest.raises(SoftpromptError, match=named) as refused:
         softprompt.train(**distillation)
     assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+def as_flags(settings: dict) -> list[str]:
+    """The flags of train.py for settings of a run."""
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("text", ["distill_prompt", "distill_context"])
+@pytest.mark.parametrize("flag", ["--streaming", "--stream_base", "--shard_base"])
+def test_what_distillation_excludes_is_refused_by_the_program(flag, text, distillation, tmp_path, capsys, monkeypatch):
+    distillation[text] = distillation.pop("distill_prompt")
+    line = refused(train, [*as_flags(distillation), flag], capsys, monkeypatch, tmp_path)
+    assert_line(line, f"{flag} excludes --distill_prompt and --distill_context, because .*; give one of them")
+
+
+@pytest.mark.parametrize("text", ["distill_prompt", "distill_context"])
+def test_distillation_by_several_processes_is_refused(text, distillation, tmp_path):
+    distillation[text] = distillation.pop("distill_prompt")
+    for name in ("dataset", text, "output_dir"):  # the ranks have another current folder
+        distillation[name] = tmp_path / distillation[name]
+    before = listing(tmp_path)
+    _, err = ranks_of(2, watched.trains_here, tmp_path / "told", *as_flags(distillation), code=2)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: --{text} {distillation[text]} is for a single process; ")
+    assert [path for path in listing(tmp_path) if not path.startswith("told")] == before
 
 
 def test_a_question_that_leaves_no_room_is_not_answered(distillation, monkeypatch, capsys, tmp_path):
