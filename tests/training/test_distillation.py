@@ -1,6 +1,7 @@
 """Runs that distill a text: what they learn and measure, write and show."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import softprompt
 from softprompt.config.loader import train_config
 from softprompt.data.examples import count_targets
+from softprompt.evaluation import distillation as evaluation
 from softprompt.export import export
 from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.adapter_io import load_adapter
@@ -62,10 +64,54 @@ def test_the_figures_are_those_of_questions_run_alone(distillation):
         assert run.metrics[f"eval_kl{suffix}"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
         assert run.metrics[f"eval_agreement{suffix}"] == pytest.approx(agreement)
     cut = [(text[:4] + plain, whole, answer) for plain, whole, answer in rows]
-    assert run.metrics["eval_kl_cut"] == pytest.approx(naive_figures(base, tokenizer, cut, prompt[:0])[0], rel=1e-3)
+    kl, agreement = naive_figures(base, tokenizer, cut, prompt[:0])
+    assert run.metrics["eval_kl_cut"] == pytest.approx(kl, rel=1e-3)
+    assert run.metrics["eval_agreement_cut"] == pytest.approx(agreement)
     assert run.metrics["tokens_saved"] == len(text) - 4
     assert run.metrics["eval_kl_low"] < run.metrics["eval_kl"] == run.metrics["eval_loss"]
     assert run.metrics["eval_kl"] < run.metrics["eval_kl_base"] and "eval_perplexity" not in run.metrics
+
+
+class TimedGenerator:
+    """A generator that takes a second for each token of a request, virtual ones included, on a clock of its own."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def generate(self, requests, *more):
+        for number, request in enumerate(requests):
+            assert request.settings.max_new_tokens == 1
+            self.now += len(request.input_ids) + (0 if request.prompt is None else len(request.prompt))
+            yield number, [5]
+
+
+def test_the_times_to_the_first_token_are_not_swapped(distillation, monkeypatch):
+    run = softprompt.train(**distillation)
+    clock = TimedGenerator()
+    monkeypatch.setattr(evaluation, "time", clock)
+    found = replace(run.evaluator, generator=clock).costs(run.setup.prompt.weight.detach())
+    tokenizer = load_tokenizer(distillation["model_name_or_path"])
+    asked = f"Human: {QUESTIONS[-3]}\n\nAssistant: "
+    question, text = (len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in (asked, TEXT + "\n"))
+    assert found["time_to_first_token"] == question + 4 and found["time_to_first_token_text"] == question + text
+    assert found["tokens_saved"] == text - 4
+
+
+def test_each_time_to_the_first_token_is_shown_under_its_name(distillation, monkeypatch):
+    costs = {"tokens_saved": 7, "time_to_first_token": 0.125, "time_to_first_token_text": 0.5}
+    monkeypatch.setattr(evaluation.DistillationEvaluator, "costs", lambda self, prompt: costs)
+    monkeypatch.setenv("COLUMNS", "200")
+    (line,) = [line for line in summary(softprompt.train(**distillation)).splitlines() if "first token" in line]
+    assert line.split("  ")[-1].strip() == "0.500 → 0.125"
+    lines = Path("run/README.md").read_text().splitlines()
+    row = next(n for n, each in enumerate(lines) if each.startswith("| seconds to the first token |"))
+    head = next(each for each in reversed(lines[:row]) if "with the prompt" in each)
+    cells = dict(zip(*([cell.strip() for cell in each.split("|")] for each in (head, lines[row])), strict=True))
+    assert cells["whole text"] == "0.500" and cells["text cut"] == ""
+    assert next(value for name, value in cells.items() if name.startswith("with the prompt")) == "0.125"
 
 
 def test_it_is_shown_and_it_is_an_ordinary_adapter(distillation, capsys, monkeypatch, tmp_path):
