@@ -20,6 +20,7 @@ from softprompt.engines.self_check import (
     cache_result,
     cached_result,
     compare,
+    compare_losses,
     measure_speed,
     result_key,
     rows_to_check,
@@ -162,9 +163,22 @@ def _checked(
     key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
     if result := cached_result(key, len(examined[0].input_ids)):
         return result
-    result = compare(packed, padded, prompt, examined)
+    result = _with_bare_base(compare(packed, padded, prompt, examined), packed, padded, prompt, examined)
     if result.is_right(packed.compute_dtype):
         result = result._replace(speed=measure_speed(packed, padded, prompt, window))
         if not args.dry_run:
             cache_result(key, result)
     return result
+
+
+def _with_bare_base(
+    result: CheckResult, packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, examined: Sequence[Example]
+) -> CheckResult:
+    """Return the result of a check that also compares the losses of the bare base, which the run evaluates, too. The
+    longest row has as many positions as behind the prompt, because a row with a text cut to P tokens before it has
+    them (see `evaluation.distillation`)."""
+    if not result.is_right(packed.compute_dtype):
+        return result
+    longer = rows_to_check(examined, len(examined[0].input_ids) + len(prompt))
+    bare = compare_losses(packed, padded, None, longer)
+    return result._replace(loss_error=max(result.loss_error, bare.loss_error), failure=bare.failure)

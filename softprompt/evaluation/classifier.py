@@ -145,6 +145,13 @@ class Classifier:
         labels = labels_of_rows(rows, data, template)
         return cls.of_rows(rows, labels, template, tokenizer, max_positions) if labels else None
 
+    def longest_row(self, examples: Sequence[Example], P: int) -> int:
+        """Return the number of tokens of the longest row that is scored behind P virtual tokens: a question with a
+        label, which may be longer than the row's own answer. `examples` are the rows tokenized."""
+        rows = zip(examples, self.label_ids, strict=True)
+        longest = max(len(question_ids(example)) + max(map(len, labels)) for example, labels in rows)
+        return longest if self.max_positions is None else min(longest, self.max_positions - P)
+
     def __call__(
         self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
     ) -> tuple[Classification, list[float]]:

@@ -40,8 +40,30 @@ class Engines(NamedTuple):
     how: str | None
 
 
-def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptEmbedding, world: World) -> Engines:
+def held_out_classifier(data: RunData, base: PreTrainedModel) -> Classifier | None:
+    """Return what classifies the held-out rows; None if there are none, or if their answers are not labels.
+
+    Raises:
+        DataError: The chat template refuses a label as an answer.
+    """
+    if data.held_out is None:
+        return None
+    rows = [data.held_out_texts[number] for number in data.held_out.kept]
+    return Classifier.of_held_out(rows, data.held_out, data.template, data.tokenizer, max_positions(base))
+
+
+def make_engines(
+    config: TrainConfig,
+    base: Base,
+    data: RunData,
+    prompt: PromptEmbedding,
+    world: World,
+    classifier: Classifier | None = None,
+) -> Engines:
     """Choose the engine and make the generator. With several ranks, both distribute rows over the ranks.
+
+    Args:
+        classifier: Classifies the held-out rows with this engine; see `held_out_classifier`.
 
     Raises:
         ConfigError, ModelError, TrainingError: See `choice.choose_engine`.
@@ -51,6 +73,8 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
     rows, values = data.train.examples, prompt.weight.detach()
     known = (part.examples for part in (data.train, data.held_out) if part)
     longest = config.data.max_length if data.streamed else RowMaxima.of(*known).longest
+    if classifier and data.held_out:
+        longest = max(longest, classifier.longest_row(data.held_out.examples, len(values)))
     join = base.blocks.join if isinstance(base.blocks, ShardedLayers) else _nothing
     agree = partial(_of_rank_0, world, join)
     engine, how = choose_engine(config, base.model, data.tokenizer, dtype, values, rows, longest, base.blocks, agree)
@@ -63,13 +87,17 @@ def make_engines(config: TrainConfig, base: Base, data: RunData, prompt: PromptE
 
 
 def make_evaluator(
-    config: TrainConfig, data: RunData, base: PreTrainedModel, engine: Engine, generator: Generator | None
+    config: TrainConfig,
+    data: RunData,
+    base: PreTrainedModel,
+    engine: Engine,
+    generator: Generator | None,
+    classifier: Classifier | None,
 ) -> Evaluator | None:
     """Make the evaluator of the held-out rows; None if there are none.
 
     Raises:
         ConfigError: The metric that selects the best model is not computed for these rows.
-        DataError: The chat template refuses a label as an answer.
     """
     if data.held_out is None:
         return None
@@ -79,8 +107,6 @@ def make_evaluator(
         print(f"held-out rows: no exact match; {why_not_generate(base)}")
     batch_size = config.training.per_device_eval_batch_size
     held_out = data.held_out
-    rows = [data.held_out_texts[number] for number in held_out.kept]
-    classifier = Classifier.of_held_out(rows, held_out, data.template, data.tokenizer, max_positions(base))
     evaluator = Evaluator(
         engine, generator, data.tokenizer, held_out.examples, batch_size, held_out.missing, classifier
     )

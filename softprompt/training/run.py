@@ -22,7 +22,7 @@ from softprompt.training.callbacks import RunCallbacks
 from softprompt.training.console import print_model, print_steps
 from softprompt.training.determinism import deterministic
 from softprompt.training.distillation import distilled
-from softprompt.training.engine_setup import make_engines, make_evaluator
+from softprompt.training.engine_setup import held_out_classifier, make_engines, make_evaluator
 from softprompt.training.load_run import load_run, time_limit
 from softprompt.training.loop import train
 from softprompt.training.lr_finder import with_found_rate
@@ -97,14 +97,15 @@ def set_up(
     """
     # Engines may communicate with those of other ranks, so all ranks must have loaded their parts before.
     start, output_dir, data, base, prompt, answers = world.run_on_all(lambda: load_run(config, world, check, began))
-    engine, generator, how = make_engines(start.config, base, data, prompt, world)
+    classifier = None if answers else world.run_on_all(lambda: held_out_classifier(data, base.model))
+    engine, generator, how = make_engines(start.config, base, data, prompt, world, classifier)
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
     if answers:
         P = len(prompt.weight)
         engine, evaluator = distilled(start.config, answers, base, cast(MicrobatchEngine[Any], engine), P)
     else:
-        evaluator = make_evaluator(start.config, data, base.model, engine, generator)
+        evaluator = make_evaluator(start.config, data, base.model, engine, generator, classifier)
     no_answers = None if generator else why_not_generate(base.model)
     known = RunAnswers(answers_file(answers.teacher.source.kept), answers.metrics) if answers else None
     return Setup(start, output_dir, data, base.model, prompt, engine, evaluator, no_answers, known)
