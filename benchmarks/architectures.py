@@ -6,9 +6,16 @@
 This script builds a tiny random model of each type that the installed transformers has (or of each given type). It
 checks the packed engine against the padded engine in fp32, on rows that are longer than the sliding windows and
 attention chunks. It prints one line per type with the result and the reason, then a Markdown table of the types by
-result: packed, padded, refused, or not built.
+result, and below it the reasons with the types that have them. The results are:
+
+packed      the packed engine is exact
+padded      the packed engine is not, or cannot be built; the padded one runs
+refused     no prompt can be trained for models of this type
+fails       the check itself fails: the model raises an error, which may be due to its small sizes
+not built   the script cannot build a small model
 """
 
+import re
 import signal
 import sys
 import warnings
@@ -32,6 +39,7 @@ from softprompt.models.loading import check_config, freeze, word_embeddings
 from softprompt.utils.errors import ModelError
 
 WINDOW, SECONDS, FP32 = 8, 60, torch.float32
+SHOWN = 160  # characters of a reason in the line of its type
 # Sizes under the names that configurations use; each configuration gets those that it has.
 SIZES: dict[str, Any] = {
     **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -55,8 +63,11 @@ SIZES: dict[str, Any] = {
 }
 
 
+KINDS = ("packed", "padded", "refused", "fails", "not built")
+
+
 class Result(NamedTuple):
-    """The result for one type: its kind ("packed", "padded", "refused" or "not built") and the reason."""
+    """The result for one type: its kind, which is one of KINDS, and the reason."""
 
     kind: str
     reason: str
@@ -73,7 +84,7 @@ def main() -> None:
     results = {}
     for name in types:
         results[name] = examined(name)
-        print(f"{name:28} {results[name].kind:10} {results[name].reason}", flush=True)
+        print(f"{name:28} {results[name].kind:10} {results[name].reason[:SHOWN]}", flush=True)
     print_table(results)
 
 
@@ -93,8 +104,11 @@ def examined(name: str) -> Result:
         signal.alarm(0)
     try:
         return checked(base, name)
+    except ModelError as error:
+        # If an error of the model stands behind it, the model was not compared.
+        return Result("fails" if error.__context__ else "refused", one_line(error))
     except Exception as error:
-        return Result("refused", one_line(error))
+        return Result("fails", one_line(error))
 
 
 def tiny_config(name: str) -> Any:
@@ -139,7 +153,7 @@ def checked(base: PreTrainedModel, name: str) -> Result:
     """Compare the packed engine with the padded engine on random rows behind a random prompt.
 
     Raises:
-        ModelError: No prompt can be trained for the base.
+        ModelError: No prompt can be trained for the base, or it cannot be run on embeddings.
     """
     check_supports_prompt(base, name)
     draw = torch.Generator().manual_seed(0)
@@ -163,13 +177,29 @@ def print_table(results: dict[str, Result]) -> None:
     counts = Counter(result.kind for result in results.values())
     print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {dict(counts)}\n")
     print("| engine | model types |\n|---|---|")
-    for kind in ("packed", "padded", "refused", "not built"):
+    for kind in KINDS:
         names = [name for name, result in results.items() if result.kind == kind]
         print(f"| {kind} ({len(names)}) | {', '.join(names)} |")
+    for kind in KINDS[1:]:
+        for reason, names in by_reason(results, kind).items():
+            print(f"\n{kind}, {reason} ({len(names)}): {', '.join(names)}")
+
+
+def by_reason(results: dict[str, Result], kind: str) -> dict[str, list[str]]:
+    """Return the types of a kind by their reason, the commonest first. Numbers and names of types and classes in it are
+    replaced, so that equal reasons are found."""
+    found: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result.kind == kind:
+            reason = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "TYPE", result.reason)
+            reason = re.sub(r"\b[A-Z]\w*[a-z]\w*[A-Z]\w*\b", "CLASS", reason)
+            reason = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "N", reason.removeprefix("TYPE: ").removeprefix(": "))
+            found.setdefault(reason, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+    return (" ".join(str(error).split()) or type(error).__name__)[:500]
 
 
 def _too_long(*_: object) -> None:
