@@ -12,6 +12,7 @@ import torch
 from helpers.adapters import write_adapter
 from helpers.bases import make_bloom, make_tokenizer
 from helpers.short_runs import ROWS, WITHOUT_PICTURES
+from helpers.small_bases import small_base
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.utils import translation
@@ -62,6 +63,27 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     return folder
 
 
+@pytest.fixture
+def base_folder(
+    request: pytest.FixtureRequest,
+    tiny_base: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """`tiny_base`, or, with an indirect parameter (see `small_bases.ON_DECODERS`), a base of that kind and of the same
+    hidden size with the same tokenizer. It writes no control characters, which a chat would show escaped."""
+    kind = getattr(request, "param", "bloom")
+    if kind == "bloom":
+        return tiny_base
+    folder = tmp_path_factory.mktemp("bases") / kind
+    base = small_base(kind)
+    with torch.no_grad():
+        base.lm_head.weight[[id for id in range(len(tokenizer)) if not tokenizer.decode([id]).isprintable()]] = 0
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and a real base that SOFTPROMPT_SHARED names; without it the test is skipped."""
@@ -84,9 +106,9 @@ def run_settings(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def place(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, a new one, with two adapters of different lengths and templates: a and b."""
-    write_adapter(tmp_path / "a", tiny_base, 3, seed=1)
-    write_adapter(tmp_path / "b", tiny_base, 7, "问：{q}\\n答：", seed=2)
+    write_adapter(tmp_path / "a", base_folder, 3, seed=1)
+    write_adapter(tmp_path / "b", base_folder, 7, "问：{q}\\n答：", seed=2)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.adapters import write_adapter
 from helpers.programs import GREEDY, run_infer
+from helpers.small_bases import ON_DECODERS
 
 import softprompt
 from softprompt.data.dataset import question
@@ -77,15 +78,16 @@ def asked_by(model):
 
 
 @pytest.fixture
-def conversing(place, tiny_base):
+def conversing(place, base_folder):
     """An adapter `c` with the template `chat`, and `a` without it, on a base that has a chat template."""
-    base = shutil.copytree(tiny_base, place / "base")
+    base = shutil.copytree(base_folder, place / "base")
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_adapter(place / "a", base, 3, seed=1)
     write_adapter(place / "c", base, 3, "chat", seed=3)
     return place
 
 
+@ON_DECODERS
 def test_each_line_is_answered_by_the_current_adapter(place):
     model = load("first=a")
     shown, typist = talk(model, "今天", "/adapter b", "今天", "/base", "今天", "", "/adapter first", "/quit", "今天")
@@ -167,6 +169,7 @@ def test_settings_of_a_call_are_checked_and_returned(place):
             model.settings(**wrong)
 
 
+@ON_DECODERS
 def test_history_puts_earlier_turns_before_a_question(place):
     """As many turns as /history says, joined as in training, in the template of the adapter that answers."""
     model = load("a", "b")
@@ -182,6 +185,7 @@ def test_history_puts_earlier_turns_before_a_question(place):
     ]
 
 
+@ON_DECODERS
 def test_a_conversation_goes_on_where_the_template_is_made_for_it(conversing):
     model = load("c")
     asked = asked_by(model)
@@ -232,6 +236,7 @@ def test_a_template_without_a_second_column_takes_no_input(place):
     assert "c would be empty" in shown and "/input" in shown
 
 
+@ON_DECODERS
 def test_the_most_likely_of_given_choices(place):
     model = load("a")
     shown, _ = talk(model, "/choices 正面，负面", "好", "/history 1", "坏", "/choices", "好", "/choices 正面")
@@ -333,6 +338,7 @@ def test_a_chat_survives_errors_and_ctrl_c(place, monkeypatch):
     assert answer == generate("今天", **SHORT) and not typist.lines
 
 
+@ON_DECODERS
 def test_an_answer_that_was_stopped_leaves_no_trace(place):
     model, pieces = load("a"), []
     chat = ChatSession(model, {"do_sample": False, "max_new_tokens": 20})

@@ -9,6 +9,7 @@ import torch
 from helpers.adapters import write_adapter
 from helpers.peers import naive_loss
 from helpers.programs import GREEDY, assert_line, jsonl, read_jsonl, refused, run_infer
+from helpers.small_bases import ON_DECODERS
 
 import infer
 import softprompt
@@ -23,11 +24,11 @@ VOTINGS = ("majority_vote", "mean_likelihood")
 
 
 @pytest.fixture
-def place(tiny_base, tmp_path, monkeypatch):
+def place(base_folder, tmp_path, monkeypatch):
     """Five prompts of different lengths; two are equal, and one has another template."""
     for number, seed in enumerate((1, 2, 2, 3)):
-        write_adapter(tmp_path / f"p{number}", tiny_base, 3 + seed, seed=seed)
-    write_adapter(tmp_path / "other", tiny_base, 2, "问：{q}\\n答：", seed=5)
+        write_adapter(tmp_path / f"p{number}", base_folder, 3 + seed, seed=seed)
+    write_adapter(tmp_path / "other", base_folder, 2, "问：{q}\\n答：", seed=5)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,6 +66,7 @@ def naive_winner(model, names, question, answers, voting):
     return left[shares.index(max(shares))]
 
 
+@ON_DECODERS
 def test_log_likelihoods_are_those_of_rows_run_alone(place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
     answers = ["正面", "ok", "负面 hello"]
@@ -74,7 +76,14 @@ def test_log_likelihoods_are_those_of_rows_run_alone(place):
     assert model.log_likelihoods(["a"], []) == [[]] and model.log_likelihoods([], ["a"]) == []
 
 
-@pytest.mark.parametrize("names", [NAMES, NAMES[:3], ["p0", "p3"], ["p1", "p2"]])
+@pytest.mark.parametrize(
+    ("names", "base_folder"),
+    [
+        *((names, "bloom") for names in (NAMES, NAMES[:3], ["p0", "p3"], ["p1", "p2"])),
+        *((NAMES, kind) for kind in ("llama", "gemma3_text")),
+    ],
+    indirect=["base_folder"],
+)
 @pytest.mark.parametrize("voting", VOTINGS)
 def test_an_ensemble_answers_with_the_winner_among_its_members_answers(names, voting, place):
     """The questions include ties and clear votes."""
@@ -90,6 +99,7 @@ def test_an_ensemble_answers_with_the_winner_among_its_members_answers(names, vo
     assert list(model.ensemble(names, voting).stream(QUESTIONS, skip=3, batch_size=2, **greedy)) == expected[3:]
 
 
+@ON_DECODERS
 @pytest.mark.parametrize("voting", VOTINGS)
 def test_an_ensemble_classifies_by_its_members_probabilities(voting, place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
@@ -127,6 +137,7 @@ def test_votes():
     assert vote_choice([a, b], "majority_vote").label == "y"
 
 
+@ON_DECODERS
 def test_members_answer_in_one_mixed_batch(place, monkeypatch):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES})
     batches, generate = [], model.generator.generate
@@ -134,9 +145,10 @@ def test_members_answer_in_one_mixed_batch(place, monkeypatch):
         model.generator, "generate", lambda requests, *rest: batches.append(len(requests)) or generate(requests, *rest)
     )
     model.ensemble().generate(QUESTIONS, do_sample=False, max_new_tokens=2)
-    assert batches == [len(QUESTIONS) * len(NAMES)]
+    assert batches == [len(QUESTIONS) * len(NAMES)] and str(model.generator) == "packed engine"
 
 
+@ON_DECODERS
 def test_every_sample_has_a_vote(place):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={"a": "p0", "b": "p3"})
     how = {"temperature": 0.5, "max_new_tokens": 1, "num_return_sequences": 5, "seed": 3}
@@ -148,6 +160,7 @@ def test_every_sample_has_a_vote(place):
 ALL = [flag for name in NAMES[:4] for flag in ("--adapter", name)]
 
 
+@ON_DECODERS
 def test_on_the_command_line(place, capsys, monkeypatch):
     model = softprompt.SoftPromptModel.from_pretrained(adapter={name: name for name in NAMES[:4]})
     expected = model.ensemble().generate(QUESTIONS, do_sample=False, max_new_tokens=5)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -41,6 +42,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama_dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
 }
+
+# For tests whose fixtures take the base of `base_folder` (tests/conftest.py), which is a BLOOM by default.
+ON_DECODERS = pytest.mark.parametrize("base_folder", ["bloom", "llama", "gemma3_text"], indirect=True)
 
 
 def small_base(kind: str, seed: int = 0, **others: Any) -> PreTrainedModel:
