@@ -3,11 +3,13 @@ tests/test_real_bases.py`, where FOLDER holds smollm2-135m-instruct and gemma-3-
 
 import json
 import os
+from itertools import chain
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from helpers.peers import peft_model
 from helpers.trainer_runs import Recorder, peer_run
 
 import softprompt
@@ -17,7 +19,10 @@ from softprompt.data.dataset import load_rows
 from softprompt.data.template import Template
 from softprompt.data.tokenization import tokenize
 from softprompt.engines.factory import packed_engine
+from softprompt.generation.generator import in_request_order
+from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.loading import load_base, load_tokenizer
+from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding, sample_vocab_init
 from softprompt.training.loop import train
 
@@ -51,8 +56,12 @@ def test_losses_of_every_step_are_those_of_peft_and_trainer(name, steps, bases, 
     assert moved.abs().max() > 1e-3 and (prompt.weight.detach() - theirs).norm() < 0.02 * moved.norm()
 
 
+ASKED = ("Say yes.", "What is the capital of France?", "Write a short poem about the sea and the wind.", "1 + 1 =")
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_adapters_and_greedy_answers_are_those_of_peft(name, bases, tmp_path):
+    """Token for token, one by one and in batches in which each question has another prompt."""
     rows = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "maybe", "never") * 4]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path, run = str(bases / name), str(tmp_path / "run")
@@ -60,16 +69,34 @@ def test_adapters_and_greedy_answers_are_those_of_peft(name, bases, tmp_path):
         model_name_or_path=path, dataset=str(tmp_path / "rows.jsonl"), output_dir=run, max_steps=2, learning_rate=1e-2
     )
     base, tokenizer = load_base(path, torch.device("cpu"), torch.float32), load_tokenizer(path)
+    texts = [tokenizer(Template().render({"instruction": text}, tokenizer))["input_ids"] for text in ASKED]
+    learned = load_adapter(run).prompt
+    shorter = learned[:4].flip(0)
+    own = [answers_alone(base, tokenizer, texts), answers_alone(peft_model(base, shorter), tokenizer, texts)]
     theirs = peft.PeftModel.from_pretrained(base, run).eval()
-    text = Template().render({"instruction": "Say yes."}, tokenizer)
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    settings = {"do_sample": False, "max_new_tokens": 16, "use_cache": False}  # peft 0.21's cached answers differ
-    answer = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    expected = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+    expected = list(chain(*zip(answers_alone(theirs, tokenizer, texts), *own, strict=True)))
+    assert len(set(map(tuple, expected))) > len(ASKED)
+    settings = GenerationSettings(do_sample=False, max_new_tokens=16)
+    requests = [Request(ids, settings, prompt) for ids in texts for prompt in (learned, None, shorter)]
     ours = softprompt.SoftPromptModel.from_pretrained(path, run)
-    assert ours.generate(["Say yes."], do_sample=False, max_new_tokens=16)[0].strip() == expected.strip()
+    assert str(ours.generator) == "packed engine"
+    for batch_size in (1, 5, len(requests)):
+        assert list(in_request_order(ours.generator.generate(requests, batch_size))) == expected
     theirs.save_pretrained(tmp_path / "back")
     back = softprompt.SoftPromptModel.from_pretrained(path, str(tmp_path / "back"))
-    assert back.generate(["Say yes."], do_sample=False, max_new_tokens=16) == ours.generate(
-        ["Say yes."], do_sample=False, max_new_tokens=16
-    )
+    assert torch.equal(back.adapters[back.active_adapter].prompt, learned)
+    assert back.generate(ASKED, do_sample=False, max_new_tokens=16) == [
+        tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected[::3]
+    ]
+
+
+def answers_alone(model, tokenizer, texts):
+    """Greedy answers by transformers' generate, each text alone, without their end tokens."""
+    answers, end = [], tokenizer.eos_token_id
+    for text in texts:
+        ids = torch.tensor([text])
+        settings = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": end, "pad_token_id": end}
+        settings["use_cache"] = False  # peft 0.21's cached answers differ
+        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(text) :].tolist()
+        answers.append(answer[: answer.index(end)] if end in answer else answer)
+    return answers
