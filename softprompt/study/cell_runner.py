@@ -115,15 +115,17 @@ class LoadedBase:
     def _evaluator(self, planned: PlannedCell, prompt: Tensor | None = None) -> Evaluator:
         inputs, config = planned.inputs, planned.cell.config
         prompt = word_embeddings(self.base).weight[:1] if prompt is None else prompt
-        engine, _ = choose_engine(
-            config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples, inputs.extent.longest
-        )
-        generator = make_generator(engine, self.base, inputs.tokenizer)
-        batch_size = config.training.per_device_eval_batch_size
-        held_out = inputs.held_out
+        held_out, longest = inputs.held_out, inputs.extent.longest
         classifier = Classifier.of_held_out(
             inputs.held_out_rows, held_out, make_template(config), inputs.tokenizer, max_positions(self.base)
         )
+        if classifier:
+            longest = max(longest, classifier.longest_row(held_out.examples, len(prompt)))
+        engine, _ = choose_engine(
+            config, self.base, inputs.tokenizer, self.dtype, prompt, inputs.train.examples, longest
+        )
+        generator = make_generator(engine, self.base, inputs.tokenizer)
+        batch_size = config.training.per_device_eval_batch_size
         return Evaluator(
             engine, generator, inputs.tokenizer, held_out.examples, batch_size, held_out.missing, classifier
         )
