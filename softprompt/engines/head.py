@@ -26,6 +26,7 @@ from softprompt.engines.linear_cross_entropy import (
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast, is_half
 from softprompt.models.quantization import holds_quantized
+from softprompt.utils.errors import ModelError
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits that a `ModelHead` computes at a time
 
@@ -98,6 +99,10 @@ class LinearHead:
     def __init__(self, weight: Tensor, nbytes: int = 0):
         self.weight, self.nbytes = weight, nbytes
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of n positions: [n, H] → [n, V], in the dtype of `weight`."""
+        return hidden.to(self.weight.dtype) @ self.weight.T
+
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return projected_cross_entropy(hidden.to(self.weight.dtype), self.weight, targets)
 
@@ -157,14 +162,20 @@ class ModelHead:
         self.device, self.V = word_embeddings(base).weight.device, word_embeddings(base).num_embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of n positions: [n, H] → [n, V], at least fp32."""
-        self.parent._modules[self.name] = _Body(hidden[None])
+        """Return the logits of n positions: [n, H] → [n, V], at least fp32.
+
+        Raises:
+            ModelError: The base's forward does not call the body.
+        """
+        stand_in = self.parent._modules[self.name] = _Body(hidden[None])
         own = None if self.weight is None else self.output.weight
         try:
             if own is not None:
                 self.output.weight = self.weight
             with autocast(self.device, self.compute_dtype):
                 logits = self.base(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            if not stand_in.was_called:
+                raise ModelError(f"its forward does not call {type(self.body).__name__}")
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         finally:
             self.parent._modules[self.name] = self.body
@@ -260,9 +271,10 @@ class _Body(nn.Module):
 
     def __init__(self, hidden: Tensor):
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.was_called = hidden, False
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        self.was_called = True
         return _BodyOutput(last_hidden_state=self.hidden)
 
 

@@ -12,9 +12,9 @@ from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
-from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.out_of_memory import reason_or_raise
 
-PROBE_TOKENS = 5  # number of tokens that `check_forward` runs
+PROBE_TOKENS = 5  # number of tokens with which a base is checked
 _checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`
 
 
@@ -57,6 +57,14 @@ def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch, last: in
     return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **keep).logits, labels
 
 
+def probe_ids(base: PreTrainedModel) -> Tensor:
+    """Return a few token ids with which a base is checked, [1, T] int64 with T ≤ PROBE_TOKENS, on the base's device.
+    Special tokens, which usually come first, are left out if there are enough others."""
+    words = word_embeddings(base).weight
+    first = max(0, min(8, len(words) - PROBE_TOKENS))
+    return torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]
+
+
 @torch.no_grad()
 def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Check on a few tokens that a prompt can be prepended to the embeddings of `base`: for T token ids, its own
@@ -72,9 +80,7 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """
     if base.config.model_type == "bloom" or base in _checked:
         return
-    kind, words = type(base).__name__, word_embeddings(base).weight
-    first = max(0, min(8, len(words) - PROBE_TOKENS))
-    ids = torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]  # [1, T + 1]
+    kind, words, ids = type(base).__name__, word_embeddings(base).weight, probe_ids(base)  # ids [1, T + 1]
     mask, positions = torch.ones_like(ids), {}
     if "position_ids" in inspect.signature(base.forward).parameters:
         positions["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T + 1]
@@ -83,10 +89,7 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
             own = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1].float()
             ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason}") from None
+        raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason_or_raise(error)}") from None
     off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
     if not off <= (1e-3 if compute_dtype.itemsize >= 4 else 5e-2) * size:  # NaN is refused, too
         raise ModelError(

@@ -1,19 +1,24 @@
-"""Split a base into its body and its head."""
+"""Split a base into its body and its head, and check the split on a few tokens."""
 
+import copy
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from softprompt.engines.head import Head, LinearHead, ModelHead, in_dtype
+from softprompt.engines.head import LinearHead, ModelHead, in_dtype
+from softprompt.engines.padded import probe_ids
 from softprompt.models.loading import word_embeddings
+from softprompt.models.precision import autocast
 from softprompt.models.quantization import holds_quantized
 from softprompt.utils.errors import ModelError
-from softprompt.utils.model_config import text_config
-from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.out_of_memory import reason_or_raise
 
-PROBE_SIZE = 1000.0  # largest logit in the test with which `split_base` detects soft caps
+PROBE_SIZE = 1000.0  # largest logit in the test with which `_linear_head` detects soft caps and scales
+PROBE_ROWS = 256  # number of the head's rows in that test
+MIN_LOG_PROBABILITY = -100.0  # a smaller one counts as this; some bases mask tokens with -inf
 
 
 class SplitBase(NamedTuple):
@@ -25,7 +30,7 @@ class SplitBase(NamedTuple):
     """
 
     body: nn.Module
-    head: Head
+    head: LinearHead | ModelHead
 
 
 @torch.no_grad()
@@ -33,44 +38,77 @@ def split_base(base: PreTrainedModel, compute_dtype: torch.dtype) -> SplitBase:
     """Split a base into its body and its head: a `LinearHead` if the base's logits are hidden · headᵀ, else a
     `ModelHead`.
 
-    The body is the outermost `PreTrainedModel` within `base` for which `ModelHead` computes logits without an error.
-    The head is tested on two random hidden states whose logits are so large that a soft cap or a scale changes them.
+    The body is the outermost `PreTrainedModel` within `base` that passes `_check` with a head.
 
     Raises:
         ModelError: The base has no such body.
-    """
-    linear, device = base.get_output_embeddings(), word_embeddings(base).weight.device
-    is_linear = isinstance(linear, nn.Linear) and not holds_quantized(linear)
-    H = linear.in_features if is_linear else text_config(base.config).hidden_size
-    hidden = torch.randn(2, H, generator=torch.Generator().manual_seed(0)).to(device)
-    if is_linear:
-        weight = in_dtype(linear.weight, compute_dtype)
-        hidden *= PROBE_SIZE / (hidden.to(compute_dtype) @ weight.T).abs().max().clamp(min=1e-30)
-    general, logits = _first_that_works(base, compute_dtype, hidden)
-    if not is_linear or linear.bias is not None:
-        return SplitBase(general.body, general)
-    expected = hidden.to(compute_dtype) @ weight.T
-    tolerance = 1e-4 if compute_dtype.itemsize >= 4 else 8e-3  # two roundings of bf16
-    if (logits - expected.to(logits.dtype)).abs().max() > tolerance * PROBE_SIZE:
-        return SplitBase(general.body, general)
-    return SplitBase(general.body, LinearHead(weight, 0 if weight.dtype is linear.weight.dtype else weight.nbytes))
-
-
-def _first_that_works(base: PreTrainedModel, dtype: torch.dtype, hidden: Tensor) -> tuple[ModelHead, Tensor]:
-    """Return the `ModelHead` of the outermost body that can be replaced, and its logits [n, V] for `hidden` [n, H].
-
-    Raises:
-        ModelError: No body can be replaced.
     """
     reason = "it has no body"
     for name, module in base.named_modules():
         if name and isinstance(module, PreTrainedModel):
             parent, _, attribute = name.rpartition(".")
-            head = ModelHead(base, base.get_submodule(parent), attribute, dtype)
-            try:
-                return head, head.logits(hidden)
-            except Exception as error:  # the forward uses the body in another way
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+            general = ModelHead(base, base.get_submodule(parent), attribute, compute_dtype)
+            for head in filter(None, (_linear_head(general), general)):
+                try:
+                    _check(base, SplitBase(module, head), compute_dtype, name)
+                    return SplitBase(module, head)
+                except Exception as error:  # the forward uses the body in another way
+                    reason = reason_or_raise(error)
     raise ModelError(f"{base.name_or_path}: {type(base).__name__} cannot be split into a body and a head: {reason}")
+
+
+def _linear_head(head: ModelHead) -> LinearHead | None:
+    """Return the `LinearHead` that computes the logits of `head`; None if there is none.
+
+    The test uses a few rows of the output layer, and hidden states whose largest logit is so large that a soft cap
+    changes it. It runs in at least fp32, where a scale near 1 differs from rounding.
+    """
+    linear = head.output
+    if not isinstance(linear, nn.Linear) or holds_quantized(linear) or linear.bias is not None:
+        return None
+    weight = in_dtype(linear.weight, head.compute_dtype)
+    rows = weight[:PROBE_ROWS].to(torch.promote_types(weight.dtype, torch.float32))
+    hidden = torch.randn(2, rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+    hidden *= PROBE_SIZE / (hidden @ rows.T).abs().max().clamp(min=1e-30)
+    exact = copy.copy(head)
+    exact.compute_dtype, exact.weight = rows.dtype, nn.Parameter(rows, requires_grad=False)
+    try:
+        off = (exact.logits(hidden) - hidden @ rows.T).abs().max().item()
+    except Exception as error:  # for example, there are other modules between body and output layer
+        reason_or_raise(error)
+        return None
+    if not off <= 1e-4 * PROBE_SIZE:
+        return None
+    return LinearHead(weight, 0 if weight.dtype is linear.weight.dtype else weight.nbytes)
+
+
+def _check(base: PreTrainedModel, split: SplitBase, compute_dtype: torch.dtype, name: str) -> None:
+    """Check that body and head together give the log-probabilities of the base's own forward for a few tokens. A split
+    that passed is not checked again.
+
+    The body is the same in both cases, so only the head's roundings can differ, also in half precision.
+
+    Args:
+        name: The name of the body within the base.
+
+    Raises:
+        ModelError: The log-probabilities differ.
+    """
+    passed, kind = _passed.setdefault(base, set()), (name, compute_dtype, type(split.head))
+    if kind in passed:
+        return
+    ids = probe_ids(base)
+    given = {"inputs_embeds": word_embeddings(base)(ids), "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with autocast(ids.device, compute_dtype):
+        own = base(**given).logits[0]
+        hidden = split.body(**given).last_hidden_state[0]
+    expected, ours = (
+        logits.double().log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY) for logits in (own, split.head.logits(hidden))
+    )
+    off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
+    if not off <= max(1e-4, 4 * torch.finfo(compute_dtype).eps) * size:  # NaN is refused, too
+        raise ModelError(f"together they give other log-probabilities than its own forward (they differ by {off:.2g})")
+    passed.add(kind)
+
+
+_passed: WeakKeyDictionary[PreTrainedModel, set[tuple[str, torch.dtype, type]]] = WeakKeyDictionary()

@@ -11,6 +11,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def reason_or_raise(error: Exception) -> str:
+    """Return the message of an error in one line of at most 200 characters, or its type if it has no message.
+
+    Raises:
+        RuntimeError: `error` itself, if it means out of memory.
+    """
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        raise error
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def smaller_batch(error: RuntimeError, batch_size: int) -> int:
     """Return half of `batch_size`, and say so, if `error` means out of memory.
 
