@@ -8,13 +8,11 @@ from transformers import PreTrainedModel
 
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine, OnRows, nothing
+from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
     CheckResult,
-    cache_result,
-    cached_result,
     compare_losses,
-    result_key,
     rows_to_check,
 )
 from softprompt.prompt.soft_prompt import PromptEmbedding

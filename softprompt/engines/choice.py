@@ -12,17 +12,15 @@ from transformers import PreTrainedModel
 from softprompt.config.loader import TrainConfig
 from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
+from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.factory import Blocks, make_engine, padded_engine
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.self_check import (
     CLEARLY_FASTER,
     CheckResult,
-    cache_result,
-    cached_result,
     compare,
     compare_losses,
     measure_speed,
-    result_key,
     rows_to_check,
 )
 from softprompt.models.bloom_weights import is_bloom
@@ -55,10 +53,11 @@ def choose_engine(
     """Choose and build the engine of a training run.
 
     `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
-    is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. If several functions
-    could compute its attention (see `attn_implementations`), each is checked and the fastest is taken. There is no
-    check with `--engine padded`, with a BLOOM that does not hold its blocks, and without rows that have targets; see
-    `make_engine` for the choice then. If the layers are sharded, all ranks check the same rows.
+    is not clearly slower, or if the padded one has no memory for the longest row. `--engine packed` takes it whatever
+    its speed, after the same check. If several functions could compute its attention (see `attn_implementations`), each
+    is checked and the fastest is taken. There is no check with `--engine padded`, with a BLOOM that does not hold its
+    blocks, and without rows that have targets; see `make_engine` for the choice then. If the layers are sharded, all
+    ranks check the same rows.
 
     Args:
         base: The loaded, frozen base.
@@ -71,7 +70,7 @@ def choose_engine(
     Raises:
         ConfigError: `--engine packed`, but the packed engine fails the check; or see `attn_implementations`.
         ModelError: The base cannot be run on embeddings.
-        TrainingError: One of the engines runs out of memory with a single row.
+        TrainingError: See `self_check.compare`.
     """
     kind, P, args = config.model.engine, len(prompt), config.training
     names = attn_implementations(config, base, dtype, blocks)
@@ -80,7 +79,7 @@ def choose_engine(
     if not examined:
         kernel = "sdpa" if config.model.attn_implementation == "auto" else names[0]
         return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks, attn_implementation=kernel))
-    padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing)
+    padded = padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, args.gradient_checkpointing, P)
     best, found = None, CheckResult(len(examined), len(examined[0].input_ids))
     for name in names:
         packed: Engine | None = None
@@ -94,7 +93,7 @@ def choose_engine(
             found = found if best else result
         elif best is None or (result.speed or 1.0) > (found.speed or 1.0):
             best, found = packed, result
-    return _decide(kind, best, padded, found)
+    return _decide(kind, best, padded, found, len(examined[0].input_ids))
 
 
 def attn_implementations(
@@ -130,12 +129,20 @@ def attn_implementations(
     return ["flex_attention" if has_bias else "varlen", "sdpa"]
 
 
-def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResult) -> ChosenEngine:
-    """Return the packed engine (None if it is wrong) or the padded one, given the result of the check."""
+def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResult, longest: int) -> ChosenEngine:
+    """Return the packed engine (None if it is wrong) or the padded one, given the result of the check.
+
+    Args:
+        longest: Number of tokens of the longest row that was to be checked.
+    """
     if packed is None:
         if kind == "packed":
             raise ConfigError(f"--engine packed: the packed engine fails its check: {result}; give --engine auto")
         return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
+    if result.longest < longest:
+        why = "because the padded engine has no memory for them"
+        unchecked = f"rows of more than {result.longest:,} tokens are unchecked, {why}"
+        return ChosenEngine(packed, f"packed engine: {result}; {unchecked}")
     speed = result.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:
         return ChosenEngine(padded, f"padded engine, because the packed one takes {1 / speed:.1f} times as long")
@@ -163,8 +170,10 @@ def _checked(
     key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
     if result := cached_result(key, len(examined[0].input_ids)):
         return result
-    result = _with_bare_base(compare(packed, padded, prompt, examined), packed, padded, prompt, examined)
-    if result.is_right(packed.compute_dtype):
+    result = compare(packed, padded, prompt, examined, in_step=ranks > 1)
+    if result.longest == len(examined[0].input_ids):
+        result = _with_bare_base(result, packed, padded, prompt, examined)
+    if result.is_right(packed.compute_dtype) and result.longest == len(examined[0].input_ids):
         result = result._replace(speed=measure_speed(packed, padded, prompt, window))
         if not args.dry_run:
             cache_result(key, result)

@@ -17,7 +17,7 @@ from softprompt.data.tokenization import IGNORE, Example, count_targets
 from softprompt.engines.base import OnRows, nothing
 from softprompt.engines.head import Head
 from softprompt.prompt.soft_prompt import PromptEmbedding
-from softprompt.utils.errors import TrainingError
+from softprompt.utils.errors import OutOfMemoryError
 from softprompt.utils.out_of_memory import is_out_of_memory
 from softprompt.utils.progress import say
 
@@ -171,7 +171,7 @@ class MicrobatchEngine(Generic[MicrobatchT]):
             rows: The rows that `run` computes.
 
         Raises:
-            TrainingError: Even micro-batches of one row do not fit in memory.
+            OutOfMemoryError: Even micro-batches of one row do not fit in memory.
         """
         while True:
             try:
@@ -181,7 +181,7 @@ class MicrobatchEngine(Generic[MicrobatchT]):
                 if not is_out_of_memory(error):
                     raise
                 if self.tokens_per_microbatch <= longest:
-                    raise TrainingError(
+                    raise OutOfMemoryError(
                         f"out of memory with one row of {longest:,} tokens at a time; give a smaller --max_length"
                         + ("" if self.schedule.gradient_checkpointing else ", or --gradient_checkpointing")
                     ) from None

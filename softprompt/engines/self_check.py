@@ -1,34 +1,25 @@
 """The check of the packed engine before the first step: on a few rows of the run, its losses and its gradient must
 agree with those of the padded engine. Both engines are also timed; `--engine auto` uses the result.
 
-The result is cached; `result_key` lists what it depends on. It holds for rows up to the longest one that was checked,
-because a base may treat longer rows differently (sliding windows, chunks).
+The result is cached (see `check_cache`). It holds for rows up to the longest one that was checked, because a base may
+treat longer rows differently (sliding windows, chunks).
 """
 
-import contextlib
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from softprompt.data.examples import IGNORE, Example, Examples, count_targets
 from softprompt.engines.base import Engine
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.prompt.soft_prompt import PromptEmbedding
-from softprompt.utils.atomic_io import cache_dir, write_files
-from softprompt.utils.errors import TrainingError
-from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.errors import OutOfMemoryError, TrainingError
+from softprompt.utils.out_of_memory import reason_or_raise
 
 # The largest differences that count as rounding: of a row's loss per token (relative if that loss is above 1), and of
 # the gradient, relative to its norm. If rounding changes a base's gradient more, the tolerance is larger: see `noise`
@@ -36,9 +27,10 @@ from softprompt.utils.out_of_memory import is_out_of_memory
 LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 2.0
-CHECKED_PACKAGES = ("data", "engines", "generation", "models", "prompt", "utils")
+MAX_GRADIENT_ERROR = 0.4  # however large the noise is: the error of half a gradient is 0.5
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
 MAX_ROUNDS = 30  # of alternating measurements
+AFFORDABLE = 20.0  # seconds that the second measurement of a few rows may take
 CLEARLY_FASTER = 1.1  # a smaller advantage of the padded engine may be chance
 
 
@@ -67,7 +59,7 @@ class CheckResult(NamedTuple):
 
     def is_right(self, dtype: torch.dtype) -> bool:
         """Whether rounding in the compute dtype `dtype` explains the differences."""
-        most = max(GRADIENT_TOLERANCE[dtype], NOISE_FACTOR * self.noise)
+        most = max(GRADIENT_TOLERANCE[dtype], min(MAX_GRADIENT_ERROR, NOISE_FACTOR * self.noise))
         return self.loss_error <= LOSS_TOLERANCE[dtype] and self.gradient_error <= most
 
     def __str__(self) -> str:
@@ -108,22 +100,35 @@ def _repeated(row: Example, tokens: int) -> Example:
     return Example([*ids, *row.input_ids], [IGNORE] * before + list(row.labels))
 
 
-def compare(packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example]) -> CheckResult:
+def compare(
+    packed: Engine, padded: MicrobatchEngine[Any], prompt: Tensor, rows: Sequence[Example], in_step: bool = False
+) -> CheckResult:
     """Compare losses and gradients of both engines. An error of the packed engine becomes `CheckResult.failure`.
+
+    If the padded engine has no memory for the longest row, and the packed one has, only the other rows are compared.
 
     Args:
         prompt: [P, H].
-        rows: Rows with at least one target each.
+        rows: Rows with at least one target each, longest first.
+        in_step: Whether the base is sharded, so that all ranks must make the same passes: then a lack of memory is an
+            error.
 
     Raises:
-        TrainingError: One of the engines runs out of memory with a single row.
+        TrainingError: The padded engine has no memory for a single row; see `in_step`, too.
     """
     longest = max(len(row.input_ids) for row in rows)
-    expected_losses, expected = _losses_and_gradient(padded, prompt, rows)
+    try:
+        expected_losses, expected = _losses_and_gradient(padded, prompt, rows)
+    except OutOfMemoryError:
+        if in_step or len(rows) == 1 or not _runs(packed, prompt, rows[:1]):
+            raise
+        return compare(packed, padded, prompt, rows[1:])
     try:
         losses, gradient = _losses_and_gradient(packed, prompt, rows)
     except Exception as error:
-        return CheckResult(len(rows), longest, failure=_reason(error))
+        if isinstance(error, TrainingError) and (in_step or not isinstance(error, OutOfMemoryError)):
+            raise
+        return CheckResult(len(rows), longest, failure=reason_or_raise(error))
     noise = _relative(_gradient(padded, _rounded(prompt, padded.compute_dtype), rows), expected)
     noise = noise if math.isfinite(noise) else 0.0
     return CheckResult(
@@ -142,70 +147,46 @@ def compare_losses(packed: Engine, padded: Engine, prompt: Tensor | None, rows: 
     try:
         losses = _losses_per_target(packed, prompt, rows)
     except Exception as error:
-        return CheckResult(len(rows), longest, failure=_reason(error))
+        if isinstance(error, TrainingError):
+            raise
+        return CheckResult(len(rows), longest, failure=reason_or_raise(error))
     return CheckResult(len(rows), longest, _largest_error(losses, expected), 0.0)
 
 
 def measure_speed(packed: Engine, padded: Engine, prompt: Tensor, window: Sequence[Example]) -> float:
     """Return the time that the padded engine takes for the gradient of a window, divided by that of the packed engine.
 
-    Both are first timed once on up to `FEW_ROWS` rows. If the whole window would take both engines more than a second
-    together, the ratio of these times is returned. Otherwise both are timed alternately on the window, for about a
-    tenth of a second but at least three times, and the ratio of their shortest times is returned: other processes can
-    only make a measurement longer.
+    Both are first timed once on up to `FEW_ROWS` rows. If the whole window would take both engines at most a second
+    together, they are then timed alternately on the window, for about a tenth of a second but at least three times.
+    Otherwise they are timed once more on the few rows, unless that would take more than `AFFORDABLE` seconds. The
+    result is the ratio of the engines' shortest times on the same rows: other processes can only make a measurement
+    longer, and the first one may include the allocation of memory.
     """
     few = window[:: max(1, len(window) // FEW_ROWS)][:FEW_ROWS]
-    once = [_seconds(engine, prompt, few) for engine in (padded, packed)]
-    expected = sum(once) * len(window) / len(few)
-    if expected > 1:
-        return once[0] / once[1]
-    rounds = min(MAX_ROUNDS, max(3, round(0.1 / expected)))
-    times = [[_seconds(engine, prompt, window) for engine in (padded, packed)] for _ in range(rounds)]
+    times = [[_seconds(engine, prompt, few) for engine in (padded, packed)]]
+    once = sum(times[0])
+    expected = once * len(window) / len(few)
+    if expected <= 1:
+        rows, rounds, times = window, min(MAX_ROUNDS, max(3, round(0.1 / expected))), []
+    else:
+        rows, rounds = few, 1 if once <= AFFORDABLE else 0
+    times += [[_seconds(engine, prompt, rows) for engine in (padded, packed)] for _ in range(rounds)]
     slow, fast = map(min, zip(*times, strict=True))
     return slow / fast
-
-
-def cached_result(key: str, longest: int) -> CheckResult | None:
-    """Return the cached result for `key` if it holds for rows of `longest` tokens."""
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        result = CheckResult(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
-        numbers = result._replace(speed=result.speed or 0.0)[:-1]
-        if all(isinstance(number, int | float) for number in numbers) and result.longest >= longest:
-            return result
-    return None
-
-
-def cache_result(key: str, result: CheckResult) -> None:
-    """Cache the result of a check that the packed engine passed. If the result cannot be written, it is not cached.
-
-    Do not cache a failed check: the packed engine may be right for shorter rows, and an error may not occur again.
-    """
-    folder = cache_dir("engines")
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, {key: json.dumps(result._asdict()).encode()})
-
-
-def result_key(base: PreTrainedModel, device: torch.device, dtype: torch.dtype, P: int, *settings: Any) -> str:
-    """Return the key under which a result is cached: a hash of the base's configuration and class, the GPU or the
-    number of CPU threads, the dtype, P, the versions of torch, transformers and softprompt, the code and `settings`."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
-    versions = torch.__version__, transformers.__version__, version("softprompt"), _code_hash()
-    about = [base.config.to_json_string(), type(base).__name__, card, str(dtype), P, versions, settings]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-@cache
-def _code_hash() -> str:
-    """Return a hash of the modules that compute what is checked. The version alone does not change with them."""
-    package = Path(__file__).parents[1]
-    files = sorted(path for name in CHECKED_PACKAGES for path in (package / name).glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _losses_and_gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> tuple[list[float], Tensor]:
     """Return each row's loss per target, and the gradient [P, H] of the mean loss over all targets."""
     return _losses_per_target(engine, prompt.to(engine.device), rows), _gradient(engine, prompt, rows)
+
+
+def _runs(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> bool:
+    """Whether an engine can compute the gradient of rows."""
+    try:
+        _gradient(engine, prompt, rows)
+    except Exception:  # see `compare`
+        return False
+    return True
 
 
 def _gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> Tensor:
@@ -231,14 +212,6 @@ def _rounded(prompt: Tensor, dtype: torch.dtype) -> Tensor:
 def _largest_error(losses: Sequence[float], expected: Sequence[float]) -> float:
     """Return the largest difference of two losses per target, relative to the expected one if it is above 1."""
     return max(_difference(a, b) / max(1.0, abs(b)) for a, b in zip(losses, expected, strict=True))
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error of the packed engine, which may be any exception, since a model may not expect to
-    be called in this way. If memory ran out, raise the error again."""
-    if isinstance(error, TrainingError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
-        raise error
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

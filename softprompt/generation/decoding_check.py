@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
+from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.padded import padded_forward
-from softprompt.engines.self_check import CheckResult, cache_result, cached_result, result_key
+from softprompt.engines.self_check import CheckResult
 from softprompt.generation.continuous_batching import StepModel
 from softprompt.generation.cuda_graphs import with_graphs
 from softprompt.generation.packed_step import PackedStep, Slot
@@ -21,7 +22,7 @@ from softprompt.generation.sampling import RequestState
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.utils.errors import ModelError
-from softprompt.utils.out_of_memory import is_out_of_memory
+from softprompt.utils.out_of_memory import reason_or_raise
 
 P, SHORT, STEPS = 3, 5, 3  # virtual tokens, tokens of the shorter text, compared steps (the first is the prefill)
 FIRST_LENGTH = 20  # tokens of the longer text behind the prompt, in the first check of a base
@@ -54,9 +55,7 @@ def _difference(model: StepModel, base: PreTrainedModel, dtype: torch.dtype, lon
         try:
             ours = _logits_of_steps(model, texts, values)
         except Exception as error:  # models that are called in an unexpected way may raise any exception
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
-            return " ".join(str(error).split())[:200] or type(error).__name__
+            return reason_or_raise(error)
         expected = torch.stack([_own_logits(base, dtype, text, values) for text in texts])  # [2, STEPS, V]
         off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
         if not off <= (1e-3 if dtype.itemsize >= 4 else 5e-2) * size:

@@ -32,6 +32,7 @@ from softprompt.models.quantization import (
 from softprompt.models.weight_checks import check_complete, check_finite, check_quantized_tensors
 from softprompt.utils import hub
 from softprompt.utils.errors import ModelError, first_line, loading_error
+from softprompt.utils.model_config import text_config
 from softprompt.utils.progress import bar_settings, shows_bars
 
 
@@ -183,9 +184,10 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
     Weight matrices are stored in `compute_dtype`, to which autocast would otherwise cast them at each use, with the
     same result. All other parameters (embeddings, norms, biases, a tied head) become fp32, whatever their dtype in the
     files. Modules with quantized weights keep all their parameters as they are; those of bitsandbytes compute with the
-    dequantized weights from now on (see `bitsandbytes_linear`).
+    dequantized weights from now on (see `bitsandbytes_linear`). See `use_soft_caps`, too.
     """
     base.requires_grad_(False).eval()
+    use_soft_caps(base)
     use_dequantized_weights(base)
     matrices = {id(matrix) for module in base.modules() for matrix in _weight_matrices(module)}
     matrices.discard(id(word_embeddings(base).weight))
@@ -194,6 +196,15 @@ def freeze(base: PreTrainedModel, compute_dtype: torch.dtype) -> PreTrainedModel
         if id(parameter) not in kept:
             parameter.data = parameter.data.to(compute_dtype if id(parameter) in matrices else torch.float32)
     return base
+
+
+def use_soft_caps(base: PreTrainedModel) -> None:
+    """Let `base` compute its own attention with matrix products ("eager") instead of scaled_dot_product_attention if
+    its scores have a soft cap (Gemma 2), which the latter does not compute. Some versions of transformers leave the
+    cap out without a message."""
+    config = text_config(base.config)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        base.set_attn_implementation("eager")
 
 
 def _weight_matrices(module: nn.Module) -> Iterator[nn.Parameter]:

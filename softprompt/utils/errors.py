@@ -94,6 +94,10 @@ class NonFiniteError(TrainingError):
     """A loss, a gradient or a prompt is not finite. All ranks raise it together: they compute the same values."""
 
 
+class OutOfMemoryError(TrainingError):
+    """Memory does not suffice even for one row at a time."""
+
+
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as in shells
 TIMEOUT_EXIT_CODE = 124  # as timeout(1) returns
 EXIT_CODES = (*SIGNAL_EXIT_CODES.values(), TIMEOUT_EXIT_CODE)

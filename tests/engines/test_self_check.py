@@ -15,21 +15,23 @@ from torch.nn.attention import varlen
 from softprompt.config.loader import train_config
 from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines import choice, self_check, varlen_attention
+from softprompt.engines import check_cache, choice, self_check, varlen_attention
+from softprompt.engines.check_cache import result_key
 from softprompt.engines.choice import choose_engine
+from softprompt.engines.decoder_attention import ATTENTION
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
+    GRADIENT_TOLERANCE,
     CheckResult,
     compare,
     measure_speed,
-    result_key,
     rows_to_check,
 )
 from softprompt.models.loading import freeze
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.resume_settings import merge_settings
-from softprompt.utils.errors import ConfigError
+from softprompt.utils.errors import ConfigError, TrainingError
 
 FP32 = torch.float32
 ROWS = random_examples(5, 3 * WINDOW, seed=4)
@@ -181,6 +183,20 @@ def test_a_base_whose_gradient_depends_on_rounding_gets_a_larger_tolerance():
     assert not CheckResult(4, 9, 0.0, float("inf"), noise=1.2e-3).is_right(FP32)
 
 
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_no_noise_explains_half_a_gradient_or_none(factor, dtype, tokenizer, monkeypatch):
+    base = freeze(small_base("llama"), dtype)
+    padded, packed = padded_engine(base, tokenizer, dtype, 100), packed_engine(base, dtype, 100)
+    prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(self_check, "_rounded", lambda prompt, dtype: -prompt)
+    assert compare(packed, padded, prompt, ROWS).is_right(dtype)
+    loss = packed.schedule.head.loss
+    monkeypatch.setattr(packed.schedule.head, "loss", lambda hidden, targets: factor * loss(hidden, targets))
+    result = compare(packed, padded, prompt, ROWS)
+    assert result.noise > 0.5 and not result.is_right(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, FP32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("of_prompt", [FP32, torch.float64], ids=str)
 def test_errors_of_the_size_of_rounding(dtype, of_prompt):
@@ -192,14 +208,22 @@ def test_errors_of_the_size_of_rounding(dtype, of_prompt):
     assert change.mean().abs() < 0.1 * epsilon
 
 
+def test_a_result_holds_for_one_kind_of_cpu(monkeypatch):
+    base, cpu = small_base("llama"), torch.device("cpu")
+    assert check_cache._cpu_name()
+    here = result_key(base, cpu, FP32, 3)
+    monkeypatch.setattr(check_cache, "_cpu_name", lambda: "another CPU")
+    assert result_key(base, cpu, FP32, 3) != here
+
+
 def test_a_result_does_not_outlive_a_change_of_the_code(monkeypatch):
     base = small_base("llama")
     keys = [result_key(base, torch.device("cpu"), FP32, 3) for _ in range(2)]
     for packages in (("engines",), ("generation",), ()):
-        monkeypatch.setattr(self_check, "CHECKED_PACKAGES", packages)
-        self_check._code_hash.cache_clear()
+        monkeypatch.setattr(check_cache, "CHECKED_PACKAGES", packages)
+        check_cache._code_hash.cache_clear()
         keys.append(result_key(base, torch.device("cpu"), FP32, 3))
-    self_check._code_hash.cache_clear()
+    check_cache._code_hash.cache_clear()
     assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
@@ -293,19 +317,65 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_taken(tokenizer, monkeypatch):
     assert engine.schedule.attn_implementation == "sdpa" and how.startswith("packed engine")
 
 
+def forget_memory(monkeypatch, base, most):
+    """Let the base have no memory for more than so many positions at once: `most` by the engine's kind."""
+
+    def refuse(module, inputs):
+        kind = "packed" if base.config._attn_implementation == ATTENTION else "padded"
+        if inputs[0].shape[0] * inputs[0].shape[1] > most.get(kind, 10_000):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory (as a test has it)")
+
+    base.model.layers[1].register_forward_pre_hook(refuse)
+
+
+@pytest.mark.parametrize("engine", ["auto", "packed"])
+def test_rows_for_which_the_padded_engine_has_no_memory_are_left_out_of_the_check(engine, tokenizer, monkeypatch):
+    """The packed engine has the memory, so the run goes on; the line says what is unchecked."""
+    timed, base = at_speed(monkeypatch, 0.1), small_base("llama")
+    lengths = sorted((len(row.input_ids) for row in rows_to_check(ROWS)), reverse=True)
+    forget_memory(monkeypatch, base, {"padded": 5 + lengths[1]})
+    chosen = choose(base, tokenizer, engine=engine, tokens_per_microbatch=1000)
+    assert kind_of(chosen) == "packed" and not timed
+    assert f"on {CHECKED_ROWS - 1} rows" in chosen.how and f"more than {lengths[1]} tokens are unchecked" in chosen.how
+
+
+def test_a_packed_engine_that_has_no_memory_is_not_taken(tokenizer, monkeypatch):
+    base = small_base("llama")
+    forget_memory(monkeypatch, base, {"packed": 8})
+    chosen = choose(base, tokenizer, tokens_per_microbatch=1000)
+    assert kind_of(chosen) == "padded" and "out of memory" in chosen.how
+
+
+@pytest.mark.parametrize("most", [{"packed": 8, "padded": 8}, {"packed": 8, "padded": 20}])
+def test_without_memory_for_the_longest_row_in_either_engine_the_run_ends(most, tokenizer, monkeypatch):
+    base = small_base("llama")
+    forget_memory(monkeypatch, base, most)
+    with pytest.raises(TrainingError, match="out of memory with one row"):
+        choose(base, tokenizer, tokens_per_microbatch=1000)
+
+
 class TimedEngine:
     """An engine whose gradient takes `seconds`, and `busy` seconds longer in two of three calls."""
 
-    device = torch.device("cpu")
+    device, first = torch.device("cpu"), 0.0
 
     def __init__(self, seconds, busy=0.0):
         self.calls, self.seconds, self.busy = 0, seconds, busy
 
     def accumulate(self, *args):
         self.calls += 1
-        time.sleep(self.seconds + (self.busy if self.calls % 3 else 0))
+        time.sleep(self.seconds + (self.busy if self.calls % 3 else 0) + (self.first if self.calls == 1 else 0))
 
 
 def test_a_busy_machine_does_not_decide_which_engine_is_faster():
     packed, padded = TimedEngine(0.002, busy=0.02), TimedEngine(0.006)
     assert measure_speed(packed, padded, torch.zeros(1, 4), ROWS) > 1.5
+
+
+@pytest.mark.parametrize(("affordable", "calls"), [(20.0, 2), (0.0, 1)])
+def test_a_step_that_takes_long_is_measured_twice_on_a_few_rows_if_that_is_affordable(affordable, calls, monkeypatch):
+    monkeypatch.setattr(self_check, "AFFORDABLE", affordable)
+    packed, padded = TimedEngine(0.002), TimedEngine(0.006)
+    packed.first = 0.05  # as if the first call allocated memory
+    speed = measure_speed(packed, padded, torch.zeros(1, 4), ROWS * 200)
+    assert packed.calls == padded.calls == calls and (speed > 1.5) == (calls == 2)

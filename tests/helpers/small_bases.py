@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from softprompt.models.loading import use_soft_caps
+
 WINDOW = 8  # of those with a sliding window
 SIZES: dict[str, Any] = {
     **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -56,6 +58,5 @@ def small_base(kind: str, seed: int = 0, **others: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    if kind == "gemma2":  # with sdpa, transformers 5.17 leaves its soft caps out
-        model.set_attn_implementation("eager")
+    use_soft_caps(model)  # as `freeze` does: references are computed before it is frozen
     return model.float().requires_grad_(False)
