@@ -1,5 +1,6 @@
 """The packed schedule for transformers' decoders: it runs the base's own modules with `packed_attention`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Packed, has_targets
-from softprompt.data.tokenization import Example
+from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
 from softprompt.engines.decoder_attention import (
     LayerKV,
@@ -110,17 +111,35 @@ class DecoderSchedule(PrefixSchedule):
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
-        longest = max((len(row.input_ids) for row in window), default=0)
-        largest = self.largest_microbatch(window, tokens_per_microbatch)
-        rows = self.measured.bytes(largest, P + longest, self.gradient_checkpointing)
-        return self.head.nbytes + rows + self.measured.bytes(P, P) + self.head.working_bytes(largest)
+        parts = [(_lengths(part), sum(map(count_targets, part))) for part in self.cut(window, tokens_per_microbatch, P)]
+        rows = (self.microbatch_bytes(P, lengths) + self.head.working_bytes(n) for lengths, n in parts)
+        return self.head.nbytes + self.prompt_bytes(P) + max(rows, default=0)
+
+    def microbatch_bytes(self, P: int, lengths: Sequence[int]) -> int:
+        """Estimate the bytes that rows of `lengths` tokens keep until their backward pass."""
+        return self.measured.bytes(lengths, P, self.gradient_checkpointing)
+
+    def token_bytes(self, P: int, T: int) -> int:
+        """Estimate the bytes that each of the tokens of a micro-batch keeps, in rows of T tokens."""
+        return math.ceil(self.microbatch_bytes(P, [T]) / T)
+
+    def prompt_bytes(self, P: int) -> int:
+        """Estimate the bytes that the P virtual tokens keep until the end of a window."""
+        return self.measured.bytes([P])
 
     @property
     def measured(self) -> ActivationMeasure:
         """The memory that tokens keep for the backward pass; it is measured at the first access."""
         if self._measured is None:
-            self._measured = measure_activations(self.base, self._run_row)
+            self._measured = measure_activations(self.base, self._run_behind_zeros, behind_prompt=True)
         return self._measured
+
+    def _run_behind_zeros(self, embeddings: Tensor, P: int) -> None:
+        """Run one row [T, H] behind P virtual tokens whose keys and values are 0."""
+        T, layout = len(embeddings), self.layout if P else []
+        zeros = {module: LayerKV(*(_zeros(t, P) for t in kv)) for module, kv in layout}
+        rows = PackedRows([T], self.device, P, zeros)
+        self.run_body(embeddings, torch.arange(P, P + T, device=self.device), rows)
 
     def _rows(self, lengths: list[int], P: int, prompt: Mapping[nn.Module, LayerKV] | None = None) -> PackedRows:
         """Return the attention of packed rows. For the arguments see `PackedRows`."""
@@ -183,6 +202,16 @@ class JointDecoderSchedule(JointSchedule[Packed], DecoderSchedule):
     def empty_prompt(self) -> Tensor:
         """See `JointSchedule.empty_prompt`."""
         return word_embeddings(self.base).weight[:0]
+
+
+def _zeros(t: Tensor, P: int) -> Tensor:
+    """Return zeros like the leaves of `PrefixSchedule.accumulate`: [P, …] for keys or values [0, …]."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return torch.zeros(P, *t.shape[1:], dtype=dtype, device=t.device, requires_grad=True)
+
+
+def _lengths(rows: Sequence[Example]) -> list[int]:
+    return [len(row.input_ids) for row in rows]
 
 
 def _positions(P: int, batch: Packed) -> list[Tensor]:

@@ -76,7 +76,7 @@ def make_engine(
     kind = kind or ("packed" if takes_packed(config.model.engine, base, device) else "padded")
     recompute = args.gradient_checkpointing
     if kind == "padded":
-        return padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, recompute)
+        return padded_engine(base, tokenizer, dtype, args.tokens_per_microbatch, recompute, P)
     if isinstance(blocks, ShardedLayers) and is_bloom(base.config):
         held = 2 + math.ceil(len(blocks.layers) / blocks.world.size)
         return _layer_by_layer(config, ShardedWeights(base, blocks, dtype), held, P)
@@ -88,7 +88,7 @@ def make_engine(
         schedule = MicrobatchMajor(weights, recompute, attn_implementation)
         return MicrobatchEngine(schedule, args.tokens_per_microbatch or auto)
     sharded = isinstance(blocks, ShardedLayers)
-    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, sharded, attn_implementation)
+    return packed_engine(base, dtype, args.tokens_per_microbatch, recompute, sharded, attn_implementation, P)
 
 
 def packed_engine(
@@ -98,6 +98,7 @@ def packed_engine(
     gradient_checkpointing: bool = False,
     sharded: bool = False,
     attn_implementation: str = "sdpa",
+    P: int = 0,
 ) -> Engine:
     """Build the packed engine for a decoder other than BLOOM.
 
@@ -105,12 +106,13 @@ def packed_engine(
         tokens: Maximum number of tokens of a micro-batch; None computes it from the size of the memory.
         sharded: Whether the layers of `base` are sharded among ranks.
         attn_implementation: See `DecoderSchedule`.
+        P: Number of virtual tokens, if `tokens` is None.
 
     Raises:
         ModelError: See `DecoderSchedule`.
     """
     schedule = JointDecoderSchedule if sharded else DecoderSchedule
-    return _sized(schedule(base, dtype, gradient_checkpointing, attn_implementation), tokens)
+    return _sized(schedule(base, dtype, gradient_checkpointing, attn_implementation), tokens, P)
 
 
 def padded_engine(
@@ -119,22 +121,23 @@ def padded_engine(
     dtype: torch.dtype,
     tokens: int | None = None,
     gradient_checkpointing: bool = False,
+    P: int = 0,
 ) -> MicrobatchEngine[Any]:
     """Build the padded engine; for the arguments see `packed_engine`.
 
     Raises:
         ModelError: See `PaddedSchedule`.
     """
-    return _sized(PaddedSchedule(base, tokenizer.pad_token_id, dtype, gradient_checkpointing), tokens)
+    return _sized(PaddedSchedule(base, tokenizer.pad_token_id, dtype, gradient_checkpointing), tokens, P)
 
 
-def _sized(schedule: DecoderSchedule | PaddedSchedule, tokens: int | None) -> MicrobatchEngine[Any]:
+def _sized(schedule: DecoderSchedule | PaddedSchedule, tokens: int | None, P: int) -> MicrobatchEngine[Any]:
     """Return the engine of `schedule` with micro-batches of at most `tokens` tokens; None means as many as fit into
-    memory."""
+    memory, in rows of MIN_TOKENS tokens behind P virtual tokens."""
     if tokens is None:
         head = schedule.head.nbytes + schedule.head.working_bytes(MAX_TOKENS[schedule.device.type])
-        held = resident_bytes(schedule.base) + head
-        token = schedule.measured.bytes(1, MIN_TOKENS, schedule.gradient_checkpointing)
+        held = resident_bytes(schedule.base) + head + schedule.prompt_bytes(P)
+        token = schedule.token_bytes(P, MIN_TOKENS)
         tokens = tokens_that_fit(token, held, schedule.device, total_memory(schedule.device))
     return MicrobatchEngine(schedule, tokens)
 

@@ -1,5 +1,6 @@
 """The padded schedule, for any causal language model: rows are padded and run through the base's own forward."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch, collate_padded, cut_by_tokens
-from softprompt.data.tokenization import IGNORE, Example
+from softprompt.data.tokenization import IGNORE, Example, count_targets
 from softprompt.engines.activation_measure import ActivationMeasure, measure_activations
 from softprompt.engines.joint_schedule import JointSchedule
 from softprompt.engines.microbatch_engine import LossInputs
@@ -96,18 +97,39 @@ class PaddedSchedule(JointSchedule[PaddedRows]):
 
     def activation_bytes(self, P: int, window: Sequence[Example], tokens_per_microbatch: int) -> int:
         """See `Schedule.activation_bytes`."""
-        longest = max((len(row.input_ids) for row in window), default=0)
-        tokens = len(window) * (P + longest)
-        largest = max(P + longest, min(tokens, tokens_per_microbatch)) if window else 0
-        rows = self.measured.bytes(largest, P + longest, self.gradient_checkpointing)
-        return self.head.nbytes + rows + self.head.working_bytes(largest)
+        parts = list(self.cut(window, tokens_per_microbatch, P))
+        rows = (
+            self.microbatch_bytes(P, [len(part[0].input_ids)] * len(part))
+            + self.head.working_bytes(sum(map(count_targets, part)))
+            for part in parts
+        )
+        return self.head.nbytes + max(rows, default=0)
+
+    def microbatch_bytes(self, P: int, lengths: Sequence[int]) -> int:
+        """Estimate the bytes that rows of `lengths` tokens, padding included, keep until their backward pass."""
+        return self.measured.bytes([P + T for T in lengths], 0, self.gradient_checkpointing)
+
+    def token_bytes(self, P: int, T: int) -> int:
+        """Estimate the bytes that each of the tokens of a micro-batch keeps, virtual ones included, in rows of T tokens
+        behind P virtual ones."""
+        return math.ceil(self.microbatch_bytes(P, [T]) / (P + T))
+
+    def prompt_bytes(self, P: int) -> int:
+        """Return 0: the virtual tokens belong to the rows."""
+        return 0
 
     @property
     def measured(self) -> ActivationMeasure:
         """The memory that tokens keep for the backward pass; it is measured at the first access."""
         if self._measured is None:
-            self._measured = measure_activations(self.base, lambda embeddings: self._run_body(embeddings[None]))
+            self._measured = measure_activations(self.base, self._run_padded_row)
         return self._measured
+
+    def _run_padded_row(self, embeddings: Tensor, P: int) -> None:
+        """Run one row [T, H] whose last token is padding: without any, transformers may leave out the mask."""
+        mask = torch.ones(1, len(embeddings), dtype=torch.int64, device=self.device)
+        mask[:, 1:][:, -1:] = 0
+        self._run_body(embeddings[None], attention_mask=mask)
 
     def __str__(self) -> str:
         return ""

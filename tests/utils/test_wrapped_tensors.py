@@ -19,11 +19,11 @@ def test_the_parts_of_a_tensor_are_those_that_hold_its_data():
 def test_the_memory_of_a_base_with_such_weights():
     """Its 2 · 3 · 5 values count once, as part of the base, also where a layer saves them for the backward pass."""
     base = small_base("llama")
-    resident, measured = resident_bytes(base), measure_activations(base, lambda x: x.cumsum(0).square())
+    resident, measured = resident_bytes(base), measure_activations(base, lambda x, P: x.cumsum(0).square())
     base.extra = nn.Parameter(TwoTensor(torch.zeros(3, 5), torch.zeros(3, 5)), requires_grad=False)
     assert resident_bytes(base) == resident + 2 * 3 * 5 * 4
 
-    def with_product(x):
+    def with_product(x, P):
         torch.mul(torch.zeros(3, 5, requires_grad=True), base.extra)
         return x.cumsum(0).square()
 
