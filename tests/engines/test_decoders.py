@@ -1,6 +1,8 @@
 """The packed engine for any decoder: loss and gradient against each row run alone, and against PEFT."""
 
 import copy
+import itertools
+import math
 import statistics
 
 import pytest
@@ -13,7 +15,7 @@ from helpers.small_bases import WINDOW, small_base
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import decoder_attention
 from softprompt.engines.factory import packed_engine
-from softprompt.engines.head import LinearHead, ModelHead
+from softprompt.engines.head import ModelHead
 from softprompt.engines.self_check import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from softprompt.engines.split_base import split_base
 from softprompt.models.loading import freeze
@@ -71,20 +73,20 @@ def test_it_computes_what_peft_computes(kind, P):
     assert ours == pytest.approx(expected, rel=1e-5) and relative(same, gradient) < 1e-5
 
 
-@KINDS
-def test_bf16_is_no_further_from_fp32_than_pefts_autocast(kind):
-    """The median over ten prompts, as single ones scatter (a router of experts may choose others)."""
-    ratios, losses = [], []
-    for seed in range(10):
+@pytest.mark.parametrize(("P", "prompts"), [(1, 10), (10, 4), (100, 2)])
+def test_bf16_is_no_further_from_fp32_than_pefts_autocast(P, prompts):
+    """In the geometric mean over all kinds, as single prompts scatter (a router of experts may choose others), the more
+    the shorter they are."""
+    logs = []
+    for kind, seed in itertools.product(EXACT, range(prompts)):
         base, rows = small_base(kind, seed=seed), random_examples(6, 2 * WINDOW, seed=seed)
-        start = torch.randn(5, 32, generator=torch.Generator().manual_seed(seed))
+        start = torch.randn(P, 32, generator=torch.Generator().manual_seed(seed))
         mean, truth = naive_gradient(base, start, rows)
         _, peer = peft_gradient(base, start, rows, BF16)
         ours, gradient = gradient_of(packed_engine(freeze(copy.deepcopy(base), BF16), BF16, 40), start, rows)
-        ratios.append(relative(gradient, truth) / relative(peer, truth))
-        losses.append(abs(ours - mean) / mean)
-    assert statistics.median(ratios) <= 1.1
-    assert max(losses) < 0.05
+        assert ours == pytest.approx(mean, rel=0.05)
+        logs.append(math.log(relative(gradient, truth) / relative(peer, truth)))
+    assert statistics.fmean(logs) <= 0
 
 
 def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
@@ -95,11 +97,6 @@ def test_a_window_that_is_off_by_one_is_noticed(monkeypatch):
     monkeypatch.setattr(decoder_attention, "visible", lambda *args: visible(*args[:2], args[2] + 1))
     _, wrong = gradient_of(packed_engine(base, FP32, 50), start, rows)
     assert relative(wrong, truth) > 10 * GRADIENT_TOLERANCE[FP32]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_plain_head_is_fused_with_the_loss(kind):
-    assert isinstance(split_base(small_base(kind), FP32).head, LinearHead)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
@@ -141,13 +138,6 @@ def test_other_heads_compute_chunks_of_their_own_logits(kind, chunk, monkeypatch
     (2 * torch.nn.functional.cross_entropy(head.logits(leaf), targets, reduction="sum")).backward()
     assert relative(hidden.grad, leaf.grad) < 1e-6
     assert base.get_submodule(head.name) is body  # the stand-in is gone
-
-
-@pytest.mark.parametrize(
-    ("kind", "scale"), [("cohere", {"logit_scale": 1.002}), ("granite", {"logits_scaling": 0.998})]
-)
-def test_a_scale_near_one_is_a_scale(kind, scale):
-    assert isinstance(split_base(small_base(kind, **scale), FP32).head, ModelHead)
 
 
 @pytest.mark.parametrize("positions", [6, 24])

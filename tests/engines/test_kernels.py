@@ -166,8 +166,10 @@ def test_flex_attention_skips_no_block_that_a_query_sees(lengths, P, window):
         assert set(needed.nonzero()[:, 0].tolist()) <= set(index[:count].tolist())
 
 
-def test_one_compiled_kernel_serves_all_micro_batches(monkeypatch):
-    """Sizes that are equal in one micro-batch and differ in the next, and a stream shorter than a block."""
+@pytest.mark.parametrize("name", ["alibi", "plain", "scaled", "window", "soft cap"])
+def test_one_compiled_kernel_serves_all_micro_batches(name, monkeypatch):
+    """Sizes that are equal in one micro-batch and differ in the next, and a stream shorter than a block. Each layer's
+    call makes new score and mask functions."""
     compiled = []
 
     def backend(graph, inputs):
@@ -178,9 +180,15 @@ def test_one_compiled_kernel_serves_all_micro_batches(monkeypatch):
     monkeypatch.setattr(flex_attention, "_kernel", lambda device_type: kernel)
     slopes, P = torch.tensor(alibi_slopes(N)), 10
     for lengths in ([200, 100, 3], [129] * 5, [64, 64], [2], [300, 68]):
-        stream, (q, k, v, prompt) = FlexStream(lengths, CPU, P), tensors(sum(lengths), P)
+        q, k, v, prompt = tensors(sum(lengths), P)
+        rows = FlexRows(lengths, CPU, P, {MODULE: prompt})
         with torch.no_grad():
-            stream.attend(q, *(torch.cat([p, t]) for p, t in zip(prompt, (k, v), strict=True)), stream.alibi(slopes))
+            for _ in range(2):
+                if name == "alibi":
+                    keys, values = (torch.cat([p, t]) for p, t in zip(prompt, (k, v), strict=True))
+                    rows.stream.attend(q, keys, values, rows.stream.alibi(slopes))
+                else:
+                    rows.attend(MODULE, q, k, v, OPTIONS[name])
     assert len(compiled) == 1
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.peers import greedy_alone
+from helpers.peers import greedy_alone, greedy_and_lead
 from helpers.small_bases import WINDOW, small_base
 
 from softprompt.engines.decoder_schedule import DecoderSchedule
@@ -17,7 +17,8 @@ from softprompt.generation.requests import GenerationSettings, Request
 from softprompt.models.loading import freeze
 from softprompt.utils.errors import ConfigError
 
-FP32 = torch.float32
+FP32, BF16 = torch.float32, torch.bfloat16
+LEAD = 0.3  # of the largest logit; rounding to bf16 changes less
 GREEDY = GenerationSettings(max_new_tokens=2 * WINDOW, do_sample=False)
 EXACT = [
     *("llama", "qwen2", "qwen2_full", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "phi3", "gpt_neox"),
@@ -40,6 +41,25 @@ def test_greedy_answers_are_those_of_each_text_alone(kind, batch_size, prefill, 
     requests = [Request(text, GREEDY, prompt) for text, prompt in asked]
     answers = list(in_request_order(generator.generate(requests, batch_size)))
     assert answers == [greedy_alone(base, text, prompt, GREEDY.max_new_tokens) for text, prompt in asked]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
+def test_greedy_answers_in_bf16_are_those_of_fp32_where_rounding_cannot_choose_another_token(kind, tokenizer):
+    """Texts shorter and longer than a window, with and without a prompt, share a batch."""
+    base, draw, asked, expected = small_base(kind, seed=1), torch.Generator().manual_seed(3), [], []
+    prompts = [None, *(torch.randn(P, 32, generator=draw) for P in (1, 4, WINDOW + 3))]
+    for i in range(150):
+        text = torch.randint(5, 300, ((2, WINDOW, 3 * WINDOW)[i % 3],), generator=draw).tolist()
+        answer, lead = greedy_and_lead(base, text, prompts[i % 4], 4)
+        if lead > LEAD and len(answer) == 4:
+            asked.append((text, prompts[i % 4]))
+            expected.append(answer)
+    assert len(asked) >= 6 and {len(text) for text, _ in asked} == {2, WINDOW, 3 * WINDOW}
+    model = DecoderStepModel(DecoderSchedule(freeze(base, BF16), BF16))
+    settings = GenerationSettings(max_new_tokens=4, do_sample=False)
+    generator = ContinuousBatchingGenerator(model, tokenizer)
+    requests = [Request(text, settings, prompt) for text, prompt in asked]
+    assert list(in_request_order(generator.generate(requests, 4))) == expected
 
 
 def generator_for(kind, tokenizer, engine):

@@ -1,6 +1,7 @@
 """The peer that results are compared with: PEFT's prompt tuning over the same base, and naive references."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,19 +123,28 @@ def answers_of(
     return list(in_request_order(generator_of(kind, base, tokenizer).generate(requests, batch_size)))
 
 
-@torch.no_grad()
 def greedy_alone(
     base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None, new_tokens: int, ends: Sequence[int] = (2,)
 ) -> list[int]:
     """A greedy answer by the definition: the whole row once more for every token. A token whose logit leads by less
     than 1e-4 is refused: there rounding may choose another."""
-    row = list(ids)
+    answer, lead = greedy_and_lead(base, ids, prompt, new_tokens, ends)
+    assert lead > 1e-4, "choose another seed"
+    return answer
+
+
+@torch.no_grad()
+def greedy_and_lead(
+    base: PreTrainedModel, ids: Sequence[int], prompt: Tensor | None, new_tokens: int, ends: Sequence[int] = (2,)
+) -> tuple[list[int], float]:
+    """A greedy answer by the definition, and by how much the logit of each of its tokens leads at least."""
+    row, lead = list(ids), math.inf
     for _ in range(new_tokens):
         words = base.get_input_embeddings()(torch.tensor(row))  # [T, H]
         words = words if prompt is None else torch.cat([prompt, words])
         two = base(inputs_embeds=words[None]).logits[0, -1].topk(2)
-        assert two.values[0] - two.values[1] > 1e-4, "choose another seed"
+        lead = min(lead, float(two.values[0] - two.values[1]))
         if two.indices[0] in ends:
             break
         row.append(int(two.indices[0]))
-    return row[len(ids) :]
+    return row[len(ids) :], lead
