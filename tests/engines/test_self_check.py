@@ -22,7 +22,6 @@ from softprompt.engines.decoder_attention import ATTENTION
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
-    GRADIENT_TOLERANCE,
     CheckResult,
     compare,
     measure_speed,
