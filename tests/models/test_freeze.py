@@ -63,3 +63,11 @@ def test_modules_with_quantized_weights_are_not_cast(narrow):
     assert all(after[name].dtype is tensor.dtype for name, tensor in before.items())
     assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in before.items())
     assert base.model.layers[1].mlp.up_proj.weight.dtype is torch.float32
+
+
+def test_soft_caps_are_not_left_to_an_attention_that_lacks_them():
+    """transformers 5.17 loads Gemma 2 with sdpa, and leaves its soft caps out there without a message."""
+    for kind, expected in (("gemma2", "eager"), ("llama", "sdpa")):
+        base = small_base(kind)
+        base.config._attn_implementation = "sdpa"
+        assert freeze(base, torch.float32).config._attn_implementation == expected
