@@ -14,6 +14,7 @@ from softprompt.data.tokenization import Example
 from softprompt.engines.base import Engine
 from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.factory import Blocks, make_engine, padded_engine
+from softprompt.engines.memory_estimate import fits_in_fp32
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.self_check import (
     CLEARLY_FASTER,
@@ -26,7 +27,7 @@ from softprompt.engines.self_check import (
 from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.fsdp import ShardedLayers
 from softprompt.models.loading import word_embeddings
-from softprompt.models.precision import is_half
+from softprompt.models.precision import in_fp32, is_half
 from softprompt.models.quantization import is_quantized
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config
@@ -85,7 +86,7 @@ def choose_engine(
         packed: Engine | None = None
         try:
             packed = make_engine(config, base, tokenizer, dtype, P, blocks, "packed", name)
-            result = _checked(config, base, packed, padded, prompt, examined, rows, blocks)
+            result = _checked(config, base, tokenizer, packed, padded, prompt, examined, rows, blocks)
         except ModelError as error:
             result = found._replace(failure=str(error))
         result = CheckResult(*agree(list(result)))
@@ -140,8 +141,10 @@ def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResul
             raise ConfigError(f"--engine packed: the packed engine fails its check: {result}; give --engine auto")
         return ChosenEngine(padded, f"padded engine, because the packed one fails its check: {result}")
     if result.longest < longest:
-        why = "because the padded engine has no memory for them"
-        unchecked = f"rows of more than {result.longest:,} tokens are unchecked, {why}"
+        unchecked = (
+            f"rows of more than {result.longest:,} tokens are unchecked, "
+            "because the padded engine has no memory for them"
+        )
         return ChosenEngine(packed, f"packed engine: {result}; {unchecked}")
     speed = result.speed or 1.0
     if kind == "auto" and speed * CLEARLY_FASTER < 1:
@@ -152,6 +155,7 @@ def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResul
 def _checked(
     config: TrainConfig,
     base: PreTrainedModel,
+    tokenizer: Any,
     packed: Engine,
     padded: MicrobatchEngine[Any],
     prompt: Tensor,
@@ -171,6 +175,8 @@ def _checked(
     if result := cached_result(key, len(examined[0].input_ids)):
         return result
     result = compare(packed, padded, prompt, examined, in_step=ranks > 1)
+    if result.differs_in_gradient(packed.compute_dtype) and blocks is None and kernel == "sdpa":
+        result = _compared_in_fp32(config, base, tokenizer, packed.compute_dtype, prompt, examined) or result
     if result.longest == len(examined[0].input_ids):
         result = _with_bare_base(result, packed, padded, prompt, examined)
     if result.is_right(packed.compute_dtype) and result.longest == len(examined[0].input_ids):
@@ -191,3 +197,24 @@ def _with_bare_base(
     longer = rows_to_check(examined, len(examined[0].input_ids) + len(prompt))
     bare = compare_losses(packed, padded, None, longer)
     return result._replace(loss_error=max(result.loss_error, bare.loss_error), failure=bare.failure)
+
+
+def _compared_in_fp32(
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    prompt: Tensor,
+    examined: Sequence[Example],
+) -> CheckResult | None:
+    """Compare both engines in fp32, which shows whether rounding to `dtype` explains that their gradients differ:
+    some rows of real bases have a gradient that any rounding changes completely. Return None if it does not explain
+    it, `dtype` is not narrower, or the base cannot be converted: it is quantized, or too large for the memory."""
+    if not is_half(dtype) or is_quantized(base) or not fits_in_fp32(base, word_embeddings(base).weight.device):
+        return None
+    args, P, wide = config.training, len(prompt), torch.float32
+    with in_fp32(base):
+        packed = make_engine(config, base, tokenizer, wide, P, None, "packed")
+        padded = padded_engine(base, tokenizer, wide, args.tokens_per_microbatch, args.gradient_checkpointing, P)
+        result = compare(packed, padded, prompt, examined)
+    return result._replace(in_fp32=True) if result.is_right(wide) else None

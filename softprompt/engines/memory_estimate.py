@@ -13,6 +13,7 @@ from torch import nn
 
 from softprompt.models.bitsandbytes_linear import has_bitsandbytes_weight, quantized_bytes
 from softprompt.models.bloom_weights import BloomShape
+from softprompt.models.precision import is_half
 from softprompt.utils.wrapped_tensors import stored_parts
 
 MEMORY_SHARE = 0.6  # share of the device's memory to use; the rest is for the allocator, CUDA and other programs
@@ -44,6 +45,12 @@ def resident_bytes(base: nn.Module) -> int:
     mine = (part for t in tensors for part in stored_parts(t))
     maxima = (quantized_bytes(m) - m.weight.nbytes for m in base.modules() if has_bitsandbytes_weight(m))  # type: ignore[operator, union-attr]
     return sum(t.nbytes for t in mine if not t.is_meta) + sum(maxima)
+
+
+def fits_in_fp32(base: nn.Module, device: torch.device) -> bool:
+    """Whether fp32 copies of a base's parameters in bf16 and fp16 fit into `MEMORY_SHARE` of the memory beside them."""
+    copies = sum(2 * parameter.nbytes for parameter in base.parameters() if is_half(parameter.dtype))
+    return resident_bytes(base) + copies <= MEMORY_SHARE * total_memory(device)
 
 
 def bytes_per_token(shape: BloomShape, dtype: torch.dtype, gradient_checkpointing: bool = False) -> int:

@@ -46,6 +46,7 @@ class CheckResult(NamedTuple):
         noise: How much rounding changes the gradient: the same ratio for the padded engine's gradients of two prompts
             that differ by about the rounding error of the compute dtype (see `_rounded`).
         speed: Time of the padded engine / time of the packed engine; None if they were not timed.
+        in_fp32: Whether both engines computed in fp32 because rounding to a narrower dtype changes the gradient much.
         failure: Why the packed engine cannot run this base; None if it can.
     """
 
@@ -55,6 +56,7 @@ class CheckResult(NamedTuple):
     gradient_error: float = math.inf
     noise: float = 0.0
     speed: float | None = None
+    in_fp32: bool = False
     failure: str | None = None
 
     def is_right(self, dtype: torch.dtype) -> bool:
@@ -62,11 +64,16 @@ class CheckResult(NamedTuple):
         most = max(GRADIENT_TOLERANCE[dtype], min(MAX_GRADIENT_ERROR, NOISE_FACTOR * self.noise))
         return self.loss_error <= LOSS_TOLERANCE[dtype] and self.gradient_error <= most
 
+    def differs_in_gradient(self, dtype: torch.dtype) -> bool:
+        """Whether the engines agree on the losses, but not on the gradient."""
+        return self._replace(gradient_error=0.0).is_right(dtype) and not self.is_right(dtype)
+
     def __str__(self) -> str:
         if self.failure:
             return f"it cannot run this base ({self.failure})"
         off = f"gradient off by {self.gradient_error:.0e}, a token's loss by {self.loss_error:.0e}"
-        return f"checked against the padded one on {self.rows} rows, {off}"
+        why = "; compared in fp32, because rounding changes this gradient much" if self.in_fp32 else ""
+        return f"checked against the padded one on {self.rows} rows, {off}{why}"
 
 
 def rows_to_check(rows: Sequence[Example], longest: int = 0) -> list[Example]:

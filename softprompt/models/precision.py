@@ -1,9 +1,11 @@
 """The device and the compute dtype, which is the dtype of matrix products."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from softprompt.utils.errors import ConfigError
 
@@ -44,6 +46,19 @@ def resolve_dtype(device: torch.device, bf16: bool | None, fp16: bool | None) ->
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a dtype is bf16 or fp16."""
     return dtype in (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def in_fp32(base: nn.Module) -> Iterator[None]:
+    """Within this context, the parameters of `base` in bf16 and fp16 are fp32 copies."""
+    narrow = [(parameter, parameter.data) for parameter in base.parameters() if is_half(parameter.dtype)]
+    try:
+        for parameter, data in narrow:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in narrow:
+            parameter.data = data
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

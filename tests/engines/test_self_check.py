@@ -19,9 +19,11 @@ from softprompt.engines import check_cache, choice, self_check, varlen_attention
 from softprompt.engines.check_cache import result_key
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.decoder_attention import ATTENTION
+from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
+    GRADIENT_TOLERANCE,
     CheckResult,
     compare,
     measure_speed,
@@ -237,6 +239,25 @@ def test_a_base_whose_gradient_depends_on_rounding_passes_in_bf16(seed, tokenize
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
     result = compare(packed_engine(base, bf16, 100), padded_engine(base, tokenizer, bf16, 100), prompt, ROWS)
     assert result.gradient_error > 0.1 and result.is_right(bf16)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_gradient_that_rounding_changes_completely_is_compared_in_fp32(wrong, tokenizer, monkeypatch):
+    at_speed(monkeypatch, 2.0)
+    monkeypatch.setattr(self_check, "MAX_GRADIENT_ERROR", 0.01)  # as if rounding changed more than is allowed
+    monkeypatch.setitem(GRADIENT_TOLERANCE, torch.bfloat16, 0.01)
+    base = freeze(small_base("llama"), torch.bfloat16)
+    weights = {name: weight.data_ptr() for name, weight in base.named_parameters()}
+    if wrong:
+        accumulate = DecoderSchedule.accumulate
+        halved = lambda self, prompt, batches, scale: accumulate(self, prompt, batches, scale / 2)  # noqa: E731
+        monkeypatch.setattr(DecoderSchedule, "accumulate", halved)
+    prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    config = train_config(model_name_or_path="x", dataset="x")
+    chosen = choose_engine(config, base, tokenizer, torch.bfloat16, prompt, ROWS)
+    assert kind_of(chosen) == ("padded" if wrong else "packed") and ("in fp32" in chosen.how) != wrong
+    assert chosen.engine.compute_dtype is torch.bfloat16
+    assert weights == {name: weight.data_ptr() for name, weight in base.named_parameters()}
 
 
 def kernels(kind, dtype, monkeypatch, device="cuda", **given):
