@@ -98,10 +98,10 @@ def _check(base: PreTrainedModel, split: SplitBase, compute_dtype: torch.dtype, 
     if kind in passed:
         return
     ids = probe_ids(base)
-    given = {"inputs_embeds": word_embeddings(base)(ids), "attention_mask": torch.ones_like(ids), "use_cache": False}
+    words, others = word_embeddings(base)(ids), {"attention_mask": torch.ones_like(ids), "use_cache": False}
     with autocast(ids.device, compute_dtype):
-        own = base(**given).logits[0]
-        hidden = split.body(**given).last_hidden_state[0]
+        own = base(inputs_embeds=words.clone(), **others).logits[0]  # CTRL scales them in place
+        hidden = split.body(inputs_embeds=words, **others).last_hidden_state[0]
     expected, ours = (
         logits.double().log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY) for logits in (own, split.head.logits(hidden))
     )
