@@ -9,7 +9,7 @@ attention chunks. It prints one line per type with the result and the reason, th
 result, and below it the reasons with the types that have them. The results are:
 
 packed      the packed engine is exact
-padded      the packed engine is not, or cannot be built; the padded one runs
+padded      the packed engine is not exact or cannot be built; the padded one runs
 refused     no prompt can be trained for models of this type
 fails       the check itself fails: the model raises an error, which may be due to its small sizes
 not built   the script cannot build a small model

@@ -54,11 +54,11 @@ def choose_engine(
     """Choose and build the engine of a training run.
 
     `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
-    is not clearly slower, or if the padded one has no memory for the longest row. `--engine packed` takes it whatever
-    its speed, after the same check. If several functions could compute its attention (see `attn_implementations`), each
-    is checked and the fastest is taken. There is no check with `--engine padded`, with a BLOOM that does not hold its
-    blocks, and without rows that have targets; see `make_engine` for the choice then. If the layers are sharded, all
-    ranks check the same rows.
+    is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. Rows on which only the
+    padded engine runs out of memory are left out of the check. If several functions could compute its attention (see
+    `attn_implementations`), each is checked and the fastest is taken. There is no check with `--engine padded`, with a
+    BLOOM that does not hold its blocks, and without rows that have targets; see `make_engine` for the choice then. If
+    the layers are sharded, all ranks check the same rows.
 
     Args:
         base: The loaded, frozen base.
@@ -143,7 +143,7 @@ def _decide(kind: str, packed: Engine | None, padded: Engine, result: CheckResul
     if result.longest < longest:
         unchecked = (
             f"rows of more than {result.longest:,} tokens are unchecked, "
-            "because the padded engine has no memory for them"
+            "because the padded engine runs out of memory on them"
         )
         return ChosenEngine(packed, f"packed engine: {result}; {unchecked}")
     speed = result.speed or 1.0

@@ -1,4 +1,4 @@
-"""The padded schedule, for any causal language model: rows are padded and run through the base's own forward."""
+"""The padded schedule, for any causal language model: rows are padded and run through the base's own body and head."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -27,7 +27,7 @@ from softprompt.utils.out_of_memory import reason_or_raise
 LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 CHECKED_ROWS, NOISE_FACTOR = 4, 2.0
-MAX_GRADIENT_ERROR = 0.4  # however large the noise is: the error of half a gradient is 0.5
+MAX_GRADIENT_ERROR = 0.4  # upper limit of the tolerance; a gradient that is half of the right one has an error of 0.5
 FEW_ROWS = 8  # timed first; all rows of a step are timed if that takes at most about a second
 MAX_ROUNDS = 30  # of alternating measurements
 AFFORDABLE = 20.0  # seconds that the second measurement of a few rows may take
@@ -72,7 +72,7 @@ class CheckResult(NamedTuple):
         if self.failure:
             return f"it cannot run this base ({self.failure})"
         off = f"gradient off by {self.gradient_error:.0e}, a token's loss by {self.loss_error:.0e}"
-        why = "; compared in fp32, because rounding changes this gradient much" if self.in_fp32 else ""
+        why = "; compared in fp32, because this gradient is very sensitive to rounding" if self.in_fp32 else ""
         return f"checked against the padded one on {self.rows} rows, {off}{why}"
 
 

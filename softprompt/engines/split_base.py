@@ -84,7 +84,7 @@ def _linear_head(head: ModelHead) -> LinearHead | None:
 
 def _check(base: PreTrainedModel, split: SplitBase, compute_dtype: torch.dtype, name: str) -> None:
     """Check that body and head together give the log-probabilities of the base's own forward for a few tokens. A split
-    that passed is not checked again. A base whose own forward gives NaN cannot be checked; its run reports the loss.
+    that passed is not checked again. A base whose own forward gives NaN cannot be checked; training reports the loss.
 
     The body is the same in both cases, so only the head's roundings can differ, also in half precision.
 
@@ -109,7 +109,7 @@ def _check(base: PreTrainedModel, split: SplitBase, compute_dtype: torch.dtype, 
         return
     off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
     if not off <= max(1e-4, 4 * torch.finfo(compute_dtype).eps) * size:  # NaN is refused, too
-        raise ModelError(f"together they give other log-probabilities than its own forward (they differ by {off:.2g})")
+        raise ModelError(f"the log-probabilities of the two differ from those of its own forward by up to {off:.2g}")
     passed.add(kind)
 
 

@@ -40,7 +40,7 @@ def initializer(config: TrainConfig, tokenizer: Any, vocab_size: int) -> Initial
     prompt = config.prompt
     init, wanted = prompt.prompt_tuning_init, prompt.num_virtual_tokens
     if init == "TEXT":
-        # As in PEFT, with the tokenizer's begin token. In a distillation, the base reads that token before the text.
+        # With a begin token, as in PEFT. In a distillation without it, because the question already begins with one.
         begins = config.distillation.text is None
         ids = tokenizer(prompt.prompt_tuning_init_text, add_special_tokens=begins)["input_ids"]
         return token_init(ids, wanted)

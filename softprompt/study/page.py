@@ -13,13 +13,14 @@ from softprompt.study.results import CellResult, group_by, key_without, varied_c
 
 RULE = (
     "Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting "
-    "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any; a "
-    "reparameterization, whose rates are not comparable with others, at the rate that is best on the other seeds. The "
-    "gain of a comparison is the logarithm of the ratio of the two held-out losses. Comparisons with the same seed are "
-    "not independent, so their gains are averaged first. The 95 % confidence interval (Student's t) is that of the "
-    f"mean of these averages; with a single seed there is none. A hypothesis *{HOLDS}* if the interval lies above 0; "
-    f"it *{HOLDS_NOT}* if the interval lies below {100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For "
-    "exact match the gain is the difference, and the threshold is one percentage point."
+    "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any. "
+    "When reparameterizations are compared, whose rates are not comparable, each of them and the plain prompt is "
+    "taken at the rate that is best on the other seeds. The gain of a comparison is the logarithm of the ratio of "
+    "the two held-out losses. Comparisons with the same seed are not independent, so their gains are averaged first. "
+    "The 95 % confidence interval (Student's t) is that of the mean of these averages; with a single seed there is "
+    f"none. A hypothesis *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval lies below "
+    f"{100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For exact match the gain is the difference, and "
+    "the threshold is one percentage point."
 )
 EFFECT = "The change of the metric is followed by its 95 % interval, if there are several seeds."
 ACCURACY = (
