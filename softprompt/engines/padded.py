@@ -108,10 +108,6 @@ class PromptTunedModel(nn.Module):
         self.prompt = prompt
         self.base = base
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `padded_forward`."""
-        return padded_forward(self.base, self.prompt(), batch)
-
     def trainable_parameters_line(self) -> str:
         """Return the numbers of parameters in the format of PEFT's `print_trainable_parameters`."""
         trainable = sum(p.numel() for p in self.prompt.trained_parameters().values())
