@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import platform
 from functools import cache
 from importlib.metadata import version
@@ -23,8 +24,9 @@ def cached_result(key: str, longest: int) -> CheckResult | None:
     """Return the cached result for `key` if it holds for rows of `longest` tokens."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         result = CheckResult(**json.loads((cache_dir("engines") / key).read_text(encoding="ascii")))
-        numbers = result._replace(speed=result.speed or 0.0)[:-1]
-        if all(isinstance(number, int | float) for number in numbers) and result.longest >= longest:
+        numbers = [*result[:-3], result.speed or 1.0]
+        whole = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers) and numbers[-1] > 0
+        if whole and result.failure is None and result.longest >= longest:
             return result
     return None
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt.data.collate import Batch
+from softprompt.engines.probe import log_probability_error, probe_ids
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ModelError
 from softprompt.utils.out_of_memory import reason_or_raise
 
-PROBE_TOKENS = 5  # number of tokens with which a base is checked
 _checked: WeakSet[nn.Module] = WeakSet()  # bases that passed `check_forward`
 
 
@@ -57,26 +57,19 @@ def padded_forward(base: PreTrainedModel, prompt: Tensor, batch: Batch, last: in
     return base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **keep).logits, labels
 
 
-def probe_ids(base: PreTrainedModel) -> Tensor:
-    """Return a few token ids with which a base is checked, [1, T] int64 with T ≤ PROBE_TOKENS, on the base's device.
-    Special tokens, which usually come first, are left out if there are enough others."""
-    words = word_embeddings(base).weight
-    first = max(0, min(8, len(words) - PROBE_TOKENS))
-    return torch.arange(first, len(words))[:PROBE_TOKENS].to(words.device)[None]
-
-
 @torch.no_grad()
 def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Check on a few tokens that a prompt can be prepended to the embeddings of `base`: for T token ids, its own
-    forward must give the logits of `padded_forward` without a prompt.
+    forward must give the log-probabilities of `padded_forward` without a prompt.
 
     The base's own forward gets one more token, which must not change the logits before it, and the explicit positions
     0 … T, if it accepts positions: transformers' `generate` passes them, while `padded_forward` leaves them to the
     base. BLOOM is not checked, because its forward is known. A base that has passed the check is not checked again.
 
     Raises:
-        ModelError: The logits differ: the base does more with a token than look up its embedding, does not count
-            positions from 0 (RoBERTa), or attends to later tokens. Or the base cannot be run on embeddings.
+        ModelError: The predictions differ: the base does more with a token than look up its embedding, does not count
+            positions from 0 (RoBERTa), or attends to later tokens. Or the base cannot be run on embeddings, or its
+            logits are not finite.
     """
     if base.config.model_type == "bloom" or base in _checked:
         return
@@ -86,15 +79,21 @@ def check_forward(base: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         positions["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T + 1]
     try:
         with autocast(words.device, compute_dtype):
-            own = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1].float()
+            own = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1]
             ours, _ = padded_forward(base, words[:0], Batch(ids[:, :-1], mask[:, :-1], mask[:, :-1]))
     except Exception as error:
         raise ModelError(f"{base.name_or_path}: {kind} cannot be run on embeddings: {reason_or_raise(error)}") from None
-    off, size = (own - ours.float()).abs().max().item(), own.abs().max().item()
-    if not off <= (1e-3 if compute_dtype.itemsize >= 4 else 5e-2) * size:  # NaN is refused, too
+    if own.double().log_softmax(-1).isnan().any():
+        dtype = str(compute_dtype).removeprefix("torch.")
         raise ModelError(
-            f"{base.name_or_path}: {kind} gives other logits for token embeddings than for the token ids (they "
-            f"differ by {off:.2g}; the largest is {size:.2g}): it does more with a token than look up its embedding, "
+            f"{base.name_or_path}: {kind} gives logits that are not finite in {dtype}; take another dtype (--fp16 "
+            "false, --bf16 false) or another base"
+        )
+    off, size = log_probability_error(ours, own)
+    if off > (1e-3 if compute_dtype.itemsize >= 4 else 5e-2) * size:
+        raise ModelError(
+            f"{base.name_or_path}: {kind} gives other logits for token embeddings than for the token ids (the "
+            f"log-probability of a word differs by {off:.2g}): it does more with a token than look up its embedding, "
             "does not count positions from 0, or attends to later tokens; take another base"
         )
     _checked.add(base)

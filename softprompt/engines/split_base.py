@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softprompt.engines.head import LinearHead, ModelHead, in_dtype
-from softprompt.engines.padded import probe_ids
+from softprompt.engines.probe import log_probability_error, probe_ids
 from softprompt.models.loading import word_embeddings
 from softprompt.models.precision import autocast
 from softprompt.models.quantization import holds_quantized
@@ -18,7 +18,6 @@ from softprompt.utils.out_of_memory import reason_or_raise
 
 PROBE_SIZE = 1000.0  # largest logit in the test with which `_linear_head` detects soft caps and scales
 PROBE_ROWS = 256  # number of the head's rows in that test
-MIN_LOG_PROBABILITY = -100.0  # a smaller one counts as this; some bases mask tokens with -inf
 
 
 class SplitBase(NamedTuple):
@@ -102,13 +101,10 @@ def _check(base: PreTrainedModel, split: SplitBase, compute_dtype: torch.dtype, 
     with autocast(ids.device, compute_dtype):
         own = base(inputs_embeds=words.clone(), **others).logits[0]  # CTRL scales them in place
         hidden = split.body(inputs_embeds=words, **others).last_hidden_state[0]
-    expected, ours = (
-        logits.double().log_softmax(-1).clamp(min=MIN_LOG_PROBABILITY) for logits in (own, split.head.logits(hidden))
-    )
-    if expected.isnan().any():
+    if own.double().log_softmax(-1).isnan().any():
         return
-    off, size = (ours - expected).abs().max().item(), expected.abs().max().item()
-    if not off <= max(1e-4, 4 * torch.finfo(compute_dtype).eps) * size:  # NaN is refused, too
+    off, size = log_probability_error(split.head.logits(hidden), own)
+    if off > max(1e-4, 4 * torch.finfo(compute_dtype).eps) * size:
         raise ModelError(f"the log-probabilities of the two differ from those of its own forward by up to {off:.2g}")
     passed.add(kind)
 

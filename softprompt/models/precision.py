@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,15 +51,15 @@ def is_half(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def in_fp32(base: nn.Module) -> Iterator[None]:
-    """Within this context, the parameters of `base` in bf16 and fp16 are fp32 copies."""
-    narrow = [(parameter, parameter.data) for parameter in base.parameters() if is_half(parameter.dtype)]
+    """Within this context, the parameters and buffers of `base` in bf16 and fp16 are fp32 copies."""
+    narrow = [(each, each.data) for each in chain(base.parameters(), base.buffers()) if is_half(each.dtype)]
     try:
-        for parameter, data in narrow:
-            parameter.data = data.float()
+        for each, data in narrow:
+            each.data = data.float()
         yield
     finally:
-        for parameter, data in narrow:
-            parameter.data = data
+        for each, data in narrow:
+            each.data = data
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -25,8 +25,8 @@ RULE = (
 EFFECT = "The change of the metric is followed by its 95 % interval, if there are several seeds."
 ACCURACY = (
     "The accuracy is the share of held-out rows whose most likely label is the expected one; in parentheses is its "
-    "95 % interval: over the seeds (Student's t), or over the rows (Wilson) where there is one seed. Ensembles have "
-    "none."
+    "95 % interval: that over the rows (Wilson, the mean of the seeds), extended to that over the seeds (Student's t). "
+    "Ensembles have none."
 )
 COLUMNS: dict[str, Callable[[CellResult], str]] = {
     "base": lambda r: r.base,
@@ -172,15 +172,17 @@ def _base_accuracy(r: CellResult) -> str:
 
 
 def _accuracy(cells: Sequence[CellResult]) -> str:
-    """Return the mean and standard deviation of the accuracy, and its interval: that of the mean over the seeds, or of
-    a single cell's rows; "" if a cell that did not fail has none."""
+    """Return the mean and standard deviation of the accuracy, and its interval: the mean one over the rows, extended to
+    that over the seeds; "" if a cell that did not fail has none."""
     succeeded = [r for r in cells if not r.failed]
     values = [r.accuracy for r in succeeded if r.accuracy is not None]
     if not values or len(values) < len(succeeded):
         return ""
-    _, low, high = t_interval(values)
-    if len(values) == 1:
-        low, high = succeeded[0].accuracy_low, succeeded[0].accuracy_high
+    lows, highs = ([getattr(r, f"accuracy_{end}") for r in succeeded] for end in ("low", "high"))
+    low, high = mean(lows), mean(highs)
+    if len(values) > 1:
+        _, low_of_seeds, high_of_seeds = t_interval(values)
+        low, high = min(low, low_of_seeds), max(high, high_of_seeds)
     return _mean_and_deviation(values, "{:.1%}") + _interval(low, high)
 
 

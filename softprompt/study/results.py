@@ -176,12 +176,17 @@ def best_on_other_seeds(settings: Iterable[Sequence[CellResult]]) -> dict[int, C
     """Return for each seed its cell of the setting that has the lowest mean loss over the other seeds.
 
     Each setting is a list of cells, one for each seed. A setting that was chosen by the compared cells themselves would
-    seem better than it is, the more so the more settings there are.
+    seem better than it is, the more so the more settings there are. So only settings with the most other seeds take
+    part, and a seed is left out if there are none, unless no setting has several seeds.
     """
     every, found = list(settings), dict[int, CellResult]()
-    for seed in dict.fromkeys(r.seed for cells in every for r in cells):
-        candidates = [cells for cells in every if any(r.seed == seed for r in cells)]
-        (found[seed],) = (r for r in lowest_mean_loss(candidates, left_out=seed) if r.seed == seed)
+    seeds = dict.fromkeys(r.seed for cells in every for r in cells)
+    for seed in seeds:
+        others = [({r.seed for r in cells} - {seed}, cells) for cells in every if any(r.seed == seed for r in cells)]
+        most = max((those for those, _ in others), key=len)
+        if most or len(seeds) == 1:
+            candidates = [cells for those, cells in others if those >= most]
+            (found[seed],) = (r for r in lowest_mean_loss(candidates, left_out=seed) if r.seed == seed)
     return found
 
 

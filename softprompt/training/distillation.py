@@ -166,7 +166,9 @@ def _check_text(config: TrainConfig, questions: Questions, model: PreTrainedMode
     check_token_ids(chain.from_iterable(row for part in parts for row in part.with_text), model, "a question")
     most = config.data.max_length  # a longer question gets no answer
     rows = [whole for part in parts for row, whole in zip(*part, strict=True) if len(row) < most]
-    longest = len(questions.prefix) + max(map(len, rows), default=0)
+    if not rows:
+        return  # see `_with_room`
+    longest = len(questions.prefix) + max(map(len, rows))
     check_positions(positions, 0, longest + 1, source, "shorten the text, or the longest question")
     longest += config.distillation.distill_max_new_tokens
     known = getattr(text_config(model.config), "max_position_embeddings", None)

@@ -1,8 +1,10 @@
 """The packed engine proves itself on the run's rows, and what fails the check is not taken."""
 
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,13 @@ from softprompt.config.loader import train_config
 from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
 from softprompt.engines import check_cache, choice, self_check, varlen_attention
-from softprompt.engines.check_cache import result_key
+from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.decoder_attention import ATTENTION
 from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
-    GRADIENT_TOLERANCE,
     CheckResult,
     compare,
     measure_speed,
@@ -231,33 +232,75 @@ def test_a_result_does_not_outlive_a_change_of_the_code(monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_base_whose_gradient_depends_on_rounding_passes_in_bf16(seed, tokenizer):
     """With steep attention, rounding to bf16 changes the gradient by a third, and each engine rounds in its own way."""
-    base = small_base("llama")
-    for name, weight in base.named_parameters():
-        if "q_proj" in name or "k_proj" in name:
-            weight.data *= 3
-    base, bf16 = freeze(base, torch.bfloat16), torch.bfloat16
+    base, bf16 = steep_base(3), torch.bfloat16
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
     result = compare(packed_engine(base, bf16, 100), padded_engine(base, tokenizer, bf16, 100), prompt, ROWS)
     assert result.gradient_error > 0.1 and result.is_right(bf16)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_gradient_that_rounding_changes_completely_is_compared_in_fp32(wrong, tokenizer, monkeypatch):
+def steep_base(factor: float) -> Any:
+    """A Llama in bf16 with steep attention, whose gradient depends on rounding."""
+    base = small_base("llama")
+    for name, weight in base.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= factor
+    return freeze(base, torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrong_in", [(), (torch.bfloat16,), (FP32,)], ids=["right", "wrong in bf16", "wrong in fp32"])
+@pytest.mark.parametrize("factor", [0.5, 0.0, -1.0, 100.0])
+def test_a_gradient_that_rounding_changes_completely_is_compared_in_fp32(factor, wrong_in, tokenizer, monkeypatch):
+    """And in bf16 at the embeddings of a text. Rounding changes the gradient at the prompt by a third here."""
     at_speed(monkeypatch, 2.0)
-    monkeypatch.setattr(self_check, "MAX_GRADIENT_ERROR", 0.01)  # as if rounding changed more than is allowed
-    monkeypatch.setitem(GRADIENT_TOLERANCE, torch.bfloat16, 0.01)
-    base = freeze(small_base("llama"), torch.bfloat16)
+    monkeypatch.setattr(self_check, "NOISE_FACTOR", 0.0)
+    monkeypatch.setitem(self_check.GRADIENT_TOLERANCE, torch.bfloat16, 0.2)
+    base = steep_base(5)
     weights = {name: weight.data_ptr() for name, weight in base.named_parameters()}
-    if wrong:
-        accumulate = DecoderSchedule.accumulate
-        halved = lambda self, prompt, batches, scale: accumulate(self, prompt, batches, scale / 2)  # noqa: E731
-        monkeypatch.setattr(DecoderSchedule, "accumulate", halved)
+    accumulate = DecoderSchedule.accumulate
+
+    def changed(self, prompt, batches, scale):
+        return accumulate(self, prompt, batches, scale * (factor if self.compute_dtype in wrong_in else 1.0))
+
+    monkeypatch.setattr(DecoderSchedule, "accumulate", changed)
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     config = train_config(model_name_or_path="x", dataset="x")
     chosen = choose_engine(config, base, tokenizer, torch.bfloat16, prompt, ROWS)
-    assert kind_of(chosen) == ("padded" if wrong else "packed") and ("in fp32" in chosen.how) != wrong
+    assert kind_of(chosen) == ("padded" if wrong_in else "packed") and ("in fp32" in chosen.how) != bool(wrong_in)
     assert chosen.engine.compute_dtype is torch.bfloat16
     assert weights == {name: weight.data_ptr() for name, weight in base.named_parameters()}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("expected BFloat16")])
+def test_a_base_that_cannot_run_in_fp32_takes_the_padded_engine(error, tokenizer, monkeypatch):
+    at_speed(monkeypatch, 2.0)
+    monkeypatch.setattr(self_check, "NOISE_FACTOR", 0.0)
+    monkeypatch.setitem(self_check.GRADIENT_TOLERANCE, torch.bfloat16, 0.2)
+
+    def failing(*_):
+        raise error
+
+    base = steep_base(5)
+    monkeypatch.setattr(choice, "in_fp32", failing)
+    prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    config = train_config(model_name_or_path="x", dataset="x")
+    assert kind_of(choose_engine(config, base, tokenizer, torch.bfloat16, prompt, ROWS)) == "padded"
+
+
+def test_small_gradients_are_compared_like_large_ones():
+    gradient = torch.randn(3, 4) * 1e-24
+    assert self_check._relative(gradient, gradient) == 0
+    assert self_check._relative(-gradient, gradient) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"loss_error": math.nan}, {"speed": -1.0}, {"speed": math.inf}, {"failure": "boom"}, {"rows": None}]
+)
+def test_a_cached_result_that_is_none_is_ignored(wrong):
+    good = CheckResult(4, 9, 1e-6, 1e-6, 0.0, 2.0)
+    cache_result("key", good)
+    assert cached_result("key", 9) == good and cached_result("key", 10) is None
+    cache_result("key", good._replace(**wrong))
+    assert cached_result("key", 9) is None
 
 
 def kernels(kind, dtype, monkeypatch, device="cuda", **given):
@@ -354,9 +397,21 @@ def test_rows_for_which_the_padded_engine_has_no_memory_are_left_out_of_the_chec
     timed, base = at_speed(monkeypatch, 0.1), small_base("llama")
     lengths = sorted((len(row.input_ids) for row in rows_to_check(ROWS)), reverse=True)
     forget_memory(monkeypatch, base, {"padded": 5 + lengths[1]})
+    bare, losses = [], choice.compare_losses
+    monkeypatch.setattr(choice, "compare_losses", lambda *args: bare.extend(args[3]) or losses(*args))
     chosen = choose(base, tokenizer, engine=engine, tokens_per_microbatch=1000)
     assert kind_of(chosen) == "packed" and not timed
+    assert [len(row.input_ids) for row in bare] == lengths[1:]  # also without a prompt
     assert f"on {CHECKED_ROWS - 1} rows" in chosen.how and f"more than {lengths[1]} tokens are unchecked" in chosen.how
+
+
+def test_of_rows_that_are_equally_long_the_second_half_is_checked(tokenizer, monkeypatch):
+    """As with rows that are all cut at --max_length."""
+    rows = [Example([*row.input_ids[:1] * 12, 5, 6], [-100] * 12 + [5, 6]) for row in ROWS[:3]]
+    base = small_base("llama")
+    forget_memory(monkeypatch, base, {"padded": 5 + 9})
+    chosen = choose(base, tokenizer, rows, tokens_per_microbatch=1000)
+    assert kind_of(chosen) == "packed" and "of more than 7 tokens are unchecked" in chosen.how
 
 
 def test_a_packed_engine_that_has_no_memory_is_not_taken(tokenizer, monkeypatch):

@@ -1,5 +1,7 @@
 """Body and head of a base together are the base's own forward, or the base is refused."""
 
+import math
+
 import pytest
 import torch
 from helpers.packed_cases import relative
@@ -11,6 +13,7 @@ from softprompt.config.loader import train_config
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.head import LinearHead, ModelHead
+from softprompt.engines.probe import log_probability_error
 from softprompt.engines.split_base import split_base
 from softprompt.models.loading import freeze
 from softprompt.utils.errors import ModelError
@@ -94,3 +97,19 @@ def test_what_a_linear_head_would_leave_out_is_noticed(wrong, dtype):
 
     base.forward = forward
     assert isinstance(split_base(freeze(base, dtype), dtype).head, ModelHead)
+
+
+@DTYPES
+@pytest.mark.parametrize("mask", [-math.inf, -1e9, torch.finfo(torch.float32).min], ids=str)
+@pytest.mark.parametrize("changed", [None, "embeddings", "mask"])
+def test_masked_words_do_not_hide_a_difference(changed, mask, dtype):
+    """Some bases mask words, such as the tokens of images, in their logits."""
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, 3] = mask
+    other = logits.clone()
+    if changed == "embeddings":
+        other[:, 7] += 1
+    if changed == "mask":
+        other[:, 3] = 0
+    off, size = log_probability_error(other, logits)
+    assert size < 20 and (off > 0.5 if changed else off == 0)

@@ -157,6 +157,22 @@ def test_a_reparameterization_does_not_win_by_rates_that_are_lucky_on_one_seed_e
     assert found.gains == pytest.approx([0.0] * 3)
 
 
+def test_a_rate_without_other_seeds_is_not_chosen_by_its_own_result():
+    """As after cells that failed."""
+    mlp = {"reparameterization": "mlp"}
+    losses = {(1e-1, 1): 2.0, (1e-1, 2): 2.1, (1.0, 1): 1.5, (10.0, 2): 1.5}
+    cells = [replace(ONE, **mlp, learning_rate=rate, seed=seed, loss=loss) for (rate, seed), loss in losses.items()]
+    (found,) = [
+        f for f in evaluate_hypotheses(points({"seed": 1}, {"seed": 2}, loss=2.0) + cells) if "mlp" in f.hypothesis
+    ]
+    assert found.gains == pytest.approx([0.0, math.log(2 / 2.1)])
+    alone = [c for c in cells if c.learning_rate > 0.5]
+    (found,) = [
+        f for f in evaluate_hypotheses(points({"seed": 1}, {"seed": 2}, loss=2.0) + alone) if "mlp" in f.hypothesis
+    ]
+    assert found.gains == ()
+
+
 def test_bases_with_different_target_tokens_are_not_compared():
     small, large = seeds(1.0), seeds(0.5, base="c", parameters=4000)
     assert evaluate_hypotheses(small + large)[BASES].gains == pytest.approx([math.log(2) / 2] * 3)

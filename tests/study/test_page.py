@@ -34,13 +34,14 @@ def test_accuracies_of_a_table():
     classified = replace(ONE, base_accuracy=0.7, base_accuracy_low=0.6, base_accuracy_high=0.8, majority=0.52)
     one = replace(classified, virtual_tokens=3, accuracy=0.9, accuracy_low=0.85, accuracy_high=0.95)
     seeds = [replace(one, virtual_tokens=10, accuracy=share, seed=seed) for seed, share in enumerate((0.8, 0.9))]
+    equal = [replace(one, virtual_tokens=8, seed=seed) for seed in range(3)]
     ensemble = replace(classified, trained=False, voting="majority_vote")
     earlier = replace(ONE, virtual_tokens=4)  # the cell of a version that did not know the accuracy
     diverged = replace(classified, virtual_tokens=5, loss=float("inf"))
-    head, *lines = result_table([earlier, *seeds, one, ensemble, diverged])
+    head, *lines = result_table([earlier, *seeds, one, *equal, ensemble, diverged])
     assert [line[head.index("accuracy")] for line in lines] == [
         "70.0% (60.0–80.0%); most common label 52.0%",
-        *("", "85.0% ± 7.1% (21.5–100.0%)", "90.0% (85.0–95.0%)", "", ""),
+        *("", "85.0% ± 7.1% (21.5–100.0%)", "90.0% (85.0–95.0%)", "90.0% ± 0.0% (85.0–95.0%)", "", ""),
     ]
     assert all(len(line) == len(head) for line in lines)
     lines = page((), [head, *lines], [], []).decode()

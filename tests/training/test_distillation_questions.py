@@ -225,6 +225,16 @@ def test_a_question_without_room_does_not_count_for_the_positions_of_the_base(di
         softprompt.train(**{**distillation, "model_name_or_path": "short", "output_dir": "other"}, max_length=1000)
 
 
+def test_a_single_question_without_room_is_what_is_told(distillation, tokenizer):
+    """Not that the text is too long for the positions of the base."""
+    small_base("gpt2", n_positions=120).save_pretrained("short")
+    tokenizer.save_pretrained("short")
+    Path("questions.txt").write_text("很" * 200, encoding="utf-8")
+    del distillation["eval_rows"]
+    with pytest.raises(SoftpromptError, match="no question leaves room for an answer at --max_length 24"):
+        softprompt.train(**{**distillation, "model_name_or_path": "short"}, max_length=24)
+
+
 def test_a_begin_token_stands_before_the_text_and_is_not_part_of_the_start(distillation, tiny_base):
     """As with Gemma and Llama 3, whose tokenizers begin every text with such a token."""
     tokenizer = load_tokenizer(tiny_base)
