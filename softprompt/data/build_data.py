@@ -84,14 +84,15 @@ def read_rows(config: TrainConfig, template: Template) -> Rows:
     """
     _check_config_name(config)
     rows = (_open if config.data.streaming else _read)(config, template, str(config.data.dataset))
-    return rows._replace(notices=[*rows.notices, *_note_on_mini(config, rows)])
+    return rows._replace(notices=[*rows.notices, *note_on_mini(config, rows)])
 
 
-def _note_on_mini(config: TrainConfig, rows: Rows) -> Iterator[str]:
+def note_on_mini(config: TrainConfig, rows: Rows) -> Iterator[str]:
     """Say what the mini base is if most of the first training rows or held-out rows are foreign to it."""
     if not is_mini(config.model.model_name_or_path):
         return
-    given = {name: value for name, value in config.given.items() if hasattr(config.data, name)}
+    groups = config.data, config.distillation
+    given = {name: value for name, value in config.given.items() if any(hasattr(group, name) for group in groups)}
     for part in (rows.train, rows.held_out):
         if note := foreign_note(map(texts_of, part[:ROWS_JUDGED]), given):
             yield note

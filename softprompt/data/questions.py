@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from softprompt.config.data_args import is_mini_task
 from softprompt.config.loader import TrainConfig
-from softprompt.data.build_data import Rows, describe_duplicates
+from softprompt.data.build_data import Rows, describe_duplicates, note_on_mini
 from softprompt.data.chat_template import prompt_messages
 from softprompt.data.dataset import load_prompts, question, question_of_row
 from softprompt.data.encoding import begin_ids, prompt_ids
@@ -32,7 +32,8 @@ def read_questions(config: TrainConfig, template: Template) -> Rows:
     """
     data = config.data
     train, notices = _questions(config, template, str(data.dataset), "train", data.dataset_split, "--dataset")
-    return with_held_out(config, template, train, notices)
+    rows = with_held_out(config, template, train, notices)
+    return rows._replace(notices=[*rows.notices, *note_on_mini(config, rows)])
 
 
 def with_held_out(config: TrainConfig, template: Template, train: RowStore, notices: Sequence[str]) -> Rows:

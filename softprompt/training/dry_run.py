@@ -20,8 +20,10 @@ from softprompt.training.lr_finder import planned_steps
 from softprompt.training.optimizer import make_optimizer, optimizer_bytes, optimizer_step
 from softprompt.training.result import Setup
 from softprompt.training.run import set_up
+from softprompt.utils.progress import say
 
 MEASURED = 3  # timed steps; an untimed one precedes them
+ENOUGH = 20.0  # seconds of steps after which no other one begins; if the first one takes as long, it is the one timed
 KEPT = ", except the answers with the text, which are kept for the run"
 
 
@@ -43,7 +45,8 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
     total, each = loader.total_steps, tokens / len(examples)
     in_all = round(each * _rows_in_all(total, n, rows))
     with deterministic(config.training.deterministic):
-        speed = measured_speed(setup)
+        say("measuring the speed of a few steps …")
+        speed, measured = measured_speed(setup)
     held = resident_bytes(base)
     heaviest = heapq.nlargest(rows, examples, key=lambda e: len(e.input_ids))
     more = setup.engine.activation_bytes(len(prompt.weight), heaviest) + optimizer_bytes(prompt)
@@ -57,8 +60,8 @@ def dry_run(config: TrainConfig, world: World | None = None) -> str:
         f"steps       {total:,} of {rows} rows, about {in_all:,} tokens in all",
         f"parameters  {learned:,} learned{f' ({encoder})' * bool(encoder)}, {base.num_parameters():,} frozen",
         f"memory      about {(held + more + predictions) / GIB:.1f} GiB: {parts}",
-        f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {MEASURED} steps)"
-        + ("; evaluation takes additional time" if setup.evaluator else ""),
+        f"time        about {_duration(in_all / speed)} at {speed:,.0f} tokens/s (measured over {measured} "
+        f"step{'s' * (measured > 1)})" + ("; evaluation takes additional time" if setup.evaluator else ""),
     ]
     if setup.start.searches_learning_rate and (steps := planned_steps(setup)):
         lines.append(f"sweep       {steps:,} more steps before training, to find a learning rate")
@@ -88,20 +91,22 @@ def _rows_in_all(steps: int, n: int | None, rows_per_step: int) -> int:
     return passes * n + min(more * rows_per_step, n)
 
 
-def measured_speed(setup: Setup) -> float:
-    """Measure real tokens per second over a few optimizer steps on the first rows, with a copy of the prompt."""
+def measured_speed(setup: Setup) -> tuple[float, int]:
+    """Measure real tokens per second over a few optimizer steps on the first rows, with a copy of the prompt. Return it
+    with the number of steps."""
     args, prompt = setup.config.training, copy.deepcopy(setup.prompt)
     optimizer = make_optimizer(prompt, args, args.learning_rate)
     scaler = torch.amp.GradScaler(setup.engine.device.type, enabled=setup.engine.compute_dtype is torch.float16)
-    began, tokens = 0.0, 0
+    steps = list[tuple[float, int]]()  # seconds and tokens of each step
     with closing(setup.data.loader.windows()) as windows:
-        for step, window in enumerate(islice(windows, 1 + MEASURED)):
+        for window in islice(windows, 1 + MEASURED):
+            began = time.perf_counter()
             optimizer_step(setup.engine, prompt, window.examples, optimizer, scaler, args.max_grad_norm)  # synchronizes
-            if step == 0:
-                began = time.perf_counter()
-            else:
-                tokens += sum(len(e.input_ids) for e in window.examples)
-    return tokens / (time.perf_counter() - began)
+            steps.append((time.perf_counter() - began, sum(len(e.input_ids) for e in window.examples)))
+            if sum(seconds for seconds, _ in steps) > ENOUGH:
+                break
+    seconds, tokens = map(sum, zip(*(steps[1:] or steps), strict=True))
+    return tokens / seconds, len(steps[1:] or steps)
 
 
 def _duration(seconds: float) -> str:

@@ -16,11 +16,13 @@ from tokenizers.processors import TemplateProcessing
 
 import softprompt
 import train
+from softprompt.config.loader import train_config
 from softprompt.data.questions import questions_about, written_questions
 from softprompt.data.template import Template
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
+from softprompt.training.question_setup import load_questions
 from softprompt.utils.errors import SoftpromptError
 
 
@@ -223,6 +225,13 @@ def test_a_question_without_room_does_not_count_for_the_positions_of_the_base(di
     assert run.metrics["answers"] == 2 * 6 + 3
     with pytest.raises(SoftpromptError, match="shorten the text, or the longest question"):
         softprompt.train(**{**distillation, "model_name_or_path": "short", "output_dir": "other"}, max_length=1000)
+
+
+def test_the_mini_base_says_that_it_does_not_know_such_questions(distillation, capsys):
+    Path("questions.txt").write_text("Where can I leave my car?\nIs breakfast included?\n", encoding="utf-8")
+    load_questions(train_config(dataset="questions.txt", distill_prompt="text.txt"))
+    out = capsys.readouterr().out
+    assert "knows only short Chinese reviews" in out and "distill_prompt='text.txt'" in out
 
 
 def test_a_single_question_without_room_is_what_is_told(distillation, tokenizer):

@@ -199,6 +199,12 @@ def test_dry_run_describes_the_run_and_writes_nothing(engine, flags, tmp_path, c
     assert re.search(r"memory +about [\d.]+ GiB", told) and re.search(r"time +about \d+ s at [\d,]+ tokens/s", told)
 
 
+def test_a_dry_run_does_not_repeat_long_steps(flags, capsys, monkeypatch):
+    monkeypatch.setattr("softprompt.training.dry_run.ENOUGH", 0.0)
+    out, _ = run_program(train, [*flags, "--dry_run"], capsys, monkeypatch)
+    assert "(measured over 1 step)" in out
+
+
 def test_tokens_per_microbatch_is_printed_and_saved(flags, tmp_path, capsys, monkeypatch):
     out, _ = run_program(
         train, [*flags, "--engine", "packed", "--tokens_per_microbatch", "50", "--output_dir", "r"], capsys, monkeypatch
