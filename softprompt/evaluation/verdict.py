@@ -43,12 +43,14 @@ class Comparison(NamedTuple):
         advantage: How much better the prompt is on these rows, in any unit; below 0 if it is worse.
         significant: Whether this is unlikely to be chance.
         detail: More about a significant advantage; may be empty.
+        detail_of_rival: The same with the name of what it is compared with.
     """
 
     rival: str
     advantage: float
     significant: bool
     detail: str = ""
+    detail_of_rival: str = ""
 
 
 def verdict(
@@ -143,14 +145,17 @@ def _compared_losses(after: Evaluation, before: Evaluation, rival: str = "the ba
     if interval is None:  # a single row has no interval
         return [Comparison(rival, sum(gains), False)]
     low, high = interval
-    detail = f"its loss is lower by {(low + high) / 2:.3g} (95 % interval {low:.3g} to {high:.3g})"
-    return [Comparison(rival, sum(gains), low > 0 or high < 0, detail)]
+    gain = (low + high) / 2
+    detail = f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g})"
+    of_rival = f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g}) than that of {rival}"
+    return [Comparison(rival, sum(gains), low > 0 or high < 0, detail, of_rival)]
 
 
 def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdict:
     behind = [one for one in compared if one.advantage <= 0 or not one.significant]
     if not behind:
-        details = "; ".join(one.detail for one in compared if one.detail)
+        detailed = [one for one in compared if one.detail]
+        details = "; ".join(one.detail if len(detailed) == 1 else one.detail_of_rival for one in detailed)
         better_than = " and than ".join(one.rival for one in compared)
         return Verdict(f"Better than {better_than}{': ' if details else ''}{details}.", True)
     worse = " and than ".join(one.rival for one in behind if one.significant)

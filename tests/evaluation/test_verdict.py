@@ -5,7 +5,7 @@ import random
 import pytest
 
 from softprompt.evaluation.classifier import Classification
-from softprompt.evaluation.evaluator import Evaluation
+from softprompt.evaluation.evaluator import Evaluation, Rival
 from softprompt.evaluation.verdict import FEWEST_ROWS, verdict
 from softprompt.generation.likelihood import ChoiceResult
 
@@ -49,6 +49,19 @@ def test_a_prompt_must_beat_the_most_likely_label_of_the_base():
     assert not same.better and "not better than the base alone" in same.sentence.lower()
     worse = verdict(wrong_at(EXPECTED, {*range(10), *range(70, 75)}), wrong_at(EXPECTED, set()), WAYS)
     assert not worse.better and "worse than the base alone" in worse.sentence.lower()
+
+
+def test_each_of_several_losses_is_named():
+    """As in a distillation, where a prompt is also compared with the cut text."""
+    chance = random.Random(0)
+    after, before, cut = (
+        Evaluation([loss + chance.random() / 10 for _ in range(40)], [2] * 40) for loss in (0.1, 2.0, 1.0)
+    )
+    found = verdict(after, before, WAYS, [Rival("the cut text", "cut", "_cut", cut)])
+    parts = found.sentence.split("; ")
+    assert found.better and len(parts) == 2
+    assert "than that of the base alone" in parts[0] and "than that of the cut text" in parts[1]
+    assert "than that of" not in verdict(after, before, WAYS).sentence
 
 
 def test_a_lead_that_may_be_chance_asks_for_more_rows():
