@@ -2,7 +2,7 @@
 and a command to try."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -174,10 +174,19 @@ def _examples(run: Run) -> Rows:
         return []
     expected = "with the text" if run.rivals else "expected"
     rows = [tuple(map(translate, ("held-out row", expected, "base alone", "with prompt")))]
-    for one in answered:
+    questions = _without_shared_beginning([_plain(one.question) for one in answered])
+    for one, asked in zip(answered, questions, strict=True):
         before, after = _marked(one.before, one.correct_before), _marked(one.after, one.correct_after)
-        rows.append((_plain(one.question), _plain(one.expected), before, after))
+        rows.append((asked, _plain(one.expected), before, after))
     return [[shortened(cell, WIDTH) for cell in row] for row in rows]
+
+
+def _without_shared_beginning(questions: Sequence[str]) -> list[str]:
+    """Return the questions without the words with which all of them begin, such as a chat template's system message, if
+    a narrow column would show little else."""
+    shared = os.path.commonprefix(questions) if len(questions) > 1 else ""
+    end = shared.rfind(" ") + 1
+    return [f"…{each[end:]}" for each in questions] if display_width(shared[:end]) > LABEL_WIDTH else list(questions)
 
 
 def _marked(answer: str, correct: bool | None) -> str:

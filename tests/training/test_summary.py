@@ -144,3 +144,10 @@ def test_free_text_has_a_loss_with_an_interval_and_no_labels(settings, tmp_path)
     low, high = run.metrics["eval_loss_low"], run.metrics["eval_loss_high"]
     assert f"{low:.4f}–{high:.4f}" in summary(run) and run.verdict.sentence in summary(run)
     assert "confusion" not in json.loads(Path("run/report.json").read_text(encoding="utf-8"))["end"]
+
+
+def test_what_all_questions_begin_with_is_left_out_of_the_table(settings):
+    """Such as a chat template's system message."""
+    run = softprompt.train(**settings, template="You are a helpful assistant. Answer: {instruction}\n")
+    told = summary(run)
+    assert "…第" in told and "helpful" not in told
