@@ -4,6 +4,7 @@ and a command to try."""
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import takewhile
 from typing import NamedTuple
 
 from softprompt.config.adapter_specs import NONE
@@ -184,9 +185,11 @@ def _examples(run: Run) -> Rows:
 def _without_shared_beginning(questions: Sequence[str]) -> list[str]:
     """Return the questions without the words with which all of them begin, such as a chat template's system message, if
     a narrow column would show little else."""
-    shared = os.path.commonprefix(questions) if len(questions) > 1 else ""
-    end = shared.rfind(" ") + 1
-    return [f"…{each[end:]}" for each in questions] if display_width(shared[:end]) > LABEL_WIDTH else list(questions)
+    words = zip(*(each.split(" ") for each in questions), strict=False)
+    shared = "".join(f"{each[0]} " for each in takewhile(lambda each: len({*each}) == 1, words))
+    if len(questions) < 2 or display_width(shared) <= LABEL_WIDTH:
+        return list(questions)
+    return [f"…{each[len(shared) :]}" for each in questions]
 
 
 def _marked(answer: str, correct: bool | None) -> str:
