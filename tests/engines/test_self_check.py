@@ -1,6 +1,5 @@
 """The packed engine proves itself on the run's rows, and what fails the check is not taken."""
 
-import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,7 @@ from torch.nn.attention import varlen
 from softprompt.config.loader import train_config
 from softprompt.data.examples import Examples
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines import check_cache, choice, self_check, varlen_attention
-from softprompt.engines.check_cache import cache_result, cached_result, result_key
+from softprompt.engines import choice, self_check, varlen_attention
 from softprompt.engines.choice import choose_engine
 from softprompt.engines.decoder_attention import ATTENTION
 from softprompt.engines.decoder_schedule import DecoderSchedule
@@ -210,25 +208,6 @@ def test_errors_of_the_size_of_rounding(dtype, of_prompt):
     assert change.mean().abs() < 0.1 * epsilon
 
 
-def test_a_result_holds_for_one_kind_of_cpu(monkeypatch):
-    base, cpu = small_base("llama"), torch.device("cpu")
-    assert check_cache._cpu_name()
-    here = result_key(base, cpu, FP32, 3)
-    monkeypatch.setattr(check_cache, "_cpu_name", lambda: "another CPU")
-    assert result_key(base, cpu, FP32, 3) != here
-
-
-def test_a_result_does_not_outlive_a_change_of_the_code(monkeypatch):
-    base = small_base("llama")
-    keys = [result_key(base, torch.device("cpu"), FP32, 3) for _ in range(2)]
-    for packages in (("engines",), ("generation",), ()):
-        monkeypatch.setattr(check_cache, "CHECKED_PACKAGES", packages)
-        check_cache._code_hash.cache_clear()
-        keys.append(result_key(base, torch.device("cpu"), FP32, 3))
-    check_cache._code_hash.cache_clear()
-    assert keys[0] == keys[1] and len(set(keys)) == 4
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_base_whose_gradient_depends_on_rounding_passes_in_bf16(seed, tokenizer):
     """With steep attention, rounding to bf16 changes the gradient by a third, and each engine rounds in its own way."""
@@ -290,17 +269,6 @@ def test_small_gradients_are_compared_like_large_ones():
     gradient = torch.randn(3, 4) * 1e-24
     assert self_check._relative(gradient, gradient) == 0
     assert self_check._relative(-gradient, gradient) == pytest.approx(2)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"loss_error": math.nan}, {"speed": -1.0}, {"speed": math.inf}, {"failure": "boom"}, {"rows": None}]
-)
-def test_a_cached_result_that_is_none_is_ignored(wrong):
-    good = CheckResult(4, 9, 1e-6, 1e-6, 0.0, 2.0)
-    cache_result("key", good)
-    assert cached_result("key", 9) == good and cached_result("key", 10) is None
-    cache_result("key", good._replace(**wrong))
-    assert cached_result("key", 9) is None
 
 
 def kernels(kind, dtype, monkeypatch, device="cuda", **given):
