@@ -1,4 +1,4 @@
-"""The engine interface. The training loop and the evaluation of losses use a model only through it."""
+"""The interfaces of engines. The training loop and the evaluation of losses use a model only through them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,12 +16,8 @@ def nothing(rows: int) -> None:
     """An `OnRows` that does nothing."""
 
 
-class Engine(Protocol):
-    """Computes losses of rows behind a prompt, and the prompt's gradient.
-
-    A window of rows goes in; the summed loss and the number of targets come out, and the prompt's gradient has been
-    accumulated. How the window is cut into micro-batches, padded or packed and moved to a device, and where the base's
-    weights come from, is up to the engine.
+class LossEngine(Protocol):
+    """Computes losses of rows behind a prompt, without a gradient.
 
     Attributes:
         device: Where the base computes.
@@ -30,22 +26,6 @@ class Engine(Protocol):
 
     device: torch.device
     compute_dtype: torch.dtype
-
-    def accumulate(
-        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
-    ) -> tuple[Tensor, int]:
-        """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
-
-        Args:
-            window: The rows of one optimizer step; empty on a rank that has none.
-            grad_scale: Factor of the gradient, usually 1 / targets (times the factor of a gradient scaler).
-        Returns:
-            The summed loss, an fp64 scalar on the device, detached and without synchronization; the number of targets.
-
-        Raises:
-            TrainingError: A single row does not fit in memory.
-        """
-        ...
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
         """Return the summed loss of any number of rows, an fp64 scalar on the device without a gradient, and the number
@@ -63,6 +43,31 @@ class Engine(Protocol):
     def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
         """Return the summed loss of each row, which is minus the log-likelihood of its targets. For the arguments and
         errors see `evaluate`."""
+        ...
+
+
+class Engine(LossEngine, Protocol):
+    """Computes losses of rows behind a prompt, and the prompt's gradient.
+
+    A window of rows goes in; the summed loss and the number of targets come out, and the prompt's gradient has been
+    accumulated. How the window is cut into micro-batches, padded or packed and moved to a device, and where the base's
+    weights come from, is up to the engine.
+    """
+
+    def accumulate(
+        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
+    ) -> tuple[Tensor, int]:
+        """Add grad_scale · ∂(summed loss)/∂prompt to `prompt.weight.grad` [P, H] fp32.
+
+        Args:
+            window: The rows of one optimizer step; empty on a rank that has none.
+            grad_scale: Factor of the gradient, usually 1 / targets (times the factor of a gradient scaler).
+        Returns:
+            The summed loss, an fp64 scalar on the device, detached and without synchronization; the number of targets.
+
+        Raises:
+            TrainingError: A single row does not fit in memory.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The engine of inference for decoders other than BLOOM: packed if its losses pass a check, else padded."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt.data.tokenization import Example
-from softprompt.engines.base import Engine, OnRows, nothing
+from softprompt.engines.base import LossEngine, OnRows, nothing
 from softprompt.engines.check_cache import cache_result, cached_result, result_key
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
@@ -15,18 +14,16 @@ from softprompt.engines.self_check import (
     compare_losses,
     rows_to_check,
 )
-from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import ConfigError
 
 
 class CheckedEngine:
-    """An `Engine` that compares losses of the packed engine with those of the padded engine before it takes the packed
-    one.
+    """A `LossEngine` that compares losses of the packed engine with those of the padded engine before it takes the
+    packed one.
 
     The check uses some of the rows of the call. Its result holds for all later rows that are not longer, and a check
     that passed is cached (see `self_check`). Calls with at most CHECKED_ROWS rows that no check covers yet take the
-    padded engine, because the check would cost more than it saves. A prompt is not trained with this engine, so
-    gradients are not compared, and `accumulate` takes the padded engine.
+    padded engine, because the check would cost more than it saves.
 
     Args:
         base: The base of both engines.
@@ -34,19 +31,13 @@ class CheckedEngine:
             packed`).
     """
 
-    def __init__(self, base: PreTrainedModel, packed: Engine, padded: Engine, only: bool = False):
+    def __init__(self, base: PreTrainedModel, packed: LossEngine, padded: LossEngine, only: bool = False):
         self.base, self.packed, self.padded, self.only = base, packed, padded, only
         self.device, self.compute_dtype = padded.device, padded.compute_dtype
         self._results: dict[int, CheckResult] = {}  # by the number of virtual tokens
 
-    def accumulate(
-        self, prompt: PromptEmbedding, window: Sequence[Example], grad_scale: Tensor | float
-    ) -> tuple[Tensor, int]:
-        """See `Engine.accumulate`."""
-        return self.padded.accumulate(prompt, window, grad_scale)
-
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> tuple[Tensor, int]:
-        """See `Engine.evaluate`.
+        """See `LossEngine.evaluate`.
 
         Raises:
             ConfigError: `only` was given, and the packed engine fails its check.
@@ -54,18 +45,10 @@ class CheckedEngine:
         return self.choose(prompt, rows).evaluate(prompt, rows, on_rows)
 
     def row_losses(self, prompt: Tensor | None, rows: Sequence[Example], on_rows: OnRows = nothing) -> list[float]:
-        """See `Engine.row_losses` and `evaluate`."""
+        """See `LossEngine.row_losses` and `evaluate`."""
         return self.choose(prompt, rows).row_losses(prompt, rows, on_rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `Engine.state_dict`."""
-        return self.padded.state_dict()
-
-    def activation_bytes(self, P: int, window: Sequence[Example]) -> int:
-        """See `Engine.activation_bytes`."""
-        return self.padded.activation_bytes(P, window)
-
-    def choose(self, prompt: Tensor | None, rows: Sequence[Example]) -> Engine:
+    def choose(self, prompt: Tensor | None, rows: Sequence[Example]) -> LossEngine:
         """Return the engine for these rows; check the packed engine if needed.
 
         Raises:

@@ -1,6 +1,7 @@
 """Build the engine of a training run or of inference. `choice` decides which one a training run takes.
 
-Training and evaluation use the result through the `Engine` interface only; generation also uses its schedule.
+Training uses the result only through the `Engine` interface, and inference through `LossEngine`. Generation also uses
+its schedule.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
-from softprompt.engines.base import Engine
+from softprompt.engines.base import Engine, LossEngine
 from softprompt.engines.bloom_schedule import MicrobatchMajor
 from softprompt.engines.checked_engine import CheckedEngine
 from softprompt.engines.decoder_schedule import DecoderSchedule, JointDecoderSchedule
@@ -155,7 +156,7 @@ def _layer_by_layer(config: TrainConfig, weights: BloomWeights, held: int, P: in
     return MicrobatchEngine(LayerMajor(weights, max_bytes, Path(folder)), config.training.tokens_per_microbatch or auto)
 
 
-def engine_for_inference(kind: str, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> Engine:
+def engine_for_inference(kind: str, base: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> LossEngine:
     """Build the engine that computes losses and likelihoods in inference. `generator.make_generator` takes this engine.
 
     Args:

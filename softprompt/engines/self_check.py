@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.data.examples import IGNORE, Example, Examples, count_targets
-from softprompt.engines.base import Engine
+from softprompt.engines.base import Engine, LossEngine
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.utils.errors import OutOfMemoryError, TrainingError
@@ -145,7 +145,9 @@ def compare(
     )
 
 
-def compare_losses(packed: Engine, padded: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> CheckResult:
+def compare_losses(
+    packed: LossEngine, padded: LossEngine, prompt: Tensor | None, rows: Sequence[Example]
+) -> CheckResult:
     """Compare only the losses of both engines, for inference; the result's `gradient_error` is 0. See `compare`.
 
     Args:
@@ -212,7 +214,7 @@ def _gradient(engine: Engine, prompt: Tensor, rows: Sequence[Example]) -> Tensor
     return trial.weight.grad
 
 
-def _losses_per_target(engine: Engine, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
+def _losses_per_target(engine: LossEngine, prompt: Tensor | None, rows: Sequence[Example]) -> list[float]:
     losses = engine.row_losses(prompt, rows)
     return [loss / count_targets(row) for loss, row in zip(losses, rows, strict=True)]
 

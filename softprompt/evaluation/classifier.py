@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt.data.dataset import Row
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, Tokenized
-from softprompt.engines.base import Engine, OnRows, nothing
+from softprompt.engines.base import LossEngine, OnRows, nothing
 from softprompt.evaluation.confusion_matrix import ConfusionMatrix
 from softprompt.evaluation.rows import answers_are_short, question_ids
 from softprompt.generation.likelihood import ChoiceResult, answer_token_ids, choice_result, join
@@ -153,7 +153,7 @@ class Classifier:
         return longest if self.max_positions is None else min(longest, self.max_positions - P)
 
     def __call__(
-        self, engine: Engine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
+        self, engine: LossEngine, prompt: Tensor | None, examples: Sequence[Example], on_rows: OnRows = nothing
     ) -> tuple[Classification, list[float]]:
         """Classify the rows with a prompt [P, H], or by the bare base (None).
 

@@ -13,7 +13,7 @@ from softprompt.config.infer_args import Voting
 from softprompt.data.dataset import Row
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Example, count_targets
-from softprompt.engines.base import Engine
+from softprompt.engines.base import LossEngine
 from softprompt.evaluation.evaluator import Evaluation, compare_answers
 from softprompt.evaluation.rows import question_ids
 from softprompt.generation.likelihood import answer_examples, log_likelihoods
@@ -41,7 +41,7 @@ class EnsembleMember:
 
 
 def evaluate_ensemble(
-    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], voting: Voting = "majority_vote"
+    engine: LossEngine, tokenizer: Any, members: Sequence[EnsembleMember], voting: Voting = "majority_vote"
 ) -> Evaluation:
     """Evaluate members that have the same rows and expected answers.
 
@@ -62,7 +62,7 @@ def evaluate_ensemble(
 
 
 def _score_row(
-    engine: Engine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
+    engine: LossEngine, tokenizer: Any, members: Sequence[EnsembleMember], row: int, answers: Sequence[str]
 ) -> list[list[float]]:
     """Return each member's log-likelihoods of the answers to one row: [members][answers]."""
     questions = [question_ids(member.examples[row]) for member in members]

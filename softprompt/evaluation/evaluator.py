@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from softprompt.data.tokenization import Example, count_targets, end_tokens
-from softprompt.engines.base import Engine
+from softprompt.engines.base import LossEngine
 from softprompt.evaluation.classifier import Classification, Classifier
 from softprompt.evaluation.intervals import Interval, ratio_interval, wilson_interval
 from softprompt.evaluation.rows import (
@@ -165,7 +165,7 @@ class Evaluator:
         classifier: Classifies the rows if their answers are labels; else None.
     """
 
-    engine: Engine
+    engine: LossEngine
     generator: Generator | None
     tokenizer: Any
     examples: Sequence[Example]

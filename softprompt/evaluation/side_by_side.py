@@ -23,7 +23,7 @@ from softprompt.data.encoding import passages
 from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
 from softprompt.data.tokenization import Tokenized, tokenize
-from softprompt.engines.base import Engine
+from softprompt.engines.base import LossEngine
 from softprompt.evaluation.classifier import Classifier, distinct_answers, labels_of_rows
 from softprompt.evaluation.ensemble import EnsembleMember, evaluate_ensemble
 from softprompt.evaluation.evaluator import Evaluation, Evaluator
@@ -78,7 +78,7 @@ class AdapterEvaluator:
         max_positions: The base's number of positions; None if it has no limit.
     """
 
-    engine: Engine
+    engine: LossEngine
     generator: Generator | None
     tokenizer: Any
     dataset: str

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from softprompt.distributed.process_group import World
 from softprompt.distributed.row_assignment import assign_rows, select
-from softprompt.engines.base import Engine
+from softprompt.engines.base import LossEngine
 from softprompt.engines.bloom_schedule import BloomSchedule
 from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.generation.bloom_step import BloomStepModel
@@ -49,7 +49,9 @@ class Generator(Protocol):
         ...
 
 
-def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: str | None = None) -> Generator | None:
+def make_generator(
+    engine: LossEngine, base: PreTrainedModel, tokenizer: Any, kind: str | None = None
+) -> Generator | None:
     """Return the generator for an engine and its base; None if the base cannot generate with a soft prompt
     (`capabilities.why_not_generate` returns the reason).
 
@@ -79,7 +81,7 @@ def make_generator(engine: Engine, base: PreTrainedModel, tokenizer: Any, kind: 
 
 
 def _bloom_generator(
-    weights: BloomWeights | None, base: PreTrainedModel, tokenizer: Any, engine: Engine
+    weights: BloomWeights | None, base: PreTrainedModel, tokenizer: Any, engine: LossEngine
 ) -> ContinuousBatchingGenerator:
     """Return continuous batching for BLOOM. On CUDA it is checked, if `base` holds all of its weights.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softprompt.data.template import Template
 from softprompt.data.tokenization import IGNORE, Example
-from softprompt.engines.base import Engine
+from softprompt.engines.base import LossEngine
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.progress import rows_bar
 
@@ -81,7 +81,7 @@ def join(question: Sequence[int], answer: Sequence[int]) -> Example:
 
 
 def log_likelihoods(
-    engine: Engine, prompts: Sequence[Tensor | None], examples: Sequence[Sequence[Example]]
+    engine: LossEngine, prompts: Sequence[Tensor | None], examples: Sequence[Sequence[Example]]
 ) -> list[list[float]]:
     """Compute log p(targets | prompt, preceding tokens) of each example in nats.
 
