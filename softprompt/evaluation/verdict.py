@@ -42,15 +42,13 @@ class Comparison(NamedTuple):
         rival: What it is compared with.
         advantage: How much better the prompt is on these rows, in any unit; below 0 if it is worse.
         significant: Whether this is unlikely to be chance.
-        detail: More about a significant advantage; may be empty.
-        detail_of_rival: The same with the name of what it is compared with.
+        interval: The 95 % interval of the loss that the prompt saves per target; None if losses are not compared.
     """
 
     rival: str
     advantage: float
     significant: bool
-    detail: str = ""
-    detail_of_rival: str = ""
+    interval: tuple[float, float] | None = None
 
 
 def verdict(
@@ -145,17 +143,14 @@ def _compared_losses(after: Evaluation, before: Evaluation, rival: str = "the ba
     if interval is None:  # a single row has no interval
         return [Comparison(rival, sum(gains), False)]
     low, high = interval
-    gain = (low + high) / 2
-    detail = f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g})"
-    of_rival = f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g}) than that of {rival}"
-    return [Comparison(rival, sum(gains), low > 0 or high < 0, detail, of_rival)]
+    return [Comparison(rival, sum(gains), low > 0 or high < 0, (low, high))]
 
 
 def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdict:
     behind = [one for one in compared if one.advantage <= 0 or not one.significant]
     if not behind:
-        detailed = [one for one in compared if one.detail]
-        details = "; ".join(one.detail if len(detailed) == 1 else one.detail_of_rival for one in detailed)
+        by_loss = [one for one in compared if one.interval]
+        details = "; ".join(_described(one, named=len(by_loss) > 1) for one in by_loss)
         better_than = " and than ".join(one.rival for one in compared)
         return Verdict(f"Better than {better_than}{': ' if details else ''}{details}.", True)
     worse = " and than ".join(one.rival for one in behind if one.significant)
@@ -168,6 +163,15 @@ def _verdict_on(compared: Sequence[Comparison], advice: Sequence[str]) -> Verdic
     ahead = all(one.advantage > 0 for one in behind)
     ways = [*advice, *([MORE_ROWS] if advice and ahead else [])]
     return Verdict(f"{sentence}{': ' if ways else ''}{_either(ways)}.", False)
+
+
+def _described(one: Comparison, named: bool) -> str:
+    """Say how much lower the prompt's loss is; `named` says whether to name what it is compared with."""
+    rival, (low, high) = one.rival, one.interval or (0.0, 0.0)
+    gain = (low + high) / 2
+    if named:
+        return f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g}) than that of {rival}"
+    return f"its loss is lower by {gain:.3g} (95 % interval {low:.3g} to {high:.3g})"
 
 
 def _either(ways: Sequence[str]) -> str:
