@@ -2,7 +2,7 @@
 the run's own rows and is not clearly slower, else the padded engine."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +57,9 @@ def choose_engine(
     `--engine auto` takes the packed engine if it gives the padded engine's losses and gradient (see `self_check`) and
     is not clearly slower. `--engine packed` takes it whatever its speed, after the same check. Rows on which only the
     padded engine runs out of memory are left out of the check. If several functions could compute its attention (see
-    `attn_implementations`), each is checked and the fastest is taken. There is no check with `--engine padded`, with a
-    BLOOM that does not hold its blocks, and without rows that have targets; see `make_engine` for the choice then. If
-    the layers are sharded, all ranks check the same rows.
+    `attn_implementations`), each is checked and the fastest is taken. There is no check with `--engine padded`, with
+    `--stream_base`, or without rows that have targets; see `make_engine` for the choice then. If the layers are
+    sharded, all ranks check the same rows.
 
     Args:
         base: The loaded, frozen base.
@@ -76,8 +76,8 @@ def choose_engine(
     """
     kind, P, args = config.model.engine, len(prompt), config.training
     names = attn_implementations(config, base, dtype, blocks)
-    checked = kind != "padded" and (blocks is None or not is_bloom(base.config))
-    examined = rows_to_check(rows, longest) if checked else []
+    streamed = isinstance(blocks, Mapping)
+    examined = [] if streamed or kind == "padded" else rows_to_check(rows, longest)
     if not examined:
         kernel = "sdpa" if config.model.attn_implementation == "auto" else names[0]
         return ChosenEngine(make_engine(config, base, tokenizer, dtype, P, blocks, attn_implementation=kernel))

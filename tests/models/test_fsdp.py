@@ -90,6 +90,7 @@ def test_a_rank_dies_while_the_other_waits_for_its_blocks(alone, tmp_path, monke
     """And what they had saved is one process's, which goes on with the whole base."""
     out, seconds = killed("packed", tmp_path / "run")
     assert "packed engine, 1,024 tokens at a time, layer by layer, 2 processes" in out and seconds < 150
+    assert "packed engine: checked against the padded one" in out
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     train.main(["--resume_from_checkpoint", str(tmp_path / "run"), "--shard_base", "false"])
