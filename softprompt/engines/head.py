@@ -6,6 +6,7 @@ positions at a time.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -161,16 +162,22 @@ class ModelHead:
         self.nbytes = 0 if self.weight is None else self.weight.nbytes
         self.device, self.V = word_embeddings(base).weight.device, word_embeddings(base).num_embeddings
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, wide: bool = False) -> Tensor:
         """Return the logits of n positions: [n, H] → [n, V], at least fp32.
+
+        Args:
+            wide: Compute the output layer in fp32 if its weight is fp32. In half precision, many logits are equal after
+                rounding, so the most likely word would be arbitrary.
 
         Raises:
             ModelError: The base's forward does not call the body.
         """
-        stand_in = self.parent._modules[self.name] = _Body(hidden[None])
+        stand_in = self.parent._modules[self.name] = _Body(hidden[None], self.body)
         own = None if self.weight is None else self.output.weight
         try:
-            if own is not None:
+            if own is not None and wide:
+                self.output.forward = partial(_linear_in_fp32, self.output)
+            elif own is not None:
                 self.output.weight = self.weight
             with autocast(self.device, self.compute_dtype):
                 logits = self.base(inputs_embeds=hidden[None], use_cache=False).logits[0]
@@ -181,6 +188,7 @@ class ModelHead:
             self.parent._modules[self.name] = self.body
             if own is not None:
                 self.output.weight = own
+                self.output.__dict__.pop("forward", None)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return _ChunkedLoss.apply(hidden, targets, self, self._cross_entropies)
@@ -200,7 +208,7 @@ class ModelHead:
 
     @torch.no_grad()
     def divergences(self, hidden: Tensor, teacher: TeacherPredictions) -> tuple[Tensor, Tensor]:
-        terms, top = self._in_chunks(self._divergences_and_top, hidden, teacher.vectors)
+        terms, top = self._in_chunks(partial(self._divergences_and_top, wide=True), hidden, teacher.vectors)
         return terms, top
 
     def _cross_entropies(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -209,16 +217,16 @@ class ModelHead:
     def _divergences(self, hidden: Tensor, teacher: Tensor) -> Tensor:
         return self._divergences_and_top(hidden, teacher)[0]
 
-    def _divergences_and_top(self, hidden: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _divergences_and_top(self, hidden: Tensor, teacher: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
         """Return KL(teacher ‖ student) at each position, given the final hidden states of both [n, H], and the
-        student's most likely tokens."""
+        student's most likely tokens. For `wide` see `logits`."""
         with torch.no_grad():
-            expected = self.logits(teacher.to(hidden.dtype)).log_softmax(-1)
-        logs = self.logits(hidden).log_softmax(-1)
+            expected = self.logits(teacher.to(hidden.dtype), wide).log_softmax(-1)
+        logs = self.logits(hidden, wide).log_softmax(-1)
         return F.kl_div(logs, expected, reduction="none", log_target=True).sum(-1), logs.detach().argmax(-1)
 
     def _entropies_and_top(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logs = self.logits(hidden).log_softmax(-1)
+        logs = self.logits(hidden, wide=True).log_softmax(-1)
         return -(logs.exp() * logs).sum(-1), logs.argmax(-1)
 
     def _in_chunks(self, compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Iterator[Tensor]:
@@ -234,6 +242,12 @@ class ModelHead:
 
     def working_bytes(self, n: int) -> int:
         return 5 * 4 * min(self.chunk, n) * self.V
+
+
+def _linear_in_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Compute a linear layer whose weight is fp32, whatever the autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), layer.weight, None if layer.bias is None else layer.bias.float())
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -267,11 +281,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Body(nn.Module):
-    """A stand-in for a base's body; its forward returns the given hidden states [1, n, H]."""
+    """A stand-in for a base's body; its forward returns the given hidden states [1, n, H]. All other attributes are the
+    body's: Falcon-H1 reads a scale of the logits from it."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor, body: nn.Module):
         super().__init__()
         self.hidden, self.was_called = hidden, False
+        self.__dict__["replaced"] = body  # no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["replaced"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         self.was_called = True

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.bases import make_bloom
+from helpers.memory import PeakMemory
 from helpers.packed_cases import relative
 from helpers.small_bases import WINDOW, small_base
 from torch import Tensor
@@ -160,6 +161,39 @@ def test_the_fused_divergence(n, words, elements, dtype, monkeypatch):
     assert top.tolist() == (ours.double() @ head.double().T).argmax(-1).tolist()
     # Unlike in training, no product here is in a narrow dtype.
     assert each.tolist() == pytest.approx(expected.tolist(), rel=min(exact, 1e-5), abs=min(exact, 1e-5))
+
+
+def test_the_logits_of_all_positions_are_never_in_memory(monkeypatch):
+    n, words, H = 300, 2000, 16
+    monkeypatch.setitem(fused.BLOCK_ELEMENTS, "cpu", 20_000)
+    head, theirs = torch.randn(words, H), torch.randn(n, H)
+    ours = torch.randn(n, H, requires_grad=True)
+    with PeakMemory() as memory:
+        teacher = fused.projected_teacher(theirs, head)
+        fused.projected_divergence(ours, head, teacher.mean_rows, teacher.entropies).backward()
+        fused.projected_divergences(ours.detach(), head, teacher.mean_rows, teacher.entropies)
+    assert 4 * 20_000 < memory.peak < 4 * n * words / 4
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+def test_a_head_of_the_base_is_evaluated_in_fp32(kind):
+    """In bf16 many logits are equal, and ties would be broken by token id."""
+    narrow, base = (freeze(small_base(kind, tie_word_embeddings=True), dtype) for dtype in (BF16, FP32))
+    head, wide = packed_engine(narrow, BF16).schedule.head, packed_engine(base, FP32).schedule.head
+    draw = torch.Generator().manual_seed(0)
+    theirs, ours = (torch.randn(200, base.config.hidden_size, generator=draw) for _ in range(2))
+    teacher, exact = head.teacher(theirs), wide.teacher(theirs)
+    assert torch.equal(teacher.top, exact.top) and torch.allclose(teacher.entropies, exact.entropies, rtol=1e-4)
+    for found, expected in zip(head.divergences(ours, teacher), wide.divergences(ours, exact), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_before_the_output_layer_is_evaluated_in_its_own_dtype():
+    hidden, entropies = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), []
+    for dtype in (BF16, FP32):
+        base = freeze(small_base("modernbert-decoder", tie_word_embeddings=True), dtype)
+        entropies.append(packed_engine(base, dtype).schedule.head.teacher(hidden).entropies)
+    assert torch.allclose(*entropies, rtol=0.05)
 
 
 def test_a_student_that_is_near_its_teacher_keeps_its_gradient():

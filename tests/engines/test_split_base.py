@@ -56,6 +56,25 @@ def test_a_base_that_only_passes_embeddings_on_is_not(dtype):
     assert split_base(freeze(changed(1.0, 0.0), dtype), dtype).body is not None
 
 
+class ReadsItsBody(LlamaForCausalLM):
+    """Takes a scale of the logits from its body, as Falcon-H1 does."""
+
+    def forward(self, **given):
+        out = super().forward(**given)
+        out.logits = out.logits * self.model.logits_factor
+        return out
+
+
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_a_forward_may_read_settings_from_the_body(factor, tokenizer):
+    base, start, rows = small_base("llama"), torch.randn(3, 32), random_examples(5, 9)
+    base.__class__, base.model.logits_factor = ReadsItsBody, factor
+    base, (mean, truth) = freeze(base, FP32), naive_gradient(base, start, rows)
+    for engine in (packed_engine(base, FP32, 40), padded_engine(base, tokenizer, FP32, 40)):
+        loss, gradient = gradient_of(engine, start, rows)
+        assert loss == pytest.approx(mean, rel=1e-5) and relative(gradient, truth) < 1e-5
+
+
 def test_a_module_that_the_forward_does_not_call_is_not_the_body(tokenizer):
     base, start, rows = small_base("llama"), torch.randn(3, 32), random_examples(5, 9)
     base._modules = {"draft": small_base("llama", seed=9).model, **base._modules}

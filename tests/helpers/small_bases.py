@@ -36,6 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     "stablelm": {},
+    "modernbert-decoder": {
+        "local_attention": 2 * WINDOW,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },  # dense layer before the head
     "qwen2_moe": {  # applies its window in the masks alone
         **{"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 30},
         **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
