@@ -1,6 +1,5 @@
 """The questions of a distillation: read them, and put the text that is distilled before them."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -221,50 +220,3 @@ def with_answer(row: Row, text: str) -> Row:
     if "messages" in row:
         return {**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
     return {**row, "completion" if "prompt" in row else "output": text}
-
-
-ASKED = "Write one short question that the text above answers. Write only the question."
-PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and of a question about it
-
-
-def questions_about(text: str, tokenizer: Any, template: Template, most: int) -> list[list[int]]:
-    """Cut a text into passages, and return for each the token ids that make a base write a question about it. Of more
-    than `most` passages, that many are taken, evenly spaced.
-
-    With the template "chat", the token ids are a request in the tokenizer's chat template, else the beginning of a text
-    in which a question follows the passage.
-
-    Raises:
-        DataError: The text has no tokens.
-    """
-    ids = text_ids(text, tokenizer)
-    starts = range(0, len(ids), PASSAGE_TOKENS)
-    taken = min(most, len(starts))
-    starts = [starts[number * len(starts) // taken] for number in range(taken)]
-    passages = [tokenizer.decode(ids[at : at + PASSAGE_TOKENS]).strip() for at in starts]
-    if template.spec == CHAT:
-        texts = [template.render({"instruction": f"{passage}\n\n{ASKED}"}, tokenizer) for passage in passages]
-    else:
-        texts = [f"{passage}\n\nA question about this text: " for passage in passages]
-    return prompt_ids(tokenizer, texts, template)
-
-
-def written_questions(answers: Iterable[Sequence[int]], tokenizer: Any) -> list[str]:
-    """Return the questions in a base's answers, each once: the first line of each answer, without "Question:" before it
-    and without quotation marks and asterisks around it."""
-    texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
-    lines = (_without_marks(text.splitlines()[0]) for text in texts if text)
-    return list(dict.fromkeys(line for line in lines if line))
-
-
-OPENING = re.compile(r"""([\s"'“”*]*)(?:Question:)?([\s"'“”*]*)""")
-
-
-def _without_marks(line: str) -> str:
-    """Return a question without what stands around it. A mark at its end stays if the question itself opens it."""
-    before = OPENING.match(line)
-    assert before is not None  # it matches any text
-    closing = "".join(before.groups()).replace("“", "”")
-    question = line[before.end() :].rstrip(f"{closing} *")
-    opening = question[-1:].replace("”", "“")
-    return question[:-1] if opening in ('"', "“") and opening not in question[:-1] else question

@@ -1,19 +1,21 @@
 """Load what a run trains and trains on: rows, base and prompt. With distillation, the base answers its questions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.value_parsers import parse_duration
 from softprompt.distributed.process_group import World
+from softprompt.models.capabilities import RowMaxima, check_rows_fit, check_token_ids
 from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
-from softprompt.training.distillation import Answered, answered
-from softprompt.training.prompt_setup import start_prompt, with_defaults_of_base
+from softprompt.training.answered_questions import Answered, answered
+from softprompt.training.prompt_setup import check_data_fits, start_prompt, with_defaults_of_base
 from softprompt.training.question_setup import (
     check_text_length,
     load_questions,
+    load_text,
     make_teacher,
     with_text_of_start,
     write_questions,
@@ -67,30 +69,43 @@ def load_run(
     start = compare_contents(start, {**data.fingerprints, **base.fingerprint})
     start = with_defaults_of_base(start, base.model)
     base = shard_base(start.config, freeze_base(start.config, base), world)
-    return Loaded(start, output_dir, data, base, start_prompt(start, data, base.model))
+    prompt = start_prompt(start, data.tokenizer, base.model)
+    check_data_fits(start.config, data, base.model, len(prompt.weight))
+    return Loaded(start, output_dir, data, base, prompt)
 
 
 def _load_distillation(start: StartingPoint, output_dir: Path, world: World, began: float | None) -> Loaded:
-    """Load a run that distills a text: the base itself answers the questions before the first step."""
+    """Load a run that distills a text: the base itself answers the questions before the first step. This takes a long
+    time, so everything that does not depend on the answers is checked first."""
     if world.size > 1:
         raise ConfigError(f"{start.config.distillation.flag} is for a single process; start one without torchrun")
     questions = load_questions(start.config) if start.config.data.dataset else None
     base = freeze_base(start.config, load_run_base(start.config, world))
     tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
+    text = load_text(start.config, tokenizer)
+    _check_same_contents(start, {**(questions or text).fingerprints, **base.fingerprint})
+    check_token_ids(text.ids, base.model, start.config.distillation.flag)
+    start = with_defaults_of_base(with_text_of_start(start, text, tokenizer), base.model)
     kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint else {}
     stop = None if began is None else StopRequest(time_limit(start.config), began)
     source = AnswerSource(make_teacher(start.config, base, tokenizer), kept, stop)
+    prompt = start_prompt(start, tokenizer, base.model)
+    P = len(prompt.weight)
+    check_text_length(text.ids, P, start.config)
+    check_rows_fit(base.model, P, start.config.data.max_length, RowMaxima(1, 0))
     if questions is None:
         questions = load_questions(start.config, write_questions(start.config, base, tokenizer, source))
-    start = with_text_of_start(start, questions)
-    if not start.config.training.ignore_data_skip:  # refuse other questions before the base answers them
-        compare_contents(start, {**questions.fingerprints, **base.fingerprint})
-    known = answered(start.config, questions, base, source, start.rows_per_step)
+        _check_same_contents(start, {**questions.fingerprints, **base.fingerprint})
+    known = answered(start.config, questions, base, source, start.rows_per_step, P)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})
-    start = with_defaults_of_base(start, base.model)
-    prompt = start_prompt(start, known.data, base.model)
-    check_text_length(questions.text_ids, len(prompt.weight), start.config)
+    check_data_fits(start.config, known.data, base.model, P)
     return Loaded(start, output_dir, known.data, base, prompt, known)
+
+
+def _check_same_contents(start: StartingPoint, fingerprints: Mapping[str, str]) -> None:
+    """Raise CheckpointError if the fingerprints differ from the checkpoint's, unless --ignore_data_skip is given."""
+    if not start.config.training.ignore_data_skip:
+        compare_contents(start, fingerprints)
 
 
 def time_limit(config: TrainConfig) -> float | None:

@@ -49,25 +49,29 @@ def _with_encoder_width(start: StartingPoint, base: PreTrainedModel) -> Starting
     return replace(start, config=replace(start.config, prompt=replace(prompt, encoder_hidden_size=width)))
 
 
-def start_prompt(start: StartingPoint, data: RunData, base: PreTrainedModel) -> PromptEmbedding:
+def start_prompt(start: StartingPoint, tokenizer: Any, base: PreTrainedModel) -> PromptEmbedding:
     """Return the prompt [P, H] fp32 on the device of the base, from the checkpoint or with its initial values.
 
     Raises:
         CheckpointError: The checkpoint's encoder is not the one that the settings choose.
         ModelError: The tokenizer has tokens for which the base has no embedding.
-        ConfigError: The initial values cannot be computed, or the base has too few positions for the prompt and a row.
+        ConfigError, AdapterError: See `trainable_prompt`.
     """
     config = start.config
-    check_vocabulary(data.tokenizer, base, base_path(str(config.model.model_name_or_path)))
-    check_init_text(config.prompt.prompt_tuning_init_text, data.tokenizer, base)
+    check_vocabulary(tokenizer, base, base_path(str(config.model.model_name_or_path)))
+    check_init_text(config.prompt.prompt_tuning_init_text, tokenizer, base)
     if start.checkpoint:
         saved = load_adapter(start.checkpoint).prompt
         prompt = restored_prompt(config, saved, start.state.encoder, start.checkpoint)
     else:
-        prompt = trainable_prompt(config, data.tokenizer, base)
-    extent = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
-    check_rows_fit(base, len(prompt.weight), config.data.max_length, extent, streamed=data.streamed)
+        prompt = trainable_prompt(config, tokenizer, base)
     return prompt.to(base.get_input_embeddings().weight.device)
+
+
+def check_data_fits(config: TrainConfig, data: RunData, base: PreTrainedModel, P: int) -> None:
+    """Check that the base can take the rows of a run behind P virtual tokens. Raises ConfigError if not."""
+    maxima = RowMaxima.of(*(some.examples for some in (data.train, data.held_out) if some))
+    check_rows_fit(base, P, config.data.max_length, maxima, streamed=data.streamed)
 
 
 def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel) -> PromptEmbedding:

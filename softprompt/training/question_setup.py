@@ -7,27 +7,34 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel
+
 from softprompt.config.loader import TrainConfig
 from softprompt.config.validation import quantization_bits
 from softprompt.data.build_data import Rows, make_template
 from softprompt.data.dataset import question
 from softprompt.data.questions import (
-    QUESTION_TOKENS,
     put_text_before,
-    questions_about,
     read_distilled_text,
     read_questions,
     text_ids,
     with_answer,
     with_held_out,
     with_text_ids,
-    written_questions,
 )
 from softprompt.data.row_store import RowStore
 from softprompt.data.template import Template
+from softprompt.data.written_questions import QUESTION_TOKENS, questions_about, written_questions
 from softprompt.engines.factory import engine_for_inference
 from softprompt.generation.generator import Generator, make_generator
-from softprompt.models.capabilities import check_token_ids, check_vocabulary, max_positions, why_not_generate
+from softprompt.models.capabilities import (
+    RowMaxima,
+    check_rows_fit,
+    check_token_ids,
+    check_vocabulary,
+    max_positions,
+    why_not_generate,
+)
 from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.training.console import print_answer_end, print_rows
@@ -111,7 +118,6 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
     plain, prefix, with_text, of_text = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
     end = template.end(with_answer(rows.train[0], "a"), tokenizer)
     print_answer_end(end, tokenizer)
-    about = {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)}
     questions = Questions(
         tokenizer,
         template.of_rows(rows.train),
@@ -121,20 +127,49 @@ def load_questions(config: TrainConfig, written: Rows | None = None) -> Question
         prefix,
         of_text,
         end,
-        {**rows.fingerprints, **about},
+        {**rows.fingerprints, **_fingerprints(text, tokenizer)},
     )
     check_text_length(of_text, config.prompt.num_virtual_tokens or 0, config)
     return questions
 
 
-def with_text_of_start(start: StartingPoint, questions: Questions) -> StartingPoint:
+class DistilledText(NamedTuple):
+    """The text that is distilled: its token ids, and hashes of its content and of the tokenizer, by name."""
+
+    ids: list[int]
+    fingerprints: Mapping[str, str]
+
+
+def load_text(config: TrainConfig, tokenizer: Any) -> DistilledText:
+    """Read and tokenize the text alone. Raises DataError if it cannot be read or has no tokens."""
+    text = read_distilled_text(str(config.distillation.text))
+    return DistilledText(text_ids(text, tokenizer), _fingerprints(text, tokenizer))
+
+
+def _fingerprints(text: str, tokenizer: Any) -> dict[str, str]:
+    return {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)}
+
+
+def check_questions_fit(config: TrainConfig, questions: Questions, base: PreTrainedModel, P: int) -> None:
+    """Check that P virtual tokens, a question and an answer fit into the base's positions. Questions without room for
+    an answer do not count.
+
+    Raises:
+        ConfigError: The base has too few positions.
+    """
+    most, parts = config.data.max_length, (questions.train, questions.held_out)
+    lengths = [len(ids) for part in parts if part for ids in part.plain if len(ids) < most]
+    check_rows_fit(base, P, most, RowMaxima(max(lengths, default=0) + 1, 0))
+
+
+def with_text_of_start(start: StartingPoint, text: DistilledText, tokenizer: Any) -> StartingPoint:
     """Return the starting point with --prompt_tuning_init_text, if TEXT is chosen without a text, set to the beginning
     of the text that is distilled, so that files and messages name it."""
     prompt = start.config.prompt
     if prompt.prompt_tuning_init != "TEXT" or prompt.prompt_tuning_init_text or prompt.init_adapter:
         return start
-    text = _beginning(questions.text_ids, prompt.num_virtual_tokens or len(questions.text_ids), questions.tokenizer)
-    return replace(start, config=replace(start.config, prompt=replace(prompt, prompt_tuning_init_text=text)))
+    beginning = _beginning(text.ids, prompt.num_virtual_tokens or len(text.ids), tokenizer)
+    return replace(start, config=replace(start.config, prompt=replace(prompt, prompt_tuning_init_text=beginning)))
 
 
 def _beginning(ids: list[int], count: int, tokenizer: Any) -> str:
@@ -172,13 +207,11 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, source: Ans
     Raises:
         DataError: The text cannot be read or has no tokens, the template has columns that a question does not fill, or
             the base writes too few questions for --eval_rows.
-        ConfigError: The text has fewer tokens than the prompt, a token of it has no embedding, or a passage leaves no
-            room for a question.
+        ConfigError: A token has no embedding, or a passage leaves no room for a question.
         Stopped: `AnswerSource.stop` asked to stop.
     """
     template, settings, seed = make_template(config), config.distillation, config.training.seed
     text = read_distilled_text(str(settings.text))
-    check_text_length(text_ids(text, tokenizer), config.prompt.num_virtual_tokens or 0, config)
     question(f"{settings.flag}, question 1", {"prompt": "a"}, template)  # before the base writes any
     asked = questions_about(text, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)

@@ -8,13 +8,15 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from softprompt.config.adapter_specs import NONE
+from softprompt.config.infer_args import GENERATION_DEFAULTS
 from softprompt.config.train_args import RUNS
 from softprompt.config.validation import quantization_bits
+from softprompt.config.value_parsers import parse_labels
 from softprompt.data.template import without_default_template
 from softprompt.data.tokenization import describe_losses
 from softprompt.evaluation.answer_comparison import AnswerComparison
 from softprompt.runs.file_names import QUESTION_FILE
-from softprompt.training.first_question import FirstQuestion
+from softprompt.training.first_question import MOST_CHARACTERS, FirstQuestion
 from softprompt.training.result import Run
 from softprompt.utils.shell_commands import command, flag
 from softprompt.utils.text_table import Rows, display_width, html_table, shortened, table, terminal_width
@@ -63,13 +65,25 @@ def _fitting_table(rows: Rows, width: int) -> str:
 
 def infer_command(run: Run, question: FirstQuestion) -> str:
     """Return the command that asks `question` with the trained prompt; the base is quantized as in training. The run's
-    folder is omitted if infer.py finds it by itself."""
+    folder is omitted if infer.py finds it by itself. If the answers are labels and infer.py samples answers by default,
+    the command chooses among the labels."""
     bits = quantization_bits(run.config.model.load_in_8bit, run.config.model.load_in_4bit)
     folder = str(run.output_dir) if str(run.output_dir) != NONE else os.path.join(".", NONE)
     words = ["" if run.output_dir.parent == RUNS else flag("adapter", folder)]
     words += [f" --load_in_{bits}bit"] if bits else []
-    asked = question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)}
+    asked = dict(question.flags or {"prompts_file": str(run.output_dir / QUESTION_FILE)})
+    if question.flags and run.config.model.model_name_or_path not in GENERATION_DEFAULTS:
+        asked |= _choices(run)
     return f"{command('infer')}{''.join(words)}{''.join(flag(*each) for each in asked.items())}"
+
+
+def _choices(run: Run) -> dict[str, str]:
+    """Return the flag that names the labels of a run; empty if its answers are not labels, or if they cannot be written
+    as a value of --choices."""
+    labels = run.after.classification.labels if run.after and run.after.classification else ()
+    text = ",".join(labels)
+    fits = labels and len(text) <= MOST_CHARACTERS and text.isprintable() and parse_labels(text) == list(labels)
+    return {"choices": text} if fits else {}
 
 
 class Figure(NamedTuple):

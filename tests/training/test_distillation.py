@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.distillation import QUESTIONS, TEXT
 from helpers.programs import run_infer
+from helpers.quantized import base_to_quantize, saved
 from helpers.serving import running_server
 from helpers.small_bases import small_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,6 +178,23 @@ def test_a_base_whose_head_is_not_plain(distillation, tokenizer, capsys):
 def test_a_quantized_base_has_answers_of_its_own(distillation):
     base, each = Base(None, None, {"base": "a hash"}), [{}, {"load_in_8bit": True}, {"load_in_4bit": True}]
     assert len({str(identity_of(train_config(**distillation, **more), base, "a hash")) for more in each}) == 3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["bloom", "llama"])
+def test_a_quantized_base_is_distilled(kind, bits, distillation, tokenizer):
+    """Teacher and student are the quantized base; a BLOOM is run layer by layer."""
+    pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
+    pytest.importorskip("accelerate", reason="needs pip install accelerate")
+    saved(base_to_quantize(kind), Path("base"), tokenizer)
+    run = softprompt.train(**{**distillation, "model_name_or_path": "base", f"load_in_{bits}bit": True})
+    base, text, rows = run.setup.base, tokenizer(TEXT + "\n", add_special_tokens=False)["input_ids"], []
+    for ids, labels in run.setup.data.held_out.examples:
+        question, answer = ids[: labels.count(-100)], ids[labels.count(-100) :]
+        rows.append((question, [*text, *question], answer))
+    kl, agreement = naive_figures(base, None, rows, load_adapter("run").prompt)
+    assert run.metrics["eval_kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert run.metrics["eval_agreement"] == pytest.approx(agreement)
 
 
 def test_another_prompt_to_start_from(distillation):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import watched
+from helpers.adapters import write_adapter
 from helpers.distillation import CHAT, QUESTIONS, TEXT, chat_base, counted_requests
 from helpers.distributed import ranks_of
 from helpers.programs import assert_line, listing, refused
@@ -17,11 +18,10 @@ from tokenizers.processors import TemplateProcessing
 import softprompt
 import train
 from softprompt.config.loader import train_config
-from softprompt.data.questions import questions_about, written_questions
-from softprompt.data.template import Template
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
+from softprompt.training import teacher_answers
 from softprompt.training.question_setup import load_questions
 from softprompt.utils.errors import SoftpromptError
 
@@ -59,7 +59,7 @@ def test_the_text_is_the_system_message_of_a_chat(distillation, tiny_base):
     assert cut.startswith("<system>请") and f"</s><user>{QUESTIONS[-1]}</s><a>" in cut and TEXT not in cut
 
 
-def test_the_base_writes_the_questions_about_a_document(distillation, capsys):
+def test_the_base_writes_the_questions_about_a_document(distillation, capsys, monkeypatch):
     """The questions are kept as the answers are, and a resumed run has the same ones."""
     del distillation["dataset"], distillation["distill_prompt"]
     document = "这是一份很长的文件，讲酒店的房间、早餐和停车。" * 12
@@ -74,35 +74,11 @@ def test_the_base_writes_the_questions_about_a_document(distillation, capsys):
     softprompt.train(resume_from_checkpoint="run")
     assert outcome("run")[0] == outcome("whole")[0]
     assert "so that the base answers as with a long text" in Path("run/README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("answers", "questions"),
-    [
-        (
-            ["What is it?\nAnd more", '"What is it?"', "  \n", "Question: Where?", "“在哪里？”"],
-            ["What is it?", "Where?", "在哪里？"],
-        ),
-        (['Question: "What?"', '"Question: When?"', "**Question:** *How?*  "], ["What?", "When?", "How?"]),
-        (
-            ['What is "it"', '"Where is “it”"', 'Who?"', "谁？”*", "'"],
-            ['What is "it"', "Where is “it”", "Who?", "谁？"],
-        ),
-        ([], []),
-    ],
-)
-def test_a_question_is_the_first_line_of_an_answer(answers, questions, tokenizer):
-    ids = [tokenizer(answer)["input_ids"] for answer in answers]
-    assert written_questions(ids, tokenizer) == questions
-
-
-def test_passages_are_taken_from_the_whole_text(tokenizer):
-    words = [f"第{number}段" for number in range(600)]
-    template = Template("{instruction}")
-    every = questions_about("。".join(words), tokenizer, template, 1000)
-    some = questions_about("。".join(words), tokenizer, template, 3)
-    assert len(every) > 6 and len(some) == 3 and some[0] == every[0]
-    assert every.index(some[1]) == len(every) // 3 and every.index(some[2]) == 2 * len(every) // 3
+    asked = counted_requests(monkeypatch)
+    Path("text.txt").write_text("另一份文件，讲别的事情。" * 12, encoding="utf-8")
+    with pytest.raises(SoftpromptError, match="distilled text"):
+        softprompt.train(resume_from_checkpoint="run", max_steps=6)
+    assert not asked
 
 
 @pytest.mark.parametrize(
@@ -124,6 +100,10 @@ def test_passages_are_taken_from_the_whole_text(tokenizer):
         ({"streaming": True}, "--streaming excludes --distill_prompt"),
         ({"metric_for_best_model": "exact_match"}, "--metric_for_best_model exact_match"),
         ({"max_length": 5}, "no question leaves room for an answer at --max_length 5"),
+        (
+            {"eval_rows": None, "eval_dataset": "long.txt"},
+            "no held-out question leaves room for an answer at --max_len",
+        ),
         ({"truncation_side": "input"}, "--truncation_side input"),
         ({"template": "chat"}, "no chat template"),
         ({"prompt_tuning_init": "CLASS_LABELS"}, "--class_labels"),
@@ -132,6 +112,7 @@ def test_passages_are_taken_from_the_whole_text(tokenizer):
 )
 def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, tokenizer):
     Path("empty.txt").write_text(" \n")
+    Path("long.txt").write_text("很" * 300, encoding="utf-8")
     Path("some.jsonl").write_text("\n".join(json.dumps({"instruction": each}) for each in ("a", "", "b", "c", "d")))
     if change.get("model_name_or_path") == "short":
         small_base("gpt2", n_positions=16).save_pretrained("short")
@@ -140,6 +121,35 @@ def test_what_cannot_be_is_refused_in_one_line(change, named, distillation, toke
     with pytest.raises(SoftpromptError, match=named) as refused:
         softprompt.train(**distillation)
     assert "\n" not in str(refused.value) and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_length": 118}, "4 virtual tokens and 118 of text need more than the 120 positions"),
+        ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "<more>"}, "--prompt_tuning_init_text: token id"),
+        ({"init_adapter": "other", "num_virtual_tokens": None}, "virtual tokens have size"),
+        ({"init_adapter": "long", "num_virtual_tokens": None}, "fewer than the 90 virtual tokens"),
+    ],
+)
+@pytest.mark.parametrize("source", ["questions", "text alone"])
+def test_a_prompt_that_cannot_be_trained_is_refused_before_the_base_answers(
+    source, change, named, distillation, tiny_base, monkeypatch
+):
+    small_base("gpt2", n_positions=120).save_pretrained("short")
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.add_tokens("<more>")
+    tokenizer.save_pretrained("short")
+    write_adapter(Path("other"), hidden_size=16, P=4)
+    write_adapter(Path("long"), P=90)
+    if source == "text alone":
+        distillation |= {"distill_context": distillation.pop("distill_prompt"), "dataset": None}
+    asked = []
+    monkeypatch.setattr(teacher_answers, "_generate", lambda *given: asked.append(given))
+    settings = {**distillation, "model_name_or_path": "short", **change}
+    with pytest.raises(SoftpromptError, match=named) as refused:
+        softprompt.train(**{name: value for name, value in settings.items() if value is not None})
+    assert "\n" not in str(refused.value) and not asked and not Path("run").exists()
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -223,7 +233,7 @@ def test_a_question_without_room_does_not_count_for_the_positions_of_the_base(di
     Path("questions.txt").write_text("\n".join(["很" * 200, *QUESTIONS]) + "\n", encoding="utf-8")
     run = softprompt.train(**{**distillation, "model_name_or_path": "short"}, max_length=60)
     assert run.metrics["answers"] == 2 * 6 + 3
-    with pytest.raises(SoftpromptError, match="shorten the text, or the longest question"):
+    with pytest.raises(SoftpromptError, match="4 virtual tokens and 1,000 of text"):
         softprompt.train(**{**distillation, "model_name_or_path": "short", "output_dir": "other"}, max_length=1000)
 
 
