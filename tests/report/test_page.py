@@ -56,6 +56,8 @@ def test_wrong_answers_are_listed_by_their_loss():
     told = Seen(page([described_run(wrong=WRONG)])).text
     assert "3 held-out rows that are answered wrongly" in told
     assert told.index("review 1") < told.index("review 2") < told.index("review 0") and "4.125" in told
+    assert "most likely label is right" not in told
+    assert "most likely label is right" in Seen(page([described_run(wrong=WRONG, confusion=LABELS)])).text
 
 
 def test_many_wrong_answers_are_folded_and_the_most_are_left_out():

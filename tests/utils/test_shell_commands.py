@@ -47,13 +47,14 @@ def conversation(*pairs):
     return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 
 
-def asked_in_a_shell(question_, folder: Path, output_dir: str = "run"):
+def asked_in_a_shell(question_, folder: Path, output_dir: str = "run", labels=(), base: str = "base"):
     """What `infer` understands of the printed command, as bash splits it."""
     (folder / output_dir).mkdir(exist_ok=True)
     if question_.flags is None:
         (folder / output_dir / "question.jsonl").write_text(json.dumps(question_.row), encoding="utf-8")
-    model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
-    run = SimpleNamespace(config=SimpleNamespace(model=model), output_dir=Path(output_dir))
+    model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False, model_name_or_path=base)
+    after = SimpleNamespace(classification=SimpleNamespace(labels=labels) if labels else None)
+    run = SimpleNamespace(config=SimpleNamespace(model=model), output_dir=Path(output_dir), after=after)
     line = infer_command(run, question_)
     start = "python -m softprompt infer"
     assert line.startswith(f"{start} --adapter") and "\n" not in line
@@ -97,6 +98,24 @@ def test_a_folder_of_any_name(name, tmp_path, monkeypatch):
     folder, sharing = parse_push(pushed[1:])
     assert program == ["python", "-m", "softprompt"] and sharing.hub_model_id == "me/it"
     assert os.path.normpath(folder) == name
+
+
+@pytest.mark.parametrize(
+    ("labels", "base", "choices"),
+    [
+        (["正面", "it's"], "base", ["正面", "it's"]),
+        (["正面", "负面"], "mini", None),  # its answers are greedy by default
+        (["a,b", "c"], "base", None),
+        (["a\nb", "c"], "base", None),
+        (["长" * 80, "短" * 80], "base", None),
+        ([], "base", None),
+    ],
+)
+def test_a_run_on_labels_is_asked_to_choose_where_answers_are_sampled(labels, base, choices, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = first_question([{"instruction": "a", "output": "x"}], Template(), None)
+    config = asked_in_a_shell(asked, tmp_path, labels=labels, base=base)
+    assert config.question.choice_list == choices
 
 
 COLUMNS = [  # template, rows, the question's text in the template
