@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from softprompt.data.examples import Example
 from softprompt.engines.factory import packed_engine, padded_engine
 from softprompt.engines.self_check import compare
-from softprompt.models.capabilities import check_supports_prompt
+from softprompt.models.capabilities import build_on_meta_device, check_supports_prompt
 from softprompt.models.loading import check_config, freeze, word_embeddings
 from softprompt.utils.errors import ModelError
 
@@ -59,9 +59,16 @@ SIZES: dict[str, Any] = {
     **{"attention_hidden_size": 32, "hidden_act": "silu", "state_size": 4, "linear_num_key_heads": 2},
     **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "first_k_dense_replace": 1},
     **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16},
+    **{"mamba_d_ssm": 64, "attention_types": [[["global", "local"], 1]], "d_head": 8, "d_inner": 64},
     **{"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "global_head_dim": 8},
 }
-
+# Sizes for particular types, which replace those above; None removes a size.
+OF_TYPES: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "xlnet": {"max_position_embeddings": None},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 KINDS = ("packed", "padded", "refused", "fails", "not built")
 
@@ -99,7 +106,7 @@ def examined(name: str) -> Result:
     except ModelError as error:
         return Result("refused", one_line(error))
     except Exception as error:
-        return Result("not built", one_line(error))
+        return _refused_by_its_modules(name) or Result("not built", one_line(error))
     finally:
         signal.alarm(0)
     try:
@@ -111,15 +118,31 @@ def examined(name: str) -> Result:
         return Result("fails", one_line(error))
 
 
+def _refused_by_its_modules(name: str) -> Result | None:
+    """Build a model of this type in its default size on the meta device. Return why no prompt can be trained for it;
+    None if no reason is found."""
+    try:
+        signal.alarm(SECONDS)
+        base = build_on_meta_device(CONFIG_MAPPING[name](), name)
+    except Exception:
+        return None
+    try:
+        check_supports_prompt(base, name)
+    except ModelError as error:
+        return Result("refused", one_line(error))
+    return None
+
+
 def tiny_config(name: str) -> Any:
     """Return a configuration with small layers: one of each kind in its default `layer_types`, else two."""
     config = CONFIG_MAPPING[name]()
     check_config(config, name)
     text = config.get_text_config(decoder=True)
-    known = {size: value for size, value in SIZES.items() if _can_be_set(text, size)}
+    sizes = {**SIZES, **OF_TYPES.get(name, {})}
+    known = {size: value for size, value in sizes.items() if value is not None and _can_be_set(text, size)}
     if "qk_rope_head_dim" in known:  # multi-head latent attention: as many key-value heads as heads
         known |= {"head_dim": 8, "num_key_value_heads": 4}
-    if types := getattr(text, "layer_types", None):
+    if types := known.get("layer_types") or getattr(text, "layer_types", None):
         known["layer_types"] = [*dict.fromkeys(types)][: len(set(types))] if len(set(types)) > 1 else [types[0]] * 2
         known |= {size: len(known["layer_types"]) for size in ("num_hidden_layers", "n_layer") if size in known}
         if not _can_be_set(text, "layer_types"):
@@ -132,7 +155,7 @@ def tiny_config(name: str) -> Any:
 
 def _can_be_set(config: Any, name: str) -> bool:
     """Whether the configuration has the attribute `name`, and it is not a read-only property."""
-    declared = getattr(type(config), name, None)
+    declared = getattr(type(config), config.attribute_map.get(name, name), None)
     try:
         return hasattr(config, name) and not (isinstance(declared, property) and declared.fset is None)
     except Exception:
