@@ -1,7 +1,7 @@
 """Conclusions about hypotheses, all drawn from comparisons of cells by the same rule."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from softprompt.study.results import group_by
 
 MIN_GAIN = 0.01  # the smallest gain that matters: one percent of the loss
 HOLDS, HOLDS_NOT, UNDECIDED = "holds", "does not hold", "not decided by this data"
+UNTESTED = "not tested"
 
 
 class Comparison(NamedTuple):
@@ -27,7 +28,7 @@ class Finding:
 
     Args:
         hypothesis: The hypothesis, as a sentence without a full stop.
-        conclusion: HOLDS, HOLDS_NOT or UNDECIDED.
+        conclusion: HOLDS, HOLDS_NOT, UNDECIDED or, if no cells can be compared, UNTESTED.
         sentence: The hypothesis, the conclusion and the reason for it.
         gains: The gain of each comparison: the logarithm of a ratio of losses, or a difference of exact matches.
         by_seed: The mean gain of each seed.
@@ -87,7 +88,7 @@ def finding(
     """
     describe = describe or percent
     if not comparisons:
-        return Finding(hypothesis, UNDECIDED, f"{hypothesis}: {UNDECIDED} (no cells of the study can be compared).")
+        return Finding(hypothesis, UNTESTED, f"{hypothesis}: {UNTESTED} (no cells of the study can be compared).")
     kept = balanced_over_seeds(comparisons)
     gains = tuple(c.gain for c in kept)
     by_seed = tuple(mean(c.gain for c in group) for group in group_by(kept, lambda c: c.seed).values())
@@ -108,6 +109,16 @@ def finding(
     if left_out := len(comparisons) - len(kept):
         why += f"; {left_out:,} more were left out, because not every seed has them"
     return Finding(hypothesis, found, f"{hypothesis}: {found}; {why}.", gains, by_seed, effect)
+
+
+def sentences(findings: Iterable[Finding]) -> list[str]:
+    """Return the sentences of findings. All untested hypotheses share one sentence at the end."""
+    findings = list(findings)
+    untested = [found.hypothesis for found in findings if found.conclusion == UNTESTED]
+    tested = [found.sentence for found in findings if found.conclusion != UNTESTED]
+    if untested:
+        tested.append(f"Not tested, because no cells of the study can be compared: {'; '.join(untested)}.")
+    return tested
 
 
 def percent(gain: float) -> str:

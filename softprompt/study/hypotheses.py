@@ -1,10 +1,11 @@
 """Test a few hypotheses about prompt tuning on the results of a study, all by the same rule.
 
 Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting is taken
-at its best learning rate among the rates that all compared settings were run at. The gain of a comparison is the
-logarithm of the ratio of the two held-out losses. Comparisons with the same seed are not independent, so their gains
-are averaged first, and the 95 % confidence interval is that of the mean of these averages. See `findings.conclusion`
-for the rule, and `page.RULE` for its explanation on the page of the study.
+at its best learning rate among the rates that all compared settings were run at. For hard
+prompts, default rates and reparameterizations, it is the rate that is best on the other seeds. The gain of a comparison
+is the logarithm of the ratio of the two held-out losses. Comparisons with the same seed are not independent, so their
+gains are averaged first, and the 95 % confidence interval is that of the mean of these averages. See
+`findings.conclusion` for the rule, and `page.RULE` for its explanation on the page of the study.
 """
 
 import itertools
@@ -150,7 +151,8 @@ def _learning_rates(results: Sequence[CellResult]) -> list[Finding]:
 
 
 def _default_rate(r: CellResult) -> float | None:
-    return r.default_learning_rate or default_learning_rate(r.init, r.reparameterization.partition(" ")[0])
+    """Return this version's default; if it depends on the base, the one that was stored when the cell was run."""
+    return default_learning_rate(r.init, r.reparameterization.partition(" ")[0]) or r.default_learning_rate
 
 
 def _reparameterizations(results: Sequence[CellResult]) -> Iterator[Finding]:

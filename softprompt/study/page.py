@@ -8,17 +8,19 @@ from statistics import mean, stdev
 from string import punctuation
 
 from softprompt.evaluation.intervals import Interval
-from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding, t_interval
+from softprompt.study.findings import HOLDS, HOLDS_NOT, MIN_GAIN, UNDECIDED, Finding, sentences, t_interval
 from softprompt.study.results import CellResult, group_by, key_without, varied_context
 
 RULE = (
     "Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting "
     "is taken at its best learning rate, among the rates that all compared settings were run at, if there are any. "
     "When reparameterizations are compared, whose rates are not comparable, each of them and the plain prompt is "
-    "taken at the rate that is best on the other seeds. The gain of a comparison is the logarithm of the ratio of "
-    "the two held-out losses. Comparisons with the same seed are not independent, so their gains are averaged first. "
-    "The 95 % confidence interval (Student's t) is that of the mean of these averages; with a single seed there is "
-    f"none. A hypothesis *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval lies below "
+    "taken at the rate that is best on the other seeds; the default rate, too, is compared with that rate. A hard "
+    "prompt is compared with the trained prompt whose settings are best on the other seeds; the best hard prompt is "
+    "chosen by the held-out rows themselves, which favors it. The gain of a comparison is the logarithm of the ratio "
+    "of the two held-out losses. Comparisons with the same seed are not independent, so their gains are averaged "
+    "first. The 95 % confidence interval (Student's t) is that of the mean of these averages; with a single seed there "
+    f"is none. A hypothesis *{HOLDS}* if the interval lies above 0; it *{HOLDS_NOT}* if the interval lies below "
     f"{100 * MIN_GAIN:g} % of the loss; otherwise it is *{UNDECIDED}*. For exact match the gain is the difference, and "
     "the threshold is one percentage point."
 )
@@ -111,7 +113,7 @@ def page(
     if failures:
         lines += ["## Cells that failed", "", "They are left out of the findings and the charts.", ""]
         lines += [*(f"- {_escaped(text)}" for text in failures), ""]
-    lines += ["## Findings", "", *(f"- {finding.sentence}" for finding in findings), "", RULE, ""]
+    lines += ["## Findings", "", *(f"- {sentence}" for sentence in sentences(findings)), "", RULE, ""]
     lines += _task_lines(by_task or {})
     if names := list(charts):
         lines += ["## Charts", "", "Means over the seeds; the bars are one standard deviation to each side.", ""]

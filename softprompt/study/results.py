@@ -149,6 +149,17 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
     )
 
 
+def without_copies(results: Iterable[CellResult]) -> list[CellResult]:
+    """Return the results without duplicates: a grid may give the rate that is the default of another one. Of several
+    results of a run, one that did not fail is kept, and one of a version that stored all values."""
+    runs = group_by(results, lambda r: (r.trained, r.voting, key_without()(r)))
+
+    def lacks(r: CellResult) -> tuple[bool, ...]:
+        return bool(r.failed), r.default_learning_rate is None, r.accuracy is None
+
+    return [min(copies, key=lacks) for copies in runs.values()]
+
+
 def _reparameterization(settings: Mapping[str, Any]) -> str:
     kind, width = settings.get("prompt_reparameterization", "none"), settings.get("encoder_hidden_size")
     return kind if width is None else f"{kind} {width}"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.study.charts import CHART_FILES, INSTALL, charts
-from softprompt.study.findings import Finding
+from softprompt.study.findings import Finding, sentences
 from softprompt.study.grid import Study
 from softprompt.study.hypotheses import evaluate_by_task, evaluate_hypotheses
 from softprompt.study.page import csv_bytes, failure_lines, page, result_table
 from softprompt.study.plan import PlannedCell, plan_study
-from softprompt.study.results import CellRecord, cell_result, read_finished
+from softprompt.study.results import CellRecord, cell_result, read_finished, without_copies
 from softprompt.study.runner import run_cells
 from softprompt.utils.atomic_io import check_writable, remove_leftovers, write_files
 from softprompt.utils.errors import OutputError, PartialFailureError
@@ -73,15 +73,14 @@ def _run(remaining: Sequence[PlannedCell], records: dict[Path, CellRecord]) -> N
 
 
 def _write_results(study: Study, records: Sequence[CellRecord]) -> list[Finding]:
-    # A grid may give the rate that is the default of another one, so two cells may be the same run.
-    results = list(dict.fromkeys(map(cell_result, records)))
+    results = without_copies(map(cell_result, records))
     lines, findings, images = result_table(results), evaluate_hypotheses(results), charts(results)
     failures = failure_lines(results)
     print("\n" + table(lines) + "\n")
     for text in failures:
         print(f"failed: {text}")
-    for finding in findings:
-        print(f"- {finding.sentence}")
+    for sentence in sentences(findings):
+        print(f"- {sentence}")
     if images is None:
         print(f"no charts: matplotlib is not installed; {INSTALL}")
     head = (f"# {study.title}", study.about, _origin(study, records))

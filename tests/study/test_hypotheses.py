@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from softprompt.config.train_args import RANDOM_LEARNING_RATE
 from softprompt.study.findings import (
     HOLDS,
     HOLDS_NOT,
     UNDECIDED,
+    UNTESTED,
     Comparison,
     balanced_over_seeds,
     conclusion,
@@ -17,7 +19,7 @@ from softprompt.study.findings import (
     t_quantile,
 )
 from softprompt.study.hypotheses import evaluate_hypotheses
-from softprompt.study.results import CellResult, at_best_learning_rate
+from softprompt.study.results import CellResult, at_best_learning_rate, without_copies
 
 ONE = CellResult("b", 1000, "d", "RANDOM", 10, 1e-1, 100, 0, True, "", 1, 1.0, None, 4.0, None, 50, "", "{}")
 LENGTHS, TEXTS, STARTS, BASES, ROWS, DEFAULT, ARTICLE = range(7)  # of the findings
@@ -104,7 +106,7 @@ def test_the_best_hard_prompt_is_compared_with_the_best_soft_prompt():
     worse = points({"loss": 2.5}, trained=False, init="TEXT")
     assert evaluate_hypotheses(worse + seeds(1.0))[TEXTS].conclusion == HOLDS_NOT
     elsewhere = points({"loss": 0.1, "dataset": "e"}, trained=False, init="TEXT")
-    assert evaluate_hypotheses(elsewhere + seeds(1.0))[TEXTS].conclusion == UNDECIDED
+    assert evaluate_hypotheses(elsewhere + seeds(1.0))[TEXTS].conclusion == UNTESTED
 
 
 def test_text_and_random_initialization():
@@ -142,7 +144,7 @@ def test_a_reparameterization_is_compared_with_none_each_at_its_best_learning_ra
     assert found.conclusion == HOLDS and found.gains == pytest.approx([math.log(2)] * 3)
     assert len(evaluate_hypotheses(plain)) == len(evaluate_hypotheses(plain + other)) - 1
     alone = seeds(1.0, reparameterization="residual_mlp 64", start="elsewhere")
-    assert evaluate_hypotheses(plain + alone)[-1].conclusion == UNDECIDED
+    assert evaluate_hypotheses(plain + alone)[-1].conclusion == UNTESTED
 
 
 def test_a_reparameterization_does_not_win_by_rates_that_are_lucky_on_one_seed_each():
@@ -171,6 +173,24 @@ def test_a_rate_without_other_seeds_is_not_chosen_by_its_own_result():
         f for f in evaluate_hypotheses(points({"seed": 1}, {"seed": 2}, loss=2.0) + alone) if "mlp" in f.hypothesis
     ]
     assert found.gains == ()
+
+
+def test_a_default_rate_that_depends_on_no_base_is_that_of_this_version():
+    """Cells store the default of the version that ran them."""
+    losses = {RANDOM_LEARNING_RATE: 2.0, 7e-1: 1.0}
+    cells = [p for rate, loss in losses.items() for p in seeds(loss, learning_rate=rate, default_learning_rate=7e-1)]
+    assert evaluate_hypotheses(cells)[DEFAULT].gains == pytest.approx([math.log(2)] * 3)
+    of_words = [replace(p, init="SAMPLE_VOCAB") for p in cells]
+    assert evaluate_hypotheses(of_words)[DEFAULT].gains == pytest.approx([0.0] * 3)
+
+
+def test_a_run_that_two_grids_have_counts_once():
+    """Rounding, an error, or the version that ran it may make a difference between the two."""
+    failed, old = replace(ONE, failed="why"), replace(ONE, loss=1.01)
+    new = replace(ONE, default_learning_rate=1e-1)
+    assert without_copies([failed, old, new]) == [new] == without_copies([new, old, failed])
+    others = [replace(ONE, seed=1), replace(ONE, trained=False), replace(ONE, voting="majority_vote")]
+    assert without_copies([ONE, *others]) == [ONE, *others]
 
 
 def test_bases_with_different_target_tokens_are_not_compared():

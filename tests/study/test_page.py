@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from softprompt.study.charts import charts
-from softprompt.study.hypotheses import evaluate_by_task
+from softprompt.study.hypotheses import evaluate_by_task, evaluate_hypotheses
 from softprompt.study.page import failure_lines, page, result_table
 from softprompt.study.results import CellResult
 
@@ -73,6 +73,14 @@ def test_findings_of_each_task_are_a_table():
     assert "noise (RANDOM) |  | holds: -75.0 % (" in table[1]
     assert evaluate_by_task([r for r in results if r.dataset == "hard"]) == {}
     assert b"for each base" not in page((), result_table(results), [], [])
+
+
+def test_hypotheses_that_no_cells_test_share_a_line():
+    results = [replace(ONE, virtual_tokens=P, loss=1 / P, seed=seed) for P in (1, 2) for seed in range(3)]
+    lines = page((), result_table(results), evaluate_hypotheses(results), []).decode().split("\n")
+    first, last = (line for line in lines if line.startswith("- "))
+    assert first.startswith("- Longer prompts train better: holds; ")
+    assert last.startswith("- Not tested") and "; More rows train better; " in last and "Longer" not in last
 
 
 @pytest.mark.pictures

@@ -23,6 +23,7 @@ from softprompt.prompt.adapter_io import load_adapter
 from softprompt.study import cell_runner
 from softprompt.study import plan as study_plan
 from softprompt.study.cell_runner import subset
+from softprompt.study.findings import sentences
 from softprompt.study.page import result_table
 from softprompt.study.plan import plan_study
 from softprompt.study.results import cell_result, read_finished
@@ -266,8 +267,8 @@ def test_page_table_and_charts(place, capsys):
     out = place.folder / "out"
     printed = capsys.readouterr().out
     page = (out / "study.md").read_text(encoding="utf-8")
-    for finding in found:
-        assert finding.sentence in page and finding.sentence in printed
+    for sentence in sentences(found):
+        assert sentence in page and sentence in printed
     pictures = {"study-virtual_tokens.svg", "study-learning_rate.svg", "study-rows.svg"}
     assert {p.name for p in out.glob("*.svg")} == pictures
     for name in pictures:
