@@ -10,7 +10,7 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A prompt needs steps in proportion to its
 # values. Those of a RANDOM one have unit variance; the other initializations start on word embeddings, whose size
 # depends on the base.
-RANDOM_LEARNING_RATE = 1e-1
+RANDOM_LEARNING_RATE = 3e-1
 RELATIVE_LEARNING_RATE = 0.22  # times the root mean square of the base's word embeddings
 ENCODER_LEARNING_RATES = {"mlp": 3e-3, "residual_mlp": 1e-2}  # by --prompt_reparameterization
 DEFAULT_NUM_VIRTUAL_TOKENS = 10

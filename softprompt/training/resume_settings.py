@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
-from softprompt.config.train_args import ENCODER_LEARNING_RATES, default_learning_rate
+from softprompt.config.train_args import ENCODER_LEARNING_RATES
 from softprompt.data.template import CHAT
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import CheckpointError, ConfigError
@@ -17,7 +17,8 @@ FIXED_AT_START = (
     *("init_adapter", "find_learning_rate", "preset", "prompt_reparameterization", "encoder_hidden_size"),
     *("distill_samples", "distill_max_new_tokens", "distill_questions", "chat_template_date"),
 )
-EARLIER_WORD_LEARNING_RATE = 3e-2  # for prompts that start on word embeddings
+# The defaults of versions that did not save a default rate, for RANDOM and for prompts that start on word embeddings.
+EARLIER_RANDOM_LEARNING_RATE, EARLIER_WORD_LEARNING_RATE = 1e-1, 3e-2
 DISTILLS = ("distill_prompt", "distill_context")
 # A run may use at most one setting of each group; the one that is given now replaces the checkpoint's.
 EXCLUSIVE = (
@@ -82,8 +83,9 @@ def _with_learning_rate(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     depend on the base did not save a default."""
     if saved["learning_rate"] is not None:
         return saved
-    rate = default_learning_rate(saved["prompt_tuning_init"], saved.get("prompt_reparameterization", "none"))
-    return {**saved, "learning_rate": rate or EARLIER_WORD_LEARNING_RATE}
+    is_random = saved["prompt_tuning_init"] == "RANDOM"
+    rate = EARLIER_RANDOM_LEARNING_RATE if is_random else EARLIER_WORD_LEARNING_RATE
+    return {**saved, "learning_rate": ENCODER_LEARNING_RATES.get(saved.get("prompt_reparameterization"), rate)}
 
 
 def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:

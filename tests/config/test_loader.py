@@ -88,7 +88,7 @@ def test_a_distillation_with_a_preset_starts_from_its_text_and_needs_questions_o
 def test_the_learning_rate_suits_the_start_and_the_size_of_the_words(init, word_rms, of_words):
     texts = {"TEXT": "prompt_tuning_init_text", "CLASS_LABELS": "class_labels"}
     start = {"prompt_tuning_init": init, **({texts[init]: "a"} if init in texts else {})}
-    assert train_config(**start).learning_rate(word_rms) == (0.1 if init == "RANDOM" else of_words)
+    assert train_config(**start).learning_rate(word_rms) == (0.3 if init == "RANDOM" else of_words)
     assert train_config(**start, learning_rate=1).learning_rate(word_rms) == 1.0
     assert train_config("article", **start).learning_rate(word_rms) == 5e-5
 

@@ -323,14 +323,16 @@ def test_the_default_learning_rate_follows_the_size_of_the_words_and_is_kept(run
     assert outcome() == expected
 
 
-def test_a_checkpoint_without_a_rate_continues_at_the_default_of_its_version(run_settings, capsys):
+@pytest.mark.parametrize(("init", "rate"), [("SAMPLE_VOCAB", 0.03), ("RANDOM", 0.1)])
+def test_a_checkpoint_without_a_rate_continues_at_the_default_of_its_version(init, rate, run_settings, capsys):
     """Versions whose default did not depend on the base saved null."""
-    softprompt.train(**run_settings, **WORDS, learning_rate=3e-2)
+    run_settings = {**run_settings, "prompt_tuning_init": init, "learning_rate": rate}
+    softprompt.train(**run_settings)
     expected = outcome()
     shutil.rmtree("run")
-    interrupted({**run_settings, **WORDS, "learning_rate": 3e-2}, 9)
+    interrupted(run_settings, 9)
     without = {"learning_rate": None}
     rewrite_state(Path("run/checkpoint-8"), lambda state: {**state, "arguments": {**state["arguments"], **without}})
     capsys.readouterr()
     softprompt.train(resume_from_checkpoint="run")
-    assert outcome() == expected and "learning rate 0.03 (linear)" in capsys.readouterr().out
+    assert outcome() == expected and f"learning rate {rate} (linear)" in capsys.readouterr().out

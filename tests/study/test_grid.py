@@ -45,8 +45,8 @@ def test_a_cell_says_how_wide_its_encoder_is(tmp_path):
 
 
 def test_the_default_learning_rate_given_explicitly_is_the_same_cell(tmp_path):
-    found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.1\n[[grid]]\n")
-    assert [c.config.learning_rate() for c in found.cells] == [0.1]
+    found = study(tmp_path, HEAD + "[[grid]]\nlearning_rate = 0.3\n[[grid]]\n")
+    assert [c.config.learning_rate() for c in found.cells] == [0.3]
 
 
 def test_a_date_needs_no_quotes(tmp_path):
@@ -144,11 +144,10 @@ def test_wrong_study_files_are_refused_in_one_line(tmp_path, text, message):
     assert str(raised.value).startswith(str(tmp_path / "s.toml")) and "\n" not in str(raised.value)
 
 
-def test_the_shipped_study_covers_all_hypotheses_and_matches_its_page():
+def test_the_shipped_study_varies_lengths_starts_rates_and_rows_and_matches_its_page():
     docs = Path(__file__).parents[2] / "docs"
     found = read_study(docs / "mini-study.toml")
     trained = [c.config for c in found.cells if c.trained]
-    assert len({c.model.model_name_or_path for c in trained}) == 3
     assert len({c.prompt.num_virtual_tokens for c in trained}) >= 3
     assert len({c.prompt.prompt_tuning_init for c in trained}) == 4
     assert {5e-5, RANDOM_LEARNING_RATE} < {c.learning_rate() for c in trained}
@@ -174,6 +173,16 @@ def test_the_study_of_real_bases_varies_one_task_like_the_other_and_matches_its_
         assert {p.num_virtual_tokens for p in prompts} == {1, 10, 50}
         assert {c.rows for c in cells} == ({None} if "alpaca" in dataset else {32, 512, None})
         assert {3e-2, 1e-1, 3e-1} <= {c.config.learning_rate() for c in cells}
+
+
+def test_the_rates_of_random_prompts_are_compared_on_seeds_of_their_own():
+    docs = Path(__file__).parents[2] / "docs"
+    found, other = read_study(docs / "random-rates.toml"), read_study(docs / "real-study.toml")
+    seeds, seen = ({c.config.training.seed for c in study.cells if c.trained} for study in (found, other))
+    assert len(seeds) == 3 and not seeds & seen
+    by_task = group_by(found.cells, lambda c: c.config.data.dataset)
+    assert by_task.keys() == {c.config.data.dataset for c in other.cells}
+    assert all({c.config.learning_rate() for c in cells} == {1e-1, 3e-1} for cells in by_task.values())
 
 
 def test_a_study_does_not_distill(tmp_path):

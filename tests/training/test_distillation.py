@@ -113,6 +113,9 @@ def test_each_time_to_the_first_token_is_shown_under_its_name(distillation, monk
     cells = dict(zip(*([cell.strip() for cell in each.split("|")] for each in (head, lines[row])), strict=True))
     assert cells["whole text"] == "0.500" and cells["text cut"] == ""
     assert next(value for name, value in cells.items() if name.startswith("with the prompt")) == "0.125"
+    page = Path("run/report.html").read_text()
+    figures = page[page.index("tokens saved per request") :]
+    assert 0 < figures.index(">7<") < figures.index("0.125") < figures.index("0.500")
 
 
 def test_it_is_shown_and_it_is_an_ordinary_adapter(distillation, capsys, monkeypatch, tmp_path):

@@ -161,7 +161,7 @@ def test_python_api(tiny_base, tmp_path):
 def test_presets():
     article, bloom, mini = (train_config(name) for name in ("article", "bloom-1b4-zh", "mini"))
     assert PRESETS["article"] == {**PRESETS["bloom-1b4-zh"], "learning_rate": 5e-5}
-    assert article.learning_rate() == 5e-5 and bloom.learning_rate() == 0.1
+    assert article.learning_rate() == 5e-5 and bloom.learning_rate() == 0.3
     for config in (article, train_config(model_name_or_path="a", dataset="b")):
         args = config.training
         assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 8)
