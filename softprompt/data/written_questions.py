@@ -1,5 +1,5 @@
-"""Questions about a document that a base writes itself: what it is asked, and how its answers are read (self-study:
-Eyuboglu et al. 2025, arXiv:2506.06266)."""
+"""The texts that make a base write questions about a document, and the parsing of its answers (self-study: Eyuboglu et
+al. 2025, arXiv:2506.06266)."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -69,7 +69,7 @@ OPENING = re.compile(rf"{MARKS}(?:\d+(?:[.)]\s+|、\s*))?{MARKS}(?:(?:Question|Q
 
 
 def _without_marks(line: str) -> str:
-    """Return a question without what stands around it. A mark at its end stays if the question itself opens it."""
+    """Strip labels and quotation marks around a question. A closing mark is kept if the question opens it."""
     before = OPENING.match(line)
     assert before is not None  # it matches any text
     closing = "".join(before.groups()).replace("“", "”")

@@ -150,8 +150,8 @@ def cell_result(record: Mapping[str, Any]) -> CellResult:
 
 
 def without_copies(results: Iterable[CellResult]) -> list[CellResult]:
-    """Return the results without duplicates: a grid may give the rate that is the default of another one. Of several
-    results of a run, one that did not fail is kept, and one of a version that stored all values."""
+    """Return the results without duplicates: two grids may contain the same run, if one of them gives the rate that is
+    the default of the other. A copy that did not fail is kept, preferably one that stores all values."""
     runs = group_by(results, lambda r: (r.trained, r.voting, key_without()(r)))
 
     def lacks(r: CellResult) -> tuple[bool, ...]:

@@ -97,7 +97,7 @@ def _origin(study: Study, records: Sequence[CellRecord]) -> str:
     """Return the sentence that states the command, the number of cells, the time, the devices and the date."""
     minutes = sum(record["seconds"] for record in records) / 60
     done = [record for record in records if "failed" not in record]
-    devices = sorted({f"{record['device']} with {record['threads']} threads" for record in done})
+    devices = sorted({f"{r['device']} with {r['threads']} thread{'s' * (r['threads'] != 1)}" for r in done})
     date = max((record["date"] for record in done), default=time.strftime("%Y-%m-%d"))
     command = shlex.join(["python", "-m", "softprompt", "study", *study.arguments])
     failed = f", of which {len(records) - len(done):,} failed," if len(done) < len(records) else ""

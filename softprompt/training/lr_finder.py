@@ -95,7 +95,7 @@ def _examples(setup: Setup) -> Sequence[Example]:
 
 def rates_for(default: float | None) -> tuple[float, ...]:
     """Return RATES, scaled by the power of ten nearest to 1 for which the default rate is at least the second of them
-    and below the last. The default is small or large for a base whose word embeddings are."""
+    and below the last. The default is that of RANDOM, or in proportion to the base's word embeddings."""
     scale = 1.0
     while default and default < 0.99 * RATES[1] * scale:  # as 3e-3 * 0.1 is above 3e-4
         scale /= 10
