@@ -64,15 +64,33 @@ def written_questions(answers: Iterable[Sequence[int]], tokenizer: Any) -> list[
     return list(dict.fromkeys(line for line in lines if line and line[-1] not in ":："))
 
 
-MARKS = r"""([\s"'“”*]*)"""
-OPENING = re.compile(rf"{MARKS}(?:\d+(?:[.)]\s+|、\s*))?{MARKS}(?:(?:Question|Q|问题|问)\s*\d*[:：])?{MARKS}")
+# A number, a bullet or "Question:" before a question.
+PREFIX = re.compile(
+    r"[\s*]*(?:(?:Question|Q|问题|问)\s*[\d一二三四五六七八九十]*[*\s]*[:：.]|\d+(?:[.)](?=\D)|、)|[（(]\d+[)）]|[-•]\s)[\s*]*"
+)
+PAIRS = {"**": "**", "*": "*", '"': '"', "'": "'", "“": "”", "‘": "’", "「": "」"}
 
 
 def _without_marks(line: str) -> str:
-    """Strip labels and quotation marks around a question. A closing mark is kept if the question opens it."""
-    before = OPENING.match(line)
-    assert before is not None  # it matches any text
-    closing = "".join(before.groups()).replace("“", "”")
-    question = line[before.end() :].rstrip(f"{closing} *")
-    opening = question[-1:].replace("”", "“")
-    return question[:-1] if opening in ('"', "“") and opening not in question[:-1] else question
+    """Strip numbers, labels, quotation marks and asterisks around a question, but not those of a part of it."""
+    before = ""
+    while line != before:
+        before, stripped = line, line.strip()
+        found = PREFIX.match(stripped)
+        line = _without_pair(stripped[found.end() if found else 0 :])
+    return line
+
+
+def _without_pair(text: str) -> str:
+    """Strip a pair of marks around a text, or a mark at one end whose partner is missing."""
+    for opening, closing in PAIRS.items():
+        inner = text[len(opening) : -len(closing)]
+        if text.startswith(opening) and text.endswith(closing) and not (opening in inner or closing in inner):
+            return inner
+        alone = text.count(closing) == 1 if opening == closing else opening not in text
+        if text.endswith(closing) and alone:
+            return text[: -len(closing)]
+        alone = text.count(opening) == 1 if opening == closing else closing not in text
+        if text.startswith(opening) and alone and opening != "'":  # an apostrophe, as in 'tis
+            return text[len(opening) :]
+    return text

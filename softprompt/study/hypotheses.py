@@ -1,9 +1,8 @@
 """Test a few hypotheses about prompt tuning on the results of a study, all by the same rule.
 
 Two cells are compared if they have the same seed and differ only in what the hypothesis is about. Each setting is taken
-at its best learning rate among the rates that all compared settings were run at. Default
-rates, reparameterizations, and trained prompts beside hard ones are compared at the rate that is best on the other
-seeds. The gain of a comparison
+at its best learning rate among the rates that all compared settings were run at. Default rates, reparameterizations,
+and trained prompts beside hard ones are compared at the rate that is best on the other seeds. The gain of a comparison
 is the logarithm of the ratio of the two held-out losses. Comparisons with the same seed are not independent, so their
 gains are averaged first, and the 95 % confidence interval is that of the mean of these averages. See
 `findings.conclusion` for the rule, and `page.RULE` for its explanation on the page of the study.

@@ -86,7 +86,9 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World, beg
     _check_same_contents(start, {**(questions or text).fingerprints, **base.fingerprint})
     check_token_ids(text.ids, base.model, start.config.distillation.flag)
     start = with_defaults_of_base(with_text_of_start(start, text, tokenizer), base.model)
-    kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint else {}
+    # Another base, which --ignore_data_skip allows, answers the questions itself.
+    is_same_base = start.fingerprints.get("base") in (None, base.fingerprint.get("base"))
+    kept = kept_answers(start.checkpoint, start.checkpoint.parent) if start.checkpoint and is_same_base else {}
     stop = None if began is None else StopRequest(time_limit(start.config), began)
     source = AnswerSource(make_teacher(start.config, base, tokenizer), kept, stop)
     prompt = start_prompt(start, tokenizer, base.model)

@@ -49,6 +49,7 @@ from softprompt.utils.translation import translate
 # that was chosen for its training: its predictions would then differ by rounding.
 TEACHER_ENGINE = "auto"
 DISTILLED_TEXT = "distilled text"  # name of the fingerprint
+LEAST_WRITTEN = 0.5  # share of the requested questions; with fewer, a warning is printed
 TOKENS_OF_A_CHARACTER = 32  # more than any character has, also one that is composed of several code points
 
 
@@ -224,6 +225,8 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, source: Ans
     random.Random(seed).shuffle(found)  # so that training and held-out questions are about all parts of the text
     found = found[: settings.distill_questions]
     print(translate(f"the base wrote {len(found):,} of the {settings.distill_questions:,} requested questions"))
+    if len(found) < LEAST_WRITTEN * settings.distill_questions:
+        print(translate("warning: so few questions teach little about the document; give your own with --dataset"))
     rows = RowStore(question(f"question {n}", {"prompt": each}, template) for n, each in enumerate(found, start=1))
     if not rows:
         raise DataError(f"{settings.flag}: the base writes no question about it; give questions with --dataset")

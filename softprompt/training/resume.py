@@ -194,8 +194,7 @@ def other_contents(saved: Mapping[str, str], now: Mapping[str, str], checkpoint:
             "; name the same, or add --ignore_data_skip to continue anyway"
         )
     if others:
-        names = " and another ".join(named)
-        print(f"{checkpoint.name}: was trained with another {names}, which --ignore_data_skip allows")
+        print(f"{checkpoint.name}: was trained with other contents, as --ignore_data_skip allows: {', '.join(named)}")
     if unknown := _named([what for what in now if what not in saved]):
         print(f"{checkpoint.name}: was written before {' and '.join(unknown)} were recorded; they are not compared")
     return others
@@ -244,5 +243,6 @@ def _named(whats: Collection[str]) -> list[str]:
     named = []
     for family in dict.fromkeys(map(_family, whats)):
         parts = [what.partition(".")[2] or "tokenizer.json" for what in whats if _family(what) == family]
-        named.append(family if parts == ["tokenizer.json"] else f"{family} ({', '.join(parts)})")
+        in_parts = family == "tokenizer" and parts != ["tokenizer.json"]
+        named.append(f"{family} ({', '.join(parts)})" if in_parts else family)
     return named

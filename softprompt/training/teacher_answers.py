@@ -23,7 +23,8 @@ from softprompt.generation.requests import GenerationSettings, Request, sample_s
 from softprompt.runs.file_names import ANSWERS_FILE
 from softprompt.utils.atomic_io import cache_dir
 from softprompt.utils.errors import Stopped
-from softprompt.utils.progress import progress_bar
+from softprompt.utils.progress import progress_bar, shows_bars
+from softprompt.utils.translation import translate
 
 TOGETHER = 32  # answers that are generated at a time
 MOST_POSITIONS = 1 << 15  # of these answers with the text and the questions, whose keys and values are in memory
@@ -142,6 +143,8 @@ def _requests(
 def _generate(source: AnswerSource, missing: Mapping[str, Request], together: int, known: "_Cache", title: str) -> None:
     """Generate the missing answers, `together` at a time, and add them to the cache. Raises Stopped."""
     names, stop = list(missing), source.stop
+    if not shows_bars():
+        print(translate(f"{title}: {len(names):,} to generate …"))
     with progress_bar(len(names), title, " answers") as bar, known:
         answers = source.generator.generate(list(missing.values()), together)
         for done, (at, ids) in enumerate(answers, start=1):

@@ -28,6 +28,30 @@ from softprompt.models.loading import load_tokenizer
             ["1. **Question:** What?", "4、 问题：谁？", 'Question 1: "How?"', "**Q2:** Which?", "2 of 3?", "Q"],
             ["What?", "谁？", "How?", "Which?", "2 of 3?", "Q"],
         ),
+        (
+            [
+                "“软提示”是什么？",
+                "“甲”和“乙”有何不同？",
+                '1. "Soft" means what?',
+                "*This* is what?",
+                "'tis what?",
+                "**A?**",
+            ],
+            ["“软提示”是什么？", "“甲”和“乙”有何不同？", '"Soft" means what?', "*This* is what?", "'tis what?", "A?"],
+        ),
+        (
+            [
+                "1.Why?",
+                "Q1. When?",
+                "Question: 1. Where?",
+                "- How?",
+                "（1）谁？",
+                "问题一：几点？",
+                "「哪里？」",
+                "‘What?’",
+            ],
+            ["Why?", "When?", "Where?", "How?", "谁？", "几点？", "哪里？", "What?"],
+        ),
         ([], []),
     ],
 )

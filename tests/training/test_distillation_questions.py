@@ -21,7 +21,7 @@ from softprompt.config.loader import train_config
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
-from softprompt.training import teacher_answers
+from softprompt.training import question_setup, teacher_answers
 from softprompt.training.question_setup import load_questions
 from softprompt.utils.errors import SoftpromptError
 
@@ -79,6 +79,18 @@ def test_the_base_writes_the_questions_about_a_document(distillation, capsys, mo
     with pytest.raises(SoftpromptError, match="distilled text"):
         softprompt.train(resume_from_checkpoint="run", max_steps=6)
     assert not asked
+
+
+@pytest.mark.parametrize(("count", "few"), [(2, True), (4, False)])
+def test_a_base_that_writes_few_questions_is_told_of(count, few, distillation, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(question_setup, "written_questions", lambda *_: QUESTIONS[:count])
+    distillation |= {"distill_context": distillation.pop("distill_prompt"), "distill_questions": 7, "eval_rows": 1}
+    del distillation["dataset"]
+    softprompt.train(**distillation)
+    out = capsys.readouterr().out
+    assert f"the base wrote {count} of the 7" in out and ("warning: so few questions" in out) == few
+    assert f"answers with the text: {2 * (count - 1)} to generate" in out
 
 
 @pytest.mark.parametrize(

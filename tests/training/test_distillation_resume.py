@@ -6,6 +6,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from helpers.bases import make_bloom
 from helpers.distillation import CHAT, QUESTIONS, chat_base, counted_requests
 from helpers.short_runs import interrupted, outcome
 
@@ -117,6 +118,26 @@ def test_a_resumed_run_may_get_held_out_questions(distillation):
     assert run.metrics["eval_samples"] == 2 and run.setup.data.train.examples == first.setup.data.train.examples
     with pytest.raises(CheckpointError, match="held-out rows"):
         softprompt.train(resume_from_checkpoint="run", max_steps=8, eval_dataset="questions.txt")
+
+
+def test_other_contents_are_named(distillation, capsys):
+    softprompt.train(**distillation)
+    Path("text.txt").write_text("另一段很长的文字，别的要求，别的语气。", encoding="utf-8")
+    capsys.readouterr()
+    softprompt.train(resume_from_checkpoint="run", max_steps=6, ignore_data_skip=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "ignore_data_skip" in line]
+    assert set(line.split(": ")[-1].split(", ")) == {"distilled text", "answers with the text", "held-out rows"}
+
+
+def test_another_base_answers_itself(distillation, tokenizer):
+    """The run's folder has the answers of the first base."""
+    first = softprompt.train(**distillation)
+    make_bloom(seed=3).save_pretrained("another")
+    tokenizer.save_pretrained("another")
+    again = {"model_name_or_path": "another", "ignore_data_skip": True, "max_steps": 6, "output_dir": "again"}
+    resumed = softprompt.train(resume_from_checkpoint="run", **again)
+    new = softprompt.train(**{**distillation, "model_name_or_path": "another", "output_dir": "new"})
+    assert resumed.setup.data.train.examples == new.setup.data.train.examples != first.setup.data.train.examples
 
 
 class Calendar(date):
