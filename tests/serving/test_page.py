@@ -56,7 +56,7 @@ def press_enter(tab: browser.Browser, **more: int) -> None:
 @needs_browser
 def test_two_adapters_answer_side_by_side_as_they_write(page, server):
     assert page.ask("[...document.querySelectorAll('select')].map(e => e.value)") == ["a0", "a1"]
-    with slow_steps(server.model, 0.05):
+    with slow_steps(server.model, 0.3):
         write(page, "我爱这部电影")
         press_enter(page)
         wait(page, f"{ANSWERS}.every(Boolean) && {ANSWERS}.length === 2")  # both have begun
