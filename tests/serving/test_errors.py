@@ -192,7 +192,7 @@ def test_limits(mini, mini_adapters):
         got = server.post(chat, {"model": "a0", "messages": USER}).json()
         asked = {**CHAT, "n": 3, "max_tokens": 5}
         assert got["usage"]["completion_tokens"] == 5  # the adapter's own 12 are limited, too
-        with slow_steps(mini, 0.05), server.client().chat.completions.create(**asked, stream=True):
+        with slow_steps(mini, 0.3), server.client().chat.completions.create(**asked, stream=True):
             for path, body in BODIES.items():
                 full = server.post(path, body)
                 assert error_of(full, 429)["code"] == "rate_limit_exceeded" and int(full.headers["Retry-After"]) > 0
