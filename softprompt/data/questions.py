@@ -31,12 +31,12 @@ def read_questions(config: TrainConfig, template: Template) -> Rows:
     """
     data = config.data
     train, notices = _questions(config, template, str(data.dataset), "train", data.dataset_split, "--dataset")
-    rows = with_held_out(config, template, train, notices)
-    return rows._replace(notices=[*rows.notices, *note_on_mini(config, rows)])
+    return with_held_out(config, template, train, notices)
 
 
 def with_held_out(config: TrainConfig, template: Template, train: RowStore, notices: Sequence[str]) -> Rows:
-    """Return questions with the held-out ones: the last ones with --eval_rows, or those of --eval_dataset.
+    """Return questions with the held-out ones: the last ones with --eval_rows, or those of --eval_dataset. Notices on
+    copies, and on questions that are foreign to the mini base, are added.
 
     Raises:
         DataError: See `read_questions`.
@@ -51,7 +51,8 @@ def with_held_out(config: TrainConfig, template: Template, train: RowStore, noti
     elif data.held_out:
         held_out, more = _questions(config, template, data.held_out, "eval", data.eval_split, "--eval_dataset")
         notices = list(dict.fromkeys([*notices, *more]))
-    return Rows(train, held_out, notices=[*notices, *describe_duplicates(train, held_out)])
+    rows = Rows(train, held_out, notices=[*notices, *describe_duplicates(train, held_out)])
+    return rows._replace(notices=[*rows.notices, *note_on_mini(config, rows)])
 
 
 def _questions(
@@ -100,13 +101,11 @@ class TextRows(NamedTuple):
         plain: Each question as it is asked with the learned prompt, without virtual tokens.
         prefix: The ids with which all questions with the text begin: the text, and what stands around it.
         with_text: Each question with the text before it, without `prefix`; at least one id.
-        text: The token ids of the text.
     """
 
     plain: list[list[int]]
     prefix: list[int]
     with_text: list[list[int]]
-    text: list[int]
 
 
 def read_distilled_text(source: str) -> str:
@@ -127,16 +126,18 @@ def read_distilled_text(source: str) -> str:
     return text if text[-1].isspace() else f"{text}\n"
 
 
-def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Template) -> TextRows:
+def put_text_before(rows: Iterable[Row], text: str, ids: list[int], tokenizer: Any, template: Template) -> TextRows:
     """Tokenize questions without and with a text before them.
 
     With the template "chat", the text is the system message, or stands at the beginning of a row's own one. With other
     templates, it stands before the rendered question, behind the special tokens that the tokenizer adds before a text.
 
+    Args:
+        ids: The text as token ids; see `text_ids`.
+
     Raises:
-        DataError: The text or a question has no tokens, or the chat template writes no system message.
+        DataError: A question has no tokens, or the chat template writes no system message.
     """
-    ids = text_ids(text, tokenizer)
     plain, behind, remaining = list[list[int]](), BehindPrefix(), iter(rows)
     while some := list(islice(remaining, CHUNK)):  # the text is in memory with CHUNK questions at a time
         asked = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in some], template)
@@ -145,7 +146,7 @@ def put_text_before(rows: Iterable[Row], text: str, tokenizer: Any, template: Te
         for whole in with_text_ids(some, asked, ids, text.strip(), tokenizer, template):
             behind.append(whole)
         plain += asked
-    return TextRows(plain, behind.prefix, behind.rows, ids)
+    return TextRows(plain, behind.prefix, behind.rows)
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
@@ -194,6 +195,8 @@ def with_text_ids(
     if template.spec != CHAT:
         front = begin_ids(tokenizer)
         return [[*front, *ids, *row[len(front) :]] for row in plain]
+    if not text:  # the beginning of a text may be white space, which is no system message
+        return list(plain)
     try:
         rendered = [template.render(_with_system(row, text), tokenizer) for row in rows]
     except DataError as error:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from softprompt.data.encoding import prompt_ids
 from softprompt.data.language import language_of
-from softprompt.data.questions import text_ids
 from softprompt.data.template import CHAT, Template
 
 PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and of a question about it
@@ -26,12 +25,12 @@ class Wording(NamedTuple):
 
 
 ENGLISH = Wording(
-    "Write one short question that the text above answers. Write only the question.", "A question about this text: "
+    "Write one short question that the text above answers. Write only the question.", "A question about this text:"
 )
 CHINESE = Wording("请写一个能用上文回答的简短问题。只写问题本身。", "关于这段文字的一个问题：")
 
 
-def questions_about(text: str, tokenizer: Any, template: Template, most: int) -> list[list[int]]:
+def questions_about(text: str, ids: Sequence[int], tokenizer: Any, template: Template, most: int) -> list[list[int]]:
     """Cut a text into passages, and return for each the token ids that make a base write a question about it. Of more
     than `most` passages, that many are taken, evenly spaced. The request is in Chinese for a Chinese text, else in
     English.
@@ -39,10 +38,9 @@ def questions_about(text: str, tokenizer: Any, template: Template, most: int) ->
     With the template "chat", the token ids are a request in the tokenizer's chat template, else the beginning of a text
     in which a question follows the passage.
 
-    Raises:
-        DataError: The text has no tokens.
+    Args:
+        ids: The text as token ids, at least one.
     """
-    ids = text_ids(text, tokenizer)
     starts = range(0, len(ids), PASSAGE_TOKENS)
     taken = min(most, len(starts))
     starts = [starts[number * len(starts) // taken] for number in range(taken)]

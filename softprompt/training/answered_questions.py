@@ -51,6 +51,7 @@ class Answered:
         questions: The questions alone.
         data: The rows without the text, which are trained and evaluated on.
         train, held_out: The same answers without and with the text; `held_out` is None without held-out questions.
+        with_cut_text: The held-out questions with the text cut to P tokens before them, as token ids.
         teacher: What has answered the questions.
         metrics: `answers`, the number of answers; `answers_not_ended`, the number of those that reached the token limit
             before an end token.
@@ -60,6 +61,7 @@ class Answered:
     data: RunData
     train: AnsweredRows
     held_out: AnsweredRows | None
+    with_cut_text: list[list[int]]
     teacher: Teacher
     metrics: Metrics
 
@@ -81,12 +83,13 @@ def answered(
     Raises:
         ConfigError: The base has too few positions for the text (or P virtual tokens), a question and an answer; or a
             token has no embedding.
-        DataError: No question fits into --max_length.
+        DataError: No question fits into --max_length, or the chat template has no place for the cut text.
         Stopped: `AnswerSource.stop` asked to stop.
         TrainingError: A single question does not fit in memory.
     """
     _check_text(config, questions, base.model)
     check_questions_fit(config, questions, base.model, P)
+    with_cut_text = questions.with_cut_text(P)
     end, most = _end_id(questions), config.distillation.distill_max_new_tokens
     ends = sorted({end, questions.tokenizer.eos_token_id})
     text = _embeddings(base.model, questions.prefix) if questions.prefix else None
@@ -123,7 +126,7 @@ def answered(
         False,
         {**questions.fingerprints, TRAIN_ANSWERS: _fingerprint(train), HELD_OUT_ANSWERS: _fingerprint(held_out)},
     )
-    return Answered(questions, data, train, held_out, teacher, counts)
+    return Answered(questions, data, train, held_out, with_cut_text, teacher, counts)
 
 
 def _with_room(ids: QuestionIds, config: TrainConfig, held_out: bool = False) -> list[list[int] | None]:

@@ -4,6 +4,7 @@ Record what the base predicts with the text at each token of these answers, and 
 compare the student with these predictions. For them, the label of a target is the index of its prediction.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from softprompt.config.loader import TrainConfig
@@ -16,7 +17,7 @@ from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.evaluation.distillation import DistillationEvaluator, TextPrompt
 from softprompt.evaluation.rows import answer_ids
 from softprompt.training.answered_questions import Answered, question_with_answer
-from softprompt.training.question_setup import TEACHER_ENGINE, Questions
+from softprompt.training.question_setup import TEACHER_ENGINE
 from softprompt.training.setup import Base
 from softprompt.utils.errors import Stopped
 from softprompt.utils.progress import rows_bar
@@ -30,12 +31,11 @@ class Distilled(NamedTuple):
     evaluator: DistillationEvaluator | None
 
 
-def distilled(config: TrainConfig, answers: Answered, base: Base, engine: MicrobatchEngine[Any], P: int) -> Distilled:
+def distilled(config: TrainConfig, answers: Answered, base: Base, engine: MicrobatchEngine[Any]) -> Distilled:
     """Record what the base predicts with the text at each token of the answers, and return what learns from it.
 
     Args:
         engine: The engine that was chosen for the rows without the text.
-        P: Number of virtual tokens.
 
     Raises:
         Stopped: `AnswerSource.stop` asked to stop.
@@ -73,7 +73,7 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
         answers.data.tokenizer,
         IndexedExamples(examples),
         examples,
-        IndexedExamples(_with_cut_text(answers.questions, answers.held_out.plain, P)),
+        IndexedExamples(_with_cut_text(answers.with_cut_text, answers.held_out.plain)),
         TextPrompt(answers.questions.prefix, answers.held_out.with_text),
         config.distillation.distill_max_new_tokens,
         tuple(answers.teacher.ends),
@@ -81,8 +81,8 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
     return Distilled(learning, evaluator)
 
 
-def _with_cut_text(questions: Questions, held_out: Tokenized, P: int) -> Examples:
-    """Return the answered held-out questions with the text cut to P tokens before them."""
-    asked = questions.with_cut_text(P)  # each question has one answer, so `kept` holds the numbers of questions
+def _with_cut_text(asked: Sequence[list[int]], held_out: Tokenized) -> Examples:
+    """Return the answered held-out questions with the cut text before them, given these questions as token ids."""
+    # Each question has one answer, so `kept` holds the numbers of questions.
     rows = zip(held_out.kept, held_out.examples, strict=True)
     return Examples.from_rows(question_with_answer(asked[number], answer_ids(example)) for number, example in rows)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from softprompt.config.loader import TrainConfig
 from softprompt.config.train_args import TrainingArguments
+from softprompt.data.examples import IGNORE, Example
 from softprompt.distributed.process_group import World
 from softprompt.engines.base import Engine
 from softprompt.engines.choice import choose_engine
@@ -84,6 +85,17 @@ def make_engines(
         return Engines(engine, generator, how)
     generator = generator and DataParallelGenerator(generator, world, join)
     return Engines(DataParallelEngine(engine, world, join), generator, how)
+
+
+def check_engine(config: TrainConfig, base: Base, tokenizer: Any, prompt: PromptEmbedding, ids: list[int]) -> None:
+    """Raise ConfigError if an engine or a kernel is given that cannot be used, before there are rows to train on. The
+    engine is checked on a text, as token ids."""
+    if config.model.engine != "packed" and "attn_implementation" not in config.given:
+        return
+    dtype = resolve_dtype(resolve_device(config.model.device), config.model.bf16, config.model.fp16)
+    row = ids[: config.data.max_length]
+    rows, values = [Example(row, [IGNORE, *row[1:]])], prompt.weight.detach()
+    choose_engine(config, base.model, tokenizer, dtype, values, rows, blocks=base.blocks)
 
 
 def make_evaluator(

@@ -11,6 +11,7 @@ from softprompt.models.capabilities import RowMaxima, check_rows_fit, check_toke
 from softprompt.models.loading import load_tokenizer
 from softprompt.prompt.soft_prompt import PromptEmbedding
 from softprompt.training.answered_questions import Answered, answered
+from softprompt.training.engine_setup import check_engine
 from softprompt.training.prompt_setup import check_data_fits, start_prompt, with_defaults_of_base
 from softprompt.training.question_setup import (
     check_text_length,
@@ -79,10 +80,10 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World, beg
     time, so everything that does not depend on the answers is checked first."""
     if world.size > 1:
         raise ConfigError(f"{start.config.distillation.flag} is for a single process; start one without torchrun")
-    questions = load_questions(start.config) if start.config.data.dataset else None
-    base = freeze_base(start.config, load_run_base(start.config, world))
-    tokenizer = questions.tokenizer if questions else load_tokenizer(path_of_base(start.config))
+    tokenizer = load_tokenizer(path_of_base(start.config))
     text = load_text(start.config, tokenizer)
+    questions = load_questions(start.config, text, tokenizer) if start.config.data.dataset else None
+    base = freeze_base(start.config, load_run_base(start.config, world))
     _check_same_contents(start, {**(questions or text).fingerprints, **base.fingerprint})
     check_token_ids(text.ids, base.model, start.config.distillation.flag)
     start = with_defaults_of_base(with_text_of_start(start, text, tokenizer), base.model)
@@ -95,8 +96,10 @@ def _load_distillation(start: StartingPoint, output_dir: Path, world: World, beg
     P = len(prompt.weight)
     check_text_length(text.ids, P, start.config)
     check_rows_fit(base.model, P, start.config.data.max_length, RowMaxima(1, 0))
+    check_engine(start.config, base, tokenizer, prompt, text.ids)
     if questions is None:
-        questions = load_questions(start.config, write_questions(start.config, base, tokenizer, source))
+        written = write_questions(start.config, base, tokenizer, text, source)
+        questions = load_questions(start.config, text, tokenizer, written)
         _check_same_contents(start, {**questions.fingerprints, **base.fingerprint})
     known = answered(start.config, questions, base, source, start.rows_per_step, P)
     start = compare_contents(start, {**known.data.fingerprints, **base.fingerprint})

@@ -35,7 +35,6 @@ from softprompt.models.capabilities import (
     max_positions,
     why_not_generate,
 )
-from softprompt.models.loading import load_tokenizer
 from softprompt.models.precision import resolve_device, resolve_dtype
 from softprompt.training.console import print_answer_end, print_rows
 from softprompt.training.resume import StartingPoint
@@ -100,55 +99,61 @@ def check_text_length(ids: Sequence[int], P: int, config: TrainConfig) -> None:
         )
 
 
-def load_questions(config: TrainConfig, written: Rows | None = None) -> Questions:
-    """Read and tokenize the text and the questions.
+class DistilledText(NamedTuple):
+    """The text that is distilled.
+
+    Attributes:
+        text: The text itself.
+        ids: Its token ids, without special tokens.
+        fingerprints: Hashes of its content and of the tokenizer, by name.
+    """
+
+    text: str
+    ids: list[int]
+    fingerprints: Mapping[str, str]
+
+
+def load_text(config: TrainConfig, tokenizer: Any) -> DistilledText:
+    """Read and tokenize the text.
+
+    Raises:
+        DataError: It cannot be read or has no tokens.
+        ConfigError: It has fewer tokens than the prompt.
+    """
+    text = read_distilled_text(str(config.distillation.text))
+    ids = text_ids(text, tokenizer)
+    check_text_length(ids, config.prompt.num_virtual_tokens or 0, config)
+    return DistilledText(text, ids, {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)})
+
+
+def load_questions(config: TrainConfig, text: DistilledText, tokenizer: Any, written: Rows | None = None) -> Questions:
+    """Read and tokenize the questions.
 
     Args:
         written: The questions that the base has written; None reads those of --dataset.
 
     Raises:
-        DataError: The text or the questions cannot be read or are empty, or the chat template has no place for the
-            text.
-        ConfigError: The text has fewer tokens than the prompt.
-        ModelError: The base has no usable tokenizer.
+        DataError: The questions cannot be read or are empty, or the chat template has no place for the text.
     """
     template = make_template(config)
-    text, rows = read_distilled_text(str(config.distillation.text)), written or read_questions(config, template)
+    rows = written or read_questions(config, template)
     print_rows(config, rows.train[0], len(rows.train), rows.notices)
-    tokenizer, n = load_tokenizer(path_of_base(config)), len(rows.train)
-    plain, prefix, with_text, of_text = put_text_before(chain(rows.train, rows.held_out), text, tokenizer, template)
+    n = len(rows.train)
+    asked = chain(rows.train, rows.held_out)
+    plain, prefix, with_text = put_text_before(asked, text.text, text.ids, tokenizer, template)
     end = template.end(with_answer(rows.train[0], "a"), tokenizer)
     print_answer_end(end, tokenizer)
-    questions = Questions(
+    return Questions(
         tokenizer,
         template.of_rows(rows.train),
         rows,
         QuestionIds(plain[:n], with_text[:n]),
         QuestionIds(plain[n:], with_text[n:]) if rows.held_out else None,
         prefix,
-        of_text,
+        text.ids,
         end,
-        {**rows.fingerprints, **_fingerprints(text, tokenizer)},
+        {**rows.fingerprints, **text.fingerprints},
     )
-    check_text_length(of_text, config.prompt.num_virtual_tokens or 0, config)
-    return questions
-
-
-class DistilledText(NamedTuple):
-    """The text that is distilled: its token ids, and hashes of its content and of the tokenizer, by name."""
-
-    ids: list[int]
-    fingerprints: Mapping[str, str]
-
-
-def load_text(config: TrainConfig, tokenizer: Any) -> DistilledText:
-    """Read and tokenize the text alone. Raises DataError if it cannot be read or has no tokens."""
-    text = read_distilled_text(str(config.distillation.text))
-    return DistilledText(text_ids(text, tokenizer), _fingerprints(text, tokenizer))
-
-
-def _fingerprints(text: str, tokenizer: Any) -> dict[str, str]:
-    return {DISTILLED_TEXT: _hash(text), **tokenizer_fingerprints(tokenizer)}
 
 
 def check_questions_fit(config: TrainConfig, questions: Questions, base: PreTrainedModel, P: int) -> None:
@@ -201,24 +206,23 @@ def make_teacher(config: TrainConfig, base: Base, tokenizer: Any) -> Generator:
     return generator
 
 
-def write_questions(config: TrainConfig, base: Base, tokenizer: Any, source: AnswerSource) -> Rows:
+def write_questions(config: TrainConfig, base: Base, tokenizer: Any, text: DistilledText, source: AnswerSource) -> Rows:
     """Let the base write questions about the passages of the text that is distilled (self-study: Eyuboglu et al. 2025,
     arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed.
 
     Raises:
-        DataError: The text cannot be read or has no tokens, the template has columns that a question does not fill, or
-            the base writes too few questions for --eval_rows.
+        DataError: The template has columns that a question does not fill, or the base writes too few questions for
+            --eval_rows.
         ConfigError: A token has no embedding, or a passage leaves no room for a question.
         Stopped: `AnswerSource.stop` asked to stop.
     """
     template, settings, seed = make_template(config), config.distillation, config.training.seed
-    text = read_distilled_text(str(settings.text))
     question(f"{settings.flag}, question 1", {"prompt": "a"}, template)  # before the base writes any
-    asked = questions_about(text, tokenizer, template, settings.distill_questions)
+    asked = questions_about(text.text, text.ids, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))
     ends = sorted({tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]})
-    identity = identity_of(config, base, _hash(text))
+    identity = identity_of(config, base, text.fingerprints[DISTILLED_TEXT])
     teacher = Teacher(source, None, [], ends, max_positions(base.model), identity)
     answers = answer_questions(teacher, asked, samples, QUESTION_TOKENS, seed, "questions about the text")
     found = written_questions([answer.ids for each in zip(*answers, strict=True) for answer in each], tokenizer)

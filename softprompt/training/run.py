@@ -102,8 +102,7 @@ def set_up(
     print_model(start.config, PromptTunedModel(prompt, base.model), engine, how)
     print_steps(start.config, data.loader, world.size, output_dir, start.searches_learning_rate)
     if answers:
-        P = len(prompt.weight)
-        engine, evaluator = distilled(start.config, answers, base, cast(MicrobatchEngine[Any], engine), P)
+        engine, evaluator = distilled(start.config, answers, base, cast(MicrobatchEngine[Any], engine))
     else:
         evaluator = make_evaluator(start.config, data, base.model, engine, generator, classifier)
     no_answers = None if generator else why_not_generate(base.model)

@@ -3,6 +3,7 @@
 import pytest
 from helpers.distillation import CHAT
 
+from softprompt.data.questions import text_ids
 from softprompt.data.template import Template
 from softprompt.data.written_questions import questions_about, written_questions
 from softprompt.models.loading import load_tokenizer
@@ -68,15 +69,14 @@ def test_a_document_is_asked_about_in_its_language(template, marks, tiny_base):
     tokenizer.chat_template = CHAT
     texts = "The rooms of this hotel have a view of the sea.", "这家酒店的每个房间都能看到大海。"
     for text, mark, other in zip(texts, marks, reversed(marks), strict=True):
-        ((*ids,),) = questions_about(text, tokenizer, Template(template), 5)
+        ((*ids,),) = questions_about(text, text_ids(text, tokenizer), tokenizer, Template(template), 5)
         asked = tokenizer.decode(ids)
         assert mark in asked and other not in asked and text in asked
+        assert not asked[-1].isspace()  # tokenizers put a space at the beginning of the next word
 
 
 def test_passages_are_taken_from_the_whole_text(tokenizer):
-    words = [f"第{number}段" for number in range(600)]
-    template = Template("{instruction}")
-    every = questions_about("。".join(words), tokenizer, template, 1000)
-    some = questions_about("。".join(words), tokenizer, template, 3)
+    text, template = "。".join(f"第{number}段" for number in range(600)), Template("{instruction}")
+    every, some = (questions_about(text, text_ids(text, tokenizer), tokenizer, template, most) for most in (1000, 3))
     assert len(every) > 6 and len(some) == 3 and some[0] == every[0]
     assert every.index(some[1]) == len(every) // 3 and every.index(some[2]) == 2 * len(every) // 3

@@ -18,11 +18,12 @@ from tokenizers.processors import TemplateProcessing
 import softprompt
 import train
 from softprompt.config.loader import train_config
+from softprompt.engines import choice
 from softprompt.generation.continuous_batching import ContinuousBatchingGenerator
 from softprompt.models.loading import load_tokenizer, read_base
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.training import question_setup, teacher_answers
-from softprompt.training.question_setup import load_questions
+from softprompt.training.question_setup import load_questions, load_text
 from softprompt.utils.errors import SoftpromptError
 
 
@@ -164,6 +165,32 @@ def test_a_prompt_that_cannot_be_trained_is_refused_before_the_base_answers(
     assert "\n" not in str(refused.value) and not asked and not Path("run").exists()
 
 
+@pytest.mark.parametrize("source", ["questions", "text alone"])
+def test_an_engine_that_fails_its_check_is_refused_before_the_base_answers(source, distillation, monkeypatch):
+    if source == "text alone":
+        distillation |= {"distill_context": distillation.pop("distill_prompt")}
+        del distillation["dataset"]
+    asked = []
+    monkeypatch.setattr(teacher_answers, "_generate", lambda *given: asked.append(given))
+    monkeypatch.setattr(choice.CheckResult, "is_right", lambda *_: False)
+    with pytest.raises(SoftpromptError, match=r"--engine packed: .*; give --engine auto") as refused:
+        softprompt.train(**distillation, engine="packed")
+    assert "\n" not in str(refused.value) and not asked and not Path("run").exists()
+
+
+def test_a_text_whose_beginning_is_white_space(distillation, tiny_base, monkeypatch):
+    """Cut to that, it is an empty system message, which chat templates may refuse or leave out."""
+    text = "\n" * 12 + TEXT
+    tokenizer = load_tokenizer(tiny_base)
+    assert not tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:4]).strip()
+    Path("text.txt").write_text(text, encoding="utf-8")
+    template = CHAT.replace("<{{ m.role }}>", "{% if m.content %}<{{ m.role }}>").replace("</s>", "</s>{% endif %}")
+    base = chat_base(tiny_base, template)
+    run = softprompt.train(**{**distillation, "model_name_or_path": base, "template": "chat"})
+    assert [row.input_ids for row in run.evaluator.with_cut_text] == [row.input_ids for row in run.evaluator.answers]
+    assert run.metrics["eval_kl_cut"] == run.metrics["eval_kl_base"]
+
+
 def as_flags(settings: dict) -> list[str]:
     """The flags of train.py for settings of a run."""
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
@@ -249,11 +276,22 @@ def test_a_question_without_room_does_not_count_for_the_positions_of_the_base(di
         softprompt.train(**{**distillation, "model_name_or_path": "short", "output_dir": "other"}, max_length=1000)
 
 
-def test_the_mini_base_says_that_it_does_not_know_such_questions(distillation, capsys):
+def test_the_mini_base_says_that_it_does_not_know_such_questions(distillation, tiny_base, capsys):
     Path("questions.txt").write_text("Where can I leave my car?\nIs breakfast included?\n", encoding="utf-8")
-    load_questions(train_config(dataset="questions.txt", distill_prompt="text.txt"))
+    tokenizer, config = load_tokenizer(tiny_base), train_config(dataset="questions.txt", distill_prompt="text.txt")
+    load_questions(config, load_text(config, tokenizer), tokenizer)
     out = capsys.readouterr().out
     assert "knows only short Chinese reviews" in out and "distill_prompt='text.txt'" in out
+
+
+def test_the_mini_base_says_so_of_questions_that_it_has_written_too(distillation, monkeypatch, capsys):
+    written = ["Where can I leave my car?", "Is breakfast included?"]
+    monkeypatch.setattr(question_setup, "written_questions", lambda *_: written)
+    distillation |= {"distill_context": distillation.pop("distill_prompt"), "distill_questions": 2, "eval_rows": 1}
+    del distillation["dataset"]
+    softprompt.train(**{**distillation, "model_name_or_path": "mini", "max_steps": 1})
+    out = capsys.readouterr().out
+    assert out.count("knows only short Chinese reviews") == 1 and "distill_context='text.txt'" in out
 
 
 def test_a_single_question_without_room_is_what_is_told(distillation, tokenizer):
