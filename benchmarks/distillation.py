@@ -2,7 +2,7 @@
 
 python benchmarks/distillation.py --model_name_or_path BASE --text system.txt --questions questions.txt
     [--template '…'] [--num_virtual_tokens 4 8 16 32 64] [--num_questions 8 30] [--starts first spread]
-    [--prompt_reparameterization mlp] [--self_study] [--eval_rows 40] [--bf16] [--json FILE]
+    [--prompt_reparameterization mlp] [--self_study] [--eval_rows 40] [--seed 42] [--bf16] [--json FILE]
 
 One run for each number of virtual tokens, with all training questions, and one for each number of questions (the first
 ones), with the prompt of 16 tokens. The last --eval_rows questions are held out in each. The prompt starts from the
@@ -38,7 +38,7 @@ FIGURES = (
 )
 OF_A_RUN = {  # settings on which a run depends
     *("model_name_or_path", "text", "questions", "template", "eval_rows", "distill_samples", "distill_max_new_tokens"),
-    *("max_steps", "rows", "learning_rate", "bf16", "prompt_reparameterization", "self_study"),
+    *("max_steps", "rows", "learning_rate", "seed", "bf16", "prompt_reparameterization", "self_study"),
 }
 OPTIONAL = ("template", "learning_rate", "bf16", "prompt_reparameterization")  # settings whose default is the program's
 STARTS = ("first", "spread")  # which tokens of the text the prompt starts from
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="the file of --distill_prompt")
     parser.add_argument("--questions", required=True, help="a .txt with one question on each line")
     parser.add_argument("--template")
-    parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    parser.add_argument("--num_virtual_tokens", nargs="*", type=int, default=[4, 8, 16, 32, 64])
     parser.add_argument("--num_questions", nargs="*", type=int, default=[])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["first"])
     parser.add_argument("--eval_rows", type=int, default=40)
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=120)
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--prompt_reparameterization")
     parser.add_argument("--self_study", action="store_true", help="the base writes the training questions")
     parser.add_argument("--bf16", action="store_true")
@@ -102,6 +103,7 @@ def trained(args: Any, train: list[str], held_out: list[str], P: int, start: str
             distill_max_new_tokens=args.distill_max_new_tokens,
             num_virtual_tokens=P,
             max_steps=args.max_steps,
+            seed=args.seed,
             per_device_train_batch_size=args.rows,
             gradient_accumulation_steps=1,
             output_dir=str(Path(folder) / "run"),

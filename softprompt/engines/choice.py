@@ -32,6 +32,7 @@ from softprompt.models.quantization import is_quantized
 from softprompt.prompt.soft_prompt import InputEmbeddings
 from softprompt.utils.errors import ConfigError, ModelError
 from softprompt.utils.model_config import text_config
+from softprompt.utils.translation import translate
 
 
 class ChosenEngine(NamedTuple):
@@ -179,6 +180,7 @@ def _checked(
     key = result_key(base, packed.device, packed.compute_dtype, len(prompt), *settings)
     if result := cached_result(key, len(examined[0].input_ids)):
         return result
+    print(translate("checking the packed engine against the padded one …"))
     result = compare(packed, padded, prompt, examined, in_step=ranks > 1)
     if result.differs_in_gradient(packed.compute_dtype) and blocks is None and kernel == "sdpa":
         text = InputEmbeddings(base)[torch.tensor(examined[0].input_ids, device=packed.device)]

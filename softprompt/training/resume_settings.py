@@ -70,11 +70,11 @@ def merge_settings(config: TrainConfig, checkpoint: Path, state: Mapping[str, An
     dropped = _dropped(old, given, _same_engine(given, saved))
     kept = {name: value for name, value in old.items() if name not in dropped}
     resumed = unvalidated_config(saved.get("preset"), {**kept, **given})
-    _print_differences(config, resumed, saved, dropped, checkpoint.name)
     try:
         validated(resumed)
     except ConfigError as error:
         raise ConfigError(f"{error} (settings that are not given are taken from {checkpoint})") from None
+    _print_differences(config, resumed, saved, dropped, checkpoint.name)
     return replace(resumed, training=replace(resumed.training, find_learning_rate=searched), given=given)
 
 

@@ -18,6 +18,7 @@ from softprompt.data.dataset import Row
 from softprompt.data.template import CHAT, Template
 from softprompt.data.tokenization import Tokenized
 from softprompt.distributed.process_group import World
+from softprompt.mini.scope import is_mini
 from softprompt.models.base_files import weight_files
 from softprompt.models.bloom_weights import is_bloom
 from softprompt.models.fsdp import ShardedLayers, shard_layers
@@ -39,10 +40,12 @@ from softprompt.training.tensorboard import check_installed
 from softprompt.utils.atomic_io import check_writable
 from softprompt.utils.errors import ConfigError
 from softprompt.utils.fingerprints import fingerprint_of_base, fingerprint_of_stored_base
+from softprompt.utils.progress import shows_bars
 from softprompt.utils.safetensors_io import StoredTensor
 from softprompt.utils.shell_commands import command
 from softprompt.utils.tokenizer_fingerprint import tokenizer_fingerprints
 from softprompt.utils.torchrun_env import launched_by_torchrun
+from softprompt.utils.translation import translate
 
 FIRST_ROWS = 100  # number of training rows that are kept as text; one of them becomes the question of the `Try:` line
 
@@ -206,6 +209,8 @@ def load_run_base(config: TrainConfig, world: World) -> Base:
         ModelError: The base cannot be loaded, or no prompt can be trained for it.
     """
     path, sharded = path_of_base(config), is_sharded(config, world)
+    if not (shows_bars() or is_mini(config.model.model_name_or_path)):
+        print(translate(f"loading the base {config.model.model_name_or_path} …"))
     bits = quantization_bits(config.model.load_in_8bit, config.model.load_in_4bit)
     if sharded:
         model, stored = load_meta_model(path, "--shard_base")
