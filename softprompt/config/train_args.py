@@ -6,13 +6,14 @@ from typing import ClassVar, Literal
 
 from softprompt.config.schema import option
 
+Reparameterization = Literal["none", "mlp"]
 RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # The learning rates were chosen by the sweeps in docs/learning-rate.md. A prompt needs steps in proportion to its
 # values. Those of a RANDOM one have unit variance; the other initializations start on word embeddings, whose size
 # depends on the base.
 RANDOM_LEARNING_RATE = 3e-1
 RELATIVE_LEARNING_RATE = 0.22  # times the root mean square of the base's word embeddings
-ENCODER_LEARNING_RATES = {"mlp": 3e-3, "residual_mlp": 1e-2}  # by --prompt_reparameterization
+MLP_LEARNING_RATE = 3e-3  # with --prompt_reparameterization mlp
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
 NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
@@ -28,8 +29,10 @@ def default_learning_rate(init: str, reparameterization: str = "none", word_rms:
         word_rms: The root mean square of the base's word embeddings. Without it, the result is None where the default
             depends on it.
     """
-    if init == "RANDOM" or reparameterization != "none":
-        return ENCODER_LEARNING_RATES.get(reparameterization, RANDOM_LEARNING_RATE)
+    if reparameterization != "none":
+        return MLP_LEARNING_RATE
+    if init == "RANDOM":
+        return RANDOM_LEARNING_RATE
     return None if word_rms is None else float(f"{RELATIVE_LEARNING_RATE * word_rms:.0e}")  # one significant digit
 
 
@@ -144,16 +147,15 @@ class PromptTuningArguments:
     init_adapter: str | None = option(
         None, "Start from the prompt in this adapter folder, written by softprompt or by PEFT. (default: none)", "DIR"
     )
-    prompt_reparameterization: Literal["none", "mlp", "residual_mlp"] = option(
+    prompt_reparameterization: Reparameterization = option(
         "none",
-        "While training, compute the prompt from other parameters, which are trained instead of it: those of an MLP "
-        "(mlp, as in P-tuning), or of a bottleneck MLP that is added to the prompt (residual_mlp, as in Residual "
-        "Prompt Tuning). The saved adapter is a plain prompt.",
+        "While training, compute the prompt with an MLP, which is trained instead of it (mlp, as in P-tuning). The "
+        "saved adapter is a plain prompt.",
     )
     encoder_hidden_size: int | None = option(
         None,
-        "With --prompt_reparameterization, use this width: the size of the hidden layers (mlp) or of the bottleneck "
-        "(residual_mlp). (default: the base's hidden size)",
+        "With --prompt_reparameterization, use this width of the MLP's hidden layers. (default: the base's hidden "
+        "size)",
     )
 
 
@@ -223,9 +225,7 @@ class TrainingArguments:
         None,
         f"Use this peak learning rate. (default: {RANDOM_LEARNING_RATE:g} for RANDOM; for the other initial prompts "
         f"{RELATIVE_LEARNING_RATE:g} times the root mean square of the base's word embeddings, rounded to one digit; "
-        "with --prompt_reparameterization, "
-        + ", ".join(f"{rate:g} for {kind}" for kind, rate in ENCODER_LEARNING_RATES.items())
-        + ")",
+        f"with --prompt_reparameterization mlp, {MLP_LEARNING_RATE:g})",
         "RATE",
     )
     find_learning_rate: bool = option(

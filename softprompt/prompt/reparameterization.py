@@ -1,11 +1,9 @@
-"""Reparameterizations: while a prompt [P, H] is trained, it is a function of other parameters.
+"""Reparameterization: while a prompt [P, H] is trained, it is a function of other parameters.
 
 A reparameterization is a module, called encoder as in PEFT, whose `forward()` returns the prompt. The engines see only
 the prompt, and once per optimizer step its gradient is passed on to the encoder. What is saved is the prompt, so an
-adapter does not depend on how it was trained.
-
-Every encoder begins at a given start [P, H], such as the embeddings of a text; each class says where its initial values
-differ from those of its paper.
+adapter does not depend on how it was trained. An encoder begins at a given start [P, H], such as the embeddings of a
+text.
 """
 
 import torch
@@ -83,39 +81,3 @@ class MLPEncoder(nn.Module):
             last.bias += bias
         last.weight += change.T
         self.mlp_head.float()
-
-
-class ResidualMLPEncoder(nn.Module):
-    """The encoder of Residual Prompt Tuning (Razdaibiedina et al. 2023, arXiv:2305.03937): a learned prompt, plus the
-    output of an MLP that is shared by all virtual tokens. The MLP projects a virtual token down to a bottleneck,
-    applies ReLU, projects it up again, and normalizes it (layer norm).
-
-    The scale of the layer norm begins at 0, so that the prompt begins exactly at the start. In the paper it begins at
-    1, which adds a vector of unit variance to each virtual token.
-    """
-
-    def __init__(self, start: Tensor, width: int):
-        """Args:
-        start: The initial prompt [P, H] fp32.
-        width: The size of the bottleneck.
-        """
-        super().__init__()
-        H = start.shape[1]
-        self.embedding = nn.Parameter(start.clone())
-        norm = nn.LayerNorm(H)
-        nn.init.zeros_(norm.weight)
-        self.mlp = nn.Sequential(nn.Linear(H, width), nn.ReLU(), nn.Linear(width, H), norm)
-
-    def forward(self) -> Tensor:
-        return self.embedding + self.mlp(self.embedding)
-
-
-def make_encoder(kind: str, start: Tensor, width: int) -> nn.Module:
-    """Return an encoder that begins at `start`. Its other values are drawn from torch's global random generator.
-
-    Args:
-        kind: A value of `--prompt_reparameterization`, except none.
-        start: The initial prompt [P, H] fp32 on the CPU.
-        width: `--encoder_hidden_size`.
-    """
-    return {"mlp": MLPEncoder, "residual_mlp": ResidualMLPEncoder}[kind](start, width)

@@ -38,7 +38,7 @@ USED_WITH = {
     "prompt_tuning_init_text": ("TEXT",),
     "class_labels": ("CLASS_LABELS",),
     "vocab_population": ("SAMPLE_VOCAB", "CLASS_LABELS"),
-    "encoder_hidden_size": ("mlp", "residual_mlp"),
+    "encoder_hidden_size": ("mlp",),
     "chat_template_date": ("chat",),
 }
 VOTINGS = set(get_args(Voting))

@@ -16,7 +16,7 @@ from softprompt.models.capabilities import RowMaxima, check_init_text, check_row
 from softprompt.models.loading import base_path
 from softprompt.prompt.adapter_io import load_adapter
 from softprompt.prompt.initial import check_fits, initializer
-from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.prompt.reparameterization import MLPEncoder, ReparameterizedPrompt
 from softprompt.prompt.soft_prompt import InputEmbeddings, PromptEmbedding
 from softprompt.runs.adapter_search import resolve_adapter
 from softprompt.training.resume import StartingPoint
@@ -81,17 +81,17 @@ def trainable_prompt(config: TrainConfig, tokenizer: Any, base: PreTrainedModel)
     Raises:
         ConfigError, AdapterError: See `initial_prompt`; or the encoder does not fit in memory.
     """
-    start, kind = initial_prompt(config, tokenizer, base), config.prompt.prompt_reparameterization
-    if kind == "none":
+    start = initial_prompt(config, tokenizer, base)
+    if config.prompt.prompt_reparameterization == "none":
         return PromptEmbedding(start)
     width = encoder_width(config.prompt, base)
     try:
-        return ReparameterizedPrompt(make_encoder(kind, start.float().cpu(), width))
+        return ReparameterizedPrompt(MLPEncoder(start.float().cpu(), width))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"--encoder_hidden_size {width}: the {kind} does not fit in memory; give a smaller width"
+            f"--encoder_hidden_size {width}: the MLP does not fit in memory; give a smaller width"
         ) from None
 
 
@@ -148,7 +148,7 @@ def restored_prompt(
     kind = config.prompt.prompt_reparameterization
     if kind == "none":
         return PromptEmbedding(prompt)
-    module = make_encoder(kind, torch.zeros_like(prompt), config.prompt.encoder_hidden_size or prompt.shape[1])
+    module = MLPEncoder(torch.zeros_like(prompt), config.prompt.encoder_hidden_size or prompt.shape[1])
     try:
         module.load_state_dict(dict(encoder))
     except RuntimeError:

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from softprompt.config.loader import TrainConfig, unvalidated_config, validated
 from softprompt.config.schema import AUTO
-from softprompt.config.train_args import ENCODER_LEARNING_RATES
+from softprompt.config.train_args import MLP_LEARNING_RATE, Reparameterization
 from softprompt.data.template import CHAT
 from softprompt.runs.train_state import OF_THIS_CALL
 from softprompt.utils.errors import CheckpointError, ConfigError
@@ -85,7 +85,8 @@ def _with_learning_rate(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved
     is_random = saved["prompt_tuning_init"] == "RANDOM"
     rate = EARLIER_RANDOM_LEARNING_RATE if is_random else EARLIER_WORD_LEARNING_RATE
-    return {**saved, "learning_rate": ENCODER_LEARNING_RATES.get(saved.get("prompt_reparameterization"), rate)}
+    is_plain = saved.get("prompt_reparameterization", "none") == "none"
+    return {**saved, "learning_rate": rate if is_plain else MLP_LEARNING_RATE}
 
 
 def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapping[str, Any]) -> None:
@@ -93,7 +94,7 @@ def _check_reparameterization(config: TrainConfig, checkpoint: Path, saved: Mapp
     parameters it could not use, or if this version does not have the checkpoint's."""
     was = {"prompt_reparameterization": saved.get("prompt_reparameterization", "none")}  # absent in earlier versions
     was["encoder_hidden_size"] = saved.get("encoder_hidden_size")
-    if (kind := was["prompt_reparameterization"]) not in ("none", *ENCODER_LEARNING_RATES):
+    if (kind := was["prompt_reparameterization"]) not in get_args(Reparameterization):
         raise CheckpointError(
             f"{checkpoint}: was trained with --prompt_reparameterization {kind}, which this version does not have; "
             f"start a new run from its prompt with --init_adapter {checkpoint}"

@@ -27,7 +27,7 @@ from softprompt.models.bloom_weights import ResidentWeights
 from softprompt.models.fsdp import ShardedWeights, shard_layers
 from softprompt.models.loading import freeze
 from softprompt.models.meta_loading import load_meta_model
-from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.prompt.reparameterization import MLPEncoder, ReparameterizedPrompt
 from softprompt.prompt.soft_prompt import PromptEmbedding, random_init
 from softprompt.training.loop import train
 
@@ -41,7 +41,7 @@ CASES = {
     "long prompt": ("packed", FP32, 100, 9, 9),
     "bf16": ("packed", BF16, 3, 21, 8),
     "mlp": ("packed", FP32, 3, 21, 8),
-    "residual_mlp": ("padded", FP32, 3, 21, 8),
+    "mlp, padded": ("padded", FP32, 3, 21, 8),
     "sharded": ("packed", FP32, 3, 21, 8),
     "sharded, padded": ("padded", FP32, 3, 21, 8),
     "sharded, one row at the end": ("packed", FP32, 1, 13, 6),
@@ -61,7 +61,6 @@ CASES = {
     "sharded mixtral": ("packed", FP32, 3, 9, 9),
     "sharded mixtral, one row at the end, padded": ("padded", FP32, 2, 13, 6),
 }
-REPARAMETERIZED = ("mlp", "residual_mlp")
 ODD = {
     "gpt2": {"n_layer": 3},
     "llama": {"num_hidden_layers": 3, "intermediate_size": 63},
@@ -132,8 +131,8 @@ def short_of_memory_within(layer):
 
 def prompt_of(name, start):
     """The prompt that begins at `start` [P, H]; in the cases with such a name, reparameterized."""
-    if name in REPARAMETERIZED:
-        return ReparameterizedPrompt(make_encoder(name, start, 16))
+    if name.startswith("mlp"):
+        return ReparameterizedPrompt(MLPEncoder(start, 16))
     return PromptEmbedding(start)
 
 

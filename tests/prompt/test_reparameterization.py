@@ -1,4 +1,4 @@
-"""Reparameterized prompts: where each kind begins, its gradient, and its training compared with naive references."""
+"""Reparameterized prompts: where they begin, their gradient, and their training compared with naive references."""
 
 import peft
 import pytest
@@ -15,26 +15,23 @@ from softprompt.data.dataloader import ListLoader
 from softprompt.data.tokenization import count_targets
 from softprompt.engines.factory import padded_engine
 from softprompt.models.loading import freeze
-from softprompt.prompt.reparameterization import ReparameterizedPrompt, make_encoder
+from softprompt.prompt.reparameterization import MLPEncoder, ReparameterizedPrompt
 from softprompt.training import prompt_setup
 from softprompt.training.loop import train
 from softprompt.training.lr_schedules import learning_rates
 from softprompt.training.prompt_setup import initial_prompt, trainable_prompt
 from softprompt.utils.errors import ConfigError
 
-KINDS = ("mlp", "residual_mlp")
-of_kinds = pytest.mark.parametrize("kind", KINDS)
 
-
-def settings(kind, **given):
-    given = {"encoder_hidden_size": 16, "prompt_reparameterization": kind, **given}
+def settings(**given):
+    given = {"encoder_hidden_size": 16, "prompt_reparameterization": "mlp", **given}
     return train_config(model_name_or_path="x", dataset="x", **given)
 
 
-def moved(kind, P, H=32, width=16):
+def moved(P, H=32, width=16):
     """A prompt whose trained parameters are all away from their initial values, where many gradients are 0."""
     torch.manual_seed(P)
-    prompt = ReparameterizedPrompt(make_encoder(kind, torch.randn(P, H), width))
+    prompt = ReparameterizedPrompt(MLPEncoder(torch.randn(P, H), width))
     with torch.no_grad():
         for parameter in prompt.trained_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -42,7 +39,6 @@ def moved(kind, P, H=32, width=16):
     return prompt
 
 
-@of_kinds
 @pytest.mark.parametrize(
     "start",
     [
@@ -53,29 +49,25 @@ def moved(kind, P, H=32, width=16):
     ],
     ids=lambda start: start["prompt_tuning_init"],
 )
-def test_every_kind_begins_at_the_initial_prompt(kind, start, tokenizer):
+def test_an_mlp_begins_at_the_initial_prompt(start, tokenizer):
     """The embedding module of Gemma scales. SAMPLE_VOCAB may draw a word twice, which an MLP can output twice."""
-    config, base = settings(kind, **start), small_base("gemma")
-    expected = initial_prompt(config, tokenizer, base)
+    config, base = settings(**start), small_base("gemma")
     found = trainable_prompt(config, tokenizer, base).weight
-    if kind == "mlp":
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    else:
-        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, initial_prompt(config, tokenizer, base), rtol=1e-4, atol=1e-4)
 
 
 def test_an_mlp_with_fewer_units_than_virtual_tokens_begins_near_the_start():
     start = torch.randn(40, 32)
-    left = (make_encoder("mlp", start, 8)() - start).norm() / start.norm()
+    left = (MLPEncoder(start, 8)() - start).norm() / start.norm()
     assert 0.1 < left < 1
-    assert (make_encoder("mlp", start, 120)() - start).norm() < 1e-5 * start.norm()
+    assert (MLPEncoder(start, 120)() - start).norm() < 1e-5 * start.norm()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_narrow_mlp_begins_at_the_least_squares_approximation_of_a_small_start(seed):
     torch.manual_seed(seed)
     start = 0.1 * torch.randn(10, 32)
-    encoder = make_encoder("mlp", start, 1)
+    encoder = MLPEncoder(start, 1)
     hidden = torch.cat([encoder.mlp_head[:-1](encoder.embedding), torch.ones(10, 1)], 1)
     expected = hidden @ torch.linalg.pinv(hidden) @ start
     assert (encoder() - expected).norm() < 1e-4 * start.norm()
@@ -85,13 +77,13 @@ def test_an_encoder_that_does_not_fit_in_memory_is_refused(tokenizer, monkeypatc
     def fail(*args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
 
-    monkeypatch.setattr(prompt_setup, "make_encoder", fail)
-    with pytest.raises(ConfigError, match="--encoder_hidden_size 16: the mlp does not fit in memory; give a smaller"):
-        trainable_prompt(settings("mlp"), tokenizer, small_base("llama"))
+    monkeypatch.setattr(prompt_setup, "MLPEncoder", fail)
+    with pytest.raises(ConfigError, match="--encoder_hidden_size 16: the MLP does not fit in memory; give a smaller"):
+        trainable_prompt(settings(), tokenizer, small_base("llama"))
 
 
 def test_the_mlp_is_that_of_peft():
-    prompt = moved("mlp", 7)
+    prompt = moved(7)
     theirs = PromptEncoder(
         peft.PromptEncoderConfig(
             task_type="CAUSAL_LM",
@@ -106,11 +98,10 @@ def test_the_mlp_is_that_of_peft():
     assert torch.equal(theirs(torch.arange(7)), prompt.weight)
 
 
-@of_kinds
 @pytest.mark.parametrize("P", [1, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_equals_that_of_autograd_through_base_and_encoder(kind, P, dtype, tokenizer):
-    base, rows, prompt = freeze(make_bloom(), dtype), random_examples(5, 9), moved(kind, P)
+def test_gradient_equals_that_of_autograd_through_base_and_encoder(P, dtype, tokenizer):
+    base, rows, prompt = freeze(make_bloom(), dtype), random_examples(5, 9), moved(P)
     trained = prompt.trained_parameters()
     naive_loss(make_bloom(), prompt.encoder(), rows).backward()
     expected = {name: parameter.grad for name, parameter in trained.items()}
@@ -126,13 +117,12 @@ def test_gradient_equals_that_of_autograd_through_base_and_encoder(kind, P, dtyp
         assert (parameter.grad - expected[name]).norm() < near * expected[name].norm() + 1e-7, name
 
 
-@of_kinds
-def test_training_equals_a_naive_loop_over_the_encoder(kind, tokenizer):
+def test_training_equals_a_naive_loop_over_the_encoder(tokenizer):
     """Clipping and weight decay concern the trained parameters."""
     base, rows = freeze(make_bloom(), torch.float32), random_examples(12, 9)
     given = {"max_grad_norm": 0.5, "weight_decay": 0.1, "max_steps": 6, "per_device_train_batch_size": 12}
     args = TrainingArguments(**given, gradient_accumulation_steps=1)
-    prompt, theirs, kept = moved(kind, 3), moved(kind, 3).encoder, Recorder()
+    prompt, theirs, kept = moved(3), moved(3).encoder, Recorder()
     train(padded_engine(base, tokenizer, torch.float32, 300), prompt, ListLoader(rows, args), args, 1e-2, kept)
     optimizer, lr_at = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1), learning_rates(args, 1e-2, 6)
     for step in kept.steps:

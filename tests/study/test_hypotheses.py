@@ -145,7 +145,7 @@ def test_a_reparameterization_is_compared_with_none_each_at_its_best_learning_ra
     (found,) = [f for f in evaluate_hypotheses(plain + other) if "mlp" in f.hypothesis]
     assert found.conclusion == HOLDS and found.gains == pytest.approx([math.log(2)] * 3)
     assert len(evaluate_hypotheses(plain)) == len(evaluate_hypotheses(plain + other)) - 1
-    alone = seeds(1.0, reparameterization="residual_mlp 64", start="elsewhere")
+    alone = seeds(1.0, reparameterization="mlp 64", start="elsewhere")
     assert evaluate_hypotheses(plain + alone)[-1].conclusion == UNTESTED
 
 
