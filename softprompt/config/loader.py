@@ -88,9 +88,10 @@ class TrainConfig:
 
     def learning_rate(self, word_rms: float | None = None) -> float | None:
         """Return the peak learning rate: the one given, else the default (see `default_learning_rate`)."""
-        given, prompt = self.training.learning_rate, self.prompt
-        default = default_learning_rate(prompt.prompt_tuning_init, prompt.prompt_reparameterization, word_rms)
-        return default if given is None else given
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        prompt, distills = self.prompt, bool(self.distillation.text)
+        return default_learning_rate(prompt.prompt_tuning_init, prompt.prompt_reparameterization, word_rms, distills)
 
     @property
     def columns(self) -> dict[str, str]:

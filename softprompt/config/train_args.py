@@ -12,7 +12,8 @@ RUNS = Path("runs")  # the folder of runs that are not given an --output_dir
 # values. Those of a RANDOM one have unit variance; the other initializations start on word embeddings, whose size
 # depends on the base.
 RANDOM_LEARNING_RATE = 3e-1
-RELATIVE_LEARNING_RATE = 0.22  # times the root mean square of the base's word embeddings
+# Multiples of the root mean square of the base's word embeddings; the second one is for distillation.
+RELATIVE_LEARNING_RATE, RELATIVE_DISTILLATION_RATE = 0.22, 0.15
 MLP_LEARNING_RATE = 3e-3  # with --prompt_reparameterization mlp
 DEFAULT_NUM_VIRTUAL_TOKENS = 10
 DEFAULT_VOCAB_POPULATION = 5000  # for the words after class labels, as in google-research/prompt-tuning
@@ -20,7 +21,9 @@ NEWEST = "newest"  # stands for --resume_from_checkpoint without a value
 SECRETS = ("hub_token",)  # settings that are never written to a file, a message or a log
 
 
-def default_learning_rate(init: str, reparameterization: str = "none", word_rms: float | None = None) -> float | None:
+def default_learning_rate(
+    init: str, reparameterization: str = "none", word_rms: float | None = None, distills: bool = False
+) -> float | None:
     """Return the default peak learning rate.
 
     Args:
@@ -28,12 +31,16 @@ def default_learning_rate(init: str, reparameterization: str = "none", word_rms:
         reparameterization: The value of --prompt_reparameterization.
         word_rms: The root mean square of the base's word embeddings. Without it, the result is None where the default
             depends on it.
+        distills: Whether a text is distilled.
     """
     if reparameterization != "none":
         return MLP_LEARNING_RATE
     if init == "RANDOM":
         return RANDOM_LEARNING_RATE
-    return None if word_rms is None else float(f"{RELATIVE_LEARNING_RATE * word_rms:.0e}")  # one significant digit
+    if word_rms is None:
+        return None
+    relative = RELATIVE_DISTILLATION_RATE if distills else RELATIVE_LEARNING_RATE
+    return float(f"{relative * word_rms:.0e}")  # one significant digit
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,8 @@ class TrainingArguments:
     learning_rate: float | None = option(
         None,
         f"Use this peak learning rate. (default: {RANDOM_LEARNING_RATE:g} for RANDOM; for the other initial prompts "
-        f"{RELATIVE_LEARNING_RATE:g} times the root mean square of the base's word embeddings, rounded to one digit; "
+        f"{RELATIVE_LEARNING_RATE:g} times the root mean square of the base's word embeddings, in a distillation "
+        f"{RELATIVE_DISTILLATION_RATE:g} times, rounded to one digit; "
         f"with --prompt_reparameterization mlp, {MLP_LEARNING_RATE:g})",
         "RATE",
     )

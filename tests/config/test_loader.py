@@ -93,6 +93,15 @@ def test_the_learning_rate_suits_the_start_and_the_size_of_the_words(init, word_
     assert train_config("article", **start).learning_rate(word_rms) == 5e-5
 
 
+@pytest.mark.parametrize(("word_rms", "rate"), [(0.13, 0.02), (1.03, 0.2), (None, None)])
+def test_distillation_has_a_smaller_learning_rate(word_rms, rate):
+    settings = {"model_name_or_path": "x", "dataset": "x", "distill_prompt": "system.txt"}
+    assert train_config(**settings).learning_rate(word_rms) == rate
+    assert train_config(**settings, prompt_tuning_init="RANDOM").learning_rate(word_rms) == 0.3
+    assert train_config(**settings, prompt_reparameterization="mlp").learning_rate(word_rms) == 0.003
+    assert train_config(**settings, learning_rate=1).learning_rate(word_rms) == 1.0
+
+
 @pytest.mark.parametrize("parse, groups", [(parse_training, GROUPS), (parse_inference, INFER_GROUPS)])
 def test_help_shows_every_flag_once_with_its_default(parse, groups, capsys):
     with pytest.raises(SystemExit):
