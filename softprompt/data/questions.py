@@ -143,7 +143,10 @@ def put_text_before(rows: Iterable[Row], text: str, ids: list[int], tokenizer: A
         asked = prompt_ids(tokenizer, [template.render(row, tokenizer) for row in some], template)
         if not all(asked):
             raise DataError(f"question {len(plain) + asked.index([]) + 1} has no tokens; write a question")
-        for whole in with_text_ids(some, asked, ids, text.strip(), tokenizer, template):
+        found = with_text_ids(some, asked, ids, text.strip(), tokenizer, template)
+        if found == asked:
+            raise DataError(f"the text to distill cannot be read: the chat template writes no system message; {_OTHER}")
+        for whole in found:
             behind.append(whole)
         plain += asked
     return TextRows(plain, behind.prefix, behind.rows)
@@ -201,10 +204,7 @@ def with_text_ids(
         rendered = [template.render(_with_system(row, text), tokenizer) for row in rows]
     except DataError as error:
         raise DataError(f"the text to distill is the system message of a chat, and {error}; {_OTHER}") from None
-    found = prompt_ids(tokenizer, rendered, template)
-    if found == list(plain):
-        raise DataError(f"the text to distill cannot be read: the chat template writes no system message; {_OTHER}")
-    return found
+    return prompt_ids(tokenizer, rendered, template)
 
 
 _OTHER = "give --template a format string"

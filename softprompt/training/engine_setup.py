@@ -25,6 +25,8 @@ from softprompt.training.early_stopping import metric_name
 from softprompt.training.setup import Base, RunData
 from softprompt.utils.errors import ConfigError
 
+CHECKED_TOKENS = 8  # of a text, in `check_engine`: fewer than a row to train on has
+
 
 class Engines(NamedTuple):
     """The engine and the generator of a run.
@@ -88,12 +90,12 @@ def make_engines(
 
 
 def check_engine(config: TrainConfig, base: Base, tokenizer: Any, prompt: PromptEmbedding, ids: list[int]) -> None:
-    """Raise ConfigError if an engine or a kernel is given that cannot be used, before there are rows to train on. The
-    engine is checked on a text, as token ids."""
-    if config.model.engine != "packed" and "attn_implementation" not in config.given:
+    """Raise ConfigError if an engine or a kernel is given that cannot be used with the base, before there are rows to
+    train on. The engine is checked on the beginning of a text, as token ids."""
+    if config.given.get("engine") != "packed" and "attn_implementation" not in config.given:
         return
     dtype = resolve_dtype(resolve_device(config.model.device), config.model.bf16, config.model.fp16)
-    row = ids[: config.data.max_length]
+    row = ids[: min(CHECKED_TOKENS, config.data.max_length)]
     rows, values = [Example(row, [IGNORE, *row[1:]])], prompt.weight.detach()
     choose_engine(config, base.model, tokenizer, dtype, values, rows, blocks=base.blocks)
 

@@ -83,8 +83,11 @@ class Questions:
     fingerprints: Mapping[str, str]
 
     def with_cut_text(self, P: int) -> list[list[int]]:
-        """Return the held-out questions with the text cut to P tokens before them, as token ids."""
-        cut, plain = self.text_ids[:P], self.held_out.plain if self.held_out else []
+        """Return the held-out questions with the text cut to P tokens before them, as token ids; none without held-out
+        questions."""
+        if self.held_out is None:
+            return []
+        cut, plain = self.text_ids[:P], self.held_out.plain
         text = self.tokenizer.decode(cut).strip()
         return with_text_ids(self.rows.held_out, plain, cut, text, self.tokenizer, self.template)
 
@@ -211,13 +214,14 @@ def write_questions(config: TrainConfig, base: Base, tokenizer: Any, text: Disti
     arXiv:2506.06266). Questions that it repeats are left out. The order is random, drawn with the seed.
 
     Raises:
-        DataError: The template has columns that a question does not fill, or the base writes too few questions for
-            --eval_rows.
+        DataError: The template has columns that a question does not fill, or no place for the text; or the base writes
+            too few questions for --eval_rows.
         ConfigError: A token has no embedding, or a passage leaves no room for a question.
         Stopped: `AnswerSource.stop` asked to stop.
     """
     template, settings, seed = make_template(config), config.distillation, config.training.seed
-    question(f"{settings.flag}, question 1", {"prompt": "a"}, template)  # before the base writes any
+    first = question(f"{settings.flag}, question 1", {"prompt": "a"}, template)  # before the base writes any
+    put_text_before([first], text.text, text.ids, tokenizer, template)
     asked = questions_about(text.text, text.ids, tokenizer, template, settings.distill_questions)
     check_token_ids(chain.from_iterable(asked), base.model, settings.flag)
     samples = -(-settings.distill_questions // len(asked))

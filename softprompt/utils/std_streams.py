@@ -55,10 +55,10 @@ def tell(text: str) -> None:
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
     """Treat all output as optional: inside the block, a print to stdout or stderr never fails because of a character or
-    a closed pipe."""
+    a closed pipe. Lines are written at once, into a file or a pipe, too."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
-            stack.enter_context(_escaping(stream))
+            stack.enter_context(_configured(stream))
         stack.enter_context(redirect_stdout(BestEffortStream(sys.stdout)))
         stack.enter_context(redirect_stderr(BestEffortStream(sys.stderr)))
         yield
@@ -95,16 +95,17 @@ def can_show(text: str) -> bool:
 
 
 @contextmanager
-def _escaping(stream: Any) -> Iterator[None]:
-    """Inside the block, write characters that the stream's encoding lacks as escapes, such as \\u6b63."""
+def _configured(stream: Any) -> Iterator[None]:
+    """Inside the block, write each line at once, and characters that the stream's encoding lacks as escapes, such as
+    \\u6b63."""
     if stream is None or not hasattr(stream, "reconfigure"):
         yield
         return
-    errors = stream.errors
+    before = {"errors": stream.errors, "line_buffering": stream.line_buffering}
     with suppress(OSError, ValueError):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
     finally:
         with suppress(OSError, ValueError):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(**before)

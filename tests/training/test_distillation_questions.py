@@ -60,6 +60,29 @@ def test_the_text_is_the_system_message_of_a_chat(distillation, tiny_base):
     assert cut.startswith("<system>请") and f"</s><user>{QUESTIONS[-1]}</s><a>" in cut and TEXT not in cut
 
 
+@pytest.mark.parametrize("source", ["questions", "text alone"])
+def test_a_chat_without_held_out_questions(source, distillation, tiny_base):
+    if source == "text alone":
+        distillation |= {"distill_context": distillation.pop("distill_prompt"), "distill_questions": 4}
+        del distillation["dataset"]
+    del distillation["eval_rows"]
+    base = chat_base(tiny_base, CHAT)
+    run = softprompt.train(**{**distillation, "model_name_or_path": base, "template": "chat"})
+    assert run.evaluator is None and run.metrics["answers"] > 0
+
+
+def test_a_text_that_begins_with_the_system_message_of_the_chat_template(distillation, tiny_base):
+    """Some templates write one where there is none. The text cut to it equals no text, which is no fault."""
+    tokenizer, usual = load_tokenizer(tiny_base), "请用"
+    P = len(tokenizer(usual, add_special_tokens=False)["input_ids"])
+    Path("text.txt").write_text(f"{usual}一句话回答", encoding="utf-8")
+    default = f"{{% if messages[0].role != 'system' %}}<system>{usual}</s>{{% endif %}}"
+    base = chat_base(tiny_base, default + CHAT)
+    more = {"model_name_or_path": base, "template": "chat", "num_virtual_tokens": P}
+    run = softprompt.train(**{**distillation, **more})
+    assert run.metrics["eval_kl_cut"] == run.metrics["eval_kl_base"] > 0
+
+
 def test_the_base_writes_the_questions_about_a_document(distillation, capsys, monkeypatch):
     """The questions are kept as the answers are, and a resumed run has the same ones."""
     del distillation["dataset"], distillation["distill_prompt"]
@@ -178,6 +201,17 @@ def test_an_engine_that_fails_its_check_is_refused_before_the_base_answers(sourc
     assert "\n" not in str(refused.value) and not asked and not Path("run").exists()
 
 
+def test_a_text_that_is_longer_than_any_row_does_not_fail_the_check_of_an_engine(distillation, tokenizer):
+    small_base("gpt2", n_positions=110).save_pretrained("short")
+    tokenizer.save_pretrained("short")
+    text = "请用一句话回答客人的问题。" * 2
+    Path("text.txt").write_text(text, encoding="utf-8")
+    assert 40 + len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 110
+    more = {"model_name_or_path": "short", "engine": "packed", "num_virtual_tokens": 40, "template": "{instruction}"}
+    softprompt.train(**{**distillation, **more})
+    softprompt.train(resume_from_checkpoint="run/checkpoint-2", output_dir="again")
+
+
 def test_a_text_whose_beginning_is_white_space(distillation, tiny_base, monkeypatch):
     """Cut to that, it is an empty system message, which chat templates may refuse or leave out."""
     text = "\n" * 12 + TEXT
@@ -236,9 +270,13 @@ def test_a_question_that_leaves_no_room_is_not_answered(distillation, monkeypatc
         ({"num_virtual_tokens": 500}, "fewer than the 500 virtual tokens"),
         ({"template": "{instruction} {x}"}, "x would be empty"),
         ({"distill_context": "."}, ". is a folder; name a text file"),
+        ({"template": "chat", "model_name_or_path": "chat"}, "the chat template writes no system message"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_base_writes_questions(change, named, distillation, monkeypatch):
+def test_what_cannot_be_is_refused_before_the_base_writes_questions(
+    change, named, distillation, tiny_base, monkeypatch
+):
+    chat_base(tiny_base, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
     monkeypatch.setattr(ContinuousBatchingGenerator, "generate", lambda *_: 1 / 0)
     more = {"distill_context": "text.txt", "distill_questions": 7, "eval_rows": 2, **change}
     settings = {name: value for name, value in distillation.items() if name not in ("dataset", "distill_prompt")}

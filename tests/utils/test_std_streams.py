@@ -12,6 +12,7 @@ import infer
 import softprompt
 import train
 from softprompt.cli import run_command
+from softprompt.utils.std_streams import tolerant_streams
 
 ROWS = [{"instruction": f"第{i}题😀", "output": "好👍"} for i in range(8)]
 
@@ -85,6 +86,17 @@ def test_infer_ends_quietly_when_its_reader_leaves(place, monkeypatch, capsys):
         argv = ["--adapter", "a", "--prompts_file", "q.txt", "--max_new_tokens", "2"]
         assert ended(infer, argv, monkeypatch, stdout=gone) == 0
     assert "error" not in capsys.readouterr().err
+
+
+def test_lines_are_written_at_once(monkeypatch):
+    """A program that is stopped, or that still works, has told a file what it did."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with tolerant_streams():
+        print("loading …")
+        assert stream.buffer.getvalue() == "loading …\n".encode()
+    print("buffered")
+    assert b"buffered" not in stream.buffer.getvalue()
 
 
 def test_closed_streams(place, flags, tmp_path, monkeypatch):
