@@ -25,7 +25,7 @@ class Wording(NamedTuple):
 
 
 ENGLISH = Wording(
-    "Write one short question that the text above answers. Write only the question.", "A question about this text:"
+    "Write one short question that the text above answers. Write only the question.", "A question about this text: "
 )
 CHINESE = Wording("请写一个能用上文回答的简短问题。只写问题本身。", "关于这段文字的一个问题：")
 

@@ -72,7 +72,6 @@ def test_a_document_is_asked_about_in_its_language(template, marks, tiny_base):
         ((*ids,),) = questions_about(text, text_ids(text, tokenizer), tokenizer, Template(template), 5)
         asked = tokenizer.decode(ids)
         assert mark in asked and other not in asked and text in asked
-        assert not asked[-1].isspace()  # tokenizers put a space at the beginning of the next word
 
 
 def test_passages_are_taken_from_the_whole_text(tokenizer):
