@@ -13,7 +13,8 @@ PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and o
 
 
 class Wording(NamedTuple):
-    """How a question about a passage is asked for in one language.
+    """How a question about a passage is asked for in one language. Do not change these texts: a resumed run of an earlier
+    version would not find its questions among its answers.
 
     Attributes:
         request: What a chat's user writes below the passage.
