@@ -161,7 +161,7 @@ class PromptTuningArguments:
     )
     encoder_hidden_size: int | None = option(
         None,
-        "With --prompt_reparameterization, use this width of the MLP's hidden layers. (default: the base's hidden "
+        "With --prompt_reparameterization mlp, use this size of the MLP's hidden layers. (default: the base's hidden "
         "size)",
     )
 
@@ -231,8 +231,9 @@ class TrainingArguments:
     learning_rate: float | None = option(
         None,
         f"Use this peak learning rate. (default: {RANDOM_LEARNING_RATE:g} for RANDOM; for the other initial prompts "
-        f"{RELATIVE_LEARNING_RATE:g} times the root mean square of the base's word embeddings, in a distillation "
-        f"{RELATIVE_DISTILLATION_RATE:g} times, rounded to one digit; "
+        f"{RELATIVE_LEARNING_RATE:g} times, with --distill_prompt or --distill_context "
+        f"{RELATIVE_DISTILLATION_RATE:g} times the root mean square of the base's word embeddings, rounded to one "
+        "significant digit; "
         f"with --prompt_reparameterization mlp, {MLP_LEARNING_RATE:g})",
         "RATE",
     )

@@ -35,8 +35,8 @@ def read_questions(config: TrainConfig, template: Template) -> Rows:
 
 
 def with_held_out(config: TrainConfig, template: Template, train: RowStore, notices: Sequence[str]) -> Rows:
-    """Return questions with the held-out ones: the last ones with --eval_rows, or those of --eval_dataset. Notices on
-    copies, and on questions that are foreign to the mini base, are added.
+    """Return questions with the held-out ones: the last ones with --eval_rows, or those of --eval_dataset. Add
+    notices about duplicates, and about questions of a kind that the mini base was not trained on.
 
     Raises:
         DataError: See `read_questions`.
@@ -145,7 +145,7 @@ def put_text_before(rows: Iterable[Row], text: str, ids: list[int], tokenizer: A
             raise DataError(f"question {len(plain) + asked.index([]) + 1} has no tokens; write a question")
         found = with_text_ids(some, asked, ids, text.strip(), tokenizer, template)
         if found == asked:
-            raise DataError(f"the text to distill cannot be read: the chat template writes no system message; {_OTHER}")
+            raise DataError(f"the chat template writes no system message, where the text to distill would be; {_OTHER}")
         for whole in found:
             behind.append(whole)
         plain += asked

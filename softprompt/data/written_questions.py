@@ -13,8 +13,10 @@ PASSAGE_TOKENS, QUESTION_TOKENS = 200, 48  # the most tokens of a passage, and o
 
 
 class Wording(NamedTuple):
-    """How a question about a passage is asked for in one language. Do not change these texts: a resumed run of an earlier
-    version would not find its questions among its answers.
+    """How a question about a passage is asked for in one language.
+
+    Do not change these texts. They are part of the keys of cached answers, so a run of an earlier version would have to
+    generate its questions anew when it is resumed.
 
     Attributes:
         request: What a chat's user writes below the passage.

@@ -2,8 +2,8 @@
 
 A reparameterization is a module, called encoder as in PEFT, whose `forward()` returns the prompt. The engines see only
 the prompt, and once per optimizer step its gradient is passed on to the encoder. What is saved is the prompt, so an
-adapter does not depend on how it was trained. An encoder begins at a given start [P, H], such as the embeddings of a
-text.
+adapter does not depend on how it was trained. An encoder is initialized so that its first output is a
+given prompt [P, H], such as the embeddings of a text.
 """
 
 import torch

@@ -82,7 +82,7 @@ def distilled(config: TrainConfig, answers: Answered, base: Base, engine: Microb
 
 
 def _with_cut_text(asked: Sequence[list[int]], held_out: Tokenized) -> Examples:
-    """Return the answered held-out questions with the cut text before them, given these questions as token ids."""
+    """Append the held-out answers to the held-out questions with the cut text before them, `asked`, as token ids."""
     # Each question has one answer, so `kept` holds the numbers of questions.
     rows = zip(held_out.kept, held_out.examples, strict=True)
     return Examples.from_rows(question_with_answer(asked[number], answer_ids(example)) for number, example in rows)

@@ -25,7 +25,8 @@ from softprompt.training.early_stopping import metric_name
 from softprompt.training.setup import Base, RunData
 from softprompt.utils.errors import ConfigError
 
-CHECKED_TOKENS = 8  # of a text, in `check_engine`: fewer than a row to train on has
+# `check_engine` uses this many tokens of the text, because the whole text may be longer than any training row.
+CHECKED_TOKENS = 8
 
 
 class Engines(NamedTuple):
@@ -90,8 +91,15 @@ def make_engines(
 
 
 def check_engine(config: TrainConfig, base: Base, tokenizer: Any, prompt: PromptEmbedding, ids: list[int]) -> None:
-    """Raise ConfigError if an engine or a kernel is given that cannot be used with the base, before there are rows to
-    train on. The engine is checked on the beginning of a text, as token ids."""
+    """Check --engine packed and --attn_implementation, if given, before there are rows to train on: run the engine on
+    the first tokens of a text.
+
+    Args:
+        ids: The text as token ids.
+
+    Raises:
+        ConfigError: The base does not support them.
+    """
     if config.given.get("engine") != "packed" and "attn_implementation" not in config.given:
         return
     dtype = resolve_dtype(resolve_device(config.model.device), config.model.bf16, config.model.fp16)

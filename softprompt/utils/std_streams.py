@@ -55,7 +55,7 @@ def tell(text: str) -> None:
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
     """Treat all output as optional: inside the block, a print to stdout or stderr never fails because of a character or
-    a closed pipe. Lines are written at once, into a file or a pipe, too."""
+    a closed pipe. Both streams are buffered by lines, even if they are files or pipes."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             stack.enter_context(_configured(stream))
@@ -96,7 +96,7 @@ def can_show(text: str) -> bool:
 
 @contextmanager
 def _configured(stream: Any) -> Iterator[None]:
-    """Inside the block, write each line at once, and characters that the stream's encoding lacks as escapes, such as
+    """Inside the block, buffer the stream by lines, and write characters that its encoding lacks as escapes, such as
     \\u6b63."""
     if stream is None or not hasattr(stream, "reconfigure"):
         yield
