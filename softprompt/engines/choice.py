@@ -168,8 +168,8 @@ def _checked(
     """Return the cached result on the packed engine. If there is none, compare and time both engines, and cache the
     result (except in a dry run).
 
-    If rounding may explain that the gradients differ at this prompt, the engines must agree in the compute dtype at
-    the embeddings of a text, where rounding changes gradients little, and in fp32 at this prompt.
+    If rounding may explain that the engines differ at this prompt, they must be near each other in the compute dtype
+    at the embeddings of a text, where rounding changes gradients little, and agree in fp32 at this prompt.
     """
     args = config.training
     window = rows[: args.per_device_train_batch_size * args.gradient_accumulation_steps]
@@ -182,12 +182,13 @@ def _checked(
         return result
     print(translate("checking the packed engine against the padded one …"))
     result = compare(packed, padded, prompt, examined, in_step=ranks > 1)
-    if result.differs_in_gradient(packed.compute_dtype) and blocks is None and kernel == "sdpa":
+    result = _with_bare_base(result, packed, padded, prompt, examined)
+    is_right = result.is_right(packed.compute_dtype)
+    if not is_right and result.has_near_losses and blocks is None and kernel == "sdpa":
         text = InputEmbeddings(base)[torch.tensor(examined[0].input_ids, device=packed.device)]
         at_text = text[torch.arange(len(prompt)) % len(text)].to(prompt)  # [P, H], a prompt like any text
-        if compare(packed, padded, at_text, examined).is_right(packed.compute_dtype):
+        if compare(packed, padded, at_text, examined).is_near(packed.compute_dtype):
             result = _compared_in_fp32(config, base, tokenizer, packed.compute_dtype, prompt, examined) or result
-    result = _with_bare_base(result, packed, padded, prompt, examined)
     if result.is_right(packed.compute_dtype) and result.longest == len(examined[0].input_ids):
         result = result._replace(speed=measure_speed(packed, padded, prompt, window))
         if not args.dry_run:
@@ -202,7 +203,7 @@ def _with_bare_base(
     longest row has as many positions as behind the prompt, because a row with a text cut to P tokens before it has
     them (see `evaluation.distillation`). Rows on which the padded engine ran out of memory are left out."""
     rows = [row for row in examined if len(row.input_ids) <= result.longest]
-    if not rows or not result.is_right(packed.compute_dtype):
+    if not rows or not result.has_near_losses:
         return result
     whole = result.longest == len(examined[0].input_ids)
     bare = compare_losses(packed, padded, None, rows_to_check(rows, result.longest + whole * len(prompt)))
@@ -217,9 +218,9 @@ def _compared_in_fp32(
     prompt: Tensor,
     examined: Sequence[Example],
 ) -> CheckResult | None:
-    """Compare both engines in fp32, which shows whether rounding to `dtype` explains that their gradients differ:
-    some rows of real bases have a gradient that any rounding changes completely. Return None if it does not explain
-    it, `dtype` is not narrower, or the base cannot run in fp32: it is quantized, too large for the memory, or fails."""
+    """Compare both engines in fp32, which shows whether rounding to `dtype` explains that they differ: some rows of
+    real bases have a gradient that any rounding changes completely. Return None if it does not explain it, `dtype` is
+    not narrower, or the base cannot run in fp32: it is quantized, too large for the memory, or fails."""
     if not is_half(dtype) or is_quantized(base) or not fits_in_fp32(base, word_embeddings(base).weight.device):
         return None
     args, P, wide = config.training, len(prompt), torch.float32
@@ -227,7 +228,7 @@ def _compared_in_fp32(
         with in_fp32(base):
             packed = make_engine(config, base, tokenizer, wide, P, None, "packed")
             padded = padded_engine(base, tokenizer, wide, args.tokens_per_microbatch, args.gradient_checkpointing, P)
-            result = compare(packed, padded, prompt, examined)
+            result = _with_bare_base(compare(packed, padded, prompt, examined), packed, padded, prompt, examined)
     except Exception:  # out of memory, or the base computes in half precision whatever its weights are
         return None
     return result._replace(in_fp32=True) if result.is_right(wide) else None

@@ -21,6 +21,7 @@ from softprompt.engines.choice import choose_engine
 from softprompt.engines.decoder_attention import ATTENTION
 from softprompt.engines.decoder_schedule import DecoderSchedule
 from softprompt.engines.factory import packed_engine, padded_engine
+from softprompt.engines.microbatch_engine import MicrobatchEngine
 from softprompt.engines.self_check import (
     CHECKED_ROWS,
     CheckResult,
@@ -247,6 +248,24 @@ def test_a_gradient_that_rounding_changes_completely_is_compared_in_fp32(factor,
     assert kind_of(chosen) == ("padded" if wrong_in else "packed") and ("in fp32" in chosen.how) != bool(wrong_in)
     assert chosen.engine.compute_dtype is torch.bfloat16
     assert weights == {name: weight.data_ptr() for name, weight in base.named_parameters()}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_losses_that_rounding_changes_are_compared_in_fp32(factor, tokenizer, monkeypatch):
+    """In a mixture of experts, rounding may send a token to another expert."""
+    at_speed(monkeypatch, 2.0)
+    base = small_base("gpt_oss").requires_grad_(False)
+    base.set_experts_implementation("eager")
+    row_losses = MicrobatchEngine.row_losses
+
+    def changed(self, *given):
+        return [loss * (factor if self.schedule.kind == "packed" else 1) for loss in row_losses(self, *given)]
+
+    monkeypatch.setattr(MicrobatchEngine, "row_losses", changed)
+    prompt = torch.randn(10, 32, generator=torch.Generator().manual_seed(10))
+    config, rows = train_config(model_name_or_path="x", dataset="x"), random_examples(9, 3 * WINDOW, seed=1)
+    chosen = choose_engine(config, freeze(base, torch.bfloat16), tokenizer, torch.bfloat16, prompt, rows)
+    assert (kind_of(chosen), "in fp32" in chosen.how) == (("packed", True) if factor == 1 else ("padded", False))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("expected BFloat16")])
