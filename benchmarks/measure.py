@@ -240,7 +240,8 @@ def main() -> None:
     print("| what | measured |\n|---|---|")
     for name, value in machine(device).items():
         print(f"| {name} | {value} |")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    halves = (torch.bfloat16,) if device.type == "cpu" else (torch.bfloat16, torch.float16)  # CPUs have no fast fp16
+    for dtype in (torch.float32, *halves):
         print(f"| matmul {str(dtype).removeprefix('torch.')} | {matmul_rate(dtype, device) / 1e12:,.2f} TFLOP/s |")
     print(f"| copy | {copy_rate(device) / 1e9:,.0f} GB/s, read and written |")
     print(f"| call of an operator | {1e6 * call_seconds(device):.1f} µs |")
